@@ -1,0 +1,56 @@
+# The environment, the demo and the checks. `make demo ARGS="--help"` passes options on; so do test, test-all and bench.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+# Left alone, `accelerate launch` gives every process one thread; plain Python uses all.
+THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# Everything that `accelerate launch` would otherwise ask about or warn of. One process takes one GPU where there are any:
+# without --gpu_ids, a Trainer that sees several splits each batch over them.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(THREADS) \
+	$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),--gpu_ids 0)
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-all lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z.-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+.venv: $(STAMP)  ## the environment, from pinned constraints
+
+# torch comes first and alone, so that a build of it which is there already (for the CPU, say) is the one that stays.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Got $$($(PYTHON) --version 2>&1), expected Python 3.11 or later. Try: make .venv PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[8bit,dev]"
+	@touch $@
+
+demo: $(STAMP)  ## train, serve, unlearn and audit a small Llama, start to end
+	$(LAUNCH) recipes/llama_alpaca.py $(ARGS)
+
+test: $(STAMP)  ## the unit suite, within eight minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP)  ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## style and docstring rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## every benchmark
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS); done
+
+clean:  ## caches and builds; the environment and trained systems stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

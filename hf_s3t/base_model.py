@@ -1,0 +1,201 @@
+"""The base model: loading it, telling which one it is, and recognising it again by a digest of its tensors."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from .errors import BaseModelMismatchError, LayersNotFoundError
+
+
+_HALVES = ("bfloat16", "float16")
+
+
+def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> dict[str, Any]:
+    """
+    What a system records of its base: where it came from, its class, precision, quantisation and digests.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The bare base model.
+        layers_path (`str`): Name of the list of transformer layers.
+        head (sequence of `str`): Modules left out, since every stage has its own copy.
+    """
+    config = model.config
+    quantization = getattr(config, "quantization_config", None)
+    dtype = _dtype_name(model)
+    return {
+        "id": getattr(config, "_name_or_path", "") or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "dtype": dtype,
+        "attn_implementation": getattr(config, "_attn_implementation", None),
+        "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+        "digest": _digests(model, layers_path, head, sorted({dtype, *_HALVES})),
+        "num_labels": getattr(config, "num_labels", None) if head else None,
+    }
+
+
+def check_base_is(model: nn.Module, record: dict[str, Any], layers_path: str, head: Sequence[str]) -> None:
+    """
+    Check that a model is the recorded base, whatever precision or quantisation it was loaded in.
+
+    Raises:
+        [`~hf_s3t.errors.BaseModelMismatchError`]: If a tensor differs.
+    """
+    own, recorded = _dtype_name(model), record["dtype"]
+    # Rounding to the narrower of the two precisions makes both sides comparable.
+    common = own if own in _HALVES else recorded
+    found = _digests(model, layers_path, head, [common])
+    expected = record["digest"]
+    parts = [part for part in ("layers", "rest") if found[part] and expected.get(part)]
+    differing = [part for part in parts if found[part].get(common) != expected[part].get(common)]
+    if differing:
+        where = {"layers": "the weights of its layers", "rest": "its embeddings, norms or biases"}
+        raise BaseModelMismatchError(
+            f"The base model is not the one these stages were trained on: {' and '.join(where[p] for p in differing)} "
+            f"differ (compared in {common}). Expected {record['id'] or 'the model given at training'!r}"
+            f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
+        )
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def _digests(model: nn.Module, layers_path: str, head: Sequence[str], dtypes: Sequence[str]) -> dict[str, Any]:
+    """
+    Digests of the layers' weight matrices and of all other tensors, rounded to each of the precisions.
+
+    A quantised base keeps no exact weight matrices: for it the first is `None`, so that the base is recognised whether
+    it is quantised or not.
+    """
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    hashers = {part: {d: hashlib.sha256() for d in dtypes} for part in ("layers", "rest")}
+    for part, name, tensor in _base_tensors(model, layers_path, head):
+        for dtype, hasher in hashers[part].items():
+            rounded = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1)
+            hasher.update(f"{name}|{tuple(tensor.shape)}|".encode())
+            hasher.update(memoryview(rounded.view(torch.uint8).numpy()))
+    hexed = {part: {d: h.hexdigest() for d, h in by_dtype.items()} for part, by_dtype in hashers.items()}
+    return {**hexed, "layers": None} if quantised else hexed
+
+
+def _base_tensors(model: nn.Module, layers_path: str, head: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    left_out = tuple(f"{name}." for name in head)
+    for name, parameter in sorted(model.named_parameters()):
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if plain.startswith(left_out) or ".lora_" in name or ".modules_to_save." in name:
+            continue
+        is_matrix = plain.startswith(f"{layers_path}.") and parameter.dim() > 1
+        if is_matrix and not parameter.is_floating_point():
+            continue
+        yield "layers" if is_matrix else "rest", plain, parameter
+
+
+def load_base(
+    record: dict[str, Any],
+    *,
+    name: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    head: Sequence[str] = (),
+    label_names: dict[str, str] | None = None,
+) -> nn.Module:
+    """
+    Load the base of a system, by default as it was at training.
+
+    Args:
+        record (`dict`): What `describe_base` said.
+        name (`str`, *optional*): Id or path to use instead of the recorded one.
+        dtype (`str` or `torch.dtype`, *optional*): Precision; the recorded one if not given.
+        device_map (*optional*): As in Transformers.
+        quantization_config (*optional*): `None` for the recorded quantisation, `False` for none.
+        head (sequence of `str`): Modules that must not be quantised.
+        label_names (`dict[str, str]`, *optional*): `id2label` of a classification head.
+
+    Raises:
+        [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known.
+    """
+    name = name or record["id"]
+    if not name:
+        raise BaseModelMismatchError(
+            "This system was trained on a model made in memory, so its base cannot be found by name. Give it as "
+            "`base_model`: the module, or the folder it was saved to."
+        )
+    architecture = getattr(transformers, record["architecture"], None)
+    if architecture is None:
+        raise LayersNotFoundError(
+            f"{record['architecture']} is no class of transformers {transformers.__version__}. Load the base yourself "
+            "and give the module as `base_model`."
+        )
+    kwargs: dict[str, Any] = {"dtype": dtype or record["dtype"]}
+    if record.get("attn_implementation"):
+        kwargs["attn_implementation"] = record["attn_implementation"]
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    if quantization_config is None and record["quantization"]:
+        quantization_config = BitsAndBytesConfig.from_dict(dict(record["quantization"]))
+    if quantization_config:
+        kwargs["quantization_config"] = rowwise(quantization_config, head)
+    if name == record["id"] and record["revision"]:
+        kwargs["revision"] = record["revision"]
+    if label_names:
+        id2label = {int(k): v for k, v in label_names.items()}
+        kwargs["config"] = AutoConfig.from_pretrained(
+            name, id2label=id2label, label2id={v: k for k, v in id2label.items()}, revision=kwargs.get("revision")
+        )
+    # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
+    with _quietly():
+        return architecture.from_pretrained(name, **kwargs)
+
+
+def rowwise(quantization_config: Any, head: Sequence[str] = ()) -> Any:
+    """
+    An 8-bit config under which a row's answer does not depend on the other rows of its batch.
+
+    With outlier columns on (the default threshold 6.0) it does: a threshold set on purpose is any other value.
+    """
+    if getattr(quantization_config, "load_in_8bit", False) and quantization_config.llm_int8_threshold == 6.0:
+        quantization_config.llm_int8_threshold = 0.0
+    if head and hasattr(quantization_config, "llm_int8_skip_modules"):
+        skip = quantization_config.llm_int8_skip_modules or []
+        quantization_config.llm_int8_skip_modules = sorted({*skip, *head})
+    return quantization_config
+
+
+class _Once(logging.Filter):
+    """Lets every message through once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        first = message not in self.seen
+        self.seen.add(message)
+        return first
+
+
+def log_casts_once(model: nn.Module) -> None:
+    """Have bitsandbytes say once, not per layer and call, that it casts the inputs of an 8-bit base."""
+    casts = logging.getLogger("bitsandbytes.autograd._functions")
+    if getattr(model, "is_loaded_in_8bit", False) and not any(isinstance(f, _Once) for f in casts.filters):
+        casts.addFilter(_Once())
+
+
+class _quietly:
+    """Holds back Transformers' load report."""
+
+    def __enter__(self):
+        self.verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+
+    def __exit__(self, *exc):
+        transformers.logging.set_verbosity(self.verbosity)

@@ -1,0 +1,79 @@
+"""The recipe and the circumstances of a stage: what must be the same for it to be trained again bit for bit (E3)."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from .versions import library_versions
+
+
+# Arguments that cannot change a stage's tensors: where things go, what is shown, who is asked.
+_IRRELEVANT = {
+    "output_dir", "run_name", "report_to", "project", "trackio_space_id", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_dir", "disable_tqdm", "seed", "data_seed", "do_train", "do_eval", "do_predict",
+    "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "push_to_hub",
+    "resume_from_checkpoint", "skip_memory_metrics", "logging_strategy", "logging_first_step", "logging_steps",
+    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_delay", "eval_on_start", "prediction_loss_only",
+    "eval_strategy", "eval_steps", "dataloader_pin_memory", "dataloader_persistent_workers", "local_rank",
+    "use_cpu", "ddp_timeout", "ddp_backend", "dataset_num_proc", "logging_nan_inf_filter", "batch_eval_metrics",
+    "include_for_metrics", "include_num_input_tokens_seen", "remove_unused_columns", "debug",
+    "dataloader_prefetch_factor", "torch_empty_cache_steps",
+}  # fmt: skip
+_CHOOSING = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+
+
+def recipe_of(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that a stage's tensors depend on, as JSON types."""
+    kept = {name: value for name, value in args.to_dict().items() if name not in _IRRELEVANT}
+    if args.load_best_model_at_end:
+        # Then evaluation decides which step's tensors a stage ends with.
+        kept.update({name: getattr(args, name) for name in _CHOOSING})
+    return json.loads(json.dumps(kept, default=str))
+
+
+def circumstances(model: nn.Module, accelerator: Any = None) -> dict[str, Any]:
+    """
+    What besides recipe, seed and data decides a stage's bits.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        accelerator ([`~accelerate.Accelerator`], *optional*): For the number of processes.
+    """
+    device = next(model.parameters()).device
+    return {
+        "versions": library_versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "world_size": accelerator.num_processes if accelerator is not None else 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def differing(recorded: dict[str, Any], present: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The circumstances that differ, by name, as (recorded, present)."""
+    found = {}
+    for name in sorted({*recorded, *present}):
+        then, now = recorded.get(name), present.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            found.update(differing(then, now, f"{prefix}{name}."))
+        elif then != now:
+            found[prefix + name] = (then, now)
+    return found
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with a number of threads, which changes the order of float sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,316 @@
+"""`S3TConfig`: how the data is cut up, which sequences are trained, and how the ensemble answers."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigError, FormatVersionError
+
+
+FORMAT_VERSION = 1
+SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random", "sorted-cyclic")
+PARTITIONS = ("balanced", "hashed", "column")
+AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
+SELECTIONS = ("longest", "metric", "all")
+_NEEDS_PRIOR = ("bms", "conditional", "sorted-cyclic")
+
+
+@dataclass
+class S3TConfig:
+    """
+    The settings of an S3T system (Sequence-aware Sharded Sliced Training, ICLR 2025).
+
+    Everything is checked on construction; nothing here depends on a model or a dataset.
+
+    Args:
+        num_shards (`int`, defaults to 1):
+            Number of disjoint shards `m`; one ensemble member per shard answers.
+        num_slices (`int`, defaults to 4):
+            Number of slices `L` of each shard, which is also the number of stages of a full stack.
+        budget (`int`, *optional*):
+            Number of sequences `B` trained per shard. Defaults to `num_slices`, where the deletion rate saturates.
+        layers_per_slice (`int` or `list[int]`, *optional*):
+            Transformer layers that each stage adapts, top first. Defaults to (number of layers) // `num_slices`; the
+            lowest layers left over never carry an adapter. A list gives every stage its own number.
+        sequence_selection (`str` or list of permutations, defaults to `"cyclic"`):
+            How the sequences are chosen: `"cyclic"` (rotations spaced `L / B` apart), `"cyclic-paper"` (Algorithm 1 as
+            published), `"bms"` (Algorithm 2), `"conditional"`, `"random"`, `"sorted-cyclic"`, or the sequences
+            themselves: a list of permutations for every shard, or one such list per shard.
+        deletion_prior (`list[float]` or `list[list[float]]`, *optional*):
+            Probability that a deletion request hits each slice of a shard, summing to one; one list for all shards or
+            one per shard.
+        score_horizon (`int`, defaults to 100):
+            The number of deletions `t` in the score of a sequence.
+        id_column (`str`, *optional*):
+            Column with a unique integer or string per example. Without it ids are row numbers, which shift when rows
+            leave the dataset: an audit on a dataset without the deleted rows needs an id column.
+        group_column (`str`, *optional*):
+            Column naming the group (a person, say) of each example; a group lies in one slice and can be unlearned as
+            one.
+        partition (`str`, defaults to `"balanced"`):
+            `"balanced"` (random by ids and seed, sizes within one of each other), `"hashed"` (an example's place is a
+            keyed hash of its own id or group alone) or `"column"`.
+        shard_column (`str`, *optional*):
+            Column with the shard number of each example, for `partition="column"`.
+        slice_column (`str`, *optional*):
+            Column with the slice number of each example, for `partition="column"`.
+        aggregation (`str`, *optional*):
+            `"mean_logits"`, `"mean_probabilities"` or `"majority_vote"`. Defaults to the mean of token probabilities
+            for causal language models and to the mean of logits otherwise.
+        select (`str`, defaults to `"longest"`):
+            Which surviving stack of a shard serves: the `"longest"`, the one with the best recorded evaluation loss
+            (`"metric"`), or the longest of every sequence together (`"all"`).
+        base_is_public (`bool`, defaults to `False`):
+            States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
+        seed (`int`, defaults to 42):
+            The one seed of the system: partition, sequences, and every stage's randomness are hashed from it.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If a value is out of range, unknown, or contradicts another.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t import S3TConfig
+
+    >>> config = S3TConfig(num_shards=5, num_slices=4)
+    >>> config.budget
+    4
+    >>> S3TConfig.from_dict(config.to_dict()) == config
+    True
+    ```
+    """
+
+    num_shards: int = field(default=1, metadata={"help": "Number of disjoint shards m; one ensemble member each."})
+    num_slices: int = field(default=4, metadata={"help": "Number of slices L per shard: the stages of a full stack."})
+    budget: int | None = field(
+        default=None, metadata={"help": "Sequences B trained per shard; defaults to num_slices."}
+    )
+    layers_per_slice: int | list[int] | None = field(
+        default=None, metadata={"help": "Layers each stage adapts, top first; defaults to layers // num_slices."}
+    )
+    sequence_selection: str | list = field(
+        default="cyclic",
+        metadata={"help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, or explicit permutations."},
+    )
+    deletion_prior: list | None = field(
+        default=None, metadata={"help": "Deletion probability of each slice: one list, or one list per shard."}
+    )
+    score_horizon: int = field(default=100, metadata={"help": "Number of deletions t in the score of a sequence."})
+    id_column: str | None = field(
+        default=None, metadata={"help": "Column with a unique id per example; row numbers if not given."}
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column with the group (a person, say) that lies in one slice together."}
+    )
+    partition: str = field(default="balanced", metadata={"help": "balanced, hashed or column."})
+    shard_column: str | None = field(default=None, metadata={"help": "Shard number column for partition=column."})
+    slice_column: str | None = field(default=None, metadata={"help": "Slice number column for partition=column."})
+    aggregation: str | None = field(
+        default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
+    )
+    select: str = field(default="longest", metadata={"help": "Stack served per shard: longest, metric or all."})
+    base_is_public: bool = field(
+        default=False, metadata={"help": "The data a GPTQ or AWQ base was calibrated on can never be deleted."}
+    )
+    seed: int = field(default=42, metadata={"help": "The one seed of the system; overrides seed and data_seed."})
+
+    def __post_init__(self):
+        _require_int("num_shards", self.num_shards, 1)
+        _require_int("num_slices", self.num_slices, 1)
+        _require_int("score_horizon", self.score_horizon, 0)
+        _require_int("seed", self.seed, None)
+        _require_choice("partition", self.partition, PARTITIONS)
+        _require_choice("select", self.select, SELECTIONS)
+        if self.aggregation is not None:
+            _require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        self._check_layers_per_slice()
+        self._check_prior()
+        self._check_sequences()
+        self._check_columns()
+
+    def _check_layers_per_slice(self):
+        if isinstance(self.layers_per_slice, (list, tuple)):
+            self.layers_per_slice = list(self.layers_per_slice)
+            if len(self.layers_per_slice) != self.num_slices:
+                raise ConfigError(
+                    f"`layers_per_slice` has {len(self.layers_per_slice)} entries, but num_slices={self.num_slices}. "
+                    "Give one number of layers per slice, top first, or a single number for all."
+                )
+            for count in self.layers_per_slice:
+                _require_int("layers_per_slice", count, 1)
+        elif self.layers_per_slice is not None:
+            _require_int("layers_per_slice", self.layers_per_slice, 1)
+
+    def _check_prior(self):
+        if self.deletion_prior is None:
+            return
+        per_shard = bool(self.deletion_prior) and isinstance(self.deletion_prior[0], (list, tuple))
+        priors = self.deletion_prior if per_shard else [self.deletion_prior]
+        if per_shard and len(priors) != self.num_shards:
+            raise ConfigError(
+                f"`deletion_prior` has {len(priors)} lists, but num_shards={self.num_shards}. Give one list for all "
+                "shards or one list per shard."
+            )
+        for prior in priors:
+            check_prior(prior, self.num_slices)
+        self.deletion_prior = [list(map(float, p)) for p in priors] if per_shard else list(map(float, priors[0]))
+
+    def _check_sequences(self):
+        explicit = not isinstance(self.sequence_selection, str)
+        if explicit:
+            self.sequence_selection = self._checked_permutations(self.sequence_selection)
+            lists = self.sequence_selection if self._sequences_per_shard() else [self.sequence_selection]
+            counts = {len(sequences) for sequences in lists}
+            if len(counts) != 1:
+                raise ConfigError(
+                    f"`sequence_selection` gives the shards {sorted(counts)} sequences. Give every shard the same "
+                    "number: the budget."
+                )
+            (given,) = counts
+            if self.budget not in (None, given):
+                raise ConfigError(
+                    f"budget={self.budget}, but `sequence_selection` lists {given} sequences per shard. Leave "
+                    "`budget` out when the sequences are listed."
+                )
+            self.budget = given
+            return
+        _require_choice("sequence_selection", self.sequence_selection, SEQUENCE_SELECTIONS)
+        if self.budget is None:
+            self.budget = self.num_slices
+        _require_int("budget", self.budget, 1)
+        if self.num_slices < 20 and self.budget > math.factorial(self.num_slices):
+            raise ConfigError(
+                f"budget={self.budget} is more than the {math.factorial(self.num_slices)} permutations of "
+                f"num_slices={self.num_slices} slices. Lower the budget."
+            )
+        if self.sequence_selection in _NEEDS_PRIOR and self.deletion_prior is None:
+            raise ConfigError(
+                f'sequence_selection="{self.sequence_selection}" needs `deletion_prior`, the probability of each '
+                'slice to be hit. Give it, or use "cyclic", which assumes nothing.'
+            )
+        if self.sequence_selection in ("bms", "sorted-cyclic") and self.budget > self.num_slices:
+            raise ConfigError(
+                f'sequence_selection="{self.sequence_selection}" selects at most num_slices={self.num_slices} '
+                f'sequences, got budget={self.budget}. Lower the budget or use "conditional".'
+            )
+
+    def _sequences_per_shard(self) -> bool:
+        return isinstance(self.sequence_selection[0][0], list)
+
+    def _checked_permutations(self, given) -> list:
+        try:
+            rows = [list(row) for row in given]
+            nested = bool(rows) and bool(rows[0]) and isinstance(rows[0][0], (list, tuple))
+            shards = [[list(seq) for seq in shard] for shard in rows] if nested else [rows]
+        except TypeError as error:
+            raise ConfigError(
+                f"`sequence_selection` must be one of {', '.join(SEQUENCE_SELECTIONS)} or a list of permutations, got "
+                f"{given!r}."
+            ) from error
+        if nested and len(shards) != self.num_shards:
+            raise ConfigError(
+                f"`sequence_selection` lists sequences for {len(shards)} shards, but num_shards={self.num_shards}."
+            )
+        wanted = list(range(self.num_slices))
+        for sequences in shards:
+            if not sequences:
+                raise ConfigError("`sequence_selection` is empty. List at least one permutation of the slices.")
+            for sequence in sequences:
+                if sorted(sequence, key=repr) != sorted(wanted, key=repr):
+                    raise ConfigError(
+                        f"`sequence_selection` holds {sequence}, which is not a permutation of the slices "
+                        f"0..{self.num_slices - 1} (num_slices={self.num_slices})."
+                    )
+            if len({tuple(sequence) for sequence in sequences}) != len(sequences):
+                raise ConfigError("`sequence_selection` lists a sequence twice. Sequences must be distinct.")
+        return shards if nested else shards[0]
+
+    def _check_columns(self):
+        by_column = self.partition == "column"
+        if by_column != (self.shard_column is not None and self.slice_column is not None):
+            raise ConfigError(
+                f'partition="{self.partition}" with shard_column={self.shard_column!r} and '
+                f'slice_column={self.slice_column!r}. Both columns belong to partition="column", and to it alone.'
+            )
+
+    def prior_of(self, shard: int) -> list[float] | None:
+        """The deletion prior over the slices of one shard, or `None` if no prior was given."""
+        if self.deletion_prior is None or not isinstance(self.deletion_prior[0], list):
+            return self.deletion_prior
+        return self.deletion_prior[shard]
+
+    def explicit_sequences_of(self, shard: int) -> list[list[int]] | None:
+        """The sequences the user listed for one shard, or `None` if a rule chooses them."""
+        if isinstance(self.sequence_selection, str):
+            return None
+        return self.sequence_selection[shard] if self._sequences_per_shard() else self.sequence_selection
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types, with the format version."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "S3TConfig":
+        """
+        The config that `to_dict` described.
+
+        Raises:
+            [`~hf_s3t.errors.FormatVersionError`]: If the values were written by an unknown format version.
+            [`~hf_s3t.errors.ConfigError`]: If a key is unknown or a value invalid.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"An S3TConfig is read from a JSON object, got {type(values).__name__}.")
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"This config has format version {version!r}; this hf_s3t reads version {FORMAT_VERSION}. Install the "
+                "version of hf_s3t that wrote it."
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(map(str, set(values) - known))
+        if unknown:
+            raise ConfigError(f"Unknown S3TConfig keys: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The settings as a JSON string."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "S3TConfig":
+        """The config of a JSON string written by `to_json`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"An S3TConfig is read from JSON, and this is none: {error}.") from error
+        return cls.from_dict(values)
+
+
+def check_prior(prior, num_slices: int) -> None:
+    """
+    Check a deletion prior over the slices of one shard.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it has not `num_slices` probabilities that sum to one.
+    """
+    if len(prior) != num_slices:
+        raise ConfigError(f"`deletion_prior` has {len(prior)} entries, expected num_slices={num_slices}.")
+    numeric = all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in prior)
+    if not numeric or any(not math.isfinite(p) or p < 0 for p in prior):
+        raise ConfigError(f"`deletion_prior` must hold non-negative probabilities, got {prior!r}.")
+    if abs(sum(prior) - 1) > 1e-6:
+        raise ConfigError(f"`deletion_prior` sums to {sum(prior):g}, expected 1. Divide each entry by the sum.")
+
+
+def _require_int(name: str, value, minimum: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
+        bound = "" if minimum is None else f" of at least {minimum}"
+        raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
+
+
+def _require_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -1,0 +1,123 @@
+"""One batched pass for all members of the ensemble, and how their answers become one."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import S3TError, StaleCacheError
+from .stack import Route
+
+
+# Inputs that are not one row per example even if their length says so.
+_NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", "past_key_values"}
+_DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
+
+
+def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Tensor:
+    """
+    One answer from those of the members.
+
+    Args:
+        logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): One block of rows per member.
+        weights (`torch.Tensor` of shape `(members,)`): Weight of each member, summing to one.
+        how (`str`):
+            `"mean_logits"`; `"mean_probabilities"`: the logarithm of the mean of the members' probabilities;
+            `"majority_vote"`: the share of votes per class.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_s3t.ensemble import aggregate
+
+    >>> logits = torch.tensor([[0.0, 2.0], [4.0, 0.0]])  # two members, one row
+    >>> aggregate(logits, torch.tensor([0.5, 0.5]), "mean_logits")
+    tensor([[2., 1.]])
+    ```
+    """
+    members = len(weights)
+    stacked = logits.unflatten(0, (members, -1))
+    stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
+    weights = weights.to(stacked).view(-1, *[1] * (stacked.dim() - 1))
+    if how == "mean_logits":
+        return (stacked * weights).sum(0)
+    if how == "mean_probabilities":
+        return torch.logsumexp(stacked.log_softmax(-1) + weights.log(), dim=0)
+    votes = nn.functional.one_hot(stacked.argmax(-1), stacked.shape[-1])
+    return (votes * weights).sum(0)
+
+
+def check_aggregation(how: str, config) -> None:
+    """Refuse to average probabilities, or vote, where the logits are no distribution over classes."""
+    problem = getattr(config, "problem_type", None)
+    if how in _DISTRIBUTIONS and (problem in ("regression", "multi_label_classification")):
+        raise S3TError(
+            f'aggregation="{how}" needs exclusive classes, and the task is {problem}. Use aggregation="mean_logits".'
+        )
+
+
+def bind(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a call by name."""
+    if not args:
+        return dict(kwargs)
+    names = [p for p in inspect.signature(type(base).forward).parameters if p != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def num_rows(inputs: dict[str, Any], main_input: str) -> int:
+    """Number of examples in a batch."""
+    for name in (main_input, "input_ids", "inputs_embeds", "pixel_values"):
+        if inputs.get(name) is not None:
+            return len(inputs[name])
+    raise S3TError(
+        f"The model was called without {main_input}. Pass the inputs that the base model's `forward` takes."
+    )
+
+
+def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, Any]:
+    """The inputs with one block of rows per member; what has no row per example stays as it is."""
+    if members == 1:
+        return inputs
+    return {name: value if name in _NOT_ROWS else _repeat(value, rows, members) for name, value in inputs.items()}
+
+
+def _repeat(value: Any, rows: int, members: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
+        return value.repeat(members, *[1] * (value.dim() - 1))
+    if isinstance(value, dict):
+        return {k: _repeat(v, rows, members) for k, v in value.items()}
+    return value
+
+
+def stamp_cache(cache: Any, route: Route) -> None:
+    """Remember which stacks filled a cache of keys and values."""
+    if cache is not None:
+        cache._s3t_route = route
+
+
+def check_cache(cache: Any, route: Route) -> None:
+    """
+    Refuse a filled cache that other stacks than the route's made.
+
+    Raises:
+        [`~hf_s3t.errors.StaleCacheError`]: With what to do.
+    """
+    if cache is None or cache.get_seq_length() == 0:
+        return
+    if getattr(cache, "_s3t_route", None) is not route:
+        raise StaleCacheError(
+            "`past_key_values` was made before a deletion changed the stacks that answer, or by another model. Start "
+            "again without it, from the full prompt."
+        )
+
+
+def reorder_cache(cache: Any, beam_idx: torch.Tensor, members: int) -> Any:
+    """Reorder a cache for beam search: the same beams in every member's block."""
+    rows = len(beam_idx)
+    cache.reorder_cache(torch.cat([beam_idx + member * rows for member in range(members)]))
+    return cache

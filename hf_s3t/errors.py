@@ -1,0 +1,61 @@
+"""The errors of hf_s3t: every one is an `S3TError` and also what Python callers would expect to catch."""
+
+
+class S3TError(Exception):
+    """Base class of every error that hf_s3t raises on purpose."""
+
+
+class ConfigError(S3TError, ValueError):
+    """A setting is out of range, unknown, or contradicts another one."""
+
+
+class IsolationError(S3TError, ValueError):
+    """A setting or model would let a stage depend on data outside its prefix (contract E1, refused by E6)."""
+
+
+class LayersNotFoundError(S3TError, ValueError):
+    """The transformer layers, or the modules a PEFT config targets in them, could not be identified."""
+
+
+class ExampleIdError(S3TError, ValueError):
+    """Example ids are missing, duplicated, of mixed type, or of a type that cannot be an id."""
+
+
+class UnknownExampleError(S3TError, KeyError):
+    """An id or group that this system never trained on."""
+
+    def __str__(self):
+        # KeyError shows the repr of its argument, which turns a sentence into a quoted string.
+        return Exception.__str__(self)
+
+
+class ContentChangedError(S3TError, ValueError):
+    """The content of a training example is not what it was at the first training."""
+
+
+class EmptySliceError(S3TError, ValueError):
+    """A slice has no examples at the first training."""
+
+
+class FolderError(S3TError, OSError):
+    """A system's folder is missing a file, or a file is truncated, altered or unreadable."""
+
+
+class FormatVersionError(FolderError):
+    """The folder was written in a format that this version of hf_s3t does not know."""
+
+
+class KeyMissingError(FolderError):
+    """The secret that the folder's digests are keyed with is not available."""
+
+
+class BaseModelMismatchError(S3TError, ValueError):
+    """The base model is not the one that the stages were trained on."""
+
+
+class ExhaustedError(S3TError, RuntimeError):
+    """No shard has a stage left to serve."""
+
+
+class StaleCacheError(S3TError, RuntimeError):
+    """A key/value cache was made with stages that have been unlearned since."""

@@ -1,0 +1,331 @@
+"""The table of examples: which id lies in which slice, and the keyed digests that pin slices to their content."""
+
+import hashlib
+import hmac
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
+from .partition import order_key
+
+
+KEY_VARIABLE = "HF_S3T_KEY"
+KEY_FILE = "ledger.key"
+
+
+class DigestKey:
+    """
+    The secret that ids and contents are digested with, so that published digests cannot be guessed back (E5).
+
+    Args:
+        secret (`bytes`): At least 16 bytes.
+    """
+
+    def __init__(self, secret: bytes):
+        if len(secret) < 16:
+            raise KeyMissingError(
+                f"The secret in {KEY_VARIABLE} or {KEY_FILE} has {len(secret)} bytes, expected at least 16. Make one "
+                "with `openssl rand -hex 32`."
+            )
+        self._secret = secret
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, create: bool = False) -> "DigestKey":
+        """
+        The secret from the environment variable `HF_S3T_KEY`, else from `ledger.key` in the folder.
+
+        Raises:
+            [`~hf_s3t.errors.KeyMissingError`]: If there is none and `create` is false.
+        """
+        if os.environ.get(KEY_VARIABLE):
+            return cls(os.environ[KEY_VARIABLE].encode())
+        path = Path(folder) / KEY_FILE
+        if create and not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            return cls(path.read_text().strip().encode())
+        except FileNotFoundError:
+            raise KeyMissingError(
+                f"Neither {KEY_VARIABLE} nor {path} holds the secret of this system's digests. Restore the file, or "
+                "set the variable to what it was at training."
+            ) from None
+
+    def of_id(self, example_id: int | str) -> str:
+        """Keyed digest of an id; 1 and "1" differ."""
+        return self._digest(b"id", encode(example_id))
+
+    def of_content(self, row: Mapping[str, Any]) -> str:
+        """Keyed digest of the content of a row."""
+        return self._digest(b"row", encode(dict(row)))
+
+    def _digest(self, purpose: bytes, message: bytes) -> str:
+        return hmac.digest(self._secret, purpose + b"\0" + message, "sha256").hex()
+
+
+def encode(value: Any) -> bytes:
+    """
+    An unambiguous byte string of a value made of JSON types, bytes, dates, arrays and nested containers.
+
+    Raises:
+        [`~hf_s3t.errors.ExampleIdError`]: If a value has no stable byte representation.
+    """
+    if value is None:
+        return b"n"
+    if isinstance(value, (bool, np.bool_)):
+        return b"t" if value else b"f"
+    if isinstance(value, (int, np.integer)):
+        return b"i%d;" % int(value)
+    if isinstance(value, (float, np.floating)):
+        return b"d" + struct.pack(">d", float(value))
+    if isinstance(value, str):
+        return _framed(b"s", value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _framed(b"b", bytes(value))
+    if isinstance(value, (date, datetime, time, timedelta)):
+        return _framed(b"D", str(value).encode())
+    if isinstance(value, Mapping):
+        return _framed(b"m", b"".join(encode(k) + encode(value[k]) for k in sorted(value, key=str)))
+    if isinstance(value, (list, tuple)):
+        return _framed(b"l", b"".join(map(encode, value)))
+    if hasattr(value, "__array__"):
+        array = np.ascontiguousarray(value)
+        if array.dtype != object:
+            return _framed(b"a", f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
+        return encode(array.tolist())
+    raise ExampleIdError(
+        f"A row holds a {type(value).__name__}, whose content cannot be digested. Give the dataset columns of plain "
+        "values, lists, arrays or bytes."
+    )
+
+
+def _framed(tag: bytes, body: bytes) -> bytes:
+    return tag + b"%d:" % len(body) + body
+
+
+@dataclass(frozen=True)
+class Example:
+    """Where one example lies, its group, and the keyed digest of its content."""
+
+    shard: int
+    slice: int
+    digest: str
+    group: int | str | None = None
+
+
+@dataclass(frozen=True)
+class ExampleTable:
+    """
+    The examples that are in, immutable: removing examples gives a new table.
+
+    Args:
+        rows (`dict[int | str, Example]`): The examples by id.
+        num_shards (`int`): Number of shards.
+        num_slices (`int`): Number of slices per shard.
+        seed (`int`): The system's seed, which orders the examples inside a slice.
+        slice_digests (`dict`, *optional*): Digests already computed for (shard, slice) pairs that did not change.
+    """
+
+    rows: dict[int | str, Example]
+    num_shards: int
+    num_slices: int
+    seed: int
+
+    def __len__(self):
+        return len(self.rows)
+
+    @cached_property
+    def _members(self) -> dict[tuple[int, int], list[int | str]]:
+        members = {(k, s): [] for k in range(self.num_shards) for s in range(self.num_slices)}
+        for example_id, row in self.rows.items():
+            members[row.shard, row.slice].append(example_id)
+        return members
+
+    @cached_property
+    def _digests(self) -> dict[tuple[int, int], str]:
+        return {}
+
+    @cached_property
+    def groups(self) -> dict[int | str, list[int | str]]:
+        """The ids of every group."""
+        groups: dict[int | str, list[int | str]] = {}
+        for example_id, row in self.rows.items():
+            if row.group is not None:
+                groups.setdefault(row.group, []).append(example_id)
+        return groups
+
+    @property
+    def empty(self) -> frozenset[tuple[int, int]]:
+        """The (shard, slice) pairs without examples."""
+        return frozenset(place for place, members in self._members.items() if not members)
+
+    def members(self, shard: int, slice_: int) -> list[int | str]:
+        """The ids of a slice, ordered by a hash of the id: the order of the dataset's rows does not matter."""
+        return sorted(self._members[shard, slice_], key=lambda i: (order_key(i, self.seed), str(i)))
+
+    def size(self, shard: int, slice_: int) -> int:
+        """Number of examples in a slice."""
+        return len(self._members[shard, slice_])
+
+    def slice_digest(self, shard: int, slice_: int) -> str:
+        """
+        Digest of a slice's remaining ids and contents. It needs no secret, and without it says nothing, because the
+        contents enter as keyed digests.
+        """
+        place = (shard, slice_)
+        if place not in self._digests:
+            lines = sorted(encode(i) + self.rows[i].digest.encode() for i in self._members[place])
+            self._digests[place] = hashlib.sha256(b"\n".join(lines)).hexdigest()
+        return self._digests[place]
+
+    def places(self, ids: Iterable[int | str]) -> set[tuple[int, int]]:
+        """The (shard, slice) pairs that hold any of the ids."""
+        return {(self.rows[i].shard, self.rows[i].slice) for i in ids}
+
+    def without(self, ids: Iterable[int | str]) -> "ExampleTable":
+        """The table less some of its ids. Slices that lose nothing keep their computed digests."""
+        gone = set(ids)
+        touched = self.places(gone)
+        rows = {i: row for i, row in self.rows.items() if i not in gone}
+        table = ExampleTable(rows, self.num_shards, self.num_slices, self.seed)
+        members = {
+            place: [i for i in ids_ if i not in gone] if place in touched else ids_
+            for place, ids_ in self._members.items()
+        }
+        # cached_property stores in the instance's dictionary, which a frozen dataclass leaves open.
+        table.__dict__["_members"] = members
+        table.__dict__["_digests"] = {p: d for p, d in self._digests.items() if p not in touched}
+        return table
+
+    def resolve(
+        self,
+        ids: Sequence[int | str] | None,
+        groups: Sequence[int | str] | None,
+        deleted: frozenset[str],
+        key: DigestKey,
+    ) -> tuple[list[int | str], int]:
+        """
+        The examples that a request names, checked all before any is acted on.
+
+        Args:
+            ids (sequence, *optional*): Example ids.
+            groups (sequence, *optional*): Group names; all members are meant.
+            deleted (`frozenset[str]`): Keyed digests of the ids that were deleted before.
+            key ([`DigestKey`]): The system's secret.
+
+        Returns:
+            `tuple[list, int]`: The ids that are in, without repetitions, and the number of ids already deleted.
+
+        Raises:
+            [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
+            [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
+        """
+        wanted = dict.fromkeys(_listed(ids, "ids"))
+        unknown_groups = []
+        for group in _listed(groups, "groups"):
+            if group not in self.groups:
+                unknown_groups.append(group)
+            else:
+                wanted.update(dict.fromkeys(self.groups[group]))
+        if unknown_groups:
+            raise UnknownExampleError(
+                f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
+                "training; a group whose examples were all deleted is unknown too."
+            )
+        present = [i for i in wanted if i in self.rows]
+        absent = [i for i in wanted if i not in self.rows]
+        unknown = [i for i in absent if key.of_id(i) not in deleted]
+        if unknown:
+            raise UnknownExampleError(
+                f"Unknown ids: {_some(unknown)}. This system was trained on {len(self)} examples"
+                f"{self._id_hint()}. Nothing was deleted."
+            )
+        return present, len(absent)
+
+    def known(self, ids, groups) -> tuple[list[int | str], list[int | str]]:
+        """Those of the ids and groups that are in, for requests that may name others."""
+        return [i for i in _listed(ids, "ids") if i in self.rows], [
+            g for g in _listed(groups, "groups") if g in self.groups
+        ]
+
+    def _id_hint(self) -> str:
+        sample = next(iter(self.rows), None)
+        return "" if sample is None else f" with ids such as {sample!r}"
+
+    def check_dataset(self, ids: Sequence[int | str], digests: Sequence[str], is_deleted) -> list[int]:
+        """
+        Match a dataset's rows with the table: which row numbers to train on.
+
+        Rows that the ledger knows as deleted are passed over.
+
+        Args:
+            ids (sequence): The id of each row.
+            digests (sequence of `str`): The keyed content digest of each row.
+            is_deleted (callable): Whether an id was deleted.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If a row is new to the system.
+            [`~hf_s3t.errors.ContentChangedError`]: If the content of a row is not what it was.
+            [`~hf_s3t.errors.ExampleIdError`]: If an example of the table is not in the dataset.
+        """
+        new, changed, kept = [], [], []
+        for number, (example_id, digest) in enumerate(zip(ids, digests, strict=True)):
+            row = self.rows.get(example_id)
+            if row is None:
+                if not is_deleted(example_id):
+                    new.append(example_id)
+            elif row.digest != digest:
+                changed.append(example_id)
+            else:
+                kept.append(number)
+        if new:
+            raise UnknownExampleError(
+                f"The dataset has {len(new)} examples that this system was not partitioned with: {_some(new)}. Leave "
+                "them out, or train a new system in another `output_dir`."
+            )
+        if changed:
+            raise ContentChangedError(
+                f"The content of {len(changed)} examples is not what it was at the first training: {_some(changed)}. "
+                "Restore the rows, or unlearn these ids."
+            )
+        if len(kept) != len(self):
+            missing = set(self.rows) - {ids[number] for number in kept}
+            raise ExampleIdError(
+                f"The dataset lacks {len(missing)} examples that this system holds: {_some(sorted(missing, key=str))}."
+                " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
+            )
+        return kept
+
+
+def _listed(values, name: str) -> list:
+    """The ids of a request, or an error if the value is no list of ids."""
+    if values is None:
+        return []
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ExampleIdError(
+            f"`{name}` must be a list of integers or strings, got {values!r}. A single one is a list of one."
+        )
+    listed = [value.item() if isinstance(value, np.generic) else value for value in values]
+    wrong = [v for v in listed if isinstance(v, bool) or not isinstance(v, (int, str))]
+    if wrong:
+        raise ExampleIdError(f"`{name}` must be a list of integers or strings, got among others {_some(wrong)}.")
+    return listed
+
+
+def _some(values: Sequence, limit: int = 5) -> str:
+    shown = ", ".join(map(repr, list(values)[:limit]))
+    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -1,0 +1,211 @@
+"""Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
+
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+
+from .config import S3TConfig
+from .errors import ConfigError, IsolationError
+
+
+# Quantisation that looks at no data; every other method was calibrated on some.
+DATA_FREE_QUANTIZATION = {"bitsandbytes", "hqq", "torchao", "quanto", "eetq", "fp8", "fbgemm_fp8", "mxfp4", "bitnet"}
+
+# Initialisations that read training data, or change the base so that what remains is no longer the base.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+# LoRA features that touch parameters outside the stage's own layers, or need more than an adapter per layer.
+_REFUSED_LORA_FIELDS = {
+    "layers_to_transform": "the stages decide which layers they adapt; use `layers_per_slice` of the S3TConfig",
+    "trainable_token_indices": "it trains embeddings, which all stages share",
+    "layer_replication": "it shares weights between layers",
+    "target_parameters": "adapters on bare parameters cannot be routed per ensemble member; use `target_modules`",
+    "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be routed per ensemble member",
+    "use_qalora": "it needs a base quantised with GPTQ",
+    "use_bdlora": "block-diagonal LoRA cannot be routed per ensemble member",
+    "arrow_config": "it mixes adapters by a router of its own",
+    "megatron_config": "tensor-parallel layers are not supported",
+    "monteclora_config": "its sampling state is shared between adapters",
+    "velora_config": "its projections are shared between adapters",
+    "kasa_config": "it changes the base model",
+    "ensure_weight_tying": "it ties adapters to the embeddings, which all stages share",
+}
+
+
+def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
+    """
+    Refuse PEFT settings that would break E1.
+
+    Args:
+        config ([`~peft.PeftConfig`]): The user's config.
+        head (sequence of `str`): Names of the modules that are trained as the head, the only `modules_to_save`.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the setting and the way out.
+    """
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        name = getattr(config, "peft_type", None) or type(config).__name__
+        raise IsolationError(
+            f"`peft_config` is a {getattr(name, 'value', name)}; stages are LoRA adapters. Use `peft.LoraConfig` "
+            "(rsLoRA and DoRA by its flags)."
+        )
+    if config.bias != "none":
+        raise IsolationError(
+            f'`peft_config.bias="{config.bias}"` trains biases of the base, which all stages share. Use bias="none".'
+        )
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise IsolationError(
+            f'`peft_config.init_lora_weights="{config.init_lora_weights}"` changes the base or reads training data. '
+            "Use True, False, 'gaussian' or 'orthogonal'."
+        )
+    for field, reason in _REFUSED_LORA_FIELDS.items():
+        if getattr(config, field, None):
+            raise IsolationError(f"`peft_config.{field}` cannot be used: {reason}.")
+    extra = sorted(set(config.modules_to_save or ()) - set(head))
+    if extra:
+        raise IsolationError(
+            f"`peft_config.modules_to_save` names {', '.join(extra)}, which every stage would train in full. Only the "
+            f"head ({', '.join(head) or 'a language model trains none'}) is, and it is found without being named."
+        )
+
+
+def check_base(model: nn.Module, config: S3TConfig) -> None:
+    """
+    Refuse base models in which a stage could depend on more than its prefix.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise IsolationError(
+            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn. Give the "
+            "plain base model and the PEFT settings as `peft_config`."
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise IsolationError(
+            f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
+            "order is defined for one. Use a decoder-only or encoder-only model."
+        )
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise IsolationError(
+            f"The base model has batch norms ({norms[0]} and {len(norms) - 1} more) whose running statistics change "
+            "with every batch and are shared by all stages. Use a model with layer norms."
+        )
+    method = _quantization_method(model)
+    if method is not None and method not in DATA_FREE_QUANTIZATION and not config.base_is_public:
+        raise IsolationError(
+            f"The base model is quantised by {method}, which calibrates on data that cannot be unlearned. If that "
+            "data is public, say so with S3TConfig(base_is_public=True); otherwise use bitsandbytes."
+        )
+    _check_embeddings(model)
+
+
+def _quantization_method(model: nn.Module) -> str | None:
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return getattr(method, "value", method)
+
+
+def _check_embeddings(model: nn.Module) -> None:
+    """Embeddings with other rows than the checkpoint's were resized: the new rows are in no checkpoint."""
+    from transformers import AutoConfig
+
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if not name or not isinstance(embeddings, nn.Embedding):
+        return
+    try:
+        original = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return
+    expected = getattr(original, "vocab_size", None)
+    if expected is not None and type(model.config) is type(AutoConfig.from_pretrained(name, local_files_only=True)):
+        if embeddings.num_embeddings != expected:
+            raise IsolationError(
+                f"The embeddings were resized from {expected} to {embeddings.num_embeddings} rows: the new rows are "
+                f"in no checkpoint, so nobody could load this base again. Save the resized model with "
+                "`save_pretrained` and train on that folder."
+            )
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Refuse training arguments under which a stage would depend on more than its recipe.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the argument and the way out.
+        [`~hf_s3t.errors.ConfigError`]: If an argument cannot be used with stages.
+    """
+    if args.auto_find_batch_size:
+        raise IsolationError(
+            "`auto_find_batch_size=True` lets free memory decide the batch size, so that a stage could not be trained "
+            "again. Set `per_device_train_batch_size`."
+        )
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if kwargs and kwargs.get("use_reentrant"):
+        raise ConfigError(
+            "Reentrant gradient checkpointing needs gradients at the model's input and drags the backward pass "
+            "through frozen layers. Use `use_reentrant=False`, which is the default."
+        )
+    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        raise ConfigError(
+            "FSDP and DeepSpeed spread the frozen base over processes, which stages do not support. Use plain data "
+            "parallelism (`accelerate launch --num_processes N`), with a quantised base if memory is short."
+        )
+    if args.bf16_full_eval or args.fp16_full_eval:
+        raise IsolationError(
+            "`bf16_full_eval`/`fp16_full_eval` cast the base in place, so that stages trained after an evaluation "
+            "would stand on another base. Use `bf16=True`, which casts nothing."
+        )
+    if not args.accelerator_config.use_seedable_sampler:
+        raise IsolationError(
+            "`accelerator_config={'use_seedable_sampler': False}` makes the order of examples depend on what ran "
+            "before. Leave it on."
+        )
+    if args.ignore_data_skip:
+        raise IsolationError(
+            "`ignore_data_skip=True` makes a resumed stage see other batches than an uninterrupted one. Leave it off."
+        )
+    if args.save_only_model and args.save_strategy != "no":
+        raise IsolationError(
+            "`save_only_model=True` leaves the optimizer out of checkpoints, so a resumed stage would differ from an "
+            'uninterrupted one. Leave it off, or use save_strategy="no": a stage then starts again from its beginning.'
+        )
+
+
+def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config: S3TConfig) -> None:
+    """
+    Refuse datasets whose rows cannot be told apart, and evaluation that would let training rows choose a model.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the problem and the way out.
+    """
+    if train_dataset is None:
+        return
+    if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
+        raise IsolationError(
+            f"`train_dataset` is a streaming {type(train_dataset).__name__}: its rows have no ids and no order that "
+            "could be repeated. Give a map-style dataset (`load_dataset(..., streaming=False)`)."
+        )
+    if "seq_lengths" in (getattr(train_dataset, "column_names", None) or ()):
+        raise IsolationError(
+            "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
+            "set `packing=True`, which packs every stage's own examples."
+        )
+    chooses = args.load_best_model_at_end or config.select == "metric"
+    setting = "load_best_model_at_end=True" if args.load_best_model_at_end else 'select="metric"'
+    sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if chooses and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
+        raise IsolationError(
+            f"`{setting}` lets an evaluation choose the model, and there is no separate `eval_dataset`. Give one that "
+            "holds no training example."
+        )

@@ -1,0 +1,182 @@
+"""Finds a model's transformer layers, groups them from the top, and finds its head. No architecture is named here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from .errors import ConfigError, IsolationError, LayersNotFoundError
+
+
+_TASKS = {
+    "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """
+    Where the transformer layers are and which of them each stage adapts.
+
+    Args:
+        path (`str`): Name of the module list that holds the layers, such as `model.layers`.
+        num_layers (`int`): Number of layers `N`.
+        groups (`tuple[tuple[int, ...], ...]`): Per stage the indices of its layers; group 0 is the topmost.
+    """
+
+    path: str
+    num_layers: int
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def pattern(self) -> str:
+        """The last part of the path, by which PEFT recognises layer indices."""
+        return self.path.rpartition(".")[2]
+
+    def module_names(self, group: int) -> list[str]:
+        """The full names of the layers of a group."""
+        return [f"{self.path}.{index}" for index in self.groups[group]]
+
+    def layers_below(self, group: int) -> int:
+        """Number of layers below a group: those that need no backward pass while it trains."""
+        return min(self.groups[group])
+
+
+def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) -> tuple[str, nn.ModuleList]:
+    """
+    The module list that holds the transformer layers, found by structure.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        pattern (`str` or list of `str`, *optional*):
+            `layers_pattern` of the PEFT config: name of the list to take where several could be meant.
+
+    Returns:
+        `tuple[str, nn.ModuleList]`: Its name and the list.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: If layers are shared across depth.
+        [`~hf_s3t.errors.LayersNotFoundError`]: If no list, or more than one, fits.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _has_parameters(m)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    depth = _configured_depth(model)
+    if pattern is not None:
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+        fitting = {n: m for n, m in lists.items() if n.rpartition(".")[2] in patterns and n in outer}
+    else:
+        fitting = {n: m for n, m in outer.items() if len(m) == depth}
+        if not fitting:
+            _refuse_shared_layers(outer, depth)
+            longest = max((len(m) for m in outer.values()), default=0)
+            fitting = {n: m for n, m in outer.items() if len(m) == longest and len({type(x) for x in m}) == 1}
+    if len(fitting) != 1:
+        found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in outer.items()) or "none"
+        raise LayersNotFoundError(
+            f"{type(model).__name__} has {'no' if not fitting else 'more than one'} list of transformer layers that "
+            f"fits (module lists: {found}). Name the list by `layers_pattern` in the PEFT config."
+        )
+    return next(iter(fitting.items()))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return len(module) > 0 and next(module.parameters(), None) is not None
+
+
+def _configured_depth(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
+
+
+def _refuse_shared_layers(lists: dict[str, nn.ModuleList], depth: int | None) -> None:
+    if depth is not None and lists and max(map(len, lists.values())) < depth:
+        raise IsolationError(
+            f"The config says {depth} layers, but the model holds at most {max(map(len, lists.values()))} in a list: "
+            "layers are shared across depth, so a stage's adapter would act in other stages too. Use a model with "
+            "separate layers."
+        )
+
+
+def group_layers(num_layers: int, num_slices: int, layers_per_slice: int | Sequence[int] | None) -> tuple:
+    """
+    Layer indices of each stage, top group first; the lowest layers left over are in none.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the slices need more layers than there are.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.layers import group_layers
+
+    >>> group_layers(7, 3, None)
+    ((5, 6), (3, 4), (1, 2))
+    ```
+    """
+    if num_slices > num_layers:
+        raise ConfigError(
+            f"num_slices={num_slices} is more than the model's {num_layers} layers: every slice needs at least one. "
+            "Use fewer slices."
+        )
+    sizes = layers_per_slice if layers_per_slice is not None else num_layers // num_slices
+    sizes = [sizes] * num_slices if isinstance(sizes, int) else list(sizes)
+    if sum(sizes) > num_layers:
+        raise ConfigError(
+            f"layers_per_slice={layers_per_slice} with num_slices={num_slices} needs {sum(sizes)} layers, but the "
+            f"model has {num_layers}. Lower one of them."
+        )
+    tops = [num_layers - sum(sizes[:i]) for i in range(num_slices)]
+    return tuple(tuple(range(top - size, top)) for top, size in zip(tops, sizes, strict=True))
+
+
+def find_task(model: nn.Module) -> str:
+    """The pipeline tag of the model's task, such as `text-generation`; `"other"` if it has none we know."""
+    name = type(model).__name__
+    return next((task for task, classes in _TASKS.items() if name in classes.values()), _guess_task(model))
+
+
+def _guess_task(model: nn.Module) -> str:
+    generates = getattr(model, "can_generate", lambda: False)()
+    return "text-generation" if generates else "other"
+
+
+def find_head(model: nn.Module, layers_path: str) -> tuple[str, ...]:
+    """
+    Names of the modules that turn the backbone's output into a classification; empty for a language model.
+
+    Everything with parameters outside the backbone (the child that holds the layers) is the head, whatever it is
+    called.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        layers_path (`str`): Name of the list of transformer layers.
+
+    Raises:
+        [`~hf_s3t.errors.LayersNotFoundError`]:
+            If a head's parameters are quantised or belong to no module that could be trained by itself.
+    """
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return ()
+    backbone = layers_path.partition(".")[0]
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    if own:
+        raise LayersNotFoundError(
+            f"{type(model).__name__} holds the parameters {', '.join(own)} itself, outside any module: they cannot be "
+            "kept per stage. Put them into a module of their own."
+        )
+    head = tuple(n for n, m in model.named_children() if n != backbone and next(m.parameters(), None) is not None)
+    quantised = [n for n in head for p in model.get_submodule(n).parameters() if not p.is_floating_point()]
+    if quantised:
+        raise LayersNotFoundError(
+            f"The head {', '.join(sorted(set(quantised)))} is quantised and cannot be trained. Load the base with "
+            f"`llm_int8_skip_modules={sorted(set(quantised))}` in its BitsAndBytesConfig."
+        )
+    return head

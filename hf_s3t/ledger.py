@@ -1,0 +1,185 @@
+"""The deletion ledger: append-only lines, each carrying the hash of the line before; and the report of a deletion."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+
+from .errors import FolderError, FormatVersionError
+
+
+LEDGER_VERSION = 1
+KINDS = ("deletion", "export")
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """
+    One line of the ledger. It names nobody: ids appear as digests keyed with the system's secret.
+
+    Args:
+        kind (`str`): `"deletion"`, or `"export"` for an adapter handed out that must be revoked by hand.
+        time (`str`): UTC time, ISO 8601.
+        ids (`tuple[str, ...]`): Keyed digests of the ids, sorted.
+        removed (`dict[str, str]`): Stages removed (or exported) and the digests of their adapters.
+        left (`dict[str, str]`): Stages that stay and the digests of their adapters.
+        previous (`tuple[str, ...]`): Hash of the line before; two after a merge, none in the first line.
+        versions (`dict[str, str]`): Library versions.
+    """
+
+    kind: str
+    time: str
+    ids: tuple[str, ...]
+    removed: dict[str, str]
+    left: dict[str, str]
+    previous: tuple[str, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_line(self) -> str:
+        """The entry as one line of JSON, without the line break."""
+        return json.dumps({"version": LEDGER_VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_line(cls, line: str) -> "LedgerEntry":
+        """The entry of a line; raises [`~hf_s3t.errors.FolderError`] if it is none."""
+        try:
+            values = json.loads(line)
+            version = values.pop("version")
+            if version != LEDGER_VERSION:
+                raise FormatVersionError(
+                    f"A ledger line has version {version!r}; this hf_s3t reads version {LEDGER_VERSION}."
+                )
+            entry = cls(**{**values, "ids": tuple(values["ids"]), "previous": tuple(values["previous"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
+        texts = (entry.time, *entry.ids, *entry.previous)
+        maps = (entry.removed, entry.left, entry.versions)
+        if (
+            entry.kind not in KINDS
+            or not all(isinstance(text, str) for text in texts)
+            or not all(isinstance(m, dict) for m in maps)
+        ):
+            raise FolderError(f"A ledger line has fields of a wrong type: {line[:80]!r}")
+        return entry
+
+
+def line_hash(line: str) -> str:
+    """The hash by which the next line refers to this one."""
+    return hashlib.sha256(line.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """
+    The lines of a ledger, checked as a chain. Appending gives a new ledger: nothing here writes to disk.
+
+    Args:
+        lines (`tuple[str, ...]`): The lines, oldest first.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.ledger import Ledger
+
+    >>> ledger = Ledger().append("deletion", ids=["5e0f"], removed={"shard-0/1": "a1"}, left={})
+    >>> ledger.deleted
+    frozenset({'5e0f'})
+    >>> Ledger.parse(ledger.text) == ledger
+    True
+    ```
+    """
+
+    lines: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Ledger":
+        """
+        Read a ledger and check that every line names the hash of the line before.
+
+        An unterminated last line was never acknowledged (the line break is written and synced with it): it is left
+        out.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a line is corrupt or the chain is broken.
+        """
+        lines = tuple(text.split("\n")[:-1])
+        for number, line in enumerate(lines, start=1):
+            expected = (line_hash(lines[number - 2]),) if number > 1 else ()
+            previous = LedgerEntry.from_line(line).previous
+            if previous[: len(expected)] != expected or (number == 1 and previous):
+                raise FolderError(
+                    f"ledger.jsonl line {number} does not continue line {number - 1}: a line was edited or dropped. "
+                    "Restore the ledger from a backup; do not serve this system."
+                )
+        return cls(lines)
+
+    def append(
+        self,
+        kind: str,
+        *,
+        ids: Sequence[str],
+        removed: dict[str, str],
+        left: dict[str, str],
+        versions: dict[str, str] | None = None,
+    ) -> "Ledger":
+        """The ledger with one more line, chained to the last."""
+        entry = LedgerEntry(
+            kind=kind,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            ids=tuple(sorted(ids)),
+            removed=dict(removed),
+            left=dict(left),
+            previous=(line_hash(self.lines[-1]),) if self.lines else (),
+            versions=dict(versions or {}),
+        )
+        return Ledger((*self.lines, entry.to_line()))
+
+    @cached_property
+    def entries(self) -> tuple[LedgerEntry, ...]:
+        """The lines, read."""
+        return tuple(LedgerEntry.from_line(line) for line in self.lines)
+
+    @cached_property
+    def deleted(self) -> frozenset[str]:
+        """Keyed digests of every id that was deleted."""
+        return frozenset(digest for entry in self.entries if entry.kind == "deletion" for digest in entry.ids)
+
+    @property
+    def num_deletions(self) -> int:
+        """Number of deletion requests that removed at least one example."""
+        return sum(entry.kind == "deletion" for entry in self.entries)
+
+    @property
+    def text(self) -> str:
+        """The ledger as it stands in the file."""
+        return "".join(line + "\n" for line in self.lines)
+
+
+@dataclass(frozen=True)
+class UnlearningReport:
+    """
+    What one call of `unlearn` did.
+
+    Args:
+        requested (`int`): Number of distinct ids asked for, groups resolved to their members.
+        deleted (`int`): How many of them were deleted by this call.
+        already_deleted (`int`): How many the ledger knew as deleted before.
+        stages_removed (`tuple[str, ...]`): The stages that went, as `shard-0/2-0-1`.
+        depths_before (`list[int]`): Per shard the depth of the stack that served before the call.
+        depths_after (`list[int]`): The same after the call; 0 means the shard has left the ensemble.
+        is_exhausted (`bool`): Whether no shard is left.
+        seconds (`float`): Duration of the call.
+        lock_seconds (`float`): How long the routing lock was held, all that a concurrent call can feel.
+    """
+
+    requested: int
+    deleted: int
+    already_deleted: int
+    stages_removed: tuple[str, ...]
+    depths_before: list[int]
+    depths_after: list[int]
+    is_exhausted: bool
+    seconds: float
+    lock_seconds: float

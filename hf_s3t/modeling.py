@@ -1,0 +1,507 @@
+"""`S3TModel`: serves the ensemble of a system and forgets examples."""
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import GenerationMixin
+
+from .analysis import expected_deletions_left
+from .base_model import check_base_is, load_base, log_casts_once
+from .ensemble import (
+    aggregate,
+    bind,
+    check_aggregation,
+    check_cache,
+    num_rows,
+    reorder_cache,
+    repeat_rows,
+    stamp_cache,
+)
+from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from .layers import LayerGroups, find_head, find_layers
+from .ledger import UnlearningReport
+from .plan import StageKey
+from .stack import Route, StageStack, seed_head
+from .storage import SystemFolder
+from .versions import library_versions
+
+
+_PRELOADS = ("best", "all")
+_WHEN_EXHAUSTED = ("error", "base")
+
+
+class Routing:
+    """A snapshot of which stacks answer. Never changed: a deletion puts another in its place."""
+
+    def __init__(self, served: Sequence[Sequence[StageKey]]):
+        self.served = tuple(tuple(tips) for tips in served)
+        members = tuple(tip for tips in self.served for tip in tips)
+        self.route = Route(members) if members else None
+        alive = sum(1 for tips in self.served if tips)
+        self.weights = torch.tensor([1 / (alive * len(tips)) for tips in self.served for _ in tips])
+
+    @property
+    def stages(self) -> set[StageKey]:
+        """Every stage that takes part."""
+        return {key for tips in self.served for tip in tips for key in tip.lineage}
+
+    @property
+    def depths(self) -> list[int]:
+        """Per shard the depth of the deepest stack that answers; 0 where the shard is dead."""
+        return [max((tip.depth for tip in tips), default=0) for tips in self.served]
+
+
+class S3TModel(GenerationMixin, nn.Module):
+    """
+    The ensemble of an S3T system on one base model, which behaves as a Transformers model of its task.
+
+    One member per shard answers: the longest stack of stages that survived the deletions so far. All members run in
+    one batched pass over one base. Load it with [`S3TModel.from_pretrained`]; a trainer's live model is
+    `trainer.s3t_model`.
+
+    What voids the guarantee of [`~S3TModel.unlearn`]: copies of the folder or of its tensors made elsewhere (other
+    processes that do not read the folder again, exported adapters, backups), a base model that was itself trained on
+    the deleted examples, and ids that do not name all copies of what is to be forgotten.
+
+    Args:
+        stack ([`~hf_s3t.stack.StageStack`]): The adapters in memory.
+        folder ([`~hf_s3t.storage.SystemFolder`]): The folder that this model serves and that `unlearn` writes to.
+        preload (`str`, defaults to `"best"`):
+            `"best"` holds the stacks that serve in memory, others when a deletion makes them best; `"all"` holds every
+            valid stage, so that a deletion never waits for the disk.
+        when_exhausted (`str`, defaults to `"error"`):
+            With no shard left, `"error"` raises [`~hf_s3t.errors.ExhaustedError`]; `"base"` lets a language model
+            answer as its base.
+
+    Example:
+
+    ```python
+    from hf_s3t import S3TModel
+
+    model = S3TModel.from_pretrained("llama-alpaca-s3t")
+    report = model.unlearn([17, 4211])
+    print(report.depths_before, "->", report.depths_after)
+    ```
+    """
+
+    def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
+        super().__init__()
+        _require("preload", preload, _PRELOADS)
+        _require("when_exhausted", when_exhausted, _WHEN_EXHAUSTED)
+        self.base_model = stack.base
+        self.stack = stack
+        self.folder = folder
+        self.preload = preload
+        self.when_exhausted = when_exhausted
+        self.aggregation = folder.record["aggregation"]
+        check_aggregation(self.aggregation, self.base_model.config)
+        if when_exhausted == "base" and stack.head:
+            raise ConfigError(
+                'when_exhausted="base" is for language models: a classifier\'s base has no trained head. Use "error".'
+            )
+        # Trainer, pipelines and `generate` look at the signature of an instance's forward.
+        self.forward = functools.wraps(self.base_model.forward)(functools.partial(S3TModel.forward, self))
+        self._routing_lock = threading.Lock()
+        self._deletion_lock = threading.RLock()
+        self._cleaner: threading.Thread | None = None
+        self._routing = Routing(())
+        self.refresh()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        base_model: nn.Module | str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        preload: str = "best",
+        when_exhausted: str = "error",
+    ) -> "S3TModel":
+        """
+        Load a system. The model is bound to the folder: `unlearn` writes there.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder of the system.
+            base_model (`nn.Module` or `str`, *optional*):
+                The base model, or an id or path to load it from; the recorded one if not given. It is recognised by a
+                digest of its tensors.
+            dtype (`str` or `torch.dtype`, *optional*): Precision of the base; as at training if not given.
+            device_map (*optional*): As in Transformers.
+            quantization_config (*optional*):
+                `None` quantises the base as at training, `False` does not quantise it, anything else is passed on. For
+                8-bit the outlier threshold is 0 unless set to other than its default, because with outlier columns
+                an answer depends on the other rows of its batch.
+            preload (`str`, defaults to `"best"`): See [`S3TModel`].
+            when_exhausted (`str`, defaults to `"error"`): See [`S3TModel`].
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder holds no system, or a file is missing or altered.
+            [`~hf_s3t.errors.BaseModelMismatchError`]: If the base is not the one the stages were trained on.
+        """
+        if not os.path.isdir(path):
+            raise FolderError(f"{path} is not a folder. Give the `output_dir` of a training run.")
+        folder = SystemFolder(path)
+        record = folder.record
+        layers = LayerGroups(
+            record["layers"]["path"], record["layers"]["num_layers"], tuple(map(tuple, record["layers"]["groups"]))
+        )
+        head = tuple(record["head"])
+        if isinstance(base_model, nn.Module):
+            base = base_model
+        else:
+            base = load_base(
+                record["base_model"],
+                name=base_model,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config,
+                head=head,
+                label_names=record["label_names"] if head else None,
+            )
+        found, _ = find_layers(base, layers.pattern)
+        if found != layers.path or find_head(base, found) != head:
+            raise ConfigError(
+                f"The base has its layers at {found} and the head {find_head(base, found)}; the system was trained "
+                f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
+            )
+        check_base_is(base, record["base_model"], layers.path, head)
+        seed_head(base, head, folder.config.seed)
+        log_casts_once(base)
+        stack = StageStack(base, LoraConfig(**record["peft_config"]), layers, head)
+        return cls(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
+
+    # A Transformers model of its task
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def config(self):
+        """The base model's configuration."""
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's precision."""
+        return self.base_model.dtype
+
+    @property
+    def generation_config(self):
+        """The base model's generation settings."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        self.base_model.generation_config = value
+
+    def can_generate(self) -> bool:
+        """Whether the base model can."""
+        return self.base_model.can_generate()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As the base model does."""
+        return self.base_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        members = len(getattr(past_key_values, "_s3t_route", None) or (None,))
+        return reorder_cache(past_key_values, beam_idx, members)
+
+    def forward(self, *args, labels: torch.Tensor | None = None, return_dict: bool | None = None, **kwargs):
+        """
+        The ensemble's answer to the inputs that the base model's `forward` takes.
+
+        Args:
+            *args: As for the base model.
+            **kwargs: As for the base model.
+            labels (`torch.Tensor`, *optional*): As for the base model; the loss is that of the ensemble's answer.
+            return_dict (`bool`, *optional*): `False` for a tuple.
+
+        Returns:
+            The output class of the base model with `logits` of shape `(rows, ..., classes)`, `loss` if there are
+            labels, and `past_key_values` where the base returns them. With mean probabilities, `logits` is the
+            logarithm of the mean.
+
+        Raises:
+            [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
+            [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
+        """
+        routing = self._routing
+        if self.base_model.training:
+            self.eval()
+        inputs = bind(self.base_model, args, kwargs)
+        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
+        if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
+            raise S3TError(
+                "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
+                "and look at it with plain PEFT."
+            )
+        if routing.route is None:
+            return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
+        cache = inputs.get("past_key_values")
+        check_cache(cache, routing.route)
+        members = len(routing.route)
+        rows = num_rows(inputs, self.main_input_name)
+        with self.stack.routed(routing.route):
+            outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
+        if cache is not None and outputs.get("past_key_values") is None:
+            stamp_cache(cache, routing.route)
+        stamp_cache(outputs.get("past_key_values"), routing.route)
+        logits = aggregate(outputs.logits, routing.weights, self.aggregation)
+        return self._output(outputs, logits, labels, return_dict, loss_kwargs)
+
+    def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
+        if self.when_exhausted == "error":
+            raise ExhaustedError(
+                f"{self.folder.path} is exhausted: deletions reached the first slice of every sequence of every "
+                "shard. Call `train()` of its trainer to grow stages on the remaining data, or load it with "
+                'when_exhausted="base" to let a language model answer as its base.'
+            )
+        outputs = self.base_model(**inputs, return_dict=True)
+        return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)
+
+    def _output(self, outputs, logits, labels, return_dict, loss_kwargs):
+        loss = None if labels is None else self._loss(logits, labels, loss_kwargs)
+        kept = {"loss": loss, "logits": logits, "past_key_values": outputs.get("past_key_values")}
+        answer = type(outputs)(**{k: v for k, v in kept.items() if v is not None})
+        return answer.to_tuple() if return_dict is False else answer
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_kwargs: dict) -> torch.Tensor:
+        named = {"logits": logits, "pooled_logits": logits, "config": self.config}
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
+        return self.base_model.loss_function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
+
+    # What the system is
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no shard is left to answer."""
+        return self._routing.route is None
+
+    def status(self) -> dict[str, Any]:
+        """
+        Where the system stands.
+
+        Returns:
+            `dict` with `examples` (how many are in), `deletions` (requests so far), `depths` (per shard the depth that
+            serves), `sequence_depths` (per shard and sequence), `stages` (valid, planned),
+            `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by
+            the prior, uniform if none is given; Lemma 1 from the present state).
+        """
+        folder = self.folder
+        valid = folder.valid_stages
+        config = folder.config
+        prior = config.deletion_prior
+        alive = folder.plan.first_slices_alive(valid)
+
+        def left(until: str) -> float:
+            return expected_deletions_left(alive, config.num_shards, config.num_slices, prior=prior, until=until)
+
+        return {
+            "examples": len(folder.table),
+            "deletions": folder.ledger.num_deletions,
+            "depths": self._routing.depths,
+            "sequence_depths": folder.plan.depths(valid),
+            "stages": (len(valid), len(folder.plan.stages(folder.table.empty))),
+            "deletions_until_first_dead_shard": left("first_shard"),
+            "deletions_until_exhausted": left("exhausted"),
+        }
+
+    def locate(self, ids: Sequence[int | str]) -> dict[int | str, tuple[int, int]]:
+        """
+        The (shard, slice) of examples.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
+        """
+        present, gone = self.folder.table.resolve(ids, None, self.folder.ledger.deleted, self.folder.key)
+        if gone:
+            raise UnknownExampleError(f"{gone} of the ids were deleted; they are in no slice.")
+        return {i: (self.folder.table.rows[i].shard, self.folder.table.rows[i].slice) for i in present}
+
+    def check(self) -> list[str]:
+        """
+        Read everything in the folder again and say what is wrong with it: digests, chain of the ledger, validity.
+
+        Returns:
+            `list[str]`: One sentence per problem; empty if all is well.
+        """
+        try:
+            folder = SystemFolder(self.folder.path)
+        except S3TError as error:
+            return [str(error)]
+        problems = []
+        valid = folder.valid_stages
+        for key in folder.plan.stages():
+            if key not in folder.stages:
+                continue
+            if key not in valid:
+                problems.append(
+                    f"{key} does not match the examples of its slices, or a stage it stands on is missing."
+                )
+            try:
+                folder.adapter_path(key)
+            except FolderError as error:
+                problems.append(str(error))
+        return problems
+
+    # Serving and forgetting
+
+    def refresh(self) -> None:
+        """Follow what is in the folder now: deletions by other processes, stages a trainer added."""
+        with self._deletion_lock:
+            self._wait_for_cleaner()
+            self.folder.refresh()
+            self._serve(self.folder.valid_stages)
+
+    def _serve(self, valid: frozenset[StageKey]) -> float:
+        """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
+        folder = self.folder
+        routing = Routing(folder.plan.served(valid, folder.config.select, folder.losses()))
+        wanted = set(valid) if self.preload == "all" else routing.stages
+        for key in sorted(wanted, key=lambda key: (key.shard, key.depth, key.prefix)):
+            if key not in self.stack:
+                self.stack.load(key, folder.adapter_path(key))
+        lock_seconds = self._switch(routing)
+        self.stack.drop([key for key in self.stack.loaded if key not in wanted])
+        return lock_seconds
+
+    def _switch(self, routing: Routing) -> float:
+        started = time.perf_counter()
+        with self._routing_lock:
+            # Calls compare caches by identity: the same stacks keep their route, and with it caches stay good.
+            if routing.served != self._routing.served:
+                self._routing = routing
+        return time.perf_counter() - started
+
+    def unlearn(
+        self,
+        ids: Sequence[int | str] | None = None,
+        *,
+        groups: Sequence[int | str] | None = None,
+        missing: str = "error",
+    ) -> UnlearningReport:
+        """
+        Forget examples: switch off, and remove, every stage that saw one (Algorithm 4). No training, no restart.
+
+        When it has returned, no call on this model returns a value computed with a stage that saw one of the ids; the
+        tensors are out of memory and the stage folders out of the system's folder. The deletion is in the ledger, and
+        synced, before anything else changes: whatever dies afterwards, the next load finishes the removal.
+
+        All ids are checked first; a refused call changes nothing. Ids that were deleted before are no error.
+
+        Args:
+            ids (sequence of `int` or `str`, *optional*): Ids of the examples.
+            groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
+            missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
+
+        Returns:
+            [`~hf_s3t.ledger.UnlearningReport`]: What went, and what is left.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
+            [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
+        """
+        _require("missing", missing, ("error", "ignore"))
+        if ids is None and groups is None:
+            raise ConfigError("`unlearn` was called with neither `ids` nor `groups`. Name what to forget.")
+        started = time.perf_counter()
+        with self._deletion_lock:
+            self._wait_for_cleaner()
+            with self.folder.lock():
+                return self._unlearn(ids, groups, missing, started)
+
+    def _unlearn(self, ids, groups, missing, started) -> UnlearningReport:
+        folder = self.folder
+        folder.refresh_ledger()
+        if missing == "ignore":
+            ids, groups = folder.table.known(ids, groups)
+        present, already = folder.table.resolve(ids, groups, folder.ledger.deleted, folder.key)
+        before = self._routing.depths
+        removed: list[StageKey] = []
+        lock_seconds = 0.0
+        if present:
+            valid = folder.valid_stages
+            removed = folder.plan.removed_by(folder.table.places(present), folder.stages)
+            folder.record_deletion(present, removed, library_versions())
+            lock_seconds = self._serve(valid - set(removed))
+            folder.remove_stages(removed)
+            folder.remove_stale_checkpoints()
+            self._cleaner = threading.Thread(target=folder.compact, name="hf_s3t-compact")
+            self._cleaner.start()
+        return UnlearningReport(
+            requested=len(present) + already,
+            deleted=len(present),
+            already_deleted=already,
+            stages_removed=tuple(str(key) for key in removed),
+            depths_before=before,
+            depths_after=self._routing.depths,
+            is_exhausted=self.is_exhausted,
+            seconds=time.perf_counter() - started,
+            lock_seconds=lock_seconds,
+        )
+
+    def _wait_for_cleaner(self) -> None:
+        """The id table is written without the deleted rows a moment after `unlearn` returned."""
+        if self._cleaner is not None:
+            self._cleaner.join()
+            self._cleaner = None
+
+    # Handing out
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Copy the system into another, empty folder (into its own, only make sure that all is written).
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+        """
+        self._wait_for_cleaner()
+        if Path(save_directory).resolve() != self.folder.path.resolve():
+            self.folder.copy_to(save_directory)
+
+    def export_adapter(self, shard: int, folder: str | os.PathLike) -> None:
+        """
+        Write the stack that serves a shard as one plain PEFT adapter, for use without hf_s3t.
+
+        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand.
+
+        Args:
+            shard (`int`): Number of the shard.
+            folder (`str` or `os.PathLike`): Where to write the adapter.
+
+        Raises:
+            [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
+        """
+        if not 0 <= shard < self.folder.plan.num_shards:
+            raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
+        tips = self._routing.served[shard]
+        if not tips:
+            raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
+        with self._deletion_lock, self.folder.lock():
+            self.folder.record_export(tips[0], library_versions())
+            self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+
+
+def _require(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

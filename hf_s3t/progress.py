@@ -1,0 +1,54 @@
+"""One progress bar for the whole plan, with the time left; inside a stage the usual one."""
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+
+
+class PlanProgress(ProgressCallback):
+    """
+    Trainer's progress bar for each stage, below one bar over all stages whose estimate of the time left weighs every
+    stage by what it computes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.plan_bar: tqdm | None = None
+        self._cost = 0.0
+
+    def begin(self, total_cost: float, enabled: bool) -> None:
+        """Open the bar of a plan that will cost this much."""
+        if enabled:
+            self.plan_bar = tqdm(
+                total=total_cost,
+                desc="S3T",
+                dynamic_ncols=True,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            )
+
+    def begin_stage(self, label: str, number: int, count: int, cost: float) -> None:
+        """Name the stage that starts now."""
+        self._cost = cost
+        if self.plan_bar is not None:
+            self.plan_bar.set_postfix_str(f"stage {number}/{count}: {label}")
+
+    def end(self) -> None:
+        """Close the bar."""
+        if self.plan_bar is not None:
+            self.plan_bar.close()
+            self.plan_bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar of a stage, which does not stay."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.leave = False
+        if self.plan_bar is not None and state.max_steps:
+            self.plan_bar.update(self._cost * state.global_step / state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move both bars."""
+        steps = state.global_step - self.current_step
+        super().on_step_end(args, state, control, **kwargs)
+        if self.plan_bar is not None:
+            self.plan_bar.update(self._cost * steps / state.max_steps)

@@ -1,0 +1,155 @@
+"""`S3TSFTTrainer`: TRL's `SFTTrainer`, run once per stage of an S3T system."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from .base_model import rowwise
+from .config import S3TConfig
+from .errors import IsolationError
+from .plan import StageKey
+from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
+from .training_data import ROW_COLUMN
+
+
+class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
+    """
+    TRL's [`~trl.SFTTrainer`] for S3T systems: supervised fine-tuning of causal language models.
+
+    Takes what `SFTTrainer` takes, in its order, and `s3t_config`. Every dataset format of TRL works (text,
+    prompt-completion, chat), and so does packing: a stage packs its own examples only. Examples whose answer is
+    truncated away are not trained on; their ids stay in the table and can be unlearned.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): The base model, or its id or path. It is never changed.
+        args ([`~trl.SFTConfig`], *optional*): The recipe of a stage; see [`S3TTrainer`] for what differs.
+        data_collator, train_dataset, eval_dataset, processing_class: As in `SFTTrainer`.
+        compute_loss_func, compute_metrics, callbacks: As in `SFTTrainer`.
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `SFTTrainer`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a base given by name. In 8 bit the outlier threshold is 0 unless it is set to other than its default.
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
+        formatting_func (`Callable`, *optional*): As in `SFTTrainer`.
+        s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, before any training; see `hf_s3t.errors`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import SFTConfig
+    from hf_s3t import S3TConfig, S3TSFTTrainer
+
+    trainer = S3TSFTTrainer(
+        model="meta-llama/Llama-2-7b-hf",
+        args=SFTConfig(output_dir="llama-alpaca-s3t", learning_rate=2e-5, num_train_epochs=3),
+        train_dataset=load_dataset("tatsu-lab/alpaca", split="train"),
+        peft_config=LoraConfig(r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4, budget=4),
+    )
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+        s3t_config: S3TConfig | None = None,
+    ):
+        refuse_shared_state(model, None, optimizers)
+        args = _as_sft_config(args, model)
+        if isinstance(model, str):
+            model = _load(model, args, quantization_config)
+        embeddings = model.get_input_embeddings().num_embeddings
+        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, peft_config, s3t_config)
+        self._stack = stack_of(model, blueprint)
+        default_ddp_arguments(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        if model.get_input_embeddings().num_embeddings != embeddings:
+            raise IsolationError(
+                f"`chat_template_path={args.chat_template_path!r}` added tokens and resized the embeddings of the "
+                "base, which all stages share. Save the resized model and train on that folder, or use a template "
+                "without new tokens."
+            )
+        self._set_up(blueprint)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if dataset_name != "train":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # Rows keep their number through tokenisation and filtering. Packing waits: a stage packs its own examples.
+        dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+        if packing:
+            args = copy.copy(args)
+            args.max_length = None
+        return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+
+    def _stage_dataset(self, key: StageKey):
+        dataset = super()._stage_dataset(key)
+        if self.args.packing and not self._skip_prepare_dataset:
+            return SFTTrainer._prepare_dataset(self, dataset, self.processing_class, self.args, True, None, str(key))
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `SFTTrainer` while a stage trains; otherwise the loss of the ensemble, from its own logits."""
+        if self._stage is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        return Trainer.compute_loss(self, self.s3t_model, inputs, return_outputs, num_items_in_batch)
+
+
+def _as_sft_config(args: TrainingArguments | None, model: str | nn.Module) -> SFTConfig:
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        return SFTConfig(output_dir=f"{name.split('/')[-1]}-S3T")
+    if isinstance(args, SFTConfig):
+        return args
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token
+    return SFTConfig(**values)
+
+
+def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
+    kwargs = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None
+    if quantization_config is not None:
+        kwargs["quantization_config"] = rowwise(quantization_config)
+    if args.distributed_state.distributed_type == "MULTI_GPU":
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **kwargs)

@@ -1,0 +1,483 @@
+"""A system's folder: its files, written atomically, checked when read (the format of `docs/format.md`)."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from .config import FORMAT_VERSION, S3TConfig
+from .errors import FolderError, FormatVersionError
+from .examples import DigestKey, Example, ExampleTable
+from .ledger import Ledger
+from .plan import Plan, StageKey
+
+
+CONFIG_FILE = "s3t_config.json"
+TABLE_FILE = "examples.parquet"
+LEDGER_FILE = "ledger.jsonl"
+STAGES = "stages"
+CHECKPOINTS = "checkpoints"
+STAGE_FILE = "stage.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+
+class SystemFolder:
+    """
+    The folder of one system, and what it says: settings, table, ledger, and which stages are valid.
+
+    Holds no tensors. Every write is synced and renamed into place; every read is checked against a digest.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder. It must hold a system; see [`SystemFolder.create`].
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not (self.path / CONFIG_FILE).is_file():
+            raise FolderError(
+                f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
+                "or the folder of `save_pretrained`."
+            )
+        self.record = _read_checked_json(self.path / CONFIG_FILE)
+        version = self.record.get("format_version")
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{self.path / CONFIG_FILE} has format version {version!r}; this hf_s3t reads version "
+                f"{FORMAT_VERSION}. Install the version of hf_s3t that wrote it."
+            )
+        self.config = S3TConfig.from_dict(self.record["s3t_config"])
+        self.plan = Plan.from_config(self.config)
+        self.key = DigestKey.load(self.path)
+        self._stages: dict[StageKey, dict[str, Any]] = {}
+        self.refresh()
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike, record: Mapping[str, Any], rows: Mapping[int | str, Example], key: DigestKey
+    ) -> "SystemFolder":
+        """
+        Make a new system: the table, an empty ledger, and last the config, whose presence makes it a system.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder, which may exist.
+            record (mapping): What `s3t_config.json` says besides the format version.
+            rows (mapping from id to [`~hf_s3t.examples.Example`]): The table.
+            key ([`~hf_s3t.examples.DigestKey`]): The secret the rows were digested with.
+        """
+        path = Path(path)
+        (path / STAGES).mkdir(parents=True, exist_ok=True)
+        config = S3TConfig.from_dict(record["s3t_config"])
+        table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
+        _write_table(path / TABLE_FILE, table, ledger_lines=0)
+        _write_atomically(path / LEDGER_FILE, b"")
+        _write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, **record})
+        return cls(path)
+
+    @staticmethod
+    def exists(path: str | os.PathLike) -> bool:
+        """Whether the folder holds a system."""
+        return (Path(path) / CONFIG_FILE).is_file()
+
+    def lock(self) -> FileLock:
+        """The lock under which deletions are recorded and stages renamed into place."""
+        return FileLock(self.path / STAGES / ".lock")
+
+    # What is there
+
+    def refresh(self) -> None:
+        """Read ledger, table and stages again, and finish a removal that something interrupted."""
+        self.ledger = self._read_ledger()
+        self.table = self._read_table()
+        self._stages = self._scan_stages()
+        self._finish_removal()
+
+    def is_deleted(self, example_id: int | str) -> bool:
+        """Whether the ledger knows the id as deleted."""
+        return self.key.of_id(example_id) in self.ledger.deleted
+
+    @property
+    def stages(self) -> list[StageKey]:
+        """The stages that have a folder, valid or not."""
+        return list(self._stages)
+
+    def stage_record(self, key: StageKey) -> dict[str, Any]:
+        """What `stage.json` says."""
+        return self._stages[key]
+
+    def slice_digests(self, key: StageKey) -> list[str]:
+        """The digests of the slices of a stage as they are now."""
+        return [self.table.slice_digest(key.shard, s) for s in key.prefix]
+
+    def is_valid(self, key: StageKey) -> bool:
+        """
+        Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
+        there.
+        """
+        below = None
+        for stage in key.lineage:
+            record = self._stages.get(stage)
+            if record is None or record["slices"] != self.slice_digests(stage):
+                return False
+            if below is not None and record["below"] != below:
+                return False
+            below = record["files"][ADAPTER_FILE]
+        return True
+
+    @property
+    def valid_stages(self) -> frozenset[StageKey]:
+        """The planned stages that are valid."""
+        valid: set[StageKey] = set()
+        for key in self.plan.stages():
+            # Parents come first, so one look at the parent stands for the whole lineage.
+            if (key.parent is None or key.parent in valid) and key in self._stages and self.is_valid(key):
+                valid.add(key)
+        return frozenset(valid)
+
+    def losses(self) -> dict[StageKey, float]:
+        """The evaluation loss recorded with each stage that has one."""
+        return {
+            key: record["metrics"]["eval_loss"]
+            for key, record in self._stages.items()
+            if "eval_loss" in record["metrics"]
+        }
+
+    def adapter_path(self, key: StageKey) -> Path:
+        """
+        The folder of a stage whose files are as they were written.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
+        """
+        folder = self.path / key.path
+        for name, digest in self._stages[key]["files"].items():
+            check_digest(folder / name, digest)
+        return folder
+
+    # Writing
+
+    def write_stage(self, key: StageKey, record: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
+        """
+        Write a stage: to a temporary folder, synced, then renamed, after the ledger was read again.
+
+        Args:
+            key ([`StageKey`]): The stage.
+            record (mapping): What `stage.json` shall say; `slices` are the digests it was trained on.
+            fill (callable): Called with the temporary folder to write the adapter into.
+
+        Returns:
+            `bool`: False if a deletion that came meanwhile touches the stage, which is then discarded.
+        """
+        target = self.path / key.path
+        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            files = {name: file_digest(temporary / name) for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)}
+            record = {**record, "stage": str(key), "files": files}
+            _write_checked_json(temporary / STAGE_FILE, record)
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            with self.lock():
+                self.refresh_ledger()
+                if record["slices"] != self.slice_digests(key):
+                    return False
+                self._discard(target)
+                os.rename(temporary, target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._stages[key] = record
+        self.remove_checkpoints(key)
+        return True
+
+    def record_deletion(self, ids, removed: list[StageKey], versions: Mapping[str, str]) -> None:
+        """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
+        gone = set(removed)
+        stays = {str(k): r["files"][ADAPTER_FILE] for k, r in self._stages.items() if k not in gone}
+        self._append(
+            self.ledger.append(
+                "deletion",
+                ids=[self.key.of_id(i) for i in ids],
+                removed={str(k): self._stages[k]["files"][ADAPTER_FILE] for k in removed},
+                left=stays,
+                versions=dict(versions),
+            )
+        )
+        self.table = self.table.without(ids)
+
+    def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
+        """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
+        digests = {str(k): self._stages[k]["files"][ADAPTER_FILE] for k in key.lineage}
+        self._append(self.ledger.append("export", ids=(), removed=digests, left={}, versions=dict(versions)))
+
+    def remove_stages(self, keys) -> None:
+        """Remove stages; each goes by one rename first."""
+        for key in keys:
+            self._discard(self.path / key.path)
+            self._stages.pop(key, None)
+
+    def remove_stale_checkpoints(self) -> None:
+        """Remove unfinished checkpoints of stages whose slices are no longer what they saw."""
+        for folder in self.path.glob(f"{CHECKPOINTS}/shard-*/*"):
+            self._drop_stale_checkpoints(folder)
+
+    def remove_checkpoints(self, key: StageKey) -> None:
+        """Remove the unfinished checkpoints of a stage."""
+        shutil.rmtree(self.checkpoints(key), ignore_errors=True)
+
+    def checkpoints(self, key: StageKey) -> Path:
+        """Where the checkpoints of a stage in training lie."""
+        return self.path / CHECKPOINTS / key.path.removeprefix(f"{STAGES}/")
+
+    def compact(self) -> None:
+        """Write the table without the rows that the ledger masks (E5)."""
+        _write_table(self.path / TABLE_FILE, self.table, ledger_lines=len(self.ledger.lines))
+
+    def copy_to(self, path: str | os.PathLike) -> None:
+        """Copy the system, without checkpoints, into another folder; the config goes last."""
+        target = Path(path)
+        if target.exists() and any(target.iterdir()):
+            raise FolderError(f"{target} is not empty. Give a new folder to save the system to.")
+        shutil.copytree(
+            self.path,
+            target,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(CHECKPOINTS, CONFIG_FILE, ".tmp-*", ".gone-*", ".lock"),
+        )
+        shutil.copy2(self.path / CONFIG_FILE, target / CONFIG_FILE)
+
+    # Inside
+
+    def _append(self, ledger: Ledger) -> None:
+        with open(self.path / LEDGER_FILE, "r+b") as file:
+            # A torn last line was never acknowledged; the new line takes its place.
+            file.truncate(len(self.ledger.text.encode()))
+            file.seek(0, os.SEEK_END)
+            file.write((ledger.lines[-1] + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.ledger = ledger
+
+    def _discard(self, folder: Path) -> None:
+        if folder.exists():
+            gone = folder.with_name(f".gone-{folder.name}-{uuid.uuid4().hex[:8]}")
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
+
+    def refresh_ledger(self) -> None:
+        """Take in deletions that another process recorded."""
+        ledger = self._read_ledger()
+        if ledger != self.ledger:
+            self.ledger = ledger
+            self.table = self._masked(self.table)
+
+    def _read_ledger(self) -> Ledger:
+        try:
+            return Ledger.parse((self.path / LEDGER_FILE).read_text())
+        except FileNotFoundError:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} is missing: without it deletions could be forgotten. Restore it from a "
+                "backup."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}.") from error
+
+    def _read_table(self) -> ExampleTable:
+        rows, lines = _read_table(self.path / TABLE_FILE)
+        config = self.config
+        if any(not (0 <= r.shard < config.num_shards and 0 <= r.slice < config.num_slices) for r in rows.values()):
+            raise FolderError(f"{self.path / TABLE_FILE} places examples outside the system's shards and slices.")
+        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
+        return table if lines == len(self.ledger.lines) else self._masked(table)
+
+    def _masked(self, table: ExampleTable) -> ExampleTable:
+        return table.without([i for i in table.rows if self.is_deleted(i)])
+
+    def _scan_stages(self) -> dict[StageKey, dict[str, Any]]:
+        return {key: self._read_stage(key) for key in self._stage_folders(self.path / STAGES)}
+
+    def _stage_folders(self, root: Path) -> Iterator[StageKey]:
+        for shard in sorted(root.glob("shard-*")):
+            for folder in sorted(shard.iterdir()):
+                if not folder.name.startswith("."):
+                    yield StageKey.from_path(f"{STAGES}/{shard.name}/{folder.name}")
+
+    def _read_stage(self, key: StageKey) -> dict[str, Any]:
+        record = _read_checked_json(self.path / key.path / STAGE_FILE)
+        if record.get("stage") != str(key):
+            raise FolderError(
+                f"{self.path / key.path} holds the stage {record.get('stage')!r}: folders were swapped or renamed. "
+                "Move it back, or remove it and call `train()` to grow it again."
+            )
+        return record
+
+    def _finish_removal(self) -> None:
+        """Remove what a deletion condemned and what an interrupted write or removal left behind."""
+        for leftover in [*self.path.glob(f"{STAGES}/shard-*/.tmp-*"), *self.path.glob(f"{STAGES}/shard-*/.gone-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        stale = [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
+        if stale:
+            self.remove_stages(stale)
+        self.remove_stale_checkpoints()
+        if _ledger_lines_in(self.path / TABLE_FILE) != len(self.ledger.lines):
+            self.compact()
+
+    def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
+        # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
+        if not self.ledger.num_deletions or record["slices"] == self.slice_digests(key):
+            return False
+        return True
+
+    def _drop_stale_checkpoints(self, folder: Path) -> None:
+        relative = folder.relative_to(self.path / CHECKPOINTS).as_posix()
+        key = StageKey.from_path(f"{STAGES}/{relative}")
+        for checkpoint in folder.glob("checkpoint-*"):
+            with contextlib.suppress(FolderError):
+                if _read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key):
+                    continue
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Mark a checkpoint with the slices it has seen; without this file it is not resumed."""
+        _write_checked_json(folder / STAGE_FILE, record)
+
+    def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
+        """What `write_checkpoint_record` wrote."""
+        return _read_checked_json(folder / STAGE_FILE)
+
+
+# Files
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
+    if not path.is_file():
+        raise FolderError(f"{path} is missing. Restore it, or remove its folder and call `train()` to grow it again.")
+    found = file_digest(path)
+    if found != expected:
+        raise FolderError(
+            f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. Restore it, or "
+            "remove its folder and call `train()` to grow it again."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _write_checked_json(path: Path, record: Mapping[str, Any]) -> None:
+    record = json.loads(json.dumps(record))
+    text = json.dumps({**record, "digest": _json_digest(record)}, indent=2)
+    _write_atomically(path, text.encode())
+
+
+def _read_checked_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that carries its own digest."""
+    try:
+        record = json.loads(path.read_bytes())
+        digest = record.pop("digest", None)
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FolderError(f"{path} is not the JSON it was written as: {error}.") from error
+    if digest != _json_digest(record):
+        raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
+    return record
+
+
+_TABLE_DIGEST = b"hf_s3t.digest"
+_TABLE_LINES = b"hf_s3t.ledger_lines"
+
+
+def _write_table(path: Path, table: ExampleTable, ledger_lines: int) -> None:
+    rows = table.rows
+    columns = {
+        "id": pa.array(list(rows)),
+        "shard": pa.array([r.shard for r in rows.values()], pa.int32()),
+        "slice": pa.array([r.slice for r in rows.values()], pa.int32()),
+        "digest": pa.array([r.digest for r in rows.values()], pa.string()),
+    }
+    if any(r.group is not None for r in rows.values()):
+        columns["group"] = pa.array([r.group for r in rows.values()])
+    arrow = pa.table(columns)
+    metadata = {_TABLE_DIGEST: _table_digest(arrow), _TABLE_LINES: str(ledger_lines)}
+    buffer = pa.BufferOutputStream()
+    pq.write_table(arrow.replace_schema_metadata(metadata), buffer)
+    _write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def _table_digest(arrow: pa.Table) -> str:
+    # Arrow's stream format of a table combined into one batch is the same bytes for the same values.
+    sink = pa.BufferOutputStream()
+    plain = arrow.replace_schema_metadata(None).combine_chunks()
+    with pa.ipc.new_stream(sink, plain.schema) as writer:
+        writer.write_table(plain)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def _ledger_lines_in(path: Path) -> int:
+    return int(pq.read_schema(path).metadata[_TABLE_LINES])
+
+
+def _read_table(path: Path) -> tuple[dict[int | str, Example], int]:
+    try:
+        arrow = pq.read_table(path)
+        metadata = arrow.schema.metadata or {}
+        digest, lines = metadata[_TABLE_DIGEST].decode(), int(metadata[_TABLE_LINES])
+        intact = digest == _table_digest(arrow)
+        columns = arrow.to_pydict()
+        groups = columns.get("group", [None] * arrow.num_rows)
+        rows = {
+            example_id: Example(shard, slice_, content, group)
+            for example_id, shard, slice_, content, group in zip(
+                columns["id"], columns["shard"], columns["slice"], columns["digest"], groups, strict=True
+            )
+        }
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
+    except (pa.ArrowException, KeyError, ValueError, TypeError, UnicodeDecodeError, OSError) as error:
+        raise FolderError(f"{path} is not the table it was written as: {error}.") from error
+    if not intact:
+        raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
+    return rows, lines

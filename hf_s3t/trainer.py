@@ -1,0 +1,607 @@
+"""`S3TTrainer`: Transformers' `Trainer`, run once per stage of an S3T system."""
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file
+from torch import nn
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .base_model import check_base_is, describe_base, log_casts_once
+from .circumstances import circumstances, recipe_of
+from .config import S3TConfig
+from .errors import ConfigError, FolderError, S3TError
+from .examples import DigestKey
+from .isolation import check_arguments, check_base, check_datasets, check_peft_config
+from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
+from .modeling import S3TModel
+from .plan import StageKey, relative_cost, stage_seed
+from .progress import PlanProgress
+from .stack import StageStack, seed_head
+from .storage import ADAPTER_FILE, SystemFolder
+from .training_data import EpochSeededSampler, StageRows, TrainingRows, preserved_randomness
+from .verify import VerificationReport, verify_stages
+
+
+# What `Accelerator.prepare` leaves on a model.
+_PREPARED = ("forward", "_original_forward")
+
+
+@dataclass(frozen=True)
+class _Blueprint:
+    """What a trainer knows about its system before anything is written."""
+
+    config: S3TConfig
+    peft_config: LoraConfig
+    layers: LayerGroups
+    head: tuple[str, ...]
+    base: dict[str, Any]
+    rows: TrainingRows | None
+    task: str
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """What `s3t_config.json` says."""
+        id2label = getattr(model.config, "id2label", None) if self.head else None
+        return {
+            "s3t_config": self.config.to_dict(),
+            "base_model": self.base,
+            "task": self.task,
+            "aggregation": self.config.aggregation or _default_aggregation(self.task),
+            "label_names": {str(k): v for k, v in (id2label or {}).items()},
+            "peft_config": _plain_peft_config(self.peft_config),
+            "layers": {
+                "path": self.layers.path,
+                "num_layers": self.layers.num_layers,
+                "groups": [list(group) for group in self.layers.groups],
+            },
+            "head": list(self.head),
+            "versions": circumstances(model)["versions"],
+        }
+
+
+class S3TTrainerMixin:
+    """
+    What makes a [`~transformers.Trainer`] train an S3T system: a run of `Trainer.train` per stage, on that stage's
+    examples, with only that stage's adapter trainable.
+
+    Put it before the trainer class: `class MyTrainer(S3TTrainerMixin, SomeTrainer)`.
+    """
+
+    # Setting up
+
+    def _draw_up(self, model, args, train_dataset, eval_dataset, peft_config, s3t_config) -> _Blueprint:
+        """Check everything that can be checked before anything is changed or written."""
+        recorded = _recorded(args.output_dir)
+        config = _merged_config(s3t_config, recorded)
+        peft_config = _merged_peft_config(peft_config, recorded)
+        if getattr(args, "push_to_hub", False):
+            raise ConfigError("`push_to_hub=True` is not supported yet: systems live in folders. Leave it off.")
+        check_arguments(args)
+        check_datasets(train_dataset, eval_dataset, args, config)
+        check_base(model, config)
+        path, module_list = find_layers(model, peft_config.layers_pattern)
+        layers = LayerGroups(
+            path, len(module_list), group_layers(len(module_list), config.num_slices, config.layers_per_slice)
+        )
+        head = find_head(model, path)
+        check_peft_config(peft_config, head)
+        rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
+        if recorded is None and rows is None:
+            raise ConfigError(
+                f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with."
+            )
+        if recorded is not None:
+            check_base_is(model, recorded["base_model"], path, head)
+            base = recorded["base_model"]
+        else:
+            base = describe_base(model, path, head)
+        if rows is not None:
+            self._match(rows, args.output_dir, recorded)
+        return _Blueprint(config, peft_config, layers, head, base, rows, find_task(model))
+
+    @staticmethod
+    def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> None:
+        """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
+        if recorded is None:
+            rows.partition([""] * len(rows.ids))
+            return
+        folder = SystemFolder(output_dir)
+        folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted)
+
+    def _set_up(self, blueprint: _Blueprint) -> None:
+        """Open the system's folder, or make it, and get ready to train."""
+        output_dir = self.args.output_dir
+        if self.is_world_process_zero() and not SystemFolder.exists(output_dir):
+            os.makedirs(output_dir, exist_ok=True)
+            key = DigestKey.load(output_dir, create=True)
+            table = blueprint.rows.partition(blueprint.rows.digests(key))
+            SystemFolder.create(output_dir, blueprint.record(self.model), table, key)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        self.accelerator.wait_for_everyone()
+        self.folder = SystemFolder(output_dir)
+        self.s3t_config = blueprint.config
+        self._layers = blueprint.layers
+        self._stage: StageKey | None = None
+        self._stage_output_dir: Path | None = None
+        self._live: S3TModel | None = None
+        self._prepared = self.train_dataset
+        self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
+        if self._stage_rows is not None:
+            self._stage_rows.check_slices(self.folder.table)
+        self._initial_callbacks = [
+            copy.deepcopy(c) for c in self.callback_handler.callbacks if isinstance(c, ExportableState)
+        ]
+        self._progress = PlanProgress()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(self._progress)
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Make every planned stage exist, training only what is missing (Algorithm 3).
+
+        A fresh run, a resume after a crash, and the regrowth of deleted stages on the remaining data are all this.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                `False` starts a stage that was interrupted again from its beginning; otherwise its last checkpoint is
+                resumed, if what it saw is still what the stage shall see.
+            trial (*optional*): Must be `None`: hyperparameters cannot change between stages.
+            ignore_keys_for_eval (`list[str]`, *optional*): As in `Trainer.train`.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics.
+        """
+        if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            raise ConfigError(
+                f"`train(resume_from_checkpoint={resume_from_checkpoint!r}, trial={trial!r})`: stages resume by "
+                "themselves from the output folder, and hyperparameters cannot change between stages. Call `train()`."
+            )
+        if self._stage_rows is None:
+            raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
+        self.folder.refresh()
+        keys = self._stage_order(self.folder.plan.missing(self.folder.valid_stages, self.folder.table.empty))
+        costs = [self._cost(key) for key in keys]
+        self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
+        outputs = []
+        try:
+            for number, (key, cost) in enumerate(zip(keys, costs, strict=True), start=1):
+                self._progress.begin_stage(str(key), number, len(keys), cost)
+                outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
+        finally:
+            self._progress.end()
+            self.train_dataset = self._prepared
+        if self._live is not None:
+            self._live.refresh()
+        return _summary(outputs)
+
+    def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
+        """The order in which missing stages are trained; any that has parents first gives the same tensors."""
+        return keys
+
+    def _cost(self, key: StageKey) -> float:
+        examples = sum(self.folder.table.size(key.shard, s) for s in key.prefix)
+        return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
+
+    def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
+        folder = self.folder
+        self._bring_in(key)
+        slices = folder.slice_digests(key)
+        below = folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None
+        origin = {"slices": slices, "below": below, "recipe": recipe_of(self.args)}
+        frozen = self._stack.digest(key.lineage[:-1])
+        checkpoint = self._last_checkpoint(key, origin) if resume else None
+        with self._training(key, folder.checkpoints(key), origin):
+            output = self._fit(key, checkpoint, ignore_keys_for_eval)
+            metrics = {**output.metrics, **self._stage_metrics()}
+        frozen_after = self._stack.digest(key.lineage[:-1])
+        if frozen_after != frozen:
+            raise S3TError(
+                f"Training {key} changed a stage below it, which must be frozen. A callback or optimizer wrote to "
+                "parameters without gradients; remove it."
+            )
+        record = {
+            **origin,
+            "seed": stage_seed(self.s3t_config.seed, key),
+            "layers": list(self._layers.groups[key.group]),
+            "counts": [folder.table.size(key.shard, s) for s in key.prefix],
+            "examples_dropped": self._dropped(key),
+            "frozen_before": frozen,
+            "frozen_after": frozen_after,
+            "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
+            "circumstances": circumstances(self.model, self.accelerator),
+        }
+        self._write(key, record)
+        return output
+
+    def _write(self, key: StageKey, record: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            base_id = self.folder.record["base_model"]["id"]
+            written = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
+            if not written:
+                self._stack.drop([key])
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            self.folder.refresh()
+
+    def _dropped(self, key: StageKey) -> int:
+        owned = sum(self.folder.table.size(key.shard, s) for s in key.prefix)
+        return owned - len(self._stage_rows.positions(key, self.folder.table))
+
+    def _bring_in(self, key: StageKey) -> None:
+        """Have the stages below in memory, and of the others only those that serve."""
+        serving = self._live._routing.stages if self._live is not None else set()
+        below = key.lineage[:-1]
+        self._stack.drop([k for k in self._stack.loaded if k not in below and k not in serving])
+        for stage in below:
+            if stage not in self._stack:
+                self._stack.load(stage, self.folder.adapter_path(stage))
+
+    @contextlib.contextmanager
+    def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
+        """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
+        self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
+        self.train_dataset = self._stage_dataset(key)
+        self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
+        self.model_wrapped = self.model
+        self._reset_callbacks()
+        try:
+            with self._unprepared():
+                yield
+        finally:
+            self._stage = self._stage_output_dir = None
+            if hasattr(self.model, "disable_input_require_grads"):
+                self.model.disable_input_require_grads()
+            self.optimizer = self.lr_scheduler = None
+            self.model_wrapped = self.model
+            self._stack.deactivate()
+            self.model.eval()
+
+    @contextlib.contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        """
+        A model that Accelerate has not seen, before and after.
+
+        For mixed precision it wraps the forward of the model it prepares and marks the model, so that the next stage
+        would train without; and a base that serves must not stay wrapped.
+        """
+        before = {name: self.model.__dict__.get(name) for name in _PREPARED}
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        self.accelerator.free_memory()
+        try:
+            yield
+        finally:
+            self.accelerator.free_memory()
+            for name, value in before.items():
+                if value is None:
+                    self.model.__dict__.pop(name, None)
+                else:
+                    self.model.__dict__[name] = value
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+
+    def _fit(self, key: StageKey, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        """One run of `Trainer.train`: the only place where a stage's randomness begins."""
+        seed = stage_seed(self.s3t_config.seed, key)
+        self.args.seed = seed
+        self.args.data_seed = self.accelerator.dataloader_config.data_seed = None
+        set_seed(seed)
+        self._stack.add(key)
+        self._stack.train_only(key)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+        except BaseException:
+            self.is_in_train = False
+            self._stack.drop([key])
+            raise
+
+    def _stage_dataset(self, key: StageKey) -> Any:
+        """The dataset a stage trains on, ready for the data loader."""
+        return self._stage_rows.select(key, self.folder.table)
+
+    def _reset_callbacks(self) -> None:
+        """Callbacks that keep state (early stopping, say) start every stage as they were given."""
+        for fresh in self._initial_callbacks:
+            position = next(i for i, c in enumerate(self.callback_handler.callbacks) if type(c) is type(fresh))
+            self.callback_handler.callbacks[position] = copy.deepcopy(fresh)
+
+    def _stage_metrics(self) -> dict[str, float]:
+        """The stage's own evaluation, if there is a set to evaluate on and someone asks for the numbers."""
+        if self.eval_dataset is None or (self.s3t_config.select != "metric" and self.args.eval_strategy == "no"):
+            return {}
+        return self.evaluate()
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return EpochSeededSampler(sampler, self.args.seed)
+        return sampler
+
+    # Checkpoints inside a stage
+
+    def _get_output_dir(self, trial):
+        return str(self._stage_output_dir) if self._stage_output_dir is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        # The record is what makes a checkpoint resumable: it comes when every process has written its part.
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.folder.write_checkpoint_record(checkpoint, self._stage_origin)
+
+    def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
+        """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
+        found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+            with contextlib.suppress(FolderError):
+                if self.folder.read_checkpoint_record(checkpoint) == json.loads(json.dumps(origin)):
+                    return str(checkpoint)
+        return None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the system: into its own folder, where everything is already written; into another, a copy.
+
+        Args:
+            output_dir (`str`, *optional*): The folder; `args.output_dir` if not given.
+        """
+        if _internal_call:
+            if self.is_world_process_zero():
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                self._stack.save(self._stage, Path(output_dir), self.folder.record["base_model"]["id"])
+        elif output_dir is not None and self.is_world_process_zero():
+            self.s3t_model.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._stack.fill(self._stage, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        self._stack.train_only(self._stage)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Checkpoints of a stage get no model card; the system's is written when it is published."""
+
+    # Evaluation and serving
+
+    @property
+    def s3t_model(self) -> S3TModel:
+        """The live [`S3TModel`], which shares the trainer's base and folder."""
+        if self._live is None:
+            self._live = S3TModel(self._stack, self.folder)
+        return self._live
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
+            yield
+
+    def evaluate(self, *args, **kwargs):
+        """
+        As `Trainer.evaluate`: with the ensemble, or while a stage trains with the stack so far. It draws from no
+        random state that training uses.
+        """
+        with self._evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As `Trainer.predict`, with the ensemble."""
+        with self._evaluating():
+            return super().predict(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in `Trainer`, with the ensemble unless a stage is training."""
+        model = model if self._stage is not None else self.s3t_model
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; logs carry the shard, the sequence so far and the stage's number."""
+        if self._stage is not None:
+            logs = {
+                **logs,
+                "shard": self._stage.shard,
+                "sequence": "-".join(map(str, self._stage.prefix)),
+                "stage": self._stage.group,
+            }
+        super().log(logs, start_time)
+
+    # The audit
+
+    def verify(self, stages: str | Sequence[StageKey | str] | None = None) -> VerificationReport:
+        """
+        Train surviving stages again, from their first stage up, on the data left, and compare bit for bit (E3).
+
+        Args:
+            stages (`"sample"` or a list of stages, *optional*):
+                `None` for every valid stage, `"sample"` for one drawn at random, or keys such as `"shard-0/2-0"`.
+
+        Returns:
+            [`~hf_s3t.verify.VerificationReport`]: Which stages were trained again, and every tensor that differs.
+        """
+        return verify_stages(self, stages)
+
+
+class S3TTrainer(S3TTrainerMixin, Trainer):
+    """
+    [`~transformers.Trainer`] for S3T systems: sequence and image classification, and any other task with one stack of
+    transformer layers.
+
+    Takes what `Trainer` takes, in its order, and two arguments more. `args.output_dir` is the system's folder;
+    `num_train_epochs` and `max_steps` count per stage; `args.seed` is overridden by `s3t_config.seed`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model. It is never changed, and its head is initialised
+            from the seed.
+        args ([`~transformers.TrainingArguments`], *optional*): The recipe of a stage.
+        data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`.
+        compute_loss_func, compute_metrics, callbacks: As in `Trainer`.
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
+        model_init, optimizers: Refused: every stage starts a fresh optimizer on the one base model.
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
+        s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, before any training; see `hf_s3t.errors`.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from transformers import AutoModelForSequenceClassification, TrainingArguments
+    from hf_s3t import S3TConfig, S3TTrainer
+
+    trainer = S3TTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained("roberta-large", num_labels=2),
+        args=TrainingArguments(output_dir="roberta-sst2-s3t", learning_rate=1e-5, num_train_epochs=10),
+        train_dataset=tokenized_dataset,
+        peft_config=LoraConfig(r=16, lora_alpha=32, use_rslora=True, target_modules=["query", "value"]),
+        s3t_config=S3TConfig(num_shards=5, num_slices=7, layers_per_slice=3, id_column="id"),
+    )
+    trainer.train()
+    trainer.s3t_model.unlearn([17, 4211])
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: PeftConfig | None = None,
+        s3t_config: S3TConfig | None = None,
+    ):
+        args = args if args is not None else TrainingArguments(output_dir="s3t_system")
+        refuse_shared_state(model, model_init, optimizers)
+        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, peft_config, s3t_config)
+        self._stack = stack_of(model, blueprint)
+        default_ddp_arguments(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._set_up(blueprint)
+
+
+def stack_of(model: nn.Module, blueprint: _Blueprint) -> StageStack:
+    """The stack of a blueprint, on its base model with a head from the seed."""
+    seed_head(model, blueprint.head, blueprint.config.seed)
+    log_casts_once(model)
+    return StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
+
+
+def refuse_shared_state(model, model_init, optimizers) -> None:
+    """Refuse arguments that would carry state from one stage into the next."""
+    if model is None or model_init is not None:
+        raise ConfigError(
+            "S3TTrainer needs `model`, the base that all stages share; `model_init` would make another one for every "
+            "stage. Give the model."
+        )
+    if any(part is not None for part in optimizers):
+        raise ConfigError(
+            "`optimizers` would carry an optimizer's state from stage to stage. Give `optimizer_cls_and_kwargs`, from "
+            "which every stage makes its own."
+        )
+
+
+def default_ddp_arguments(args: TrainingArguments) -> None:
+    """Every trainable parameter of a stage takes part in every step, so DDP has none to look for."""
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
+def _recorded(output_dir: str) -> dict[str, Any] | None:
+    return SystemFolder(output_dir).record if SystemFolder.exists(output_dir) else None
+
+
+def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
+    if given is not None and not isinstance(given, S3TConfig):
+        raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
+    if recorded is None:
+        return given if given is not None else S3TConfig()
+    config = S3TConfig.from_dict(recorded["s3t_config"])
+    differing = (
+        [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
+    )
+    if differing:
+        raise ConfigError(
+            "`s3t_config` differs from the one this folder's system was made with: "
+            + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
+            + ". Leave it out to go on with the system, or choose another `output_dir`."
+        )
+    return config
+
+
+def _merged_peft_config(given: PeftConfig | None, recorded: dict | None) -> LoraConfig:
+    if given is None and recorded is None:
+        raise ConfigError(
+            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
+        )
+    if given is not None:
+        check_peft_config(given, given.modules_to_save or ())
+    if recorded is None:
+        return given
+    config = LoraConfig(**recorded["peft_config"])
+    if given is not None and _plain_peft_config(given) != recorded["peft_config"]:
+        raise ConfigError(
+            "`peft_config` differs from the one this folder's system was made with "
+            f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
+        )
+    return config
+
+
+def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
+    """The settings of a LoRA config that differ from its defaults, as JSON types."""
+    default = LoraConfig()
+    plain = {}
+    for field in fields(LoraConfig):
+        value = getattr(config, field.name, None)
+        if field.init and value != getattr(default, field.name) and field.name not in ("runtime_config", "task_type"):
+            plain[field.name] = sorted(value) if isinstance(value, set) else value
+    return json.loads(json.dumps(plain))
+
+
+def _default_aggregation(task: str) -> str:
+    return "mean_probabilities" if task == "text-generation" else "mean_logits"
+
+
+def _summary(outputs: list[TrainOutput]) -> TrainOutput:
+    steps = sum(output.global_step for output in outputs)
+    loss = sum(output.training_loss * output.global_step for output in outputs) / steps if steps else 0.0
+    runtime = sum(output.metrics.get("train_runtime", 0.0) for output in outputs)
+    return TrainOutput(steps, loss, {"train_runtime": runtime, "train_loss": loss, "stages_trained": len(outputs)})

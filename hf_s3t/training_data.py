@@ -1,0 +1,214 @@
+"""The rows of a training dataset: their ids, groups and digests, and the selection a stage trains on."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Sampler, Subset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .config import S3TConfig
+from .errors import ConfigError, EmptySliceError, ExampleIdError
+from .examples import DigestKey, Example, ExampleTable
+from .partition import assign, check_ids
+from .plan import StageKey
+
+
+# Carries the number of a row through tokenisation and filtering.
+ROW_COLUMN = "__s3t_row__"
+
+
+class TrainingRows:
+    """
+    A training dataset seen as rows with ids.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or map-style `torch.utils.data.Dataset`): The dataset as the user gave it.
+        config ([`S3TConfig`]): Names of the id, group, shard and slice columns.
+
+    Raises:
+        [`~hf_s3t.errors.ExampleIdError`]: If ids are missing, duplicated or of mixed type.
+        [`~hf_s3t.errors.ConfigError`]: If a named column does not exist.
+    """
+
+    def __init__(self, dataset: Any, config: S3TConfig):
+        self.dataset = dataset
+        self.config = config
+        self._check_columns()
+        if len(dataset) == 0:
+            raise ExampleIdError("`train_dataset` has no rows. Give at least one example per slice.")
+        ids = self._column(config.id_column) if config.id_column else range(len(dataset))
+        self.ids = check_ids(ids)
+        self.groups = self._column(config.group_column) if config.group_column else None
+
+    def _check_columns(self) -> None:
+        config = self.config
+        named = {
+            f: getattr(config, f)
+            for f in ("id_column", "group_column", "shard_column", "slice_column")
+            if getattr(config, f)
+        }
+        columns = getattr(self.dataset, "column_names", None)
+        for field, column in named.items():
+            if columns is None:
+                raise ConfigError(
+                    f"`{field}={column!r}` names a column, but `train_dataset` is a {type(self.dataset).__name__}, "
+                    "which has none. Give a `datasets.Dataset`."
+                )
+            if column not in columns:
+                raise ConfigError(
+                    f"`{field}={column!r}` is no column of `train_dataset`, which has {', '.join(columns)}."
+                )
+
+    def _column(self, name: str) -> list:
+        return self.dataset.with_format(None)[name][:]
+
+    def digests(self, key: DigestKey) -> list[str]:
+        """The keyed digest of every row's content."""
+        return [key.of_content(row) for row in self._contents()]
+
+    def _contents(self) -> Iterator[dict[str, Any]]:
+        if isinstance(self.dataset, datasets.Dataset):
+            # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run.
+            for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
+                yield from batch.to_pylist()
+            return
+        with preserved_randomness():
+            for index in range(len(self.dataset)):
+                # A dataset that augments at random shows the same content for the same seed.
+                _seed_all(0)
+                row = self.dataset[index]
+                yield dict(row) if hasattr(row, "keys") else {"row": row}
+
+    def partition(self, digests: Sequence[str]) -> dict[int | str, Example]:
+        """
+        Put every row into its shard and slice: what becomes the table of examples.
+
+        Raises:
+            [`~hf_s3t.errors.EmptySliceError`]: If a slice would be empty.
+        """
+        config = self.config
+        by_column = config.partition == "column"
+        places = assign(
+            self.ids,
+            num_shards=config.num_shards,
+            num_slices=config.num_slices,
+            method=config.partition,
+            seed=config.seed,
+            groups=self.groups,
+            shards=self._column(config.shard_column) if by_column else None,
+            slices=self._column(config.slice_column) if by_column else None,
+        )
+        groups = self.groups if self.groups is not None else [None] * len(self.ids)
+        return {
+            example_id: Example(shard, slice_, digest, group)
+            for example_id, (shard, slice_), digest, group in zip(self.ids, places, digests, groups, strict=True)
+        }
+
+
+class StageRows:
+    """
+    Which rows of the prepared dataset each stage trains on, in an order that depends on ids and the seed alone.
+
+    Args:
+        prepared: The dataset as the trainer will feed it, perhaps tokenised and filtered.
+        rows ([`TrainingRows`]): The dataset it was prepared from.
+    """
+
+    def __init__(self, prepared: Any, rows: TrainingRows):
+        columns = getattr(prepared, "column_names", None) or ()
+        if ROW_COLUMN in columns:
+            numbers = prepared.with_format(None)[ROW_COLUMN][:]
+            prepared = prepared.remove_columns([ROW_COLUMN])
+        else:
+            numbers = range(len(prepared))
+        config = rows.config
+        ours = {config.id_column, config.group_column, config.shard_column, config.slice_column} & set(columns)
+        if ours and prepared.format["type"] != "custom":
+            prepared = prepared.remove_columns(sorted(ours))
+        self._prepared = prepared
+        self._position = {rows.ids[number]: position for position, number in enumerate(numbers)}
+
+    def dropped(self, table: ExampleTable) -> int:
+        """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
+        return sum(example_id not in self._position for example_id in table.rows)
+
+    def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
+        """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
+        ids = [i for slice_ in key.prefix for i in table.members(key.shard, slice_)]
+        return [self._position[i] for i in ids if i in self._position]
+
+    def select(self, key: StageKey, table: ExampleTable) -> Any:
+        """The dataset of a stage."""
+        positions = self.positions(key, table)
+        if isinstance(self._prepared, datasets.Dataset):
+            return self._prepared.select(positions)
+        return Subset(self._prepared, positions)
+
+    def check_slices(self, table: ExampleTable) -> None:
+        """
+        Refuse a preparation that leaves nothing of a slice.
+
+        Raises:
+            [`~hf_s3t.errors.EmptySliceError`]: Naming the slices.
+        """
+        empty = [
+            (shard, slice_)
+            for shard in range(table.num_shards)
+            for slice_ in range(table.num_slices)
+            if table.size(shard, slice_) and not self.positions(StageKey(shard, (slice_,)), table)
+        ]
+        if empty:
+            raise EmptySliceError(
+                f"Preparing the dataset (truncation, filtering) dropped every example of the (shard, slice) pairs "
+                f"{empty[:5]}. Raise `max_length`, or use fewer slices."
+            )
+
+
+class EpochSeededSampler(Sampler):
+    """
+    A length-grouping sampler whose order in an epoch depends on the seed and the epoch, not on what ran before.
+
+    Args:
+        sampler ([`~transformers.trainer_pt_utils.LengthGroupedSampler`]): The sampler to seed.
+        seed (`int`): The stage's seed.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+        sampler.generator = torch.Generator()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's data loader announces the epoch."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
+@contextlib.contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Leave every random state as it was: evaluation and audits must not change what training draws next."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

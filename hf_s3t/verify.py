@@ -1,0 +1,167 @@
+"""The audit: train surviving stages again on the data that is left, and compare them bit for bit (contract E3)."""
+
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from .circumstances import circumstances, differing, recipe_of, threads
+from .errors import ConfigError
+from .plan import StageKey
+from .storage import ADAPTER_FILE
+from .training_data import preserved_randomness
+
+
+if TYPE_CHECKING:
+    from .trainer import S3TTrainerMixin
+
+
+@dataclass(frozen=True)
+class AuditKey(StageKey):
+    """A stage that is trained again beside the one that serves: the same recipe under another adapter name."""
+
+    @property
+    def parent(self) -> "AuditKey | None":
+        """The stage this one stands on, itself trained again."""
+        return AuditKey(self.shard, self.prefix[:-1]) if self.depth > 1 else None
+
+    @property
+    def lineage(self) -> tuple["AuditKey", ...]:
+        """The stack that ends with this stage, all of it trained again."""
+        return tuple(AuditKey(self.shard, self.prefix[: i + 1]) for i in range(self.depth))
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter's name, different from the serving one's."""
+        return "audit_" + super().adapter_name
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """
+    What an audit found.
+
+    Args:
+        stages (`tuple[str, ...]`): The stages that were trained again.
+        mismatches (`dict[str, list[str]]`): Per stage the names of the tensors that differ.
+        circumstances (`dict`): Recorded circumstances that differ from the present ones, as (recorded, present).
+        seconds (`float`): Duration.
+    """
+
+    stages: tuple[str, ...]
+    mismatches: dict[str, list[str]]
+    circumstances: dict[str, tuple[Any, Any]]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage came out bit for bit the same."""
+        return not self.mismatches
+
+    def __str__(self):
+        if self.ok:
+            return f"{len(self.stages)} stages trained again in {self.seconds:.1f} s: bit for bit the same"
+        lines = [f"recorded {name}: {then!r}, now {now!r}" for name, (then, now) in self.circumstances.items()]
+        lines += [f"{stage} differs in {', '.join(names)}" for stage, names in self.mismatches.items()]
+        return "\n".join(lines)
+
+
+def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | str] | None) -> VerificationReport:
+    """
+    Train stages again and compare; see `S3TTrainer.verify`.
+
+    Each is trained from scratch with all it stands on, under its recorded number of threads, in memory beside the
+    stages that serve; nothing of the system is written.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit, or recipe, device or number of processes are not
+            the recorded ones.
+    """
+    started = time.perf_counter()
+    folder = trainer.folder
+    folder.refresh()
+    wanted = _choose(stages, folder.valid_stages)
+    closure = sorted({key for tip in wanted for key in tip.lineage}, key=lambda k: (k.shard, k.depth, k.prefix))
+    present = circumstances(trainer.model, trainer.accelerator)
+    differences: dict[str, tuple[Any, Any]] = {}
+    for key in closure:
+        record = folder.stage_record(key)
+        _refuse_other_recipe(key, record, trainer.args)
+        found = differing(record["circumstances"], present)
+        found.pop("threads", None)
+        for name in ("world_size", "device"):
+            if name in found:
+                raise ConfigError(
+                    f"{key} was trained with {name} = {found[name][0]!r}, here it is {found[name][1]!r}: the sums "
+                    "would differ. Run the audit as the training ran."
+                )
+        differences.update(found)
+    mismatches: dict[str, list[str]] = {}
+    try:
+        with preserved_randomness(), tempfile.TemporaryDirectory() as scratch:
+            for key in closure:
+                again = _retrain(trainer, key, Path(scratch))
+                unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
+                if unequal:
+                    mismatches[str(key)] = unequal
+    finally:
+        trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
+        trainer.train_dataset = trainer._prepared
+    return VerificationReport(tuple(map(str, closure)), mismatches, differences, time.perf_counter() - started)
+
+
+def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[StageKey]) -> list[StageKey]:
+    valid = sorted(valid)
+    if not valid:
+        raise ConfigError("There is no valid stage to audit. Call `train()` first.")
+    if stages is None:
+        return valid
+    if stages == "sample":
+        # An audit that can be foreseen is none: this draw is not seeded.
+        return [random.SystemRandom().choice(valid)]
+    if isinstance(stages, str):
+        raise ConfigError(f'`stages` must be None, "sample" or a list of stages, got {stages!r}.')
+    keys = [StageKey.from_path(f"stages/{s}") if isinstance(s, str) else s for s in stages]
+    unknown = [str(key) for key in keys if key not in valid]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} is not a valid stage of this system, which has {', '.join(map(str, valid))}."
+        )
+    return keys
+
+
+def _refuse_other_recipe(key: StageKey, record: dict[str, Any], args) -> None:
+    other = differing(record["recipe"], recipe_of(args))
+    if other:
+        shown = ", ".join(f"{name}: {now!r} (recorded {then!r})" for name, (then, now) in other.items())
+        raise ConfigError(f"{key} was trained by another recipe: {shown}. Give the trainer the recorded arguments.")
+
+
+def _retrain(trainer: "S3TTrainerMixin", key: StageKey, scratch: Path) -> dict[str, torch.Tensor]:
+    shadow = AuditKey(key.shard, key.prefix)
+    record = trainer.folder.stage_record(key)
+    origin = {name: record[name] for name in ("slices", "below", "recipe")}
+    with threads(record["circumstances"]["threads"]), trainer._training(shadow, scratch / str(key), origin):
+        trainer._fit(shadow, None, None)
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer._stack.tensors(shadow).items()}
+
+
+def differing_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not the same to the bit, dtype and shape included."""
+    return [
+        name
+        for name in sorted({*one, *other})
+        if name not in one or name not in other or not _same_bits(one[name], other[name])
+    ]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,68 @@
+"""Packaging of hf_s3t."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_s3t" / "__init__.py").read_text(encoding="utf-8"), re.M)
+
+INSTALL_REQUIRES = [
+    "accelerate>=1.15",
+    "datasets>=5.2",
+    "evaluate>=0.4.6",
+    "filelock>=4.2",
+    "huggingface-hub>=2.4",
+    "jinja2>=3.1",
+    "numpy>=2.4",
+    "peft>=0.21",
+    "pyarrow>=26.0",
+    "pyyaml>=6.0",
+    "rich>=15.0",
+    "safetensors>=0.8",
+    "scipy>=1.17",
+    "torch>=2.13",
+    "transformers>=5.23",
+    "trl>=1.16",
+    "typer>=0.29",
+]
+
+EXTRAS_REQUIRE = {
+    "8bit": ["bitsandbytes>=0.50"],
+    "vision": ["pillow>=13.0"],
+}
+EXTRAS_REQUIRE["dev"] = [
+    *EXTRAS_REQUIRE["vision"],
+    "hypothesis>=6.170",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+]
+
+setup(
+    name="hf_s3t",
+    version=VERSION.group(1),
+    description="Exact unlearning for fine-tuned Hugging Face models: ensembles of sliced LoRA stacks (S3T).",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The hf_s3t authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="unlearning machine-unlearning lora peft transformers privacy",
+    packages=find_packages(include=["hf_s3t", "hf_s3t.*"]),
+    package_data={"hf_s3t": ["model_cards/*.md"]},
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

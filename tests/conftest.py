@@ -1,0 +1,76 @@
+"""What all tests share: an offline environment, the real data where it is there, and no way out of this machine."""
+
+import os
+
+
+# Before anything of Hugging Face is imported: the libraries read these once. Processes that tests start inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("hf_s3t", deadline=None, derandomize=True)
+settings.load_profile("hf_s3t")
+
+
+def _is_local(host) -> bool:
+    host = os.fsdecode(host) if isinstance(host, bytes) else host
+    if host in (None, "", "localhost", "0.0.0.0", "::", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _stay_on_this_machine(event, args):
+    """Audit hook: no name is resolved and nothing is sent beyond the loopback addresses and Unix sockets."""
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = args[1]
+        host = address[0] if isinstance(address, tuple) else None
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = args[0]
+    else:
+        return
+    if not _is_local(host):
+        # Not an OSError: libraries catch those and go on without what they could not fetch.
+        raise RuntimeError(f"A test tried to reach {host!r}. Tests run offline: use local data, or a loopback server.")
+
+
+sys.addaudithook(_stay_on_this_machine)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and this machine has none")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """A function from a name to the path of that real data set or model; it skips the test where it is missing."""
+    folder = Path(os.environ.get("HF_S3T_DATA") or ROOT.parent / "shared" / "data")
+
+    def resolve(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"needs the data {name!r}, looked for in HF_S3T_DATA or beside the repository")
+        return path
+
+    return resolve

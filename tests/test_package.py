@@ -1,0 +1,233 @@
+"""The package as a whole: how its modules depend on each other, what importing it costs, and that its examples run."""
+
+import ast
+import doctest
+import graphlib
+import importlib
+import importlib.util
+import json
+import re
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import hf_s3t
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_s3t"
+PURE = ("analysis", "config", "errors", "examples", "ledger", "partition", "plan", "sequences", "storage", "versions")
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
+# These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.
+ONLY_WHERE_USED = {"trl": {"hf_s3t.sft_trainer"}, "bitsandbytes": set()}
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {_module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _imports(node: ast.AST, inside_functions: bool):
+    """The import statements below a node that run, in functions or not."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif _is_type_checking(child):
+            for statement in child.orelse:
+                yield from _imports(ast.Module([statement], []), inside_functions)
+        elif inside_functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _imports(child, inside_functions)
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+
+
+def _targets(module: str, inside_functions: bool = True) -> set[tuple[str, str | None]]:
+    """What a module imports: (module, None), or (module, name) where `name` is no module of this package."""
+    found = set()
+    for node in _imports(_tree(module), inside_functions):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, None) for alias in node.names}
+            continue
+        source = _absolute(module, node)
+        for alias in node.names:
+            whole = f"{source}.{alias.name}"
+            found.add((whole, None) if whole in FILES else (source, alias.name))
+    return found
+
+
+def _run(code: str):
+    """Run Python in a fresh process; what it prints last is JSON."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a fresh process has loaded after a statement."""
+    show = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    return set(_run(f"{statement}\n{show}"))
+
+
+def test_no_import_cycles():
+    graph = {module: {target for target, _ in _targets(module) if target in FILES} - {module} for module in FILES}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+
+
+def test_modules_do_not_import_through_the_front_door():
+    through = [
+        f"{module}: {name or target}"
+        for module in FILES
+        for target, name in _targets(module)
+        if target == "hf_s3t" and name != "__version__"
+    ]
+    assert not through
+
+
+@pytest.mark.parametrize("name", [name for name in PURE if f"hf_s3t.{name}" in FILES])
+def test_pure_modules_stay_pure(name):
+    assert not _loaded_by(f"import hf_s3t.{name}") & HEAVY
+
+
+def test_import_is_lazy():
+    loaded = _loaded_by("import hf_s3t, hf_s3t.errors")
+    assert not loaded & HEAVY
+    assert loaded - {"hf_s3t"} <= _loaded_by("import transformers")
+
+
+def test_config_comes_without_torch():
+    assert not _loaded_by("from hf_s3t import S3TConfig, S3TError; S3TConfig()") & HEAVY
+
+
+@pytest.mark.parametrize("name", ["S3TModel", "S3TTrainer"])
+def test_only_the_sft_trainer_loads_trl(name):
+    # peft brings bitsandbytes with it wherever that is installed.
+    assert "trl" not in _loaded_by(f"from hf_s3t import {name}")
+
+
+@pytest.mark.parametrize("library", ONLY_WHERE_USED)
+def test_optional_libraries_are_imported_where_used(library):
+    importers = {
+        module
+        for module in FILES
+        for target, _ in _targets(module, inside_functions=False)
+        if target.split(".")[0] == library
+    }
+    assert importers <= ONLY_WHERE_USED[library]
+
+
+@pytest.mark.parametrize("name", hf_s3t.__all__)
+def test_public_names_resolve(name):
+    assert getattr(hf_s3t, name) is not None
+    assert name in dir(hf_s3t)
+
+
+def test_type_checkers_see_the_same_names():
+    (block,) = [node for node in _tree("hf_s3t").body if _is_type_checking(node)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == hf_s3t._MODULE_OF
+    assert set(hf_s3t.__all__) == {"__version__", *seen}
+
+
+def test_submodules_resolve_and_other_names_do_not():
+    for name in hf_s3t._SUBMODULES:
+        assert getattr(hf_s3t, name) is importlib.import_module(f"hf_s3t.{name}")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        hf_s3t.no_such_name  # noqa: B018
+
+
+def test_every_error_is_an_s3t_error_and_one_python_knows():
+    from hf_s3t import errors
+
+    children = [value for value in vars(errors).values() if isinstance(value, type) and value is not errors.S3TError]
+    assert children
+    for error in children:
+        assert issubclass(error, errors.S3TError)
+        expected = [base for base in error.__mro__ if base.__module__ == "builtins"]
+        assert set(expected) - {Exception, BaseException, object}, f"{error.__name__} is no error that Python knows"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_assert_no_pickle(module):
+    assert not [f"line {node.lineno}" for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
+    assert not {target.split(".")[0] for target, _ in _targets(module)} & {"pickle", "dill", "cloudpickle", "marshal"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_marked_unfinished(module):
+    marks = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)))
+    assert not marks.findall(FILES[module].read_text(encoding="utf-8"))
+
+
+class _FencedParser(doctest.DocTestParser):
+    """Reads examples in Markdown fences, whose closing line would otherwise count as expected output."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(re.sub(r"^\s*```.*$", "", string, flags=re.MULTILINE), name)
+
+
+def _has_examples(module: str) -> bool:
+    return ">>>" in FILES[module].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if _has_examples(module)])
+def test_docstring_examples_run(module):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    runner = doctest.DocTestRunner(optionflags=flags)
+    report = []
+    for test in doctest.DocTestFinder(parser=_FencedParser()).find(importlib.import_module(module)):
+        runner.run(test, out=report.append)
+    assert not runner.failures, "".join(report)
+    assert runner.tries
+
+
+def _python_blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/guarantee.md"])
+def test_code_in_the_documentation_is_python_and_imports_what_exists(page):
+    for block in _python_blocks(ROOT / page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hf_s3t":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guarantee.md"])
+def test_links_in_the_documentation_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module.count(".") == 1])
+def test_the_map_of_the_code_names_every_module(module):
+    path = FILES[module]
+    name = f"{path.parent.name}/" if path.name == "__init__.py" else path.name
+    assert f"`{name}`" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_tests_have_no_network():
+    with pytest.raises(RuntimeError, match="offline"):
+        socket.create_connection(("192.0.2.1", 9), timeout=1)
+    with pytest.raises(RuntimeError, match="offline"):
+        socket.getaddrinfo("example.org", 443)
