@@ -215,7 +215,7 @@ class Plan:
             return tuple(dict.fromkeys(tips))
         if select == "metric":
             candidates = dict.fromkeys(key for tip in tips for key in tip.lineage)
-            return (min(candidates, key=lambda key: (losses.get(key, float("inf")), -key.depth)),)
+            return (min(candidates, key=lambda key: (_rank(losses.get(key)), -key.depth)),)
         return (max(tips, key=lambda key: key.depth),)
 
     def first_slices_alive(self, valid: Collection[StageKey]) -> list[set[int]]:
@@ -224,6 +224,11 @@ class Plan:
             {sequence[0] for sequence in sequences if StageKey(shard, sequence[:1]) in valid}
             for shard, sequences in enumerate(self.sequences)
         ]
+
+
+def _rank(loss: float | None) -> float:
+    # A training that diverged records NaN, which compares with nothing.
+    return float("inf") if loss is None or loss != loss else loss
 
 
 def _valid_depth(tip: StageKey, valid: Collection[StageKey]) -> int:

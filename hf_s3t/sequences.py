@@ -281,6 +281,8 @@ def _matched(prior, horizon) -> list[tuple[int, ...]]:
             # The scores of the sequences so far are the same in every matching, and so is the factor i: what is added
             # decides. Leaving them out keeps small differences from drowning in a large sum.
             edges, columns = _optimal_edges(unhit**step, edges)
+            if edges.sum() == size:
+                break
         sequences = [(*q, s) for q, s in zip(sequences, _lowest_matching(edges, columns))]
 
     def rank(sequence):
@@ -290,7 +292,7 @@ def _matched(prior, horizon) -> list[tuple[int, ...]]:
 
 
 def _optimal_edges(weights, edges) -> tuple[np.ndarray, np.ndarray]:
-    """The edges that some maximum-weight perfect matching uses, and one such matching as the column of each row."""
+    """Edges whose perfect matchings are the maximum-weight ones, and one of these as the column of each row."""
     from scipy.optimize import linear_sum_assignment  # a tenth of a second that only matching needs to pay
 
     rows, columns = linear_sum_assignment(np.where(edges, weights, -np.inf), maximize=True)

@@ -236,8 +236,12 @@ class SystemFolder:
             self._drop_stale_checkpoints(folder)
 
     def remove_checkpoints(self, key: StageKey) -> None:
-        """Remove the unfinished checkpoints of a stage."""
-        shutil.rmtree(self.checkpoints(key), ignore_errors=True)
+        """Remove the unfinished checkpoints of a stage, and the folders this leaves empty."""
+        folder = self.checkpoints(key)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
 
     def checkpoints(self, key: StageKey) -> Path:
         """Where the checkpoints of a stage in training lie."""
@@ -346,10 +350,12 @@ class SystemFolder:
         relative = folder.relative_to(self.path / CHECKPOINTS).as_posix()
         key = StageKey.from_path(f"{STAGES}/{relative}")
         for checkpoint in folder.glob("checkpoint-*"):
+            # Without its record a checkpoint may be one that is being written; only a deletion condemns it.
+            current = not self.ledger.num_deletions
             with contextlib.suppress(FolderError):
-                if _read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key):
-                    continue
-            shutil.rmtree(checkpoint, ignore_errors=True)
+                current = _read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key)
+            if not current:
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Mark a checkpoint with the slices it has seen; without this file it is not resumed."""

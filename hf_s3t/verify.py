@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from .circumstances import circumstances, differing, recipe_of, threads
@@ -86,7 +87,8 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     started = time.perf_counter()
     folder = trainer.folder
     folder.refresh()
-    wanted = _choose(stages, folder.valid_stages)
+    # Every process of a group audits the same stages, in the same scratch folder.
+    (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
     closure = sorted({key for tip in wanted for key in tip.lineage}, key=lambda k: (k.shard, k.depth, k.prefix))
     present = circumstances(trainer.model, trainer.accelerator)
     differences: dict[str, tuple[Any, Any]] = {}
@@ -104,12 +106,14 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
         differences.update(found)
     mismatches: dict[str, list[str]] = {}
     try:
-        with preserved_randomness(), tempfile.TemporaryDirectory() as scratch:
+        with preserved_randomness(), tempfile.TemporaryDirectory() as own:
+            (scratch,) = broadcast_object_list([own])
             for key in closure:
                 again = _retrain(trainer, key, Path(scratch))
                 unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
                 if unequal:
                     mismatches[str(key)] = unequal
+            trainer.accelerator.wait_for_everyone()
     finally:
         trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
         trainer.train_dataset = trainer._prepared

@@ -1,0 +1,102 @@
+"""Train on everything and unlearn, or train without: every surviving stage is the same to the bit (contract E3)."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from bitwise_scenarios import (
+    FACTORS,
+    Scenario,
+    covering_scenarios,
+    differences,
+    pairs_of,
+    train_side,
+    truncated_logits,
+)
+
+
+COVERING = covering_scenarios()
+# One system each of a language model, a text and an image classifier, in seconds.
+QUICK = [
+    Scenario(num_shards=2, crash="in a stage", rows="shuffled", order="other", accumulation=2),
+    Scenario(architecture="roberta", num_slices=3, afterwards="regrowth and another deletion", deletion="one slice"),
+    Scenario(architecture="vit", precision="bf16", crash="between stages", deletion="scattered", num_slices=3),
+]
+
+
+def in_processes(scenario: Scenario, folder: Path, side: str) -> None:
+    """Train a side in fresh processes, as many as the scenario says."""
+    script = [str(Path(__file__).parent / "bitwise_scenarios.py"), side, str(folder), json.dumps(asdict(scenario))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(scenario.processes)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, *(launcher if scenario.processes > 1 else []), *script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.fail(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def check(scenario: Scenario, folder: Path) -> None:
+    """Both sides, then every surviving tensor and the logits of every truncated stack."""
+    for side in ("saw", "never"):
+        fresh = scenario.processes > 1 or (side == "never" and scenario.oracle == "fresh process")
+        (in_processes if fresh else train_side)(scenario, folder, side)
+    survivors, differing = differences(folder / "saw", folder / "never")
+    assert not differing
+    assert survivors
+    for forgot, never in truncated_logits(scenario, folder):
+        assert torch.equal(forgot, never)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The number of threads decides the order of float sums, and both sides must have the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_pair_of_settings_meets_in_some_scenario():
+    met = set().union(*map(pairs_of, COVERING))
+    for one, other in itertools.combinations(FACTORS, 2):
+        for x, y in itertools.product(FACTORS[one], FACTORS[other]):
+            assert ((one, x), (other, y)) in met
+    assert len(COVERING) <= 24
+
+
+@pytest.mark.parametrize("scenario", QUICK, ids=str)
+def test_unlearning_equals_never_having_trained_on_the_examples(scenario, tmp_path):
+    check(scenario, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", COVERING, ids=str)
+def test_unlearning_equals_never_having_trained_on_the_examples_whatever_the_settings(scenario, tmp_path):
+    check(scenario, tmp_path)
+
+
+def test_a_difference_names_every_tensor_that_differs(tmp_path):
+    scenario = Scenario(oracle="same process")
+    train_side(scenario, tmp_path, "saw")
+    # The other side is trained on other data: it still saw the examples.
+    other = replace(scenario, deletion="one slice")
+    train_side(other, tmp_path, "never")
+    _, differing = differences(tmp_path / "saw", tmp_path / "never")
+    _, none = differences(tmp_path / "saw", tmp_path / "saw")
+    assert not none
+    adapter = tmp_path / "saw" / "stages" / "shard-0"
+    if differing:
+        for stage, names in differing.items():
+            assert (adapter / stage.split("/")[1]).is_dir()
+            assert all(".lora_" in name for name in names)
