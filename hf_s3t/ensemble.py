@@ -79,6 +79,20 @@ def num_rows(inputs: dict[str, Any], main_input: str) -> int:
     )
 
 
+def first_row(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The inputs of the first example alone, without any cache."""
+    kept = {n: v for n, v in inputs.items() if n not in ("past_key_values", "use_cache", "cache_position")}
+    return {n: v if n in _NOT_ROWS else _first(v, rows) for n, v in kept.items()}
+
+
+def _first(value: Any, rows: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
+        return value[:1]
+    if isinstance(value, dict):
+        return {k: _first(v, rows) for k, v in value.items()}
+    return value
+
+
 def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, Any]:
     """The inputs with one block of rows per member; what has no row per example stays as it is."""
     if members == 1:

@@ -1,12 +1,15 @@
 """Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
 
+import json
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .config import S3TConfig
 from .errors import ConfigError, IsolationError
@@ -80,11 +83,7 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise IsolationError(
-            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn. Give the "
-            "plain base model and the PEFT settings as `peft_config`."
-        )
+    check_has_no_adapters(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise IsolationError(
             f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
@@ -105,6 +104,20 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
     _check_embeddings(model)
 
 
+def check_has_no_adapters(model: nn.Module) -> None:
+    """
+    Refuse a base that carries adapters: of another training, or of a system that is live on it.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: With the way out.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise IsolationError(
+            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn. Give the "
+            "plain base model and the PEFT settings as `peft_config`."
+        )
+
+
 def _quantization_method(model: nn.Module) -> str | None:
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     if settings is None:
@@ -118,8 +131,13 @@ def _check_embeddings(model: nn.Module) -> None:
     from transformers import AutoConfig
 
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if not name or not isinstance(embeddings, nn.Embedding):
+    if not name or not hasattr(model, "get_input_embeddings"):
+        return
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # models of audio or images may have none
+        return
+    if not isinstance(embeddings, nn.Embedding):
         return
     try:
         original = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
@@ -133,6 +151,54 @@ def _check_embeddings(model: nn.Module) -> None:
                 f"in no checkpoint, so nobody could load this base again. Save the resized model with "
                 "`save_pretrained` and train on that folder."
             )
+
+
+def check_checkpoint(model: nn.Module, layers_path: str, head: Sequence[str]) -> None:
+    """
+    Refuse a base with parameters that its checkpoint lacks, besides the head: their values are random, and nobody could
+    load them again.
+
+    Looks only at checkpoints on this machine; a model made in memory has none.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the parameters and the way out.
+    """
+    keys = _checkpoint_keys(getattr(model.config, "_name_or_path", None))
+    if not keys:
+        return
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    skipped = tuple(f"{name}." for name in (layers_path, *head))
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    missing = []
+    for name, module in model.named_modules():
+        own = next(module.parameters(recurse=False), None)
+        if own is None or module is output or f"{name}.".startswith(skipped):
+            continue
+        relative = name.removeprefix(prefix)
+        if not any(key.startswith(f"{relative}.") or f".{relative}." in key for key in keys):
+            missing.append(name)
+    if missing:
+        raise IsolationError(
+            f"The checkpoint {model.config._name_or_path!r} has no parameters for {', '.join(missing)}: they were "
+            "initialised at random, and a system loaded later would stand on others. Save the model once with "
+            "`save_pretrained` and train on that folder."
+        )
+
+
+def _checkpoint_keys(name: str | None) -> set[str]:
+    if not name:
+        return set()
+    path = cached_file(
+        name, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    if path is not None:
+        with open(path) as file:
+            return set(json.load(file)["weight_map"])
+    path = cached_file(name, SAFE_WEIGHTS_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def check_arguments(args: TrainingArguments) -> None:

@@ -73,13 +73,15 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
         fitting = {n: m for n, m in outer.items() if len(m) == depth}
         if not fitting:
             _refuse_shared_layers(outer, depth)
-            longest = max((len(m) for m in outer.values()), default=0)
-            fitting = {n: m for n, m in outer.items() if len(m) == longest and len({type(x) for x in m}) == 1}
+            plain = {n: m for n, m in outer.items() if not any(isinstance(x, nn.ModuleList) for x in m)}
+            longest = max((len(m) for m in plain.values()), default=0)
+            fitting = {n: m for n, m in plain.items() if len(m) == longest and len({type(x) for x in m}) == 1}
     if len(fitting) != 1:
         found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in outer.items()) or "none"
         raise LayersNotFoundError(
             f"{type(model).__name__} has {'no' if not fitting else 'more than one'} list of transformer layers that "
-            f"fits (module lists: {found}). Name the list by `layers_pattern` in the PEFT config."
+            f"fits (module lists: {found}). Name the list in the PEFT config: "
+            "`LoraConfig(..., layers_pattern=\"layers\", layers_to_transform=[])`, with `target_modules` as a list."
         )
     return next(iter(fitting.items()))
 
@@ -96,10 +98,16 @@ def _configured_depth(model: nn.Module) -> int | None:
     return getattr(text, "num_hidden_layers", None)
 
 
+def _num_layers(layers: nn.ModuleList) -> int:
+    """Number of layers in a list, those of lists inside it counted one by one."""
+    return sum(_num_layers(layer) if isinstance(layer, nn.ModuleList) else 1 for layer in layers)
+
+
 def _refuse_shared_layers(lists: dict[str, nn.ModuleList], depth: int | None) -> None:
-    if depth is not None and lists and max(map(len, lists.values())) < depth:
+    held = max(map(_num_layers, lists.values()), default=0)
+    if depth is not None and 0 < held < depth:
         raise IsolationError(
-            f"The config says {depth} layers, but the model holds at most {max(map(len, lists.values()))} in a list: "
+            f"The config says {depth} layers, but the model holds at most {held} in a list: "
             "layers are shared across depth, so a stage's adapter would act in other stages too. Use a model with "
             "separate layers."
         )
@@ -140,7 +148,11 @@ def group_layers(num_layers: int, num_slices: int, layers_per_slice: int | Seque
 def find_task(model: nn.Module) -> str:
     """The pipeline tag of the model's task, such as `text-generation`; `"other"` if it has none we know."""
     name = type(model).__name__
-    return next((task for task, classes in _TASKS.items() if name in classes.values()), _guess_task(model))
+    for task, classes in _TASKS.items():
+        # A model type may have several classes for a task.
+        if any(name == known or (isinstance(known, tuple) and name in known) for known in classes.values()):
+            return task
+    return _guess_task(model)
 
 
 def _guess_task(model: nn.Module) -> str:
@@ -153,7 +165,7 @@ def find_head(model: nn.Module, layers_path: str) -> tuple[str, ...]:
     Names of the modules that turn the backbone's output into a classification; empty for a language model.
 
     Everything with parameters outside the backbone (the child that holds the layers) is the head, whatever it is
-    called.
+    called. In a model that holds its layers itself, it is what comes after them, less embeddings and norms.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
@@ -166,13 +178,19 @@ def find_head(model: nn.Module, layers_path: str) -> tuple[str, ...]:
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return ()
     backbone = layers_path.partition(".")[0]
+    is_flat = backbone == layers_path
     own = [name for name, _ in model.named_parameters(recurse=False)]
-    if own:
+    if own and not is_flat:
         raise LayersNotFoundError(
             f"{type(model).__name__} holds the parameters {', '.join(own)} itself, outside any module: they cannot be "
             "kept per stage. Put them into a module of their own."
         )
-    head = tuple(n for n, m in model.named_children() if n != backbone and next(m.parameters(), None) is not None)
+    children = [(n, m) for n, m in model.named_children() if next(m.parameters(), None) is not None]
+    if is_flat:
+        after = children[[n for n, _ in children].index(backbone) :]
+        children = [(n, m) for n, m in after if not isinstance(m, nn.Embedding) and not is_norm(m)]
+    head = tuple(n for n, _ in children if n != backbone)
+    _refuse_namesakes(model, head)
     quantised = [n for n in head for p in model.get_submodule(n).parameters() if not p.is_floating_point()]
     if quantised:
         raise LayersNotFoundError(
@@ -180,3 +198,19 @@ def find_head(model: nn.Module, layers_path: str) -> tuple[str, ...]:
             f"`llm_int8_skip_modules={sorted(set(quantised))}` in its BitsAndBytesConfig."
         )
     return head
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer, by its class or the name of its class."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or "norm" in type(module).__name__.lower()
+
+
+def _refuse_namesakes(model: nn.Module, head: Sequence[str]) -> None:
+    """PEFT finds modules to train in full by the ends of their names: others that match would be trained too."""
+    for name, _ in model.named_modules():
+        namesakes = [h for h in head if name.endswith(h) and name not in head]
+        if namesakes:
+            raise LayersNotFoundError(
+                f"PEFT would take {name} for the head {namesakes[0]}, because its name ends the same, and train it in "
+                "every stage. Give one of them another name."
+            )

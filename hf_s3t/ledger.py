@@ -52,7 +52,7 @@ class LedgerEntry:
                     f"A ledger line has version {version!r}; this hf_s3t reads version {LEDGER_VERSION}."
                 )
             entry = cls(**{**values, "ids": tuple(values["ids"]), "previous": tuple(values["previous"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
         texts = (entry.time, *entry.ids, *entry.previous)
         maps = (entry.removed, entry.left, entry.versions)

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import GenerationMixin
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from .analysis import expected_deletions_left
 from .base_model import check_base_is, load_base, log_casts_once
@@ -20,12 +21,14 @@ from .ensemble import (
     bind,
     check_aggregation,
     check_cache,
+    first_row,
     num_rows,
     reorder_cache,
     repeat_rows,
     stamp_cache,
 )
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
 from .ledger import UnlearningReport
 from .plan import StageKey
@@ -112,6 +115,7 @@ class S3TModel(GenerationMixin, nn.Module):
         self._routing_lock = threading.Lock()
         self._deletion_lock = threading.RLock()
         self._cleaner: threading.Thread | None = None
+        self._one_pass: bool | None = None
         self._routing = Routing(())
         self.refresh()
 
@@ -157,6 +161,7 @@ class S3TModel(GenerationMixin, nn.Module):
         )
         head = tuple(record["head"])
         if isinstance(base_model, nn.Module):
+            check_has_no_adapters(base_model)
             base = base_model
         else:
             base = load_base(
@@ -168,7 +173,7 @@ class S3TModel(GenerationMixin, nn.Module):
                 head=head,
                 label_names=record["label_names"] if head else None,
             )
-        found, _ = find_layers(base, layers.pattern)
+        found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
             raise ConfigError(
                 f"The base has its layers at {found} and the head {find_head(base, found)}; the system was trained "
@@ -261,6 +266,8 @@ class S3TModel(GenerationMixin, nn.Module):
         check_cache(cache, routing.route)
         members = len(routing.route)
         rows = num_rows(inputs, self.main_input_name)
+        if members > 1 and not self._answers_in_one_pass(inputs, rows):
+            return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
         with self.stack.routed(routing.route):
             outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
         if cache is not None and outputs.get("past_key_values") is None:
@@ -268,6 +275,40 @@ class S3TModel(GenerationMixin, nn.Module):
         stamp_cache(outputs.get("past_key_values"), routing.route)
         logits = aggregate(outputs.logits, routing.weights, self.aggregation)
         return self._output(outputs, logits, labels, return_dict, loss_kwargs)
+
+    @torch.no_grad()
+    def _answers_in_one_pass(self, inputs: dict[str, Any], rows: int) -> bool:
+        """
+        Whether every adapted module takes rows in its first dimension, so that members can share a pass.
+
+        Sequence-first models, and projections of positions that all rows share, do not. Two passes of the base over
+        one row and over two tell; they are run once.
+        """
+        if self._one_pass is None:
+            one = first_row(inputs, rows)
+            with self.stack.noting_lengths() as lengths:
+                self.base_model(**one, return_dict=True)
+            with self.stack.noting_lengths() as doubled:
+                self.base_model(**repeat_rows(one, 1, 2), return_dict=True)
+            self._one_pass = doubled == [2 * length for length in lengths]
+        return self._one_pass
+
+    def _answer_in_turn(self, routing: Routing, inputs, labels, return_dict, loss_kwargs):
+        """One pass per member."""
+        if inputs.get("past_key_values") is not None:
+            raise S3TError(
+                f"{type(self.base_model).__name__} does not keep rows in the first dimension, so the members of the "
+                "ensemble answer one after the other and cannot share `past_key_values`. Call with use_cache=False."
+            )
+        logits = []
+        for tip in routing.route.members:
+            with self.stack.routed(Route((tip,))):
+                outputs = self.base_model(**inputs, return_dict=True)
+            logits.append(outputs.logits)
+            outputs["past_key_values"] = None
+        return self._output(
+            outputs, aggregate(torch.cat(logits), routing.weights, self.aggregation), labels, return_dict, loss_kwargs
+        )
 
     def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
         if self.when_exhausted == "error":
@@ -288,7 +329,11 @@ class S3TModel(GenerationMixin, nn.Module):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_kwargs: dict) -> torch.Tensor:
         named = {"logits": logits, "pooled_logits": logits, "config": self.config}
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
-        return self.base_model.loss_function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
+        function = self.base_model.loss_function
+        if self.stack.head and function is LOSS_MAPPING["ForCausalLM"]:
+            # What Transformers falls back to for classes it does not know.
+            function = LOSS_MAPPING["ForSequenceClassification"]
+        return function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
 
     # What the system is
 
@@ -500,6 +545,15 @@ class S3TModel(GenerationMixin, nn.Module):
         with self._deletion_lock, self.folder.lock():
             self.folder.record_export(tips[0], library_versions())
             self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+
+
+def _layers_path(base: nn.Module, layers: LayerGroups) -> str:
+    """Where a base holds as many layers as the system's, at the recorded place if it can be."""
+    try:
+        recorded = base.get_submodule(layers.path)
+    except AttributeError:
+        return find_layers(base)[0]
+    return layers.path if isinstance(recorded, nn.ModuleList) else find_layers(base)[0]
 
 
 def _require(name: str, value, choices: tuple[str, ...]) -> None:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import LayersNotFoundError
-from .layers import LayerGroups
+from .errors import LayersNotFoundError, S3TError
+from .layers import LayerGroups, is_norm
 from .plan import StageKey
 from .storage import ADAPTER_FILE
 
@@ -66,6 +66,9 @@ class Route:
 
 # The route of the call under way; unset, the base behaves as PEFT's active adapters say (which is how stages train).
 _ROUTE: ContextVar[Route | None] = ContextVar("hf_s3t_route", default=None)
+
+# While set, the length of what each adapted module and head is given is noted here, call by call.
+_LENGTHS: ContextVar[list[int] | None] = ContextVar("hf_s3t_lengths", default=None)
 
 
 class StageStack:
@@ -280,10 +283,21 @@ class StageStack:
         finally:
             _ROUTE.reset(token)
 
+    @contextlib.contextmanager
+    def noting_lengths(self) -> Iterator[list[int]]:
+        """Inside, calls of the base in this thread note the length of what each adapted module and head is given."""
+        lengths: list[int] = []
+        token = _LENGTHS.set(lengths)
+        try:
+            yield lengths
+        finally:
+            _LENGTHS.reset(token)
+
     def _hook(self, module: nn.Module, group: int) -> None:
         if module in self._hooked:
             return
         self._hooked.add(module)
+        module.register_forward_pre_hook(_note_length)
         if isinstance(module, ModulesToSaveWrapper):
             module.register_forward_hook(_answer_with_heads, with_kwargs=True)
         else:
@@ -303,6 +317,12 @@ def _cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     return args, kwargs
 
 
+def _note_length(module: nn.Module, args: tuple) -> None:
+    lengths = _LENGTHS.get()
+    if lengths is not None:
+        lengths.append(len(args[0]))
+
+
 def _base_only(layer: LoraLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """With a route, PEFT computes the base layer alone, whatever adapters are active."""
     if _ROUTE.get() is None:
@@ -317,6 +337,11 @@ def _adder(group: int):
         names = route.by_group.get(group) if route is not None else None
         if names is None:
             return None
+        if len(output) % len(names):
+            raise S3TError(
+                f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members: it "
+                "selects among them, so they cannot be told apart. Leave it out of `target_modules`."
+            )
         blocks = output.chunk(len(names))
         inputs = args[0].chunk(len(names))
         if not output.requires_grad and not torch.is_grad_enabled():
@@ -412,22 +437,22 @@ def _leaf_names(base: nn.Module, layers: LayerGroups, group: int) -> str:
 def _stage_config(
     config: LoraConfig, layers: LayerGroups, group: int, targets: list[str], head: tuple[str, ...], base: nn.Module
 ) -> LoraConfig:
-    """The user's config narrowed to one group; by layer indices where every layer of it has the same targets."""
+    """The user's config narrowed to one group; by layer indices where these name its targets and nothing else."""
     config = copy.deepcopy(config)
     per_layer = [
         {t.removeprefix(f"{layer}.") for t in targets if t.startswith(f"{layer}.")}
         for layer in layers.module_names(group)
     ]
-    if all(names == per_layer[0] for names in per_layer):
-        config.target_modules = per_layer[0]
-        config.layers_to_transform = list(layers.groups[group])
-        config.layers_pattern = [layers.pattern]
-    else:
-        config.target_modules = set(targets)
-        config.layers_to_transform = config.layers_pattern = None
     config.exclude_modules = None
     config.modules_to_save = list(head) or None
     config.task_type = None
+    config.target_modules = per_layer[0]
+    config.layers_to_transform = list(layers.groups[group])
+    config.layers_pattern = [layers.pattern]
+    by_index = {n for n, _ in base.named_modules() if check_target_module_exists(config, n) is True}
+    if by_index != set(targets):
+        config.target_modules = set(targets)
+        config.layers_to_transform = config.layers_pattern = None
     # PEFT corrects this flag with a warning; the right value is known.
     config.fan_in_fan_out = all(isinstance(base.get_submodule(t), Conv1D) for t in targets)
     return config
@@ -440,8 +465,9 @@ def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
         torch.manual_seed(seed)
         for module in (m for name in head for m in base.get_submodule(name).modules()):
             own = list(module.parameters(recurse=False))
-            if own and isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()
+            if is_norm(module):
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             for parameter in own:
                 values = torch.zeros(parameter.shape)

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from .config import FORMAT_VERSION, S3TConfig
-from .errors import FolderError, FormatVersionError
-from .examples import DigestKey, Example, ExampleTable
-from .ledger import Ledger
+from .errors import FolderError, FormatVersionError, KeyMissingError
+from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable
+from .ledger import Ledger, line_hash
 from .plan import Plan, StageKey
 
 
@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
 class SystemFolder:
@@ -61,6 +62,12 @@ class SystemFolder:
         self.config = S3TConfig.from_dict(self.record["s3t_config"])
         self.plan = Plan.from_config(self.config)
         self.key = DigestKey.load(self.path)
+        if self.key.check != self.record.get("key_check"):
+            raise KeyMissingError(
+                f"The secret in {KEY_VARIABLE} or {self.path / KEY_FILE} is not the one that this system's digests "
+                "were made with: its deletions could not be recognised. Restore the file, or set the variable to what "
+                "it was at training."
+            )
         self._stages: dict[StageKey, dict[str, Any]] = {}
         self.refresh()
 
@@ -81,15 +88,29 @@ class SystemFolder:
         (path / STAGES).mkdir(parents=True, exist_ok=True)
         config = S3TConfig.from_dict(record["s3t_config"])
         table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
-        _write_table(path / TABLE_FILE, table, ledger_lines=0)
+        _write_table(path / TABLE_FILE, table, Ledger())
         _write_atomically(path / LEDGER_FILE, b"")
-        _write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, **record})
+        _write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, "key_check": key.check, **record})
         return cls(path)
 
     @staticmethod
     def exists(path: str | os.PathLike) -> bool:
-        """Whether the folder holds a system."""
-        return (Path(path) / CONFIG_FILE).is_file()
+        """
+        Whether the folder holds a system.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If it holds stages or deletions of a system whose config is missing.
+        """
+        path = Path(path)
+        if (path / CONFIG_FILE).is_file():
+            return True
+        ledger = path / LEDGER_FILE
+        if any(path.glob(f"{STAGES}/shard-*/*")) or (ledger.is_file() and ledger.stat().st_size):
+            raise FolderError(
+                f"{path / CONFIG_FILE} is missing, but the folder holds stages or deletions of a system. Restore it "
+                "from a backup, or choose another folder."
+            )
+        return False
 
     def lock(self) -> FileLock:
         """The lock under which deletions are recorded and stages renamed into place."""
@@ -99,10 +120,14 @@ class SystemFolder:
 
     def refresh(self) -> None:
         """Read ledger, table and stages again, and finish a removal that something interrupted."""
-        self.ledger = self._read_ledger()
-        self.table = self._read_table()
+        # The table first: the ledger is never behind it, whatever another process does between the two reads.
+        rows, pin = self._read_rows()
+        ledger = self._read_ledger()
+        # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
+        self.table = self._table_of(rows, pin, ledger)
+        self.ledger = ledger
         self._stages = self._scan_stages()
-        self._finish_removal()
+        self._finish_removal(behind=pin != _pin(self.ledger))
 
     def is_deleted(self, example_id: int | str) -> bool:
         """Whether the ledger knows the id as deleted."""
@@ -182,24 +207,25 @@ class SystemFolder:
         """
         target = self.path / key.path
         temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
-        temporary.mkdir(parents=True)
-        try:
-            fill(temporary)
-            files = {name: file_digest(temporary / name) for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)}
-            record = {**record, "stage": str(key), "files": files}
-            _write_checked_json(temporary / STAGE_FILE, record)
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            with self.lock():
+        # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
+        with self.lock():
+            temporary.mkdir(parents=True)
+            try:
+                fill(temporary)
+                files = {name: file_digest(temporary / name) for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)}
+                record = {**record, "stage": str(key), "files": files}
+                _write_checked_json(temporary / STAGE_FILE, record)
+                for file in temporary.iterdir():
+                    _sync(file)
+                _sync(temporary)
                 self.refresh_ledger()
                 if record["slices"] != self.slice_digests(key):
                     return False
                 self._discard(target)
                 os.rename(temporary, target)
                 _sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         self._stages[key] = record
         self.remove_checkpoints(key)
         return True
@@ -221,6 +247,7 @@ class SystemFolder:
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
+        self.refresh_ledger()
         digests = {str(k): self._stages[k]["files"][ADAPTER_FILE] for k in key.lineage}
         self._append(self.ledger.append("export", ids=(), removed=digests, left={}, versions=dict(versions)))
 
@@ -249,7 +276,12 @@ class SystemFolder:
 
     def compact(self) -> None:
         """Write the table without the rows that the ledger masks (E5)."""
-        _write_table(self.path / TABLE_FILE, self.table, ledger_lines=len(self.ledger.lines))
+        with self.lock():
+            self._compact()
+
+    def _compact(self) -> None:
+        self.refresh_ledger()
+        _write_table(self.path / TABLE_FILE, self.table, self.ledger)
 
     def copy_to(self, path: str | os.PathLike) -> None:
         """Copy the system, without checkpoints, into another folder; the config goes last."""
@@ -283,15 +315,25 @@ class SystemFolder:
             shutil.rmtree(gone)
 
     def refresh_ledger(self) -> None:
-        """Take in deletions that another process recorded."""
+        """
+        Take in deletions that another process recorded.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the ledger no longer holds what was read from it before.
+        """
         ledger = self._read_ledger()
         if ledger != self.ledger:
+            if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+                raise FolderError(
+                    f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be "
+                    "forgotten. Restore it from a backup."
+                )
+            self.table = self._masked(self.table, ledger)
             self.ledger = ledger
-            self.table = self._masked(self.table)
 
     def _read_ledger(self) -> Ledger:
         try:
-            return Ledger.parse((self.path / LEDGER_FILE).read_text())
+            return Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode())
         except FileNotFoundError:
             raise FolderError(
                 f"{self.path / LEDGER_FILE} is missing: without it deletions could be forgotten. Restore it from a "
@@ -299,17 +341,29 @@ class SystemFolder:
             ) from None
         except UnicodeDecodeError as error:
             raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}.") from error
+        except FolderError as error:
+            raise type(error)(f"{self.path / LEDGER_FILE}: {error}") from error
 
-    def _read_table(self) -> ExampleTable:
-        rows, lines = _read_table(self.path / TABLE_FILE)
+    def _read_rows(self) -> tuple[dict[int | str, Example], str]:
+        rows, pin = _read_table(self.path / TABLE_FILE)
         config = self.config
         if any(not (0 <= r.shard < config.num_shards and 0 <= r.slice < config.num_slices) for r in rows.values()):
             raise FolderError(f"{self.path / TABLE_FILE} places examples outside the system's shards and slices.")
-        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-        return table if lines == len(self.ledger.lines) else self._masked(table)
+        return rows, pin
 
-    def _masked(self, table: ExampleTable) -> ExampleTable:
-        return table.without([i for i in table.rows if self.is_deleted(i)])
+    def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
+        count = int(pin.partition(" ")[0])
+        if pin != _pin(ledger, count):
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} does not hold the {count} lines with which {TABLE_FILE} was written: "
+                "lines were cut off or edited, and deletions would be forgotten. Restore it from a backup."
+            )
+        config = self.config
+        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
+        return table if count == len(ledger.lines) else self._masked(table, ledger)
+
+    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
+        return table.without([i for i in table.rows if self.key.of_id(i) in ledger.deleted])
 
     def _scan_stages(self) -> dict[StageKey, dict[str, Any]]:
         return {key: self._read_stage(key) for key in self._stage_folders(self.path / STAGES)}
@@ -329,16 +383,19 @@ class SystemFolder:
             )
         return record
 
-    def _finish_removal(self) -> None:
+    def _finish_removal(self, behind: bool) -> None:
         """Remove what a deletion condemned and what an interrupted write or removal left behind."""
-        for leftover in [*self.path.glob(f"{STAGES}/shard-*/.tmp-*"), *self.path.glob(f"{STAGES}/shard-*/.gone-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        leftovers = [path for pattern in _LEFTOVERS for path in self.path.glob(pattern)]
         stale = [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
-        if stale:
-            self.remove_stages(stale)
         self.remove_stale_checkpoints()
-        if _ledger_lines_in(self.path / TABLE_FILE) != len(self.ledger.lines):
-            self.compact()
+        if not (leftovers or stale or behind):
+            return
+        with self.lock():
+            for leftover in leftovers:
+                _remove(leftover)
+            self.remove_stages(stale)
+            if behind:
+                self._compact()
 
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
@@ -395,6 +452,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -425,7 +489,7 @@ def _read_checked_json(path: Path) -> dict[str, Any]:
         digest = record.pop("digest", None)
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is not the JSON it was written as: {error}.") from error
     if digest != _json_digest(record):
         raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
@@ -433,10 +497,16 @@ def _read_checked_json(path: Path) -> dict[str, Any]:
 
 
 _TABLE_DIGEST = b"hf_s3t.digest"
-_TABLE_LINES = b"hf_s3t.ledger_lines"
+_TABLE_PIN = b"hf_s3t.ledger"
 
 
-def _write_table(path: Path, table: ExampleTable, ledger_lines: int) -> None:
+def _pin(ledger: Ledger, count: int | None = None) -> str:
+    """The lines whose deletions a table is written without: how many, and the hash of the last."""
+    lines = ledger.lines[:count]
+    return f"{len(lines)} {line_hash(lines[-1])}" if lines else "0 "
+
+
+def _write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
     rows = table.rows
     columns = {
         "id": pa.array(list(rows)),
@@ -447,31 +517,28 @@ def _write_table(path: Path, table: ExampleTable, ledger_lines: int) -> None:
     if any(r.group is not None for r in rows.values()):
         columns["group"] = pa.array([r.group for r in rows.values()])
     arrow = pa.table(columns)
-    metadata = {_TABLE_DIGEST: _table_digest(arrow), _TABLE_LINES: str(ledger_lines)}
+    pin = _pin(ledger)
+    metadata = {_TABLE_DIGEST: _table_digest(arrow, pin), _TABLE_PIN: pin}
     buffer = pa.BufferOutputStream()
     pq.write_table(arrow.replace_schema_metadata(metadata), buffer)
     _write_atomically(path, buffer.getvalue().to_pybytes())
 
 
-def _table_digest(arrow: pa.Table) -> str:
+def _table_digest(arrow: pa.Table, pin: str) -> str:
     # Arrow's stream format of a table combined into one batch is the same bytes for the same values.
     sink = pa.BufferOutputStream()
     plain = arrow.replace_schema_metadata(None).combine_chunks()
     with pa.ipc.new_stream(sink, plain.schema) as writer:
         writer.write_table(plain)
-    return hashlib.sha256(sink.getvalue()).hexdigest()
+    return hashlib.sha256(pin.encode() + sink.getvalue()).hexdigest()
 
 
-def _ledger_lines_in(path: Path) -> int:
-    return int(pq.read_schema(path).metadata[_TABLE_LINES])
-
-
-def _read_table(path: Path) -> tuple[dict[int | str, Example], int]:
+def _read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     try:
         arrow = pq.read_table(path)
         metadata = arrow.schema.metadata or {}
-        digest, lines = metadata[_TABLE_DIGEST].decode(), int(metadata[_TABLE_LINES])
-        intact = digest == _table_digest(arrow)
+        digest, pin = metadata[_TABLE_DIGEST].decode(), metadata[_TABLE_PIN].decode()
+        intact = digest == _table_digest(arrow, pin)
         columns = arrow.to_pydict()
         groups = columns.get("group", [None] * arrow.num_rows)
         rows = {
@@ -486,4 +553,4 @@ def _read_table(path: Path) -> tuple[dict[int | str, Example], int]:
         raise FolderError(f"{path} is not the table it was written as: {error}.") from error
     if not intact:
         raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
-    return rows, lines
+    return rows, pin

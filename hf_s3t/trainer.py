@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,14 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
 
 from .base_model import check_base_is, describe_base, log_casts_once
 from .circumstances import circumstances, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, S3TError
 from .examples import DigestKey
-from .isolation import check_arguments, check_base, check_datasets, check_peft_config
+from .isolation import check_arguments, check_base, check_checkpoint, check_datasets, check_peft_config
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .modeling import S3TModel
 from .plan import StageKey, relative_cost, stage_seed
@@ -32,6 +34,8 @@ from .storage import ADAPTER_FILE, SystemFolder
 from .training_data import EpochSeededSampler, StageRows, TrainingRows, preserved_randomness
 from .verify import VerificationReport, verify_stages
 
+
+logger = logging.get_logger(__name__)
 
 # What `Accelerator.prepare` leaves on a model.
 _PREPARED = ("forward", "_original_forward")
@@ -94,6 +98,7 @@ class S3TTrainerMixin:
             path, len(module_list), group_layers(len(module_list), config.num_slices, config.layers_per_slice)
         )
         head = find_head(model, path)
+        check_checkpoint(model, path, head)
         check_peft_config(peft_config, head)
         rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
         if recorded is None and rows is None:
@@ -105,6 +110,8 @@ class S3TTrainerMixin:
             base = recorded["base_model"]
         else:
             base = describe_base(model, path, head)
+        if rows is not None and (args.load_best_model_at_end or config.select == "metric"):
+            rows.refuse_shared(eval_dataset)
         if rows is not None:
             self._match(rows, args.output_dir, recorded)
         return _Blueprint(config, peft_config, layers, head, base, rows, find_task(model))
@@ -139,12 +146,26 @@ class S3TTrainerMixin:
         self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
         if self._stage_rows is not None:
             self._stage_rows.check_slices(self.folder.table)
+            self._say_what_is_suboptimal()
         self._initial_callbacks = [
             copy.deepcopy(c) for c in self.callback_handler.callbacks if isinstance(c, ExportableState)
         ]
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
+
+    def _say_what_is_suboptimal(self) -> None:
+        dropped = self._stage_rows.dropped(self.folder.table)
+        if dropped:
+            logger.warning_once(
+                f"{dropped} of {len(self.folder.table)} examples are not trained on: truncation or filtering left "
+                "nothing of them. Their ids stay in the table. Raise `max_length` to train on them."
+            )
+        if self.args.device.type == "cuda" and not self.args.full_determinism:
+            logger.warning_once(
+                "Without `full_determinism=True` some CUDA kernels add in another order from run to run, and an audit "
+                "may find other bits. The guarantee of `unlearn` does not depend on it."
+            )
 
     # Training
 
@@ -181,11 +202,15 @@ class S3TTrainerMixin:
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         outputs = []
+        # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
+        gc.collect()
+        gc.freeze()
         try:
             for number, (key, cost) in enumerate(zip(keys, costs, strict=True), start=1):
                 self._progress.begin_stage(str(key), number, len(keys), cost)
                 outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
         finally:
+            gc.unfreeze()
             self._progress.end()
             self.train_dataset = self._prepared
         if self._live is not None:
@@ -247,12 +272,17 @@ class S3TTrainerMixin:
 
     def _bring_in(self, key: StageKey) -> None:
         """Have the stages below in memory, and of the others only those that serve."""
-        serving = self._live._routing.stages if self._live is not None else set()
         below = key.lineage[:-1]
-        self._stack.drop([k for k in self._stack.loaded if k not in below and k not in serving])
+        self._make_room(below)
         for stage in below:
             if stage not in self._stack:
                 self._stack.load(stage, self.folder.adapter_path(stage))
+
+    def _make_room(self, below: Sequence[StageKey]) -> None:
+        """Drop stages that neither serve nor are stood on; with several processes all must hold the same tensors."""
+        alone = self.accelerator.num_processes == 1
+        serving = self._live._routing.stages if self._live is not None and alone else set()
+        self._stack.drop([k for k in self._stack.loaded if k not in below and k not in serving])
 
     @contextlib.contextmanager
     def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
@@ -284,11 +314,11 @@ class S3TTrainerMixin:
         """
         before = {name: self.model.__dict__.get(name) for name in _PREPARED}
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.accelerator.free_memory()
+        self.accelerator._models.clear()
         try:
             yield
         finally:
-            self.accelerator.free_memory()
+            self.accelerator._models.clear()
             for name, value in before.items():
                 if value is None:
                     self.model.__dict__.pop(name, None)

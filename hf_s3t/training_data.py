@@ -12,8 +12,8 @@ from torch.utils.data import Sampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .config import S3TConfig
-from .errors import ConfigError, EmptySliceError, ExampleIdError
-from .examples import DigestKey, Example, ExampleTable
+from .errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
+from .examples import DigestKey, Example, ExampleTable, encode
 from .partition import assign, check_ids
 from .plan import StageKey
 
@@ -73,9 +73,7 @@ class TrainingRows:
 
     def _contents(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.dataset, datasets.Dataset):
-            # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run.
-            for batch in self.dataset.with_format("arrow").iter(batch_size=1000):
-                yield from batch.to_pylist()
+            yield from self._stored(self.dataset)
             return
         with preserved_randomness():
             for index in range(len(self.dataset)):
@@ -83,6 +81,36 @@ class TrainingRows:
                 _seed_all(0)
                 row = self.dataset[index]
                 yield dict(row) if hasattr(row, "keys") else {"row": row}
+
+    def refuse_shared(self, eval_dataset: Any) -> None:
+        """
+        Refuse an evaluation set with training examples in it, where evaluation chooses the model.
+
+        Raises:
+            [`~hf_s3t.errors.IsolationError`]: With the number of shared rows.
+        """
+        sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        own = None
+        for dataset in sets:
+            if isinstance(dataset, datasets.Dataset) and isinstance(self.dataset, datasets.Dataset):
+                own = own if own is not None else set(self._anonymous(self.dataset))
+                shared = sum(row in own for row in self._anonymous(dataset))
+                if shared:
+                    raise IsolationError(
+                        f"{shared} rows of `eval_dataset` are training examples, and evaluation chooses the model "
+                        '(`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
+                    )
+
+    def _anonymous(self, dataset: datasets.Dataset) -> Iterator[bytes]:
+        ours = {self.config.id_column, self.config.group_column, self.config.shard_column, self.config.slice_column}
+        for row in TrainingRows._stored(dataset):
+            yield encode({name: value for name, value in row.items() if name not in ours})
+
+    @staticmethod
+    def _stored(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+        # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run.
+        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+            yield from batch.to_pylist()
 
     def partition(self, digests: Sequence[str]) -> dict[int | str, Example]:
         """

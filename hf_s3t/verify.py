@@ -89,7 +89,8 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
     (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
-    closure = sorted({key for tip in wanted for key in tip.lineage}, key=lambda k: (k.shard, k.depth, k.prefix))
+    # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
+    closure = sorted({key for tip in wanted for key in tip.lineage})
     present = circumstances(trainer.model, trainer.accelerator)
     differences: dict[str, tuple[Any, Any]] = {}
     for key in closure:
@@ -117,6 +118,8 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     finally:
         trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
         trainer.train_dataset = trainer._prepared
+        if trainer._live is not None:
+            trainer._live.refresh()
     return VerificationReport(tuple(map(str, closure)), mismatches, differences, time.perf_counter() - started)
 
 
@@ -151,6 +154,7 @@ def _retrain(trainer: "S3TTrainerMixin", key: StageKey, scratch: Path) -> dict[s
     shadow = AuditKey(key.shard, key.prefix)
     record = trainer.folder.stage_record(key)
     origin = {name: record[name] for name in ("slices", "below", "recipe")}
+    trainer._make_room(shadow.lineage[:-1])
     with threads(record["circumstances"]["threads"]), trainer._training(shadow, scratch / str(key), origin):
         trainer._fit(shadow, None, None)
     return {name: tensor.detach().cpu().clone() for name, tensor in trainer._stack.tensors(shadow).items()}

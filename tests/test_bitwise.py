@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,10 @@ from bitwise_scenarios import (
     truncated_logits,
 )
 
+from hf_s3t.verify import differing_tensors
 
-COVERING = covering_scenarios()
+
+COVERING = covering_scenarios(seed=1)
 # One system each of a language model, a text and an image classifier, in seconds.
 QUICK = [
     Scenario(num_shards=2, crash="in a stage", rows="shuffled", order="other", accumulation=2),
@@ -86,17 +88,15 @@ def test_unlearning_equals_never_having_trained_on_the_examples_whatever_the_set
     check(scenario, tmp_path)
 
 
-def test_a_difference_names_every_tensor_that_differs(tmp_path):
-    scenario = Scenario(oracle="same process")
-    train_side(scenario, tmp_path, "saw")
-    # The other side is trained on other data: it still saw the examples.
-    other = replace(scenario, deletion="one slice")
-    train_side(other, tmp_path, "never")
-    _, differing = differences(tmp_path / "saw", tmp_path / "never")
-    _, none = differences(tmp_path / "saw", tmp_path / "saw")
-    assert not none
-    adapter = tmp_path / "saw" / "stages" / "shard-0"
-    if differing:
-        for stage, names in differing.items():
-            assert (adapter / stage.split("/")[1]).is_dir()
-            assert all(".lora_" in name for name in names)
+def test_a_difference_names_every_tensor_that_differs():
+    one = {name: torch.arange(4.0).view(2, 2) for name in ("a", "b", "c", "d")}
+    other = {name: tensor.clone() for name, tensor in one.items()}
+    other["b"][1, 1] += 1e-6
+    other["c"] = other["c"].to(torch.bfloat16)
+    del other["d"]
+    assert differing_tensors(one, other) == ["b", "c", "d"]
+    assert differing_tensors(one, one) == []
+
+
+def test_zero_and_minus_zero_differ():
+    assert differing_tensors({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0])}) == ["a"]

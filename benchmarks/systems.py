@@ -1,0 +1,97 @@
+"""Systems to measure: Llama bases with random weights, and stages attached and written without training."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, logging
+
+from hf_s3t import S3TConfig, S3TTrainer
+from hf_s3t.plan import stage_seed
+from hf_s3t.storage import SystemFolder
+
+
+SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# A bar per loaded checkpoint, or warnings on models made in memory, would hide the results.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def llama(layers: int, hidden: int, vocabulary: int = 32_000) -> LlamaForCausalLM:
+    """A Llama with random weights and the proportions of Llama2-7B, in eval mode."""
+    torch.manual_seed(0)
+    heads = max(1, hidden // 64)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=-(-hidden * 43 // 16 // 8) * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def lora(rank: int = 16) -> LoraConfig:
+    """Adapters on all seven projections, without dropout."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(SEVEN_PROJECTIONS))
+
+
+def make_system(path: Path, base: nn.Module, config: S3TConfig, examples: int, rank: int = 16) -> SystemFolder:
+    """
+    A system with every planned stage, none of them trained: random adapters of the right shapes.
+
+    Args:
+        path (`Path`): Its folder.
+        base (`nn.Module`): The bare base model. It is left as it is.
+        config ([`~hf_s3t.S3TConfig`]): The system.
+        examples (`int`): Number of examples in its table.
+        rank (`int`, defaults to 16): Rank of the adapters.
+    """
+    rows = Dataset.from_dict({"input_ids": [[number % 100] for number in range(examples)]})
+    trainer = S3TTrainer(
+        model=copy.deepcopy(base),
+        args=TrainingArguments(output_dir=str(path), report_to="none", use_cpu=True, disable_tqdm=True),
+        train_dataset=rows,
+        peft_config=lora(rank),
+        s3t_config=config,
+    )
+    stack, folder = trainer.s3t_model.stack, trainer.folder
+    for key in folder.plan.stages():
+        torch.manual_seed(stage_seed(config.seed, key))
+        stack.add(key)
+        with torch.no_grad():
+            for name, tensor in stack.tensors(key).items():
+                if ".lora_B." in name:
+                    tensor.normal_(0.0, 0.02)
+        below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
+        record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
+        folder.write_stage(key, record, lambda path, key=key: stack.save(key, path, None))
+        stack.drop([key])
+    return folder
+
+
+def sharing(base: nn.Module) -> nn.Module:
+    """Another model with the tensors of `base`, so that several need the memory of one."""
+    memo = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    return copy.deepcopy(base, memo)
+
+
+def plain_peft(base: nn.Module, adapters: list[Path]) -> PeftModel:
+    """Plain PEFT on a base in memory: the stages of a stack loaded from disk and all made active."""
+    first, *others = adapters
+    model = PeftModel.from_pretrained(base, first, adapter_name=first.name)
+    for adapter in others:
+        model.load_adapter(adapter, adapter_name=adapter.name)
+    model.base_model.set_adapter([adapter.name for adapter in adapters], inference_mode=True)
+    return model
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory:
+    """A folder for systems, removed at the end."""
+    return tempfile.TemporaryDirectory(prefix="hf_s3t_bench_")
