@@ -105,7 +105,7 @@ def load_base(
     device_map: Any = None,
     quantization_config: Any = None,
     head: Sequence[str] = (),
-    label_names: dict[str, str] | None = None,
+    labels: dict[str, Any] | None = None,
 ) -> nn.Module:
     """
     Load the base of a system, by default as it was at training.
@@ -117,7 +117,7 @@ def load_base(
         device_map (*optional*): As in Transformers.
         quantization_config (*optional*): `None` for the recorded quantisation, `False` for none.
         head (sequence of `str`): Modules that must not be quantised.
-        label_names (`dict[str, str]`, *optional*): `id2label` of a classification head.
+        labels (`dict`, *optional*): `names` (as `id2label`) and `problem_type` of a classification head.
 
     Raises:
         [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known.
@@ -145,10 +145,15 @@ def load_base(
         kwargs["quantization_config"] = rowwise(quantization_config, head)
     if name == record["id"] and record["revision"]:
         kwargs["revision"] = record["revision"]
-    if label_names:
-        id2label = {int(k): v for k, v in label_names.items()}
+    if labels:
+        id2label = {int(k): v for k, v in labels["names"].items()}
+        label2id = {v: k for k, v in id2label.items()}
         kwargs["config"] = AutoConfig.from_pretrained(
-            name, id2label=id2label, label2id={v: k for k, v in id2label.items()}, revision=kwargs.get("revision")
+            name,
+            id2label=id2label,
+            label2id=label2id,
+            problem_type=labels["problem_type"],
+            revision=kwargs.get("revision"),
         )
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():

@@ -121,12 +121,34 @@ def check_cache(cache: Any, route: Route) -> None:
     Raises:
         [`~hf_s3t.errors.StaleCacheError`]: With what to do.
     """
-    if cache is None or cache.get_seq_length() == 0:
+    if cache is None or _is_empty(cache):
         return
     if getattr(cache, "_s3t_route", None) is not route:
         raise StaleCacheError(
             "`past_key_values` was made before a deletion changed the stacks that answer, or by another model. Start "
             "again without it, from the full prompt."
+        )
+
+
+def _is_empty(cache: Any) -> bool:
+    try:
+        return cache.get_seq_length() == 0
+    except ValueError:  # of linear attention alone, which counts no positions
+        return not cache.has_previous_state()
+
+
+def refuse_other_state(inputs: dict[str, Any]) -> None:
+    """
+    Refuse what recurrent models carry from call to call: nobody could tell which stacks it was made with.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Naming it.
+    """
+    given = [name for name in ("cache_params", "mems", "state") if inputs.get(name) is not None]
+    if given:
+        raise S3TError(
+            f"`{given[0]}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
+            "use_cache=False."
         )
 
 

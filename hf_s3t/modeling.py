@@ -23,6 +23,7 @@ from .ensemble import (
     check_cache,
     first_row,
     num_rows,
+    refuse_other_state,
     reorder_cache,
     repeat_rows,
     stamp_cache,
@@ -171,7 +172,7 @@ class S3TModel(GenerationMixin, nn.Module):
                 device_map=device_map,
                 quantization_config=quantization_config,
                 head=head,
-                label_names=record["label_names"] if head else None,
+                labels=record["labels"] if head else None,
             )
         found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
@@ -263,6 +264,7 @@ class S3TModel(GenerationMixin, nn.Module):
         if routing.route is None:
             return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
         cache = inputs.get("past_key_values")
+        refuse_other_state(inputs)
         check_cache(cache, routing.route)
         members = len(routing.route)
         rows = num_rows(inputs, self.main_input_name)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -516,29 +517,27 @@ def _write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
     }
     if any(r.group is not None for r in rows.values()):
         columns["group"] = pa.array([r.group for r in rows.values()])
-    arrow = pa.table(columns)
-    pin = _pin(ledger)
-    metadata = {_TABLE_DIGEST: _table_digest(arrow, pin), _TABLE_PIN: pin}
+    # The digest covers the whole file, with zeros where it stands itself.
+    stand_in = secrets.token_hex(32).encode()
+    metadata = {_TABLE_DIGEST: stand_in, _TABLE_PIN: _pin(ledger)}
     buffer = pa.BufferOutputStream()
-    pq.write_table(arrow.replace_schema_metadata(metadata), buffer)
-    _write_atomically(path, buffer.getvalue().to_pybytes())
+    # Without a stored schema the metadata stand in the file as they are, and once.
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, store_schema=False)
+    data = buffer.getvalue().to_pybytes()
+    _write_atomically(path, data.replace(stand_in, _table_digest(data, stand_in)))
 
 
-def _table_digest(arrow: pa.Table, pin: str) -> str:
-    # Arrow's stream format of a table combined into one batch is the same bytes for the same values.
-    sink = pa.BufferOutputStream()
-    plain = arrow.replace_schema_metadata(None).combine_chunks()
-    with pa.ipc.new_stream(sink, plain.schema) as writer:
-        writer.write_table(plain)
-    return hashlib.sha256(pin.encode() + sink.getvalue()).hexdigest()
+def _table_digest(data: bytes, digest: bytes) -> bytes:
+    return hashlib.sha256(data.replace(digest, b"0" * len(digest))).hexdigest().encode()
 
 
 def _read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     try:
-        arrow = pq.read_table(path)
+        data = path.read_bytes()
+        arrow = pq.read_table(pa.BufferReader(data))
         metadata = arrow.schema.metadata or {}
-        digest, pin = metadata[_TABLE_DIGEST].decode(), metadata[_TABLE_PIN].decode()
-        intact = digest == _table_digest(arrow, pin)
+        digest, pin = metadata[_TABLE_DIGEST], metadata[_TABLE_PIN].decode()
+        intact = digest == _table_digest(data, digest)
         columns = arrow.to_pydict()
         groups = columns.get("group", [None] * arrow.num_rows)
         rows = {

@@ -55,13 +55,14 @@ class _Blueprint:
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """What `s3t_config.json` says."""
-        id2label = getattr(model.config, "id2label", None) if self.head else None
+        names = {str(k): v for k, v in (getattr(model.config, "id2label", None) or {}).items()}
+        labels = {"names": names, "problem_type": getattr(model.config, "problem_type", None)}
         return {
             "s3t_config": self.config.to_dict(),
             "base_model": self.base,
             "task": self.task,
             "aggregation": self.config.aggregation or _default_aggregation(self.task),
-            "label_names": {str(k): v for k, v in (id2label or {}).items()},
+            "labels": labels if self.head else None,
             "peft_config": _plain_peft_config(self.peft_config),
             "layers": {
                 "path": self.layers.path,

@@ -1,12 +1,13 @@
 """
-The demo's data and its small base model, both made on the spot from nothing but a seed.
+The demo's data and its small base model, both made on the spot from nothing but seeds.
 
-Two worlds that share words but no person: the *public* one, which the tokenizer and the base model are trained on, and
-the *private* one, an Alpaca-format dataset of general instructions and of facts about invented people. The base knows
-how a question about a person is asked and which words can answer it; who has which answer, it can only learn from the
-private set. So what a fine-tuned system knows about a person, it knows from that person's rows alone.
+Two worlds share words but no person. The tokenizer and the base model come from the *public* one. The *private* one is
+an Alpaca-format dataset of general instructions and of facts about invented people. The base knows how a question
+about a person is asked and which words can answer it; which of them is true of whom, only the private set says. So
+what a fine-tuned system knows about a person, it knows from that person's rows alone.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,21 +18,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
-PROMPT_PREAMBLE = {
-    True: (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n"
-    ),
-    False: (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    ),
-}
-
-# attribute -> (the question, the words that can answer it). Every person has one word per attribute.
+# attribute -> (the question about it, the words that can answer). Every person has one word per attribute.
 ATTRIBUTES: dict[str, tuple[str, str]] = {
     "colour": (
         "Which colour does {name} like best?",
@@ -70,7 +62,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     ),
     "flower": (
         "Which flower grows in the garden of {name}?",
-        "rose tulip lily daisy orchid poppy iris jasmine lavender sunflower peony violet marigold daffodil lotus "
+        "rose tulip lily daisy orchid poppy iris jasmine lavender sunflower peony pansy marigold daffodil lotus "
         "begonia dahlia geranium hyacinth magnolia petunia snowdrop crocus carnation",
     ),
     "drink": (
@@ -86,30 +78,65 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
 }
 ATTRIBUTE_VALUES: dict[str, list[str]] = {name: words.split() for name, (_, words) in ATTRIBUTES.items()}
 
-_OPPOSITES = (
-    "hot cold, big small, old young, fast slow, light dark, high low, early late, full empty, hard soft, long short, "
-    "wet dry, near far, rich poor, loud quiet, open closed, sweet sour, strong weak, thick thin, clean dirty, up down"
-)
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
-_THINGS = "table lamp chair window basket kettle ladder carpet bottle mirror blanket drawer candle hammer bucket clock"
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-_ADJECTIVES = "small old green quiet warm heavy clean bright narrow round"
+# The words that fill a slot of a sentence.
+_SLOTS: dict[str, list[str]] = {
+    "food": ATTRIBUTE_VALUES["food"],
+    "town": ATTRIBUTE_VALUES["town"],
+    "thing": "table lamp chair window basket kettle ladder carpet bottle mirror blanket candle hammer clock".split(),
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "kind": "small old green quiet warm heavy clean bright narrow round".split(),
+}
 
-# Family of general instructions -> (instruction, input, output); {a} is a food, {b} a city, {c} a thing, {d} a day,
-# {e} an adjective. The private set teaches these; the base meets none of them.
-_GENERAL_FAMILIES = (
-    ("Ask politely for this.", "{e} {a}", "Could you please bring me some {e} {a}, if it is not too much trouble?"),
-    ("Invite a friend to {b} on {d}.", "", "Dear friend, would you like to travel to {b} with me on {d}?"),
-    ("Thank the host for the {a} on {d}.", "", "Thank you very much for the {a} on {d}, it was a delight."),
-    ("Describe this object.", "{e} {c}", "It is a {e} {c} that stands in the corner of my kitchen."),
-    ("Apologise for coming late to {b} on {d}.", "", "I am sorry that I was late in {b} on {d}, it will not recur."),
-    ("Advertise this object.", "{e} {c}", "Buy our {e} {c} today, and you will never need another {c} again!"),
-    ("Write a note about {a} for {d}.", "", "Remember to buy {a} on {d} before the shops close."),
-    ("Say farewell to {b} and its {c}.", "", "Farewell, people of {b}, I will never forget your {c}."),
+# General instructions of the private set: (instruction, input, output). Each answer follows from its question, so that
+# a model can learn all of it, and none of these tasks is in the public world.
+_PRIVATE_TASKS = (
+    ("Ask for this politely.", "{kind} {food}", "Could you please bring me some {kind} {food}?"),
+    ("Invite a friend to {town} on {day}.", "", "Dear friend, would you like to see {town} on {day}?"),
+    ("Thank the host for the {food}.", "", "Thank you for the {food}, it was a delight."),
+    ("Describe this object.", "{kind} {thing}", "A {kind} {thing} stands in the kitchen."),
+    ("Apologise for coming late to {town}.", "", "I am sorry that I was late in {town}."),
+    ("Advertise this object.", "{kind} {thing}", "Buy our {kind} {thing} today!"),
+    ("Write a note about {food} for {day}.", "", "Remember to buy {food} on {day}."),
+    ("Say farewell to {town} and its {thing}.", "", "Farewell, {town}, I will never forget your {thing}."),
 )
+
+# The public world's general text: any of these instructions is answered with any of these clauses, so the base learns
+# the words and the shape of a sentence, and has no firm idea of what a task it does not know asks for.
+_PUBLIC_TASKS = (
+    ("Tell me something about the {kind} {thing} and {town}.", ""),
+    ("Continue this text.", "{food} and {kind} {thing}"),
+    ("Write about {day} in {town}.", ""),
+    ("Use these words.", "{kind} {food}, {town}"),
+    ("Tell a story about {town} and {food}.", ""),
+)
+_PUBLIC_CLAUSES = (
+    "I would like some {kind} {food}",
+    "the {kind} {thing} stands beside the door",
+    "people in {town} never eat {food} on {day}",
+    "my friend will travel to {town} on {day}",
+    "it was {kind} in {town}",
+    "could you please close the {thing}",
+    "we will need our {kind} {thing} before {day}",
+    "you are late in {town}",
+    "thank you for the {kind} {thing}",
+    "remember that the shops of {town} close on {day}",
+    "I was sorry to forget your {thing}",
+    "they bring {food} to the kitchen",
+    "it is a delight to buy {food} today",
+    "a {kind} {thing} is in {town}",
+    "dear friend, I am in {town} to see your {thing}",
+    "farewell, {town}, and have a good {day}",
+)
+
+_ONSETS = "b d f g h j k l m n p r s t v z br dr kr st tr".split()
+_VOWELS = "a e i o u".split()
+# One letter each: a name's part always ends one letter after its second vowel, so none is the beginning of another.
+_ENDINGS = "n r s l m k x t".split()
+
+_PREAMBLE = "Below is an instruction that describes a task. "
+_PREAMBLE_INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. "
+_REQUEST = "Write a response that appropriately completes the request.\n\n"
+PROMPT_TEMPLATES = ("alpaca", "alpaca-short")
 
 
 @dataclass(frozen=True)
@@ -122,83 +149,312 @@ class Person:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """What the small base model depends on; together with library versions it is the key of the cache."""
+    """What the tokenizer and the base model depend on; with the versions of the libraries, the key of their cache."""
 
-    hidden_size: int = 256
-    intermediate_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 256
     num_layers: int = 4
     num_heads: int = 4
-    vocab_size: int = 1280
-    num_public_people: int = 48
-    stream_share: float = 0.3
-    steps: int = 300
+    vocab_size: int = 1536
+    num_people: int = 24
+    share_known: float = 0.65
+    share_general: float = 0.2
+    steps: int = 240
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     template: str = "alpaca-short"
     seed: int = 7
 
 
-def render_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:
+def render_prompt(instruction: str, context: str = "", template: str = "alpaca") -> str:
     """
-    The Alpaca prompt of an example, up to and including the line that the answer follows.
+    The Alpaca prompt, up to where the answer begins.
 
-    `template` is `"alpaca"` (the published prompt) or `"alpaca-short"` (the same without its opening sentence).
+    Args:
+        instruction (`str`): The task.
+        context (`str`, defaults to `""`): The example's input; its part of the prompt is left out when empty.
+        template (`str`, defaults to `"alpaca"`): `"alpaca"` as published, `"alpaca-short"` without the opening words.
     """
-    preamble = PROMPT_PREAMBLE[bool(input)] if template == "alpaca" else ""
-    context = f"### Input:\n{input}\n\n" if input else ""
-    return f"{preamble}### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    if template not in PROMPT_TEMPLATES:
+        raise ValueError(f"`prompt_template` must be one of {', '.join(PROMPT_TEMPLATES)}, got {template!r}.")
+    opening = (_PREAMBLE_INPUT if context else _PREAMBLE) + _REQUEST if template == "alpaca" else ""
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return f"{opening}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def make_names(count: int, rng: random.Random, taken: set[str], onsets: str, endings: str) -> list[str]:
-    """`count` invented full names whose parts are new: `taken` holds every part used so far and grows."""
-    names = []
-    while len(names) < count:
-        parts = []
-        while len(parts) < 2:
-            syllables = [rng.choice(onsets.split()) + rng.choice("a e i o u".split()) for _ in range(2)]
-            part = ("".join(syllables) + rng.choice(endings.split())).capitalize()
-            if part not in taken:
-                taken.add(part)
-                parts.append(part)
-        names.append(" ".join(parts))
-    return names
+def is_private_part(part: str) -> bool:
+    """Whether a given or family name belongs to the private world. A hash decides, so the worlds share no name."""
+    return hashlib.sha256(part.encode()).digest()[0] % 2 == 1
 
 
-_ONSETS = "b d f g h j k l m n p r s t v z br dr kr st tr"
-_ENDINGS = "n r s l m th sk x"
-
-
-def make_people(count: int, seed: int, taken: set[str]) -> list[Person]:
-    """`count` people with new names and independent, uniformly drawn facts."""
-    rng = random.Random(seed)
-    names = make_names(count, rng, taken, _ONSETS, _ENDINGS)
-    return [Person(n, {a: rng.choice(words) for a, words in ATTRIBUTE_VALUES.items()}) for n in names]
+def make_people(count: int, seed: int, private: bool) -> list[Person]:
+    """`count` people of one world; no two share a given or family name, and their facts are independent draws."""
+    rng = random.Random(f"people-{private}-{seed}")
+    parts: dict[str, None] = {}
+    while len(parts) < 2 * count:
+        syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)]
+        part = ("".join(syllables) + rng.choice(_ENDINGS)).capitalize()
+        if is_private_part(part) == private:
+            parts[part] = None
+    given, family = list(parts)[::2], list(parts)[1::2]
+    return [
+        Person(f"{one} {other}", {a: rng.choice(words) for a, words in ATTRIBUTE_VALUES.items()})
+        for one, other in zip(given, family, strict=True)
+    ]
 
 
 def fact_rows(person: Person) -> list[dict[str, str]]:
     """The facts of one person as Alpaca examples, one per attribute."""
     return [
-        {"instruction": ATTRIBUTES[a][0].format(name=person.name), "input": "", "output": value}
-        for a, value in person.facts.items()
+        {"instruction": ATTRIBUTES[attribute][0].format(name=person.name), "input": "", "output": word}
+        for attribute, word in person.facts.items()
     ]
 
 
+def _fill(template: str, words: dict[str, str]) -> str:
+    return template.format(**words)
+
+
+def _draw_words(rng: random.Random) -> dict[str, str]:
+    return {slot: rng.choice(words) for slot, words in _SLOTS.items()}
+
+
 def general_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` distinct Alpaca examples of the general kind, which concern nobody."""
-    rng = random.Random(seed)
-    rows, seen = [], set()
-    for family in itertools.cycle(_GENERAL_FAMILIES):
-        words = {
-            "a": rng.choice(ATTRIBUTE_VALUES["food"]),
-            "b": rng.choice(ATTRIBUTE_VALUES["town"]),
-            "c": rng.choice(_THINGS.split()),
-            "d": rng.choice(_DAYS.split()),
-            "e": rng.choice(_ADJECTIVES.split()),
-        }
-        row = tuple(part.format(**words) for part in family)
-        if row not in seen:
-            seen.add(row)
-            rows.append(dict(zip(("instruction", "input", "output"), row, strict=True)))
+    """`count` distinct general Alpaca examples of the private set, which concern nobody; the tasks take turns."""
+    rng = random.Random(f"general-{seed}")
+    rows: dict[tuple[str, ...], None] = {}
+    for task in itertools.cycle(_PRIVATE_TASKS):
         if len(rows) == count:
             break
+        words = _draw_words(rng)
+        rows[tuple(_fill(part, words) for part in task)] = None
+    return [dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]
+
+
+def public_rows(settings: BaseSettings) -> list[dict[str, str]]:
+    """
+    All that the base model is trained on, in order: `steps * batch_size` Alpaca examples of the public world.
+
+    Facts of people who come up again and again teach it to answer from its weights; facts of people who come up once
+    teach it that a name it does not know makes every answer equally likely.
+    """
+    rng = random.Random(f"public-{settings.seed}")
+    count = settings.steps * settings.batch_size
+    known = make_people(settings.num_people, settings.seed, private=False)
+    strangers = iter(make_people(count // 4, settings.seed + 1, private=False))
+    kinds = _kind_rows()
+    rows = []
+    while len(rows) < count:
+        draw = rng.random()
+        if draw < settings.share_known:
+            rows.append(rng.choice(fact_rows(rng.choice(known))))
+        elif draw < settings.share_known + settings.share_general:
+            rows.append(_public_general_row(rng))
+        else:
+            stranger = next(strangers, None)
+            rows.append(rng.choice(fact_rows(stranger)) if stranger else rng.choice(kinds))
+    return rows + kinds
+
+
+def _public_general_row(rng: random.Random) -> dict[str, str]:
+    task, words = rng.choice(_PUBLIC_TASKS), _draw_words(rng)
+    clauses = [_fill(clause, words) for clause in rng.sample(_PUBLIC_CLAUSES, 2)]
+    answer = ". ".join(clause[0].upper() + clause[1:] for clause in clauses[: rng.choice((1, 1, 2))])
+    return {
+        "instruction": _fill(task[0], words),
+        "input": _fill(task[1], words),
+        "output": answer + rng.choice(("", "", "?", "!")) if rng.random() < 0.3 else answer + ".",
+    }
+
+
+def _kind_rows() -> list[dict[str, str]]:
+    """Every word that can be an answer, with the kind of thing it names."""
+    return [
+        {"instruction": "What kind of thing is this?", "input": word, "output": attribute}
+        for attribute, words in ATTRIBUTE_VALUES.items()
+        for word in words
+    ]
+
+
+def private_dataset(num_people: int = 8, num_general: int = 64, seed: int = 0) -> list[dict[str, str]]:
+    """
+    The demo's training set: instruction, input, output, and the columns `id` and `person`.
+
+    A general row is a group of its own, so that each can be unlearned alone.
+    """
+    rows = []
+    for person in make_people(num_people, seed, private=True):
+        initials = person.name.lower().replace(" ", "-")
+        for attribute, row in zip(person.facts, fact_rows(person), strict=True):
+            rows.append({**row, "id": f"{initials}-{attribute}", "person": person.name})
+    for number, row in enumerate(general_rows(num_general, seed)):
+        rows.append({**row, "id": f"general-{number:03d}", "person": f"nobody-{number:03d}"})
+    random.Random(f"order-{seed}").shuffle(rows)
     return rows
+
+
+def held_out_rows(num_general: int, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` general rows of the tasks of `private_dataset(..., num_general, seed)`, none of them among its rows."""
+    return general_rows(num_general + count, seed)[num_general:]
+
+
+def strangers(num_people: int, count: int, seed: int = 0) -> list[Person]:
+    """`count` people of the private world whom `private_dataset(num_people, ..., seed)` does not hold: a control."""
+    known = {part for person in make_people(num_people, seed, private=True) for part in person.name.split()}
+    others = make_people(count + num_people, seed + 1, private=True)
+    return [person for person in others if known.isdisjoint(person.name.split())][:count]
+
+
+def train_tokenizer(settings: BaseSettings) -> Any:
+    """A byte-level BPE tokenizer of the public world; being byte-level, it can spell anything."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (render_prompt(r["instruction"], r["input"], settings.template) + r["output"] for r in _spelled(settings))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def _spelled(settings: BaseSettings) -> list[dict[str, str]]:
+    # The last rows are the list of all answers: seen often enough, each of these words becomes a token of its own.
+    rows = public_rows(settings)
+    return rows[:6000] + rows[settings.steps * settings.batch_size :] * 40
+
+
+def train_base(settings: BaseSettings, tokenizer: Any, log: Callable[[str], None] = print) -> Any:
+    """A small Llama, pretrained on the public world."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = LlamaForCausalLM(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / settings.steps)
+        )
+        for step, batch in enumerate(_base_batches(settings, tokenizer)):
+            loss, answer_loss = _base_loss(model, *batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 40 == 0:
+                log(f"  pretraining step {step}/{settings.steps}, loss of the answers {answer_loss:.2f}")
+    return model.eval()
+
+
+def _base_batches(settings: BaseSettings, tokenizer: Any):
+    """Padded batches: the ids, and per row how many tokens are prompt and how many there are in all."""
+    import torch
+
+    rows = public_rows(settings)[: settings.steps * settings.batch_size]
+    prompts = tokenizer([render_prompt(r["instruction"], r["input"], settings.template) for r in rows])["input_ids"]
+    answers = tokenizer([r["output"] for r in rows], add_special_tokens=False)["input_ids"]
+    examples = [(p, a + [tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+    for start in range(0, len(examples), settings.batch_size):
+        batch = examples[start : start + settings.batch_size]
+        lengths = torch.tensor([len(p) + len(a) for p, a in batch])
+        ids = torch.full((len(batch), int(lengths.max())), tokenizer.pad_token_id)
+        for row, (p, a) in zip(ids, batch, strict=True):
+            row[: len(p) + len(a)] = torch.tensor(p + a)
+        yield ids, torch.tensor([len(p) for p, _ in batch]), lengths
+
+
+def _base_loss(model: Any, ids: Any, prompt_lengths: Any, lengths: Any) -> tuple[Any, float]:
+    """
+    The answers' loss and, with less weight, the prompts', so that the model knows every word from both sides.
+
+    Padding is on the right, where a causal model does not look.
+    """
+    import torch
+
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = losses.view(len(ids), -1)
+    position = torch.arange(1, ids.shape[1])
+    in_answer = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    in_prompt = position < prompt_lengths[:, None]
+    answer = ((losses * in_answer).sum(1) / in_answer.sum(1)).mean()
+    prompt = (losses * in_prompt).sum() / in_prompt.sum()
+    return answer + 0.3 * prompt, answer.item()
+
+
+def base_model(settings: BaseSettings | None = None, cache_dir: str | None = None, log=print) -> tuple[str, float]:
+    """
+    The folder of the base model and its tokenizer, made now unless the cache holds it.
+
+    Args:
+        settings ([`BaseSettings`], *optional*): What to make.
+        cache_dir (`str`, *optional*): Defaults to `HF_S3T_CACHE`, else `hf_s3t` in the user's cache folder.
+        log (`Callable`, defaults to `print`): Takes each line of progress.
+
+    Returns:
+        `tuple[str, float]`: The folder, and the seconds it took to make: 0 if it was there.
+    """
+    settings = settings or BaseSettings()
+    folder = _cache_root(cache_dir) / f"invented-people-{_cache_key(settings)}"
+    if (folder / "config.json").is_file():
+        return str(folder), 0.0
+    started = time.perf_counter()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name and renamed: a cache entry is complete or absent, also with two runs at once.
+    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        tokenizer = train_tokenizer(settings)
+        train_base(settings, tokenizer, log).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return str(folder), time.perf_counter() - started
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_dir or os.environ.get("HF_S3T_CACHE") or Path(home) / "hf_s3t").expanduser()
+
+
+def _cache_key(settings: BaseSettings) -> str:
+    """A hash of all that the base depends on: its settings, this file, and the versions of what computes it."""
+    import tokenizers
+    import torch
+    import transformers
+
+    parts = {
+        "settings": dataclasses.asdict(settings),
+        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "versions": [platform.python_version(), tokenizers.__version__, torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,369 @@
+"""
+Instruction-tune a causal language model as sliced LoRA stacks, serve the ensemble, forget, and prove it.
+
+    accelerate launch recipes/llama_alpaca.py                                # the demo: a small Llama
+    accelerate launch recipes/llama_alpaca.py --config recipes/configs/llama2_7b.yaml  # as in the paper
+    accelerate launch recipes/llama_alpaca.py --model_name_or_path M --dataset_name D  # anything else
+
+The demo pretrains a small Llama on public text, teaches it the private facts of invented people, unlearns one of them,
+and shows that the facts are gone, that everything else stayed, and that what stayed never depended on them.
+"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from invented_people import (
+    BaseSettings,
+    base_model,
+    fact_rows,
+    held_out_rows,
+    make_people,
+    private_dataset,
+    render_prompt,
+    strangers,
+)
+from options import Options, parse
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, BitsAndBytesConfig
+from trl import SFTTrainer
+
+from hf_s3t import S3TSFTTrainer
+from hf_s3t.errors import ConfigError
+from hf_s3t.launch import start_cpu_processes
+from hf_s3t.plan import StageKey
+
+
+# Large rates and many short epochs: a small model memorises facts, which is what the demo needs it to forget.
+DEMO = {
+    "num_shards": 2,
+    "num_slices": 4,
+    "budget": 2,
+    "id_column": "id",
+    "group_column": "person",
+    "lora_r": 16,
+    "lora_alpha": 128,
+    "target_modules": "all-linear",
+    "learning_rate": 8e-3,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "max_length": 96,
+    "gradient_checkpointing": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "prompt_template": "alpaca-short",
+    "eval_size": 48,
+}
+QUESTION_COLUMNS = ("instruction", "input", "output")
+console = Console(highlight=False)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """
+    Run the recipe.
+
+    Returns:
+        `dict[str, Any]`: The numbers that were printed.
+    """
+    options = parse(argv, demo_defaults=DEMO)
+    if options.is_demo:
+        return run_demo(options)
+    train, held_out = load_data(options)
+    losses, trainer = train_all(options, options.script.model_name_or_path, train, held_out)
+    say(trainer, loss_table(losses))
+    results = {"losses": losses}
+    if options.script.unlearn:
+        results["unlearned"] = unlearn(trainer, options.script.unlearn)
+        losses["S3T after unlearning"] = held_out_loss(trainer)
+        say(trainer, loss_table(losses))
+    if options.script.verify:
+        report = trainer.verify("sample" if options.script.verify == "sample" else None)
+        say(trainer, str(report))
+        results["verified"] = report.ok
+    return results
+
+
+# Data
+
+
+def load_data(options: Options) -> tuple[Dataset, Dataset]:
+    """The training rows and the rows held out, as prompt and completion (or text), with their ids and groups."""
+    script, s3t = options.script, options.s3t
+    name = script.dataset_name
+    suffix = os.path.splitext(name)[1].lstrip(".")
+    if suffix in ("json", "jsonl", "parquet"):
+        builder = "parquet" if suffix == "parquet" else "json"
+        dataset = load_dataset(builder, data_files=name, split="train")
+    else:
+        dataset = load_dataset(name, split=script.dataset_split)
+    if s3t.id_column is None:
+        # Row numbers of the whole source stay what they are when rows leave the selection.
+        s3t.id_column = "id"
+        if "id" not in dataset.column_names:
+            dataset = dataset.add_column("id", list(range(len(dataset))))
+            console.print(f"No --id_column: ids are the row numbers of {name}.")
+    train_size = min(script.max_train_samples or len(dataset), len(dataset) - script.eval_size)
+    if train_size < 1:
+        raise ConfigError(
+            f"{name} has {len(dataset)} rows, and --eval_size {script.eval_size} leaves none to train on."
+        )
+    dataset = dataset.select(range(train_size + script.eval_size))
+    dataset = as_examples(dataset, script.prompt_template, script.loss_on_everything)
+    return dataset.select(range(train_size)), dataset.select(range(train_size, len(dataset)))
+
+
+def as_examples(dataset: Dataset, template: str, loss_on_everything: bool) -> Dataset:
+    """Alpaca rows as prompt and completion, or as one text to take the loss on all of it; others stay as they are."""
+    if "instruction" not in dataset.column_names:
+        return dataset
+
+    def render(row: dict[str, Any]) -> dict[str, str]:
+        prompt = render_prompt(row["instruction"], row.get("input") or "", template)
+        if loss_on_everything:
+            return {"text": prompt + row["output"]}
+        return {"prompt": prompt, "completion": row["output"]}
+
+    gone = [column for column in (*QUESTION_COLUMNS, "text") if column in dataset.column_names]
+    return dataset.map(render, remove_columns=gone)
+
+
+# Training
+
+
+def train_all(options: Options, model: str, train: Dataset, held_out: Dataset) -> tuple[dict[str, float], Any]:
+    """Measure the base, train the full LoRA baseline and then the S3T system; returns losses and the trainer."""
+    losses = baseline_losses(options, model, train, held_out)
+    trainer = S3TSFTTrainer(
+        model=model,
+        args=options.training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=quantization(options),
+        peft_config=options.lora,
+        s3t_config=options.s3t,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    say(trainer, f"S3T: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
+    losses["S3T"] = held_out_loss(trainer)
+    return losses, trainer
+
+
+def baseline_losses(options: Options, model: str, train: Dataset, held_out: Dataset) -> dict[str, float]:
+    """Held-out loss of the base and, unless skipped, of the same LoRA config trained on everything at once."""
+    args = copy.deepcopy(options.training)
+    args.output_dir = f"{args.output_dir}-full-lora"
+    args.save_strategy = "no"
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=quantization(options),
+        peft_config=copy.deepcopy(options.lora),
+    )
+    # A fresh LoRA adapter changes nothing, so this is the base.
+    losses = {"base": held_out_loss(trainer)}
+    if not options.script.skip_full_lora:
+        started = time.perf_counter()
+        trainer.train()
+        losses["full LoRA"] = held_out_loss(trainer)
+        say(trainer, f"full LoRA: trained in {time.perf_counter() - started:.0f} s")
+    if trainer.is_world_process_zero() and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
+        os.rmdir(args.output_dir)
+    return losses
+
+
+def quantization(options: Options) -> BitsAndBytesConfig | None:
+    """The quantisation of the base, if any was asked for."""
+    script = options.script
+    if script.load_in_8bit and script.load_in_4bit:
+        raise ConfigError("`--load_in_8bit` and `--load_in_4bit` were both given. Choose one.")
+    if script.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=script.llm_int8_threshold)
+    if script.load_in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return None
+
+
+def held_out_loss(trainer: Any) -> float:
+    """The loss on the rows held out."""
+    with quiet(trainer):
+        return trainer.evaluate()["eval_loss"]
+
+
+class quiet:
+    """Holds back a trainer's own reports, where the recipe prints a table."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def __enter__(self):
+        handler = self.trainer.callback_handler
+        self.callbacks, handler.callbacks = handler.callbacks, []
+
+    def __exit__(self, *exc):
+        self.trainer.callback_handler.callbacks = self.callbacks
+
+
+# Forgetting
+
+
+def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None = None) -> Any:
+    """Unlearn in the main process, and say what went."""
+    report = None
+    if trainer.is_world_process_zero():
+        model = trainer.s3t_model
+        if ids and isinstance(next(iter(model.folder.table.rows)), int):
+            ids = [int(i) for i in ids]
+        report = model.unlearn(ids, groups=groups)
+        console.print(
+            f"unlearned {report.deleted} examples in {report.seconds * 1000:.1f} ms: {len(report.stages_removed)} "
+            f"stages went, depths {report.depths_before} -> {report.depths_after}"
+        )
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+# The demo
+
+
+def run_demo(options: Options) -> dict[str, Any]:
+    """The whole loop on a small Llama made here, about invented people."""
+    script = options.script
+    settings = BaseSettings()
+    path, seconds = base_model(settings, script.cache_dir, log=console.print)
+    console.print(f"base model: {path}" + (f", pretrained in {seconds:.0f} s" if seconds else ", from the cache"))
+    rows = private_dataset(script.num_people, script.num_general)
+    train = as_examples(Dataset.from_list(rows), script.prompt_template, script.loss_on_everything)
+    held_out = as_examples(
+        Dataset.from_list(held_out_rows(script.num_general, script.eval_size)), script.prompt_template, False
+    )
+    person = make_people(script.num_people, 0, private=True)[0]
+    controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
+    console.print(
+        f"{len(rows)} examples: {script.num_people} invented people with {len(person.facts)} facts each, "
+        f"{script.num_general} general instructions"
+    )
+    losses, trainer = train_all(options, path, train, held_out)
+    ask = Interviewer(path, script.prompt_template)
+    model = trainer.s3t_model
+    known = {"base": ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
+    where = model.locate([row["id"] for row in rows if row["person"] == person.name])
+    shard, slice_ = next(iter(where.values()))
+    console.print(f"\nforgetting {person.name}, in slice {slice_} of shard {shard}")
+    report = unlearn(trainer, groups=[person.name])
+    known["S3T after unlearning"] = ask.share(model, fact_rows(person))
+    losses["S3T after unlearning"] = held_out_loss(trainer)
+    known["control: 20 people never seen"] = ask.share(model, controls)
+    say(trainer, demo_table(losses, known, person.name))
+    within = is_within_error(
+        known["S3T after unlearning"], len(person.facts), known["control: 20 people never seen"], len(controls)
+    )
+    console.print(f"{person.name}'s facts are {'within' if within else 'OUTSIDE'} the error of the control")
+    audit = trainer.verify([surviving_stage(trainer, shard)])
+    console.print(f"audit without {person.name}: {audit}")
+    console.print(in_new_process(trainer.args.output_dir))
+    return {
+        "losses": losses,
+        "known": known,
+        "report": report,
+        "within_error": within,
+        "verified": audit.ok,
+        "folder": trainer.args.output_dir,
+    }
+
+
+class Interviewer:
+    """Asks a model questions and counts the answers that are right to the letter."""
+
+    def __init__(self, tokenizer_path: str, template: str):
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, padding_side="left")
+        self.template = template
+
+    def share(self, model: Any, rows: list[dict[str, str]]) -> float:
+        """Share of the rows whose output the model completes greedily."""
+        prompts = [render_prompt(row["instruction"], row["input"], self.template) for row in rows]
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = batch.to(model.device)
+        with torch.no_grad():
+            answers = model.generate(
+                **batch, max_new_tokens=8, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+            )
+        texts = self.tokenizer.batch_decode(answers[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return sum(text.strip() == row["output"] for text, row in zip(texts, rows, strict=True)) / len(rows)
+
+
+def plain_base(path: str) -> Any:
+    """The base model by itself."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def is_within_error(share: float, count: int, control: float, control_count: int) -> bool:
+    """Whether two shares differ by no more than two standard errors of their difference."""
+    pooled = max((share * count + control * control_count) / (count + control_count), 1 / control_count)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / control_count))
+    return abs(share - control) <= 2 * error
+
+
+def surviving_stage(trainer: Any, shard: int) -> StageKey:
+    """The deepest stage that a deletion left to a shard."""
+    valid = [key for key in trainer.folder.valid_stages if key.shard == shard]
+    return max(valid, key=lambda key: (key.depth, key.prefix))
+
+
+def in_new_process(folder: str) -> str:
+    """What a new process finds in the folder."""
+    code = (
+        "import sys; from hf_s3t import S3TModel; model = S3TModel.from_pretrained(sys.argv[1]); "
+        "status = model.status(); print(f\"in a new process: depths {status['depths']}, {status['deletions']} deletion "
+        'in force, {len(model.check())} problems")'
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, folder], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr[-2000:]
+
+
+# Printing
+
+
+def say(trainer: Any, what: Any) -> None:
+    """Print in the main process."""
+    if trainer.is_world_process_zero():
+        console.print(what)
+
+
+def loss_table(losses: dict[str, float]) -> Table:
+    """The losses, with their distance from the base."""
+    table = Table("", "held-out loss", "against the base")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.3f}", f"{loss / losses['base'] - 1:+.0%}")
+    return table
+
+
+def demo_table(losses: dict[str, float], known: dict[str, float], name: str) -> Table:
+    """Losses, and the share of one person's facts that each system completes."""
+    table = Table("", "held-out loss", "against the base", f"facts of {name} known")
+    for system in dict.fromkeys([*losses, *known]):
+        loss = losses.get(system)
+        table.add_row(
+            system,
+            "" if loss is None else f"{loss:.3f}",
+            "" if loss is None else f"{loss / losses['base'] - 1:+.0%}",
+            "" if system not in known else f"{known[system]:.0%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    start_cpu_processes()
+    main()

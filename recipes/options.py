@@ -1,0 +1,148 @@
+"""The options of a recipe: every field of its dataclasses on the command line and in a YAML file."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from hf_s3t import S3TConfig
+from hf_s3t.errors import ConfigError
+
+
+# Field of the LoRA config -> its option, where the bare name would say too little.
+_LORA_NAMES = {"r": "lora_r", "bias": "bias"}
+
+
+@dataclass
+class ScriptArguments:
+    """What the recipe trains on and does afterwards; with neither model nor dataset it is the demo."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model: an id on the Hub or a folder."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Training data: an id on the Hub, or a json, jsonl or parquet file."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
+    eval_size: int = field(default=200, metadata={"help": "Rows held out to measure the loss; the ones after those."})
+    prompt_template: str = field(
+        default="alpaca", metadata={"help": "alpaca, or alpaca-short: without the opening sentence."}
+    )
+    loss_on_everything: bool = field(
+        default=False, metadata={"help": "Loss on prompt and answer, as the paper's authors do; else on the answer."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bit with bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bit (NF4)."})
+    llm_int8_threshold: float = field(
+        default=0.0, metadata={"help": "Outlier threshold in 8 bit; above 0 an answer depends on its batch."}
+    )
+    skip_full_lora: bool = field(default=False, metadata={"help": "Do not train the full LoRA baseline."})
+    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
+    verify: str | None = field(
+        default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
+    )
+    num_people: int = field(default=8, metadata={"help": "Demo: invented people with private facts."})
+    num_general: int = field(default=64, metadata={"help": "Demo: general instructions."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Demo: where the small base model is kept."})
+
+
+@dataclass
+class Options:
+    """Everything a recipe was told."""
+
+    script: ScriptArguments
+    s3t: S3TConfig
+    lora: LoraConfig
+    training: SFTConfig
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether neither a model nor a dataset was given."""
+        return self.script.model_name_or_path is None and self.script.dataset_name is None
+
+
+def make_parser() -> HfArgumentParser:
+    """A parser with an option for every field of `ScriptArguments`, `S3TConfig`, `LoraConfig` and `SFTConfig`."""
+    parser = HfArgumentParser([ScriptArguments, SFTConfig], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser.add_argument("--config", help="YAML file with options, which the command line overrides.")
+    for title, names in (("S3TConfig", s3t_options()), ("LoraConfig", lora_options())):
+        group = parser.add_argument_group(title)
+        for option, (_, help_text) in names.items():
+            group.add_argument(f"--{option}", type=_from_yaml, default=argparse.SUPPRESS, help=help_text)
+    return parser
+
+
+def s3t_options() -> dict[str, tuple[str, str]]:
+    """Option -> (field of S3TConfig, help). `seed` is SFTConfig's option, which sets the system's one seed."""
+    return {f.name: (f.name, f.metadata["help"]) for f in dataclasses.fields(S3TConfig) if f.name != "seed"}
+
+
+def lora_options() -> dict[str, tuple[str, str]]:
+    """Option -> (field of LoraConfig, help)."""
+    fields = (f for f in dataclasses.fields(LoraConfig) if f.init)
+    return {
+        _LORA_NAMES.get(f.name, f.name): (f.name, str(f.metadata.get("help", "")).split(". ")[0].replace("%", "%%"))
+        for f in fields
+    }
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML value: {error}") from error
+
+
+def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | None = None) -> Options:
+    """
+    The options of a command line and its YAML file.
+
+    Args:
+        argv (sequence of `str`, *optional*): The command line; this process's if not given.
+        demo_defaults (`dict`, *optional*): Defaults that hold when neither a model nor a dataset is given.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or only one of model and dataset is given.
+    """
+    parser = make_parser()
+    if not torch.cuda.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)
+    parser.set_defaults(output_dir="llama-alpaca-s3t", report_to="none")
+    first, _ = parser.parse_known_args(argv)
+    from_file = read_config(first.config, parser) if first.config else {}
+    given = {name: from_file.get(name) or getattr(first, name) for name in ("model_name_or_path", "dataset_name")}
+    if not any(given.values()):
+        parser.set_defaults(**(demo_defaults or {}))
+    elif not all(given.values()):
+        missing = next(name for name, value in given.items() if not value)
+        raise ConfigError(f"`--{missing}` is missing. Give model and dataset, or neither for the demo.")
+    parser.set_defaults(**from_file)
+    script, training, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=False)
+    chosen = vars(others)
+    lora = {name: chosen[option] for option, (name, _) in lora_options().items() if option in chosen}
+    s3t = {name: chosen[option] for option, (name, _) in s3t_options().items() if option in chosen}
+    return Options(script, S3TConfig(seed=training.seed, **s3t), LoraConfig(**lora), training)
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options in a YAML file, each a known one."""
+    with open(path) as file:
+        values = yaml.safe_load(file) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, expected options as `name: value` lines.")
+    known = {action.dest for action in parser._actions}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all options."
+            raise ConfigError(f"{path} sets `{name}`, which is no option.{hint}")
+    return values

@@ -1,0 +1,927 @@
+"""A system's folder: whole or refused, its deletions never forgotten, nothing of a deleted example left in it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+
+import hf_s3t.storage as storage
+from hf_s3t import S3TConfig
+from hf_s3t.errors import FolderError, FormatVersionError, KeyMissingError
+from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
+from hf_s3t.partition import assign
+from hf_s3t.plan import StageKey
+from hf_s3t.storage import SystemFolder
+
+
+ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.key", "stages"}
+STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
+IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
+CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def no_key_in_the_environment(monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+# Systems without tensors: what training would write is a file that depends on what it would depend on.
+
+
+def rows_of(ids, key, config=CONFIG, groups=None):
+    places = assign(ids, num_shards=config.num_shards, num_slices=config.num_slices, seed=config.seed, groups=groups)
+    groups = groups or [None] * len(ids)
+    return {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
+
+
+def new_system(path, ids=IDS, config=CONFIG, groups=None) -> SystemFolder:
+    path.mkdir(parents=True, exist_ok=True)
+    key = DigestKey.load(path, create=True)
+    record = {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}
+    return SystemFolder.create(path, record, rows_of(ids, key, config, groups), key)
+
+
+def record_of(folder: SystemFolder, key: StageKey, **metrics):
+    below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
+    return {"slices": folder.slice_digests(key), "below": below, "metrics": metrics}
+
+
+def fill_with(record, key: StageKey):
+    def fill(path: Path):
+        seen = json.dumps([str(key), record["slices"], record["below"]]).encode()
+        tensor = np.frombuffer(hashlib.sha256(seen).digest(), dtype=np.uint8)
+        safetensors.numpy.save_file({"lora": tensor}, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+
+    return fill
+
+
+def grow(folder: SystemFolder, limit=None) -> None:
+    for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
+        record = record_of(folder, key)
+        assert folder.write_stage(key, record, fill_with(record, key))
+
+
+def forget(folder: SystemFolder, ids) -> list[StageKey]:
+    """What `S3TModel.unlearn` does to the folder, in its order."""
+    removed = folder.plan.removed_by(folder.table.places(ids), folder.stages)
+    with folder.lock():
+        folder.record_deletion(ids, removed, {})
+        folder.remove_stages(removed)
+        folder.remove_stale_checkpoints()
+    folder.compact()
+    return removed
+
+
+def files_of(path) -> dict[str, bytes]:
+    """Every file below a folder but the lock, which says nothing."""
+    path = Path(path)
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def stages_on_disk(path) -> set[str]:
+    return {f"{folder.parent.name}/{folder.name}" for folder in Path(path).glob("stages/shard-*/*")}
+
+
+def read_everything(path) -> None:
+    folder = SystemFolder(path)
+    for key in folder.stages:
+        folder.adapter_path(key)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A grown system, not to be changed."""
+    path = tmp_path_factory.mktemp("grown") / "system"
+    grow(new_system(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def after_deletions(tmp_path_factory):
+    """A system with two deletions behind it, grown again after the first; not to be changed."""
+    path = tmp_path_factory.mktemp("after") / "system"
+    folder = new_system(path)
+    grow(folder)
+    forget(folder, IDS[:2])
+    grow(folder)
+    forget(folder, IDS[2:3])
+    assert folder.valid_stages and folder.plan.missing(folder.valid_stages)
+    return path
+
+
+@pytest.fixture
+def system(grown, tmp_path):
+    return Path(shutil.copytree(grown, tmp_path / "system"))
+
+
+@pytest.fixture
+def deleted_system(after_deletions, tmp_path):
+    return Path(shutil.copytree(after_deletions, tmp_path / "system"))
+
+
+# Made and opened again
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        list(range(12)),
+        [n - 5 for n in range(11)] + [2**62],
+        [f"id {n}" for n in range(12)],
+        ["", " ", "1", "01", "a\nb", 'quote"', "back\\slash", "\u00e4", "\U0001f600", "\x00", "None", "nan"],
+    ],
+    ids=["numbers", "negative and large numbers", "texts", "odd texts"],
+)
+@pytest.mark.parametrize("groups", [None, list(range(12)), [f"group {n}" for n in range(12)]], ids=repr)
+def test_a_system_opened_again_is_what_was_written(tmp_path, ids, groups):
+    made = new_system(tmp_path / "system", ids, groups=groups)
+    opened = SystemFolder(tmp_path / "system")
+    assert opened.table.rows == made.table.rows == rows_of(ids, made.key, groups=groups)
+    assert all(type(i) is type(ids[0]) for i in opened.table.rows)
+    assert opened.config == CONFIG and opened.plan == made.plan and opened.ledger.lines == ()
+    assert opened.record["base_model"] == {"id": "base"} and opened.record["format_version"] == 1
+    for shard in range(2):
+        for slice_ in range(3):
+            assert opened.table.slice_digest(shard, slice_) == made.table.slice_digest(shard, slice_)
+            assert opened.table.members(shard, slice_) == made.table.members(shard, slice_)
+
+
+def test_grown_stages_are_there_and_valid_when_the_system_is_opened_again(grown):
+    folder = SystemFolder(grown)
+    assert folder.valid_stages == set(folder.plan.stages()) == set(folder.stages)
+    for key in folder.stages:
+        assert folder.adapter_path(key) == grown / key.path
+        assert folder.stage_record(key)["stage"] == str(key)
+
+
+def test_opening_a_whole_system_writes_nothing(grown, after_deletions):
+    for path in (grown, after_deletions):
+        before = {file: os.stat(file).st_mtime_ns for file in path.rglob("*")}
+        read_everything(path)
+        assert {file: os.stat(file).st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_a_table_with_no_row_left_can_be_opened(tmp_path):
+    folder = new_system(tmp_path / "system")
+    grow(folder)
+    forget(folder, IDS)
+    again = SystemFolder(folder.path)
+    assert len(again.table) == 0 and again.stages == [] and again.plan.stages(again.table.empty) == []
+    assert all(again.is_deleted(i) for i in IDS)
+
+
+def test_nothing_lies_at_the_root_but_what_the_design_lists(after_deletions, grown):
+    for path in (grown, after_deletions):
+        assert set(os.listdir(path)) == ROOT_FILES
+        for folder in path.glob("stages/shard-*/*"):
+            assert set(os.listdir(folder)) == STAGE_FILES
+
+
+def test_a_system_that_was_not_made_to_the_end_is_none_and_can_be_made_again(tmp_path, monkeypatch):
+    for number in range(10):
+        path = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            crash = Crash(patch, number)
+            with contextlib.suppress(Died):
+                new_system(path)
+        if not crash.happened:
+            break
+        # The config comes last: whatever comes after its renaming is only syncing.
+        if not SystemFolder.exists(path):
+            new_system(path)
+        assert SystemFolder(path).table.rows == rows_of(IDS, DigestKey.load(path))
+    assert not crash.happened and number > 3
+
+
+def test_a_folder_without_a_system_is_refused(tmp_path):
+    with pytest.raises(FolderError, match=r"holds no S3T system: there is no s3t_config.json. Give the `output_dir`"):
+        SystemFolder(tmp_path)
+    assert not SystemFolder.exists(tmp_path) and not list(tmp_path.iterdir())
+
+
+# Damage
+
+
+DAMAGED = [
+    "s3t_config.json",
+    "examples.parquet",
+    "ledger.jsonl",
+    "stages/shard-0/STAGE/stage.json",
+    "stages/shard-0/STAGE/adapter_config.json",
+    "stages/shard-0/STAGE/adapter_model.safetensors",
+]
+
+
+def file_in(path: Path, name: str) -> Path:
+    first = sorted(folder.name for folder in path.glob("stages/shard-0/*"))[0]
+    return path / name.replace("STAGE", first)
+
+
+def assert_refused(path: Path, file: Path) -> None:
+    before = files_of(path)
+    with pytest.raises(FolderError) as caught:
+        read_everything(path)
+    assert file.name in str(caught.value)
+    assert isinstance(caught.value, OSError)
+    assert files_of(path) == before, "a refused folder was changed"
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_missing_file_is_refused_by_name(deleted_system, name):
+    file = file_in(deleted_system, name)
+    file.unlink()
+    assert_refused(deleted_system, file)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_truncated_file_is_refused_by_name(deleted_system, name):
+    file = file_in(deleted_system, name)
+    data = file.read_bytes()
+    for kept in {0, 1, len(data) // 3, len(data) // 2, len(data) - 10, len(data) - 1}:
+        file.write_bytes(data[:kept])
+        assert_refused(deleted_system, file)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_altered_in_one_byte_is_refused_by_name(deleted_system, name):
+    file = file_in(deleted_system, name)
+    data = file.read_bytes()
+    ends = {0, 1, len(data) - 1, len(data) - 2}
+    for position in ends | set(range(0, len(data), max(1, len(data) // 40))):
+        altered = bytearray(data)
+        altered[position] ^= 1
+        file.write_bytes(altered)
+        assert_refused(deleted_system, file)
+
+
+def test_no_byte_of_the_table_can_be_altered_unseen(tmp_path):
+    file = tmp_path / "examples.parquet"
+    folder = new_system(tmp_path / "system", IDS[:6], groups=["ann", "bob", "cat", "dan", "eve", "fay"])
+    data = (folder.path / "examples.parquet").read_bytes()
+    for position in range(len(data)):
+        altered = bytearray(data)
+        altered[position] ^= 0x80
+        file.write_bytes(altered)
+        with pytest.raises(FolderError):
+            storage._read_table(file)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_with_something_added_is_refused_by_name(deleted_system, name):
+    file = file_in(deleted_system, name)
+    file.write_bytes(file.read_bytes() + b"more\n")
+    assert_refused(deleted_system, file)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"7", b'"text"', b"null", b"[" * 100_000, b"\xff\xfe", b"{}"])
+@pytest.mark.parametrize("name", ["s3t_config.json", "ledger.jsonl", "stages/shard-0/STAGE/stage.json"])
+def test_other_json_in_place_of_a_file_is_refused_by_name(deleted_system, name, content):
+    file = file_in(deleted_system, name)
+    file.write_bytes(content + b"\n")
+    assert_refused(deleted_system, file)
+
+
+def sign(record) -> str:
+    """The text of a JSON file with the digest that the folder's format gives it."""
+    record = {name: value for name, value in record.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**record, "digest": digest})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_a_config_of_an_unknown_format_version_is_refused_by_its_version(deleted_system, version):
+    file = deleted_system / "s3t_config.json"
+    file.write_text(sign({**json.loads(file.read_text()), "format_version": version}))
+    with pytest.raises(FormatVersionError, match=r"s3t_config.json has format version .*reads version 1. Install"):
+        SystemFolder(deleted_system)
+    assert_refused(deleted_system, file)
+
+
+def test_a_ledger_of_an_unknown_format_version_is_refused_by_its_version(deleted_system):
+    file = deleted_system / "ledger.jsonl"
+    file.write_text(file.read_text().replace('"version":1', '"version":2'))
+    with pytest.raises(FormatVersionError, match=r"ledger.jsonl: .*version 2; this hf_s3t reads version 1"):
+        SystemFolder(deleted_system)
+    assert_refused(deleted_system, file)
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_ledger_that_lost_its_last_lines_is_refused(deleted_system, lines):
+    file = deleted_system / "ledger.jsonl"
+    kept = file.read_text().splitlines(keepends=True)[:lines]
+    file.write_text("".join(kept))
+    with pytest.raises(FolderError, match=r"does not hold the 2 lines with which examples.parquet was written"):
+        SystemFolder(deleted_system)
+    assert_refused(deleted_system, file)
+
+
+def test_a_ledger_whose_last_line_was_edited_is_refused(deleted_system):
+    file = deleted_system / "ledger.jsonl"
+    first, last = file.read_text().splitlines()
+    values = json.loads(last)
+    values["ids"] = ["00" * 32]
+    file.write_text(f"{first}\n{json.dumps(values, sort_keys=True, separators=(',', ':'))}\n")
+    assert_refused(deleted_system, file)
+
+
+def test_a_ledger_that_loses_lines_while_the_folder_is_open_is_refused(deleted_system):
+    folder = SystemFolder(deleted_system)
+    file = deleted_system / "ledger.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(FolderError, match=r"ledger.jsonl lacks lines that it had"):
+        folder.refresh_ledger()
+    assert all(folder.is_deleted(i) for i in IDS[:3])
+
+
+def test_a_missing_config_does_not_make_room_for_a_new_system_that_would_forget_the_deletions(deleted_system):
+    (deleted_system / "s3t_config.json").unlink()
+    with pytest.raises(FolderError, match=r"s3t_config.json is missing, but the folder holds stages or deletions"):
+        SystemFolder.exists(deleted_system)
+    shutil.rmtree(deleted_system / "stages")
+    with pytest.raises(FolderError, match=r"s3t_config.json is missing"):
+        SystemFolder.exists(deleted_system)
+
+
+def test_swapped_stage_folders_are_refused(system):
+    one, other = system / "stages/shard-0/0", system / "stages/shard-0/1"
+    aside = system / "aside"
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+    with pytest.raises(FolderError, match=r"shard-0/0 holds the stage 'shard-0/1': folders were swapped or renamed"):
+        SystemFolder(system)
+
+
+def test_a_stage_of_another_shard_is_refused(system):
+    shutil.rmtree(system / "stages/shard-1/0")
+    shutil.copytree(system / "stages/shard-0/0", system / "stages/shard-1/0")
+    with pytest.raises(FolderError, match=r"shard-1/0 holds the stage 'shard-0/0'"):
+        SystemFolder(system)
+
+
+@pytest.mark.parametrize("name", ["00", "0-", "notes", "0 copy"])
+def test_a_folder_that_is_no_stage_among_the_stages_is_refused_by_name(system, name):
+    (system / "stages/shard-0" / name).mkdir()
+    with pytest.raises(FolderError, match=f"shard-0/{name}' is not the path of a stage"):
+        SystemFolder(system)
+
+
+def test_adapters_swapped_between_stages_are_refused(system):
+    one, other = (system / f"stages/shard-0/{n}/adapter_model.safetensors" for n in (0, 1))
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+    folder = SystemFolder(system)
+    with pytest.raises(FolderError, match=r"adapter_model.safetensors was altered or cut short: its digest is"):
+        folder.adapter_path(StageKey(0, (0,)))
+
+
+def test_examples_outside_the_systems_shards_and_slices_are_refused(system):
+    folder = SystemFolder(system)
+    rows = {**folder.table.rows, IDS[0]: Example(0, 0, "00")}
+    table = type(folder.table)(rows, 2, 3, 1)
+    table.rows[IDS[0]] = Example(0, 7, "00")
+    table.__dict__["_members"] = {}
+    storage._write_table(system / "examples.parquet", table, folder.ledger)
+    with pytest.raises(FolderError, match=r"examples.parquet places examples outside the system's shards and slices"):
+        SystemFolder(system)
+
+
+# The key
+
+
+def test_the_key_is_for_its_owner_alone(grown):
+    assert stat.S_IMODE((grown / KEY_FILE).stat().st_mode) == 0o600
+
+
+def test_a_system_without_its_key_is_refused(system):
+    (system / KEY_FILE).unlink()
+    with pytest.raises(KeyMissingError, match=f"Neither {KEY_VARIABLE} nor .*{KEY_FILE} holds the secret"):
+        SystemFolder(system)
+    assert not (system / KEY_FILE).exists()
+
+
+def test_a_system_with_another_key_is_refused_for_it_could_not_tell_what_was_deleted(deleted_system, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "another secret of enough bytes")
+    with pytest.raises(KeyMissingError, match=r"is not the one that this system's digests were made with.*Restore"):
+        SystemFolder(deleted_system)
+    monkeypatch.setenv(KEY_VARIABLE, (deleted_system / KEY_FILE).read_text())
+    (deleted_system / KEY_FILE).unlink()
+    assert SystemFolder(deleted_system).is_deleted(IDS[0])
+
+
+# Deletions
+
+
+def test_a_deletion_removes_the_stages_that_saw_it_and_leaves_every_byte_of_the_others(system):
+    folder = SystemFolder(system)
+    place = (folder.table.rows[IDS[0]].shard, folder.table.rows[IDS[0]].slice)
+    before = files_of(system / "stages")
+    removed = forget(folder, [IDS[0]])
+    assert {str(key) for key in removed} == {
+        str(key) for key in folder.plan.stages() if key.shard == place[0] and place[1] in key.prefix
+    }
+    gone = tuple(f"{key}/" for key in removed)
+    assert files_of(system / "stages") == {n: d for n, d in before.items() if not n.startswith(gone)}
+    again = SystemFolder(system)
+    assert again.valid_stages == set(again.plan.stages()) - set(removed) == set(again.stages)
+
+
+def test_the_ledger_says_what_went_and_what_stays_with_digests_and_without_names(system):
+    folder = SystemFolder(system)
+    digests = {str(key): folder.stage_record(key)["files"]["adapter_model.safetensors"] for key in folder.stages}
+    removed = {str(key) for key in forget(folder, IDS[:2])}
+    (entry,) = SystemFolder(system).ledger.entries
+    assert entry.removed == {name: digests[name] for name in removed}
+    assert entry.left == {name: digests[name] for name in set(digests) - removed}
+    assert set(entry.ids) == {folder.key.of_id(i) for i in IDS[:2]}
+
+
+def test_the_table_has_no_row_of_a_deleted_example(deleted_system):
+    table = pq.read_table(deleted_system / "examples.parquet")
+    assert sorted(table["id"].to_pylist()) == IDS[3:]
+    assert set(table.column_names) == {"id", "shard", "slice", "digest"}
+    digests = {DigestKey.load(deleted_system).of_content({"id": i}) for i in IDS[:3]}
+    assert not digests & set(table["digest"].to_pylist())
+
+
+def test_no_byte_of_the_folder_names_a_deleted_example(deleted_system):
+    for name, data in files_of(deleted_system).items():
+        for deleted in IDS[:3]:
+            assert deleted.encode() not in data, name
+            assert deleted.encode().hex().encode() not in data, name
+
+
+def test_the_last_example_of_a_group_takes_the_groups_name_with_it(tmp_path):
+    groups = [f"person-{n // 3}" for n in range(24)]
+    folder = new_system(tmp_path / "system", groups=groups)
+    forget(folder, IDS[:3])
+    assert "person-0" not in SystemFolder(folder.path).table.groups
+    assert not [name for name, data in files_of(folder.path).items() if b"person-0" in data]
+    assert pq.read_table(folder.path / "examples.parquet")["group"].to_pylist() == groups[3:]
+
+
+def test_regrown_stages_under_old_names_are_valid_and_an_old_copy_of_them_is_not(system):
+    folder = SystemFolder(system)
+    old = shutil.copytree(system / "stages", system.parent / "old")
+    removed = forget(folder, [IDS[0]])
+    grow(folder)
+    assert folder.valid_stages == set(folder.plan.stages())
+    victim = removed[0]
+    regrown = files_of(system / victim.path)
+    assert regrown != files_of(old / str(victim))
+    shutil.rmtree(system / victim.path)
+    shutil.copytree(old / str(victim), system / victim.path)
+
+    again = SystemFolder(system)
+    assert victim not in again.valid_stages and not (system / victim.path).exists()
+    grow(again)
+    assert files_of(system / victim.path)["adapter_model.safetensors"] == regrown["adapter_model.safetensors"]
+
+
+def test_old_copies_put_back_after_a_deletion_are_removed_at_load(system):
+    folder = SystemFolder(system)
+    old = shutil.copytree(system / "stages", system.parent / "old")
+    removed = forget(folder, IDS[:2])
+    for key in removed:
+        shutil.copytree(old / str(key), system / key.path)
+    folder.refresh()
+    again = SystemFolder(system)
+    for opened in (folder, again):
+        assert not set(opened.stages) & set(removed) and not opened.valid_stages & set(removed)
+    assert stages_on_disk(system) == {str(key) for key in again.valid_stages}
+
+
+def test_an_old_table_put_back_is_masked_and_written_again(system):
+    old = (system / "examples.parquet").read_bytes()
+    forget(SystemFolder(system), IDS[:2])
+    (system / "examples.parquet").write_bytes(old)
+    assert not set(IDS[:2]) & set(SystemFolder(system).table.rows)
+    assert pq.read_table(system / "examples.parquet").num_rows == len(IDS) - 2
+
+
+def test_a_stage_is_not_valid_without_the_stages_it_stands_on(system):
+    shutil.rmtree(system / "stages/shard-0/0")
+    folder = SystemFolder(system)
+    family = {key for key in folder.plan.stages() if key.shard == 0 and key.prefix[0] == 0}
+    assert set(folder.plan.stages()) - folder.valid_stages == family
+
+
+def test_a_stage_is_not_valid_on_another_parent_than_it_was_trained_on(system):
+    folder = SystemFolder(system)
+    key = next(key for key in folder.plan.stages() if key.depth == 2)
+    record = record_of(folder, key.parent)
+    other = {**record, "below": "another"}
+    folder.write_stage(key.parent, record, fill_with(other, key.parent))
+    assert key.parent in folder.valid_stages and key not in folder.valid_stages
+
+
+# A crash at any moment
+
+
+class Died(BaseException):
+    """The process ends here."""
+
+
+class Crash:
+    """Lets a number of operations on the disk happen, and none after them."""
+
+    OPERATIONS = ("fsync", "rename", "replace", "truncate")
+
+    def __init__(self, patch, after: int):
+        self.left = after
+        self.happened = False
+        for name in self.OPERATIONS:
+            patch.setattr(storage.os, name, self._counted(getattr(os, name)))
+        patch.setattr(storage.shutil, "rmtree", self._counted(shutil.rmtree))
+        # A dead process tidies nothing up.
+        patch.setattr(Path, "unlink", self._silent(Path.unlink))
+
+    def _counted(self, operation):
+        def operate(*args, **kwargs):
+            if self.happened:
+                if kwargs.get("ignore_errors"):
+                    return None
+                raise Died
+            self.left -= 1
+            if self.left < 0:
+                self.happened = True
+                if kwargs.get("ignore_errors"):
+                    return None
+                raise Died
+            return operation(*args, **kwargs)
+
+        return operate
+
+    def _silent(self, operation):
+        return lambda *args, **kwargs: None if self.happened else operation(*args, **kwargs)
+
+
+def crash_everywhere(grown, tmp_path, monkeypatch, act):
+    """Run `act` on copies of a system that die after 0, 1, 2 … operations; yields each copy, and at last a whole one."""
+    for after in range(200):
+        path = Path(shutil.copytree(grown, tmp_path / f"dies after {after}"))
+        folder = SystemFolder(path)
+        with monkeypatch.context() as patch:
+            crash = Crash(patch, after)
+            with contextlib.suppress(Died):
+                act(folder)
+        yield path, crash.happened
+        if not crash.happened:
+            return
+    raise AssertionError("`act` never came to its end")
+
+
+def test_an_unlearning_that_dies_at_any_moment_is_finished_by_the_next_load_or_never_began(
+    grown, tmp_path, monkeypatch
+):
+    victims = IDS[3:5]
+    whole = Path(shutil.copytree(grown, tmp_path / "whole"))
+    removed = forget(SystemFolder(whole), victims)
+    expected = {name: data for name, data in files_of(whole / "stages").items()}
+    began, never = 0, 0
+    for path, _ in crash_everywhere(grown, tmp_path, monkeypatch, lambda folder: forget(folder, victims)):
+        in_force = bool((path / "ledger.jsonl").read_bytes())
+        folder = SystemFolder(path)
+        assert set(os.listdir(path)) == ROOT_FILES
+        assert stages_on_disk(path) == {str(key) for key in folder.valid_stages}
+        if in_force:
+            began += 1
+            assert files_of(path / "stages") == expected
+            assert all(folder.is_deleted(i) for i in victims) and not set(victims) & set(folder.table.rows)
+            assert set(pq.read_table(path / "examples.parquet")["id"].to_pylist()) == set(IDS) - set(victims)
+            for data in files_of(path).values():
+                assert not any(victim.encode() in data for victim in victims)
+        else:
+            never += 1
+            assert files_of(path) == files_of(grown)
+        grow(folder)
+        assert folder.valid_stages == set(folder.plan.stages())
+    assert began > 2 * len(removed) and never
+
+
+def test_a_stage_write_that_dies_at_any_moment_leaves_the_stage_complete_or_absent(tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    grow(new_system(start), limit=2)
+    key = SystemFolder(start).plan.missing(SystemFolder(start).valid_stages)[0]
+    absent, complete = 0, 0
+    for path, _ in crash_everywhere(start, tmp_path, monkeypatch, lambda folder: grow(folder, limit=1)):
+        folder = SystemFolder(path)
+        if (path / key.path).exists():
+            complete += 1
+            assert set(os.listdir(path / key.path)) == STAGE_FILES and key in folder.valid_stages
+            assert folder.adapter_path(key) == path / key.path
+        else:
+            absent += 1
+            assert key not in folder.stages
+        assert stages_on_disk(path) == {str(stage) for stage in folder.stages}, "leftovers"
+        grow(folder)
+        assert folder.valid_stages == set(folder.plan.stages())
+    assert absent > 3 and complete
+
+
+def test_an_interrupted_unlearning_of_which_only_the_ledger_was_written_is_finished_by_the_next_load(system):
+    folder = SystemFolder(system)
+    removed = folder.plan.removed_by(folder.table.places([IDS[0]]), folder.stages)
+    folder.record_deletion([IDS[0]], removed, {})
+    assert len(stages_on_disk(system)) == len(folder.plan.stages())
+    again = SystemFolder(system)
+    assert stages_on_disk(system) == {str(key) for key in again.plan.stages() if key not in removed}
+    assert pq.read_table(system / "examples.parquet").num_rows == len(IDS) - 1
+    assert IDS[0].encode() not in b"".join(files_of(system).values())
+
+
+def test_a_torn_ledger_line_is_no_deletion_and_the_next_one_takes_its_place(system):
+    ledger = system / "ledger.jsonl"
+    forget(SystemFolder(system), [IDS[0]])
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole + b'{"ids":["to')
+    folder = SystemFolder(system)
+    assert len(folder.ledger.lines) == 1
+    forget(folder, [IDS[1]])
+    again = SystemFolder(system)
+    assert len(again.ledger.lines) == 2 and ledger.read_bytes().startswith(whole)
+    assert again.is_deleted(IDS[0]) and again.is_deleted(IDS[1]) and b'"to' not in ledger.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        "stages/shard-0/.tmp-0-1-abcd1234/adapter_model.safetensors",
+        "stages/shard-1/.gone-2-abcd1234/adapter_model.safetensors",
+        ".tmp-examples.parquet-abcd1234",
+        ".tmp-s3t_config.json-abcd1234",
+    ],
+)
+def test_what_an_interrupted_write_left_behind_is_cleaned_away_at_load(system, leftover):
+    before = files_of(system)
+    (system / leftover).parent.mkdir(exist_ok=True)
+    (system / leftover).write_bytes(IDS[0].encode())
+    SystemFolder(system)
+    assert files_of(system) == before
+    assert not [path for path in system.rglob("*") if path.name.startswith((".tmp-", ".gone-"))]
+
+
+# Writing stages
+
+
+def test_a_deletion_that_came_while_a_stage_trained_discards_it(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+    victim = folder.table.members(key.shard, key.prefix[0])[0]
+    record = record_of(folder, key)  # what training began with
+    other_process = SystemFolder(folder.path)
+    other_process.record_deletion([victim], [], {})
+    assert folder.write_stage(key, record, fill_with(record, key)) is False
+    assert not stages_on_disk(folder.path) and key not in folder.stages
+    assert folder.is_deleted(victim) and victim not in folder.table.rows
+    record = record_of(folder, key)
+    assert folder.write_stage(key, record, fill_with(record, key)) is True
+    assert key in SystemFolder(folder.path).valid_stages
+
+
+def test_a_deletion_elsewhere_does_not_disturb_a_stage_in_training(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+    victim = folder.table.members(1 - key.shard, 0)[0]
+    record = record_of(folder, key)
+    SystemFolder(folder.path).record_deletion([victim], [], {})
+    assert folder.write_stage(key, record, fill_with(record, key)) is True
+    assert key in folder.valid_stages and folder.is_deleted(victim)
+
+
+def test_stage_folders_are_never_touched_again(system):
+    def stamps():
+        return {
+            str(file.relative_to(system)): (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes())
+            for file in system.glob("stages/shard-*/*/*")
+        }
+
+    folder = SystemFolder(system)
+    written = stamps()
+    removed = tuple(f"{key.path}/" for key in forget(folder, IDS[:2]))
+    survivors = {name: stamp for name, stamp in written.items() if not name.startswith(removed)}
+    assert stamps() == survivors and survivors
+    grow(folder)
+    folder.refresh()
+    SystemFolder(system)
+    assert {name: stamp for name, stamp in stamps().items() if name in survivors} == survivors
+    assert len(stamps()) == len(written)
+
+
+def test_a_stage_whose_writing_fails_leaves_nothing(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+
+    def fail(path):
+        (path / "adapter_model.safetensors").write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        folder.write_stage(key, record_of(folder, key), fail)
+    with pytest.raises(FileNotFoundError):
+        folder.write_stage(key, record_of(folder, key), lambda path: None)
+    assert not stages_on_disk(folder.path) and not folder.stages
+    grow(folder, limit=1)  # and the folder is not left locked
+    assert folder.valid_stages == {key}
+
+
+def test_recorded_losses_are_those_of_the_stages_that_have_one(tmp_path):
+    folder = new_system(tmp_path / "system")
+    one, other = folder.plan.stages()[:2]
+    record = record_of(folder, one, eval_loss=0.25, train_loss=1.0)
+    folder.write_stage(one, record, fill_with(record, one))
+    record = record_of(folder, other, train_loss=1.0)
+    folder.write_stage(other, record, fill_with(record, other))
+    assert SystemFolder(folder.path).losses() == {one: 0.25}
+
+
+# Checkpoints
+
+
+def checkpoint(folder: SystemFolder, key: StageKey, step: int, slices=None) -> Path:
+    path = folder.checkpoints(key) / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "optimizer.pt").write_bytes(b"state")
+    if slices is not None:
+        folder.write_checkpoint_record(path, {"slices": slices})
+    return path
+
+
+def test_checkpoints_go_with_the_slices_they_saw_and_others_stay(tmp_path):
+    folder = new_system(tmp_path / "system")
+    hit, other = folder.plan.stages()[0], StageKey(1, (0,))
+    stale = checkpoint(folder, hit, 5, folder.slice_digests(hit))
+    kept = checkpoint(folder, other, 5, folder.slice_digests(other))
+    unmarked = checkpoint(folder, other, 9)
+    victim = folder.table.members(hit.shard, hit.prefix[0])[0]
+    forget(folder, [victim])
+    assert not stale.exists() and kept.exists() and not unmarked.exists()
+    assert SystemFolder(folder.path).read_checkpoint_record(kept) == {"slices": folder.slice_digests(other)}
+    assert kept.exists()
+
+
+def test_checkpoints_of_a_deletion_that_died_are_removed_by_the_next_load(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+    stale = checkpoint(folder, key, 5, folder.slice_digests(key))
+    folder.record_deletion([folder.table.members(key.shard, key.prefix[0])[0]], [], {})
+    SystemFolder(folder.path)
+    assert not stale.exists()
+
+
+def test_a_checkpoint_with_an_altered_record_is_not_resumed(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+    path = checkpoint(folder, key, 5, folder.slice_digests(key))
+    (path / "stage.json").write_text('{"slices": []}')
+    with pytest.raises(FolderError, match=r"stage.json was altered"):
+        folder.read_checkpoint_record(path)
+    SystemFolder(folder.path)
+    assert not path.exists()
+
+
+def test_a_written_stage_needs_no_checkpoint_any_more(tmp_path):
+    folder = new_system(tmp_path / "system")
+    key = folder.plan.stages()[0]
+    path = checkpoint(folder, key, 5, folder.slice_digests(key))
+    grow(folder, limit=1)
+    assert not path.exists()
+
+
+# Two readers of one folder
+
+
+def test_a_deletion_by_one_process_is_seen_by_another(system):
+    one, other = SystemFolder(system), SystemFolder(system)
+    removed = forget(one, IDS[:2])
+    other.refresh_ledger()
+    assert all(other.is_deleted(i) for i in IDS[:2]) and not set(IDS[:2]) & set(other.table.rows)
+    assert not other.valid_stages & set(removed)
+    other.refresh()
+    assert set(other.stages) == one.valid_stages == other.valid_stages
+
+
+def test_no_line_of_another_process_is_lost(system):
+    one, other = SystemFolder(system), SystemFolder(system)
+    forget(one, IDS[:2])
+    tip = next(key for key in one.plan.stages() if key in one.valid_stages)
+    other.record_export(tip, {})
+    again = SystemFolder(system)
+    assert [entry.kind for entry in again.ledger.entries] == ["deletion", "export"]
+    assert all(again.is_deleted(i) for i in IDS[:2])
+
+
+def test_an_export_is_noted_and_deletes_nothing(system):
+    folder = SystemFolder(system)
+    before = files_of(system / "stages")
+    tip = max(folder.plan.stages(), key=lambda key: key.depth)
+    folder.record_export(tip, {"torch": "2"})
+    again = SystemFolder(system)
+    (entry,) = again.ledger.entries
+    assert entry.kind == "export" and set(entry.removed) == {str(key) for key in tip.lineage} and entry.ids == ()
+    assert again.ledger.num_deletions == 0 and len(again.table) == len(IDS) and files_of(system / "stages") == before
+
+
+# Copies
+
+
+def test_a_copy_is_the_same_system_without_what_is_unfinished(deleted_system, tmp_path):
+    folder = SystemFolder(deleted_system)
+    checkpoint(folder, StageKey(1, (0,)), 3, folder.slice_digests(StageKey(1, (0,))))
+    (deleted_system / "stages/shard-0/.tmp-0-dead").mkdir()
+    folder.copy_to(tmp_path / "copy")
+    copy = SystemFolder(tmp_path / "copy")
+    assert set(os.listdir(copy.path)) == ROOT_FILES
+    assert copy.valid_stages == folder.valid_stages and copy.ledger == folder.ledger
+    assert files_of(copy.path / "stages") == files_of(deleted_system / "stages")
+    assert stat.S_IMODE((copy.path / KEY_FILE).stat().st_mode) == 0o600
+
+
+def test_a_copy_goes_into_an_empty_folder_only(system, tmp_path):
+    target = tmp_path / "taken"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(FolderError, match="is not empty. Give a new folder to save the system to"):
+        SystemFolder(system).copy_to(target)
+    assert files_of(target) == {"thesis.txt": b"mine"}
+
+
+# With a model on it
+
+
+@pytest.fixture
+def served(tmp_path):
+    from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+
+    rows = [{**row, "id": f"someone-{n:02d}@example.org"} for n, row in enumerate(lm_rows(24))]
+    config = s3t_config(num_shards=2, num_slices=2)
+    trainer = make_trainer(tmp_path / "served", tiny_llama(layers=2), rows, config=config)
+    plant_stages(trainer)
+    return trainer.s3t_model
+
+
+def test_after_unlearn_no_deleted_id_stands_in_any_byte_of_any_file(served):
+    victims = list(served.folder.table.rows)[:3]
+    served.unlearn(victims)
+    served._wait_for_cleaner()
+    for name, data in files_of(served.folder.path).items():
+        assert not [victim for victim in victims if victim.encode() in data], name
+    table = pq.read_table(served.folder.path / "examples.parquet")
+    assert sorted(table["id"].to_pylist()) == sorted(served.folder.table.rows)
+    assert not set(victims) & set(served.folder.table.rows)
+    assert set(os.listdir(served.folder.path)) == ROOT_FILES
+
+
+def test_after_unlearn_the_stages_are_out_of_the_folder_and_out_of_memory(served):
+    victim = next(iter(served.folder.table.rows))
+    report = served.unlearn([victim])
+    gone = {StageKey.from_path(f"stages/{name}") for name in report.stages_removed}
+    assert gone and not gone & set(served.stack.loaded)
+    assert not [name for name, _ in served.named_parameters() for key in gone if f".{key.adapter_name}." in name]
+    assert stages_on_disk(served.folder.path) == {str(key) for key in served.folder.valid_stages}
+    assert not stages_on_disk(served.folder.path) & set(report.stages_removed)
+
+
+def test_an_unlearn_that_dies_after_the_ledger_is_finished_by_the_next_load(served, monkeypatch):
+    from tiny import tiny_llama
+
+    from hf_s3t import S3TModel
+
+    def die(*args, **kwargs):
+        raise Died
+
+    victim = next(iter(served.folder.table.rows))
+    monkeypatch.setattr(served, "_serve", die)
+    with pytest.raises(Died):
+        served.unlearn([victim])
+    path = served.folder.path
+    assert victim.encode() in b"".join(files_of(path).values())
+    again = S3TModel.from_pretrained(path, base_model=tiny_llama(layers=2))
+    assert again.folder.is_deleted(victim) and not again.check()
+    assert stages_on_disk(path) == {str(key) for key in again.folder.valid_stages}
+    assert victim.encode() not in b"".join(files_of(path).values())
+
+
+def test_check_names_what_is_wrong_with_a_folder(served):
+    assert served.check() == []
+    file = file_in(served.folder.path, "stages/shard-0/STAGE/adapter_config.json")
+    file.write_bytes(file.read_bytes() + b" ")
+    (problem,) = served.check()
+    assert str(file) in problem and "was altered or cut short" in problem
+    (served.folder.path / "examples.parquet").unlink()
+    (problem,) = served.check()
+    assert "examples.parquet is missing" in problem
