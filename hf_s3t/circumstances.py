@@ -31,7 +31,7 @@ _CHOOSING = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 def recipe_of(args: TrainingArguments) -> dict[str, Any]:
     """The training arguments that a stage's tensors depend on, as JSON types."""
     kept = {name: value for name, value in args.to_dict().items() if name not in _IRRELEVANT}
-    if args.load_best_model_at_end:
+    if args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         # Then evaluation decides which step's tensors a stage ends with.
         kept.update({name: getattr(args, name) for name in _CHOOSING})
     return json.loads(json.dumps(kept, default=str))
@@ -51,6 +51,9 @@ def circumstances(model: nn.Module, accelerator: Any = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "quantization": str(getattr(getattr(model.config, "quantization_config", None), "quant_method", None)),
+        "mixed_precision": accelerator.mixed_precision if accelerator is not None else "no",
         "world_size": accelerator.num_processes if accelerator is not None else 1,
         "threads": torch.get_num_threads(),
     }

@@ -146,8 +146,15 @@ class S3TConfig:
     def _check_prior(self):
         if self.deletion_prior is None:
             return
-        per_shard = bool(self.deletion_prior) and isinstance(self.deletion_prior[0], (list, tuple))
-        priors = self.deletion_prior if per_shard else [self.deletion_prior]
+        given = self.deletion_prior.tolist() if hasattr(self.deletion_prior, "tolist") else self.deletion_prior
+        kinds = {isinstance(p, (list, tuple)) for p in given} if isinstance(given, (list, tuple)) else set()
+        if not isinstance(given, (list, tuple)) or len(kinds) > 1:
+            raise ConfigError(
+                f"`deletion_prior` must be a list of one probability per slice, or one such list per shard, got "
+                f"{self.deletion_prior!r}."
+            )
+        per_shard = kinds == {True}
+        priors = given if per_shard else [given]
         if per_shard and len(priors) != self.num_shards:
             raise ConfigError(
                 f"`deletion_prior` has {len(priors)} lists, but num_shards={self.num_shards}. Give one list for all "
@@ -297,7 +304,10 @@ def check_prior(prior, num_slices: int) -> None:
         [`~hf_s3t.errors.ConfigError`]: If it has not `num_slices` probabilities that sum to one.
     """
     if len(prior) != num_slices:
-        raise ConfigError(f"`deletion_prior` has {len(prior)} entries, expected num_slices={num_slices}.")
+        raise ConfigError(
+            f"`deletion_prior` has {len(prior)} entries, expected num_slices={num_slices}. Give one probability per "
+            "slice."
+        )
     numeric = all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in prior)
     if not numeric or any(not math.isfinite(p) or p < 0 for p in prior):
         raise ConfigError(f"`deletion_prior` must hold non-negative probabilities, got {prior!r}.")

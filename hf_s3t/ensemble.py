@@ -12,6 +12,9 @@ from .stack import Route
 
 # Inputs that are not one row per example even if their length says so.
 _NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", "past_key_values"}
+# How many numbers of the answer to make at once: on a CPU what its caches hold, elsewhere few kernels.
+_AT_ONCE = {"cpu": 2**18, "other": 2**26}
+_VANISHING = 1e-30
 _DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
 
 
@@ -42,14 +45,43 @@ def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
     """
     members = len(weights)
     stacked = logits.unflatten(0, (members, -1))
-    stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
-    weights = weights.to(stacked).view(-1, *[1] * (stacked.dim() - 1))
+    weights = weights.to(stacked.device, _precision(logits)).view(-1, *[1] * (stacked.dim() - 1))
     if how == "mean_logits":
         return (stacked * weights).sum(0)
     if how == "mean_probabilities":
-        return torch.logsumexp(stacked.log_softmax(-1) + weights.log(), dim=0)
+        return _log_of_mean(stacked, weights)
     votes = nn.functional.one_hot(stacked.argmax(-1), stacked.shape[-1])
     return (votes * weights).sum(0)
+
+
+def _precision(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the mean of the members' probabilities."""
+    if stacked.requires_grad:
+        return _exact_log_of_mean(stacked, weights)
+    members, classes = len(stacked), stacked.shape[-1]
+    answer = torch.empty(stacked.shape[1:], dtype=weights.dtype, device=stacked.device)
+    # A vocabulary is long: piece by piece, what lies between stays in a processor's cache, and little of it in memory.
+    rows = max(1, _AT_ONCE["cpu" if stacked.device.type == "cpu" else "other"] // classes)
+    weights = weights.view(members, 1, 1)
+    pieces = stacked.reshape(members, -1, classes).split(rows, dim=1)
+    for piece, part in zip(pieces, answer.view(-1, classes).split(rows), strict=True):
+        part.zero_()
+        for logits, weight in zip(piece, weights, strict=True):
+            part.addcmul_(logits.softmax(-1, dtype=part.dtype), weight)
+        # Probabilities so small that single precision has few bits for them, or none.
+        vanishing = part.amin(-1) < _VANISHING
+        part.log_()
+        if vanishing.any():
+            part[vanishing] = _exact_log_of_mean(piece[:, vanishing], weights)
+    return answer
+
+
+def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(stacked.log_softmax(-1, dtype=weights.dtype) + weights.log(), dim=0)
 
 
 def check_aggregation(how: str, config) -> None:

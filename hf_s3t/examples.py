@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
+from .ledger import Ledger
 from .partition import order_key
 
 
@@ -66,6 +67,10 @@ class DigestKey:
     def of_id(self, example_id: int | str) -> str:
         """Keyed digest of an id; 1 and "1" differ."""
         return self._digest(b"id", encode(example_id))
+
+    def of_group(self, group: int | str) -> str:
+        """Keyed digest of a group's name."""
+        return self._digest(b"group", encode(group))
 
     def of_content(self, row: Mapping[str, Any]) -> str:
         """Keyed digest of the content of a row."""
@@ -128,6 +133,14 @@ class Example:
     slice: int
     digest: str
     group: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The ids of a request that are in, without repetitions, and the number of its ids that were deleted before."""
+
+    present: list[int | str]
+    already_deleted: int
 
 
 @dataclass(frozen=True)
@@ -218,52 +231,43 @@ class ExampleTable:
         self,
         ids: Sequence[int | str] | None,
         groups: Sequence[int | str] | None,
-        deleted: frozenset[str],
+        ledger: Ledger,
         key: DigestKey,
-    ) -> tuple[list[int | str], int]:
+        ignore_unknown: bool = False,
+    ) -> "Request":
         """
         The examples that a request names, checked all before any is acted on.
 
         Args:
             ids (sequence, *optional*): Example ids.
             groups (sequence, *optional*): Group names; all members are meant.
-            deleted (`frozenset[str]`): Keyed digests of the ids that were deleted before.
+            ledger ([`~hf_s3t.ledger.Ledger`]): What was deleted before.
             key ([`DigestKey`]): The system's secret.
-
-        Returns:
-            `tuple[list, int]`: The ids that are in, without repetitions, and the number of ids already deleted.
+            ignore_unknown (`bool`, defaults to `False`): Pass over ids and groups that were never trained on.
 
         Raises:
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
         wanted = dict.fromkeys(_listed(ids, "ids"))
-        unknown_groups = []
-        for group in _listed(groups, "groups"):
-            if group not in self.groups:
-                unknown_groups.append(group)
-            else:
-                wanted.update(dict.fromkeys(self.groups[group]))
-        if unknown_groups:
+        absent_groups = [group for group in _listed(groups, "groups") if group not in self.groups]
+        unknown_groups = [group for group in absent_groups if key.of_group(group) not in ledger.deleted_groups]
+        if unknown_groups and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
-                "training; a group whose examples were all deleted is unknown too."
+                "training. Nothing was deleted."
             )
+        for group in _listed(groups, "groups"):
+            wanted.update(dict.fromkeys(self.groups.get(group, ())))
         present = [i for i in wanted if i in self.rows]
         absent = [i for i in wanted if i not in self.rows]
-        unknown = [i for i in absent if key.of_id(i) not in deleted]
-        if unknown:
+        unknown = [i for i in absent if key.of_id(i) not in ledger.deleted]
+        if unknown and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown ids: {_some(unknown)}. This system was trained on {len(self)} examples"
                 f"{self._id_hint()}. Nothing was deleted."
             )
-        return present, len(absent)
-
-    def known(self, ids, groups) -> tuple[list[int | str], list[int | str]]:
-        """Those of the ids and groups that are in, for requests that may name others."""
-        return [i for i in _listed(ids, "ids") if i in self.rows], [
-            g for g in _listed(groups, "groups") if g in self.groups
-        ]
+        return Request(present, len(absent) - len(unknown))
 
     def _id_hint(self) -> str:
         sample = next(iter(self.rows), None)

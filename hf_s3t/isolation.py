@@ -155,8 +155,8 @@ def _check_embeddings(model: nn.Module) -> None:
 
 def check_checkpoint(model: nn.Module, layers_path: str, head: Sequence[str]) -> None:
     """
-    Refuse a base with parameters that its checkpoint lacks, besides the head: their values are random, and nobody could
-    load them again.
+    Refuse a base with parameters that its checkpoint lacks, besides the head: they are random, and nobody could load
+    them again.
 
     Looks only at checkpoints on this machine; a model made in memory has none.
 
@@ -201,6 +201,15 @@ def _checkpoint_keys(name: str | None) -> set[str]:
         return set(file.keys())
 
 
+def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None:
+    """The setting by which an evaluation steers training or serving, if there is one."""
+    if args.load_best_model_at_end:
+        return "load_best_model_at_end=True"
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        return f"lr_scheduler_type={args.lr_scheduler_type.value}"
+    return 'select="metric"' if config.select == "metric" else None
+
+
 def check_arguments(args: TrainingArguments) -> None:
     """
     Refuse training arguments under which a stage would depend on more than its recipe.
@@ -226,6 +235,11 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ConfigError(
             "FSDP and DeepSpeed spread the frozen base over processes, which stages do not support. Use plain data "
             "parallelism (`accelerate launch --num_processes N`), with a quantised base if memory is short."
+        )
+    if args.fp16:
+        raise IsolationError(
+            "`fp16=True` scales the loss by a factor that goes from stage to stage, so that a stage would depend on "
+            "what was trained before it. Use `bf16=True`."
         )
     if args.bf16_full_eval or args.fp16_full_eval:
         raise IsolationError(
@@ -267,10 +281,9 @@ def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config:
             "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
             "set `packing=True`, which packs every stage's own examples."
         )
-    chooses = args.load_best_model_at_end or config.select == "metric"
-    setting = "load_best_model_at_end=True" if args.load_best_model_at_end else 'select="metric"'
+    setting = evaluation_chooses(args, config)
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    if chooses and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
+    if setting and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
         raise IsolationError(
             f"`{setting}` lets an evaluation choose the model, and there is no separate `eval_dataset`. Give one that "
             "holds no training example."

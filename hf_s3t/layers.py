@@ -66,13 +66,13 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _has_parameters(m)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     depth = _configured_depth(model)
+    _refuse_shared_layers(outer, depth)
     if pattern is not None:
         patterns = [pattern] if isinstance(pattern, str) else list(pattern)
         fitting = {n: m for n, m in lists.items() if n.rpartition(".")[2] in patterns and n in outer}
     else:
         fitting = {n: m for n, m in outer.items() if len(m) == depth}
         if not fitting:
-            _refuse_shared_layers(outer, depth)
             plain = {n: m for n, m in outer.items() if not any(isinstance(x, nn.ModuleList) for x in m)}
             longest = max((len(m) for m in plain.values()), default=0)
             fitting = {n: m for n, m in plain.items() if len(m) == longest and len({type(x) for x in m}) == 1}
@@ -81,7 +81,7 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
         raise LayersNotFoundError(
             f"{type(model).__name__} has {'no' if not fitting else 'more than one'} list of transformer layers that "
             f"fits (module lists: {found}). Name the list in the PEFT config: "
-            "`LoraConfig(..., layers_pattern=\"layers\", layers_to_transform=[])`, with `target_modules` as a list."
+            '`LoraConfig(..., layers_pattern="layers", layers_to_transform=[])`, with `target_modules` as a list.'
         )
     return next(iter(fitting.items()))
 

@@ -27,6 +27,7 @@ class LedgerEntry:
         left (`dict[str, str]`): Stages that stay and the digests of their adapters.
         previous (`tuple[str, ...]`): Hash of the line before; two after a merge, none in the first line.
         versions (`dict[str, str]`): Library versions.
+        groups (`tuple[str, ...]`): Keyed digests of the groups that were named, sorted.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class LedgerEntry:
     left: dict[str, str]
     previous: tuple[str, ...]
     versions: dict[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def to_line(self) -> str:
         """The entry as one line of JSON, without the line break."""
@@ -51,10 +53,17 @@ class LedgerEntry:
                 raise FormatVersionError(
                     f"A ledger line has version {version!r}; this hf_s3t reads version {LEDGER_VERSION}."
                 )
-            entry = cls(**{**values, "ids": tuple(values["ids"]), "previous": tuple(values["previous"])})
+            entry = cls(
+                **{
+                    **values,
+                    "ids": tuple(values["ids"]),
+                    "previous": tuple(values["previous"]),
+                    "groups": tuple(values["groups"]),
+                }
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
-        texts = (entry.time, *entry.ids, *entry.previous)
+        texts = (entry.time, *entry.ids, *entry.previous, *entry.groups)
         maps = (entry.removed, entry.left, entry.versions)
         if (
             entry.kind not in KINDS
@@ -123,6 +132,7 @@ class Ledger:
         removed: dict[str, str],
         left: dict[str, str],
         versions: dict[str, str] | None = None,
+        groups: Sequence[str] = (),
     ) -> "Ledger":
         """The ledger with one more line, chained to the last."""
         entry = LedgerEntry(
@@ -133,6 +143,7 @@ class Ledger:
             left=dict(left),
             previous=(line_hash(self.lines[-1]),) if self.lines else (),
             versions=dict(versions or {}),
+            groups=tuple(sorted(groups)),
         )
         return Ledger((*self.lines, entry.to_line()))
 
@@ -145,6 +156,11 @@ class Ledger:
     def deleted(self) -> frozenset[str]:
         """Keyed digests of every id that was deleted."""
         return frozenset(digest for entry in self.entries if entry.kind == "deletion" for digest in entry.ids)
+
+    @cached_property
+    def deleted_groups(self) -> frozenset[str]:
+        """Keyed digests of every group that was deleted as one."""
+        return frozenset(digest for entry in self.entries for digest in entry.groups)
 
     @property
     def num_deletions(self) -> int:

@@ -39,14 +39,22 @@ from .versions import library_versions
 
 
 _PRELOADS = ("best", "all")
+# Marks caches of the base by itself, which answers when no shard is left.
+_BASE_ALONE = Route(())
+# Methods of the base that would change what all stages stand on, or publish it in the system's place.
+_NOT_DELEGATED = {
+    "push_to_hub", "resize_token_embeddings", "tie_weights", "init_weights", "load_adapter", "add_adapter",
+    "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter", "enable_input_require_grads",
+}  # fmt: skip
 _WHEN_EXHAUSTED = ("error", "base")
 
 
 class Routing:
     """A snapshot of which stacks answer. Never changed: a deletion puts another in its place."""
 
-    def __init__(self, served: Sequence[Sequence[StageKey]]):
+    def __init__(self, served: Sequence[Sequence[StageKey]], digests: Sequence[str] = ()):
         self.served = tuple(tuple(tips) for tips in served)
+        self.identity = (self.served, tuple(digests))
         members = tuple(tip for tips in self.served for tip in tips)
         self.route = Route(members) if members else None
         alive = sum(1 for tips in self.served if tips)
@@ -98,8 +106,7 @@ class S3TModel(GenerationMixin, nn.Module):
 
     def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
         super().__init__()
-        _require("preload", preload, _PRELOADS)
-        _require("when_exhausted", when_exhausted, _WHEN_EXHAUSTED)
+        _check_options(preload, when_exhausted, stack.head)
         self.base_model = stack.base
         self.stack = stack
         self.folder = folder
@@ -107,10 +114,6 @@ class S3TModel(GenerationMixin, nn.Module):
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
         check_aggregation(self.aggregation, self.base_model.config)
-        if when_exhausted == "base" and stack.head:
-            raise ConfigError(
-                'when_exhausted="base" is for language models: a classifier\'s base has no trained head. Use "error".'
-            )
         # Trainer, pipelines and `generate` look at the signature of an instance's forward.
         self.forward = functools.wraps(self.base_model.forward)(functools.partial(S3TModel.forward, self))
         self._routing_lock = threading.Lock()
@@ -161,6 +164,7 @@ class S3TModel(GenerationMixin, nn.Module):
             record["layers"]["path"], record["layers"]["num_layers"], tuple(map(tuple, record["layers"]["groups"]))
         )
         head = tuple(record["head"])
+        _check_options(preload, when_exhausted, head)
         if isinstance(base_model, nn.Module):
             check_has_no_adapters(base_model)
             base = base_model
@@ -194,6 +198,11 @@ class S3TModel(GenerationMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            if name in _NOT_DELEGATED:
+                raise AttributeError(
+                    f"S3TModel has no `{name}`: the base model's would change or publish the base, which all stages "
+                    "stand on. Use the base model by itself."
+                ) from None
             return getattr(self.base_model, name)
 
     @property
@@ -229,7 +238,7 @@ class S3TModel(GenerationMixin, nn.Module):
         return self.base_model.prepare_inputs_for_generation(*args, **kwargs)
 
     def _reorder_cache(self, past_key_values, beam_idx):
-        members = len(getattr(past_key_values, "_s3t_route", None) or (None,))
+        members = max(1, len(getattr(past_key_values, "_s3t_route", _BASE_ALONE)))
         return reorder_cache(past_key_values, beam_idx, members)
 
     def forward(self, *args, labels: torch.Tensor | None = None, return_dict: bool | None = None, **kwargs):
@@ -251,6 +260,8 @@ class S3TModel(GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
+        if self.folder.has_news() and self.stack.in_training is None:
+            self.refresh()
         routing = self._routing
         if self.base_model.training:
             self.eval()
@@ -261,11 +272,11 @@ class S3TModel(GenerationMixin, nn.Module):
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
                 "and look at it with plain PEFT."
             )
-        if routing.route is None:
-            return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
         cache = inputs.get("past_key_values")
         refuse_other_state(inputs)
-        check_cache(cache, routing.route)
+        check_cache(cache, routing.route or _BASE_ALONE)
+        if routing.route is None:
+            return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
         members = len(routing.route)
         rows = num_rows(inputs, self.main_input_name)
         if members > 1 and not self._answers_in_one_pass(inputs, rows):
@@ -314,12 +325,18 @@ class S3TModel(GenerationMixin, nn.Module):
 
     def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
         if self.when_exhausted == "error":
+            if not self.folder.ledger.num_deletions:
+                raise ExhaustedError(
+                    f"{self.folder.path} has no trained stage yet. Call `train()` of its trainer first."
+                )
             raise ExhaustedError(
                 f"{self.folder.path} is exhausted: deletions reached the first slice of every sequence of every "
                 "shard. Call `train()` of its trainer to grow stages on the remaining data, or load it with "
                 'when_exhausted="base" to let a language model answer as its base.'
             )
         outputs = self.base_model(**inputs, return_dict=True)
+        stamp_cache(inputs.get("past_key_values"), _BASE_ALONE)
+        stamp_cache(outputs.get("past_key_values"), _BASE_ALONE)
         return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)
 
     def _output(self, outputs, logits, labels, return_dict, loss_kwargs):
@@ -380,10 +397,13 @@ class S3TModel(GenerationMixin, nn.Module):
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
         """
-        present, gone = self.folder.table.resolve(ids, None, self.folder.ledger.deleted, self.folder.key)
-        if gone:
-            raise UnknownExampleError(f"{gone} of the ids were deleted; they are in no slice.")
-        return {i: (self.folder.table.rows[i].shard, self.folder.table.rows[i].slice) for i in present}
+        request = self.folder.table.resolve(ids, None, self.folder.ledger, self.folder.key)
+        if request.already_deleted:
+            raise UnknownExampleError(
+                f"{request.already_deleted} of the ids were deleted and are in no slice. Ask for the others."
+            )
+        rows = self.folder.table.rows
+        return {i: (rows[i].shard, rows[i].slice) for i in request.present}
 
     def check(self) -> list[str]:
         """
@@ -416,27 +436,46 @@ class S3TModel(GenerationMixin, nn.Module):
     def refresh(self) -> None:
         """Follow what is in the folder now: deletions by other processes, stages a trainer added."""
         with self._deletion_lock:
+            self._refuse_while_training()
             self._wait_for_cleaner()
             self.folder.refresh()
             self._serve(self.folder.valid_stages)
 
+    def _refuse_while_training(self) -> None:
+        if self.stack.in_training is not None:
+            raise S3TError(
+                f"The stage {self.stack.in_training} is in training on this model's base. Call this after `train()`, "
+                "or on a model that another process loaded from the folder."
+            )
+
     def _serve(self, valid: frozenset[StageKey]) -> float:
         """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
         folder = self.folder
-        routing = Routing(folder.plan.served(valid, folder.config.select, folder.losses()))
+        present = frozenset(key for key in valid if self.stack.holds(key, folder.adapter_digest(key)))
+        routing = self._routing_of(valid)
+        # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
+        # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
+        lock_seconds = 0.0 if self._routing.stages <= present else self._switch(self._routing_of(present))
+        self.stack.drop([key for key in self.stack.loaded if key not in present])
         wanted = set(valid) if self.preload == "all" else routing.stages
-        for key in sorted(wanted, key=lambda key: (key.shard, key.depth, key.prefix)):
-            if key not in self.stack:
-                self.stack.load(key, folder.adapter_path(key))
-        lock_seconds = self._switch(routing)
+        new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
+        # All files are checked before any is attached.
+        for key, path in [(key, folder.adapter_path(key)) for key in new]:
+            self.stack.load(key, path, folder.adapter_digest(key))
+        lock_seconds = max(lock_seconds, self._switch(routing))
         self.stack.drop([key for key in self.stack.loaded if key not in wanted])
         return lock_seconds
+
+    def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
+        folder = self.folder
+        served = folder.plan.served(valid, folder.config.select, folder.losses())
+        return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
 
     def _switch(self, routing: Routing) -> float:
         started = time.perf_counter()
         with self._routing_lock:
             # Calls compare caches by identity: the same stacks keep their route, and with it caches stay good.
-            if routing.served != self._routing.served:
+            if routing.identity != self._routing.identity:
                 self._routing = routing
         return time.perf_counter() - started
 
@@ -473,6 +512,7 @@ class S3TModel(GenerationMixin, nn.Module):
             raise ConfigError("`unlearn` was called with neither `ids` nor `groups`. Name what to forget.")
         started = time.perf_counter()
         with self._deletion_lock:
+            self._refuse_while_training()
             self._wait_for_cleaner()
             with self.folder.lock():
                 return self._unlearn(ids, groups, missing, started)
@@ -480,26 +520,25 @@ class S3TModel(GenerationMixin, nn.Module):
     def _unlearn(self, ids, groups, missing, started) -> UnlearningReport:
         folder = self.folder
         folder.refresh_ledger()
-        if missing == "ignore":
-            ids, groups = folder.table.known(ids, groups)
-        present, already = folder.table.resolve(ids, groups, folder.ledger.deleted, folder.key)
+        request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
         before = self._routing.depths
-        removed: list[StageKey] = []
-        lock_seconds = 0.0
-        if present:
-            valid = folder.valid_stages
-            removed = folder.plan.removed_by(folder.table.places(present), folder.stages)
-            folder.record_deletion(present, removed, library_versions())
-            lock_seconds = self._serve(valid - set(removed))
-            folder.remove_stages(removed)
-            folder.remove_stale_checkpoints()
+        if request.present:
+            removed = folder.plan.removed_by(folder.table.places(request.present), folder.stages)
+            known = [group for group in groups or () if group in folder.table.groups]
+            folder.record_deletion(request.present, removed, library_versions(), known)
+        # Also what an earlier call condemned and did not live to remove.
+        condemned = folder.condemned_stages()
+        lock_seconds = self._serve(folder.valid_stages)
+        folder.remove_stages(condemned)
+        folder.remove_stale_checkpoints()
+        if request.present:
             self._cleaner = threading.Thread(target=folder.compact, name="hf_s3t-compact")
             self._cleaner.start()
         return UnlearningReport(
-            requested=len(present) + already,
-            deleted=len(present),
-            already_deleted=already,
-            stages_removed=tuple(str(key) for key in removed),
+            requested=len(request.present) + request.already_deleted,
+            deleted=len(request.present),
+            already_deleted=request.already_deleted,
+            stages_removed=tuple(str(key) for key in condemned),
             depths_before=before,
             depths_after=self._routing.depths,
             is_exhausted=self.is_exhausted,
@@ -547,6 +586,15 @@ class S3TModel(GenerationMixin, nn.Module):
         with self._deletion_lock, self.folder.lock():
             self.folder.record_export(tips[0], library_versions())
             self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+
+
+def _check_options(preload: str, when_exhausted: str, head: Sequence[str]) -> None:
+    _require("preload", preload, _PRELOADS)
+    _require("when_exhausted", when_exhausted, _WHEN_EXHAUSTED)
+    if when_exhausted == "base" and head:
+        raise ConfigError(
+            'when_exhausted="base" is for language models: a classifier\'s base has no trained head. Use "error".'
+        )
 
 
 def _layers_path(base: nn.Module, layers: LayerGroups) -> str:

@@ -49,6 +49,10 @@ class Route:
     def __len__(self):
         return len(self.members)
 
+    def __deepcopy__(self, memo):
+        # A copied cache was made with the same stacks, and they are compared by identity.
+        return self
+
     @cached_property
     def heads(self) -> tuple[str, ...]:
         """Per member the adapter whose head answers: the last surviving stage's."""
@@ -98,6 +102,9 @@ class StageStack:
             for group in range(len(layers.groups))
         ]
         self._modules: dict[StageKey, list[nn.Module]] = {}
+        # The digest of each stage's file, by which a stage is told from another one grown under the same name.
+        self._digests: dict[StageKey, str | None] = {}
+        self.in_training: StageKey | None = None
         self._hooked: set[nn.Module] = set()
         base.requires_grad_(False)
         # Trainer refuses to train a quantised base unless adapters are known to live on it.
@@ -115,6 +122,14 @@ class StageStack:
 
     def __contains__(self, key: StageKey) -> bool:
         return key in self._modules
+
+    def holds(self, key: StageKey, digest: str) -> bool:
+        """Whether the stage in memory is the one whose adapter file has this digest."""
+        return key in self._modules and self._digests.get(key) == digest
+
+    def mark(self, key: StageKey, digest: str) -> None:
+        """Note the digest of the file that an attached stage was written to."""
+        self._digests[key] = digest
 
     def tensors(self, key: StageKey) -> dict[str, torch.Tensor]:
         """The tensors of a stage by the names they have in its file, head included; they share memory."""
@@ -143,13 +158,15 @@ class StageStack:
                 heads = wrapper.modules_to_save
                 heads[key.adapter_name].load_state_dict(heads[key.parent.adapter_name].state_dict())
 
-    def load(self, key: StageKey, folder: Path) -> None:
-        """Attach a stage from its folder, without touching any random state."""
+    def load(self, key: StageKey, folder: Path, digest: str) -> None:
+        """Attach a stage from its folder, whose adapter file has the digest, without touching any random state."""
+        self.drop([key])
         # Injecting deep-copies the head, and its initialisers draw nothing on the meta device.
         self._inject(key, low_cpu_mem_usage=True)
         device = next(self.base.parameters()).device
         state = load_file(folder / ADAPTER_FILE, device=str(device))
         self.fill(key, state)
+        self.mark(key, digest)
 
     def fill(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
         """Set the tensors of an attached stage, by the names they have in its file."""
@@ -175,6 +192,7 @@ class StageStack:
                 else:
                     module.delete_adapter(key.adapter_name)
             self.base.peft_config.pop(key.adapter_name, None)
+            self._digests.pop(key, None)
 
     def _inject(self, key: StageKey, low_cpu_mem_usage: bool) -> None:
         known = self.base.__dict__.pop("peft_config")
@@ -310,8 +328,10 @@ def _cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     Let no gradient-requiring tensor enter the lowest layer, so that layers below the trained group build no graph.
 
     Gradient checkpointing and k-bit preparation make embeddings require gradients; with non-reentrant checkpointing
-    nothing needs that.
+    nothing needs that. An ensemble that serves may be differentiated by its inputs.
     """
+    if _ROUTE.get() is not None:
+        return None
     args = tuple(a.detach() if isinstance(a, torch.Tensor) and a.requires_grad else a for a in args)
     kwargs = {k: v.detach() if isinstance(v, torch.Tensor) and v.requires_grad else v for k, v in kwargs.items()}
     return args, kwargs
@@ -325,7 +345,7 @@ def _note_length(module: nn.Module, args: tuple) -> None:
 
 def _base_only(layer: LoraLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """With a route, PEFT computes the base layer alone, whatever adapters are active."""
-    if _ROUTE.get() is None:
+    if _ROUTE.get() is None or not (layer.active_adapters or layer.merged):
         return None
     return args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])}
 
@@ -339,8 +359,8 @@ def _adder(group: int):
             return None
         if len(output) % len(names):
             raise S3TError(
-                f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members: it "
-                "selects among them, so they cannot be told apart. Leave it out of `target_modules`."
+                f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members: "
+                "it selects among them, so they cannot be told apart. Leave it out of `target_modules`."
             )
         blocks = output.chunk(len(names))
         inputs = args[0].chunk(len(names))
@@ -360,17 +380,30 @@ def _adder(group: int):
 
 
 def _apply(layer: LoraLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool) -> torch.Tensor:
-    lora_A = layer.lora_A[name]
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
     x = x.to(lora_A.weight.dtype)
+    if in_place and name not in layer.lora_variant and _adds_in_one_product(lora_A, lora_B, result):
+        low = nn.functional.linear(x, lora_A.weight).flatten(0, -2)
+        result.view(-1, result.shape[-1]).addmm_(low, lora_B.weight.t(), alpha=layer.scaling[name])
+        return result
     if name in layer.lora_variant:
         combined = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result).to(result.dtype)
         return result.copy_(combined) if in_place else combined
-    delta = layer.lora_B[name](lora_A(x))
-    if in_place and delta.dtype == result.dtype:
-        return result.add_(delta, alpha=layer.scaling[name])
+    delta = lora_B(lora_A(x))
     # As PEFT does: the sum in the adapter's precision, rounded once.
     combined = (result + delta * layer.scaling[name]).to(result.dtype)
     return result.copy_(combined) if in_place else combined
+
+
+def _adds_in_one_product(lora_A: nn.Module, lora_B: nn.Module, result: torch.Tensor) -> bool:
+    """Whether an adapter's part can be added by one product of matrices, without being written down first."""
+    return (
+        type(lora_A) is nn.Linear
+        and type(lora_B) is nn.Linear
+        and lora_B.bias is None
+        and lora_B.weight.dtype == result.dtype
+        and result.is_contiguous()
+    )
 
 
 def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict, output):

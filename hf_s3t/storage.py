@@ -115,7 +115,7 @@ class SystemFolder:
 
     def lock(self) -> FileLock:
         """The lock under which deletions are recorded and stages renamed into place."""
-        return FileLock(self.path / STAGES / ".lock")
+        return FileLock(self.path / STAGES / ".lock", is_singleton=True)
 
     # What is there
 
@@ -146,6 +146,10 @@ class SystemFolder:
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
         return [self.table.slice_digest(key.shard, s) for s in key.prefix]
+
+    def adapter_digest(self, key: StageKey) -> str:
+        """The digest of a stage's adapter file, as it was written."""
+        return self._stages[key]["files"][ADAPTER_FILE]
 
     def is_valid(self, key: StageKey) -> bool:
         """
@@ -221,6 +225,7 @@ class SystemFolder:
                 _sync(temporary)
                 self.refresh_ledger()
                 if record["slices"] != self.slice_digests(key):
+                    self.remove_checkpoints(key)
                     return False
                 self._discard(target)
                 os.rename(temporary, target)
@@ -231,7 +236,7 @@ class SystemFolder:
         self.remove_checkpoints(key)
         return True
 
-    def record_deletion(self, ids, removed: list[StageKey], versions: Mapping[str, str]) -> None:
+    def record_deletion(self, ids, removed: list[StageKey], versions: Mapping[str, str], groups=()) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
         gone = set(removed)
         stays = {str(k): r["files"][ADAPTER_FILE] for k, r in self._stages.items() if k not in gone}
@@ -239,6 +244,7 @@ class SystemFolder:
             self.ledger.append(
                 "deletion",
                 ids=[self.key.of_id(i) for i in ids],
+                groups=[self.key.of_group(g) for g in groups],
                 removed={str(k): self._stages[k]["files"][ADAPTER_FILE] for k in removed},
                 left=stays,
                 versions=dict(versions),
@@ -308,6 +314,7 @@ class SystemFolder:
             file.flush()
             os.fsync(file.fileno())
         self.ledger = ledger
+        self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
 
     def _discard(self, folder: Path) -> None:
         if folder.exists():
@@ -322,6 +329,8 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the ledger no longer holds what was read from it before.
         """
+        if not self.has_news():
+            return
         ledger = self._read_ledger()
         if ledger != self.ledger:
             if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
@@ -332,7 +341,13 @@ class SystemFolder:
             self.table = self._masked(self.table, ledger)
             self.ledger = ledger
 
+    def has_news(self) -> bool:
+        """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
+        return _stamp(self.path / LEDGER_FILE) != self._ledger_stamp
+
     def _read_ledger(self) -> Ledger:
+        # Before reading: a line that comes while the file is read is news again.
+        self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
         try:
             return Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode())
         except FileNotFoundError:
@@ -387,16 +402,22 @@ class SystemFolder:
     def _finish_removal(self, behind: bool) -> None:
         """Remove what a deletion condemned and what an interrupted write or removal left behind."""
         leftovers = [path for pattern in _LEFTOVERS for path in self.path.glob(pattern)]
-        stale = [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
+        stale = self.condemned_stages()
         self.remove_stale_checkpoints()
         if not (leftovers or stale or behind):
             return
         with self.lock():
             for leftover in leftovers:
                 _remove(leftover)
-            self.remove_stages(stale)
+            # Again: while this waited for the lock, a stage may have been grown anew under its old name.
+            self._stages = self._scan_stages()
+            self.remove_stages(self.condemned_stages())
             if behind:
                 self._compact()
+
+    def condemned_stages(self) -> list[StageKey]:
+        """The stages that saw an example which was deleted since."""
+        return [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
 
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
@@ -425,6 +446,14 @@ class SystemFolder:
 
 
 # Files
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def file_digest(path: Path) -> str:
@@ -520,9 +549,11 @@ def _write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
     # The digest covers the whole file, with zeros where it stands itself.
     stand_in = secrets.token_hex(32).encode()
     metadata = {_TABLE_DIGEST: stand_in, _TABLE_PIN: _pin(ledger)}
-    buffer = pa.BufferOutputStream()
+    arrow, buffer = pa.table(columns), pa.BufferOutputStream()
     # Without a stored schema the metadata stand in the file as they are, and once.
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, store_schema=False)
+    with pq.ParquetWriter(buffer, arrow.schema, store_schema=False) as writer:
+        writer.write_table(arrow)
+        writer.add_key_value_metadata(metadata)
     data = buffer.getvalue().to_pybytes()
     _write_atomically(path, data.replace(stand_in, _table_digest(data, stand_in)))
 
@@ -534,8 +565,8 @@ def _table_digest(data: bytes, digest: bytes) -> bytes:
 def _read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     try:
         data = path.read_bytes()
-        arrow = pq.read_table(pa.BufferReader(data))
-        metadata = arrow.schema.metadata or {}
+        file = pq.ParquetFile(pa.BufferReader(data))
+        arrow, metadata = file.read(), file.metadata.metadata or {}
         digest, pin = metadata[_TABLE_DIGEST], metadata[_TABLE_PIN].decode()
         intact = digest == _table_digest(data, digest)
         columns = arrow.to_pydict()

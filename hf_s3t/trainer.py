@@ -5,11 +5,16 @@ import copy
 import gc
 import json
 import os
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -20,11 +25,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from .base_model import check_base_is, describe_base, log_casts_once
-from .circumstances import circumstances, recipe_of
+from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, S3TError
-from .examples import DigestKey
-from .isolation import check_arguments, check_base, check_checkpoint, check_datasets, check_peft_config
+from .examples import DigestKey, ExampleTable
+from .isolation import (
+    check_arguments,
+    check_base,
+    check_checkpoint,
+    check_datasets,
+    check_peft_config,
+    evaluation_chooses,
+)
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .modeling import S3TModel
 from .plan import StageKey, relative_cost, stage_seed
@@ -51,6 +63,7 @@ class _Blueprint:
     head: tuple[str, ...]
     base: dict[str, Any]
     rows: TrainingRows | None
+    planned: ExampleTable | None
     task: str
 
     def record(self, model: nn.Module) -> dict[str, Any]:
@@ -111,29 +124,40 @@ class S3TTrainerMixin:
             base = recorded["base_model"]
         else:
             base = describe_base(model, path, head)
-        if rows is not None and (args.load_best_model_at_end or config.select == "metric"):
+        if rows is not None and evaluation_chooses(args, config):
             rows.refuse_shared(eval_dataset)
-        if rows is not None:
-            self._match(rows, args.output_dir, recorded)
-        return _Blueprint(config, peft_config, layers, head, base, rows, find_task(model))
+        planned = self._match(rows, args.output_dir, recorded) if rows is not None else None
+        return _Blueprint(config, peft_config, layers, head, base, rows, planned, find_task(model))
 
     @staticmethod
-    def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> None:
-        """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
+    def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> ExampleTable | None:
+        """
+        Refuse a dataset that does not fit the system, before the trainer spends time on preparing it; for a new system
+        returns its table, without digests.
+        """
         if recorded is None:
-            rows.partition([""] * len(rows.ids))
-            return
+            config = rows.config
+            table = rows.partition([""] * len(rows.ids))
+            return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
         folder = SystemFolder(output_dir)
         folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted)
+        return None
 
     def _set_up(self, blueprint: _Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
+        self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
+        if blueprint.planned is not None:
+            # Before anything is written: truncation and filtering may have emptied a slice.
+            self._stage_rows.check_slices(blueprint.planned)
         if self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
+            rows, config = blueprint.rows, blueprint.config
             key = DigestKey.load(output_dir, create=True)
-            table = blueprint.rows.partition(blueprint.rows.digests(key))
-            SystemFolder.create(output_dir, blueprint.record(self.model), table, key)
+            placed = rows.partition(rows.digests(key))
+            table = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+            StageRows(self.train_dataset, rows).check_slices(table)
+            SystemFolder.create(output_dir, blueprint.record(self.model), placed, key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
@@ -144,9 +168,7 @@ class S3TTrainerMixin:
         self._stage_output_dir: Path | None = None
         self._live: S3TModel | None = None
         self._prepared = self.train_dataset
-        self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
         if self._stage_rows is not None:
-            self._stage_rows.check_slices(self.folder.table)
             self._say_what_is_suboptimal()
         self._initial_callbacks = [
             copy.deepcopy(c) for c in self.callback_handler.callbacks if isinstance(c, ExportableState)
@@ -199,6 +221,7 @@ class S3TTrainerMixin:
         if self._stage_rows is None:
             raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
         self.folder.refresh()
+        self._refuse_other_recipe()
         keys = self._stage_order(self.folder.plan.missing(self.folder.valid_stages, self.folder.table.empty))
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
@@ -207,8 +230,11 @@ class S3TTrainerMixin:
         gc.collect()
         gc.freeze()
         try:
-            for number, (key, cost) in enumerate(zip(keys, costs, strict=True), start=1):
-                self._progress.begin_stage(str(key), number, len(keys), cost)
+            # A deletion may arrive meanwhile: what is missing is asked again after every stage.
+            while (key := self._next_stage()) is not None:
+                self._progress.begin_stage(
+                    str(key), len(outputs) + 1, max(len(keys), len(outputs) + 1), self._cost(key)
+                )
                 outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
         finally:
             gc.unfreeze()
@@ -217,6 +243,24 @@ class S3TTrainerMixin:
         if self._live is not None:
             self._live.refresh()
         return _summary(outputs)
+
+    def _next_stage(self) -> StageKey | None:
+        """The stage to train next, the same in every process."""
+        missing = self._stage_order(self.folder.plan.missing(self.folder.valid_stages, self.folder.table.empty))
+        (key,) = broadcast_object_list([missing[0] if missing else None])
+        return key
+
+    def _refuse_other_recipe(self) -> None:
+        """Refuse to go on with other training arguments: no trainer could then audit the whole system."""
+        now = recipe_of(self.args)
+        for key in sorted(self.folder.valid_stages):
+            other = differing(self.folder.stage_record(key)["recipe"], now)
+            if other:
+                shown = ", ".join(f"{name}={new!r} (was {old!r})" for name, (old, new) in other.items())
+                raise ConfigError(
+                    f"The stages of {self.args.output_dir} were trained by another recipe: {shown}. Give the trainer "
+                    "the recorded arguments to go on, or choose another `output_dir`."
+                )
 
     def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
         """The order in which missing stages are trained; any that has parents first gives the same tensors."""
@@ -231,7 +275,12 @@ class S3TTrainerMixin:
         self._bring_in(key)
         slices = folder.slice_digests(key)
         below = folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None
-        origin = {"slices": slices, "below": below, "recipe": recipe_of(self.args)}
+        origin = {
+            "slices": slices,
+            "below": below,
+            "recipe": recipe_of(self.args),
+            "circumstances": circumstances(self.model, self.accelerator),
+        }
         frozen = self._stack.digest(key.lineage[:-1])
         checkpoint = self._last_checkpoint(key, origin) if resume else None
         with self._training(key, folder.checkpoints(key), origin):
@@ -252,7 +301,6 @@ class S3TTrainerMixin:
             "frozen_before": frozen,
             "frozen_after": frozen_after,
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
-            "circumstances": circumstances(self.model, self.accelerator),
         }
         self._write(key, record)
         return output
@@ -261,11 +309,15 @@ class S3TTrainerMixin:
         if self.is_world_process_zero():
             base_id = self.folder.record["base_model"]["id"]
             written = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
-            if not written:
+            if written:
+                self._stack.mark(key, self.folder.adapter_digest(key))
+            else:
                 self._stack.drop([key])
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             self.folder.refresh()
+            if key in self.folder.stages:
+                self._stack.mark(key, self.folder.adapter_digest(key))
 
     def _dropped(self, key: StageKey) -> int:
         owned = sum(self.folder.table.size(key.shard, s) for s in key.prefix)
@@ -276,8 +328,9 @@ class S3TTrainerMixin:
         below = key.lineage[:-1]
         self._make_room(below)
         for stage in below:
-            if stage not in self._stack:
-                self._stack.load(stage, self.folder.adapter_path(stage))
+            digest = self.folder.adapter_digest(stage)
+            if not self._stack.holds(stage, digest):
+                self._stack.load(stage, self.folder.adapter_path(stage), digest)
 
     def _make_room(self, below: Sequence[StageKey]) -> None:
         """Drop stages that neither serve nor are stood on; with several processes all must hold the same tensors."""
@@ -288,8 +341,13 @@ class S3TTrainerMixin:
     @contextlib.contextmanager
     def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
-        self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
+        # Packing shuffles by this seed: it must be the stage's before its dataset is made.
+        self.args.seed = stage_seed(self.s3t_config.seed, key)
         self.train_dataset = self._stage_dataset(key)
+        self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
+        self._stack.in_training = key
+        self._batches_are_random = self.args.dataloader_num_workers > 0
+        paged = len(_paged_tensors())
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
         self._reset_callbacks()
@@ -297,7 +355,12 @@ class S3TTrainerMixin:
             with self._unprepared():
                 yield
         finally:
-            self._stage = self._stage_output_dir = None
+            self._stage = self._stage_output_dir = self._stack.in_training = None
+            # Nothing of a stage stays behind: what it trained may be unlearned at any time.
+            self.accelerator.free_memory()
+            for name in ("optimizer", "lr_scheduler", "train_dataloader"):
+                setattr(self.callback_handler, name, None)
+            del _paged_tensors()[paged:]
             if hasattr(self.model, "disable_input_require_grads"):
                 self.model.disable_input_require_grads()
             self.optimizer = self.lr_scheduler = None
@@ -329,10 +392,8 @@ class S3TTrainerMixin:
 
     def _fit(self, key: StageKey, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """One run of `Trainer.train`: the only place where a stage's randomness begins."""
-        seed = stage_seed(self.s3t_config.seed, key)
-        self.args.seed = seed
         self.args.data_seed = self.accelerator.dataloader_config.data_seed = None
-        set_seed(seed)
+        set_seed(self.args.seed)
         self._stack.add(key)
         self._stack.train_only(key)
         try:
@@ -358,6 +419,16 @@ class S3TTrainerMixin:
             return {}
         return self.evaluate()
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; notes whether making batches draws random numbers, which a resume would not repeat."""
+        # An epoch's first batch always draws: the data loader seeds its workers with it.
+        begun = epoch_iterator is getattr(self, "_epoch_iterator", None)
+        self._epoch_iterator = epoch_iterator
+        before = _random_states()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_are_random |= begun and _random_states() != before
+        return batches
+
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
@@ -375,14 +446,15 @@ class S3TTrainerMixin:
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.folder.write_checkpoint_record(checkpoint, self._stage_origin)
+            exact = not self._batches_are_random or float(self.state.epoch).is_integer()
+            self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
         found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             with contextlib.suppress(FolderError):
-                if self.folder.read_checkpoint_record(checkpoint) == json.loads(json.dumps(origin)):
+                if self.folder.read_checkpoint_record(checkpoint) == _as_json({**origin, "resumes_exactly": True}):
                     return str(checkpoint)
         return None
 
@@ -551,9 +623,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
 def stack_of(model: nn.Module, blueprint: _Blueprint) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
+    # First what may be refused: nothing of the base has changed then.
+    stack = StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
     log_casts_once(model)
-    return StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
+    return stack
 
 
 def refuse_shared_state(model, model_init, optimizers) -> None:
@@ -629,6 +703,20 @@ def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
 
 def _default_aggregation(task: str) -> str:
     return "mean_probabilities" if task == "text-generation" else "mean_logits"
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _random_states() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+
+def _paged_tensors() -> list:
+    """What bitsandbytes keeps of every paged optimizer for as long as the process lives."""
+    functional = sys.modules.get("bitsandbytes.functional")
+    return functional.GlobalPageManager.get_instance().paged_tensors if functional is not None else []
 
 
 def _summary(outputs: list[TrainOutput]) -> TrainOutput:

@@ -48,12 +48,12 @@ DEMO = {
     "budget": 2,
     "id_column": "id",
     "group_column": "person",
-    "lora_r": 16,
+    "lora_r": 32,
     "lora_alpha": 128,
     "target_modules": "all-linear",
-    "learning_rate": 8e-3,
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 32,
+    "learning_rate": 3e-3,
+    "num_train_epochs": 24,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
     "max_length": 96,
     "gradient_checkpointing": False,
@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = {"losses": losses}
     if options.script.unlearn:
         results["unlearned"] = unlearn(trainer, options.script.unlearn)
+        if trainer.s3t_model.is_exhausted:
+            say(trainer, "exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
+            return results
         losses["S3T after unlearning"] = held_out_loss(trainer)
         say(trainer, loss_table(losses))
     if options.script.verify:
@@ -230,6 +233,7 @@ def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None
             f"stages went, depths {report.depths_before} -> {report.depths_after}"
         )
     trainer.accelerator.wait_for_everyone()
+    trainer.s3t_model.refresh()
     return report
 
 
@@ -239,7 +243,7 @@ def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None
 def run_demo(options: Options) -> dict[str, Any]:
     """The whole loop on a small Llama made here, about invented people."""
     script = options.script
-    settings = BaseSettings()
+    settings = BaseSettings(steps=320)
     path, seconds = base_model(settings, script.cache_dir, log=console.print)
     console.print(f"base model: {path}" + (f", pretrained in {seconds:.0f} s" if seconds else ", from the cache"))
     rows = private_dataset(script.num_people, script.num_general)

@@ -1,11 +1,12 @@
 """What serves equals plain PEFT, one stack at a time; generation, pipelines and memory follow from that."""
 
 import gc
+import itertools
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ class Made:
     rows: list[dict[str, Any]]
     _members: dict = field(default_factory=dict)
 
+    @cached_property
+    def model(self) -> S3TModel:
+        """The model of the folder itself, for tests that change nothing."""
+        return S3TModel.from_pretrained(self.path, base_model=self.fresh())
+
     def copy(self, to: Path, **settings) -> S3TModel:
         """The model of a copy of the folder, free to be changed."""
         shutil.copytree(self.path, to)
@@ -232,6 +238,7 @@ RECIPES = {
     "bert, majority_vote": Recipe(tiny_bert, slices=1, config={"aggregation": "majority_vote"}),
     "llama, all": Recipe(tiny_llama, shards=2, slices=2, sequences=ROTATED, config={"select": "all"}),
     "bert, all": Recipe(tiny_bert, shards=2, slices=2, sequences=ROTATED, config={"select": "all"}),
+    "bert, all in memory": Recipe(tiny_bert, shards=2, slices=2, sequences=ROTATED),
     "llama, m = 5": Recipe(tiny_llama, shards=5, slices=2, rows=partial(lm_rows, 30)),
     "bert, m = 5": Recipe(tiny_bert, shards=5, slices=2, rows=partial(classification_rows, 30)),
 }
@@ -253,7 +260,8 @@ def system(tmp_path_factory) -> Callable[[str], Made]:
 
 def forget(model: S3TModel, rows: list[dict[str, Any]], *places: tuple[int, int]):
     """Unlearn one example of each (shard, slice)."""
-    at = {place: i for i, place in model.locate([row["id"] for row in rows]).items()}
+    left = [row["id"] for row in rows if not model.folder.is_deleted(row["id"])]
+    at = {place: i for i, place in model.locate(left).items()}
     return model.unlearn([at[place] for place in places])
 
 
@@ -280,37 +288,40 @@ def inputs_of(made: Made, count: int, padding: str | None = None) -> dict[str, t
 FULL = "full"
 UNEQUAL = "unequal"
 ONE_DEAD = "one shard dead"
-# What is unlearned, by (shard, slice), and the depths that serve after it.
-STATES = {FULL: ([], [3, 3, 3]), UNEQUAL: ([(0, 2), (1, 1)], [2, 1, 3]), ONE_DEAD: ([(0, 0), (2, 1)], [0, 3, 1])}
+# What is unlearned on the way from each state to the next, by (shard, slice), and the depths that serve then.
+STATES = {
+    FULL: ([], [3, 3, 3]),
+    UNEQUAL: ([(0, 2), (1, 1)], [2, 1, 3]),
+    ONE_DEAD: ([(0, 0), (2, 2)], [0, 1, 2]),
+}
 
 
-@pytest.mark.parametrize("state", STATES)
+def states(model: S3TModel, made: Made) -> Iterator[tuple[str, list[list[nn.Module]]]]:
+    """Take a model of three slices a shard from state to state; with each comes its naive ensemble."""
+    for state, (places, depths) in STATES.items():
+        depths = depths[: model.folder.plan.num_shards]
+        if not any(depths):
+            return
+        if places:
+            forget(model, made.rows, *(place for place in places if place[0] < len(depths)))
+        assert model.status()["depths"] == depths
+        yield state, [[made.member(shard, tuple(range(depth)))] if depth else [] for shard, depth in enumerate(depths)]
+
+
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.slices == 3])
-def test_forward_equals_plain_peft(system, tmp_path, name, state):
+def test_forward_equals_plain_peft(system, tmp_path, name):
     made = system(name)
-    shards = RECIPES[name].shards
-    places, depths = STATES[state]
-    depths = depths[:shards]
-    places = [place for place in places if place[0] < shards]
-    if not any(depths):
-        pytest.skip("with its one shard dead a system is exhausted")
     model = made.copy(tmp_path / "copy")
-    if places:
-        forget(model, made.rows, *places)
-    assert model.status()["depths"] == depths
-    members = [[made.member(shard, tuple(range(depth)))] if depth else [] for shard, depth in enumerate(depths)]
     how = "mean_probabilities" if is_language_model(made) else "mean_logits"
     paddings = [None] if "pixel_values" in made.rows[0] else [None, "left" if is_language_model(made) else "right"]
-    for count in (1, 4):
-        for padding in paddings:
+    for state, members in states(model, made):
+        for count, padding in itertools.product((1, 4), paddings):
             inputs = inputs_of(made, count, padding)
             expected = naive_ensemble(members, how, inputs)
-            assert difference(model(**inputs).logits, expected) <= TOLERANCE, (count, padding)
-    # The stacks have something to say, each its own: otherwise equality would mean little.
-    base = made.fresh()(**inputs).logits
-    answers = [base, *(member[0](**inputs).logits for member in members if member)]
-    for i, one in enumerate(answers):
-        for other in answers[:i]:
+            assert difference(model(**inputs).logits, expected) <= TOLERANCE, (state, count, padding)
+        # The stacks have something to say, each its own: otherwise equality would mean little.
+        answers = [made.fresh()(**inputs).logits, *(stacks[0](**inputs).logits for stacks in members if stacks)]
+        for one, other in itertools.combinations(answers, 2):
             assert difference(one, other) > 100 * TOLERANCE
 
 
@@ -325,9 +336,9 @@ def test_depth_matters(system):
 
 
 @pytest.mark.parametrize("name", ["llama, mean_logits", "bert, mean_probabilities"])
-def test_the_aggregation_can_be_chosen(system, tmp_path, name):
+def test_the_aggregation_can_be_chosen(system, name):
     made = system(name)
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     members = [[made.member(shard, (0,))] for shard in range(RECIPES[name].shards)]
     inputs = inputs_of(made, 4)
     chosen = RECIPES[name].config["aggregation"]
@@ -336,22 +347,22 @@ def test_the_aggregation_can_be_chosen(system, tmp_path, name):
     assert difference(model(**inputs).logits, naive_ensemble(members, other, inputs)) > 10 * TOLERANCE
 
 
-def test_mean_probabilities_are_the_logarithm_of_the_mean(system, tmp_path):
+def test_mean_probabilities_are_the_logarithm_of_the_mean(system):
     made = system("llama")
-    logits = made.copy(tmp_path / "copy")(**inputs_of(made, 4)).logits
+    logits = made.model(**inputs_of(made, 4)).logits
     assert torch.allclose(logits.exp().sum(-1), torch.ones(4, logits.shape[1]), atol=1e-5)
     with torch.no_grad():
         probabilities = [made.member(shard, (0, 1, 2))(**inputs_of(made, 4)).logits.softmax(-1) for shard in range(3)]
     assert difference(logits.exp(), torch.stack(probabilities).mean(0)) <= TOLERANCE
 
 
-def test_majority_vote(system, tmp_path):
+def test_majority_vote(system):
     made = system("bert, majority_vote")
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     inputs = inputs_of(made, len(made.rows))
     with torch.no_grad():
         votes = torch.stack([made.member(shard, (0,))(**inputs).logits.argmax(-1) for shard in range(3)])
-    assert len(votes.unique(dim=1).T) > 2, "the members agree on everything: choose another seed"
+    assert {len(column.unique()) for column in votes.T} == {2, 3}, "needs rows with a majority and rows with none"
     shares = model(**inputs).logits
     for row in range(len(made.rows)):
         for label in range(LABELS):
@@ -404,9 +415,9 @@ def test_select_metric_serves_the_stack_with_the_lowest_loss(tmp_path):
 # Loss and output
 
 
-def test_the_loss_is_that_of_the_aggregated_logits(system, tmp_path):
+def test_the_loss_is_that_of_the_aggregated_logits(system):
     made = system("llama")
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     members = [[made.member(shard, (0, 1, 2))] for shard in range(3)]
     inputs = inputs_of(made, 4, "left")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -421,11 +432,11 @@ def test_the_loss_is_that_of_the_aggregated_logits(system, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "vit", "distilbert"])
-def test_the_loss_of_a_classifier_is_that_of_the_aggregated_logits(system, tmp_path, name):
+def test_the_loss_of_a_classifier_is_that_of_the_aggregated_logits(system, name):
     made = system(name)
     inputs, labels = inputs_of(made, 4), batch_of(made.rows[:4])["labels"]
     expected = naive_ensemble([[made.member(shard, (0, 1, 2))] for shard in range(3)], "mean_logits", inputs)
-    loss = made.copy(tmp_path / "copy")(**inputs, labels=labels).loss
+    loss = made.model(**inputs, labels=labels).loss
     assert loss.item() == pytest.approx(F.cross_entropy(expected, labels).item(), abs=TOLERANCE)
 
 
@@ -443,15 +454,15 @@ def test_the_loss_of_other_problems(tmp_path, problem):
         loss = F.mse_loss(expected[:, 0], labels)
     else:
         loss = F.binary_cross_entropy_with_logits(expected, labels)
-    answer = made.copy(tmp_path / "copy")(**inputs, labels=labels)
+    answer = made.model(**inputs, labels=labels)
     assert difference(answer.logits, expected) <= TOLERANCE
     assert answer.loss.item() == pytest.approx(loss.item(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
-def test_outputs_are_those_of_the_base_model(system, tmp_path, name):
+def test_outputs_are_those_of_the_base_model(system, name):
     made = system(name)
-    model, base = made.copy(tmp_path / "copy"), made.fresh()
+    model, base = made.model, made.fresh()
     batch = batch_of(made.rows[:3])
     answer = model(**batch)
     assert type(answer) is type(base(**batch))
@@ -467,18 +478,18 @@ def test_outputs_are_those_of_the_base_model(system, tmp_path, name):
     assert answer.logits.shape == base(first).logits.shape
 
 
-def test_positional_attention_mask(system, tmp_path):
+def test_positional_attention_mask(system):
     made = system("bert")
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     inputs = inputs_of(made, 3, "right")
     by_position = model(inputs["input_ids"], inputs["attention_mask"]).logits
     assert torch.equal(by_position, model(**inputs).logits)
     assert not torch.equal(by_position, model(inputs["input_ids"]).logits)
 
 
-def test_embeddings_and_positions_can_be_given_instead_of_ids(system, tmp_path):
+def test_embeddings_and_positions_can_be_given_instead_of_ids(system):
     made = system("gpt2")
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     ids = inputs_of(made, 3)["input_ids"]
     embeddings = made.fresh().get_input_embeddings()(ids).detach()
     assert difference(model(inputs_embeds=embeddings).logits, model(input_ids=ids).logits) <= TOLERANCE
@@ -492,31 +503,31 @@ def test_embeddings_and_positions_can_be_given_instead_of_ids(system, tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
-def test_hidden_states_of_an_ensemble_are_refused(system, tmp_path, asked):
+def test_hidden_states_of_an_ensemble_are_refused(system, asked):
     made = system("bert")
     with pytest.raises(S3TError, match="export_adapter"):
-        made.copy(tmp_path / "copy")(**inputs_of(made, 1), **{asked: True})
+        made.model(**inputs_of(made, 1), **{asked: True})
 
 
-def test_a_model_without_its_inputs_says_which(system, tmp_path):
+def test_a_model_without_its_inputs_says_which(system):
     with pytest.raises(S3TError, match="input_ids"):
-        system("bert").copy(tmp_path / "copy")()
+        system("bert").model()
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(system, tmp_path):
+def test_a_row_does_not_depend_on_the_rows_beside_it(system):
     for name in ("llama", "roberta"):
         made = system(name)
-        model = made.copy(tmp_path / name)
+        model = made.model
         together = model(**inputs_of(made, 6)).logits
         for row in range(6):
             alone = {key: value[row : row + 1] for key, value in inputs_of(made, 6).items()}
             assert difference(model(**alone).logits, together[row : row + 1]) <= TOLERANCE
 
 
-def test_gradients_reach_the_inputs(system, tmp_path):
+def test_gradients_reach_the_inputs(system):
     """Attribution methods differentiate an answer by the embeddings; the ensemble's gradient is the mean's."""
     made = system("bert")
-    model = made.copy(tmp_path / "copy")
+    model = made.model
     embeddings = made.fresh().get_input_embeddings()(inputs_of(made, 2)["input_ids"]).detach()
     own, naive = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
     model(inputs_embeds=own).logits.sum().backward()
@@ -613,16 +624,13 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-@pytest.fixture(params=[("llama", UNEQUAL), ("gpt2", FULL), ("qwen2", ONE_DEAD)], ids=lambda p: f"{p[0]}-{p[1]}")
-def language(request, system, tmp_path):
-    """A language model, its naive members and a system of their rows, in some state."""
-    name, state = request.param
-    made = system(name)
-    model = made.copy(tmp_path / "copy")
-    places, depths = STATES[state]
-    if places:
-        forget(model, made.rows, *places)
-    members = [[made.member(shard, tuple(range(depth)))] for shard, depth in enumerate(depths) if depth]
+@pytest.fixture(params=["llama", "gpt2", "qwen2"], scope="module")
+def language(request, system, tmp_path_factory):
+    """A language model in a state of its own, which no test changes, its naive members and the system it is of."""
+    made = system(request.param)
+    model = made.copy(tmp_path_factory.mktemp("language") / "copy")
+    wanted = {"llama": UNEQUAL, "gpt2": FULL, "qwen2": ONE_DEAD}[request.param]
+    members = next(members for state, members in states(model, made) if state == wanted)
     return model, members, made
 
 
@@ -693,14 +701,15 @@ def test_beam_search_wide_enough_finds_the_likeliest_continuation(language, prom
         assert found[row, -2:].tolist() == [best // VOCABULARY, best % VOCABULARY]
 
 
-def test_the_cache_spares_computing_the_prompt_again(system, tmp_path):
-    model = system("llama").copy(tmp_path / "copy")
+def test_the_cache_spares_computing_the_prompt_again(system):
+    model = system("llama").model
     lengths = []
-    model.base_model.get_input_embeddings().register_forward_hook(lambda *call: lengths.append(call[1][0].shape[1]))
     inputs = inputs_of(system("llama"), 2)
     model(**inputs)
-    lengths.clear()
+    embeddings = model.base_model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda *call: lengths.append(call[1][0].shape[1]))
     model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None)
+    hook.remove()
     assert lengths == [8, 1, 1, 1]
 
 
@@ -748,7 +757,7 @@ def test_a_cache_stays_good_when_nothing_that_serves_changed(system, tmp_path):
     first = model(**inputs, use_cache=True)
     # Slice 2 of these shards was in no stage any more; and an id can be asked to be forgotten twice.
     gone = [i for i in ids_of(len(made.rows)) if model.folder.is_deleted(i)]
-    assert forget_more(model, made.rows, (0, 2)).stages_removed == ()
+    assert forget(model, made.rows, (0, 2)).stages_removed == ()
     assert model.unlearn(gone).deleted == 0
     token = next_token(first.logits)
     step = model(input_ids=token, past_key_values=first.past_key_values)
@@ -756,15 +765,9 @@ def test_a_cache_stays_good_when_nothing_that_serves_changed(system, tmp_path):
     assert difference(step.logits[:, -1], whole.logits[:, -1]) <= TOLERANCE
 
 
-def forget_more(model: S3TModel, rows: list[dict[str, Any]], place: tuple[int, int]):
-    """Unlearn one more example of a place, where others were unlearned before."""
-    left = [row["id"] for row in rows if not model.folder.is_deleted(row["id"])]
-    return model.unlearn([next(i for i, found in model.locate(left).items() if found == place)])
-
-
 def test_a_cache_of_another_model_is_refused(system, tmp_path):
     made = system("llama")
-    model, other, base = made.copy(tmp_path / "one"), made.copy(tmp_path / "other"), made.fresh()
+    model, other, base = made.model, made.copy(tmp_path / "other"), made.fresh()
     inputs = inputs_of(made, 2)
     for stranger in (other, base, made.member(0, (0, 1, 2))):
         cache = stranger(**inputs, use_cache=True).past_key_values
@@ -800,10 +803,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_text_generation_pipeline(system, tmp_path, tokenizer):
+def test_text_generation_pipeline(system, tokenizer):
     made = system("llama")
-    model = made.copy(tmp_path / "copy")
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generator = pipeline("text-generation", model=made.model, tokenizer=tokenizer)
     prompts = ["w5 w9 w33", "w7 w8 w9 w10 w11"]
     answers = generator(
         prompts, max_new_tokens=4, do_sample=False, batch_size=2, return_full_text=False, eos_token_id=None
@@ -817,9 +819,9 @@ def test_text_generation_pipeline(system, tmp_path, tokenizer):
         assert answer["generated_text"].split() == tokenizer.decode(expected[0, -4:]).split()
 
 
-def test_text_classification_pipeline(system, tmp_path, tokenizer):
+def test_text_classification_pipeline(system, tokenizer):
     made = system("bert")
-    classifier = pipeline("text-classification", model=made.copy(tmp_path / "copy"), tokenizer=tokenizer, top_k=None)
+    classifier = pipeline("text-classification", model=made.model, tokenizer=tokenizer, top_k=None)
     words = "w5 w9 w33"
     inputs = {"input_ids": torch.tensor([[5, 9, 33]])}
     members = [[made.member(shard, (0, 1, 2))] for shard in range(3)]
@@ -831,9 +833,8 @@ def test_text_classification_pipeline(system, tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_trainer_evaluates_a_loaded_model(system, tmp_path, name):
     made = system(name)
-    model = made.copy(tmp_path / "copy")
     # Batches of three, the last smaller.
-    trainer = Trainer(model=model, args=training_arguments(tmp_path / "out", per_device_eval_batch_size=3))
+    trainer = Trainer(model=made.model, args=training_arguments(tmp_path / "out", per_device_eval_batch_size=3))
     rows = made.rows[:7]
     prediction = trainer.predict(Dataset.from_list([{k: v for k, v in row.items() if k != "id"} for row in rows]))
     inputs = inputs_of(made, 7)
@@ -995,13 +996,13 @@ def test_the_trainers_model_shares_its_base(tmp_path):
 
 
 def test_preload_all_holds_every_stage_and_answers_the_same(system, tmp_path):
-    made = system("llama")
+    made = system("bert, all in memory")
     best, everything = made.copy(tmp_path / "one"), made.copy(tmp_path / "two", preload="all")
     inputs = inputs_of(made, 3)
     assert torch.equal(best(**inputs).logits, everything(**inputs).logits)
-    assert bytes_of_model(everything) >= bytes_of_model(best)
+    assert bytes_of_model(everything) > bytes_of_model(best)
     for model in (best, everything):
-        forget(model, made.rows, (0, 2), (1, 1))
+        forget(model, made.rows, (0, 1))
     assert torch.equal(best(**inputs).logits, everything(**inputs).logits)
 
 
@@ -1031,8 +1032,8 @@ def eight_bit(tmp_path_factory):
     return made
 
 
-def test_an_8_bit_ensemble_equals_plain_peft_on_the_same_base(eight_bit, tmp_path):
-    model = eight_bit.copy(tmp_path / "copy")
+def test_an_8_bit_ensemble_equals_plain_peft_on_the_same_base(eight_bit):
+    model = eight_bit.model
     assert model.is_loaded_in_8bit
     members = [[eight_bit.member(shard, (0, 1))] for shard in range(2)]
     for count in (1, 4):
@@ -1048,7 +1049,7 @@ def test_an_8_bit_base_is_loaded_again_by_name(eight_bit, tmp_path):
     model = S3TModel.from_pretrained(tmp_path / "copy")
     assert model.is_loaded_in_8bit
     inputs = inputs_of(eight_bit, 3)
-    assert torch.equal(model(**inputs).logits, eight_bit.copy(tmp_path / "other")(**inputs).logits)
+    assert torch.equal(model(**inputs).logits, eight_bit.model(**inputs).logits)
     # And without quantisation, if that is asked for: close, but not the same.
     full = S3TModel.from_pretrained(tmp_path / "copy", quantization_config=False)
     assert not getattr(full, "is_loaded_in_8bit", False)
@@ -1070,11 +1071,10 @@ def test_in_8_bit_a_row_does_not_depend_on_the_rows_beside_it(eight_bit, tmp_pat
         assert difference(model(**some).logits, together[rows]) <= TOLERANCE, rows
 
 
-def test_peft_settings_with_another_precision(system, tmp_path):
+def test_a_base_in_another_precision(system):
     """A base in half precision serves the same adapters, in single precision, as plain PEFT does."""
     made = system("llama")
-    shutil.copytree(made.path, tmp_path / "copy")
-    model = S3TModel.from_pretrained(tmp_path / "copy", base_model=made.fresh().to(torch.bfloat16))
+    model = S3TModel.from_pretrained(made.path, base_model=made.fresh().to(torch.bfloat16))
     inputs = inputs_of(made, 4)
     members = [[naive_member(made.fresh().to(torch.bfloat16), made.path, shard, (0, 1, 2))] for shard in range(3)]
     with torch.no_grad():

@@ -191,7 +191,7 @@ def test_nothing_lies_at_the_root_but_what_the_design_lists(after_deletions, gro
 
 
 def test_a_system_that_was_not_made_to_the_end_is_none_and_can_be_made_again(tmp_path, monkeypatch):
-    for number in range(10):
+    for number in range(100):
         path = tmp_path / str(number)
         with monkeypatch.context() as patch:
             crash = Crash(patch, number)
@@ -203,7 +203,7 @@ def test_a_system_that_was_not_made_to_the_end_is_none_and_can_be_made_again(tmp
         if not SystemFolder.exists(path):
             new_system(path)
         assert SystemFolder(path).table.rows == rows_of(IDS, DigestKey.load(path))
-    assert not crash.happened and number > 3
+    assert not crash.happened and number > 5
 
 
 def test_a_folder_without_a_system_is_refused(tmp_path):
@@ -267,11 +267,13 @@ def test_a_file_altered_in_one_byte_is_refused_by_name(deleted_system, name):
         assert_refused(deleted_system, file)
 
 
-def test_no_byte_of_the_table_can_be_altered_unseen(tmp_path):
+def test_the_table_cannot_be_altered_unseen_not_even_where_no_value_stands(tmp_path):
     file = tmp_path / "examples.parquet"
     folder = new_system(tmp_path / "system", IDS[:6], groups=["ann", "bob", "cat", "dan", "eve", "fay"])
     data = (folder.path / "examples.parquet").read_bytes()
-    for position in range(len(data)):
+    file.write_bytes(data)
+    assert storage._read_table(file)[0] == folder.table.rows
+    for position in range(0, len(data), 3):
         altered = bytearray(data)
         altered[position] ^= 0x80
         file.write_bytes(altered)
@@ -547,6 +549,7 @@ class Crash:
         for name in self.OPERATIONS:
             patch.setattr(storage.os, name, self._counted(getattr(os, name)))
         patch.setattr(storage.shutil, "rmtree", self._counted(shutil.rmtree))
+        patch.setattr(storage, "open", self._counted(open), raising=False)
         # A dead process tidies nothing up.
         patch.setattr(Path, "unlink", self._silent(Path.unlink))
 
@@ -571,7 +574,7 @@ class Crash:
 
 
 def crash_everywhere(grown, tmp_path, monkeypatch, act):
-    """Run `act` on copies of a system that die after 0, 1, 2 … operations; yields each copy, and at last a whole one."""
+    """Run `act` on copies of a system that die after 0, 1, 2 … operations; the last one of them lives."""
     for after in range(200):
         path = Path(shutil.copytree(grown, tmp_path / f"dies after {after}"))
         folder = SystemFolder(path)
@@ -591,7 +594,7 @@ def test_an_unlearning_that_dies_at_any_moment_is_finished_by_the_next_load_or_n
     victims = IDS[3:5]
     whole = Path(shutil.copytree(grown, tmp_path / "whole"))
     removed = forget(SystemFolder(whole), victims)
-    expected = {name: data for name, data in files_of(whole / "stages").items()}
+    expected = files_of(whole / "stages")
     began, never = 0, 0
     for path, _ in crash_everywhere(grown, tmp_path, monkeypatch, lambda folder: forget(folder, victims)):
         in_force = bool((path / "ledger.jsonl").read_bytes())
@@ -610,7 +613,7 @@ def test_an_unlearning_that_dies_at_any_moment_is_finished_by_the_next_load_or_n
             assert files_of(path) == files_of(grown)
         grow(folder)
         assert folder.valid_stages == set(folder.plan.stages())
-    assert began > 2 * len(removed) and never
+    assert began > 2 * len(removed) and never == 1
 
 
 def test_a_stage_write_that_dies_at_any_moment_leaves_the_stage_complete_or_absent(tmp_path, monkeypatch):
@@ -783,14 +786,14 @@ def test_checkpoints_of_a_deletion_that_died_are_removed_by_the_next_load(tmp_pa
     assert not stale.exists()
 
 
-def test_a_checkpoint_with_an_altered_record_is_not_resumed(tmp_path):
+def test_a_checkpoint_with_an_altered_record_is_not_resumed_and_goes_with_the_next_deletion(tmp_path):
     folder = new_system(tmp_path / "system")
-    key = folder.plan.stages()[0]
+    key, elsewhere = folder.plan.stages()[0], StageKey(1, (0,))
     path = checkpoint(folder, key, 5, folder.slice_digests(key))
     (path / "stage.json").write_text('{"slices": []}')
     with pytest.raises(FolderError, match=r"stage.json was altered"):
         folder.read_checkpoint_record(path)
-    SystemFolder(folder.path)
+    forget(folder, folder.table.members(elsewhere.shard, 0)[:1])
     assert not path.exists()
 
 
@@ -855,7 +858,7 @@ def test_a_copy_goes_into_an_empty_folder_only(system, tmp_path):
     target = tmp_path / "taken"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(FolderError, match="is not empty. Give a new folder to save the system to"):
+    with pytest.raises(FolderError, match=r"is not empty. Give a new folder to save the system to"):
         SystemFolder(system).copy_to(target)
     assert files_of(target) == {"thesis.txt": b"mine"}
 
