@@ -1,6 +1,7 @@
 """The base model: loading it, telling which one it is, and recognising it again by a digest of its tensors."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,12 +9,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .errors import BaseModelMismatchError, LayersNotFoundError
 
 
 _HALVES = ("bfloat16", "float16")
+# Of a config: where it came from, how it was loaded, and what is decided per call.
+_NOT_THE_FUNCTION = {
+    "_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config",
+    "use_cache", "architectures", "attn_implementation", "_attn_implementation", "return_dict", "output_hidden_states",
+    "output_attentions", "problem_type", "tie_word_embeddings", "experts_implementation",
+}  # fmt: skip
+# What users set on a loaded model's config, and what loading by name restores.
+_MAY_BE_SET = {"pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "num_labels"}
 
 
 def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> dict[str, Any]:
@@ -40,27 +50,63 @@ def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> di
     }
 
 
-def check_base_is(model: nn.Module, record: dict[str, Any], layers_path: str, head: Sequence[str]) -> None:
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The settings of a base that decide what it computes, as JSON types: its config, less where it came from."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_FUNCTION}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_base_is(
+    model: nn.Module, record: dict[str, Any], layers_path: str, head: Sequence[str], for_training: bool = False
+) -> None:
     """
     Check that a model is the recorded base, whatever precision or quantisation it was loaded in.
+
+    Stages that are added must stand on exactly what the others stand on: `for_training` the precision and quantisation
+    must be the recorded ones too.
 
     Raises:
         [`~hf_s3t.errors.BaseModelMismatchError`]: If a tensor differs.
     """
-    own, recorded = _dtype_name(model), record["dtype"]
-    # Rounding to the narrower of the two precisions makes both sides comparable.
-    common = own if own in _HALVES else recorded
-    found = _digests(model, layers_path, head, [common])
-    expected = record["digest"]
+    now, then = config_of(model), record.get("config", {})
+    other = sorted(k for k in {*now, *then} if now.get(k) != then.get(k) and k not in _MAY_BE_SET)
+    if then and other:
+        shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
+        raise BaseModelMismatchError(f"The base model is configured otherwise than at training: {shown}.")
+    if for_training:
+        _check_precision(model, record)
+    dtypes = sorted({_dtype_name(model), record["dtype"], *_HALVES})
+    found, expected = _digests(model, layers_path, head, dtypes), record["digest"]
     parts = [part for part in ("layers", "rest") if found[part] and expected.get(part)]
-    differing = [part for part in parts if found[part].get(common) != expected[part].get(common)]
+    # One that agrees is enough: a checkpoint in one half precision that was trained on in the other is the same base.
+    differing = [part for part in parts if not set(found[part].items()) & set(expected[part].items())]
     if differing:
         where = {"layers": "the weights of its layers", "rest": "its embeddings, norms or biases"}
         raise BaseModelMismatchError(
             f"The base model is not the one these stages were trained on: {' and '.join(where[p] for p in differing)} "
-            f"differ (compared in {common}). Expected {record['id'] or 'the model given at training'!r}"
+            f"differ. Expected {record['id'] or 'the model given at training'!r}"
             f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
         )
+
+
+def _check_precision(model: nn.Module, record: dict[str, Any]) -> None:
+    for name, was in (("dtype", record["dtype"]), ("quantization", _method(record["quantization"]))):
+        quantization = getattr(model.config, "quantization_config", None)
+        now = _dtype_name(model) if name == "dtype" else _method(quantization)
+        if now != was:
+            raise BaseModelMismatchError(
+                f"The system's stages stand on a base with {name} {was}, and this one has {now}. Load the base as it "
+                "was at training."
+            )
+
+
+def _method(quantization: Any) -> str | None:
+    if hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    if not quantization:
+        return None
+    bits = [name for name in ("load_in_8bit", "load_in_4bit") if quantization.get(name)]
+    return " ".join([str(quantization.get("quant_method")).split(".")[-1].lower(), *bits])
 
 
 def _dtype_name(model: nn.Module) -> str:
@@ -105,7 +151,6 @@ def load_base(
     device_map: Any = None,
     quantization_config: Any = None,
     head: Sequence[str] = (),
-    labels: dict[str, Any] | None = None,
 ) -> nn.Module:
     """
     Load the base of a system, by default as it was at training.
@@ -117,7 +162,6 @@ def load_base(
         device_map (*optional*): As in Transformers.
         quantization_config (*optional*): `None` for the recorded quantisation, `False` for none.
         head (sequence of `str`): Modules that must not be quantised.
-        labels (`dict`, *optional*): `names` (as `id2label`) and `problem_type` of a classification head.
 
     Raises:
         [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known.
@@ -140,21 +184,17 @@ def load_base(
     if device_map is not None:
         kwargs["device_map"] = device_map
     if quantization_config is None and record["quantization"]:
-        quantization_config = BitsAndBytesConfig.from_dict(dict(record["quantization"]))
+        quantization_config = AutoQuantizationConfig.from_dict(dict(record["quantization"]))
     if quantization_config:
         kwargs["quantization_config"] = rowwise(quantization_config, head)
     if name == record["id"] and record["revision"]:
         kwargs["revision"] = record["revision"]
-    if labels:
-        id2label = {int(k): v for k, v in labels["names"].items()}
-        label2id = {v: k for k, v in id2label.items()}
-        kwargs["config"] = AutoConfig.from_pretrained(
-            name,
-            id2label=id2label,
-            label2id=label2id,
-            problem_type=labels["problem_type"],
-            revision=kwargs.get("revision"),
-        )
+    config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    for setting, value in record.get("config", {}).items():
+        # Compared as JSON, as it was recorded; there the keys of a mapping of labels are no numbers.
+        if json.loads(json.dumps(config.to_dict().get(setting), default=str)) != value:
+            setattr(config, setting, {int(k): v for k, v in value.items()} if setting == "id2label" else value)
+    kwargs["config"] = config
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():
         return architecture.from_pretrained(name, **kwargs)
@@ -189,7 +229,16 @@ class _Once(logging.Filter):
 
 
 def log_casts_once(model: nn.Module) -> None:
-    """Have bitsandbytes say once, not per layer and call, that it casts the inputs of an 8-bit base."""
+    """
+    Have bitsandbytes say once, not per layer and call, that it casts the inputs of an 8-bit base; and say once if the
+    base answers a row depending on the other rows of its batch.
+    """
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(settings, "load_in_8bit", False) and settings.llm_int8_threshold > 0:
+        transformers.logging.get_logger(__name__).warning_once(
+            f"The base is in 8 bit with llm_int8_threshold={settings.llm_int8_threshold}: a row's answer depends on "
+            "the other rows of its batch, ensemble members included. Load it with llm_int8_threshold=0.0."
+        )
     casts = logging.getLogger("bitsandbytes.autograd._functions")
     if getattr(model, "is_loaded_in_8bit", False) and not any(isinstance(f, _Once) for f in casts.filters):
         casts.addFilter(_Once())

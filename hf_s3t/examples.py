@@ -307,7 +307,8 @@ class ExampleTable:
         if changed:
             raise ContentChangedError(
                 f"The content of {len(changed)} examples is not what it was at the first training: {_some(changed)}. "
-                "Restore the rows, or unlearn these ids."
+                "Restore the rows. If ids are row numbers, they shift when rows leave the dataset: give it as it was, "
+                "deleted rows included, or make systems with an `id_column`."
             )
         if len(kept) != len(self):
             missing = set(self.rows) - {ids[number] for number in kept}

@@ -1,5 +1,6 @@
 """Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
 
+import inspect
 import json
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .config import S3TConfig
@@ -210,7 +211,35 @@ def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None
     return 'select="metric"' if config.select == "metric" else None
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_task(model: nn.Module, aggregation: str) -> None:
+    """
+    Refuse tasks whose answers cannot be made into one, before a system is trained for them.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Naming the task and the way out.
+    """
+    if "start_positions" in inspect.signature(type(model).forward).parameters:
+        raise ConfigError(
+            f"{type(model).__name__} answers with start and end positions, which S3T does not aggregate. Use a "
+            "classification or causal language model."
+        )
+    is_language_model = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    if is_language_model and aggregation == "majority_vote":
+        raise ConfigError(
+            'aggregation="majority_vote" leaves a language model no probabilities to choose words by. Use '
+            '"mean_probabilities" or "mean_logits".'
+        )
+    config = model.config
+    regression = not is_language_model and getattr(config, "num_labels", 2) == 1
+    problem = getattr(config, "problem_type", None)
+    if aggregation != "mean_logits" and (regression or problem in ("regression", "multi_label_classification")):
+        raise ConfigError(
+            f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
+            'aggregation="mean_logits".'
+        )
+
+
+def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None) -> None:
     """
     Refuse training arguments under which a stage would depend on more than its recipe.
 
@@ -218,6 +247,20 @@ def check_arguments(args: TrainingArguments) -> None:
         [`~hf_s3t.errors.IsolationError`]: Naming the argument and the way out.
         [`~hf_s3t.errors.ConfigError`]: If an argument cannot be used with stages.
     """
+    early = any(
+        isinstance(c, EarlyStoppingCallback) or (isinstance(c, type) and issubclass(c, EarlyStoppingCallback))
+        for c in callbacks or ()
+    )
+    if early and not args.load_best_model_at_end:
+        raise ConfigError(
+            "`EarlyStoppingCallback` lets an evaluation end a stage, and `load_best_model_at_end` is off. Turn it on, "
+            "with an `eval_dataset` that holds no training example."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"This process sees {args.n_gpu} GPUs and would split every batch over them (DataParallel). Use "
+            "`accelerate launch --num_processes N`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        )
     if args.auto_find_batch_size:
         raise IsolationError(
             "`auto_find_batch_size=True` lets free memory decide the batch size, so that a stage could not be trained "

@@ -29,7 +29,7 @@ def start_cpu_processes() -> None:
         main()
     ```
     """
-    count = _asked_for()
+    count = asked_for()
     if count > 1:
         script = os.path.abspath(sys.argv[0])
         command = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", _port(), script]
@@ -37,7 +37,7 @@ def start_cpu_processes() -> None:
         os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
 
 
-def _asked_for() -> int:
+def asked_for() -> int:
     """The `--num_processes` of a launcher that started only this one; 1 if there is none."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     # The launcher sets a port only when more than one process was asked for.

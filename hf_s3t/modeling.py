@@ -176,7 +176,6 @@ class S3TModel(GenerationMixin, nn.Module):
                 device_map=device_map,
                 quantization_config=quantization_config,
                 head=head,
-                labels=record["labels"] if head else None,
             )
         found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:

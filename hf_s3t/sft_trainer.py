@@ -84,7 +84,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
-        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, peft_config, s3t_config)
+        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         self._stack = stack_of(model, blueprint)
         default_ddp_arguments(args)
         super().__init__(
@@ -147,6 +147,7 @@ def _as_sft_config(args: TrainingArguments | None, model: str | nn.Module) -> SF
 def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
     kwargs = dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None
+    quantization_config = quantization_config or kwargs.get("quantization_config")
     if quantization_config is not None:
         kwargs["quantization_config"] = rowwise(quantization_config)
     if args.distributed_state.distributed_type == "MULTI_GPU":

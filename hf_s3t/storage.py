@@ -356,7 +356,7 @@ class SystemFolder:
                 "backup."
             ) from None
         except UnicodeDecodeError as error:
-            raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}.") from error
+            raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}. Restore it from a backup.") from error
         except FolderError as error:
             raise type(error)(f"{self.path / LEDGER_FILE}: {error}") from error
 
@@ -520,7 +520,7 @@ def _read_checked_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{path} is not the JSON it was written as: {error}.") from error
+        raise FolderError(f"{path} is not the JSON it was written as: {error}. Restore it from a backup.") from error
     if digest != _json_digest(record):
         raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
     return record
@@ -580,7 +580,7 @@ def _read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
     except (pa.ArrowException, KeyError, ValueError, TypeError, UnicodeDecodeError, OSError) as error:
-        raise FolderError(f"{path} is not the table it was written as: {error}.") from error
+        raise FolderError(f"{path} is not the table it was written as: {error}. Restore it from a backup.") from error
     if not intact:
         raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
     return rows, pin

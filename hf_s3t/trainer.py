@@ -24,7 +24,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .base_model import check_base_is, describe_base, log_casts_once
+from . import launch
+from .base_model import check_base_is, config_of, describe_base, log_casts_once
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, S3TError
@@ -35,6 +36,7 @@ from .isolation import (
     check_checkpoint,
     check_datasets,
     check_peft_config,
+    check_task,
     evaluation_chooses,
 )
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
@@ -68,14 +70,11 @@ class _Blueprint:
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """What `s3t_config.json` says."""
-        names = {str(k): v for k, v in (getattr(model.config, "id2label", None) or {}).items()}
-        labels = {"names": names, "problem_type": getattr(model.config, "problem_type", None)}
         return {
             "s3t_config": self.config.to_dict(),
-            "base_model": self.base,
+            "base_model": {**self.base, "config": config_of(model)},
             "task": self.task,
             "aggregation": self.config.aggregation or _default_aggregation(self.task),
-            "labels": labels if self.head else None,
             "peft_config": _plain_peft_config(self.peft_config),
             "layers": {
                 "path": self.layers.path,
@@ -97,14 +96,14 @@ class S3TTrainerMixin:
 
     # Setting up
 
-    def _draw_up(self, model, args, train_dataset, eval_dataset, peft_config, s3t_config) -> _Blueprint:
+    def _draw_up(self, model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config) -> _Blueprint:
         """Check everything that can be checked before anything is changed or written."""
         recorded = _recorded(args.output_dir)
         config = _merged_config(s3t_config, recorded)
         peft_config = _merged_peft_config(peft_config, recorded)
         if getattr(args, "push_to_hub", False):
             raise ConfigError("`push_to_hub=True` is not supported yet: systems live in folders. Leave it off.")
-        check_arguments(args)
+        check_arguments(args, callbacks)
         check_datasets(train_dataset, eval_dataset, args, config)
         check_base(model, config)
         path, module_list = find_layers(model, peft_config.layers_pattern)
@@ -113,6 +112,7 @@ class S3TTrainerMixin:
         )
         head = find_head(model, path)
         check_checkpoint(model, path, head)
+        check_task(model, config.aggregation or _default_aggregation(find_task(model)))
         check_peft_config(peft_config, head)
         rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
         if recorded is None and rows is None:
@@ -120,7 +120,7 @@ class S3TTrainerMixin:
                 f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with."
             )
         if recorded is not None:
-            check_base_is(model, recorded["base_model"], path, head)
+            check_base_is(model, recorded["base_model"], path, head, for_training=True)
             base = recorded["base_model"]
         else:
             base = describe_base(model, path, head)
@@ -183,6 +183,11 @@ class S3TTrainerMixin:
             logger.warning_once(
                 f"{dropped} of {len(self.folder.table)} examples are not trained on: truncation or filtering left "
                 "nothing of them. Their ids stay in the table. Raise `max_length` to train on them."
+            )
+        if launch.asked_for() > 1 and self.accelerator.num_processes == 1:
+            logger.warning_once(
+                f"{launch.asked_for()} processes were asked for and the launcher started one, as it does on a CPU "
+                "without MPI. Call `hf_s3t.launch.start_cpu_processes()` first thing in your script."
             )
         if self.args.device.type == "cuda" and not self.args.full_determinism:
             logger.warning_once(
@@ -602,7 +607,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers)
-        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, peft_config, s3t_config)
+        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         self._stack = stack_of(model, blueprint)
         default_ddp_arguments(args)
         super().__init__(

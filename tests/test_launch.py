@@ -48,4 +48,4 @@ def test_a_process_that_belongs_to_a_group_is_left_alone(monkeypatch, variable):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv(variable, "0")
-    assert launch._asked_for() == 1
+    assert launch.asked_for() == 1
