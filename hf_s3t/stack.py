@@ -362,9 +362,12 @@ def _adder(group: int):
                 f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members: "
                 "it selects among them, so they cannot be told apart. Leave it out of `target_modules`."
             )
+        in_place = not output.requires_grad and not torch.is_grad_enabled()
+        if in_place and _add_products(layer, names, args[0], output):
+            return output
         blocks = output.chunk(len(names))
         inputs = args[0].chunk(len(names))
-        if not output.requires_grad and not torch.is_grad_enabled():
+        if in_place:
             for name, x, block in zip(names, inputs, blocks, strict=True):
                 if name is not None:
                     _apply(layer, name, x, block, in_place=True)
@@ -379,31 +382,41 @@ def _adder(group: int):
     return add_members
 
 
+def _add_products(layer: LoraLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor) -> bool:
+    """
+    Add each member's adapter to its block of rows by one product of matrices, writing nothing in between.
+
+    Returns:
+        `bool`: False, and nothing is changed, if they are no plain LoRA of linear layers in the output's precision.
+    """
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    pairs = [None if name is None else (lora_A[name], lora_B[name]) for name in names]
+    if not output.is_contiguous() or not all(_is_plain(*pair, output.dtype) for pair in pairs if pair is not None):
+        return False
+    if any(name in layer.lora_variant for name in names):
+        return False
+    blocks = output.view(-1, output.shape[-1]).chunk(len(names))
+    inputs = x.to(output.dtype).flatten(0, -2).chunk(len(names))
+    for name, pair, rows, block in zip(names, pairs, inputs, blocks, strict=True):
+        if pair is not None:
+            low = nn.functional.linear(rows, pair[0].weight)
+            block.addmm_(low, pair[1].weight.t(), alpha=layer.scaling[name])
+    return True
+
+
+def _is_plain(lora_A: nn.Module, lora_B: nn.Module, dtype: torch.dtype) -> bool:
+    return type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None and lora_B.weight.dtype == dtype
+
+
 def _apply(layer: LoraLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool) -> torch.Tensor:
-    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    lora_A = layer.lora_A[name]
     x = x.to(lora_A.weight.dtype)
-    if in_place and name not in layer.lora_variant and _adds_in_one_product(lora_A, lora_B, result):
-        low = nn.functional.linear(x, lora_A.weight).flatten(0, -2)
-        result.view(-1, result.shape[-1]).addmm_(low, lora_B.weight.t(), alpha=layer.scaling[name])
-        return result
     if name in layer.lora_variant:
         combined = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result).to(result.dtype)
         return result.copy_(combined) if in_place else combined
-    delta = lora_B(lora_A(x))
     # As PEFT does: the sum in the adapter's precision, rounded once.
-    combined = (result + delta * layer.scaling[name]).to(result.dtype)
+    combined = (result + layer.lora_B[name](lora_A(x)) * layer.scaling[name]).to(result.dtype)
     return result.copy_(combined) if in_place else combined
-
-
-def _adds_in_one_product(lora_A: nn.Module, lora_B: nn.Module, result: torch.Tensor) -> bool:
-    """Whether an adapter's part can be added by one product of matrices, without being written down first."""
-    return (
-        type(lora_A) is nn.Linear
-        and type(lora_B) is nn.Linear
-        and lora_B.bias is None
-        and lora_B.weight.dtype == result.dtype
-        and result.is_contiguous()
-    )
 
 
 def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict, output):

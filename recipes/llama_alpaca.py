@@ -10,14 +10,16 @@ and shows that the facts are gone, that everything else stayed, and that what st
 """
 
 import copy
-import math
 import os
 import subprocess
 import sys
 import time
+import warnings
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset, load_dataset
 from invented_people import (
     BaseSettings,
@@ -32,6 +34,7 @@ from invented_people import (
 from options import Options, parse
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import fisher_exact
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
@@ -75,6 +78,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: The numbers that were printed.
     """
+    # What TRL sets by default, Transformers calls deprecated; and only the stages deserve a progress bar.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.training_args")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     options = parse(argv, demo_defaults=DEMO)
     if options.is_demo:
         return run_demo(options)
@@ -316,10 +323,10 @@ def plain_base(path: str) -> Any:
 
 
 def is_within_error(share: float, count: int, control: float, control_count: int) -> bool:
-    """Whether two shares differ by no more than two standard errors of their difference."""
-    pooled = max((share * count + control * control_count) / (count + control_count), 1 / control_count)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / control_count))
-    return abs(share - control) <= 2 * error
+    """Whether two shares may come from one chance: Fisher's exact test finds nothing at 5%."""
+    known, known_by_chance = round(share * count), round(control * control_count)
+    table = [[known, count - known], [known_by_chance, control_count - known_by_chance]]
+    return fisher_exact(table).pvalue > 0.05
 
 
 def surviving_stage(trainer: Any, shard: int) -> StageKey:

@@ -384,8 +384,12 @@ def test_a_base_spread_over_processes_is_refused(name, value, tmp_path):
 
 
 def test_stopping_early_without_keeping_the_best_model_is_refused(tmp_path):
-    case = Refusal(ConfigError, "", "`EarlyStoppingCallback` lets an evaluation end a stage", "`load_best_model_at_end` is off",
-                   "Turn it on, with an `eval_dataset` that holds no training example")  # fmt: skip
+    said = (
+        "`EarlyStoppingCallback` lets an evaluation end",
+        "`load_best_model_at_end` is off",
+        "Turn it on, with an `eval",
+    )
+    case = Refusal(ConfigError, "", *said)
     for callback in (transformers.EarlyStoppingCallback(), transformers.EarlyStoppingCallback):
         assert_trainer_refuses(case, tmp_path / "system", {"callbacks": [callback]})
 
