@@ -88,7 +88,14 @@ def compare(ensemble: S3TModel, plain: list[PeftModel], shape: Shape, calls: int
 def main() -> None:
     chosen = options(__doc__)
     layers, hidden, rank = (4, 64, 4) if chosen.quick else (8, 512, 16)
-    settings = {"layers": layers, "hidden": hidden, "rank": rank, "members": MEMBERS, "num_slices": 4, "vocabulary": 32_000}
+    settings = {
+        "layers": layers,
+        "hidden": hidden,
+        "rank": rank,
+        "members": MEMBERS,
+        "num_slices": 4,
+        "vocabulary": 32_000,
+    }
     report = Report("ensemble", chosen, settings)
     base = llama(layers, hidden)
     config = S3TConfig(num_shards=MEMBERS, num_slices=4, budget=1)

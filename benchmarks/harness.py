@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+
 # The benchmarks compare computation, not the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -89,7 +90,8 @@ def interleave(ours: Task, theirs: Task, *, rounds: int = 5, calls: int = 1, war
     Time two tasks in turn.
 
     Args:
-        ours, theirs ([`Task`]): What is compared.
+        ours ([`Task`]): What is measured.
+        theirs ([`Task`]): What it is compared with.
         rounds (`int`, defaults to 5): Number of ratios whose median is the result.
         calls (`int`, defaults to 1): Calls of each task in a round, in turn; short tasks need many.
         warmup (`int`, defaults to 1): Calls of each before the first round, which count for nothing.
@@ -255,8 +257,12 @@ def options(description: str, **extra: Any) -> argparse.Namespace:
         **extra: Further options, by name, with their defaults.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs: the numbers mean little")
-    parser.add_argument("--output", default=str(RESULTS), help="folder for the JSON file (default: benchmarks/results)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, to see that it runs: the numbers mean little"
+    )
+    parser.add_argument(
+        "--output", default=str(RESULTS), help="folder for the JSON file (default: benchmarks/results)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: as torch chooses)")
     for name, default in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

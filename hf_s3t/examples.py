@@ -137,10 +137,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Request:
-    """The ids of a request that are in, without repetitions, and the number of its ids that were deleted before."""
+    """
+    The ids of a request that are in, without repetitions, the number of its ids that were deleted before, and those of
+    its groups that are in.
+    """
 
     present: list[int | str]
     already_deleted: int
+    groups: list[int | str]
 
 
 @dataclass(frozen=True)
@@ -250,14 +254,15 @@ class ExampleTable:
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
         wanted = dict.fromkeys(_listed(ids, "ids"))
-        absent_groups = [group for group in _listed(groups, "groups") if group not in self.groups]
+        named = dict.fromkeys(_listed(groups, "groups"))
+        absent_groups = [group for group in named if group not in self.groups]
         unknown_groups = [group for group in absent_groups if key.of_group(group) not in ledger.deleted_groups]
         if unknown_groups and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
                 "training. Nothing was deleted."
             )
-        for group in _listed(groups, "groups"):
+        for group in named:
             wanted.update(dict.fromkeys(self.groups.get(group, ())))
         present = [i for i in wanted if i in self.rows]
         absent = [i for i in wanted if i not in self.rows]
@@ -267,7 +272,7 @@ class ExampleTable:
                 f"Unknown ids: {_some(unknown)}. This system was trained on {len(self)} examples"
                 f"{self._id_hint()}. Nothing was deleted."
             )
-        return Request(present, len(absent) - len(unknown))
+        return Request(present, len(absent) - len(unknown), [group for group in named if group in self.groups])
 
     def _id_hint(self) -> str:
         sample = next(iter(self.rows), None)

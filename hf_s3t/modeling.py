@@ -523,8 +523,7 @@ class S3TModel(GenerationMixin, nn.Module):
         before = self._routing.depths
         if request.present:
             removed = folder.plan.removed_by(folder.table.places(request.present), folder.stages)
-            known = [group for group in groups or () if group in folder.table.groups]
-            folder.record_deletion(request.present, removed, library_versions(), known)
+            folder.record_deletion(request.present, removed, library_versions(), request.groups)
         # Also what an earlier call condemned and did not live to remove.
         condemned = folder.condemned_stages()
         lock_seconds = self._serve(folder.valid_stages)

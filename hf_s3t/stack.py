@@ -315,7 +315,7 @@ class StageStack:
         if module in self._hooked:
             return
         self._hooked.add(module)
-        module.register_forward_pre_hook(_note_length)
+        module.register_forward_pre_hook(_note_length, with_kwargs=True)
         if isinstance(module, ModulesToSaveWrapper):
             module.register_forward_hook(_answer_with_heads, with_kwargs=True)
         else:
@@ -337,10 +337,10 @@ def _cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     return args, kwargs
 
 
-def _note_length(module: nn.Module, args: tuple) -> None:
+def _note_length(module: nn.Module, args: tuple, kwargs: dict) -> None:
     lengths = _LENGTHS.get()
     if lengths is not None:
-        lengths.append(len(args[0]))
+        lengths.append(_length(args, kwargs))
 
 
 def _base_only(layer: LoraLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -424,11 +424,25 @@ def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict,
     route = _ROUTE.get()
     if route is None:
         return None
-    rest = args[1:]
-    blocks = args[0].chunk(len(route))
+    rows = _length(args, kwargs)
+
+    def block(value, member: int):
+        of_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+        return value.chunk(len(route))[member] if of_rows else value
+
     return torch.cat(
-        [wrapper.modules_to_save[name](x, *rest, **kwargs) for name, x in zip(route.heads, blocks, strict=True)]
+        [
+            wrapper.modules_to_save[name](
+                *(block(value, member) for value in args), **{k: block(value, member) for k, value in kwargs.items()}
+            )
+            for member, name in enumerate(route.heads)
+        ]
     )
+
+
+def _length(args: tuple, kwargs: dict) -> int:
+    """Length of the first tensor that a module is given."""
+    return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 def _holds(module: nn.Module, adapter: str) -> bool:

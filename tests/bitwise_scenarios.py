@@ -71,9 +71,7 @@ def covering_scenarios(seed: int = 0, tries: int = 60) -> list[Scenario]:
     """A greedy covering array of strength two: few scenarios in which every pair of settings meets."""
     rng = random.Random(seed)
     names = list(FACTORS)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in FACTORS[a] for y in FACTORS[b]
-    }
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in FACTORS[a] for y in FACTORS[b]}
     scenarios = []
     while missing:
         candidates = []
@@ -141,9 +139,7 @@ def placed(config: S3TConfig) -> dict[tuple[int, int], list[str]]:
     from hf_s3t.partition import assign
 
     ids = tiny.ids_of(ROWS)
-    places = assign(
-        ids, num_shards=config.num_shards, num_slices=config.num_slices, method="hashed", seed=config.seed
-    )
+    places = assign(ids, num_shards=config.num_shards, num_slices=config.num_slices, method="hashed", seed=config.seed)
     members: dict[tuple[int, int], list[str]] = {}
     for example_id, place in zip(ids, places, strict=True):
         members.setdefault(place, []).append(example_id)

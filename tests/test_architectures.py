@@ -315,8 +315,11 @@ def test_trains_serves_forgets_and_is_loaded_again(tmp_path, name):
     else:
         loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert answer.loss.item() == pytest.approx(loss.item(), abs=TOLERANCE)
-    evaluated = trainer.evaluate(Dataset.from_list(rows[:4]))
-    assert evaluated["eval_loss"] == pytest.approx(loss.item(), abs=TOLERANCE)
+    evaluated = trainer.evaluate(Dataset.from_list(rows[:4]))["eval_loss"]
+    if model.loss_type is None:
+        # Trainer divides by the number of all labels where a class's name does not say that its loss shifts them.
+        evaluated *= labels.shape[1] / (labels.shape[1] - 1)
+    assert evaluated == pytest.approx(loss.item(), abs=TOLERANCE)
 
     # One example less: one shard is left at its first stage, here and in a copy that is loaded.
     place = {where: example for example, where in model.locate([row["id"] for row in rows]).items()}
@@ -603,7 +606,8 @@ def test_a_module_that_is_given_some_of_the_rows_is_refused(tmp_path):
             return x
 
     model = own(Nested)
-    model.trunk.blocks[3].__class__ = Choosy
+    for block in model.trunk.blocks:
+        block.__class__ = Choosy
     rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in classification_rows()]
     trainer = make_trainer(
         tmp_path, model, rows, config=config(), peft_config=LoraConfig(r=2, target_modules=["up", "down"])
@@ -788,8 +792,9 @@ def test_another_architecture_is_no_base_of_a_system(tmp_path):
     with pytest.raises(S3TError):
         S3TModel.from_pretrained(tmp_path, base_model=other.fresh())
     # The same architecture with other weights is told apart by its digest.
+    weights = build(architecture.model, architecture.config, seed=1, **architecture.settings)
     with pytest.raises(S3TError, match="not the one"):
-        S3TModel.from_pretrained(tmp_path, base_model=tiny_bert(seed=1))
+        S3TModel.from_pretrained(tmp_path, base_model=weights)
 
 
 def test_many_slices_keep_their_adapters_apart(tmp_path):

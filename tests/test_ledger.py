@@ -70,10 +70,11 @@ def test_ids_are_written_sorted_so_that_a_line_does_not_show_the_order_of_the_re
 
 
 def test_the_deleted_are_the_ids_of_all_deletions_and_of_nothing_else():
-    ledger = Ledger().append("deletion", ids=["a", "b"], removed={}, left={})
+    ledger = Ledger().append("deletion", ids=["b", "a"], removed={}, left={}, groups=["h", "g"])
     ledger = ledger.append("export", ids=["never"], removed={"shard-0/1": "aa"}, left={})
     ledger = ledger.append("deletion", ids=["c"], removed={}, left={})
     assert ledger.deleted == {"a", "b", "c"}
+    assert ledger.deleted_groups == {"g", "h"} and ledger.entries[0].groups == ("g", "h")
     assert ledger.num_deletions == 2
 
 

@@ -660,6 +660,42 @@ def test_a_torn_ledger_line_is_no_deletion_and_the_next_one_takes_its_place(syst
     assert again.is_deleted(IDS[0]) and again.is_deleted(IDS[1]) and b'"to' not in ledger.read_bytes()
 
 
+def operations(monkeypatch, act) -> list[tuple[str, str]]:
+    """What `act` syncs, renames, replaces and removes, in its order, by the names of files and folders."""
+    seen = []
+
+    def recorded(name, operation):
+        def operate(target, *args, **kwargs):
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            seen.append((name, path))
+            return operation(target, *args, **kwargs)
+
+        return operate
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+            patch.setattr(module, name, recorded(name, getattr(module, name)))
+        act()
+    return seen
+
+
+def test_a_deletion_is_synced_to_the_ledger_before_anything_else_changes(system, monkeypatch):
+    folder = SystemFolder(system)
+    first, *others = operations(monkeypatch, lambda: forget(folder, IDS[:2]))
+    assert first == ("fsync", str(system / "ledger.jsonl"))
+    assert {name for name, _ in others} >= {"rename", "replace"}
+
+
+def test_a_stage_is_synced_file_by_file_before_it_is_renamed_into_place(tmp_path, monkeypatch):
+    folder = new_system(tmp_path / "system")
+    done = operations(monkeypatch, lambda: grow(folder, limit=1))
+    renamed = done.index(next(step for step in done if step[0] == "rename"))
+    temporary = done[renamed][1]
+    synced = {path for name, path in done[:renamed] if name == "fsync"}
+    assert synced >= {temporary, *(f"{temporary}/{name}" for name in STAGE_FILES)}
+    assert ("fsync", str(Path(temporary).parent)) in done[renamed:]
+
+
 @pytest.mark.parametrize(
     "leftover",
     [
