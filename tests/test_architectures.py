@@ -42,6 +42,10 @@ from hf_s3t.errors import IsolationError, LayersNotFoundError, S3TError
 from hf_s3t.layers import find_head, find_layers, find_task
 
 
+# Minutes on two cores: part of `make test-all`.
+pytestmark = pytest.mark.slow
+
+
 TOLERANCE = 1e-5
 
 

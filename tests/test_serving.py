@@ -61,6 +61,10 @@ from hf_s3t import S3TModel
 from hf_s3t.errors import ExhaustedError, IsolationError, S3TError, StaleCacheError
 
 
+# Minutes on two cores: part of `make test-all`.
+pytestmark = pytest.mark.slow
+
+
 TOLERANCE = 1e-5
 
 

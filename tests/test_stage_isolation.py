@@ -55,6 +55,10 @@ from hf_s3t.errors import ConfigError, EmptySliceError
 from hf_s3t.verify import differing_tensors
 
 
+# Minutes on two cores: part of `make test-all`.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     threads = torch.get_num_threads()
