@@ -106,7 +106,9 @@ def _method(quantization: Any) -> str | None:
     if not quantization:
         return None
     bits = [name for name in ("load_in_8bit", "load_in_4bit") if quantization.get(name)]
-    return " ".join([str(quantization.get("quant_method")).split(".")[-1].lower(), *bits])
+    method = quantization.get("quant_method")
+    # An enumeration of texts on a loaded model, the text itself in a record.
+    return " ".join([str(getattr(method, "value", method)), *bits])
 
 
 def _dtype_name(model: nn.Module) -> str:
