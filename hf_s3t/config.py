@@ -117,14 +117,14 @@ class S3TConfig:
     seed: int = field(default=42, metadata={"help": "The one seed of the system; overrides seed and data_seed."})
 
     def __post_init__(self):
-        _require_int("num_shards", self.num_shards, 1)
-        _require_int("num_slices", self.num_slices, 1)
-        _require_int("score_horizon", self.score_horizon, 0)
-        _require_int("seed", self.seed, None)
-        _require_choice("partition", self.partition, PARTITIONS)
-        _require_choice("select", self.select, SELECTIONS)
+        require_int("num_shards", self.num_shards, 1)
+        require_int("num_slices", self.num_slices, 1)
+        require_int("score_horizon", self.score_horizon, 0)
+        require_int("seed", self.seed, None)
+        require_choice("partition", self.partition, PARTITIONS)
+        require_choice("select", self.select, SELECTIONS)
         if self.aggregation is not None:
-            _require_choice("aggregation", self.aggregation, AGGREGATIONS)
+            require_choice("aggregation", self.aggregation, AGGREGATIONS)
         self._check_layers_per_slice()
         self._check_prior()
         self._check_sequences()
@@ -139,9 +139,9 @@ class S3TConfig:
                     "Give one number of layers per slice, top first, or a single number for all."
                 )
             for count in self.layers_per_slice:
-                _require_int("layers_per_slice", count, 1)
+                require_int("layers_per_slice", count, 1)
         elif self.layers_per_slice is not None:
-            _require_int("layers_per_slice", self.layers_per_slice, 1)
+            require_int("layers_per_slice", self.layers_per_slice, 1)
 
     def _check_prior(self):
         if self.deletion_prior is None:
@@ -183,10 +183,10 @@ class S3TConfig:
                 )
             self.budget = given
             return
-        _require_choice("sequence_selection", self.sequence_selection, SEQUENCE_SELECTIONS)
+        require_choice("sequence_selection", self.sequence_selection, SEQUENCE_SELECTIONS)
         if self.budget is None:
             self.budget = self.num_slices
-        _require_int("budget", self.budget, 1)
+        require_int("budget", self.budget, 1)
         if self.num_slices < 20 and self.budget > math.factorial(self.num_slices):
             raise ConfigError(
                 f"budget={self.budget} is more than the {math.factorial(self.num_slices)} permutations of "
@@ -235,8 +235,8 @@ class S3TConfig:
         return shards if nested else shards[0]
 
     def _check_columns(self):
-        by_column = self.partition == "column"
-        if by_column != (self.shard_column is not None and self.slice_column is not None):
+        given = [column is not None for column in (self.shard_column, self.slice_column)]
+        if given != [self.partition == "column"] * 2:
             raise ConfigError(
                 f'partition="{self.partition}" with shard_column={self.shard_column!r} and '
                 f'slice_column={self.slice_column!r}. Both columns belong to partition="column", and to it alone.'
@@ -315,12 +315,14 @@ def check_prior(prior, num_slices: int) -> None:
         raise ConfigError(f"`deletion_prior` sums to {sum(prior):g}, expected 1. Divide each entry by the sum.")
 
 
-def _require_int(name: str, value, minimum: int | None) -> None:
+def require_int(name: str, value, minimum: int | None) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is no integer, or below its minimum."""
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
 
 
-def _require_choice(name: str, value, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is none of its choices."""
     if value not in choices:
         raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

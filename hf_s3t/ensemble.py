@@ -12,6 +12,7 @@ from .stack import Route
 
 # Inputs that are not one row per example even if their length says so.
 _NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", "past_key_values"}
+_WITH_A_CACHE = {"past_key_values", "use_cache", "cache_position", "attention_mask", "position_ids"}
 # How many numbers of the answer to make at once: on a CPU what its caches hold, elsewhere few kernels.
 _AT_ONCE = {"cpu": 2**18, "other": 2**26}
 _VANISHING = 1e-30
@@ -112,8 +113,8 @@ def num_rows(inputs: dict[str, Any], main_input: str) -> int:
 
 
 def first_row(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The inputs of the first example alone, without any cache."""
-    kept = {n: v for n, v in inputs.items() if n not in ("past_key_values", "use_cache", "cache_position")}
+    """The inputs of the first example alone, without a cache and the masks and positions that may go with it."""
+    kept = {n: v for n, v in inputs.items() if n not in _WITH_A_CACHE}
     return {n: v if n in _NOT_ROWS else _first(v, rows) for n, v in kept.items()}
 
 

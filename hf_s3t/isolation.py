@@ -324,6 +324,11 @@ def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config:
             "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
             "set `packing=True`, which packs every stage's own examples."
         )
+    if config.select == "metric" and isinstance(eval_dataset, dict):
+        raise ConfigError(
+            f'`select="metric"` needs one evaluation set to compare stacks on, and `eval_dataset` is a dict of '
+            f"{len(eval_dataset)}. Give the one that shall decide."
+        )
     setting = evaluation_chooses(args, config)
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if setting and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):

@@ -83,7 +83,21 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
             f"fits (module lists: {found}). Name the list in the PEFT config: "
             '`LoraConfig(..., layers_pattern="layers", layers_to_transform=[])`, with `target_modules` as a list.'
         )
-    return next(iter(fitting.items()))
+    path, layers = next(iter(fitting.items()))
+    _refuse_tied_modules(path, layers)
+    return path, layers
+
+
+def _refuse_tied_modules(path: str, layers: nn.ModuleList) -> None:
+    """A module that two layers hold would carry one adapter for both."""
+    owners: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if next(module.parameters(recurse=False), None) is not None and owners.setdefault(module, index) != index:
+                raise IsolationError(
+                    f"The layers {owners[module]} and {index} of {path} share the module {name or 'itself'!r}, so a "
+                    "stage's adapter would act in other stages too. Use a model with separate layers."
+                )
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -103,26 +103,37 @@ class Ledger:
     lines: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> "Ledger":
+    def parse(cls, text: str, known: "Ledger | None" = None) -> "Ledger":
         """
         Read a ledger and check that every line names the hash of the line before.
 
         An unterminated last line was never acknowledged (the line break is written and synced with it): it is left
         out.
 
+        Args:
+            text (`str`): What the file holds.
+            known ([`Ledger`], *optional*): Where the text begins with these lines, they are not read again.
+
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a line is corrupt or the chain is broken.
         """
         lines = tuple(text.split("\n")[:-1])
-        for number, line in enumerate(lines, start=1):
+        entries = known.entries if known is not None and lines[: len(known.lines)] == known.lines else ()
+        for number, line in enumerate(lines[len(entries) :], start=len(entries) + 1):
             expected = (line_hash(lines[number - 2]),) if number > 1 else ()
-            previous = LedgerEntry.from_line(line).previous
-            if previous[: len(expected)] != expected or (number == 1 and previous):
+            entry = LedgerEntry.from_line(line)
+            if entry.previous[: len(expected)] != expected or (number == 1 and entry.previous):
                 raise FolderError(
                     f"ledger.jsonl line {number} does not continue line {number - 1}: a line was edited or dropped. "
                     "Restore the ledger from a backup; do not serve this system."
                 )
-        return cls(lines)
+            entries += (entry,)
+        return cls(lines)._with(entries)
+
+    def _with(self, entries: tuple[LedgerEntry, ...]) -> "Ledger":
+        # cached_property stores in the instance's dictionary, which a frozen dataclass leaves open.
+        self.__dict__["entries"] = entries
+        return self
 
     def append(
         self,
@@ -145,7 +156,7 @@ class Ledger:
             versions=dict(versions or {}),
             groups=tuple(sorted(groups)),
         )
-        return Ledger((*self.lines, entry.to_line()))
+        return Ledger((*self.lines, entry.to_line()))._with((*self.entries, entry))
 
     @cached_property
     def entries(self) -> tuple[LedgerEntry, ...]:

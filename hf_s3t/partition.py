@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from .config import PARTITIONS, _require_choice, _require_int
+from .config import PARTITIONS, require_choice, require_int
 from .errors import ConfigError, EmptySliceError, ExampleIdError
 
 
@@ -104,10 +104,10 @@ def assign(
     [16, 16, 17, 17, 17, 17]
     ```
     """
-    _require_int("num_shards", num_shards, 1)
-    _require_int("num_slices", num_slices, 1)
-    _require_int("seed", seed, None)
-    _require_choice("method", method, PARTITIONS)
+    require_int("num_shards", num_shards, 1)
+    require_int("num_slices", num_slices, 1)
+    require_int("seed", seed, None)
+    require_choice("method", method, PARTITIONS)
     if (method == "column") != (shards is not None and slices is not None) or (shards is None) != (slices is None):
         raise ConfigError(
             f'method="{method}" got {"no" if shards is None else "a"} shard and {"no" if slices is None else "a"} '
@@ -212,6 +212,12 @@ def _plain(values, what, remedy) -> list[int | str]:
         raise ExampleIdError(
             f"Values that are missing or of a type that no {what} has ({len(wrong)}): {_some(wrong)}. Expected "
             f"integers or strings. {remedy}"
+        )
+    # The table's columns hold 64 bits.
+    large = [f"{v!r} (row {row})" for row, v in enumerate(plain) if isinstance(v, int) and not -(2**63) <= v < 2**63]
+    if large:
+        raise ExampleIdError(
+            f"The {what}s have integers beyond 64 bits ({len(large)}): {_some(large)}. Convert the column to strings."
         )
     if len(set(map(type, plain))) > 1:
         kinds = {type(v): f"{v!r} (row {row})" for row, v in enumerate(plain)}

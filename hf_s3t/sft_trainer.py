@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from .base_model import rowwise
+from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
 from .plan import StageKey
@@ -84,7 +85,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
-        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
+        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         self._stack = stack_of(model, blueprint)
         default_ddp_arguments(args)
         super().__init__(

@@ -349,7 +349,7 @@ class SystemFolder:
         # Before reading: a line that comes while the file is read is news again.
         self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
         try:
-            return Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode())
+            return Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode(), known=getattr(self, "ledger", None))
         except FileNotFoundError:
             raise FolderError(
                 f"{self.path / LEDGER_FILE} is missing: without it deletions could be forgotten. Restore it from a "
@@ -386,6 +386,8 @@ class SystemFolder:
 
     def _stage_folders(self, root: Path) -> Iterator[StageKey]:
         for shard in sorted(root.glob("shard-*")):
+            if not shard.is_dir():
+                raise FolderError(f"{shard} is a file, expected a folder of stages. Remove it.")
             for folder in sorted(shard.iterdir()):
                 if not folder.name.startswith("."):
                     yield StageKey.from_path(f"{STAGES}/{shard.name}/{folder.name}")

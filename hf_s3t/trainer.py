@@ -8,14 +8,13 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
@@ -25,27 +24,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from . import launch
-from .base_model import check_base_is, config_of, describe_base, log_casts_once
+from .base_model import log_casts_once
+from .blueprint import Blueprint, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, S3TError
 from .examples import DigestKey, ExampleTable
-from .isolation import (
-    check_arguments,
-    check_base,
-    check_checkpoint,
-    check_datasets,
-    check_peft_config,
-    check_task,
-    evaluation_chooses,
-)
-from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .modeling import S3TModel
 from .plan import StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .stack import StageStack, seed_head
 from .storage import ADAPTER_FILE, SystemFolder
-from .training_data import EpochSeededSampler, StageRows, TrainingRows, preserved_randomness
+from .training_data import EpochSeededSampler, StageRows, preserved_randomness
 from .verify import VerificationReport, verify_stages
 
 
@@ -53,37 +43,6 @@ logger = logging.get_logger(__name__)
 
 # What `Accelerator.prepare` leaves on a model.
 _PREPARED = ("forward", "_original_forward")
-
-
-@dataclass(frozen=True)
-class _Blueprint:
-    """What a trainer knows about its system before anything is written."""
-
-    config: S3TConfig
-    peft_config: LoraConfig
-    layers: LayerGroups
-    head: tuple[str, ...]
-    base: dict[str, Any]
-    rows: TrainingRows | None
-    planned: ExampleTable | None
-    task: str
-
-    def record(self, model: nn.Module) -> dict[str, Any]:
-        """What `s3t_config.json` says."""
-        return {
-            "s3t_config": self.config.to_dict(),
-            "base_model": {**self.base, "config": config_of(model)},
-            "task": self.task,
-            "aggregation": self.config.aggregation or _default_aggregation(self.task),
-            "peft_config": _plain_peft_config(self.peft_config),
-            "layers": {
-                "path": self.layers.path,
-                "num_layers": self.layers.num_layers,
-                "groups": [list(group) for group in self.layers.groups],
-            },
-            "head": list(self.head),
-            "versions": circumstances(model)["versions"],
-        }
 
 
 class S3TTrainerMixin:
@@ -96,54 +55,7 @@ class S3TTrainerMixin:
 
     # Setting up
 
-    def _draw_up(self, model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config) -> _Blueprint:
-        """Check everything that can be checked before anything is changed or written."""
-        recorded = _recorded(args.output_dir)
-        config = _merged_config(s3t_config, recorded)
-        peft_config = _merged_peft_config(peft_config, recorded)
-        if getattr(args, "push_to_hub", False):
-            raise ConfigError("`push_to_hub=True` is not supported yet: systems live in folders. Leave it off.")
-        check_arguments(args, callbacks)
-        check_datasets(train_dataset, eval_dataset, args, config)
-        check_base(model, config)
-        path, module_list = find_layers(model, peft_config.layers_pattern)
-        layers = LayerGroups(
-            path, len(module_list), group_layers(len(module_list), config.num_slices, config.layers_per_slice)
-        )
-        head = find_head(model, path)
-        check_checkpoint(model, path, head)
-        check_task(model, config.aggregation or _default_aggregation(find_task(model)))
-        check_peft_config(peft_config, head)
-        rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
-        if recorded is None and rows is None:
-            raise ConfigError(
-                f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with."
-            )
-        if recorded is not None:
-            check_base_is(model, recorded["base_model"], path, head, for_training=True)
-            base = recorded["base_model"]
-        else:
-            base = describe_base(model, path, head)
-        if rows is not None and evaluation_chooses(args, config):
-            rows.refuse_shared(eval_dataset)
-        planned = self._match(rows, args.output_dir, recorded) if rows is not None else None
-        return _Blueprint(config, peft_config, layers, head, base, rows, planned, find_task(model))
-
-    @staticmethod
-    def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> ExampleTable | None:
-        """
-        Refuse a dataset that does not fit the system, before the trainer spends time on preparing it; for a new system
-        returns its table, without digests.
-        """
-        if recorded is None:
-            config = rows.config
-            table = rows.partition([""] * len(rows.ids))
-            return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
-        folder = SystemFolder(output_dir)
-        folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted)
-        return None
-
-    def _set_up(self, blueprint: _Blueprint) -> None:
+    def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
         self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
@@ -607,7 +519,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers)
-        blueprint = self._draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
+        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         self._stack = stack_of(model, blueprint)
         default_ddp_arguments(args)
         super().__init__(
@@ -626,7 +538,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         self._set_up(blueprint)
 
 
-def stack_of(model: nn.Module, blueprint: _Blueprint) -> StageStack:
+def stack_of(model: nn.Module, blueprint: Blueprint) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
     # First what may be refused: nothing of the base has changed then.
     stack = StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
@@ -653,61 +565,6 @@ def default_ddp_arguments(args: TrainingArguments) -> None:
     """Every trainable parameter of a stage takes part in every step, so DDP has none to look for."""
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
-
-
-def _recorded(output_dir: str) -> dict[str, Any] | None:
-    return SystemFolder(output_dir).record if SystemFolder.exists(output_dir) else None
-
-
-def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
-    if given is not None and not isinstance(given, S3TConfig):
-        raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
-    if recorded is None:
-        return given if given is not None else S3TConfig()
-    config = S3TConfig.from_dict(recorded["s3t_config"])
-    differing = (
-        [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
-    )
-    if differing:
-        raise ConfigError(
-            "`s3t_config` differs from the one this folder's system was made with: "
-            + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
-            + ". Leave it out to go on with the system, or choose another `output_dir`."
-        )
-    return config
-
-
-def _merged_peft_config(given: PeftConfig | None, recorded: dict | None) -> LoraConfig:
-    if given is None and recorded is None:
-        raise ConfigError(
-            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
-        )
-    if given is not None:
-        check_peft_config(given, given.modules_to_save or ())
-    if recorded is None:
-        return given
-    config = LoraConfig(**recorded["peft_config"])
-    if given is not None and _plain_peft_config(given) != recorded["peft_config"]:
-        raise ConfigError(
-            "`peft_config` differs from the one this folder's system was made with "
-            f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
-        )
-    return config
-
-
-def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
-    """The settings of a LoRA config that differ from its defaults, as JSON types."""
-    default = LoraConfig()
-    plain = {}
-    for field in fields(LoraConfig):
-        value = getattr(config, field.name, None)
-        if field.init and value != getattr(default, field.name) and field.name not in ("runtime_config", "task_type"):
-            plain[field.name] = sorted(value) if isinstance(value, set) else value
-    return json.loads(json.dumps(plain))
-
-
-def _default_aggregation(task: str) -> str:
-    return "mean_probabilities" if task == "text-generation" else "mean_logits"
 
 
 def _as_json(value: Any) -> Any:

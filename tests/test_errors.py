@@ -188,6 +188,8 @@ def files_of(path: Path) -> dict[str, tuple[str, int]]:
         partition="even"),
     Refusal(ConfigError, "columns without their partition", "shard_column='s'", 'belong to partition="column"',
         "and to it alone", shard_column="s", slice_column="t"),
+    Refusal(ConfigError, "one column without its partition", "shard_column='s' and slice_column=None",
+        'belong to partition="column"', "and to it alone", shard_column="s"),
     Refusal(ConfigError, "a partition without its columns", "slice_column=None",
         'Both columns belong to partition="column"', "Both columns", partition="column", shard_column="s"),
     Refusal(ConfigError, "unknown aggregation", "got 'sum'", "one of mean_logits, mean_prob", "one of",
@@ -280,6 +282,8 @@ class Stream(torch.utils.data.IterableDataset):
         "Expected one type", "convert the column to strings", rows=RowsOfAnyType([*range(3, 10), 10, 11, 1, "1", 2])),
     Refusal(ExampleIdError, "ids that are fractions", r"0.0 \(row 0\), .* and 7 more", "Expected integers or strings",
         "Fill or drop", rows=rows_with(id=[float(n) for n in range(12)])),
+    Refusal(ExampleIdError, "ids of more than 64 bits", r"beyond 64 bits \(1\): 18446744073709551616 \(row 11\)",
+        "integers beyond 64 bits", "Convert the column to strings", rows=RowsOfAnyType([*range(11), 2**64])),
     Refusal(ExampleIdError, "ids that are lists", r"\['a'\] \(row 0\)", "Expected integers or strings", "Fill or drop",
         rows=rows_with(id=[["a"]] * 12)),
     Refusal(ExampleIdError, "missing groups", r"None \(row 0\)", "Expected integers or strings",
@@ -346,6 +350,9 @@ TWELVE = Dataset.from_list(lm_rows(12))
         seed=9) + lm_rows(2))),
     Refusal(IsolationError, "routing by a metric of no set", '`select="metric"` lets an evaluation choose',
         "no separate `eval_dataset`", "Give one that holds no training example", config=s3t_config(select="metric")),
+    Refusal(ConfigError, "stacks chosen by several sets at once", "is a dict of 2", "needs one evaluation set",
+        "Give the one that shall decide", config=s3t_config(select="metric"),
+        eval_dataset={n: Dataset.from_list(lm_rows(4, seed=9)) for n in "ab"}),
 )  # fmt: skip
 def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", case.given)
@@ -580,6 +587,21 @@ def merged_adapters():
     return model.get_base_model()
 
 
+def one_projection_in_two_layers():
+    model = tiny_llama(layers=4)
+    model.model.layers[2].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    return model
+
+
+TIED = Refusal(
+    IsolationError,
+    "",
+    "layers 0 and 2 of model.layers share the module 'mlp.up_proj'",
+    "act in other stages",
+    "Use a model with separate layers",
+)
+
+
 def shared(at_most: int) -> Refusal:
     got = f"The config says 4 layers, but the model holds at most {at_most} in a list"
     return Refusal(IsolationError, "", got, "shared across depth", "Use a model with separate layers")
@@ -602,6 +624,7 @@ ADAPTED = Refusal(IsolationError, "", *CARRIES)
         pytest.param(albert, shared(1), id="ALBERT"),
         pytest.param(partial(albert, inner_group_num=2), shared(1), id="ALBERT with two inner layers"),
         pytest.param(partial(albert, num_hidden_groups=2), shared(2), id="ALBERT with two groups"),
+        pytest.param(one_projection_in_two_layers, TIED, id="one module in two layers"),
         pytest.param(with_batch_norm, NORMS, id="a batch norm in a layer"),
         pytest.param(resnet, NORMS, id="ResNet"),
         pytest.param(t5, TWO_STACKS, id="T5"),

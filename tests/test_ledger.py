@@ -40,6 +40,20 @@ def test_a_ledger_read_from_its_own_text_is_the_same():
         assert len(ledger.entries) == lines
 
 
+def test_going_on_from_what_is_known_reads_the_same():
+    ledger = ledger_of(4)
+    for known in range(5):
+        again = Ledger.parse(ledger.text, known=Ledger(ledger.lines[:known]))
+        assert again == ledger and again.entries == ledger.entries
+
+
+def test_what_was_known_hides_no_edit():
+    ledger = ledger_of(3)
+    edited = ledger.text.replace("shard-0/1", "shard-0/7")
+    with pytest.raises(FolderError, match="line 3 does not continue line 2"):
+        Ledger.parse(edited, known=ledger)
+
+
 def test_every_line_names_the_hash_of_the_line_before():
     ledger = ledger_of(4)
     assert ledger.entries[0].previous == ()

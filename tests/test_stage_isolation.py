@@ -594,7 +594,8 @@ class DeepestFirst(S3TTrainer):
 
     def _stage_order(self, keys):
         tips = [key for key in keys if key.depth == 2]
-        return list(dict.fromkeys(stage for tip in reversed(tips) for stage in tip.lineage))
+        lineages = (stage for tip in reversed(tips) for stage in tip.lineage)
+        return list(dict.fromkeys(stage for stage in lineages if stage in keys))
 
 
 EVALUATION = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)

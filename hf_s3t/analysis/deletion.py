@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ..config import _require_choice, _require_int, check_prior
+from ..config import check_prior, require_choice, require_int
 from ..errors import ConfigError
 from ..sequences import check_sequences
 
@@ -114,9 +114,9 @@ def expected_deletions_left(
     0.0
     ```
     """
-    _require_int("num_shards", num_shards, 1)
-    _require_int("num_slices", num_slices, 1)
-    _require_choice("until", until, UNTIL)
+    require_int("num_shards", num_shards, 1)
+    require_int("num_slices", num_slices, 1)
+    require_choice("until", until, UNTIL)
     rates = _rates(_checked_sets(first_slices_alive, num_shards, num_slices), num_shards, num_slices, prior)
     if until == "exhausted":
         # The system is one shard that dies with the last slice of all.
@@ -179,9 +179,9 @@ def simulate_deletions(
     array([1., 1., 1.])
     ```
     """
-    _require_choice("until", until, UNTIL)
-    _require_int("runs", runs, 1)
-    _require_int("seed", seed, 0)
+    require_choice("until", until, UNTIL)
+    require_int("runs", runs, 1)
+    require_int("seed", seed, 0)
     rates = _rates(_first_slices(num_shards, num_slices, budget, prior, sequences), num_shards, num_slices, prior)
     if until == "exhausted":
         rates = [np.concatenate(rates)]
@@ -239,9 +239,9 @@ def _log_hit(x) -> np.ndarray:
 
 
 def _first_slices(num_shards, num_slices, budget, prior, sequences) -> list[set[int]]:
-    _require_int("num_shards", num_shards, 1)
-    _require_int("num_slices", num_slices, 1)
-    _require_int("budget", budget, 1)
+    require_int("num_shards", num_shards, 1)
+    require_int("num_slices", num_slices, 1)
+    require_int("budget", budget, 1)
     if sequences is not None:
         return [{s[0] for s in shard} for shard in _checked_sequences(sequences, num_shards, num_slices, budget)]
     if prior is not None and budget < num_slices:

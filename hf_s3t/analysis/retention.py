@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..config import _require_int
+from ..config import require_int
 from ..errors import ConfigError
 from ..sequences import check_sequences
 
@@ -90,8 +90,8 @@ def retention_random(num_slices: int, budget: int, hits: int, at_least: int) -> 
     0.668
     ```
     """
-    _require_int("num_slices", num_slices, 1)
-    _require_int("budget", budget, 1)
+    require_int("num_slices", num_slices, 1)
+    require_int("budget", budget, 1)
     _check_numbers(num_slices, hits, at_least)
     prefixes = math.comb(num_slices, at_least)
     return math.fsum(
@@ -131,16 +131,16 @@ def retention_paper(num_slices: int, budget: int, hits: int, at_least: int) -> f
     0.734
     ```
     """
-    _require_int("num_slices", num_slices, 1)
-    _require_int("budget", budget, 1)
+    require_int("num_slices", num_slices, 1)
+    require_int("budget", budget, 1)
     _check_numbers(num_slices, hits, at_least)
     prefixes = min(budget, math.perm(num_slices, at_least))
     return 1 - (1 - (1 - at_least / num_slices) ** hits) ** prefixes
 
 
 def _check_numbers(num_slices, hits, at_least):
-    _require_int("hits", hits, 0)
-    _require_int("at_least", at_least, 0)
+    require_int("hits", hits, 0)
+    require_int("at_least", at_least, 0)
     if at_least > num_slices:
         raise ConfigError(f"at_least={at_least}, expected at most the {num_slices} slices that a sequence has.")
 

@@ -1,0 +1,172 @@
+"""What a trainer knows about its system before anything is changed or written, and the checks that come before."""
+
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import nn
+
+from .base_model import check_base_is, config_of, describe_base
+from .circumstances import circumstances
+from .config import S3TConfig
+from .errors import ConfigError
+from .examples import ExampleTable
+from .isolation import (
+    check_arguments,
+    check_base,
+    check_checkpoint,
+    check_datasets,
+    check_peft_config,
+    check_task,
+    evaluation_chooses,
+)
+from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
+from .storage import SystemFolder
+from .training_data import TrainingRows
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a trainer knows about its system before anything is written."""
+
+    config: S3TConfig
+    peft_config: LoraConfig
+    layers: LayerGroups
+    head: tuple[str, ...]
+    base: dict[str, Any]
+    rows: TrainingRows | None
+    planned: ExampleTable | None
+    task: str
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """What `s3t_config.json` says."""
+        return {
+            "s3t_config": self.config.to_dict(),
+            "base_model": {**self.base, "config": config_of(model)},
+            "task": self.task,
+            "aggregation": self.config.aggregation or _default_aggregation(self.task),
+            "peft_config": _plain_peft_config(self.peft_config),
+            "layers": {
+                "path": self.layers.path,
+                "num_layers": self.layers.num_layers,
+                "groups": [list(group) for group in self.layers.groups],
+            },
+            "head": list(self.head),
+            "versions": circumstances(model)["versions"],
+        }
+
+
+def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config) -> Blueprint:
+    """
+    Check everything that can be checked before anything is changed or written.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The bare base model.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
+        train_dataset (`Dataset`, *optional*): All rows; may be missing where a system exists.
+        eval_dataset (*optional*): As in `Trainer`.
+        callbacks (`list`, *optional*): As in `Trainer`.
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
+        s3t_config ([`S3TConfig`], *optional*): The system; the recorded one if not given.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
+    """
+    recorded = _recorded(args.output_dir)
+    config = _merged_config(s3t_config, recorded)
+    peft_config = _merged_peft_config(peft_config, recorded)
+    if getattr(args, "push_to_hub", False):
+        raise ConfigError("`push_to_hub=True` is not supported yet: systems live in folders. Leave it off.")
+    check_arguments(args, callbacks)
+    check_datasets(train_dataset, eval_dataset, args, config)
+    check_base(model, config)
+    path, module_list = find_layers(model, peft_config.layers_pattern)
+    layers = LayerGroups(
+        path, len(module_list), group_layers(len(module_list), config.num_slices, config.layers_per_slice)
+    )
+    head = find_head(model, path)
+    check_checkpoint(model, path, head)
+    check_task(model, config.aggregation or _default_aggregation(find_task(model)))
+    check_peft_config(peft_config, head)
+    rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
+    if recorded is None and rows is None:
+        raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
+    if recorded is not None:
+        check_base_is(model, recorded["base_model"], path, head, for_training=True)
+        base = recorded["base_model"]
+    else:
+        base = describe_base(model, path, head)
+    if rows is not None and evaluation_chooses(args, config):
+        rows.refuse_shared(eval_dataset)
+    planned = _match(rows, args.output_dir, recorded) if rows is not None else None
+    return Blueprint(config, peft_config, layers, head, base, rows, planned, find_task(model))
+
+
+def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> ExampleTable | None:
+    """
+    Refuse a dataset that does not fit the system, before the trainer spends time on preparing it; for a new system
+    returns its table, without digests.
+    """
+    if recorded is None:
+        config = rows.config
+        table = rows.partition([""] * len(rows.ids))
+        return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
+    folder = SystemFolder(output_dir)
+    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted)
+    return None
+
+
+def _recorded(output_dir: str) -> dict[str, Any] | None:
+    return SystemFolder(output_dir).record if SystemFolder.exists(output_dir) else None
+
+
+def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
+    if given is not None and not isinstance(given, S3TConfig):
+        raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
+    if recorded is None:
+        return given if given is not None else S3TConfig()
+    config = S3TConfig.from_dict(recorded["s3t_config"])
+    differing = (
+        [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
+    )
+    if differing:
+        raise ConfigError(
+            "`s3t_config` differs from the one this folder's system was made with: "
+            + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
+            + ". Leave it out to go on with the system, or choose another `output_dir`."
+        )
+    return config
+
+
+def _merged_peft_config(given: PeftConfig | None, recorded: dict | None) -> LoraConfig:
+    if given is None and recorded is None:
+        raise ConfigError(
+            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
+        )
+    if given is not None:
+        check_peft_config(given, given.modules_to_save or ())
+    if recorded is None:
+        return given
+    config = LoraConfig(**recorded["peft_config"])
+    if given is not None and _plain_peft_config(given) != recorded["peft_config"]:
+        raise ConfigError(
+            "`peft_config` differs from the one this folder's system was made with "
+            f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
+        )
+    return config
+
+
+def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
+    """The settings of a LoRA config that differ from its defaults, as JSON types."""
+    default = LoraConfig()
+    plain = {}
+    for field in fields(LoraConfig):
+        value = getattr(config, field.name, None)
+        if field.init and value != getattr(default, field.name) and field.name not in ("runtime_config", "task_type"):
+            plain[field.name] = sorted(value) if isinstance(value, set) else value
+    return json.loads(json.dumps(plain))
+
+
+def _default_aggregation(task: str) -> str:
+    return "mean_probabilities" if task == "text-generation" else "mean_logits"
