@@ -96,6 +96,12 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
             f"The base model has batch norms ({norms[0]} and {len(norms) - 1} more) whose running statistics change "
             "with every batch and are shared by all stages. Use a model with layer norms."
         )
+    if any(_checkpoints_reentrantly(module) for module in model.modules()):
+        raise ConfigError(
+            "The base model has gradient checkpointing on with `use_reentrant=True`, which needs gradients at the "
+            "model's input and drags the backward pass through frozen layers. Call "
+            "`model.gradient_checkpointing_disable()` and set `gradient_checkpointing=True` in the training arguments."
+        )
     method = _quantization_method(model)
     if method is not None and method not in DATA_FREE_QUANTIZATION and not config.base_is_public:
         raise IsolationError(
@@ -103,6 +109,13 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
             "data is public, say so with S3TConfig(base_is_public=True); otherwise use bitsandbytes."
         )
     _check_embeddings(model)
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(
+        getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
+    )
 
 
 def check_has_no_adapters(model: nn.Module) -> None:

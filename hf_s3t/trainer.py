@@ -543,8 +543,20 @@ def stack_of(model: nn.Module, blueprint: Blueprint) -> StageStack:
     # First what may be refused: nothing of the base has changed then.
     stack = StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
+    checkpoint_without_reentry(model)
     log_casts_once(model)
     return stack
+
+
+def checkpoint_without_reentry(model: nn.Module) -> None:
+    """
+    Have a base that checkpoints activations do so in the way that needs no gradients at its input.
+
+    `peft.prepare_model_for_kbit_training` turns checkpointing on without saying which way, and PyTorch's default is
+    the other.
+    """
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def refuse_shared_state(model, model_init, optimizers) -> None:
