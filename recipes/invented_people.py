@@ -159,7 +159,7 @@ class BaseSettings:
     num_people: int = 24
     share_known: float = 0.65
     share_general: float = 0.2
-    steps: int = 240
+    steps: int = 320
     batch_size: int = 64
     learning_rate: float = 4e-3
     template: str = "alpaca-short"

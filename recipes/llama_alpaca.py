@@ -252,8 +252,7 @@ def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None
 def run_demo(options: Options) -> dict[str, Any]:
     """The whole loop on a small Llama made here, about invented people."""
     script = options.script
-    settings = BaseSettings(steps=320)
-    path, seconds = base_model(settings, script.cache_dir, log=console.print)
+    path, seconds = base_model(BaseSettings(), script.cache_dir, log=console.print)
     console.print(f"base model: {path}" + (f", pretrained in {seconds:.0f} s" if seconds else ", from the cache"))
     rows = private_dataset(script.num_people, script.num_general)
     train = as_examples(Dataset.from_list(rows), script.prompt_template, script.loss_on_everything)

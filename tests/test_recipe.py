@@ -1,0 +1,86 @@
+"""The recipe from start to end: the demo on a base made here, and real text on a real small Llama."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+import llama_alpaca as recipe
+
+from hf_s3t import S3TModel
+from hf_s3t.errors import ConfigError, UnknownExampleError
+
+
+@pytest.mark.slow
+def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, capsys):
+    # A base that knows less, and fewer epochs: the steps are the demo's, what it learns is for `make demo` to show.
+    monkeypatch.setattr(recipe, "BaseSettings", partial(recipe.BaseSettings, steps=20, batch_size=16))
+    options = [
+        "--output_dir",
+        str(tmp_path / "system"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--disable_tqdm",
+        "True",
+    ]
+    results = recipe.main([*options, "--num_people", "4", "--num_general", "16", "--num_train_epochs", "2"])
+    systems = {"base", "full LoRA", "S3T", "S3T after unlearning"}
+    assert systems == set(results["losses"]) and systems - {"full LoRA"} < set(results["known"])
+    assert results["losses"]["S3T"] < results["losses"]["base"]
+    assert results["known"]["base"] <= 0.2
+    report = results["report"]
+    assert report.deleted == 10 and report.depths_before == [4, 4] and sorted(report.depths_after) < [4, 4]
+    assert results["verified"] and results["within_error"]
+    printed = " ".join(capsys.readouterr().out.split())  # the console breaks lines
+    assert "bit for bit the same" in printed and "1 deletion in force, 0 problems" in printed
+    assert S3TModel.from_pretrained(tmp_path / "system").status()["deletions"] == 1
+    # The base is made once.
+    assert "from the cache" not in printed
+    assert recipe.base_model(recipe.BaseSettings(), str(tmp_path / "cache"))[1] == 0
+
+
+@pytest.fixture
+def stories(shared_data, tmp_path):
+    """Options for the real small Llama on a few real instructions."""
+    config = Path(recipe.__file__).parent / "configs" / "stories260k.yaml"
+    return [
+        *("--config", str(config)),
+        *("--model_name_or_path", str(shared_data("stories260K"))),
+        *("--dataset_name", str(shared_data("alpaca/alpaca_union.jsonl"))),
+        *("--output_dir", str(tmp_path / "system"), "--disable_tqdm", "True"),
+        *(
+            "--max_train_samples",
+            "24",
+            "--eval_size",
+            "8",
+            "--max_length",
+            "192",
+            "--num_shards",
+            "2",
+            "--budget",
+            "1",
+        ),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [[], ["--load_in_8bit", "True"]], ids=["fp32", "8 bit"])
+def test_the_recipe_runs_on_another_model_and_dataset(stories, precision):
+    results = recipe.main([*stories, *precision, "--unlearn", "3", "--verify", "sample"])
+    assert set(results["losses"]) == {"base", "full LoRA", "S3T", "S3T after unlearning"}
+    assert results["unlearned"].deleted == 1 and results["verified"]
+
+
+@pytest.mark.slow
+def test_ids_that_the_dataset_does_not_have_are_refused_when_it_comes_to_unlearn_them(stories):
+    with pytest.raises(UnknownExampleError, match="Nothing was deleted"):
+        recipe.main([*stories, "--skip_full_lora", "True", "--unlearn", "100000"])
+
+
+def test_more_rows_held_out_than_there_are_is_refused(stories):
+    with pytest.raises(ConfigError, match="leaves none to train on"):
+        recipe.main([*stories, "--eval_size", "10000000"])
