@@ -57,5 +57,9 @@ class ExhaustedError(S3TError, RuntimeError):
     """No shard has a stage left to serve."""
 
 
+class CallStoppedError(S3TError, RuntimeError):
+    """A deletion removed a stage that a running call was using, and stopped the call."""
+
+
 class StaleCacheError(S3TError, RuntimeError):
     """A key/value cache was made with stages that have been unlearned since."""

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from .analysis import expected_deletions_left
 from .base_model import check_base_is, load_base, log_casts_once
+from .calls import Calls, Routing
 from .ensemble import (
     aggregate,
     bind,
@@ -38,6 +39,9 @@ from .storage import SystemFolder
 from .versions import library_versions
 
 
+# Seconds: how long running calls are waited for, and how long a call waits before it looks at the ledger again.
+_PATIENCE = 60.0
+_A_MOMENT = 0.005
 _PRELOADS = ("best", "all")
 # Marks caches of the base by itself, which answers when no shard is left.
 _BASE_ALONE = Route(())
@@ -47,28 +51,6 @@ _NOT_DELEGATED = {
     "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter", "enable_input_require_grads",
 }  # fmt: skip
 _WHEN_EXHAUSTED = ("error", "base")
-
-
-class Routing:
-    """A snapshot of which stacks answer. Never changed: a deletion puts another in its place."""
-
-    def __init__(self, served: Sequence[Sequence[StageKey]], digests: Sequence[str] = ()):
-        self.served = tuple(tuple(tips) for tips in served)
-        self.identity = (self.served, tuple(digests))
-        members = tuple(tip for tips in self.served for tip in tips)
-        self.route = Route(members) if members else None
-        alive = sum(1 for tips in self.served if tips)
-        self.weights = torch.tensor([1 / (alive * len(tips)) for tips in self.served for _ in tips])
-
-    @property
-    def stages(self) -> set[StageKey]:
-        """Every stage that takes part."""
-        return {key for tips in self.served for tip in tips for key in tip.lineage}
-
-    @property
-    def depths(self) -> list[int]:
-        """Per shard the depth of the deepest stack that answers; 0 where the shard is dead."""
-        return [max((tip.depth for tip in tips), default=0) for tips in self.served]
 
 
 class S3TModel(GenerationMixin, nn.Module):
@@ -116,11 +98,11 @@ class S3TModel(GenerationMixin, nn.Module):
         check_aggregation(self.aggregation, self.base_model.config)
         # Trainer, pipelines and `generate` look at the signature of an instance's forward.
         self.forward = functools.wraps(self.base_model.forward)(functools.partial(S3TModel.forward, self))
-        self._routing_lock = threading.Lock()
+        self._calls = Calls(Routing(()))
         self._deletion_lock = threading.RLock()
         self._cleaner: threading.Thread | None = None
         self._one_pass: bool | None = None
-        self._routing = Routing(())
+        stack.wrap()
         self.refresh()
 
     @classmethod
@@ -259,12 +241,38 @@ class S3TModel(GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
-        if self.folder.has_news() and self.stack.in_training is None:
-            self.refresh()
-        routing = self._routing
+        self._follow()
+        with self._calls.call() as routing, self._calls.computing(routing):
+            return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
+
+    def generate(self, *args, **kwargs):
+        """
+        As the base model's `generate`, with the ensemble: from its first token to its last with the same stacks.
+
+        Raises:
+            [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
+            [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
+        """
+        self._follow()
+        with self._calls.call():
+            return super().generate(*args, **kwargs)
+
+    def _follow(self) -> None:
+        """Before a call: do what the ledger says since another process wrote to it."""
+        if self._calls.is_inside or self.stack.in_training is not None:
+            return
+        while self.folder.has_news():
+            # Whoever holds this lock is reading the ledger, or writing to it: soon there is no news any more.
+            if self._deletion_lock.acquire(timeout=_A_MOMENT):
+                try:
+                    if self.folder.has_news():
+                        self.refresh()
+                finally:
+                    self._deletion_lock.release()
+
+    def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
-        inputs = bind(self.base_model, args, kwargs)
         loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
         if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
             raise S3TError(
@@ -314,7 +322,7 @@ class S3TModel(GenerationMixin, nn.Module):
             )
         logits = []
         for tip in routing.route.members:
-            with self.stack.routed(Route((tip,))):
+            with self.stack.routed(Route((tip,), routing.route.stopped)):
                 outputs = self.base_model(**inputs, return_dict=True)
             logits.append(outputs.logits)
             outputs["past_key_values"] = None
@@ -433,7 +441,16 @@ class S3TModel(GenerationMixin, nn.Module):
     # Serving and forgetting
 
     def refresh(self) -> None:
-        """Follow what is in the folder now: deletions by other processes, stages a trainer added."""
+        """
+        Follow what is in the folder now: deletions by other processes, stages a trainer added.
+
+        Calls notice deletions by other processes by themselves when they begin; this is for not waiting for one. Calls
+        under way on a stage that has gone are waited for, as in [`~S3TModel.unlearn`].
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: If called while a stage trains, or from inside a running call of this model.
+        """
+        self._calls.refuse_inside("refresh")
         with self._deletion_lock:
             self._refuse_while_training()
             self._wait_for_cleaner()
@@ -447,22 +464,28 @@ class S3TModel(GenerationMixin, nn.Module):
                 "or on a model that another process loaded from the folder."
             )
 
-    def _serve(self, valid: frozenset[StageKey]) -> float:
+    def _serve(self, valid: frozenset[StageKey], on_running: str = "wait", timeout: float = _PATIENCE) -> float:
         """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
-        folder = self.folder
-        present = frozenset(key for key in valid if self.stack.holds(key, folder.adapter_digest(key)))
+        folder, stack, calls = self.folder, self.stack, self._calls
+        present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
         routing = self._routing_of(valid)
         # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
         # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
-        lock_seconds = 0.0 if self._routing.stages <= present else self._switch(self._routing_of(present))
-        self.stack.drop([key for key in self.stack.loaded if key not in present])
+        lock_seconds = 0.0 if self._routing.stages <= present else calls.switch(self._routing_of(present))
+        gone = frozenset(stack.loaded) - present
+        if on_running == "cancel" or not calls.wait_for(gone, timeout):
+            calls.stop(gone)
+        stack.drop(gone)
         wanted = set(valid) if self.preload == "all" else routing.stages
         new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
         # All files are checked before any is attached.
         for key, path in [(key, folder.adapter_path(key)) for key in new]:
-            self.stack.load(key, path, folder.adapter_digest(key))
-        lock_seconds = max(lock_seconds, self._switch(routing))
-        self.stack.drop([key for key in self.stack.loaded if key not in wanted])
+            stack.load(key, path, folder.adapter_digest(key))
+        lock_seconds = max(lock_seconds, calls.switch(routing))
+        spare = frozenset(stack.loaded) - wanted
+        # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
+        if calls.wait_for(spare, timeout):
+            stack.drop(spare)
         return lock_seconds
 
     def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
@@ -470,13 +493,9 @@ class S3TModel(GenerationMixin, nn.Module):
         served = folder.plan.served(valid, folder.config.select, folder.losses())
         return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
 
-    def _switch(self, routing: Routing) -> float:
-        started = time.perf_counter()
-        with self._routing_lock:
-            # Calls compare caches by identity: the same stacks keep their route, and with it caches stay good.
-            if routing.identity != self._routing.identity:
-                self._routing = routing
-        return time.perf_counter() - started
+    @property
+    def _routing(self) -> Routing:
+        return self._calls.routing
 
     def unlearn(
         self,
@@ -484,6 +503,8 @@ class S3TModel(GenerationMixin, nn.Module):
         *,
         groups: Sequence[int | str] | None = None,
         missing: str = "error",
+        on_running: str = "wait",
+        timeout: float = _PATIENCE,
     ) -> UnlearningReport:
         """
         Forget examples: switch off, and remove, every stage that saw one (Algorithm 4). No training, no restart.
@@ -492,12 +513,19 @@ class S3TModel(GenerationMixin, nn.Module):
         tensors are out of memory and the stage folders out of the system's folder. The deletion is in the ledger, and
         synced, before anything else changes: whatever dies afterwards, the next load finishes the removal.
 
+        Other threads may call the model meanwhile. New calls work on what is left at once. Calls that are running on a
+        stage that goes are waited for, or stopped with [`~hf_s3t.errors.CallStoppedError`]; the tensors are freed, and
+        this returns, when none of them computes any more.
+
         All ids are checked first; a refused call changes nothing. Ids that were deleted before are no error.
 
         Args:
             ids (sequence of `int` or `str`, *optional*): Ids of the examples.
             groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
             missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
+            on_running (`str`, defaults to `"wait"`):
+                `"wait"` lets running calls on the old stacks end, `"cancel"` stops them.
+            timeout (`float`, defaults to 60): Seconds to wait at most for running calls; then they are stopped.
 
         Returns:
             [`~hf_s3t.ledger.UnlearningReport`]: What went, and what is left.
@@ -505,8 +533,14 @@ class S3TModel(GenerationMixin, nn.Module):
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
+            [`~hf_s3t.errors.S3TError`]: If called while a stage trains on this model's base, or from inside a running
+                call of this model.
         """
         _require("missing", missing, ("error", "ignore"))
+        _require("on_running", on_running, ("wait", "cancel"))
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+            raise ConfigError(f"`timeout` must be a number of seconds, got {timeout!r}.")
+        self._calls.refuse_inside("unlearn")
         if ids is None and groups is None:
             raise ConfigError("`unlearn` was called with neither `ids` nor `groups`. Name what to forget.")
         started = time.perf_counter()
@@ -514,9 +548,9 @@ class S3TModel(GenerationMixin, nn.Module):
             self._refuse_while_training()
             self._wait_for_cleaner()
             with self.folder.lock():
-                return self._unlearn(ids, groups, missing, started)
+                return self._unlearn(ids, groups, missing, on_running, timeout, started)
 
-    def _unlearn(self, ids, groups, missing, started) -> UnlearningReport:
+    def _unlearn(self, ids, groups, missing, on_running, timeout, started) -> UnlearningReport:
         folder = self.folder
         folder.refresh_ledger()
         request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
@@ -526,7 +560,7 @@ class S3TModel(GenerationMixin, nn.Module):
             folder.record_deletion(request.present, removed, library_versions(), request.groups)
         # Also what an earlier call condemned and did not live to remove.
         condemned = folder.condemned_stages()
-        lock_seconds = self._serve(folder.valid_stages)
+        lock_seconds = self._serve(folder.valid_stages, on_running, timeout)
         folder.remove_stages(condemned)
         folder.remove_stale_checkpoints()
         if request.present:

@@ -3,9 +3,10 @@
 import contextlib
 import copy
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import LayersNotFoundError, S3TError
+from .errors import CallStoppedError, LayersNotFoundError, S3TError
 from .layers import LayerGroups, is_norm
 from .plan import StageKey
 from .storage import ADAPTER_FILE
@@ -42,9 +43,11 @@ class Route:
 
     Args:
         members (`tuple[StageKey, ...]`): The last stage of each member's stack.
+        stopped (`threading.Event`): Set by a deletion to stop the calls that go this way.
     """
 
     members: tuple[StageKey, ...]
+    stopped: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
     def __len__(self):
         return len(self.members)
@@ -52,6 +55,19 @@ class Route:
     def __deepcopy__(self, memo):
         # A copied cache was made with the same stacks, and they are compared by identity.
         return self
+
+    def refuse_stopped(self) -> None:
+        """
+        Raise if a deletion stopped the calls that go this way.
+
+        Raises:
+            [`~hf_s3t.errors.CallStoppedError`]: With what to do.
+        """
+        if self.stopped.is_set():
+            raise CallStoppedError(
+                "A deletion removed a stage that this call was using, and stopped it. Call again, from the full "
+                "prompt: the stacks that are left answer."
+            )
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
@@ -241,18 +257,38 @@ class StageStack:
         """Activate a stage and those it stands on, and let only its own adapter and head have gradients."""
         names = [stage.adapter_name for stage in key.lineage]
         for module in self._lora_layers:
+            module.enable_adapters(True)
             module.set_adapter(names, inference_mode=True)
             if module in self._modules[key]:
                 module.set_requires_grad([key.adapter_name], True)
         for wrapper in self._wrappers:
+            wrapper.enable_adapters(True)
             wrapper.set_adapter([key.adapter_name])
 
     def deactivate(self) -> None:
-        """Leave no adapter active outside a route, and none trainable."""
-        for module in self._lora_layers:
-            module.set_adapter([], inference_mode=True)
-        for wrapper in self._wrappers:
-            wrapper.set_adapter([])
+        """
+        Leave no adapter active outside a route, and none trainable.
+
+        They are also disabled, which attaching another adapter does not undo: calls in other threads go on meanwhile.
+        """
+        for module in (*self._lora_layers, *self._wrappers):
+            module.enable_adapters(False)
+            if isinstance(module, LoraLayer):
+                module.set_adapter([], inference_mode=True)
+            else:
+                module.set_adapter([])
+
+    def wrap(self) -> None:
+        """
+        Have every module that a stage may adapt wrapped by PEFT, adapters or none.
+
+        Attaching an adapter then changes no module that a call in another thread may be inside of.
+        """
+        for group in range(len(self.layers.groups)):
+            if not any(key.group == group for key in self.loaded):
+                key = StageKey(0, tuple(range(group + 1)))
+                self._inject(key, low_cpu_mem_usage=True)
+                self.drop([key])
 
     # Files
 
@@ -345,7 +381,7 @@ def _note_length(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _base_only(layer: LoraLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """With a route, PEFT computes the base layer alone, whatever adapters are active."""
-    if _ROUTE.get() is None or not (layer.active_adapters or layer.merged):
+    if _ROUTE.get() is None or layer.disable_adapters:
         return None
     return args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])}
 
@@ -354,7 +390,10 @@ def _adder(group: int):
     def add_members(layer: LoraLayer, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """With a route, add each member's adapter to its block of rows."""
         route = _ROUTE.get()
-        names = route.by_group.get(group) if route is not None else None
+        if route is None:
+            return None
+        route.refuse_stopped()
+        names = route.by_group.get(group)
         if names is None:
             return None
         if len(output) % len(names):

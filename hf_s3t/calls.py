@@ -1,0 +1,168 @@
+"""The calls under way on a model: each works on one routing; a deletion waits for those on the old, or stops them."""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+
+from .errors import S3TError
+from .plan import StageKey
+from .stack import Route
+
+
+# Per model the routing of the call that this thread is inside of.
+_INSIDE: ContextVar[dict[int, "Routing"] | None] = ContextVar("hf_s3t_inside", default=None)
+
+
+class Routing:
+    """
+    A snapshot of which stacks answer. Never changed: a deletion puts another in its place.
+
+    Args:
+        served (sequence of sequences of [`~hf_s3t.plan.StageKey`]): Per shard the tips of the stacks that answer.
+        digests (sequence of `str`): The digests of the files of those stages.
+    """
+
+    def __init__(self, served: Sequence[Sequence[StageKey]], digests: Sequence[str] = ()):
+        self.served = tuple(tuple(tips) for tips in served)
+        self.identity = (self.served, tuple(digests))
+        members = tuple(tip for tips in self.served for tip in tips)
+        self.route = Route(members) if members else None
+        alive = sum(1 for tips in self.served if tips)
+        self.weights = torch.tensor([1 / (alive * len(tips)) for tips in self.served for _ in tips])
+        self.stages = frozenset(key for tip in members for key in tip.lineage)
+
+    @property
+    def depths(self) -> list[int]:
+        """Per shard the depth of the deepest stack that answers; 0 where the shard is dead."""
+        return [max((tip.depth for tip in tips), default=0) for tips in self.served]
+
+
+class Calls:
+    """
+    The routing that new calls work on, and the calls under way.
+
+    The one lock in here is the routing lock. It is held to count, or to change a pointer; never while anything waits,
+    computes or reads a file.
+
+    Args:
+        routing ([`Routing`]): What the first calls work on.
+    """
+
+    def __init__(self, routing: Routing):
+        self.routing = routing
+        self._changed = threading.Condition(threading.Lock())
+        self._calls: Counter[Routing] = Counter()
+        self._passes: Counter[Routing] = Counter()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is inside a call, in a streamer's callback for example."""
+        return id(self) in (_INSIDE.get() or {})
+
+    def refuse_inside(self, what: str) -> None:
+        """
+        Refuse what would wait for the very call it was called from.
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: With the way out.
+        """
+        if self.is_inside:
+            raise S3TError(
+                f"`{what}` was called from inside a running call of the same model, which it would wait for. Call it "
+                "when that call has returned, or from another thread."
+            )
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Routing]:
+        """
+        Inside, everything works on one routing, which is what is yielded; a call inside a call joins it.
+
+        Raises:
+            [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call, instead of letting it return.
+        """
+        inside = _INSIDE.get() or {}
+        if id(self) in inside:
+            yield inside[id(self)]
+            return
+        with self._changed:
+            routing = self.routing
+            self._calls[routing] += 1
+        token = _INSIDE.set({**inside, id(self): routing})
+        try:
+            yield routing
+            _refuse_stopped(routing)
+        finally:
+            _INSIDE.reset(token)
+            self._leave(self._calls, routing)
+
+    @contextlib.contextmanager
+    def computing(self, routing: Routing) -> Iterator[None]:
+        """Around what touches adapters: a stopped call is waited for until it has left here."""
+        with self._changed:
+            _refuse_stopped(routing)
+            self._passes[routing] += 1
+        try:
+            yield
+        finally:
+            self._leave(self._passes, routing)
+
+    def _leave(self, counter: Counter, routing: Routing) -> None:
+        with self._changed:
+            counter[routing] -= 1
+            if not counter[routing]:
+                del counter[routing]
+                self._changed.notify_all()
+
+    def switch(self, routing: Routing) -> float:
+        """Let new calls work on another routing; returns for how many seconds that held them up."""
+        started = time.perf_counter()
+        with self._changed:
+            # Caches are compared by route: the same stacks keep theirs, and with it caches stay good.
+            if routing.identity != self.routing.identity:
+                self.routing = routing
+        return time.perf_counter() - started
+
+    def wait_for(self, stages: frozenset[StageKey], timeout: float) -> bool:
+        """
+        Wait until no call uses any of the stages, those aside that were stopped: they compute no more.
+
+        Args:
+            stages (`frozenset` of [`~hf_s3t.plan.StageKey`]): What shall be free.
+            timeout (`float`): Seconds to wait at most.
+
+        Returns:
+            `bool`: Whether none does.
+        """
+        return self._wait(lambda: all(map(_is_stopped, self._using(self._calls, stages))), timeout)
+
+    def stop(self, stages: frozenset[StageKey]) -> None:
+        """
+        Stop the calls that use any of the stages, and wait until none computes with them.
+
+        A stopped call raises [`~hf_s3t.errors.CallStoppedError`] at the next adapted module it comes to.
+        """
+        with self._changed:
+            for routing in self._using(self._calls, stages):
+                routing.route.stopped.set()
+        self._wait(lambda: not self._using(self._passes, stages), None)
+
+    def _wait(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
+
+    def _using(self, counter: Counter, stages: frozenset[StageKey]) -> list[Routing]:
+        return [routing for routing in counter if routing.stages & stages]
+
+
+def _is_stopped(routing: Routing) -> bool:
+    return routing.route is not None and routing.route.stopped.is_set()
+
+
+def _refuse_stopped(routing: Routing) -> None:
+    if routing.route is not None:
+        routing.route.refuse_stopped()
