@@ -1,0 +1,382 @@
+"""Calls while a deletion arrives: each works on one snapshot; those on the old are waited for or stopped."""
+
+import contextlib
+import random
+import shutil
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from transformers.generation.streamers import BaseStreamer
+
+from hf_s3t import S3TModel
+from hf_s3t.calls import Calls, Routing
+from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError
+from hf_s3t.plan import StageKey
+
+
+OLD = Routing([[StageKey(0, (0, 1))], [StageKey(1, (0,))]])
+NEW = Routing([[StageKey(0, (0,))], [StageKey(1, (0,))]])
+GONE = OLD.stages - NEW.stages
+PATIENCE = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def in_thread(work):
+    """Run something beside; its outcome is in the list that is yielded, once the thread was joined at the end."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield outcome
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "the thread is stuck"
+
+
+class Blocked:
+    """A call that begins, says so, and ends when it is told to."""
+
+    def __init__(self, calls: Calls):
+        self.calls, self.begun, self.go_on = calls, threading.Event(), threading.Event()
+
+    def __call__(self):
+        with self.calls.call() as routing:
+            self.begun.set()
+            assert self.go_on.wait(PATIENCE)
+            with self.calls.computing(routing):
+                return routing
+
+
+# The counting
+
+
+def test_a_call_works_on_one_routing_from_start_to_end():
+    calls = Calls(OLD)
+    with calls.call() as first:
+        calls.switch(NEW)
+        with calls.call() as inside:
+            assert inside is first is OLD
+    with calls.call() as later:
+        assert later is NEW
+
+
+def test_calls_on_two_models_do_not_mix():
+    one, other = Calls(OLD), Calls(NEW)
+    with one.call() as outer, other.call() as inner:
+        assert (outer, inner) == (OLD, NEW)
+        assert one.is_inside and other.is_inside
+    assert not one.is_inside and not other.is_inside
+
+
+def test_switching_to_the_same_stacks_keeps_their_route():
+    calls = Calls(OLD)
+    calls.switch(Routing(OLD.served))
+    assert calls.routing is OLD
+
+
+def test_what_stays_is_not_waited_for():
+    calls, blocked = Calls(OLD), None
+    blocked = Blocked(calls)
+    with in_thread(blocked) as outcome:
+        assert blocked.begun.wait(PATIENCE)
+        calls.switch(NEW)
+        assert calls.wait_for(frozenset({StageKey(1, (3,))}), 0)
+        assert not calls.wait_for(GONE, 0)
+        blocked.go_on.set()
+        assert calls.wait_for(GONE, PATIENCE)
+    assert outcome == [OLD]
+
+
+def test_new_calls_go_on_while_an_old_one_is_waited_for():
+    calls = Calls(OLD)
+    blocked = Blocked(calls)
+    with in_thread(blocked):
+        assert blocked.begun.wait(PATIENCE)
+        calls.switch(NEW)
+        with in_thread(lambda: calls.wait_for(GONE, PATIENCE)) as waited:
+            with calls.call() as routing:
+                assert routing is NEW
+            blocked.go_on.set()
+        assert waited == [True]
+
+
+def test_a_stopped_call_raises_instead_of_returning():
+    calls = Calls(Routing(OLD.served))
+    blocked = Blocked(calls)
+    with in_thread(blocked) as outcome:
+        assert blocked.begun.wait(PATIENCE)
+        calls.switch(NEW)
+        calls.stop(GONE)  # returns: a call that computes nothing needs no waiting for
+        assert calls.wait_for(GONE, 0)
+        blocked.go_on.set()
+    assert isinstance(outcome[0], CallStoppedError)
+    assert "Call again" in str(outcome[0])
+
+
+def test_stopping_waits_for_what_is_being_computed():
+    calls, computing, go_on = Calls(Routing(OLD.served)), threading.Event(), threading.Event()
+
+    def work():
+        with calls.call() as routing, calls.computing(routing):
+            computing.set()
+            go_on.wait(PATIENCE)
+
+    with in_thread(work) as outcome:
+        assert computing.wait(PATIENCE)
+        calls.switch(NEW)
+        with in_thread(lambda: calls.stop(GONE)) as stopped:
+            time.sleep(0.05)
+            assert not stopped
+            go_on.set()
+        assert stopped == [None]
+    assert isinstance(outcome[0], CallStoppedError)
+
+
+def test_calls_that_end_in_an_error_are_over():
+    calls = Calls(OLD)
+    with pytest.raises(ZeroDivisionError), calls.call() as routing, calls.computing(routing):
+        _ = 1 / 0
+    assert calls.wait_for(OLD.stages, 0) and not calls._passes
+
+
+# A model
+
+
+def make_system(folder, seed=0):
+    """Two shards of three slices, every sequence: stages of random numbers on a tiny Llama."""
+    trainer = make_trainer(
+        folder, tiny_llama(3), lm_rows(24), config=s3t_config(num_shards=2, num_slices=3, budget=3, seed=seed)
+    )
+    plant_stages(trainer)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("system") / "made"
+    make_system(folder)
+    return folder
+
+
+@pytest.fixture
+def model(made, tmp_path):
+    shutil.copytree(made, tmp_path / "system")
+    return load(tmp_path / "system")
+
+
+def load(folder, preload="best") -> S3TModel:
+    return S3TModel.from_pretrained(folder, base_model=tiny_llama(3), preload=preload)
+
+
+def last_of(model: S3TModel, shard: int) -> int | str:
+    """An example of the slice that only the tip of the stack of a shard has seen."""
+    (tip,) = model._routing.served[shard]
+    return model.folder.table.members(shard, tip.prefix[-1])[0]
+
+
+class Streamer(BaseStreamer):
+    """Calls back with every token."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def put(self, value):
+        self.callback()
+
+    def end(self):
+        pass
+
+
+class Pause:
+    """A streamer's callback that stops at the third token until it is told to go on."""
+
+    def __init__(self):
+        self.reached, self.go_on, self.count = threading.Event(), threading.Event(), 0
+
+    def __call__(self):
+        self.count += 1
+        if self.count == 3:
+            self.reached.set()
+            assert self.go_on.wait(PATIENCE)
+
+
+def generating(model, callback, tokens=8):
+    ids = batch_of(lm_rows(1))["input_ids"]
+    return lambda: model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=Streamer(callback)
+    )
+
+
+def test_a_generation_ends_on_the_stacks_it_began_with_and_unlearn_waits_for_it(model):
+    pause = Pause()
+    expected = generating(model, lambda: None)()
+    with in_thread(generating(model, pause)) as generated:
+        assert pause.reached.wait(PATIENCE)
+        with in_thread(lambda: model.unlearn([last_of(model, 0)])) as unlearned:
+            while model._routing.depths == [3, 3]:
+                time.sleep(0.001)
+            assert model.generate(batch_of(lm_rows(1))["input_ids"], max_new_tokens=1) is not None
+            assert not unlearned and model.folder.ledger.num_deletions == 1
+            pause.go_on.set()
+    assert torch.equal(generated[0], expected)
+    assert unlearned[0].depths_after == [2, 3]
+
+
+@pytest.mark.parametrize("how", [{"on_running": "cancel"}, {"timeout": 0.05}], ids=["cancelled", "out of patience"])
+def test_a_generation_can_be_stopped_although_its_callback_never_returns(model, how):
+    pause = Pause()
+    with in_thread(generating(model, pause)) as generated:
+        assert pause.reached.wait(PATIENCE)
+        report = model.unlearn([last_of(model, 0)], **how)
+        assert report.depths_after == [2, 3] and not generated
+        pause.go_on.set()
+    assert isinstance(generated[0], CallStoppedError)
+
+
+def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
+    pause = Pause()
+    (tip,) = model._routing.served[0]
+    tensors = [weakref.ref(tensor) for tensor in model.stack.tensors(tip).values()]
+    with in_thread(generating(model, pause)):
+        assert pause.reached.wait(PATIENCE)
+        model.unlearn([last_of(model, 0)], on_running="cancel")
+        assert not any(tensor() is not None for tensor in tensors)
+        pause.go_on.set()
+
+
+@pytest.mark.parametrize("what", ["unlearn", "refresh"])
+def test_a_call_does_not_wait_for_itself(model, what):
+    raised = []
+
+    def callback():
+        try:
+            model.unlearn([last_of(model, 0)]) if what == "unlearn" else model.refresh()
+        except S3TError as error:
+            raised.append(str(error))
+
+    generating(model, callback, tokens=2)()
+    assert raised and all(f"`{what}` was called from inside" in message for message in raised)
+    assert model.folder.ledger.num_deletions == 0
+
+
+@pytest.mark.parametrize("wrong", [{"on_running": "kill"}, {"timeout": -1}, {"timeout": "long"}, {"timeout": True}])
+def test_how_to_treat_running_calls_is_checked_first(model, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        model.unlearn([last_of(model, 0)], **wrong)
+    assert model.folder.ledger.num_deletions == 0
+
+
+def test_nothing_touches_the_disk_while_the_routing_lock_is_held(model):
+    lock, held = model._calls._changed._lock, []
+    watching = threading.Event()
+
+    def watch(event, args):
+        if watching.is_set() and event.split(".")[0] in ("open", "os", "shutil") and lock.locked():
+            held.append((event, args))
+
+    sys.addaudithook(watch)
+    watching.set()
+    model.unlearn([last_of(model, 0)])
+    model.unlearn([last_of(model, 1)])
+    watching.clear()
+    assert not held
+
+
+# Many threads
+
+
+def answers_of(model: S3TModel, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def naive_answer(model: S3TModel, routing: Routing, batch) -> torch.Tensor | None:
+    """The ensemble on a snapshot, with nothing else going on; `None` where no shard is left."""
+    model._calls.switch(Routing(routing.served))
+    return None if model.is_exhausted else answers_of(model, batch)
+
+
+class Caller:
+    """A thread's work: call without end, and note each answer with the snapshots that there were meanwhile."""
+
+    def __init__(self, model: S3TModel, batch, history: list[Routing], over: threading.Event, seed: int):
+        self.model, self.batch, self.history, self.over = model, batch, history, over
+        self.rng = random.Random(seed)
+        self.answers: list[tuple[torch.Tensor, int, int]] = []
+
+    def __call__(self):
+        while not self.over.is_set():
+            first = len(self.history) - 1
+            try:
+                if self.rng.random() < 0.3:
+                    self.model.generate(self.batch["input_ids"], max_new_tokens=3, do_sample=False)
+                else:
+                    self.answers.append((answers_of(self.model, self.batch), first, len(self.history)))
+            except CallStoppedError:
+                continue
+            except ExhaustedError:
+                return
+
+
+def hammer(tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
+    """Threads that call without end while deletions arrive; returns how many answers were compared."""
+    batch = {name: tensor for name, tensor in batch_of(lm_rows(2)).items() if name != "labels"}
+    compared = 0
+    for number in range(rounds):
+        folder, untouched = tmp_path / f"{preload}-{number}", tmp_path / f"{preload}-{number}-untouched"
+        make_system(folder, seed=number)
+        shutil.copytree(folder, untouched)
+        rng, over = random.Random(number), threading.Event()
+        model = load(folder, preload)
+        history, switch = [model._routing], model._calls.switch
+        # Noted before it takes place: no call can work on a snapshot that is not in the list.
+        model._calls.switch = lambda routing, h=history, s=switch: (h.append(routing), s(routing))[1]
+        callers = [Caller(model, batch, history, over, seed) for seed in range(threads)]
+        with contextlib.ExitStack() as stack:
+            outcomes = [stack.enter_context(in_thread(caller)) for caller in callers]
+            for example in rng.sample(ids_of(24), 4):
+                time.sleep(rng.random() * 0.2)
+                how = {"on_running": rng.choice(["wait", "cancel"]), "timeout": rng.choice([0.01, PATIENCE])}
+                model.unlearn([example], **how)
+            time.sleep(0.1)
+            over.set()
+        assert outcomes == [[None]] * threads
+        assert set(model.stack.loaded) == (
+            set(model.folder.valid_stages) if preload == "all" else model._routing.stages
+        )
+        assert not model._calls._calls and not model._calls._passes
+        assert model.check() == []
+        naive = load(untouched, "all")
+        expected = [naive_answer(naive, routing, batch) for routing in history]
+        for answer, first, last in (noted for caller in callers for noted in caller.answers):
+            assert any(e is not None and (answer - e).abs().max() < 1e-5 for e in expected[first : last + 1])
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("preload", ["best", "all"])
+def test_every_answer_is_of_one_snapshot_while_deletions_arrive(tmp_path, preload):
+    assert hammer(tmp_path, 1, preload) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preload", ["best", "all"])
+def test_every_answer_is_of_one_snapshot_while_deletions_arrive_for_long(tmp_path, preload):
+    assert hammer(tmp_path, 5, preload) > 0
