@@ -11,7 +11,7 @@ from .base_model import check_base_is, config_of, describe_base
 from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
-from .examples import ExampleTable
+from .examples import DigestKey, ExampleTable
 from .isolation import (
     check_arguments,
     check_base,
@@ -110,7 +110,9 @@ def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> Exampl
     """
     if recorded is None:
         config = rows.config
-        table = rows.partition([""] * len(rows.ids))
+        # Contents matter for where equal ones go; the system's own key is not made yet, and any will do.
+        contents = rows.digests(DigestKey(bytes(16))) if config.colocate_duplicates else [""] * len(rows.ids)
+        table = rows.partition(contents)
         return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
     folder = SystemFolder(output_dir)
     folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted)

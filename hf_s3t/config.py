@@ -55,6 +55,9 @@ class S3TConfig:
             Column with the shard number of each example, for `partition="column"`.
         slice_column (`str`, *optional*):
             Column with the slice number of each example, for `partition="column"`.
+        colocate_duplicates (`bool`, defaults to `False`):
+            Put examples of equal content into one slice (and groups that share one), so that deleting all copies costs
+            no more than deleting one.
         aggregation (`str`, *optional*):
             `"mean_logits"`, `"mean_probabilities"` or `"majority_vote"`. Defaults to the mean of token probabilities
             for causal language models and to the mean of logits otherwise.
@@ -107,6 +110,9 @@ class S3TConfig:
     partition: str = field(default="balanced", metadata={"help": "balanced, hashed or column."})
     shard_column: str | None = field(default=None, metadata={"help": "Shard number column for partition=column."})
     slice_column: str | None = field(default=None, metadata={"help": "Slice number column for partition=column."})
+    colocate_duplicates: bool = field(
+        default=False, metadata={"help": "Put examples of equal content into one slice: deleting all costs as one."}
+    )
     aggregation: str | None = field(
         default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
     )
@@ -129,6 +135,7 @@ class S3TConfig:
         self._check_prior()
         self._check_sequences()
         self._check_columns()
+        self._check_duplicates()
 
     def _check_layers_per_slice(self):
         if isinstance(self.layers_per_slice, (list, tuple)):
@@ -240,6 +247,13 @@ class S3TConfig:
             raise ConfigError(
                 f'partition="{self.partition}" with shard_column={self.shard_column!r} and '
                 f'slice_column={self.slice_column!r}. Both columns belong to partition="column", and to it alone.'
+            )
+
+    def _check_duplicates(self):
+        if self.colocate_duplicates and self.partition != "balanced":
+            raise ConfigError(
+                f'colocate_duplicates=True with partition="{self.partition}", in which an example\'s place depends on '
+                'nothing but itself. Use partition="balanced".'
             )
 
     def prior_of(self, shard: int) -> list[float] | None:

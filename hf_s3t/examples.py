@@ -146,6 +146,10 @@ class Request:
     already_deleted: int
     groups: list[int | str]
 
+    def with_ids(self, ids: Sequence[int | str]) -> "Request":
+        """The request with more ids."""
+        return Request([*self.present, *ids], self.already_deleted, self.groups)
+
 
 @dataclass(frozen=True)
 class ExampleTable:
@@ -200,6 +204,12 @@ class ExampleTable:
     def size(self, shard: int, slice_: int) -> int:
         """Number of examples in a slice."""
         return len(self._members[shard, slice_])
+
+    def duplicates_of(self, ids: Iterable[int | str]) -> list[int | str]:
+        """The other examples whose content equals that of one of the ids."""
+        named = set(ids)
+        contents = {self.rows[i].digest for i in named}
+        return [i for i, row in self.rows.items() if row.digest in contents and i not in named]
 
     def slice_digest(self, shard: int, slice_: int) -> str:
         """

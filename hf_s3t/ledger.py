@@ -193,6 +193,9 @@ class UnlearningReport:
         requested (`int`): Number of distinct ids asked for, groups resolved to their members.
         deleted (`int`): How many of them were deleted by this call.
         already_deleted (`int`): How many the ledger knew as deleted before.
+        duplicates (`tuple[int | str, ...]`):
+            Examples that are still in and whose content equals that of one deleted by this call. Their ids are told to
+            the caller and written nowhere; `unlearn(..., include_duplicates=True)` deletes them too.
         stages_removed (`tuple[str, ...]`): The stages that went, as `shard-0/2-0-1`.
         depths_before (`list[int]`): Per shard the depth of the stack that served before the call.
         depths_after (`list[int]`): The same after the call; 0 means the shard has left the ensemble.
@@ -210,3 +213,4 @@ class UnlearningReport:
     is_exhausted: bool
     seconds: float
     lock_seconds: float
+    duplicates: tuple[int | str, ...] = ()

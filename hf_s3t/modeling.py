@@ -503,6 +503,7 @@ class S3TModel(GenerationMixin, nn.Module):
         *,
         groups: Sequence[int | str] | None = None,
         missing: str = "error",
+        include_duplicates: bool = False,
         on_running: str = "wait",
         timeout: float = _PATIENCE,
     ) -> UnlearningReport:
@@ -523,6 +524,8 @@ class S3TModel(GenerationMixin, nn.Module):
             ids (sequence of `int` or `str`, *optional*): Ids of the examples.
             groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
             missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
+            include_duplicates (`bool`, defaults to `False`):
+                Delete the examples too whose content equals that of one of these. Otherwise the report names them.
             on_running (`str`, defaults to `"wait"`):
                 `"wait"` lets running calls on the old stacks end, `"cancel"` stops them.
             timeout (`float`, defaults to 60): Seconds to wait at most for running calls; then they are stopped.
@@ -548,13 +551,17 @@ class S3TModel(GenerationMixin, nn.Module):
             self._refuse_while_training()
             self._wait_for_cleaner()
             with self.folder.lock():
-                return self._unlearn(ids, groups, missing, on_running, timeout, started)
+                return self._unlearn(ids, groups, missing, include_duplicates, on_running, timeout, started)
 
-    def _unlearn(self, ids, groups, missing, on_running, timeout, started) -> UnlearningReport:
+    def _unlearn(self, ids, groups, missing, include_duplicates, on_running, timeout, started) -> UnlearningReport:
         folder = self.folder
         folder.refresh_ledger()
         request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
         before = self._routing.depths
+        duplicates = folder.table.duplicates_of(request.present)
+        if include_duplicates:
+            request = request.with_ids(duplicates)
+            duplicates = []
         if request.present:
             removed = folder.plan.removed_by(folder.table.places(request.present), folder.stages)
             folder.record_deletion(request.present, removed, library_versions(), request.groups)
@@ -576,6 +583,7 @@ class S3TModel(GenerationMixin, nn.Module):
             is_exhausted=self.is_exhausted,
             seconds=time.perf_counter() - started,
             lock_seconds=lock_seconds,
+            duplicates=tuple(duplicates),
         )
 
     def _wait_for_cleaner(self) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -46,6 +47,47 @@ def check_ids(ids) -> list[int | str]:
             "one example: drop the repeated rows, choose another `id_column`, or use the column as `group_column`."
         )
     return checked
+
+
+def units_of(ids: Sequence, groups: Sequence | None, contents: Sequence[str]) -> list:
+    """
+    What must lie in one slice, where equal rows are kept together: per row the name of its unit.
+
+    Rows of one group belong together, rows of equal content do, and so does all that this connects.
+
+    Args:
+        ids (sequence): The id of each row.
+        groups (sequence, *optional*): The group of each row.
+        contents (sequence of `str`): A digest of each row's content.
+
+    Returns:
+        `list`: Per row the group (without groups the id) that comes first, by its text, among those of its unit.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.partition import units_of
+
+    >>> units_of(["a", "b", "c"], None, ["same", "other", "same"])
+    ['a', 'b', 'a']
+    ```
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    names = list(ids) if groups is None else list(groups)
+    nodes: dict[tuple[str, object], int] = {}
+    edges = [
+        (nodes.setdefault(("name", name), len(nodes)), nodes.setdefault(("content", content), len(nodes)))
+        for name, content in zip(names, contents, strict=True)
+    ]
+    rows, columns = zip(*edges, strict=True)
+    graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(len(nodes), len(nodes)))
+    _, component = connected_components(graph, directed=False)
+    first: dict[int, object] = {}
+    for name in sorted(set(names), key=str):
+        first.setdefault(component[nodes["name", name]], name)
+    return [first[component[nodes["name", name]]] for name in names]
 
 
 def assign(

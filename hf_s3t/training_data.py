@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .config import S3TConfig
 from .errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
 from .examples import DigestKey, Example, ExampleTable, encode
-from .partition import assign, check_ids
+from .partition import assign, check_ids, units_of
 from .plan import StageKey
 
 
@@ -68,8 +68,13 @@ class TrainingRows:
         return self.dataset.with_format(None)[name][:]
 
     def digests(self, key: DigestKey) -> list[str]:
-        """The keyed digest of every row's content."""
-        return [key.of_content(row) for row in self._contents()]
+        """The keyed digest of every row's content: of what is trained on, its id, group and place aside."""
+        return [key.of_content(self._anonymous(row)) for row in self._contents()]
+
+    def _anonymous(self, row: dict[str, Any]) -> dict[str, Any]:
+        config = self.config
+        ours = {config.id_column, config.group_column, config.shard_column, config.slice_column}
+        return {name: value for name, value in row.items() if name not in ours}
 
     def _contents(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.dataset, datasets.Dataset):
@@ -93,18 +98,17 @@ class TrainingRows:
         own = None
         for dataset in sets:
             if isinstance(dataset, datasets.Dataset) and isinstance(self.dataset, datasets.Dataset):
-                own = own if own is not None else set(self._anonymous(self.dataset))
-                shared = sum(row in own for row in self._anonymous(dataset))
+                own = own if own is not None else set(self._encoded(self.dataset))
+                shared = sum(row in own for row in self._encoded(dataset))
                 if shared:
                     raise IsolationError(
                         f"{shared} rows of `eval_dataset` are training examples, and evaluation chooses the model "
                         '(`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
                     )
 
-    def _anonymous(self, dataset: datasets.Dataset) -> Iterator[bytes]:
-        ours = {self.config.id_column, self.config.group_column, self.config.shard_column, self.config.slice_column}
+    def _encoded(self, dataset: datasets.Dataset) -> Iterator[bytes]:
         for row in TrainingRows._stored(dataset):
-            yield encode({name: value for name, value in row.items() if name not in ours})
+            yield encode(self._anonymous(row))
 
     @staticmethod
     def _stored(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
@@ -127,7 +131,7 @@ class TrainingRows:
             num_slices=config.num_slices,
             method=config.partition,
             seed=config.seed,
-            groups=self.groups,
+            groups=units_of(self.ids, self.groups, digests) if config.colocate_duplicates else self.groups,
             shards=self._column(config.shard_column) if by_column else None,
             slices=self._column(config.slice_column) if by_column else None,
         )
