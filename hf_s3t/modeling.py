@@ -2,8 +2,6 @@
 
 import functools
 import os
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.utils import logging
 
 from .analysis import expected_deletions_left
 from .base_model import check_base_is, load_base, log_casts_once
-from .calls import Calls, Routing
+from .calls import Routing
 from .ensemble import (
     aggregate,
     bind,
@@ -32,16 +31,15 @@ from .ensemble import (
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
-from .ledger import UnlearningReport
-from .plan import StageKey
+from .pending import PendingRequests
 from .stack import Route, StageStack, seed_head
 from .storage import SystemFolder
+from .unlearning import Unlearning
 from .versions import library_versions
 
 
-# Seconds: how long running calls are waited for, and how long a call waits before it looks at the ledger again.
-_PATIENCE = 60.0
-_A_MOMENT = 0.005
+logger = logging.get_logger(__name__)
+
 _PRELOADS = ("best", "all")
 # Marks caches of the base by itself, which answers when no shard is left.
 _BASE_ALONE = Route(())
@@ -53,7 +51,7 @@ _NOT_DELEGATED = {
 _WHEN_EXHAUSTED = ("error", "base")
 
 
-class S3TModel(GenerationMixin, nn.Module):
+class S3TModel(Unlearning, GenerationMixin, nn.Module):
     """
     The ensemble of an S3T system on one base model, which behaves as a Transformers model of its task.
 
@@ -90,20 +88,13 @@ class S3TModel(GenerationMixin, nn.Module):
         super().__init__()
         _check_options(preload, when_exhausted, stack.head)
         self.base_model = stack.base
-        self.stack = stack
-        self.folder = folder
-        self.preload = preload
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
         check_aggregation(self.aggregation, self.base_model.config)
         # Trainer, pipelines and `generate` look at the signature of an instance's forward.
         self.forward = functools.wraps(self.base_model.forward)(functools.partial(S3TModel.forward, self))
-        self._calls = Calls(Routing(()))
-        self._deletion_lock = threading.RLock()
-        self._cleaner: threading.Thread | None = None
         self._one_pass: bool | None = None
-        stack.wrap()
-        self.refresh()
+        self._begin_serving(stack, folder, preload)
 
     @classmethod
     def from_pretrained(
@@ -257,19 +248,6 @@ class S3TModel(GenerationMixin, nn.Module):
         with self._calls.call():
             return super().generate(*args, **kwargs)
 
-    def _follow(self) -> None:
-        """Before a call: do what the ledger says since another process wrote to it."""
-        if self._calls.is_inside or self.stack.in_training is not None:
-            return
-        while self.folder.has_news():
-            # Whoever holds this lock is reading the ledger, or writing to it: soon there is no news any more.
-            if self._deletion_lock.acquire(timeout=_A_MOMENT):
-                try:
-                    if self.folder.has_news():
-                        self.refresh()
-                finally:
-                    self._deletion_lock.release()
-
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
@@ -373,7 +351,8 @@ class S3TModel(GenerationMixin, nn.Module):
         Where the system stands.
 
         Returns:
-            `dict` with `examples` (how many are in), `deletions` (requests so far), `depths` (per shard the depth that
+            `dict` with `examples` (how many are in), `deletions` (requests so far), `pending` (examples
+            whose deletion waits for `apply_pending`), `depths` (per shard the depth that
             serves), `sequence_depths` (per shard and sequence), `stages` (valid, planned),
             `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by
             the prior, uniform if none is given; Lemma 1 from the present state).
@@ -390,6 +369,7 @@ class S3TModel(GenerationMixin, nn.Module):
         return {
             "examples": len(folder.table),
             "deletions": folder.ledger.num_deletions,
+            "pending": len(PendingRequests(folder).ids()),
             "depths": self._routing.depths,
             "sequence_depths": folder.plan.depths(valid),
             "stages": (len(valid), len(folder.plan.stages(folder.table.empty))),
@@ -437,160 +417,6 @@ class S3TModel(GenerationMixin, nn.Module):
             except FolderError as error:
                 problems.append(str(error))
         return problems
-
-    # Serving and forgetting
-
-    def refresh(self) -> None:
-        """
-        Follow what is in the folder now: deletions by other processes, stages a trainer added.
-
-        Calls notice deletions by other processes by themselves when they begin; this is for not waiting for one. Calls
-        under way on a stage that has gone are waited for, as in [`~S3TModel.unlearn`].
-
-        Raises:
-            [`~hf_s3t.errors.S3TError`]: If called while a stage trains, or from inside a running call of this model.
-        """
-        self._calls.refuse_inside("refresh")
-        with self._deletion_lock:
-            self._refuse_while_training()
-            self._wait_for_cleaner()
-            self.folder.refresh()
-            self._serve(self.folder.valid_stages)
-
-    def _refuse_while_training(self) -> None:
-        if self.stack.in_training is not None:
-            raise S3TError(
-                f"The stage {self.stack.in_training} is in training on this model's base. Call this after `train()`, "
-                "or on a model that another process loaded from the folder."
-            )
-
-    def _serve(self, valid: frozenset[StageKey], on_running: str = "wait", timeout: float = _PATIENCE) -> float:
-        """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
-        folder, stack, calls = self.folder, self.stack, self._calls
-        present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
-        routing = self._routing_of(valid)
-        # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
-        # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
-        lock_seconds = 0.0 if self._routing.stages <= present else calls.switch(self._routing_of(present))
-        gone = frozenset(stack.loaded) - present
-        if on_running == "cancel" or not calls.wait_for(gone, timeout):
-            calls.stop(gone)
-        stack.drop(gone)
-        wanted = set(valid) if self.preload == "all" else routing.stages
-        new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
-        # All files are checked before any is attached.
-        for key, path in [(key, folder.adapter_path(key)) for key in new]:
-            stack.load(key, path, folder.adapter_digest(key))
-        lock_seconds = max(lock_seconds, calls.switch(routing))
-        spare = frozenset(stack.loaded) - wanted
-        # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
-        if calls.wait_for(spare, timeout):
-            stack.drop(spare)
-        return lock_seconds
-
-    def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
-        folder = self.folder
-        served = folder.plan.served(valid, folder.config.select, folder.losses())
-        return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
-
-    @property
-    def _routing(self) -> Routing:
-        return self._calls.routing
-
-    def unlearn(
-        self,
-        ids: Sequence[int | str] | None = None,
-        *,
-        groups: Sequence[int | str] | None = None,
-        missing: str = "error",
-        include_duplicates: bool = False,
-        on_running: str = "wait",
-        timeout: float = _PATIENCE,
-    ) -> UnlearningReport:
-        """
-        Forget examples: switch off, and remove, every stage that saw one (Algorithm 4). No training, no restart.
-
-        When it has returned, no call on this model returns a value computed with a stage that saw one of the ids; the
-        tensors are out of memory and the stage folders out of the system's folder. The deletion is in the ledger, and
-        synced, before anything else changes: whatever dies afterwards, the next load finishes the removal.
-
-        Other threads may call the model meanwhile. New calls work on what is left at once. Calls that are running on a
-        stage that goes are waited for, or stopped with [`~hf_s3t.errors.CallStoppedError`]; the tensors are freed, and
-        this returns, when none of them computes any more.
-
-        All ids are checked first; a refused call changes nothing. Ids that were deleted before are no error.
-
-        Args:
-            ids (sequence of `int` or `str`, *optional*): Ids of the examples.
-            groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
-            missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
-            include_duplicates (`bool`, defaults to `False`):
-                Delete the examples too whose content equals that of one of these. Otherwise the report names them.
-            on_running (`str`, defaults to `"wait"`):
-                `"wait"` lets running calls on the old stacks end, `"cancel"` stops them.
-            timeout (`float`, defaults to 60): Seconds to wait at most for running calls; then they are stopped.
-
-        Returns:
-            [`~hf_s3t.ledger.UnlearningReport`]: What went, and what is left.
-
-        Raises:
-            [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
-            [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
-            [`~hf_s3t.errors.S3TError`]: If called while a stage trains on this model's base, or from inside a running
-                call of this model.
-        """
-        _require("missing", missing, ("error", "ignore"))
-        _require("on_running", on_running, ("wait", "cancel"))
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-            raise ConfigError(f"`timeout` must be a number of seconds, got {timeout!r}.")
-        self._calls.refuse_inside("unlearn")
-        if ids is None and groups is None:
-            raise ConfigError("`unlearn` was called with neither `ids` nor `groups`. Name what to forget.")
-        started = time.perf_counter()
-        with self._deletion_lock:
-            self._refuse_while_training()
-            self._wait_for_cleaner()
-            with self.folder.lock():
-                return self._unlearn(ids, groups, missing, include_duplicates, on_running, timeout, started)
-
-    def _unlearn(self, ids, groups, missing, include_duplicates, on_running, timeout, started) -> UnlearningReport:
-        folder = self.folder
-        folder.refresh_ledger()
-        request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
-        before = self._routing.depths
-        duplicates = folder.table.duplicates_of(request.present)
-        if include_duplicates:
-            request = request.with_ids(duplicates)
-            duplicates = []
-        if request.present:
-            removed = folder.plan.removed_by(folder.table.places(request.present), folder.stages)
-            folder.record_deletion(request.present, removed, library_versions(), request.groups)
-        # Also what an earlier call condemned and did not live to remove.
-        condemned = folder.condemned_stages()
-        lock_seconds = self._serve(folder.valid_stages, on_running, timeout)
-        folder.remove_stages(condemned)
-        folder.remove_stale_checkpoints()
-        if request.present:
-            self._cleaner = threading.Thread(target=folder.compact, name="hf_s3t-compact")
-            self._cleaner.start()
-        return UnlearningReport(
-            requested=len(request.present) + request.already_deleted,
-            deleted=len(request.present),
-            already_deleted=request.already_deleted,
-            stages_removed=tuple(str(key) for key in condemned),
-            depths_before=before,
-            depths_after=self._routing.depths,
-            is_exhausted=self.is_exhausted,
-            seconds=time.perf_counter() - started,
-            lock_seconds=lock_seconds,
-            duplicates=tuple(duplicates),
-        )
-
-    def _wait_for_cleaner(self) -> None:
-        """The id table is written without the deleted rows a moment after `unlearn` returned."""
-        if self._cleaner is not None:
-            self._cleaner.join()
-            self._cleaner = None
 
     # Handing out
 

@@ -484,6 +484,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folder(path: Path) -> None:
+    """Make what was created, renamed or removed in a folder last through a crash."""
+    _sync(path)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

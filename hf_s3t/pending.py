@@ -1,0 +1,123 @@
+"""Deletion requests that are recorded now, to be applied together later."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from .errors import FolderError
+from .storage import SystemFolder, sync_folder
+
+
+PENDING_FILE = "pending.jsonl"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PendingReceipt:
+    """
+    What one call of `unlearn_later` recorded.
+
+    Args:
+        time (`str`): UTC time of the request, ISO 8601.
+        requested (`int`): Number of distinct examples that this request will delete.
+        already_deleted (`int`): How many of the ids the ledger knew as deleted before.
+        pending (`int`): Number of distinct examples that wait in all.
+        apply_by (`str`, *optional*): UTC time by which the request is applied, ISO 8601; the earliest of all requests.
+    """
+
+    time: str
+    requested: int
+    already_deleted: int
+    pending: int
+    apply_by: str | None
+
+
+class PendingRequests:
+    """
+    The requests that wait in a folder, in a file of their own, which names nobody: ids are keyed digests.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+    """
+
+    def __init__(self, folder: SystemFolder):
+        self.folder = folder
+        self.path = folder.path / PENDING_FILE
+
+    def add(self, ids: Sequence[int | str], groups: Sequence[int | str], max_delay: float | None) -> str:
+        """
+        Record a request and sync it; under the folder's lock.
+
+        Args:
+            ids (sequence): The examples, those of the groups included.
+            groups (sequence): The groups that were named.
+            max_delay (`float`, *optional*): Seconds after which it shall be applied at the latest.
+
+        Returns:
+            `str`: The time of the request.
+        """
+        now = datetime.now(UTC)
+        line = {
+            "version": _VERSION,
+            "time": now.isoformat(timespec="milliseconds"),
+            "ids": sorted(map(self.folder.key.of_id, ids)),
+            "groups": sorted(map(self.folder.key.of_group, groups)),
+            "apply_by": None if max_delay is None else (now + timedelta(seconds=max_delay)).isoformat(),
+        }
+        is_new = not self.path.exists()
+        with open(self.path, "ab") as file:
+            # What a crash left of a line was never acknowledged.
+            file.truncate(self._acknowledged())
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.path.parent)
+        return line["time"]
+
+    def ids(self) -> list[int | str]:
+        """The examples that wait and are still in."""
+        digests = {digest for line in self._lines() for digest in line["ids"]}
+        return [i for i in self.folder.table.rows if self.folder.key.of_id(i) in digests] if digests else []
+
+    def groups(self) -> list[int | str]:
+        """The groups that were named and still have examples."""
+        digests = {digest for line in self._lines() for digest in line["groups"]}
+        return [g for g in self.folder.table.groups if self.folder.key.of_group(g) in digests] if digests else []
+
+    def apply_by(self) -> datetime | None:
+        """The time by which the most urgent request is to be applied, if any has one."""
+        times = [datetime.fromisoformat(line["apply_by"]) for line in self._lines() if line["apply_by"]]
+        return min(times, default=None)
+
+    def clear(self) -> None:
+        """Drop all requests: they are in the ledger now."""
+        if self.path.exists():
+            self.path.unlink()
+            sync_folder(self.path.parent)
+
+    def _acknowledged(self) -> int:
+        return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
+
+    def _lines(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes()[: self._acknowledged()].splitlines()
+        return [self._read(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _read(self, number: int, line: bytes) -> dict:
+        try:
+            values = json.loads(line)
+            texts = [*values["ids"], *values["groups"]]
+            if values["version"] != _VERSION or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its fields are not those of a request")
+            if values["apply_by"] is not None:
+                datetime.fromisoformat(values["apply_by"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise FolderError(
+                f"{self.path} line {number} cannot be read ({error}): requests would be forgotten. Restore it from a "
+                "backup, or call `unlearn` for the requests and remove the file."
+            ) from error
+        return values
