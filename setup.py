@@ -53,6 +53,7 @@ setup(
     keywords="unlearning machine-unlearning lora peft transformers privacy",
     packages=find_packages(include=["hf_s3t", "hf_s3t.*"]),
     package_data={"hf_s3t": ["model_cards/*.md"]},
+    entry_points={"console_scripts": ["hf-s3t = hf_s3t.cli:main"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

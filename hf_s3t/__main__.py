@@ -1,0 +1,7 @@
+"""`python -m hf_s3t` is `hf-s3t`."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()

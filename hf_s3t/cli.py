@@ -1,0 +1,377 @@
+"""The command line `hf-s3t`, over the folder of a system on this machine. Only `export` loads a model."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__, rendering
+from .deletion import DeletionPreview, apply, groups_from_texts, ids_from_texts, preview
+from .errors import ConfigError, ExampleIdError, ExhaustedError, FolderError, S3TError
+from .examples import Example
+from .inspection import inspect, open_folder, printable
+from .ledger import UnlearningReport
+from .purge import purge as purge_remnants
+from .purge import take_inventory
+from .receipt import Receipts, load_key
+from .status import serving_depths, system_status
+from .storage import SystemFolder
+
+
+FINE, REFUSED, USAGE, EXHAUSTED = 0, 1, 2, 3
+_EXIT_CODES = (
+    "Exit codes: 0 fine; 1 problems were found, or the request was refused and nothing changed; 2 wrong usage; "
+    "3 exhausted: no shard is left to answer (`unlearn` did its work), or none of the one to export."
+)
+_STDIN = "-"
+
+
+class Missing(StrEnum):
+    """What to do about ids that a system never saw."""
+
+    error = "error"
+    ignore = "ignore"
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors end in one line on standard error, and an exit code."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except ExhaustedError as error:
+            raise _ended(str(error), EXHAUSTED) from error
+        except S3TError as error:
+            raise _ended(str(error), REFUSED) from error
+        except BrokenPipeError:
+            # Typer ends quietly when who read the output is gone.
+            raise
+        except OSError as error:
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            raise _ended(f"{where}{error.strerror or error}. Check the path and its permissions.", REFUSED) from error
+
+
+def _ended(message: str, code: int) -> typer.Exit:
+    _complain(f"Error: {message}")
+    return typer.Exit(code)
+
+
+def _complain(line: str) -> None:
+    typer.echo(printable(line), err=True)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="hf-s3t",
+    help="Look after an S3T system: its state, deletions, receipts and remains. " + _EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(exists=True, file_okay=False, help="The folder of a system: the `output_dir` of its training run."),
+]
+Ids = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Ids of examples; `-` reads them from standard input. Put `--` before one that starts with -."
+    ),
+]
+FromFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A file with one id per line; empty lines are passed over."),
+]
+Groups = Annotated[list[str] | None, typer.Option("--group", help="A group whose examples are all meant; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with a stable schema.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="hf-s3t")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-s3t {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(epilog=_EXIT_CODES)
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Show depths, stages and how many deletions are left."""
+    system = open_folder(folder, read_only=True)
+    found = system_status(system)
+    found["is_exhausted"] = not any(found["depths"])
+    if as_json:
+        _print_json(found)
+    else:
+        rendering.show_status(found, system.plan)
+    raise typer.Exit(EXHAUSTED if found["is_exhausted"] else FINE)
+
+
+@app.command(epilog=_EXIT_CODES)
+def locate(
+    folder: Folder,
+    ids: Ids = None,
+    from_file: FromFile = None,
+    group: Groups = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the shard and slice of examples, or that they were deleted."""
+    system = open_folder(folder, read_only=True)
+    ids, groups = _request(system, ids, from_file, group)
+    places = _places(system, ids, groups)
+    if as_json:
+        _print_json({"examples": [_place_record(example_id, row) for example_id, row in places]})
+    else:
+        rendering.show_places(places)
+
+
+@app.command(epilog=_EXIT_CODES)
+def unlearn(
+    folder: Folder,
+    ids: Ids = None,
+    from_file: FromFile = None,
+    group: Groups = None,
+    missing: Annotated[Missing, typer.Option(help="Refuse ids that were never trained on, or pass over them.")] = (
+        Missing.error
+    ),
+    include_duplicates: Annotated[
+        bool, typer.Option("--include-duplicates", help="Forget examples of equal content too.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Forget examples: remove every stage that saw one. All ids are checked first; it is all or nothing.
+
+    Processes that serve the folder follow before their next answer.
+    """
+    system = open_folder(folder, read_only=dry_run)
+    ids, groups = _request(system, ids, from_file, group)
+    if dry_run:
+        exhausts = _show_preview(preview(system, ids, groups, missing.value, include_duplicates), as_json)
+    else:
+        exhausts = _show_report(system, apply(system, ids, groups, missing.value, include_duplicates), as_json)
+    raise typer.Exit(EXHAUSTED if exhausts else FINE)
+
+
+def _show_preview(found: DeletionPreview, as_json: bool) -> bool:
+    if as_json:
+        _print_json({"dry_run": True, "preview": asdict(found)})
+    else:
+        rendering.show_preview(found)
+    return found.would_exhaust
+
+
+def _show_report(system: SystemFolder, report: UnlearningReport, as_json: bool) -> bool:
+    # The ledger in memory ends with the line that this call wrote.
+    receipt = Receipts.read(system.path).of_line(len(system.ledger.lines)) if report.deleted else None
+    if as_json:
+        _print_json(
+            {"dry_run": False, "report": asdict(report), "receipt": None if receipt is None else receipt.to_dict()}
+        )
+    else:
+        rendering.show_report(report, receipt)
+    return report.is_exhausted
+
+
+@app.command(epilog=_EXIT_CODES)
+def check(folder: Folder, as_json: AsJson = False) -> None:
+    """Verify ledger, digests and validity, and say what does not belong in the folder. Changes nothing."""
+    found = inspect(folder)
+    if as_json:
+        _print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
+    else:
+        for note in found.notes:
+            rendering.say(f"note: {note}")
+        for problem in found.problems:
+            rendering.say(f"problem: {problem}")
+        if not found.problems:
+            rendering.say("no problems")
+    raise typer.Exit(REFUSED if found.problems else FINE)
+
+
+@app.command(epilog=_EXIT_CODES)
+def receipt(
+    folder: Folder,
+    line: Annotated[int | None, typer.Option(min=1, help="The receipt of this line of the ledger.")] = None,
+    example_id: Annotated[str | None, typer.Option("--id", help="The receipts of the deletions of this id.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print receipts of deletions: what was asked, when, which stages went and which stay. Without options, a list."""
+    if line is not None and example_id is not None:
+        raise typer.BadParameter("Got both --line and --id; expected one of them.")
+    ledger = Receipts.read(folder)
+    chosen = ledger.receipts
+    if line is not None:
+        chosen = (ledger.of_line(line),)
+    elif example_id is not None:
+        chosen = ledger.of_id(example_id, load_key(folder))
+    if as_json:
+        _print_json({"problem": ledger.problem, "receipts": [found.to_dict() for found in chosen]})
+    elif line is None and example_id is None:
+        rendering.show_ledger(ledger)
+    else:
+        for found in chosen:
+            rendering.show_receipt(found)
+    if ledger.problem is not None:
+        _complain(f"Not verified: {ledger.problem}")
+    if example_id is not None and not chosen:
+        _complain(f"The ledger knows of no deletion of {example_id!r}.")
+    raise typer.Exit(FINE if ledger.problem is None and (chosen or example_id is None) else REFUSED)
+
+
+@app.command(epilog=_EXIT_CODES)
+def purge(
+    folder: Folder,
+    dataset_cache: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="A cache of datasets; the library's own if none is given."),
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option(help="The system's repository on the Hub.")] = None,
+    yes_remove: Annotated[
+        list[Path] | None, typer.Option(help="Remove this place too, named as it is listed; repeatable.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """
+    List what may still hold deleted data or weights, and remove what may be removed.
+
+    Removed are stages and checkpoints that a deletion condemned, and what interrupted writes left in the folder.
+    Everything else, and everything outside, goes only by --yes-remove.
+    """
+    act = take_inventory if dry_run else purge_remnants
+    found = act(folder, dataset_cache or None, repo_id, yes_remove or ())
+    if as_json:
+        _print_json({"dry_run": dry_run, **asdict(found)})
+    else:
+        rendering.show_purge(found)
+    for problem in found.problems:
+        _complain(f"Problem: {problem}")
+    raise typer.Exit(REFUSED if found.problems else FINE)
+
+
+@app.command(epilog=_EXIT_CODES)
+def export(
+    folder: Folder,
+    shard: Annotated[int, typer.Argument(min=0, help="Number of the shard.")],
+    target: Annotated[Path, typer.Argument(help="A new folder to write the adapter to.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Id or path of the base model; the recorded one if not given.")
+    ] = None,
+) -> None:
+    """
+    Write the stack that serves a shard as one plain PEFT adapter, and note it in the ledger.
+
+    No deletion reaches the copy: it must be revoked by hand.
+    """
+    _check_export(open_folder(folder, read_only=True), shard, target)
+    _load_model(folder, base_model).export_adapter(shard, target)
+    rendering.say(f"shard {shard} is in {target}; no deletion reaches this copy")
+
+
+def _check_export(system: SystemFolder, shard: int, target: Path) -> None:
+    """What can be refused before a model is loaded, which takes long."""
+    depths = serving_depths(system, system.valid_stages)
+    if shard >= len(depths):
+        raise ConfigError(f"Got shard {shard}, expected 0 to {len(depths) - 1}. Name a shard of this system.")
+    if depths[shard] == 0:
+        raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
+    if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
+        raise FolderError(f"{target} is there and is no empty folder. Give a new one.")
+    if target.resolve().is_relative_to(system.path.resolve()):
+        raise FolderError(f"{target} is inside the system's folder, where only its own files belong. Give another.")
+
+
+def _load_model(folder: Path, base_model: str | None):
+    from .modeling import S3TModel
+
+    try:
+        return S3TModel.from_pretrained(folder, base_model=base_model)
+    except S3TError:
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"The base model cannot be loaded: {error} Name it by --base-model, an id or a path."
+        ) from error
+
+
+# What the arguments name
+
+
+def _request(
+    system: SystemFolder, ids: Sequence[str] | None, from_file: Path | None, groups: Sequence[str] | None
+) -> tuple[list[int | str], list[int | str]]:
+    """The ids and groups that a command line names, in the types that this system's have."""
+    if not ids and from_file is None and not groups:
+        raise typer.BadParameter(
+            "Got no ids. Name them as arguments, by --from-file, on standard input (-), or --group."
+        )
+    texts = []
+    for text in ids or ():
+        texts += _lines(sys.stdin.buffer.read(), "standard input") if text == _STDIN else [text]
+    if from_file is not None:
+        texts += _lines(from_file.read_bytes(), str(from_file))
+    return ids_from_texts(system, texts), groups_from_texts(system, groups or ())
+
+
+def _lines(data: bytes, source: str) -> list[str]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ExampleIdError(f"{source} is no UTF-8 text ({error}). Give one id per line.") from error
+    # Not splitlines: ids may hold the other characters that it takes for line breaks.
+    return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
+
+
+def _places(system: SystemFolder, ids, groups) -> list[tuple[int | str, Example | None]]:
+    """The examples that were asked for; `None` for those that were deleted."""
+    request = system.table.resolve(ids, groups, system.ledger, system.key)
+    wanted = dict.fromkeys([*ids, *request.present])
+    return [(example_id, system.table.rows.get(example_id)) for example_id in wanted]
+
+
+def _place_record(example_id: int | str, row: Example | None) -> dict[str, Any]:
+    if row is None:
+        return {"id": example_id, "deleted": True, "shard": None, "slice": None, "group": None}
+    return {"id": example_id, "deleted": False, "shard": row.shard, "slice": row.slice, "group": row.group}
+
+
+# JSON
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """A value in the types that JSON has; a number without end, which it has not, is null."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,214 @@
+"""Receipts of deletions: what a line of the ledger proves, in words and in a schema that machines can rely on."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .deletion import candidates
+from .errors import FolderError, KeyMissingError, UnknownExampleError
+from .examples import KEY_FILE, KEY_VARIABLE, DigestKey
+from .ledger import Ledger, LedgerEntry, line_hash
+from .plan import StageKey
+from .storage import CONFIG_FILE, LEDGER_FILE, TABLE_FILE, _pin, _read_checked_json, _read_table
+
+
+RECEIPT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """
+    One line of the ledger as a receipt. It names nobody: ids and groups are digests keyed with the system's secret.
+
+    Args:
+        line (`int`): Number of the line, counted from 1.
+        hash (`str`): SHA-256 of the line, by which the next line refers to it.
+        entry ([`~hf_s3t.ledger.LedgerEntry`]): What the line says.
+        chain_verified (`bool`): Whether the ledger, read as a whole, is the unbroken chain that it was written as.
+    """
+
+    line: int
+    hash: str
+    entry: LedgerEntry
+    chain_verified: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The receipt as plain JSON types; the schema is that of `docs/cli.md`."""
+        entry = self.entry
+        return {
+            "receipt_version": RECEIPT_VERSION,
+            "line": self.line,
+            "hash": self.hash,
+            "previous": list(entry.previous),
+            "chain_verified": self.chain_verified,
+            "kind": entry.kind,
+            "time": entry.time,
+            "ids": list(entry.ids),
+            "groups": list(entry.groups),
+            "stages_removed": _stages(entry.removed if entry.kind == "deletion" else {}),
+            "stages_exported": _stages(entry.removed if entry.kind == "export" else {}),
+            "stages_left": _stages(entry.left),
+            "versions": dict(entry.versions),
+        }
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """
+    The receipts of a whole ledger.
+
+    Args:
+        receipts (`tuple[Receipt, ...]`): One per readable line, oldest first.
+        problem (`str`, *optional*): What is wrong with the chain; `None` if it is verified.
+    """
+
+    receipts: tuple[Receipt, ...]
+    problem: str | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Receipts":
+        """
+        The receipts of a system's folder. Only reads, and reads a damaged ledger too: that it is, shows on each.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder of the system.
+
+        Returns:
+            [`Receipts`]: All that can be read.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If there is no ledger, or it is not text.
+        """
+        # The table first: whatever another process deletes between the two reads, the ledger is never behind it.
+        pin = _read_pin(Path(path) / TABLE_FILE)
+        text = _read_ledger_text(Path(path) / LEDGER_FILE)
+        problem = _chain_problem(text, pin)
+        receipts = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                entry = LedgerEntry.from_line(line)
+            except FolderError:
+                # `problem` tells of it; the other lines are still worth showing.
+                continue
+            receipts.append(Receipt(number, line_hash(line), entry, problem is None))
+        return cls(tuple(receipts), problem)
+
+    def of_line(self, number: int) -> Receipt:
+        """
+        The receipt of a line.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If there is no such line, or it cannot be read.
+        """
+        for receipt in self.receipts:
+            if receipt.line == number:
+                return receipt
+        lines = [receipt.line for receipt in self.receipts]
+        held = f"lines {lines[0]} to {lines[-1]}" if lines else "no line"
+        raise UnknownExampleError(f"Got line {number}; the ledger holds {held} that can be read. Choose one of them.")
+
+    def of_id(self, text: str, key: DigestKey) -> tuple[Receipt, ...]:
+        """
+        The receipts of the deletions of an id.
+
+        Args:
+            text (`str`): The id as a text; an integer is recognised too.
+            key ([`~hf_s3t.examples.DigestKey`]): The system's secret.
+
+        Returns:
+            `tuple[Receipt, ...]`: Empty if the ledger knows of no deletion of this id.
+        """
+        digests = {key.of_id(value) for value in candidates(text)}
+        return tuple(r for r in self.receipts if r.entry.kind == "deletion" and digests.intersection(r.entry.ids))
+
+
+def load_key(path: str | os.PathLike) -> DigestKey:
+    """
+    The secret of a folder's digests, checked to be the right one: with another, no deletion would be found.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder of the system.
+
+    Returns:
+        [`~hf_s3t.examples.DigestKey`]: The secret.
+
+    Raises:
+        [`~hf_s3t.errors.KeyMissingError`]: If there is none, or it is another system's.
+    """
+    record = _read_checked_json(Path(path) / CONFIG_FILE)
+    try:
+        key = DigestKey.load(path)
+    except UnicodeDecodeError as error:
+        raise KeyMissingError(f"{Path(path) / KEY_FILE} is not text: {error}. Restore it from a backup.") from error
+    if key.check != record.get("key_check"):
+        raise KeyMissingError(
+            f"The secret in {KEY_VARIABLE} or {Path(path) / KEY_FILE} is not the one that this system's digests were "
+            "made with: its deletions cannot be recognised. Restore the file, or set the variable to what it was at "
+            "training."
+        )
+    return key
+
+
+def _read_ledger_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. Give the folder of a system, or restore it from a backup.") from None
+    except UnicodeDecodeError as error:
+        raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
+
+
+def _read_pin(path: Path) -> str | FolderError:
+    try:
+        return _read_table(path)[1]
+    except FolderError as error:
+        return error
+
+
+def _chain_problem(text: str, pin: str | FolderError) -> str | None:
+    """What is wrong with the ledger: a broken chain, or lines missing that the table was written with."""
+    try:
+        ledger = Ledger.parse(text)
+    except FolderError as error:
+        return str(error)
+    if isinstance(pin, FolderError):
+        return f"Whether the ledger lost its last lines cannot be told, because the table cannot be read: {pin}"
+    return pin_problem(ledger, pin)
+
+
+def pin_problem(ledger: Ledger, pin: str) -> str | None:
+    """
+    What is wrong between a ledger and the lines that the table of examples was written with.
+
+    The chain alone cannot show that its last lines were cut off; the table remembers how many there were.
+
+    Args:
+        ledger ([`~hf_s3t.ledger.Ledger`]): The ledger.
+        pin (`str`): What the table recorded: the number of lines and the hash of the last.
+
+    Returns:
+        `str` or `None`: One sentence and the remedy.
+    """
+    count = pin.partition(" ")[0]
+    if count.isascii() and count.isdigit() and len(count) < 19 and pin == _pin(ledger, int(count)):
+        return None
+    return (
+        f"{LEDGER_FILE} does not hold the lines with which {TABLE_FILE} was written (expected {count[:19]}, found "
+        f"{len(ledger.lines)}): lines were cut off or edited, and deletions would be forgotten. Restore it from a "
+        "backup."
+    )
+
+
+def _stages(digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"stage": stage, **_place(stage), "adapter_sha256": digest} for stage, digest in sorted(digests.items())]
+
+
+def _place(stage: str) -> dict[str, Any]:
+    """The shard of a stage and the slices it was trained on; nulls where a foreign line names none."""
+    try:
+        key = StageKey.from_path(f"stages/{stage}")
+    except FolderError:
+        return {"shard": None, "slices": None}
+    return {"shard": key.shard, "slices": list(key.prefix)}

@@ -1,0 +1,212 @@
+"""How the command line shows things to people: tables on the terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .deletion import DeletionPreview
+from .examples import Example
+from .inspection import printable
+from .ledger import UnlearningReport
+from .plan import Plan
+from .purge import Purge
+from .receipt import Receipt, Receipts
+
+
+_SHORT = 12
+_UNFOLDED = 10_000
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def show_status(status: dict[str, Any], plan: Plan) -> None:
+    """The depths of every shard and sequence, and what is left."""
+    valid, planned = status["stages"]
+    say(
+        f"{_count(status['examples'], 'example')}, {_count(status['deletions'], 'deletion')}, {valid} of "
+        f"{_count(planned, 'stage')}"
+    )
+    rows = [
+        (shard, depth, "  ".join(f"{_joined(s)}: {d}" for s, d in zip(sequences, depths, strict=True)))
+        for shard, (depth, sequences, depths) in enumerate(
+            zip(status["depths"], plan.sequences, status["sequence_depths"], strict=True)
+        )
+    ]
+    _table(("shard", "depth", "depth of each sequence"), rows)
+    first, all_ = status["deletions_until_first_dead_shard"], status["deletions_until_exhausted"]
+    say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
+
+
+def show_places(places: Sequence[tuple[int | str, Example | None]]) -> None:
+    """Where examples lie."""
+    rows = [
+        (example_id, "deleted", "", "") if row is None else (example_id, row.shard, row.slice, _or_empty(row.group))
+        for example_id, row in places
+    ]
+    _table(("id", "shard", "slice", "group"), rows)
+
+
+def show_preview(preview: DeletionPreview) -> None:
+    """What a deletion would do."""
+    say(f"would unlearn {_count(len(preview.present), 'example')}, {preview.already_deleted} deleted before")
+    _show_depths(preview.depths_before, preview.depths_after)
+    say(f"stages that would go: {_list(preview.stages_removed)}")
+    _show_duplicates(preview.duplicates)
+    before, after = _number(preview.deletions_left_before), _number(preview.deletions_left_after)
+    say(f"expected further deletions until all shards are dead: {before} -> {after}")
+    if preview.would_exhaust:
+        say("no shard would be left to answer")
+
+
+def show_report(report: UnlearningReport, receipt: Receipt | None) -> None:
+    """What a deletion did."""
+    say(
+        f"unlearned {_count(report.deleted, 'example')} in {report.seconds * 1000:.1f} ms, {report.already_deleted} "
+        "deleted before"
+    )
+    _show_depths(report.depths_before, report.depths_after)
+    say(f"stages removed: {_list(report.stages_removed)}")
+    _show_duplicates(report.duplicates)
+    if receipt is not None:
+        say(f"line {receipt.line} of the ledger, {receipt.hash}")
+    if report.is_exhausted:
+        say("no shard is left to answer: train again to grow stages on the remaining data")
+
+
+def show_ledger(receipts: Receipts) -> None:
+    """One row per line of a ledger."""
+    rows = [
+        (
+            r.line,
+            r.entry.time,
+            r.entry.kind,
+            len(r.entry.ids),
+            len(r.entry.removed),
+            len(r.entry.left),
+            r.hash[:_SHORT],
+        )
+        for r in receipts.receipts
+    ]
+    _table(("line", "time", "kind", "ids", "stages", "left", "hash"), rows)
+
+
+def show_receipt(receipt: Receipt) -> None:
+    """One line of a ledger in full; digests of stages are cut short."""
+    facts = receipt.to_dict()
+    moved = "stages_removed" if facts["kind"] == "deletion" else "stages_exported"
+    rows = [
+        ("line", facts["line"]),
+        ("hash", facts["hash"]),
+        *(("previous", previous) for previous in facts["previous"] or ["none: the first line"]),
+        ("chain", "verified" if facts["chain_verified"] else "NOT VERIFIED"),
+        ("kind", facts["kind"]),
+        ("time", facts["time"]),
+        *(("id (keyed digest)", digest) for digest in facts["ids"]),
+        *(("group (keyed digest)", digest) for digest in facts["groups"]),
+        *((moved.replace("_", " "), _stage(stage)) for stage in facts[moved]),
+        *(("stages left", _stage(stage)) for stage in facts["stages_left"]),
+        *(("versions", f"{name} {version}") for name, version in facts["versions"].items()),
+    ]
+    _table(("", ""), _without_repeated_labels(rows), header=False)
+
+
+def show_purge(purge: Purge) -> None:
+    """The places a purge found, and what it did to each; the cache files of a dataset as one row, by their folder."""
+    rows: dict[tuple[str, str, Path], list[int]] = {}
+    for remnant in purge.remnants:
+        rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+    if rows:
+        _table(("", "kind", "size", "path"), [(a, k, _size(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
+    for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
+        say(f"{kind}: {advice}")
+    going = "to remove" if purge.size("remove") else "removed"
+    say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
+
+
+def say(text: str) -> None:
+    """A line, as it is: neither wrapped nor read as markup."""
+    _console().print(Text(printable(text)), soft_wrap=True)
+
+
+def _console() -> Console:
+    # Made when it is used: standard output may be another by then.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        # Lines that another program or a file takes in are not folded.
+        console.width = _UNFOLDED
+    return console
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], header: bool = True) -> None:
+    table = Table(box=SIMPLE_HEAD, show_header=header, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    console = _console()
+    with console.capture() as captured:
+        console.print(table)
+    # Rich fills the last column with spaces.
+    typer.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
+
+
+def _show_depths(before: list[int], after: list[int]) -> None:
+    changed = zip(before, after, strict=True)
+    _table(("shard", "depth before", "after"), [(shard, b, a) for shard, (b, a) in enumerate(changed)])
+
+
+def _show_duplicates(duplicates: Sequence[int | str]) -> None:
+    if duplicates:
+        named = _list(tuple(map(repr, duplicates)))
+        say(f"of equal content, and still in: {named} (--include-duplicates forgets them too)")
+
+
+def _without_repeated_labels(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    shown, last = [], None
+    for label, value in rows:
+        shown.append(("" if label == last else label, value))
+        last = label
+    return shown
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    slices = "" if stage["slices"] is None else f" (slices {', '.join(map(str, stage['slices']))})"
+    return f"{stage['stage']}{slices} {str(stage['adapter_sha256'])[:_SHORT]}…"
+
+
+def _place(path: Path, sizes: Sequence[int]) -> str:
+    return str(path) if len(sizes) == 1 else f"{path} ({len(sizes)} files)"
+
+
+def _joined(sequence: Sequence[int]) -> str:
+    return "-".join(map(str, sequence))
+
+
+def _list(values: Sequence[str]) -> str:
+    return ", ".join(values) or "none"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _number(value: float) -> str:
+    return "no end" if math.isinf(value) else f"{value:.1f}"
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _size(size: float) -> str:
+    for unit in _UNITS[:-1]:
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} {_UNITS[-1]}"
