@@ -17,7 +17,7 @@ from . import __version__, rendering
 from .deletion import DeletionPreview, apply, groups_from_texts, ids_from_texts, preview
 from .errors import ConfigError, ExampleIdError, ExhaustedError, FolderError, S3TError
 from .examples import Example
-from .inspection import inspect, open_folder, printable
+from .inspection import inspect, open_folder, printable, refuse_foreign_parts
 from .ledger import UnlearningReport
 from .purge import purge as purge_remnants
 from .purge import take_inventory
@@ -222,6 +222,7 @@ def receipt(
     """Print receipts of deletions: what was asked, when, which stages went and which stay. Without options, a list."""
     if line is not None and example_id is not None:
         raise typer.BadParameter("Got both --line and --id; expected one of them.")
+    refuse_foreign_parts(folder)
     ledger = Receipts.read(folder)
     chosen = ledger.receipts
     if line is not None:

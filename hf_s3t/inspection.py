@@ -12,6 +12,7 @@ from .config import FORMAT_VERSION, S3TConfig
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable
 from .ledger import Ledger
+from .pending import PENDING_FILE, PendingRequests
 from .plan import Plan, StageKey
 from .receipt import load_key, pin_problem
 from .storage import (
@@ -35,9 +36,7 @@ LEFTOVER_PREFIXES = (".tmp-", ".gone-")
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 _SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-# Requests that were recorded to be applied later.
-_PENDING_FILE = "pending.jsonl"
-_PARTS = (*_SYSTEM_FILES, _PENDING_FILE, KEY_FILE, STAGES, CHECKPOINTS)
+_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, STAGES, CHECKPOINTS)
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 # The card and what tokenizers, image processors and the Hub's client write beside a system.
 _COMPANIONS = frozenset(
@@ -112,7 +111,11 @@ def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolde
     """
     refuse_foreign_parts(path)
     try:
-        return ReadOnlyFolder(path) if read_only else SystemFolder(path)
+        folder = ReadOnlyFolder(path) if read_only else SystemFolder(path)
+        _check_rows(folder.path, folder.table.rows, folder.config)
+        for key in folder.stages:
+            _checked_stage(folder.path / key.path, key, folder.stage_record(key))
+        return folder
     except S3TError:
         raise
     # Values of a wrong type behind a digest that was made to match.
@@ -227,6 +230,8 @@ class _Inspector:
                 self._check_stages()
             with self._reading(self.path / CHECKPOINTS):
                 self._check_checkpoints()
+            with self._reading(self.path / PENDING_FILE):
+                self._check_requests()
 
     @contextmanager
     def _reading(self, what: Path) -> Iterator[None]:
@@ -257,8 +262,6 @@ class _Inspector:
                 self._pend(entry, "leftover")
             elif name in TRACKER_LOGS or ".tfevents." in name:
                 self.notes.append(f"{entry} holds logs of training, which no deletion reaches. See `hf-s3t purge`.")
-            elif name == _PENDING_FILE and entry.stat().st_size:
-                self.notes.append(f"{entry} holds deletion requests that wait to be applied.")
             elif name == HISTORY:
                 self.notes.append(f"{entry} may hold earlier versions of the folder's files. See `hf-s3t purge`.")
             elif name not in _PARTS and name not in _COMPANIONS:
@@ -296,7 +299,7 @@ class _Inspector:
         if _exists(path):
             _require_file(path)
             mode = stat.S_IMODE(os.lstat(path).st_mode)
-            if mode != 0o600:
+            if os.name == "posix" and mode != 0o600:
                 self.problems.append(
                     f"{path} has mode {mode:03o}, expected 600: others could test who was deleted. Run "
                     "`chmod 600` on it."
@@ -340,11 +343,7 @@ class _Inspector:
 
     def _mask(self, rows, behind: bool) -> None:
         config = self.config
-        if not all(_is_row(i, r, config) for i, r in rows.items()):
-            raise FolderError(
-                f"{self.path / TABLE_FILE} holds rows that are no examples of this system's shards and slices. "
-                "Restore it from a backup."
-            )
+        _check_rows(self.path, rows, config)
         table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
         if self.ledger is None or (self.key is None and self.ledger.deleted):
             # Which rows are deleted cannot be told, and with it not which stages are valid.
@@ -479,6 +478,19 @@ class _Inspector:
             return not self.ledger.num_deletions
         return slices == [self.table.slice_digest(key.shard, s) for s in key.prefix]
 
+    # Requests that wait
+
+    def _check_requests(self) -> None:
+        # A folder that cannot be opened has problems enough, which are told already.
+        if not _exists(self.path / PENDING_FILE) or len(self.problems) > len(self.pending):
+            return
+        _require_file(self.path / PENDING_FILE)
+        requests = PendingRequests(ReadOnlyFolder(self.path))
+        due, waiting = requests.apply_by(), len(requests.ids())
+        if waiting:
+            by = "" if due is None else f", to be applied by {due.isoformat(timespec='seconds')}"
+            self.notes.append(f"{self.path / PENDING_FILE}: {_count(waiting, 'example')} wait to be deleted{by}.")
+
 
 _NEXT_LOAD = "The next load (`hf-s3t purge`, say) finishes the removal."
 _PENDING = {
@@ -527,7 +539,7 @@ def _checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> di
             f"{folder} holds the stage {record.get('stage')!r}: folders were swapped or renamed. Move "
             "it back, or remove it and call `train()` to grow it again."
         )
-    files, slices = record.get("files"), record.get("slices")
+    files, slices, metrics = record.get("files"), record.get("slices"), record.get("metrics")
     if (
         not isinstance(files, dict)
         or set(files) != {ADAPTER_FILE, ADAPTER_CONFIG_FILE}
@@ -535,17 +547,26 @@ def _checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> di
         or not isinstance(slices, list)
         or not _are_texts(slices)
         or "below" not in record
+        or not isinstance(metrics, dict)
+        or not isinstance(metrics.get("eval_loss", 0.0), (int, float))
     ):
         raise FolderError(
-            f"{folder / STAGE_FILE} does not say what a stage's record says: it names the digests of exactly "
-            f"{ADAPTER_FILE}, {ADAPTER_CONFIG_FILE} and the stage's slices. Remove the folder and call `train()` to "
-            "grow it again."
+            f"{folder / STAGE_FILE} does not say what the record of a stage says, or names other files than "
+            f"{ADAPTER_FILE} and {ADAPTER_CONFIG_FILE}. Remove the folder and call `train()` to grow it again."
         )
     return dict(record)
 
 
 def _are_texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def _check_rows(path: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:
+    if not all(_is_row(example_id, row, config) for example_id, row in rows.items()):
+        raise FolderError(
+            f"{path / TABLE_FILE} holds rows that are no examples of this system's shards and slices. Restore it from "
+            "a backup."
+        )
 
 
 def _is_row(example_id: Any, row: Any, config: S3TConfig) -> bool:

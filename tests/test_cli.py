@@ -303,6 +303,15 @@ def test_wrong_ids_are_refused_and_nothing_changes(system, command, args, code, 
     assert files_of(system) == before
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "check"])
+def test_every_command_refuses_a_system_that_leads_elsewhere(command, system, tmp_path):
+    rest = {"locate": ["1"], "unlearn": ["1"], "export": ["0", "target"]}.get(command, [])
+    (system / "ledger.jsonl").rename(tmp_path / "elsewhere")
+    (system / "ledger.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert "ledger.jsonl is a symbolic link" in refusal(command, system, *rest)
+    assert (tmp_path / "elsewhere").read_bytes() == b""
+
+
 # unlearn
 
 
@@ -574,7 +583,7 @@ LINES = st.lists(st.sampled_from(COMMANDS), min_size=1, max_size=1).flatmap(
 
 @pytest.fixture(scope="module")
 def playground(grown, tmp_path_factory):
-    """A working folder with a copy of the system, which is put back when a command has changed it."""
+    """A working folder with a copy of the system; it tells whether a command changed the copy, and puts it back."""
     place = tmp_path_factory.mktemp("typed")
     whole = files_of(grown)
     with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
@@ -584,25 +593,26 @@ def playground(grown, tmp_path_factory):
 
         patch.setattr(cli, "_load_model", load)
 
-        def put_back():
-            if not Path("FOLDER").exists() or files_of("FOLDER") != whole:
-                shutil.rmtree("FOLDER", ignore_errors=True)
-                shutil.copytree(grown, "FOLDER")
-            return files_of("FOLDER")
+        shutil.copytree(grown, "FOLDER")
 
-        yield put_back
+        def changed() -> bool:
+            if files_of("FOLDER") == whole:
+                return False
+            shutil.rmtree("FOLDER", ignore_errors=True)
+            shutil.copytree(grown, "FOLDER")
+            return True
+
+        yield changed
 
 
 def _typed(playground, words, stdin):
-    before = playground()
     result = CliRunner().invoke(cli.app, words, input=stdin, prog_name="hf-s3t")
     assert isinstance(result.exception, (SystemExit, type(None))), result.exc_info
     assert result.exit_code in (FINE, REFUSED, USAGE, EXHAUSTED)
     assert "Traceback" not in result.output
-    if result.exit_code in (REFUSED, USAGE) or words[0] not in ("unlearn", "purge"):
-        assert files_of("FOLDER") == before
-    elif "--dry-run" in words:
-        assert files_of("FOLDER") == before
+    changed = playground()
+    assert not changed or (words[0] == "unlearn" and result.exit_code in (FINE, EXHAUSTED))
+    assert not (changed and "--dry-run" in words[: words.index("--") if "--" in words else None])
     assert {entry.name for entry in Path().iterdir()} == {"FOLDER"}
 
 

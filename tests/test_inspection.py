@@ -26,8 +26,9 @@ from hf_s3t import S3TConfig, storage
 from hf_s3t.deletion import apply
 from hf_s3t.errors import FolderError, S3TError
 from hf_s3t.examples import Example, ExampleTable
-from hf_s3t.inspection import inspect, open_folder, printable
+from hf_s3t.inspection import Inspection, inspect, open_folder, printable
 from hf_s3t.ledger import Ledger
+from hf_s3t.pending import PendingRequests
 from hf_s3t.plan import StageKey
 from hf_s3t.status import system_status
 from hf_s3t.storage import SystemFolder
@@ -84,6 +85,18 @@ def test_an_intact_folder_has_no_problems(system, untouched, tmp_path):
         assert (found.problems, found.notes, found.pending, found.checkpoints) == ((), (), (), ())
 
 
+def test_a_system_as_training_and_serving_leave_it_has_no_problems(tmp_path):
+    from tiny import make_trainer, training_arguments
+
+    args = training_arguments(tmp_path / "system", save_strategy="epoch")
+    trainer = make_trainer(tmp_path / "system", args=args)
+    trainer.train()
+    assert inspect(tmp_path / "system") == Inspection((), (), (), ())
+    trainer.s3t_model.unlearn(trainer.folder.table.members(0, 1)[:1])
+    trainer.train()
+    assert inspect(tmp_path / "system") == Inspection((), (), (), ())
+
+
 def test_what_belongs_beside_a_system_is_no_problem(system):
     for name in ("README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ".gitattributes"):
         (system / name).write_text("{}")
@@ -104,9 +117,15 @@ def test_logs_and_histories_are_noted(system):
 
 
 def test_requests_that_wait_are_noted(system):
-    (system / "pending.jsonl").write_text("{}\n")
+    folder = SystemFolder(system)
+    requests = PendingRequests(folder)
+    requests.add(NAMES[5:7], [], max_delay=None)
+    assert inspect(system).notes == (f"{system}/pending.jsonl: 2 examples wait to be deleted.",)
+    requests.add(NAMES[7:8], [], max_delay=60)
     found = inspect(system)
-    assert found.problems == () and "wait to be applied" in found.notes[0]
+    assert "3 examples wait to be deleted, to be applied by 20" in found.notes[0] and found.problems == ()
+    (system / "pending.jsonl").write_text("{}\n")
+    assert "pending.jsonl line 1 cannot be read" in problem_of(system)
 
 
 def test_a_line_that_was_never_finished_is_noted(system):
@@ -366,7 +385,7 @@ def test_forged_values_with_matching_digests_are_sentences_or_harmless(scratch, 
         found = inspect(scratch)
         assert all(problem.isprintable() for problem in found.problems)
         try:
-            open_folder(scratch, read_only=True)
+            system_status(open_folder(scratch, read_only=True))
         except S3TError:
             assert found.problems
 
@@ -374,7 +393,7 @@ def test_forged_values_with_matching_digests_are_sentences_or_harmless(scratch, 
 def test_a_record_that_names_files_elsewhere_is_refused_and_they_are_not_read(system):
     stage = stage_of(system)
     forge(stage / "stage.json", files={"../../../../../etc/hostname": "aa"})
-    assert "does not say what a stage's record says" in " ".join(inspect(system).problems)
+    assert "does not say what the record of a stage says" in " ".join(inspect(system).problems)
 
 
 @pytest.mark.parametrize(
