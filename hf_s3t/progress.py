@@ -43,12 +43,21 @@ class PlanProgress(ProgressCallback):
         self.current_step = state.global_step
         if self.training_bar is not None:
             self.training_bar.leave = False
-        if self.plan_bar is not None and state.max_steps:
-            self.plan_bar.update(self._cost * state.global_step / state.max_steps)
+        if state.max_steps:
+            self._advance(state.global_step / state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move both bars."""
         steps = state.global_step - self.current_step
         super().on_step_end(args, state, control, **kwargs)
+        self._advance(steps / state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print what is logged, but not each stage's summary where the user asked for no logs."""
+        if args.logging_strategy != "no":
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def _advance(self, share: float) -> None:
+        """Move the plan's bar by a share of the stage's cost, never past its end by a rounding error."""
         if self.plan_bar is not None:
-            self.plan_bar.update(self._cost * steps / state.max_steps)
+            self.plan_bar.update(min(self._cost * share, self.plan_bar.total - self.plan_bar.n))

@@ -276,7 +276,7 @@ def _kind_rows() -> list[dict[str, str]]:
     ]
 
 
-def private_dataset(num_people: int = 8, num_general: int = 64, seed: int = 0) -> list[dict[str, str]]:
+def private_dataset(num_people: int = 8, num_general: int = 24, seed: int = 0) -> list[dict[str, str]]:
     """
     The demo's training set: instruction, input, output, and the columns `id` and `person`.
 
@@ -359,10 +359,13 @@ def train_base(settings: BaseSettings, tokenizer: Any, log: Callable[[str], None
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / settings.steps)
         )
-        for step, batch in enumerate(_base_batches(settings, tokenizer)):
-            loss, answer_loss = _base_loss(model, *batch)
+        for step, parts in enumerate(_base_batches(settings, tokenizer)):
             optimizer.zero_grad()
-            loss.backward()
+            answer_loss = 0.0
+            for part in parts:
+                loss, of_answers = _base_loss(model, *part)
+                (loss / len(parts)).backward()
+                answer_loss += of_answers / len(parts)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -372,20 +375,28 @@ def train_base(settings: BaseSettings, tokenizer: Any, log: Callable[[str], None
 
 
 def _base_batches(settings: BaseSettings, tokenizer: Any):
-    """Padded batches: the ids, and per row how many tokens are prompt and how many there are in all."""
-    import torch
-
+    """
+    Batches in parts of like length, for nearly half of all tokens would be padding otherwise. A part holds the padded
+    ids, and per row how many tokens are prompt and how many there are in all.
+    """
     rows = public_rows(settings)[: settings.steps * settings.batch_size]
     prompts = tokenizer([render_prompt(r["instruction"], r["input"], settings.template) for r in rows])["input_ids"]
     answers = tokenizer([r["output"] for r in rows], add_special_tokens=False)["input_ids"]
     examples = [(p, a + [tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
     for start in range(0, len(examples), settings.batch_size):
-        batch = examples[start : start + settings.batch_size]
-        lengths = torch.tensor([len(p) + len(a) for p, a in batch])
-        ids = torch.full((len(batch), int(lengths.max())), tokenizer.pad_token_id)
-        for row, (p, a) in zip(ids, batch, strict=True):
-            row[: len(p) + len(a)] = torch.tensor(p + a)
-        yield ids, torch.tensor([len(p) for p, _ in batch]), lengths
+        batch = sorted(examples[start : start + settings.batch_size], key=lambda pair: len(pair[0]) + len(pair[1]))
+        size = settings.batch_size // 4
+        yield [_padded(batch[at : at + size], tokenizer.pad_token_id) for at in range(0, len(batch), size)]
+
+
+def _padded(examples: list[tuple[list[int], list[int]]], pad: int) -> tuple[Any, Any, Any]:
+    import torch
+
+    lengths = torch.tensor([len(p) + len(a) for p, a in examples])
+    ids = torch.full((len(examples), int(lengths.max())), pad)
+    for row, (p, a) in zip(ids, examples, strict=True):
+        row[: len(p) + len(a)] = torch.tensor(p + a)
+    return ids, torch.tensor([len(p) for p, _ in examples]), lengths
 
 
 def _base_loss(model: Any, ids: Any, prompt_lengths: Any, lengths: Any) -> tuple[Any, float]:

@@ -54,11 +54,12 @@ DEMO = {
     "lora_r": 32,
     "lora_alpha": 128,
     "target_modules": "all-linear",
-    # In logits a member that knows an answer outweighs one that guesses; in probabilities both can be near one.
-    "aggregation": "mean_logits",
+    # A shard that never saw a person guesses. Its two sequences guess differently, those of the other agree.
+    "select": "all",
     "learning_rate": 3e-3,
-    "num_train_epochs": 20,
-    "per_device_train_batch_size": 8,
+    "adam_beta2": 0.95,
+    "num_train_epochs": 22,
+    "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 64,
     "max_length": 96,
     "gradient_checkpointing": False,
@@ -269,6 +270,10 @@ def run_demo(options: Options) -> dict[str, Any]:
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
     known = {"base": ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
+    everybody = [row for one in make_people(script.num_people, 0, private=True) for row in fact_rows(one)]
+    console.print(
+        f"of the facts of all {script.num_people} people the ensemble completes {ask.share(model, everybody):.0%}"
+    )
     where = model.locate([row["id"] for row in rows if row["person"] == person.name])
     shard, slice_ = next(iter(where.values()))
     console.print(f"\nforgetting {person.name}, in slice {slice_} of shard {shard}")

@@ -51,7 +51,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
     )
     num_people: int = field(default=8, metadata={"help": "Demo: invented people with private facts."})
-    num_general: int = field(default=64, metadata={"help": "Demo: general instructions."})
+    num_general: int = field(default=24, metadata={"help": "Demo: general instructions."})
     cache_dir: str | None = field(default=None, metadata={"help": "Demo: where the small base model is kept."})
 
 
