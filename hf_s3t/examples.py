@@ -63,6 +63,8 @@ class DigestKey:
                 f"Neither {KEY_VARIABLE} nor {path} holds the secret of this system's digests. Restore the file, or "
                 "set the variable to what it was at training."
             ) from None
+        except UnicodeDecodeError as error:
+            raise KeyMissingError(f"{path} is not text: {error}. Restore the file as it was at training.") from error
 
     def of_id(self, example_id: int | str) -> str:
         """Keyed digest of an id; 1 and "1" differ."""
@@ -207,9 +209,26 @@ class ExampleTable:
 
     def duplicates_of(self, ids: Iterable[int | str]) -> list[int | str]:
         """The other examples whose content equals that of one of the ids."""
-        named = set(ids)
-        contents = {self.rows[i].digest for i in named}
-        return [i for i, row in self.rows.items() if row.digest in contents and i not in named]
+        named = dict.fromkeys(ids)
+        contents = dict.fromkeys(self.rows[i].digest for i in named)
+        return [
+            i for content in contents for i in self._by_content.get(content, ()) if i in self.rows and i not in named
+        ]
+
+    @cached_property
+    def _by_content(self) -> dict[str, list[int | str]]:
+        """The ids of every content that more than one example had when this was first asked for."""
+        ids: dict[str, list[int | str]] = {}
+        for example_id, row in self.rows.items():
+            ids.setdefault(row.digest, []).append(example_id)
+        return {content: same for content, same in ids.items() if len(same) > 1}
+
+    def index(self) -> "ExampleTable":
+        """Compute now what the first deletion would otherwise wait for."""
+        _ = self._members, self._by_content, self.groups
+        for place in self._members:
+            self.slice_digest(*place)
+        return self
 
     def slice_digest(self, shard: int, slice_: int) -> str:
         """
@@ -230,7 +249,9 @@ class ExampleTable:
         """The table less some of its ids. Slices that lose nothing keep their computed digests."""
         gone = set(ids)
         touched = self.places(gone)
-        rows = {i: row for i, row in self.rows.items() if i not in gone}
+        rows = dict(self.rows)
+        for example_id in gone:
+            del rows[example_id]
         table = ExampleTable(rows, self.num_shards, self.num_slices, self.seed)
         members = {
             place: [i for i in ids_ if i not in gone] if place in touched else ids_
@@ -238,6 +259,7 @@ class ExampleTable:
         }
         # cached_property stores in the instance's dictionary, which a frozen dataclass leaves open.
         table.__dict__["_members"] = members
+        table.__dict__["_by_content"] = self._by_content
         table.__dict__["_digests"] = {p: d for p, d in self._digests.items() if p not in touched}
         return table
 

@@ -13,7 +13,6 @@ from transformers import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .analysis import expected_deletions_left
 from .base_model import check_base_is, load_base, log_casts_once
 from .calls import Routing
 from .ensemble import (
@@ -29,10 +28,13 @@ from .ensemble import (
     stamp_cache,
 )
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from .inspection import inspect as inspect_folder
+from .inspection import open_folder
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
 from .pending import PendingRequests
 from .stack import Route, StageStack, seed_head
+from .status import system_status
 from .storage import SystemFolder
 from .unlearning import Unlearning
 from .versions import library_versions
@@ -131,7 +133,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         if not os.path.isdir(path):
             raise FolderError(f"{path} is not a folder. Give the `output_dir` of a training run.")
-        folder = SystemFolder(path)
+        folder = open_folder(path)
         record = folder.record
         layers = LayerGroups(
             record["layers"]["path"], record["layers"]["num_layers"], tuple(map(tuple, record["layers"]["groups"]))
@@ -357,24 +359,10 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by
             the prior, uniform if none is given; Lemma 1 from the present state).
         """
-        folder = self.folder
-        valid = folder.valid_stages
-        config = folder.config
-        prior = config.deletion_prior
-        alive = folder.plan.first_slices_alive(valid)
-
-        def left(until: str) -> float:
-            return expected_deletions_left(alive, config.num_shards, config.num_slices, prior=prior, until=until)
-
         return {
-            "examples": len(folder.table),
-            "deletions": folder.ledger.num_deletions,
-            "pending": len(PendingRequests(folder).ids()),
+            **system_status(self.folder),
             "depths": self._routing.depths,
-            "sequence_depths": folder.plan.depths(valid),
-            "stages": (len(valid), len(folder.plan.stages(folder.table.empty))),
-            "deletions_until_first_dead_shard": left("first_shard"),
-            "deletions_until_exhausted": left("exhausted"),
+            "pending": len(PendingRequests(self.folder).ids()),
         }
 
     def locate(self, ids: Sequence[int | str]) -> dict[int | str, tuple[int, int]]:
@@ -399,24 +387,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         Returns:
             `list[str]`: One sentence per problem; empty if all is well.
         """
-        try:
-            folder = SystemFolder(self.folder.path)
-        except S3TError as error:
-            return [str(error)]
-        problems = []
-        valid = folder.valid_stages
-        for key in folder.plan.stages():
-            if key not in folder.stages:
-                continue
-            if key not in valid:
-                problems.append(
-                    f"{key} does not match the examples of its slices, or a stage it stands on is missing."
-                )
-            try:
-                folder.adapter_path(key)
-            except FolderError as error:
-                problems.append(str(error))
-        return problems
+        self._wait_for_cleaner()
+        return list(inspect_folder(self.folder.path).problems)
 
     # Handing out
 

@@ -70,6 +70,8 @@ class SystemFolder:
                 "it was at training."
             )
         self._stages: dict[StageKey, dict[str, Any]] = {}
+        # Stages that a deletion recorded through this object condemned, and that are not removed yet.
+        self._condemned: dict[StageKey, dict[str, Any]] = {}
         self.refresh()
 
     @classmethod
@@ -127,6 +129,7 @@ class SystemFolder:
         # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
         self.table = self._table_of(rows, pin, ledger)
         self.ledger = ledger
+        self._condemned = {}
         self._stages = self._scan_stages()
         self._finish_removal(behind=pin != _pin(self.ledger))
 
@@ -192,8 +195,8 @@ class SystemFolder:
             [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
         """
         folder = self.path / key.path
-        for name, digest in self._stages[key]["files"].items():
-            check_digest(folder / name, digest)
+        for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+            check_digest(folder / name, self._stages[key]["files"][name])
         return folder
 
     # Writing
@@ -251,6 +254,8 @@ class SystemFolder:
             )
         )
         self.table = self.table.without(ids)
+        # That these no longer match their slices needs no computing.
+        self._condemned |= {key: self._stages.pop(key) for key in removed}
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
@@ -263,6 +268,7 @@ class SystemFolder:
         for key in keys:
             self._discard(self.path / key.path)
             self._stages.pop(key, None)
+            self._condemned.pop(key, None)
 
     def remove_stale_checkpoints(self) -> None:
         """Remove unfinished checkpoints of stages whose slices are no longer what they saw."""
@@ -341,6 +347,10 @@ class SystemFolder:
             self.table = self._masked(self.table, ledger)
             self.ledger = ledger
 
+    def refresh_stages(self) -> None:
+        """Take in stages that another process added or removed; those known are not read again."""
+        self._stages = dict(self._read_stages(self._stages))
+
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
         return _stamp(self.path / LEDGER_FILE) != self._ledger_stamp
@@ -382,7 +392,16 @@ class SystemFolder:
         return table.without([i for i in table.rows if self.key.of_id(i) in ledger.deleted])
 
     def _scan_stages(self) -> dict[StageKey, dict[str, Any]]:
-        return {key: self._read_stage(key) for key in self._stage_folders(self.path / STAGES)}
+        return dict(self._read_stages(()))
+
+    def _read_stages(self, known: Mapping[StageKey, Any] | tuple) -> Iterator[tuple[StageKey, dict[str, Any]]]:
+        for key in self._stage_folders(self.path / STAGES):
+            try:
+                yield key, known[key] if key in known else self._read_stage(key)
+            except FolderError:
+                # Between the look at the folder and at its file, another process may have removed the stage.
+                if (self.path / key.path).exists():
+                    raise
 
     def _stage_folders(self, root: Path) -> Iterator[StageKey]:
         for shard in sorted(root.glob("shard-*")):
@@ -412,6 +431,7 @@ class SystemFolder:
             for leftover in leftovers:
                 _remove(leftover)
             # Again: while this waited for the lock, a stage may have been grown anew under its old name.
+            self._condemned = {}
             self._stages = self._scan_stages()
             self.remove_stages(self.condemned_stages())
             if behind:
@@ -419,7 +439,8 @@ class SystemFolder:
 
     def condemned_stages(self) -> list[StageKey]:
         """The stages that saw an example which was deleted since."""
-        return [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
+        found = [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
+        return sorted([*self._condemned, *found])
 
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.

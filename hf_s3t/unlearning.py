@@ -47,6 +47,7 @@ class Unlearning:
         self._timer: threading.Timer | None = None
         stack.wrap()
         self.refresh()
+        folder.table.index()
         self._apply_in_time()
 
     def _follow(self) -> None:
@@ -176,6 +177,7 @@ class Unlearning:
     def _unlearn(self, ids, groups, missing, include_duplicates, on_running, timeout, started) -> UnlearningReport:
         folder = self.folder
         folder.refresh_ledger()
+        folder.refresh_stages()
         request = self._resolve(ids, groups, missing)
         before = self._routing.depths
         duplicates = folder.table.duplicates_of(request.present)
