@@ -310,7 +310,9 @@ class ExampleTable:
         sample = next(iter(self.rows), None)
         return "" if sample is None else f" with ids such as {sample!r}"
 
-    def check_dataset(self, ids: Sequence[int | str], digests: Sequence[str], is_deleted) -> list[int]:
+    def check_dataset(
+        self, ids: Sequence[int | str], digests: Sequence[str], is_deleted, groups: Sequence | None = None
+    ) -> list[int]:
         """
         Match a dataset's rows with the table: which row numbers to train on.
 
@@ -320,6 +322,7 @@ class ExampleTable:
             ids (sequence): The id of each row.
             digests (sequence of `str`): The keyed content digest of each row.
             is_deleted (callable): Whether an id was deleted.
+            groups (sequence, *optional*): The group of each row, where the system has groups.
 
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If a row is new to the system.
@@ -332,7 +335,7 @@ class ExampleTable:
             if row is None:
                 if not is_deleted(example_id):
                     new.append(example_id)
-            elif row.digest != digest:
+            elif row.digest != digest or (groups is not None and row.group != groups[number]):
                 changed.append(example_id)
             else:
                 kept.append(number)

@@ -122,6 +122,7 @@ class StageStack:
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
         self._hooked: set[nn.Module] = set()
+        self._is_wrapped = False
         base.requires_grad_(False)
         # Trainer refuses to train a quantised base unless adapters are known to live on it.
         base._hf_peft_config_loaded = True
@@ -284,11 +285,14 @@ class StageStack:
 
         Attaching an adapter then changes no module that a call in another thread may be inside of.
         """
+        if self._is_wrapped:
+            return
         for group in range(len(self.layers.groups)):
             if not any(key.group == group for key in self.loaded):
                 key = StageKey(0, tuple(range(group + 1)))
                 self._inject(key, low_cpu_mem_usage=True)
                 self.drop([key])
+        self._is_wrapped = True
 
     # Files
 

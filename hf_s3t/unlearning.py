@@ -45,7 +45,6 @@ class Unlearning:
         self._deletion_lock = threading.RLock()
         self._cleaner: threading.Thread | None = None
         self._timer: threading.Timer | None = None
-        stack.wrap()
         self.refresh()
         folder.table.index()
         self._apply_in_time()
@@ -102,7 +101,10 @@ class Unlearning:
         wanted = set(valid) if self.preload == "all" else routing.stages
         new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
         # All files are checked before any is attached.
-        for key, path in [(key, folder.adapter_path(key)) for key in new]:
+        files = [(key, folder.adapter_path(key)) for key in new]
+        if files:
+            stack.wrap()
+        for key, path in files:
             stack.load(key, path, folder.adapter_digest(key))
         lock_seconds = max(lock_seconds, calls.switch(routing))
         spare = frozenset(stack.loaded) - wanted

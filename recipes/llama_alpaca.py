@@ -361,7 +361,7 @@ def say(trainer: Any, what: Any) -> None:
 
 def loss_table(losses: dict[str, float]) -> Table:
     """The losses, with their distance from the base."""
-    table = Table("", "held-out loss", "against the base")
+    table = Table("", "held-out loss", "vs. base")
     for name, loss in losses.items():
         table.add_row(name, f"{loss:.3f}", f"{loss / losses['base'] - 1:+.0%}")
     return table
@@ -369,7 +369,7 @@ def loss_table(losses: dict[str, float]) -> Table:
 
 def demo_table(losses: dict[str, float], known: dict[str, float], name: str) -> Table:
     """Losses, and the share of one person's facts that each system completes."""
-    table = Table("", "held-out loss", "against the base", f"facts of {name} known")
+    table = Table("", "held-out loss", "vs. base", "facts known", title=f"{name}'s facts, and everything else")
     for system in dict.fromkeys([*losses, *known]):
         loss = losses.get(system)
         table.add_row(

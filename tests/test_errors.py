@@ -835,7 +835,7 @@ def unknown(name: str, got: str, remedy: str, **given) -> Refusal:
         groups=["person-1", "nobody"]),
     Refusal(ConfigError, "neither ids nor groups", "with neither `ids` nor `groups`", "Name what to forget",
         "Name what to forget"),
-    Refusal(ConfigError, "an unknown way with missing ids", "got 'skip'", "`missing` must be one of 'error', 'ignore'",
+    Refusal(ConfigError, "an unknown way with missing ids", "got 'skip'", "`missing` must be one of error, ignore",
         "one of", ids=["example-001"], missing="skip"),
 )  # fmt: skip
 def test_an_unlearn_that_is_refused_changes_nothing(case, model):

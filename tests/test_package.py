@@ -20,7 +20,10 @@ import hf_s3t
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
-PURE = ("analysis", "config", "errors", "examples", "ledger", "partition", "plan", "sequences", "storage", "versions")
+PURE = (
+    "analysis", "cli", "config", "deletion", "errors", "examples", "inspection", "ledger", "partition", "pending",
+    "plan", "purge", "receipt", "rendering", "sequences", "status", "storage", "versions",
+)  # fmt: skip
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 # These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.
 ONLY_WHERE_USED = {"trl": {"hf_s3t.sft_trainer"}, "bitsandbytes": set()}
@@ -203,7 +206,9 @@ def _python_blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/guarantee.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/guarantee.md", "docs/cli.md", "docs/format.md"]
+)
 def test_code_in_the_documentation_is_python_and_imports_what_exists(page):
     for block in _python_blocks(ROOT / page):
         for node in ast.walk(ast.parse(block)):
@@ -212,7 +217,9 @@ def test_code_in_the_documentation_is_python_and_imports_what_exists(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guarantee.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guarantee.md", "docs/cli.md", "docs/format.md"]
+)
 def test_links_in_the_documentation_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
