@@ -14,6 +14,9 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS) \
 	$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),--gpu_ids 0)
 
+# A process per core, each with one thread: more would wait for each other. A file's tests share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-all lint format bench clean
 
@@ -35,10 +38,10 @@ demo: $(STAMP)  ## train, serve, unlearn and audit a small Llama, start to end
 	$(LAUNCH) recipes/llama_alpaca.py $(ARGS)
 
 test: $(STAMP)  ## the unit suite, within eight minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)  ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)  ## style and docstring rules
 	$(BIN)/ruff check .
