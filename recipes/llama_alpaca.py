@@ -39,6 +39,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from hf_s3t import S3TSFTTrainer
+from hf_s3t.base_model import log_casts_once
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 from hf_s3t.plan import StageKey
@@ -183,6 +184,7 @@ def baseline_losses(options: Options, model: str, train: Dataset, held_out: Data
         quantization_config=quantization(options),
         peft_config=copy.deepcopy(options.lora),
     )
+    log_casts_once(trainer.model)
     # A fresh LoRA adapter changes nothing, so this is the base.
     losses = {"base": held_out_loss(trainer)}
     if not options.script.skip_full_lora:

@@ -114,7 +114,7 @@ class Crash(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stages_begun += 1
-        if self.where == "between stages" and self.stages_begun == 3:
+        if self.where == "between stages" and self.stages_begun == 2:
             raise KeyboardInterrupt
 
     def on_step_end(self, args, state, control, **kwargs):
