@@ -555,7 +555,7 @@ def checkpoint_without_reentry(model: nn.Module) -> None:
     `peft.prepare_model_for_kbit_training` turns checkpointing on without saying which way, and PyTorch's default is
     the other.
     """
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
