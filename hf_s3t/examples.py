@@ -51,11 +51,7 @@ class DigestKey:
             return cls(os.environ[KEY_VARIABLE].encode())
         path = Path(folder) / KEY_FILE
         if create and not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
-                file.flush()
-                os.fsync(file.fileno())
+            _write_secret(path, secrets.token_hex(32))
         try:
             return cls(path.read_text().strip().encode())
         except FileNotFoundError:
@@ -85,6 +81,26 @@ class DigestKey:
 
     def _digest(self, purpose: bytes, message: bytes) -> str:
         return hmac.digest(self._secret, purpose + b"\0" + message, "sha256").hex()
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """Make a file with a secret, whole or not at all, and never in the place of another."""
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Another process was first: its secret is the one.
+            return
+        except OSError:
+            # No hard links here.
+            os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def encode(value: Any) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from .errors import FolderError
-from .storage import SystemFolder, sync_folder
+from .storage import SystemFolder, explained, sync_folder
 
 
 PENDING_FILE = "pending.jsonl"
@@ -66,14 +66,15 @@ class PendingRequests:
             "groups": sorted(map(self.folder.key.of_group, groups)),
             "apply_by": None if max_delay is None else (now + timedelta(seconds=max_delay)).isoformat(),
         }
-        is_new = not self.path.exists()
-        with open(self.path, "ab") as file:
-            # What a crash left of a line was never acknowledged.
-            file.truncate(self._acknowledged())
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
+        advice = "The request may be lost. Make room, or make the folder writable, then call again."
+        with explained(f"{self.path} could not be written", advice):
+            with open(self.path, "ab") as file:
+                # What a crash left of a line was never acknowledged.
+                file.truncate(self._acknowledged())
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            # Also where the file was there: who made it may have died before this.
             sync_folder(self.path.parent)
         return line["time"]
 

@@ -1,13 +1,14 @@
 """A system's folder: its files, written atomically, checked when read (the format of `docs/format.md`)."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_IN_FORCE = (
+    "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
+    "finishes the removal."
+)
 _LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
@@ -72,6 +77,9 @@ class SystemFolder:
         self._stages: dict[StageKey, dict[str, Any]] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
         self._condemned: dict[StageKey, dict[str, Any]] = {}
+        # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
+        self._settled = 0
+        self._table_pin = ""
         self.refresh()
 
     @classmethod
@@ -88,7 +96,9 @@ class SystemFolder:
             key ([`~hf_s3t.examples.DigestKey`]): The secret the rows were digested with.
         """
         path = Path(path)
-        (path / STAGES).mkdir(parents=True, exist_ok=True)
+        _make_folders(path / STAGES)
+        # Whoever made the folder did so for this system, a moment ago.
+        _sync_above(path)
         config = S3TConfig.from_dict(record["s3t_config"])
         table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
         _write_table(path / TABLE_FILE, table, Ledger())
@@ -115,9 +125,21 @@ class SystemFolder:
             )
         return False
 
-    def lock(self) -> FileLock:
-        """The lock under which deletions are recorded and stages renamed into place."""
-        return FileLock(self.path / STAGES / ".lock", is_singleton=True)
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        The lock under which deletions are recorded and stages renamed into place.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
+        """
+        lock = FileLock(self.path / STAGES / ".lock", is_singleton=True)
+        with explained(f"{self.path} cannot be changed", "Nothing was. Make it writable, then call again."):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     # What is there
 
@@ -129,9 +151,15 @@ class SystemFolder:
         # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
         self.table = self._table_of(rows, pin, ledger)
         self.ledger = ledger
+        self._table_pin = pin
         self._condemned = {}
         self._stages = self._scan_stages()
-        self._finish_removal(behind=pin != _pin(self.ledger))
+        self._finish_removal(behind=self.is_table_behind)
+
+    @property
+    def is_table_behind(self) -> bool:
+        """Whether lines came to the ledger since the table on the disk was written: it may hold deleted rows."""
+        return self._table_pin != _pin(self.ledger)
 
     def is_deleted(self, example_id: int | str) -> bool:
         """Whether the ledger knows the id as deleted."""
@@ -217,7 +245,8 @@ class SystemFolder:
         temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
-            temporary.mkdir(parents=True)
+            _make_folders(target.parent)
+            temporary.mkdir()
             try:
                 fill(temporary)
                 files = {name: file_digest(temporary / name) for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)}
@@ -230,7 +259,7 @@ class SystemFolder:
                 if record["slices"] != self.slice_digests(key):
                     self.remove_checkpoints(key)
                     return False
-                self._discard(target)
+                self._discard([target])
                 os.rename(temporary, target)
                 _sync(target.parent)
             finally:
@@ -265,8 +294,10 @@ class SystemFolder:
 
     def remove_stages(self, keys) -> None:
         """Remove stages; each goes by one rename first."""
+        keys = list(keys)
+        with explained(f"Stages of {self.path} could not be removed", _IN_FORCE):
+            self._discard([self.path / key.path for key in keys])
         for key in keys:
-            self._discard(self.path / key.path)
             self._stages.pop(key, None)
             self._condemned.pop(key, None)
 
@@ -294,25 +325,36 @@ class SystemFolder:
 
     def _compact(self) -> None:
         self.refresh_ledger()
-        _write_table(self.path / TABLE_FILE, self.table, self.ledger)
+        self._settle()
+        with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
+            _write_table(self.path / TABLE_FILE, self.table, self.ledger)
+        self._table_pin = _pin(self.ledger)
 
     def copy_to(self, path: str | os.PathLike) -> None:
-        """Copy the system, without checkpoints, into another folder; the config goes last."""
+        """Copy the system, without checkpoints, into another folder; the config goes last, when the rest is synced."""
         target = Path(path)
         if target.exists() and any(target.iterdir()):
             raise FolderError(f"{target} is not empty. Give a new folder to save the system to.")
+        _make_folders(target)
         shutil.copytree(
             self.path,
             target,
             dirs_exist_ok=True,
             ignore=shutil.ignore_patterns(CHECKPOINTS, CONFIG_FILE, ".tmp-*", ".gone-*", ".lock"),
         )
-        shutil.copy2(self.path / CONFIG_FILE, target / CONFIG_FILE)
+        # A system whose ledger a crash cut off would have forgotten deletions.
+        for file in (*target.rglob("*"), target):
+            _sync(file)
+        _write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
 
     # Inside
 
     def _append(self, ledger: Ledger) -> None:
-        with open(self.path / LEDGER_FILE, "r+b") as file:
+        advice = "Nothing was removed. Make room, or make it writable, then call again."
+        with (
+            explained(f"{self.path / LEDGER_FILE} could not be written", advice),
+            open(self.path / LEDGER_FILE, "r+b") as file,
+        ):
             # A torn last line was never acknowledged; the new line takes its place.
             file.truncate(len(self.ledger.text.encode()))
             file.seek(0, os.SEEK_END)
@@ -320,12 +362,35 @@ class SystemFolder:
             file.flush()
             os.fsync(file.fileno())
         self.ledger = ledger
+        self._settled = len(ledger.lines)
         self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
 
-    def _discard(self, folder: Path) -> None:
-        if folder.exists():
-            gone = folder.with_name(f".gone-{folder.name}-{uuid.uuid4().hex[:8]}")
-            os.rename(folder, gone)
+    def _settle(self) -> None:
+        """
+        Sync the ledger as it was read, before anything is done or said because of it.
+
+        Who wrote a line may have died before syncing it: then a crash of the machine could still lose the line, and
+        leave what was done because of it.
+        """
+        if self._settled < len(self.ledger.lines):
+            try:
+                _sync(self.path / LEDGER_FILE)
+            except OSError as error:
+                # Where nothing can be written, nothing waits to be synced.
+                if error.errno not in (errno.EROFS, errno.EINVAL):
+                    raise
+            self._settled = len(self.ledger.lines)
+
+    def _discard(self, folders: Iterable[Path]) -> None:
+        renamed = []
+        for folder in folders:
+            if folder.exists():
+                renamed.append(folder.with_name(f".gone-{folder.name}-{uuid.uuid4().hex[:8]}"))
+                os.rename(folder, renamed[-1])
+        # A crash must not give a folder its name back that has lost files.
+        for parent in sorted({gone.parent for gone in renamed}):
+            _sync(parent)
+        for gone in renamed:
             shutil.rmtree(gone)
 
     def refresh_ledger(self) -> None:
@@ -346,6 +411,7 @@ class SystemFolder:
                 )
             self.table = self._masked(self.table, ledger)
             self.ledger = ledger
+            self._settle()
 
     def refresh_stages(self) -> None:
         """Take in stages that another process added or removed; those known are not read again."""
@@ -427,7 +493,10 @@ class SystemFolder:
         self.remove_stale_checkpoints()
         if not (leftovers or stale or behind):
             return
-        with self.lock():
+        with self.lock(), explained(f"An interrupted removal in {self.path} could not be finished", _IN_FORCE):
+            self._settle()
+            for parent in sorted({leftover.parent for leftover in leftovers} - {self.path}):
+                _sync(parent)
             for leftover in leftovers:
                 _remove(leftover)
             # Again: while this waited for the lock, a stage may have been grown anew under its old name.
@@ -497,12 +566,37 @@ def check_digest(path: Path, expected: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def explained(what: str, advice: str) -> Iterator[None]:
+    """Say what an error of the operating system means; those that say so are left as they are."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except OSError as error:
+        raise FolderError(f"{what} ({error}). {advice}") from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that they last through a crash."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync_above(folder)
+
+
+def _sync_above(folder: Path) -> None:
+    # One may be allowed to make folders in a folder and not to read it; syncing needs the latter.
+    with contextlib.suppress(PermissionError):
+        _sync(folder.absolute().parent)
 
 
 def sync_folder(path: Path) -> None:

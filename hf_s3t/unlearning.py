@@ -194,8 +194,9 @@ class Unlearning:
         lock_seconds = self._serve(folder.valid_stages, on_running, timeout)
         folder.remove_stages(condemned)
         folder.remove_stale_checkpoints()
-        if request.present:
-            self._cleaner = threading.Thread(target=folder.compact, name="hf_s3t-compact")
+        # Also what an earlier call could not write for want of room.
+        if folder.is_table_behind:
+            self._cleaner = threading.Thread(target=_compact, args=[folder], name="hf_s3t-compact")
             self._cleaner.start()
         return UnlearningReport(
             requested=len(request.present) + request.already_deleted,
@@ -307,6 +308,13 @@ class Unlearning:
         if self._cleaner is not None:
             self._cleaner.join()
             self._cleaner = None
+
+
+def _compact(folder: SystemFolder) -> None:
+    try:
+        folder.compact()
+    except OSError as error:
+        logger.error(str(error))
 
 
 def _require_named(ids, groups) -> None:

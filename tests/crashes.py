@@ -1,4 +1,4 @@
-"""What a folder may look like after a crash: the operations on it are recorded, and replayed with what was not synced lost."""
+"""What a folder may look like after a crash: its operations recorded, and replayed with the unsynced ones lost."""
 
 import builtins
 import copy
@@ -45,6 +45,7 @@ def plant(tree: Tree, root: Path) -> Path:
             (root / name).mkdir()
     for name, data in tree.items():
         if data is not None:
+            (root / name).touch(0o600)
             (root / name).write_bytes(data)
     return root
 
@@ -55,7 +56,7 @@ def plant(tree: Tree, root: Path) -> Path:
 @dataclass(frozen=True)
 class Step:
     """
-    One operation: `"folder"`, `"write"`, `"move"`, `"remove"`, `"sync"`; or `"mark"`, what the caller was told.
+    One operation: `"folder"`, `"write"`, `"link"`, `"move"`, `"remove"`, `"sync"`; or a `"mark"`: a call returned.
 
     A write has the whole content that the file has after it. Contents are looked at before every other operation, so
     those that a library in C wrote are seen too, as late as they could have been written.
@@ -92,6 +93,7 @@ class Recording:
             for name in ("unlink", "remove", "rmdir"):
                 patch.setattr(os, name, self._recorded(getattr(os, name), self._removed))
             patch.setattr(os, "mkdir", self._recorded(os.mkdir, self._made))
+            patch.setattr(os, "link", self._recorded(os.link, self._linked))
             yield self
         with self._lock:
             self._look()
@@ -142,6 +144,10 @@ class Recording:
     def _made(self, name: str) -> None:
         self.steps.append(Step("folder", name))
         self._tree[name] = None
+
+    def _linked(self, source: str, target: str) -> None:
+        self.steps.append(Step("link", source, target=target))
+        self._tree[target] = self._tree[source]
 
     def _moved(self, source: str, target: str) -> None:
         self.steps.append(Step("move", source, target=target))
@@ -221,13 +227,15 @@ class Disk:
             above.changes.append([(last, None)])
         else:
             other, name = self._above(step.target)
-            if other is above:
+            if step.kind == "link":
+                other.changes.append([(name, node)])
+            elif other is above:
                 above.changes.append([(last, None), (name, node)])
             else:
                 other.changes.append([(name, node)])
                 above.changes.append([(last, None)])
 
-    def crashes(self, some: random.Random, count: int = 2) -> Iterator[tuple[str, Tree]]:
+    def crashes(self, some: random.Random, count: int = 1) -> Iterator[tuple[str, Tree]]:
         """What may be found after a crash now: a description of what lasted, and the tree."""
         yield "everything lasts", self._tree(_all, _new)
         yield "nothing unsynced lasts", self._tree(_none, _old)
@@ -292,7 +300,8 @@ def _zeros(file: _File) -> bytes:
 
 
 def _common(file: _File) -> int:
-    return len(os.path.commonprefix([file.data, file.synced]))
+    pairs = zip(file.data, file.synced, strict=False)
+    return next((n for n, (new, old) in enumerate(pairs) if new != old), min(len(file.data), len(file.synced)))
 
 
 @dataclass(frozen=True)
@@ -316,14 +325,14 @@ class Crash:
         return f"after step {self.after}: {self.what}"
 
 
-def crashes(recording: Recording, disk: Disk | None = None, count: int = 2) -> Iterator[Crash]:
+def crashes(recording: Recording, disk: Disk | None = None, count: int = 1) -> Iterator[Crash]:
     """
     Every crash during what was recorded, those that leave the same once.
 
     Args:
         recording ([`Recording`]): The operations.
         disk ([`Disk`], *optional*): What came before them, if not all of it was synced.
-        count (`int`, defaults to 2): Number of random choices of what lasts, after each step.
+        count (`int`, defaults to 1): Number of random choices of what lasts, after each step.
     """
     disk = Disk(recording.start) if disk is None else copy.deepcopy(disk)
     some, seen, told = random.Random(0), set(), frozenset()
@@ -361,9 +370,10 @@ class Faults:
     def running(self) -> Iterator["Faults"]:
         """Fail meanwhile."""
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+            for name in ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir"):
                 patch.setattr(os, name, self._counted(getattr(os, name)))
             patch.setattr(builtins, "open", self._opened(open))
+            patch.setattr(os, "open", self._opened_below(os.open))
             yield self
 
     def _fails(self) -> bool:
@@ -380,6 +390,14 @@ class Faults:
             if self._fails():
                 raise self._error(str(path))
             return operation(path, *args, **kwargs)
+
+        return operate
+
+    def _opened_below(self, operation: Callable) -> Callable:
+        def operate(path, flags, *args, **kwargs):
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and self._fails():
+                raise self._error(str(path))
+            return operation(path, flags, *args, **kwargs)
 
         return operate
 
