@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `dict[str, Any]`: The numbers that were printed.
     """
     # What TRL sets by default, Transformers calls deprecated; and only the stages deserve a progress bar.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.training_args")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.(training_args|modeling_utils)")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     options = parse(argv, demo_defaults=DEMO)
