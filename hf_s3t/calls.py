@@ -11,7 +11,7 @@ import torch
 
 from .errors import S3TError
 from .plan import StageKey
-from .stack import Route
+from .route import Route
 
 
 # Per model the routing of the call that this thread is inside of.

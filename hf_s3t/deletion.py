@@ -75,9 +75,8 @@ def preview(
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
         [`~hf_s3t.errors.ConfigError`]: If neither is given.
     """
-    _check_request(ids, groups, missing)
     folder.refresh_ledger()
-    request, duplicates = _resolve(folder, ids, groups, missing, include_duplicates)
+    request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
     removed = _touched(folder, request)
     before = folder.valid_stages
     after = before.difference(removed)
@@ -125,46 +124,92 @@ def apply(
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
         [`~hf_s3t.errors.ConfigError`]: If neither is given.
     """
-    _check_request(ids, groups, missing)
     started = time.perf_counter()
     with folder.lock():
-        # The ledger first: it refuses one that lost lines. Then the stages that a trainer added since.
-        folder.refresh_ledger()
         folder.refresh()
-        request, duplicates = _resolve(folder, ids, groups, missing, include_duplicates)
         before = serving_depths(folder, folder.valid_stages)
-        if request.present:
-            folder.record_deletion(request.present, _touched(folder, request), library_versions(), request.groups)
-        condemned = folder.condemned_stages()
-        folder.remove_stages(condemned)
+        deletion = record(folder, ids, groups, missing, include_duplicates)
+        folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
-        if request.present:
+        if folder.is_table_behind:
             folder.compact()
         after = serving_depths(folder, folder.valid_stages)
-    return UnlearningReport(
-        requested=len(request.present) + request.already_deleted,
-        deleted=len(request.present),
-        already_deleted=request.already_deleted,
-        stages_removed=tuple(str(key) for key in condemned),
-        depths_before=before,
-        depths_after=after,
-        is_exhausted=not any(after),
-        seconds=time.perf_counter() - started,
-        lock_seconds=0.0,
-        duplicates=duplicates,
-    )
+    return deletion.report(before, after, time.perf_counter() - started)
 
 
-def _check_request(ids, groups, missing: str) -> None:
+@dataclass(frozen=True)
+class RecordedDeletion:
+    """
+    A deletion that is in the ledger, and what is to be removed because of it.
+
+    Args:
+        request ([`~hf_s3t.examples.Request`]): What was deleted.
+        duplicates (`tuple[int | str, ...]`): Examples of equal content that are still in.
+        condemned (`list[StageKey]`): The stages to remove, those included that an earlier call did not live to remove.
+    """
+
+    request: Request
+    duplicates: tuple[int | str, ...]
+    condemned: list[StageKey]
+
+    def report(
+        self, before: list[int], after: list[int], seconds: float, lock_seconds: float = 0.0
+    ) -> UnlearningReport:
+        """The report of the call that recorded it, from the depths before and after and how long it took."""
+        return UnlearningReport(
+            requested=len(self.request.present) + self.request.already_deleted,
+            deleted=len(self.request.present),
+            already_deleted=self.request.already_deleted,
+            stages_removed=tuple(map(str, self.condemned)),
+            depths_before=before,
+            depths_after=after,
+            is_exhausted=not any(after),
+            seconds=seconds,
+            lock_seconds=lock_seconds,
+            duplicates=self.duplicates,
+        )
+
+
+def record(
+    folder: SystemFolder, ids, groups, missing: str = "error", include_duplicates: bool = False
+) -> RecordedDeletion:
+    """
+    Check a request and put it into the ledger: the step that [`apply`] and a model's `unlearn` have in common.
+
+    The folder's lock must be held, and what the folder says must be as it is on the disk. Removing is for the caller.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        ids (sequence of `int` or `str`, *optional*): As in [`apply`].
+        groups (sequence of `int` or `str`, *optional*): As in [`apply`].
+        missing (`str`, defaults to `"error"`): As in [`apply`].
+        include_duplicates (`bool`, defaults to `False`): As in [`apply`].
+
+    Returns:
+        [`RecordedDeletion`]: What was recorded. A request of which nothing is in writes nothing.
+    """
+    request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
+    if request.present:
+        folder.record_deletion(request.present, _touched(folder, request), library_versions(), request.groups)
+    return RecordedDeletion(request, duplicates, folder.condemned_stages())
+
+
+def resolve(
+    folder: SystemFolder, ids, groups, missing: str = "error", include_duplicates: bool = False
+) -> tuple[Request, tuple[int | str, ...]]:
+    """
+    The examples that a request names, all checked, and those of equal content that it leaves.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        ids (sequence of `int` or `str`, *optional*): As in [`apply`].
+        groups (sequence of `int` or `str`, *optional*): As in [`apply`].
+        missing (`str`, defaults to `"error"`): As in [`apply`].
+        include_duplicates (`bool`, defaults to `False`): As in [`apply`].
+    """
     require_choice("missing", missing, MISSING)
     if ids is None and groups is None:
         raise ConfigError("A deletion was asked for with neither `ids` nor `groups`. Name what to forget.")
-
-
-def _resolve(
-    folder: SystemFolder, ids, groups, missing: str, include_duplicates: bool
-) -> tuple[Request, tuple[int | str, ...]]:
-    """The request, and the examples of equal content that it leaves."""
     request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
     duplicates = tuple(folder.table.duplicates_of(request.present))
     return (request.with_ids(duplicates), ()) if include_duplicates else (request, duplicates)

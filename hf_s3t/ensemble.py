@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .errors import S3TError, StaleCacheError
-from .stack import Route
+from .route import Route
 
 
 # Inputs that are not one row per example even if their length says so.

@@ -11,6 +11,7 @@ from typing import Any
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable
+from .files import check_digest, read_checked_json, stamp
 from .ledger import Ledger
 from .pending import PENDING_FILE, PendingRequests
 from .plan import Plan, StageKey
@@ -25,11 +26,8 @@ from .storage import (
     STAGES,
     TABLE_FILE,
     SystemFolder,
-    _pin,
-    _read_checked_json,
-    _read_table,
-    check_digest,
 )
+from .table_file import pin_of, read_table
 
 
 LEFTOVER_PREFIXES = (".tmp-", ".gone-")
@@ -182,10 +180,10 @@ def inspect(path: str | os.PathLike, adapters: bool = True) -> Inspection:
     """
     path = Path(path)
     for _ in range(_ATTEMPTS):
-        before = _ledger_stamp(path)
+        before = stamp(Path(path) / LEDGER_FILE)
         inspector = _Inspector(path, adapters)
         inspector.run()
-        if _ledger_stamp(path) == before:
+        if stamp(Path(path) / LEDGER_FILE) == before:
             break
         # Someone deleted meanwhile, and what was read belongs to two states of the folder.
     return inspector.result()
@@ -281,7 +279,7 @@ class _Inspector:
 
     def _read_config(self) -> None:
         _require_file(self.path / CONFIG_FILE)
-        record = _read_checked_json(self.path / CONFIG_FILE)
+        record = read_checked_json(self.path / CONFIG_FILE)
         version = record.get("format_version")
         if version != FORMAT_VERSION:
             raise FormatVersionError(
@@ -312,7 +310,7 @@ class _Inspector:
         rows = pin = None
         with self._reading(self.path / TABLE_FILE):
             _require_file(self.path / TABLE_FILE)
-            rows, pin = _read_table(self.path / TABLE_FILE)
+            rows, pin = read_table(self.path / TABLE_FILE)
         with self._reading(self.path / LEDGER_FILE):
             self._read_ledger()
         if self.ledger is not None and pin is not None:
@@ -322,7 +320,7 @@ class _Inspector:
                 raise FolderError(problem)
         if rows is not None and self.config is not None:
             with self._reading(self.path / TABLE_FILE):
-                self._mask(rows, behind=self.ledger is not None and pin != _pin(self.ledger))
+                self._mask(rows, behind=self.ledger is not None and pin != pin_of(self.ledger))
 
     def _read_ledger(self) -> None:
         path = self.path / LEDGER_FILE
@@ -396,7 +394,7 @@ class _Inspector:
             if entry.name not in _STAGE_FILES:
                 self._unless_foreign(entry)
         _require_file(folder / STAGE_FILE)
-        record = _checked_stage(folder, key, _read_checked_json(folder / STAGE_FILE))
+        record = _checked_stage(folder, key, read_checked_json(folder / STAGE_FILE))
         self.stages[key] = record
         for name, digest in record["files"].items():
             with self._reading(folder / name):
@@ -472,7 +470,7 @@ class _Inspector:
             return True
         try:
             _require_file(checkpoint / STAGE_FILE)
-            slices = _read_checked_json(checkpoint / STAGE_FILE).get("slices")
+            slices = read_checked_json(checkpoint / STAGE_FILE).get("slices")
         except FolderError:
             # Without its record it may be one that is being written; only a deletion condemns it.
             return not self.ledger.num_deletions
@@ -604,14 +602,6 @@ def _entries(folder: Path) -> list[Path]:
 
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
-
-
-def _ledger_stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path / LEDGER_FILE)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _count(number: int, what: str) -> str:

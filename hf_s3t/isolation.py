@@ -154,17 +154,16 @@ def _check_embeddings(model: nn.Module) -> None:
     if not isinstance(embeddings, nn.Embedding):
         return
     try:
-        original = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+        original = AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         return
-    expected = getattr(original, "vocab_size", None)
-    if expected is not None and type(model.config) is type(AutoConfig.from_pretrained(name, local_files_only=True)):
-        if embeddings.num_embeddings != expected:
-            raise IsolationError(
-                f"The embeddings were resized from {expected} to {embeddings.num_embeddings} rows: the new rows are "
-                f"in no checkpoint, so nobody could load this base again. Save the resized model with "
-                "`save_pretrained` and train on that folder."
-            )
+    expected = getattr(original.get_text_config(), "vocab_size", None)
+    if type(model.config) is type(original) and expected not in (None, embeddings.num_embeddings):
+        raise IsolationError(
+            f"The embeddings were resized from {expected} to {embeddings.num_embeddings} rows: the new rows are in no "
+            "checkpoint, so nobody could load this base again. Save the resized model with `save_pretrained` and "
+            "train on that folder."
+        )
 
 
 def check_checkpoint(model: nn.Module, layers_path: str, head: Sequence[str]) -> None:

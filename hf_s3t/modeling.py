@@ -33,7 +33,8 @@ from .inspection import open_folder
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
 from .pending import PendingRequests
-from .stack import Route, StageStack, seed_head
+from .route import Route, noting_lengths, routed
+from .stack import StageStack, seed_head
 from .status import system_status
 from .storage import SystemFolder
 from .unlearning import Unlearning
@@ -268,7 +269,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         rows = num_rows(inputs, self.main_input_name)
         if members > 1 and not self._answers_in_one_pass(inputs, rows):
             return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
-        with self.stack.routed(routing.route):
+        with routed(routing.route):
             outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
         if cache is not None and outputs.get("past_key_values") is None:
             stamp_cache(cache, routing.route)
@@ -286,9 +287,9 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         if self._one_pass is None:
             one = first_row(inputs, rows)
-            with self.stack.noting_lengths() as lengths:
+            with noting_lengths() as lengths:
                 self.base_model(**one, return_dict=True)
-            with self.stack.noting_lengths() as doubled:
+            with noting_lengths() as doubled:
                 self.base_model(**repeat_rows(one, 1, 2), return_dict=True)
             self._one_pass = doubled == [2 * length for length in lengths]
         return self._one_pass
@@ -302,7 +303,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             )
         logits = []
         for tip in routing.route.members:
-            with self.stack.routed(Route((tip,), routing.route.stopped)):
+            with routed(Route((tip,), routing.route.stopped)):
                 outputs = self.base_model(**inputs, return_dict=True)
             logits.append(outputs.logits)
             outputs["past_key_values"] = None
@@ -418,12 +419,22 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         if not 0 <= shard < self.folder.plan.num_shards:
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
-        tips = self._routing.served[shard]
-        if not tips:
-            raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
-        with self._deletion_lock, self.folder.lock():
-            self.folder.record_export(tips[0], library_versions())
-            self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+        self._calls.refuse_inside("export_adapter")
+        with self._deletion_lock:
+            self.refresh()
+            with self.folder.lock():
+                self.folder.refresh_ledger()
+                tips = self._routing.served[shard]
+                if not tips:
+                    raise ExhaustedError(
+                        f"Shard {shard} has no stage left to export. Call `train()` to grow it again."
+                    )
+                if not self.folder.is_valid(tips[0]):
+                    raise S3TError(
+                        f"Another process just deleted examples that {tips[0]} saw. Call again to export what is left."
+                    )
+                self.folder.record_export(tips[0], library_versions())
+                self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
 
 
 def _check_options(preload: str, when_exhausted: str, head: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from .errors import FolderError
-from .storage import SystemFolder, explained, sync_folder
+from .files import explained, sync
+from .storage import SystemFolder
 
 
 PENDING_FILE = "pending.jsonl"
@@ -75,7 +76,7 @@ class PendingRequests:
                 file.flush()
                 os.fsync(file.fileno())
             # Also where the file was there: who made it may have died before this.
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
         return line["time"]
 
     def ids(self) -> list[int | str]:
@@ -97,7 +98,7 @@ class PendingRequests:
         """Drop all requests: they are in the ledger now."""
         if self.path.exists():
             self.path.unlink()
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def _acknowledged(self) -> int:
         return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0

@@ -10,9 +10,10 @@ from pathlib import Path
 from huggingface_hub import constants as hub_constants
 
 from .errors import FolderError
+from .files import read_checked_json
 from .inspection import HISTORY, TRACKER_LOGS, inspect, open_folder
 from .plan import StageKey
-from .storage import CHECKPOINTS, CONFIG_FILE, STAGES, SystemFolder, _read_checked_json
+from .storage import CHECKPOINTS, CONFIG_FILE, STAGES, SystemFolder
 
 
 BASELINE_SUFFIX = "-full-lora"
@@ -338,7 +339,7 @@ def _key_check(config: Path) -> str | None:
     """The field of a config that tells whose system it is; `None` where there is none to read."""
     with contextlib.suppress(OSError):
         if config.is_file() and config.stat().st_size <= _LARGEST_CONFIG:
-            return _read_checked_json(config).get("key_check")
+            return read_checked_json(config).get("key_check")
     return None
 
 

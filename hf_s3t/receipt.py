@@ -9,9 +9,11 @@ from typing import Any
 from .deletion import candidates
 from .errors import FolderError, KeyMissingError, UnknownExampleError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey
+from .files import read_checked_json
 from .ledger import Ledger, LedgerEntry, line_hash
 from .plan import StageKey
-from .storage import CONFIG_FILE, LEDGER_FILE, TABLE_FILE, _pin, _read_checked_json, _read_table
+from .storage import CONFIG_FILE, LEDGER_FILE, TABLE_FILE
+from .table_file import pin_of, read_table
 
 
 RECEIPT_VERSION = 1
@@ -137,7 +139,7 @@ def load_key(path: str | os.PathLike) -> DigestKey:
     Raises:
         [`~hf_s3t.errors.KeyMissingError`]: If there is none, or it is another system's.
     """
-    record = _read_checked_json(Path(path) / CONFIG_FILE)
+    record = read_checked_json(Path(path) / CONFIG_FILE)
     try:
         key = DigestKey.load(path)
     except UnicodeDecodeError as error:
@@ -162,7 +164,7 @@ def _read_ledger_text(path: Path) -> str:
 
 def _read_pin(path: Path) -> str | FolderError:
     try:
-        return _read_table(path)[1]
+        return read_table(path)[1]
     except FolderError as error:
         return error
 
@@ -192,7 +194,7 @@ def pin_problem(ledger: Ledger, pin: str) -> str | None:
         `str` or `None`: One sentence and the remedy.
     """
     count = pin.partition(" ")[0]
-    if count.isascii() and count.isdigit() and len(count) < 19 and pin == _pin(ledger, int(count)):
+    if count.isascii() and count.isdigit() and len(count) < 19 and pin == pin_of(ledger, int(count)):
         return None
     return (
         f"{LEDGER_FILE} does not hold the lines with which {TABLE_FILE} was written (expected {count[:19]}, found "

@@ -2,25 +2,34 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import secrets
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import FolderError, FormatVersionError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable
-from .ledger import Ledger, line_hash
+from .files import (
+    check_digest,
+    explained,
+    file_digest,
+    make_folders,
+    read_checked_json,
+    remove,
+    stamp,
+    sync,
+    sync_above,
+    write_atomically,
+    write_checked_json,
+)
+from .ledger import Ledger
 from .plan import Plan, StageKey
+from .table_file import pin_of, read_table, write_table
 
 
 CONFIG_FILE = "s3t_config.json"
@@ -58,7 +67,7 @@ class SystemFolder:
                 f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
                 "or the folder of `save_pretrained`."
             )
-        self.record = _read_checked_json(self.path / CONFIG_FILE)
+        self.record = read_checked_json(self.path / CONFIG_FILE)
         version = self.record.get("format_version")
         if version != FORMAT_VERSION:
             raise FormatVersionError(
@@ -74,6 +83,7 @@ class SystemFolder:
                 "were made with: its deletions could not be recognised. Restore the file, or set the variable to what "
                 "it was at training."
             )
+        self.ledger = Ledger()
         self._stages: dict[StageKey, dict[str, Any]] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
         self._condemned: dict[StageKey, dict[str, Any]] = {}
@@ -96,14 +106,14 @@ class SystemFolder:
             key ([`~hf_s3t.examples.DigestKey`]): The secret the rows were digested with.
         """
         path = Path(path)
-        _make_folders(path / STAGES)
+        make_folders(path / STAGES)
         # Whoever made the folder did so for this system, a moment ago.
-        _sync_above(path)
+        sync_above(path)
         config = S3TConfig.from_dict(record["s3t_config"])
         table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
-        _write_table(path / TABLE_FILE, table, Ledger())
-        _write_atomically(path / LEDGER_FILE, b"")
-        _write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, "key_check": key.check, **record})
+        write_table(path / TABLE_FILE, table, Ledger())
+        write_atomically(path / LEDGER_FILE, b"")
+        write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, "key_check": key.check, **record})
         return cls(path)
 
     @staticmethod
@@ -144,7 +154,12 @@ class SystemFolder:
     # What is there
 
     def refresh(self) -> None:
-        """Read ledger, table and stages again, and finish a removal that something interrupted."""
+        """
+        Read ledger, table and stages again, and finish a removal that something interrupted.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is damaged, or the ledger no longer holds what was read before.
+        """
         # The table first: the ledger is never behind it, whatever another process does between the two reads.
         rows, pin = self._read_rows()
         ledger = self._read_ledger()
@@ -159,7 +174,7 @@ class SystemFolder:
     @property
     def is_table_behind(self) -> bool:
         """Whether lines came to the ledger since the table on the disk was written: it may hold deleted rows."""
-        return self._table_pin != _pin(self.ledger)
+        return self._table_pin != pin_of(self.ledger)
 
     def is_deleted(self, example_id: int | str) -> bool:
         """Whether the ledger knows the id as deleted."""
@@ -245,23 +260,23 @@ class SystemFolder:
         temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
-            _make_folders(target.parent)
+            make_folders(target.parent)
             temporary.mkdir()
             try:
                 fill(temporary)
                 files = {name: file_digest(temporary / name) for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)}
                 record = {**record, "stage": str(key), "files": files}
-                _write_checked_json(temporary / STAGE_FILE, record)
+                write_checked_json(temporary / STAGE_FILE, record)
                 for file in temporary.iterdir():
-                    _sync(file)
-                _sync(temporary)
+                    sync(file)
+                sync(temporary)
                 self.refresh_ledger()
                 if record["slices"] != self.slice_digests(key):
                     self.remove_checkpoints(key)
                     return False
                 self._discard([target])
                 os.rename(temporary, target)
-                _sync(target.parent)
+                sync(target.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         self._stages[key] = record
@@ -327,15 +342,15 @@ class SystemFolder:
         self.refresh_ledger()
         self._settle()
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
-            _write_table(self.path / TABLE_FILE, self.table, self.ledger)
-        self._table_pin = _pin(self.ledger)
+            write_table(self.path / TABLE_FILE, self.table, self.ledger)
+        self._table_pin = pin_of(self.ledger)
 
     def copy_to(self, path: str | os.PathLike) -> None:
         """Copy the system, without checkpoints, into another folder; the config goes last, when the rest is synced."""
         target = Path(path)
         if target.exists() and any(target.iterdir()):
             raise FolderError(f"{target} is not empty. Give a new folder to save the system to.")
-        _make_folders(target)
+        make_folders(target)
         shutil.copytree(
             self.path,
             target,
@@ -344,8 +359,8 @@ class SystemFolder:
         )
         # A system whose ledger a crash cut off would have forgotten deletions.
         for file in (*target.rglob("*"), target):
-            _sync(file)
-        _write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
+            sync(file)
+        write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
 
     # Inside
 
@@ -363,7 +378,7 @@ class SystemFolder:
             os.fsync(file.fileno())
         self.ledger = ledger
         self._settled = len(ledger.lines)
-        self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
+        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
 
     def _settle(self) -> None:
         """
@@ -374,7 +389,7 @@ class SystemFolder:
         """
         if self._settled < len(self.ledger.lines):
             try:
-                _sync(self.path / LEDGER_FILE)
+                sync(self.path / LEDGER_FILE)
             except OSError as error:
                 # Where nothing can be written, nothing waits to be synced.
                 if error.errno not in (errno.EROFS, errno.EINVAL):
@@ -389,7 +404,7 @@ class SystemFolder:
                 os.rename(folder, renamed[-1])
         # A crash must not give a folder its name back that has lost files.
         for parent in sorted({gone.parent for gone in renamed}):
-            _sync(parent)
+            sync(parent)
         for gone in renamed:
             shutil.rmtree(gone)
 
@@ -404,11 +419,6 @@ class SystemFolder:
             return
         ledger = self._read_ledger()
         if ledger != self.ledger:
-            if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
-                raise FolderError(
-                    f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be "
-                    "forgotten. Restore it from a backup."
-                )
             self.table = self._masked(self.table, ledger)
             self.ledger = ledger
             self._settle()
@@ -419,13 +429,13 @@ class SystemFolder:
 
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
-        return _stamp(self.path / LEDGER_FILE) != self._ledger_stamp
+        return stamp(self.path / LEDGER_FILE) != self._ledger_stamp
 
     def _read_ledger(self) -> Ledger:
         # Before reading: a line that comes while the file is read is news again.
-        self._ledger_stamp = _stamp(self.path / LEDGER_FILE)
+        found = stamp(self.path / LEDGER_FILE)
         try:
-            return Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode(), known=getattr(self, "ledger", None))
+            ledger = Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode(), known=self.ledger)
         except FileNotFoundError:
             raise FolderError(
                 f"{self.path / LEDGER_FILE} is missing: without it deletions could be forgotten. Restore it from a "
@@ -435,9 +445,16 @@ class SystemFolder:
             raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}. Restore it from a backup.") from error
         except FolderError as error:
             raise type(error)(f"{self.path / LEDGER_FILE}: {error}") from error
+        if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
+                "Restore it from a backup."
+            )
+        self._ledger_stamp = found
+        return ledger
 
     def _read_rows(self) -> tuple[dict[int | str, Example], str]:
-        rows, pin = _read_table(self.path / TABLE_FILE)
+        rows, pin = read_table(self.path / TABLE_FILE)
         config = self.config
         if any(not (0 <= r.shard < config.num_shards and 0 <= r.slice < config.num_slices) for r in rows.values()):
             raise FolderError(f"{self.path / TABLE_FILE} places examples outside the system's shards and slices.")
@@ -445,7 +462,7 @@ class SystemFolder:
 
     def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
         count = int(pin.partition(" ")[0])
-        if pin != _pin(ledger, count):
+        if pin != pin_of(ledger, count):
             raise FolderError(
                 f"{self.path / LEDGER_FILE} does not hold the {count} lines with which {TABLE_FILE} was written: "
                 "lines were cut off or edited, and deletions would be forgotten. Restore it from a backup."
@@ -478,7 +495,7 @@ class SystemFolder:
                     yield StageKey.from_path(f"{STAGES}/{shard.name}/{folder.name}")
 
     def _read_stage(self, key: StageKey) -> dict[str, Any]:
-        record = _read_checked_json(self.path / key.path / STAGE_FILE)
+        record = read_checked_json(self.path / key.path / STAGE_FILE)
         if record.get("stage") != str(key):
             raise FolderError(
                 f"{self.path / key.path} holds the stage {record.get('stage')!r}: folders were swapped or renamed. "
@@ -496,9 +513,9 @@ class SystemFolder:
         with self.lock(), explained(f"An interrupted removal in {self.path} could not be finished", _IN_FORCE):
             self._settle()
             for parent in sorted({leftover.parent for leftover in leftovers} - {self.path}):
-                _sync(parent)
+                sync(parent)
             for leftover in leftovers:
-                _remove(leftover)
+                remove(leftover)
             # Again: while this waited for the lock, a stage may have been grown anew under its old name.
             self._condemned = {}
             self._stages = self._scan_stages()
@@ -508,14 +525,12 @@ class SystemFolder:
 
     def condemned_stages(self) -> list[StageKey]:
         """The stages that saw an example which was deleted since."""
-        found = [key for key, record in self._stages.items() if self._saw_deleted(key, record)]
-        return sorted([*self._condemned, *found])
+        found = (key for key, record in self._stages.items() if self._saw_deleted(key, record))
+        return sorted({*self._condemned, *found})
 
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
-        if not self.ledger.num_deletions or record["slices"] == self.slice_digests(key):
-            return False
-        return True
+        return bool(self.ledger.num_deletions) and record["slices"] != self.slice_digests(key)
 
     def _drop_stale_checkpoints(self, folder: Path) -> None:
         relative = folder.relative_to(self.path / CHECKPOINTS).as_posix()
@@ -524,185 +539,14 @@ class SystemFolder:
             # Without its record a checkpoint may be one that is being written; only a deletion condemns it.
             current = not self.ledger.num_deletions
             with contextlib.suppress(FolderError):
-                current = _read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key)
+                current = read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key)
             if not current:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Mark a checkpoint with the slices it has seen; without this file it is not resumed."""
-        _write_checked_json(folder / STAGE_FILE, record)
+        write_checked_json(folder / STAGE_FILE, record)
 
     def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
         """What `write_checkpoint_record` wrote."""
-        return _read_checked_json(folder / STAGE_FILE)
-
-
-# Files
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_digest(path: Path, expected: str) -> None:
-    """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
-    if not path.is_file():
-        raise FolderError(f"{path} is missing. Restore it, or remove its folder and call `train()` to grow it again.")
-    found = file_digest(path)
-    if found != expected:
-        raise FolderError(
-            f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. Restore it, or "
-            "remove its folder and call `train()` to grow it again."
-        )
-
-
-@contextlib.contextmanager
-def explained(what: str, advice: str) -> Iterator[None]:
-    """Say what an error of the operating system means; those that say so are left as they are."""
-    try:
-        yield
-    except FolderError:
-        raise
-    except OSError as error:
-        raise FolderError(f"{what} ({error}). {advice}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing, so that they last through a crash."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        _sync_above(folder)
-
-
-def _sync_above(folder: Path) -> None:
-    # One may be allowed to make folders in a folder and not to read it; syncing needs the latter.
-    with contextlib.suppress(PermissionError):
-        _sync(folder.absolute().parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make what was created, renamed or removed in a folder last through a crash."""
-    _sync(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _json_digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _write_checked_json(path: Path, record: Mapping[str, Any]) -> None:
-    record = json.loads(json.dumps(record))
-    text = json.dumps({**record, "digest": _json_digest(record)}, indent=2)
-    _write_atomically(path, text.encode())
-
-
-def _read_checked_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file that carries its own digest."""
-    try:
-        record = json.loads(path.read_bytes())
-        digest = record.pop("digest", None)
-    except FileNotFoundError:
-        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{path} is not the JSON it was written as: {error}. Restore it from a backup.") from error
-    if digest != _json_digest(record):
-        raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
-    return record
-
-
-_TABLE_DIGEST = b"hf_s3t.digest"
-_TABLE_PIN = b"hf_s3t.ledger"
-
-
-def _pin(ledger: Ledger, count: int | None = None) -> str:
-    """The lines whose deletions a table is written without: how many, and the hash of the last."""
-    lines = ledger.lines[:count]
-    return f"{len(lines)} {line_hash(lines[-1])}" if lines else "0 "
-
-
-def _write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
-    rows = table.rows
-    columns = {
-        "id": pa.array(list(rows)),
-        "shard": pa.array([r.shard for r in rows.values()], pa.int32()),
-        "slice": pa.array([r.slice for r in rows.values()], pa.int32()),
-        "digest": pa.array([r.digest for r in rows.values()], pa.string()),
-    }
-    if any(r.group is not None for r in rows.values()):
-        columns["group"] = pa.array([r.group for r in rows.values()])
-    # The digest covers the whole file, with zeros where it stands itself.
-    stand_in = secrets.token_hex(32).encode()
-    metadata = {_TABLE_DIGEST: stand_in, _TABLE_PIN: _pin(ledger)}
-    arrow, buffer = pa.table(columns), pa.BufferOutputStream()
-    # Without a stored schema the metadata stand in the file as they are, and once.
-    with pq.ParquetWriter(buffer, arrow.schema, store_schema=False) as writer:
-        writer.write_table(arrow)
-        writer.add_key_value_metadata(metadata)
-    data = buffer.getvalue().to_pybytes()
-    _write_atomically(path, data.replace(stand_in, _table_digest(data, stand_in)))
-
-
-def _table_digest(data: bytes, digest: bytes) -> bytes:
-    return hashlib.sha256(data.replace(digest, b"0" * len(digest))).hexdigest().encode()
-
-
-def _read_table(path: Path) -> tuple[dict[int | str, Example], str]:
-    try:
-        data = path.read_bytes()
-        file = pq.ParquetFile(pa.BufferReader(data))
-        arrow, metadata = file.read(), file.metadata.metadata or {}
-        digest, pin = metadata[_TABLE_DIGEST], metadata[_TABLE_PIN].decode()
-        intact = digest == _table_digest(data, digest)
-        columns = arrow.to_pydict()
-        groups = columns.get("group", [None] * arrow.num_rows)
-        rows = {
-            example_id: Example(shard, slice_, content, group)
-            for example_id, shard, slice_, content, group in zip(
-                columns["id"], columns["shard"], columns["slice"], columns["digest"], groups, strict=True
-            )
-        }
-    except FileNotFoundError:
-        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
-    except (pa.ArrowException, KeyError, ValueError, TypeError, UnicodeDecodeError, OSError) as error:
-        raise FolderError(f"{path} is not the table it was written as: {error}. Restore it from a backup.") from error
-    if not intact:
-        raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
-    return rows, pin
+        return read_checked_json(folder / STAGE_FILE)

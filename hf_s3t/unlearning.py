@@ -10,14 +10,13 @@ from transformers.utils import logging
 
 from .calls import Calls, Routing
 from .config import require_choice
+from .deletion import record, resolve
 from .errors import ConfigError, S3TError
-from .examples import Request
 from .ledger import UnlearningReport
 from .pending import PendingReceipt, PendingRequests
 from .plan import StageKey
 from .stack import StageStack
 from .storage import SystemFolder
-from .versions import library_versions
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +45,6 @@ class Unlearning:
         self._cleaner: threading.Thread | None = None
         self._timer: threading.Timer | None = None
         self.refresh()
-        folder.table.index()
         self._apply_in_time()
 
     def _follow(self) -> None:
@@ -77,6 +75,7 @@ class Unlearning:
             self._refuse_while_training()
             self._wait_for_cleaner()
             self.folder.refresh()
+            self.folder.table.index()
             self._serve(self.folder.valid_stages)
 
     def _refuse_while_training(self) -> None:
@@ -164,11 +163,9 @@ class Unlearning:
             [`~hf_s3t.errors.S3TError`]: If called while a stage trains on this model's base, or from inside a running
                 call of this model.
         """
-        require_choice("missing", missing, ("error", "ignore"))
         require_choice("on_running", on_running, ("wait", "cancel"))
         _require_seconds("timeout", timeout)
         self._calls.refuse_inside("unlearn")
-        _require_named(ids, groups)
         started = time.perf_counter()
         with self._deletion_lock:
             self._refuse_while_training()
@@ -180,36 +177,16 @@ class Unlearning:
         folder = self.folder
         folder.refresh_ledger()
         folder.refresh_stages()
-        request = self._resolve(ids, groups, missing)
         before = self._routing.depths
-        duplicates = folder.table.duplicates_of(request.present)
-        if include_duplicates:
-            request = request.with_ids(duplicates)
-            duplicates = []
-        if request.present:
-            removed = folder.plan.removed_by(folder.table.places(request.present), folder.stages)
-            folder.record_deletion(request.present, removed, library_versions(), request.groups)
-        # Also what an earlier call condemned and did not live to remove.
-        condemned = folder.condemned_stages()
+        deletion = record(folder, ids, groups, missing, include_duplicates)
         lock_seconds = self._serve(folder.valid_stages, on_running, timeout)
-        folder.remove_stages(condemned)
+        folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
         # Also what an earlier call could not write for want of room.
         if folder.is_table_behind:
             self._cleaner = threading.Thread(target=_compact, args=[folder], name="hf_s3t-compact")
             self._cleaner.start()
-        return UnlearningReport(
-            requested=len(request.present) + request.already_deleted,
-            deleted=len(request.present),
-            already_deleted=request.already_deleted,
-            stages_removed=tuple(str(key) for key in condemned),
-            depths_before=before,
-            depths_after=self._routing.depths,
-            is_exhausted=self.is_exhausted,
-            seconds=time.perf_counter() - started,
-            lock_seconds=lock_seconds,
-            duplicates=tuple(duplicates),
-        )
+        return deletion.report(before, self._routing.depths, time.perf_counter() - started, lock_seconds)
 
     def unlearn_later(
         self,
@@ -241,15 +218,14 @@ class Unlearning:
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
         """
-        require_choice("missing", missing, ("error", "ignore"))
-        _require_named(ids, groups)
+        self._calls.refuse_inside("unlearn_later")
         if max_delay is not None:
             _require_seconds("max_delay", max_delay)
         with self._deletion_lock:
             self._wait_for_cleaner()
             with self.folder.lock():
                 self.folder.refresh_ledger()
-                request = self._resolve(ids, groups, missing)
+                request, _ = resolve(self.folder, ids, groups, missing)
                 pending = PendingRequests(self.folder)
                 time_of_request = pending.add(request.present, request.groups, max_delay)
                 apply_by = pending.apply_by()
@@ -299,10 +275,6 @@ class Unlearning:
         self._timer.daemon = True
         self._timer.start()
 
-    def _resolve(self, ids, groups, missing: str) -> Request:
-        folder = self.folder
-        return folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
-
     def _wait_for_cleaner(self) -> None:
         """The id table is written without the deleted rows a moment after `unlearn` returned."""
         if self._cleaner is not None:
@@ -315,11 +287,6 @@ def _compact(folder: SystemFolder) -> None:
         folder.compact()
     except OSError as error:
         logger.error(str(error))
-
-
-def _require_named(ids, groups) -> None:
-    if ids is None and groups is None:
-        raise ConfigError("`unlearn` was called with neither `ids` nor `groups`. Name what to forget.")
 
 
 def _require_seconds(name: str, value) -> None:

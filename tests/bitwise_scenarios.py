@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.stack import Route
+from hf_s3t.route import Route, routed
 from hf_s3t.verify import differing_tensors
 
 
@@ -271,7 +271,7 @@ def truncated_logits(scenario: Scenario, folder: Path) -> list[tuple[torch.Tenso
         for tip in tips:
             logits = []
             for model in models.values():
-                with torch.no_grad(), model.stack.routed(Route((tip,))):
+                with torch.no_grad(), routed(Route((tip,))):
                     logits.append(model.base_model(**inputs).logits)
             answers.append(tuple(logits))
     return answers

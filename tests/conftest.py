@@ -11,6 +11,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import gc
 import ipaddress
 import socket
 import sys
@@ -60,6 +61,30 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU, and this machine has none")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The number of threads decides the order of float sums; and more of them are no faster on tiny models."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # Trainer collects garbage at every stage; what the imports left behind need not be looked through each time.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    """For tests of folders without tensors: see `folders.own_surroundings`."""
+    from folders import own_surroundings
+
+    with own_surroundings(tmp_path_factory.mktemp("home")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.examples import KEY_VARIABLE, DigestKey, Example
+from hf_s3t.files import write_checked_json
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
-from hf_s3t.storage import STAGE_FILE, SystemFolder, _write_checked_json
+from hf_s3t.storage import STAGE_FILE, SystemFolder
 
 
 NUMBERS = list(range(12))
@@ -100,7 +101,7 @@ def forge(path: Path, **changes) -> None:
     """Change a file that carries its own digest, and make the digest match."""
     record = json.loads(path.read_text())
     record.pop("digest")
-    _write_checked_json(path, {**record, **changes})
+    write_checked_json(path, {**record, **changes})
 
 
 def forge_stage(path: Path, stage: str, **changes) -> None:

@@ -23,6 +23,9 @@ from bitwise_scenarios import (
 from hf_s3t.verify import differing_tensors
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 COVERING = covering_scenarios(seed=1)
 # One system each of a language model, a text and an image classifier, in seconds.
 QUICK = [
@@ -58,15 +61,6 @@ def check(scenario: Scenario, folder: Path) -> None:
     assert survivors
     for forgot, never in truncated_logits(scenario, folder):
         assert torch.equal(forgot, never)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The number of threads decides the order of float sums, and both sides must have the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_pair_of_settings_meets_in_some_scenario():

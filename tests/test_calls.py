@@ -19,18 +19,13 @@ from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TErro
 from hf_s3t.plan import StageKey
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 OLD = Routing([[StageKey(0, (0, 1))], [StageKey(1, (0,))]])
 NEW = Routing([[StageKey(0, (0,))], [StageKey(1, (0,))]])
 GONE = OLD.stages - NEW.stages
 PATIENCE = 20.0
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

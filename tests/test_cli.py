@@ -19,7 +19,6 @@ from folders import (
     files_of,
     grow,
     new_system,
-    own_surroundings,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,15 +32,11 @@ from hf_s3t.examples import KEY_VARIABLE
 from hf_s3t.storage import SystemFolder
 
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("status", "locate", "unlearn", "check", "receipt", "purge", "export")
 FINE, REFUSED, USAGE, EXHAUSTED = 0, 1, 2, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    with own_surroundings(tmp_path_factory.mktemp("home")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,10 @@ def system(grown, tmp_path, monkeypatch):
 
 def run(*args, code=FINE, stdin=None):
     """Run a command that must end with an exit code and without a traceback."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], input=stdin, prog_name="hf-s3t")
+    # Wide, so that no sentence is broken where a path happens to end.
+    result = CliRunner(env={"COLUMNS": "1000"}).invoke(
+        cli.app, [str(arg) for arg in args], input=stdin, prog_name="hf-s3t"
+    )
     assert isinstance(result.exception, (SystemExit, type(None))), result.exc_info
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output

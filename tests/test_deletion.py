@@ -15,23 +15,19 @@ from folders import (
     files_of,
     grow,
     new_system,
-    own_surroundings,
     stages_on_disk,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_s3t import storage
 from hf_s3t.deletion import apply, groups_from_texts, ids_from_texts, preview
 from hf_s3t.errors import ConfigError, ExampleIdError, FolderError, UnknownExampleError
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import SystemFolder
+from hf_s3t.table_file import write_table
 
 
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    with own_surroundings(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +119,7 @@ def test_examples_of_equal_content_are_named_or_deleted_too(tmp_path):
     folder = new_system(tmp_path / "system", groups=None, config=folders.S3TConfig(num_slices=3, seed=1))
     row = folder.table.rows[3]
     rows = {**folder.table.rows, 7: dataclasses.replace(folder.table.rows[7], digest=row.digest)}
-    storage._write_table(folder.path / "examples.parquet", dataclasses.replace(folder.table, rows=rows), folder.ledger)
+    write_table(folder.path / "examples.parquet", dataclasses.replace(folder.table, rows=rows), folder.ledger)
     folder = grow(SystemFolder(folder.path))
     assert preview(folder, [3]).duplicates == (7,)
     seen = preview(folder, [3], include_duplicates=True)

@@ -4,7 +4,6 @@ call changes nothing, in memory or on disk.
 """
 
 import copy
-import gc
 import hashlib
 import json
 import re
@@ -56,15 +55,7 @@ from hf_s3t.errors import (
 from hf_s3t.examples import KEY_VARIABLE
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

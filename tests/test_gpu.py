@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from hf_s3t.stack import Route
+from hf_s3t.route import Route, routed
 
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +33,6 @@ def test_the_batched_pass_equals_the_members_one_by_one(trainer):
         together = model(**inputs).logits
         alone = []
         for member in members:
-            with model.stack.routed(Route((member,))):
+            with routed(Route((member,))):
                 alone.append(model.base_model(**inputs).logits.float().softmax(-1))
     torch.testing.assert_close(together.exp(), torch.stack(alone).mean(0), atol=1e-5, rtol=1e-5)

@@ -16,13 +16,12 @@ from folders import (
     forge_stage,
     grow,
     new_system,
-    own_surroundings,
     stages_on_disk,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_s3t import S3TConfig, storage
+from hf_s3t import S3TConfig
 from hf_s3t.deletion import apply
 from hf_s3t.errors import FolderError, S3TError
 from hf_s3t.examples import Example, ExampleTable
@@ -32,12 +31,10 @@ from hf_s3t.pending import PendingRequests
 from hf_s3t.plan import StageKey
 from hf_s3t.status import system_status
 from hf_s3t.storage import SystemFolder
+from hf_s3t.table_file import write_table
 
 
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    with own_surroundings(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +272,7 @@ def test_deleted_rows_in_a_table_that_denies_them_are_told(system):
     before = SystemFolder(system)
     table, ledger = before.table, before.ledger
     rows = {NAMES[0]: Example(0, 0, "aa"), **table.rows}
-    storage._write_table(system / "examples.parquet", ExampleTable(rows, 2, 3, 1), ledger)
+    write_table(system / "examples.parquet", ExampleTable(rows, 2, 3, 1), ledger)
     assert "still holds 1 deleted example" in problem_of(system)
 
 
@@ -284,7 +281,7 @@ def test_deleted_rows_in_a_table_that_denies_them_are_told(system):
 )
 def test_rows_that_are_no_examples_are_told(untouched, shard, slice_, digest):
     table = ExampleTable({"x": Example(shard, slice_, digest)}, 2, 3, 1)
-    storage._write_table(untouched / "examples.parquet", table, Ledger())
+    write_table(untouched / "examples.parquet", table, Ledger())
     assert "rows that are no examples" in problem_of(untouched)
 
 
@@ -446,7 +443,7 @@ def test_an_unreadable_file_is_a_sentence(system, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hf_s3t.inspection._read_table", refuse)
+    monkeypatch.setattr("hf_s3t.inspection.read_table", refuse)
     assert "examples.parquet cannot be read: Permission denied" in problem_of(system)
 
 
@@ -458,7 +455,7 @@ def test_what_is_no_system_is_said_to_be_none(tmp_path, path):
 
 def test_a_deletion_meanwhile_makes_it_look_again(system, monkeypatch):
     stamps = iter([1, 2, 2, 2])
-    monkeypatch.setattr("hf_s3t.inspection._ledger_stamp", lambda path: next(stamps))
+    monkeypatch.setattr("hf_s3t.inspection.stamp", lambda path: next(stamps))
     assert inspect(system).problems == ()
     assert not list(stamps)
 

@@ -12,7 +12,6 @@ from folders import (
     files_of,
     grow,
     new_system,
-    own_surroundings,
 )
 from huggingface_hub import constants as hub_constants
 
@@ -23,10 +22,7 @@ from hf_s3t.purge import purge, take_inventory
 from hf_s3t.storage import SystemFolder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    with own_surroundings(tmp_path_factory.mktemp("home")):
-        yield
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 @pytest.fixture(autouse=True)

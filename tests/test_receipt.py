@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from folders import CONFIG, NAMES, NUMBERS, grow, new_system, own_surroundings
+from folders import CONFIG, NAMES, NUMBERS, grow, new_system
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,8 @@ from hf_s3t.ledger import Ledger, LedgerEntry, line_hash
 from hf_s3t.receipt import Receipt, Receipts, load_key
 from hf_s3t.storage import SystemFolder
 
+
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 FIELDS = [
     "receipt_version",
@@ -32,12 +34,6 @@ FIELDS = [
     "stages_left",
     "versions",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    with own_surroundings(tmp_path_factory.mktemp("home")):
-        yield
 
 
 @pytest.fixture(scope="module")

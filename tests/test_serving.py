@@ -62,22 +62,10 @@ from hf_s3t.errors import ExhaustedError, IsolationError, S3TError, StaleCacheEr
 
 
 # Minutes on two cores: part of `make test-all`.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # Trainer collects garbage at every stage; what the imports left behind need not be looked through each time.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 # The oracle: plain PEFT

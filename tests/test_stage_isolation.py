@@ -4,7 +4,6 @@ nothing else.
 """
 
 import copy
-import gc
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -56,19 +55,7 @@ from hf_s3t.verify import differing_tensors
 
 
 # Minutes on two cores: part of `make test-all`.
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # Trainer collects garbage at every stage; what the imports left behind need not be looked through each time.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 # Examples that can be told apart: each has a word of its own in its prompt, and one in its answer

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
+import hf_s3t.files as files
 import hf_s3t.storage as storage
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, FormatVersionError, KeyMissingError
@@ -20,6 +21,7 @@ from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import SystemFolder
+from hf_s3t.table_file import read_table, write_table
 
 
 ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.key", "stages"}
@@ -272,13 +274,13 @@ def test_the_table_cannot_be_altered_unseen_not_even_where_no_value_stands(tmp_p
     folder = new_system(tmp_path / "system", IDS[:6], groups=["ann", "bob", "cat", "dan", "eve", "fay"])
     data = (folder.path / "examples.parquet").read_bytes()
     file.write_bytes(data)
-    assert storage._read_table(file)[0] == folder.table.rows
+    assert read_table(file)[0] == folder.table.rows
     for position in range(0, len(data), 3):
         altered = bytearray(data)
         altered[position] ^= 0x80
         file.write_bytes(altered)
         with pytest.raises(FolderError):
-            storage._read_table(file)
+            read_table(file)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -397,7 +399,7 @@ def test_examples_outside_the_systems_shards_and_slices_are_refused(system):
     table = type(folder.table)(rows, 2, 3, 1)
     table.rows[IDS[0]] = Example(0, 7, "00")
     table.__dict__["_members"] = {}
-    storage._write_table(system / "examples.parquet", table, folder.ledger)
+    write_table(system / "examples.parquet", table, folder.ledger)
     with pytest.raises(FolderError, match=r"examples.parquet places examples outside the system's shards and slices"):
         SystemFolder(system)
 
@@ -549,7 +551,8 @@ class Crash:
         for name in self.OPERATIONS:
             patch.setattr(storage.os, name, self._counted(getattr(os, name)))
         patch.setattr(storage.shutil, "rmtree", self._counted(shutil.rmtree))
-        patch.setattr(storage, "open", self._counted(open), raising=False)
+        for module in (storage, files):
+            patch.setattr(module, "open", self._counted(open), raising=False)
         # A dead process tidies nothing up.
         patch.setattr(Path, "unlink", self._silent(Path.unlink))
 

@@ -1,0 +1,127 @@
+"""Files that last through a crash and show when they were altered: writes synced and atomic, reads checked."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import FolderError
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does, at one look: its size and time; `None` if it cannot be seen."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
+    if not path.is_file():
+        raise FolderError(f"{path} is missing. Restore it, or remove its folder and call `train()` to grow it again.")
+    found = file_digest(path)
+    if found != expected:
+        raise FolderError(
+            f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. Restore it, or "
+            "remove its folder and call `train()` to grow it again."
+        )
+
+
+@contextlib.contextmanager
+def explained(what: str, advice: str) -> Iterator[None]:
+    """Say what an error of the operating system means; those that say so are left as they are."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except OSError as error:
+        raise FolderError(f"{what} ({error}). {advice}") from error
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or what was created, renamed or removed in a folder, last through a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that they last through a crash."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_above(folder)
+
+
+def sync_above(folder: Path) -> None:
+    """Make a new folder's name last through a crash."""
+    # One may be allowed to make folders in a folder and not to read it; syncing needs the latter.
+    with contextlib.suppress(PermissionError):
+        sync(folder.absolute().parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, whatever is left of it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, and lasts through a crash when this returns."""
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own digest in it."""
+    record = json.loads(json.dumps(record))
+    text = json.dumps({**record, "digest": _digest_of(record)}, indent=2)
+    write_atomically(path, text.encode())
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """
+    The JSON object of a file that carries its own digest.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the file is missing or altered.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        digest = record.pop("digest", None)
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FolderError(f"{path} is not the JSON it was written as: {error}. Restore it from a backup.") from error
+    if digest != _digest_of(record):
+        raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
+    return record
