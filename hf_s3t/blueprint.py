@@ -115,7 +115,7 @@ def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> Exampl
         table = rows.partition(contents)
         return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
     folder = SystemFolder(output_dir)
-    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.is_deleted, rows.groups)
+    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
     return None
 
 

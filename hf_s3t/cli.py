@@ -19,6 +19,8 @@ from .errors import ConfigError, ExampleIdError, ExhaustedError, FolderError, S3
 from .examples import Example
 from .inspection import inspect, open_folder, printable, refuse_foreign_parts
 from .ledger import UnlearningReport
+from .pending import PendingReceipt, PendingRequests, request_later
+from .pending import apply_pending as apply_what_waits
 from .purge import purge as purge_remnants
 from .purge import take_inventory
 from .receipt import Receipts, load_key
@@ -121,6 +123,7 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
     """Show depths, stages and how many deletions are left."""
     system = open_folder(folder, read_only=True)
     found = system_status(system)
+    found["pending"] = len(PendingRequests(system).ids())
     found["is_exhausted"] = not any(found["depths"])
     if as_json:
         _print_json(found)
@@ -159,6 +162,13 @@ def unlearn(
     include_duplicates: Annotated[
         bool, typer.Option("--include-duplicates", help="Forget examples of equal content too.")
     ] = False,
+    later: Annotated[
+        bool, typer.Option("--later", help="Only record the request, to be applied with others by `apply-pending`.")
+    ] = False,
+    max_delay: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --later: seconds after which a process that loads the system applies it."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -167,13 +177,46 @@ def unlearn(
 
     Processes that serve the folder follow before their next answer.
     """
+    _check_later(later, max_delay, include_duplicates, dry_run)
     system = open_folder(folder, read_only=dry_run)
     ids, groups = _request(system, ids, from_file, group)
+    if later:
+        _show_pending(request_later(system, ids, groups, missing.value, max_delay), as_json)
+        return
     if dry_run:
         exhausts = _show_preview(preview(system, ids, groups, missing.value, include_duplicates), as_json)
     else:
         exhausts = _show_report(system, apply(system, ids, groups, missing.value, include_duplicates), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)
+
+
+@app.command("apply-pending", epilog=_EXIT_CODES)
+def apply_pending(folder: Folder, dry_run: DryRun = False, as_json: AsJson = False) -> None:
+    """Forget, in one go, what `unlearn --later` (or `S3TModel.unlearn_later`) recorded."""
+    system = open_folder(folder, read_only=dry_run)
+    if dry_run:
+        waiting = PendingRequests(system)
+        exhausts = _show_preview(preview(system, waiting.ids(), waiting.groups(), "ignore"), as_json)
+    else:
+        exhausts = _show_report(system, apply_what_waits(system), as_json)
+    raise typer.Exit(EXHAUSTED if exhausts else FINE)
+
+
+def _check_later(later: bool, max_delay: float | None, include_duplicates: bool, dry_run: bool) -> None:
+    if later and (include_duplicates or dry_run):
+        raise typer.BadParameter(
+            "--later only records the request: preview it by `apply-pending --dry-run`, and name duplicates by their "
+            "ids. Leave out --dry-run and --include-duplicates."
+        )
+    if max_delay is not None and not later:
+        raise typer.BadParameter("--max-delay was given without --later. Add --later, or leave it out.")
+
+
+def _show_pending(found: PendingReceipt, as_json: bool) -> None:
+    if as_json:
+        _print_json({"pending": asdict(found)})
+    else:
+        rendering.show_pending(found)
 
 
 def _show_preview(found: DeletionPreview, as_json: bool) -> bool:
@@ -349,9 +392,10 @@ def _lines(data: bytes, source: str) -> list[str]:
 
 def _places(system: SystemFolder, ids, groups) -> list[tuple[int | str, Example | None]]:
     """The examples that were asked for; `None` for those that were deleted."""
-    request = system.table.resolve(ids, groups, system.ledger, system.key)
-    wanted = dict.fromkeys([*ids, *request.present])
-    return [(example_id, system.table.rows.get(example_id)) for example_id in wanted]
+    table = system.table
+    request = table.resolve(ids, groups, system.ledger, system.names)
+    named = {table.find(i, system.ledger, system.names): i for i in ids}
+    return [(named.get(kept, kept), table.rows.get(kept)) for kept in dict.fromkeys([*named, *request.present])]
 
 
 def _place_record(example_id: int | str, row: Example | None) -> dict[str, Any]:

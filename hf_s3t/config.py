@@ -13,6 +13,7 @@ SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random",
 PARTITIONS = ("balanced", "hashed", "column")
 AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
 SELECTIONS = ("longest", "metric", "all")
+KEEP_IDS = ("plain", "digest")
 _NEEDS_PRIOR = ("bms", "conditional", "sorted-cyclic")
 
 
@@ -58,6 +59,9 @@ class S3TConfig:
         colocate_duplicates (`bool`, defaults to `False`):
             Put examples of equal content into one slice (and groups that share one), so that deleting all copies costs
             no more than deleting one.
+        keep_ids (`str`, defaults to `"plain"`):
+            How the system's folder keeps ids and groups: as they are, or, where they are personal themselves, as keyed
+            digests (`"digest"`). Calls take the ids as they are either way; what is trained is the same bit for bit.
         aggregation (`str`, *optional*):
             `"mean_logits"`, `"mean_probabilities"` or `"majority_vote"`. Defaults to the mean of token probabilities
             for causal language models and to the mean of logits otherwise.
@@ -113,6 +117,9 @@ class S3TConfig:
     colocate_duplicates: bool = field(
         default=False, metadata={"help": "Put examples of equal content into one slice: deleting all costs as one."}
     )
+    keep_ids: str = field(
+        default="plain", metadata={"help": "plain or digest: the folder holds ids, or keyed digests of them only."}
+    )
     aggregation: str | None = field(
         default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
     )
@@ -129,6 +136,7 @@ class S3TConfig:
         require_int("seed", self.seed, None)
         require_choice("partition", self.partition, PARTITIONS)
         require_choice("select", self.select, SELECTIONS)
+        require_choice("keep_ids", self.keep_ids, KEEP_IDS)
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
         self._check_layers_per_slice()

@@ -210,7 +210,7 @@ def resolve(
     require_choice("missing", missing, MISSING)
     if ids is None and groups is None:
         raise ConfigError("A deletion was asked for with neither `ids` nor `groups`. Name what to forget.")
-    request = folder.table.resolve(ids, groups, folder.ledger, folder.key, ignore_unknown=missing == "ignore")
+    request = folder.table.resolve(ids, groups, folder.ledger, folder.names, ignore_unknown=missing == "ignore")
     duplicates = tuple(folder.table.duplicates_of(request.present))
     return (request.with_ids(duplicates), ()) if include_duplicates else (request, duplicates)
 
@@ -240,6 +240,9 @@ def ids_from_texts(folder: SystemFolder, texts: Sequence[str]) -> list[int | str
         [`~hf_s3t.errors.ExampleIdError`]: If ids are integers and a text is none.
     """
     deleted = folder.ledger.deleted
+    if folder.names.are_digests:
+        kept, digest_of = folder.table.rows, folder.key.of_id
+        return [_known(text, lambda i: digest_of(i) in kept or digest_of(i) in deleted) for text in texts]
     return [_typed(text, folder.table.rows, lambda i: folder.key.of_id(i) in deleted, "ids") for text in texts]
 
 
@@ -263,6 +266,9 @@ def groups_from_texts(folder: SystemFolder, texts: Sequence[str]) -> list[int | 
             "their ids."
         )
     deleted = folder.ledger.deleted_groups
+    if folder.names.are_digests:
+        kept, digest_of = folder.table.groups, folder.key.of_group
+        return [_known(text, lambda g: digest_of(g) in kept or digest_of(g) in deleted) for text in texts]
     return [_typed(text, folder.table.groups, lambda g: folder.key.of_group(g) in deleted, "groups") for text in texts]
 
 
@@ -279,13 +285,17 @@ def _typed(text: str, known: Collection[int | str], is_deleted: Callable[[int | 
     number = _as_number(text)
     if sample is None:
         # Everything was deleted, and the table no longer shows the type; the ledger knows which it was.
-        return next((value for value in candidates(text) if is_deleted(value)), text)
+        return _known(text, is_deleted)
     if number is None:
         raise ExampleIdError(
             f"Got {text!r}, but the {what} of this system are integers such as {sample}. Write the number in plain "
             "digits, without leading zeros."
         )
     return number
+
+
+def _known(text: str, is_known: Callable[[int | str], bool]) -> int | str:
+    return next((value for value in candidates(text) if is_known(value)), text)
 
 
 def _as_number(text: str) -> int | None:

@@ -83,6 +83,36 @@ class DigestKey:
         return hmac.digest(self._secret, purpose + b"\0" + message, "sha256").hex()
 
 
+class KeptNames:
+    """
+    How ids and groups stand in the table: as they are, or, where they are personal themselves, as keyed digests.
+
+    Args:
+        key ([`DigestKey`]): The system's secret.
+        keep_ids (`str`): [`S3TConfig.keep_ids`], `"plain"` or `"digest"`.
+    """
+
+    def __init__(self, key: DigestKey, keep_ids: str):
+        self._key = key
+        self.are_digests = keep_ids == "digest"
+
+    def of_id(self, example_id: int | str) -> int | str:
+        """What stands in the table for an id."""
+        return self._key.of_id(example_id) if self.are_digests else example_id
+
+    def of_group(self, group: int | str | None) -> int | str | None:
+        """What stands in the table for a group."""
+        return self._key.of_group(group) if self.are_digests and group is not None else group
+
+    def id_digest(self, kept: int | str) -> str:
+        """What the ledger says for an id of the table."""
+        return str(kept) if self.are_digests else self._key.of_id(kept)
+
+    def group_digest(self, kept: int | str) -> str:
+        """What the ledger says for a group of the table."""
+        return str(kept) if self.are_digests else self._key.of_group(kept)
+
+
 def _write_secret(path: Path, secret: str) -> None:
     """Make a file with a secret, whole or not at all, and never in the place of another."""
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
@@ -215,9 +245,24 @@ class ExampleTable:
         """The (shard, slice) pairs without examples."""
         return frozenset(place for place, members in self._members.items() if not members)
 
-    def members(self, shard: int, slice_: int) -> list[int | str]:
-        """The ids of a slice, ordered by a hash of the id: the order of the dataset's rows does not matter."""
-        return sorted(self._members[shard, slice_], key=lambda i: (order_key(i, self.seed), str(i)))
+    def members(
+        self, shard: int, slice_: int, original: Mapping[int | str, int | str] | None = None
+    ) -> list[int | str]:
+        """
+        The ids of a slice, ordered by a hash of the id: the order of the dataset's rows does not matter.
+
+        Args:
+            shard (`int`): Number of the shard.
+            slice_ (`int`): Number of the slice.
+            original (mapping, *optional*): The dataset's ids by those of the table, where those are digests and the
+                order shall be the same as without.
+        """
+
+        def order(kept):
+            example_id = kept if original is None else original.get(kept, kept)
+            return order_key(example_id, self.seed), str(example_id)
+
+        return sorted(self._members[shard, slice_], key=order)
 
     def size(self, shard: int, slice_: int) -> int:
         """Number of examples in a slice."""
@@ -284,7 +329,7 @@ class ExampleTable:
         ids: Sequence[int | str] | None,
         groups: Sequence[int | str] | None,
         ledger: Ledger,
-        key: DigestKey,
+        names: KeptNames,
         ignore_unknown: bool = False,
     ) -> "Request":
         """
@@ -294,40 +339,60 @@ class ExampleTable:
             ids (sequence, *optional*): Example ids.
             groups (sequence, *optional*): Group names; all members are meant.
             ledger ([`~hf_s3t.ledger.Ledger`]): What was deleted before.
-            key ([`DigestKey`]): The system's secret.
+            names ([`KeptNames`]): How the system keeps ids and groups.
             ignore_unknown (`bool`, defaults to `False`): Pass over ids and groups that were never trained on.
 
         Raises:
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
-        wanted = dict.fromkeys(_listed(ids, "ids"))
-        named = dict.fromkeys(_listed(groups, "groups"))
-        absent_groups = [group for group in named if group not in self.groups]
-        unknown_groups = [group for group in absent_groups if key.of_group(group) not in ledger.deleted_groups]
+        deleted, deleted_groups = ledger.deleted, ledger.deleted_groups
+        wanted = {self.find(i, ledger, names): i for i in _listed(ids, "ids")}
+        named = {self._find_group(g, ledger, names): g for g in _listed(groups, "groups")}
+        unknown_groups = [
+            group
+            for kept, group in named.items()
+            if kept not in self.groups and names.group_digest(kept) not in deleted_groups
+        ]
         if unknown_groups and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
                 "training. Nothing was deleted."
             )
         for group in named:
-            wanted.update(dict.fromkeys(self.groups.get(group, ())))
-        present = [i for i in wanted if i in self.rows]
-        absent = [i for i in wanted if i not in self.rows]
-        unknown = [i for i in absent if key.of_id(i) not in ledger.deleted]
+            wanted |= {member: member for member in self.groups.get(group, ()) if member not in wanted}
+        present = [kept for kept in wanted if kept in self.rows]
+        absent = {kept: given for kept, given in wanted.items() if kept not in self.rows}
+        unknown = [given for kept, given in absent.items() if names.id_digest(kept) not in deleted]
         if unknown and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown ids: {_some(unknown)}. This system was trained on {len(self)} examples"
-                f"{self._id_hint()}. Nothing was deleted."
+                f"{'' if names.are_digests else self._id_hint()}. Nothing was deleted."
             )
         return Request(present, len(absent) - len(unknown), [group for group in named if group in self.groups])
+
+    def find(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
+        """What stands in the table, or stood there, for an id. Where that is a digest, it may be given itself."""
+        if names.are_digests and (given in self.rows or given in ledger.deleted):
+            return given
+        return names.of_id(given)
+
+    def _find_group(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
+        if names.are_digests and (given in self.groups or given in ledger.deleted_groups):
+            return given
+        return names.of_group(given)
 
     def _id_hint(self) -> str:
         sample = next(iter(self.rows), None)
         return "" if sample is None else f" with ids such as {sample!r}"
 
     def check_dataset(
-        self, ids: Sequence[int | str], digests: Sequence[str], is_deleted, groups: Sequence | None = None
+        self,
+        ids: Sequence[int | str],
+        digests: Sequence[str],
+        ledger: Ledger,
+        names: KeptNames,
+        groups: Sequence | None = None,
     ) -> list[int]:
         """
         Match a dataset's rows with the table: which row numbers to train on.
@@ -337,7 +402,8 @@ class ExampleTable:
         Args:
             ids (sequence): The id of each row.
             digests (sequence of `str`): The keyed content digest of each row.
-            is_deleted (callable): Whether an id was deleted.
+            ledger ([`~hf_s3t.ledger.Ledger`]): What was deleted.
+            names ([`KeptNames`]): How the system keeps ids and groups.
             groups (sequence, *optional*): The group of each row, where the system has groups.
 
         Raises:
@@ -345,16 +411,17 @@ class ExampleTable:
             [`~hf_s3t.errors.ContentChangedError`]: If the content of a row is not what it was.
             [`~hf_s3t.errors.ExampleIdError`]: If an example of the table is not in the dataset.
         """
-        new, changed, kept = [], [], []
+        new, changed, found = [], [], {}
         for number, (example_id, digest) in enumerate(zip(ids, digests, strict=True)):
-            row = self.rows.get(example_id)
+            kept = names.of_id(example_id)
+            row = self.rows.get(kept)
             if row is None:
-                if not is_deleted(example_id):
+                if names.id_digest(kept) not in ledger.deleted:
                     new.append(example_id)
-            elif row.digest != digest or (groups is not None and row.group != groups[number]):
+            elif row.digest != digest or (groups is not None and row.group != names.of_group(groups[number])):
                 changed.append(example_id)
             else:
-                kept.append(number)
+                found[kept] = number
         if new:
             raise UnknownExampleError(
                 f"The dataset has {len(new)} examples that this system was not partitioned with: {_some(new)}. Leave "
@@ -366,13 +433,13 @@ class ExampleTable:
                 "Restore the rows. If ids are row numbers, they shift when rows leave the dataset: give it as it was, "
                 "deleted rows included, or make systems with an `id_column`."
             )
-        if len(kept) != len(self):
-            missing = set(self.rows) - {ids[number] for number in kept}
+        if len(found) != len(self):
+            missing = set(self.rows) - set(found)
             raise ExampleIdError(
                 f"The dataset lacks {len(missing)} examples that this system holds: {_some(sorted(missing, key=str))}."
                 " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
             )
-        return kept
+        return list(found.values())
 
 
 def _listed(values, name: str) -> list:

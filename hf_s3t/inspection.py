@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
-from .examples import KEY_FILE, DigestKey, ExampleTable
+from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
 from .files import check_digest, read_checked_json, stamp
 from .ledger import Ledger
 from .pending import PENDING_FILE, PendingRequests
@@ -343,10 +343,12 @@ class _Inspector:
         config = self.config
         _check_rows(self.path, rows, config)
         table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-        if self.ledger is None or (self.key is None and self.ledger.deleted):
+        known_by_key = config.keep_ids == "plain"
+        if self.ledger is None or (self.key is None and known_by_key and self.ledger.deleted):
             # Which rows are deleted cannot be told, and with it not which stages are valid.
             return
-        deleted = [i for i in rows if self.key.of_id(i) in self.ledger.deleted] if self.ledger.deleted else []
+        names = KeptNames(self.key, config.keep_ids)
+        deleted = [i for i in rows if names.id_digest(i) in self.ledger.deleted] if self.ledger.deleted else []
         if deleted and not behind:
             self.problems.append(
                 f"{self.path / TABLE_FILE} still holds {_count(len(deleted), 'deleted example')}, though it "

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 
@@ -41,7 +41,7 @@ class LedgerEntry:
 
     def to_line(self) -> str:
         """The entry as one line of JSON, without the line break."""
-        return json.dumps({"version": LEDGER_VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        return json.dumps({"version": LEDGER_VERSION, **vars(self)}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_line(cls, line: str) -> "LedgerEntry":

@@ -373,13 +373,14 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
         """
-        request = self.folder.table.resolve(ids, None, self.folder.ledger, self.folder.key)
+        folder = self.folder
+        request = folder.table.resolve(ids, None, folder.ledger, folder.names)
         if request.already_deleted:
             raise UnknownExampleError(
                 f"{request.already_deleted} of the ids were deleted and are in no slice. Ask for the others."
             )
-        rows = self.folder.table.rows
-        return {i: (rows[i].shard, rows[i].slice) for i in request.present}
+        found = {i: folder.table.rows[folder.table.find(i, folder.ledger, folder.names)] for i in ids}
+        return {i: (row.shard, row.slice) for i, row in found.items()}
 
     def check(self) -> list[str]:
         """

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from .deletion import apply, resolve
 from .errors import FolderError
 from .files import explained, sync
+from .ledger import UnlearningReport
 from .storage import SystemFolder
 
 
@@ -63,8 +65,8 @@ class PendingRequests:
         line = {
             "version": _VERSION,
             "time": now.isoformat(timespec="milliseconds"),
-            "ids": sorted(map(self.folder.key.of_id, ids)),
-            "groups": sorted(map(self.folder.key.of_group, groups)),
+            "ids": sorted(map(self.folder.names.id_digest, ids)),
+            "groups": sorted(map(self.folder.names.group_digest, groups)),
             "apply_by": None if max_delay is None else (now + timedelta(seconds=max_delay)).isoformat(),
         }
         advice = "The request may be lost. Make room, or make the folder writable, then call again."
@@ -82,12 +84,12 @@ class PendingRequests:
     def ids(self) -> list[int | str]:
         """The examples that wait and are still in."""
         digests = {digest for line in self._lines() for digest in line["ids"]}
-        return [i for i in self.folder.table.rows if self.folder.key.of_id(i) in digests] if digests else []
+        return [i for i in self.folder.table.rows if self.folder.names.id_digest(i) in digests] if digests else []
 
     def groups(self) -> list[int | str]:
         """The groups that were named and still have examples."""
         digests = {digest for line in self._lines() for digest in line["groups"]}
-        return [g for g in self.folder.table.groups if self.folder.key.of_group(g) in digests] if digests else []
+        return [g for g in self.folder.table.groups if self.folder.names.group_digest(g) in digests] if digests else []
 
     def apply_by(self) -> datetime | None:
         """The time by which the most urgent request is to be applied, if any has one."""
@@ -123,3 +125,61 @@ class PendingRequests:
                 "backup, or call `unlearn` for the requests and remove the file."
             ) from error
         return values
+
+
+def request_later(
+    folder: SystemFolder,
+    ids: Sequence[int | str] | None = None,
+    groups: Sequence[int | str] | None = None,
+    missing: str = "error",
+    max_delay: float | None = None,
+) -> PendingReceipt:
+    """
+    Record a deletion request durably, to be applied with others: see [`~hf_s3t.S3TModel.unlearn_later`].
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        ids (sequence of `int` or `str`, *optional*): Ids of the examples.
+        groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
+        missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
+        max_delay (`float`, *optional*): Seconds after which it shall be applied at the latest.
+
+    Returns:
+        [`PendingReceipt`]: What was recorded.
+
+    Raises:
+        [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
+        [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
+    """
+    with folder.lock():
+        folder.refresh_ledger()
+        request, _ = resolve(folder, ids, groups, missing)
+        pending = PendingRequests(folder)
+        time_of_request = pending.add(request.present, request.groups, max_delay)
+        apply_by = pending.apply_by()
+        return PendingReceipt(
+            time=time_of_request,
+            requested=len(request.present),
+            already_deleted=request.already_deleted,
+            pending=len(pending.ids()),
+            apply_by=None if apply_by is None else apply_by.isoformat(),
+        )
+
+
+def apply_pending(folder: SystemFolder) -> UnlearningReport:
+    """
+    Delete what waits from a folder, in one go and without a model: see [`~hf_s3t.S3TModel.apply_pending`].
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+
+    Returns:
+        [`~hf_s3t.ledger.UnlearningReport`]: As of [`~hf_s3t.deletion.apply`]; `deleted` is 0 if nothing was waiting.
+    """
+    with folder.lock():
+        folder.refresh()
+        pending = PendingRequests(folder)
+        report = apply(folder, pending.ids(), pending.groups(), missing="ignore")
+        # In the ledger now; a crash before this line finds them there, and nothing to delete.
+        pending.clear()
+    return report

@@ -15,6 +15,7 @@ from .deletion import DeletionPreview
 from .examples import Example
 from .inspection import printable
 from .ledger import UnlearningReport
+from .pending import PendingReceipt
 from .plan import Plan
 from .purge import Purge
 from .receipt import Receipt, Receipts
@@ -41,6 +42,18 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     _table(("shard", "depth", "depth of each sequence"), rows)
     first, all_ = status["deletions_until_first_dead_shard"], status["deletions_until_exhausted"]
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
+    if status["pending"]:
+        say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
+
+
+def show_pending(receipt: PendingReceipt) -> None:
+    """A request that was recorded for later."""
+    say(
+        f"recorded {receipt.time}: {_count(receipt.requested, 'example')} to be forgotten, {receipt.already_deleted} "
+        "deleted before"
+    )
+    due = "when `hf-s3t apply-pending` is run" if receipt.apply_by is None else f"by {receipt.apply_by}"
+    say(f"waiting in all, and in until deleted {due}: {_count(receipt.pending, 'example')}")
 
 
 def show_places(places: Sequence[tuple[int | str, Example | None]]) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import FolderError, FormatVersionError, KeyMissingError
-from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable
+from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames
 from .files import (
     check_digest,
     explained,
@@ -83,6 +83,7 @@ class SystemFolder:
                 "were made with: its deletions could not be recognised. Restore the file, or set the variable to what "
                 "it was at training."
             )
+        self.names = KeptNames(self.key, self.config.keep_ids)
         self.ledger = Ledger()
         self._stages: dict[StageKey, dict[str, Any]] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
@@ -178,7 +179,7 @@ class SystemFolder:
 
     def is_deleted(self, example_id: int | str) -> bool:
         """Whether the ledger knows the id as deleted."""
-        return self.key.of_id(example_id) in self.ledger.deleted
+        return self.names.id_digest(self.names.of_id(example_id)) in self.ledger.deleted
 
     @property
     def stages(self) -> list[StageKey]:
@@ -202,15 +203,14 @@ class SystemFolder:
         Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
         there.
         """
-        below = None
-        for stage in key.lineage:
-            record = self._stages.get(stage)
-            if record is None or record["slices"] != self.slice_digests(stage):
-                return False
-            if below is not None and record["below"] != below:
-                return False
-            below = record["files"][ADAPTER_FILE]
-        return True
+        return all(stage in self._stages and self._fits(stage) for stage in key.lineage)
+
+    def _fits(self, key: StageKey) -> bool:
+        """Whether a stage saw what its slices hold now, and stands on the parent that is there."""
+        record, parent = self._stages[key], key.parent
+        return record["slices"] == self.slice_digests(key) and (
+            parent is None or record["below"] == self.adapter_digest(parent)
+        )
 
     @property
     def valid_stages(self) -> frozenset[StageKey]:
@@ -218,7 +218,7 @@ class SystemFolder:
         valid: set[StageKey] = set()
         for key in self.plan.stages():
             # Parents come first, so one look at the parent stands for the whole lineage.
-            if (key.parent is None or key.parent in valid) and key in self._stages and self.is_valid(key):
+            if key in self._stages and (key.parent is None or key.parent in valid) and self._fits(key):
                 valid.add(key)
         return frozenset(valid)
 
@@ -290,8 +290,8 @@ class SystemFolder:
         self._append(
             self.ledger.append(
                 "deletion",
-                ids=[self.key.of_id(i) for i in ids],
-                groups=[self.key.of_group(g) for g in groups],
+                ids=map(self.names.id_digest, ids),
+                groups=map(self.names.group_digest, groups),
                 removed={str(k): self._stages[k]["files"][ADAPTER_FILE] for k in removed},
                 left=stays,
                 versions=dict(versions),
@@ -472,7 +472,7 @@ class SystemFolder:
         return table if count == len(ledger.lines) else self._masked(table, ledger)
 
     def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
-        return table.without([i for i in table.rows if self.key.of_id(i) in ledger.deleted])
+        return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
 
     def _scan_stages(self) -> dict[StageKey, dict[str, Any]]:
         return dict(self._read_stages(()))
@@ -490,9 +490,9 @@ class SystemFolder:
         for shard in sorted(root.glob("shard-*")):
             if not shard.is_dir():
                 raise FolderError(f"{shard} is a file, expected a folder of stages. Remove it.")
-            for folder in sorted(shard.iterdir()):
-                if not folder.name.startswith("."):
-                    yield StageKey.from_path(f"{STAGES}/{shard.name}/{folder.name}")
+            for name in sorted(os.listdir(shard)):
+                if not name.startswith("."):
+                    yield StageKey.from_path(f"{STAGES}/{shard.name}/{name}")
 
     def _read_stage(self, key: StageKey) -> dict[str, Any]:
         record = read_checked_json(self.path / key.path / STAGE_FILE)

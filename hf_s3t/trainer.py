@@ -29,7 +29,7 @@ from .blueprint import Blueprint, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, S3TError
-from .examples import DigestKey, ExampleTable
+from .examples import DigestKey, ExampleTable, KeptNames
 from .modeling import S3TModel
 from .plan import StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
@@ -58,22 +58,24 @@ class S3TTrainerMixin:
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
-        self._stage_rows = StageRows(self.train_dataset, blueprint.rows) if blueprint.rows is not None else None
         if blueprint.planned is not None:
             # Before anything is written: truncation and filtering may have emptied a slice.
-            self._stage_rows.check_slices(blueprint.planned)
+            StageRows(self.train_dataset, blueprint.rows).check_slices(blueprint.planned)
         if self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
             rows, config = blueprint.rows, blueprint.config
             key = DigestKey.load(output_dir, create=True)
-            placed = rows.partition(rows.digests(key))
+            names = KeptNames(key, config.keep_ids)
+            placed = rows.partition(rows.digests(key), names)
             table = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
-            StageRows(self.train_dataset, rows).check_slices(table)
+            StageRows(self.train_dataset, rows, names).check_slices(table)
             SystemFolder.create(output_dir, blueprint.record(self.model), placed, key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
         self.folder = SystemFolder(output_dir)
+        rows = blueprint.rows
+        self._stage_rows = None if rows is None else StageRows(self.train_dataset, rows, self.folder.names)
         self.s3t_config = blueprint.config
         self._layers = blueprint.layers
         self._stage: StageKey | None = None

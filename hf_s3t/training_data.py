@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -13,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .config import S3TConfig
 from .errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
-from .examples import DigestKey, Example, ExampleTable, encode
+from .examples import DigestKey, Example, ExampleTable, KeptNames, encode
 from .partition import assign, check_ids, units_of
 from .plan import StageKey
 
@@ -116,9 +117,14 @@ class TrainingRows:
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
             yield from batch.to_pylist()
 
-    def partition(self, digests: Sequence[str]) -> dict[int | str, Example]:
+    def partition(self, digests: Sequence[str], names: KeptNames | None = None) -> dict[int | str, Example]:
         """
         Put every row into its shard and slice: what becomes the table of examples.
+
+        Args:
+            digests (sequence of `str`): The keyed content digest of each row.
+            names ([`~hf_s3t.examples.KeptNames`], *optional*): How ids and groups shall stand in the table; as they
+                are if not given.
 
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: If a slice would be empty.
@@ -136,10 +142,15 @@ class TrainingRows:
             slices=self._column(config.slice_column) if by_column else None,
         )
         groups = self.groups if self.groups is not None else [None] * len(self.ids)
-        return {
+        table = {
             example_id: Example(shard, slice_, digest, group)
             for example_id, (shard, slice_), digest, group in zip(self.ids, places, digests, groups, strict=True)
         }
+        if names is None or not names.are_digests:
+            return table
+        # Sorted: the dataset's order would tell which digest is whose.
+        kept = {names.of_id(i): replace(row, group=names.of_group(row.group)) for i, row in table.items()}
+        return dict(sorted(kept.items()))
 
 
 class StageRows:
@@ -149,9 +160,10 @@ class StageRows:
     Args:
         prepared: The dataset as the trainer will feed it, perhaps tokenised and filtered.
         rows ([`TrainingRows`]): The dataset it was prepared from.
+        names ([`~hf_s3t.examples.KeptNames`], *optional*): How ids stand in the table; as they are if not given.
     """
 
-    def __init__(self, prepared: Any, rows: TrainingRows):
+    def __init__(self, prepared: Any, rows: TrainingRows, names: KeptNames | None = None):
         columns = getattr(prepared, "column_names", None) or ()
         if ROW_COLUMN in columns:
             numbers = prepared.with_format(None)[ROW_COLUMN][:]
@@ -163,7 +175,9 @@ class StageRows:
         if ours and prepared.format["type"] != "custom":
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared
-        self._position = {rows.ids[number]: position for position, number in enumerate(numbers)}
+        kept = rows.ids if names is None else [names.of_id(i) for i in rows.ids]
+        self._position = {kept[number]: position for position, number in enumerate(numbers)}
+        self._original = dict(zip(kept, rows.ids, strict=True))
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
@@ -171,7 +185,7 @@ class StageRows:
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
-        ids = [i for slice_ in key.prefix for i in table.members(key.shard, slice_)]
+        ids = [i for slice_ in key.prefix for i in table.members(key.shard, slice_, self._original)]
         return [self._position[i] for i in ids if i in self._position]
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:

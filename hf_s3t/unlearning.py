@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 from .calls import Calls, Routing
 from .config import require_choice
-from .deletion import record, resolve
+from .deletion import record
 from .errors import ConfigError, S3TError
 from .ledger import UnlearningReport
-from .pending import PendingReceipt, PendingRequests
+from .pending import PendingReceipt, PendingRequests, request_later
 from .plan import StageKey
 from .stack import StageStack
 from .storage import SystemFolder
@@ -21,9 +21,11 @@ from .storage import SystemFolder
 
 logger = logging.get_logger(__name__)
 
-# Seconds: how long running calls are waited for, and how long a call waits before it looks at the ledger again.
+# Seconds: how long running calls are waited for, how long a call waits before it looks at the ledger again, and how
+# long `unlearn` has to return before the id table is written.
 _PATIENCE = 60.0
 _A_MOMENT = 0.005
+_HEAD_START = 0.002
 
 
 class Unlearning:
@@ -223,21 +225,9 @@ class Unlearning:
             _require_seconds("max_delay", max_delay)
         with self._deletion_lock:
             self._wait_for_cleaner()
-            with self.folder.lock():
-                self.folder.refresh_ledger()
-                request, _ = resolve(self.folder, ids, groups, missing)
-                pending = PendingRequests(self.folder)
-                time_of_request = pending.add(request.present, request.groups, max_delay)
-                apply_by = pending.apply_by()
-                waiting = len(pending.ids())
+            receipt = request_later(self.folder, ids, groups, missing, max_delay)
             self._apply_in_time()
-        return PendingReceipt(
-            time=time_of_request,
-            requested=len(request.present),
-            already_deleted=request.already_deleted,
-            pending=waiting,
-            apply_by=None if apply_by is None else apply_by.isoformat(),
-        )
+        return receipt
 
     def apply_pending(self, *, on_running: str = "wait", timeout: float = _PATIENCE) -> UnlearningReport:
         """
@@ -283,6 +273,8 @@ class Unlearning:
 
 
 def _compact(folder: SystemFolder) -> None:
+    # Else this thread would hold the interpreter, and the folder's lock, before `unlearn` could return.
+    time.sleep(_HEAD_START)
     try:
         folder.compact()
     except OSError as error:

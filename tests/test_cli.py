@@ -19,6 +19,7 @@ from folders import (
     files_of,
     grow,
     new_system,
+    stages_on_disk,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ from hf_s3t.storage import SystemFolder
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("status", "locate", "unlearn", "check", "receipt", "purge", "export")
+COMMANDS = ("status", "locate", "unlearn", "apply-pending", "check", "receipt", "purge", "export")
 FINE, REFUSED, USAGE, EXHAUSTED = 0, 1, 2, 3
 
 
@@ -187,6 +188,7 @@ def test_status_for_machines(system):
         "stages",
         "deletions_until_first_dead_shard",
         "deletions_until_exhausted",
+        "pending",
         "is_exhausted",
     ]
     assert status["examples"] == 11 and status["deletions"] == 1 and status["is_exhausted"] is False
@@ -331,6 +333,38 @@ def test_unlearn_twice_is_fine_and_leaves_no_second_line(system):
     assert again["receipt"] is None and again["report"]["already_deleted"] == 1
     assert "unlearned 0 examples" in run("unlearn", system, "-", stdin="").stdout
     assert len((system / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_requests_are_recorded_for_later_and_applied_in_one_go(system):
+    before = stages_on_disk(system)
+    said = run("unlearn", system, 3, "--later").stdout
+    assert "1 example to be forgotten" in said and "when `hf-s3t apply-pending` is run: 1 example" in said
+    found = json_of("unlearn", system, "--group", "user-2", "--later", "--max-delay", 60)["pending"]
+    assert (found["requested"], found["pending"]) == (2, 3) and found["apply_by"] is not None
+    assert stages_on_disk(system) == before
+    assert json_of("status", system)["pending"] == 3
+    assert "in until then: 3 examples" in run("status", system).stdout
+    preview = json_of("apply-pending", system, "--dry-run")["preview"]
+    assert stages_on_disk(system) == before
+    report = json_of("apply-pending", system)["report"]
+    assert report["deleted"] == 3 and report["stages_removed"] == preview["stages_removed"]
+    assert stages_on_disk(system) == before - set(report["stages_removed"])
+    assert json_of("apply-pending", system)["report"]["deleted"] == 0
+    assert json_of("status", system)["pending"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--max-delay", "5"),
+        ("--later", "--max-delay", "-1"),
+        ("--later", "--dry-run"),
+        ("--later", "--include-duplicates"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(system, options):
+    run("unlearn", system, 3, *options, code=USAGE)
+    assert json_of("status", system)["pending"] == 0
 
 
 def test_unlearn_passes_over_unknown_ids_when_told_to(system):

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
-from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, encode
+from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames, encode
 from hf_s3t.ledger import Ledger
 
 
@@ -354,7 +354,7 @@ def resolve(table, ids=None, groups=None, deleted=(), deleted_groups=(), **more)
     """What of a request is in, how many ids of it were deleted before, and which of its groups are in."""
     digests = {"ids": [KEY.of_id(i) for i in deleted], "groups": [KEY.of_group(g) for g in deleted_groups]}
     ledger = Ledger().append("deletion", removed={}, left={}, **digests)
-    request = table.resolve(ids, groups, ledger, KEY, **more)
+    request = table.resolve(ids, groups, ledger, KeptNames(KEY, "plain"), **more)
     return request.present, request.already_deleted, request.groups
 
 
@@ -426,7 +426,8 @@ def test_what_is_no_list_of_ids_is_refused_by_name(name, request_):
 
 
 def check(table, rows, deleted=()):
-    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], set(deleted).__contains__)
+    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={}, left={})
+    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, KeptNames(KEY, "plain"))
 
 
 def test_a_dataset_in_any_order_fits_and_its_row_numbers_are_kept():
