@@ -198,7 +198,7 @@ class S3TTrainerMixin:
             "slices": slices,
             "below": below,
             "recipe": recipe_of(self.args),
-            "circumstances": circumstances(self.model, self.accelerator),
+            "circumstances": self._circumstances(key),
         }
         frozen = self._stack.digest(key.lineage[:-1])
         checkpoint = self._last_checkpoint(key, origin) if resume else None
@@ -237,6 +237,10 @@ class S3TTrainerMixin:
             self.folder.refresh()
             if key in self.folder.stages:
                 self._stack.mark(key, self.folder.adapter_digest(key))
+
+    def _circumstances(self, key: StageKey) -> dict[str, Any]:
+        fed = self._stage_rows.digest(key, self.folder.table, self.folder.key)
+        return {**circumstances(self.model, self.accelerator), "data_digest": fed}
 
     def _dropped(self, key: StageKey) -> int:
         owned = sum(self.folder.table.size(key.shard, s) for s in key.prefix)

@@ -1,6 +1,7 @@
 """The rows of a training dataset: their ids, groups and digests, and the selection a stage trains on."""
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -178,6 +179,7 @@ class StageRows:
         kept = rows.ids if names is None else [names.of_id(i) for i in rows.ids]
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
         self._original = dict(zip(kept, rows.ids, strict=True))
+        self._row_digests: list[str] | None = None
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
@@ -187,6 +189,20 @@ class StageRows:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
         ids = [i for slice_ in key.prefix for i in table.members(key.shard, slice_, self._original)]
         return [self._position[i] for i in ids if i in self._position]
+
+    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
+        """
+        Keyed digest of what a stage is fed: its rows as they are stored after preparation, in their order.
+
+        Another tokenizer or template shows here. `None` for a dataset that is no [`~datasets.Dataset`].
+        """
+        if not isinstance(self._prepared, datasets.Dataset):
+            return None
+        if self._row_digests is None:
+            self._row_digests = [
+                hashlib.sha256(encode(row)).hexdigest() for row in TrainingRows._stored(self._prepared)
+            ]
+        return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:
         """The dataset of a stage."""

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
-from .circumstances import circumstances, differing, recipe_of, threads
+from .circumstances import differing, recipe_of, threads
 from .errors import ConfigError
 from .plan import StageKey
 from .storage import ADAPTER_FILE
@@ -91,12 +91,11 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
-    present = circumstances(trainer.model, trainer.accelerator)
     differences: dict[str, tuple[Any, Any]] = {}
     for key in closure:
         record = folder.stage_record(key)
         _refuse_other_recipe(key, record, trainer.args)
-        found = differing(record["circumstances"], present)
+        found = differing(record["circumstances"], trainer._circumstances(key))
         found.pop("threads", None)
         for name in ("world_size", "device"):
             if name in found:

@@ -1,0 +1,131 @@
+"""The audit: what it repeats, what it says when bits differ, and that it leaves everything as it was."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from folders import files_of, forge_stage
+from safetensors.torch import load_file, save_file
+from tiny import lm_rows, make_trainer, s3t_config
+
+from hf_s3t.errors import ConfigError
+from hf_s3t.files import file_digest
+from hf_s3t.verify import AuditKey
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = lm_rows(12)
+STAGE, ON_TOP = "shard-0/0", "shard-0/0-1"
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A trained system; not to be changed."""
+    trainer = make_trainer(tmp_path_factory.mktemp("verify") / "system", rows=ROWS, config=s3t_config())
+    trainer.train()
+    return trainer.folder.path
+
+
+@pytest.fixture
+def system(grown, tmp_path):
+    return Path(shutil.copytree(grown, tmp_path / "system"))
+
+
+def trainer_of(system, rows=ROWS):
+    return make_trainer(system, rows=rows, config=s3t_config())
+
+
+def record_otherwise(system, stage, **changes):
+    """Have a stage say that it was trained under other circumstances."""
+    recorded = trainer_of(system).folder
+    key = next(key for key in recorded.stages if str(key) == stage)
+    forge_stage(system, stage, circumstances={**recorded.stage_record(key)["circumstances"], **changes})
+
+
+def swap_tensors(system, stage):
+    """Have a stage hold other tensors than training gave it, with digests that match, and what stands on it too."""
+    folder = system / "stages" / stage
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    digest = file_digest(folder / "adapter_model.safetensors")
+    files = {
+        "adapter_model.safetensors": digest,
+        "adapter_config.json": file_digest(folder / "adapter_config.json"),
+    }
+    forge_stage(system, stage, files=files)
+    if stage == STAGE:
+        forge_stage(system, ON_TOP, below=digest)
+    return name
+
+
+def test_what_was_trained_comes_out_again_and_nothing_is_left_of_it(system):
+    before = files_of(system)
+    trainer = trainer_of(system)
+    threads, held = torch.get_num_threads(), set(trainer.s3t_model.stack.loaded)
+    report = trainer.verify()
+    assert report.ok and len(report.stages) == 4 and not report.circumstances
+    assert str(report).endswith("bit for bit the same")
+    assert files_of(system) == before
+    assert torch.get_num_threads() == threads
+    loaded = set(trainer.s3t_model.stack.loaded)
+    assert held <= loaded and not any(isinstance(key, AuditKey) for key in loaded)
+
+
+def test_after_a_deletion_the_audit_needs_only_the_data_that_is_left(system):
+    gone = ROWS[0]["id"]
+    trainer_of(system).s3t_model.unlearn([gone])
+    report = trainer_of(system, [row for row in ROWS if row["id"] != gone]).verify()
+    assert report.ok and report.stages
+
+
+@pytest.mark.parametrize("stage", [STAGE, ON_TOP])
+def test_a_bit_that_training_did_not_set_is_found_and_its_tensor_named(stage, system):
+    name = swap_tensors(system, stage)
+    report = trainer_of(system).verify()
+    assert not report.ok and not report.circumstances
+    assert report.mismatches == {stage: [name]}
+    assert str(report) == f"{stage} differs in {name}"
+
+
+def test_a_mismatch_first_says_which_circumstance_is_another(system):
+    swap_tensors(system, STAGE)
+    record_otherwise(system, STAGE, versions={"torch": "1.0.0"}, cpu_capability="SPARC")
+    report = trainer_of(system).verify([STAGE])
+    lines = str(report).splitlines()
+    assert lines[0].startswith("recorded cpu_capability: 'SPARC', now ")
+    assert any(line.startswith("recorded versions.torch: '1.0.0', now ") for line in lines[:-1])
+    assert lines[-1].startswith(f"{STAGE} differs in ")
+
+
+def test_rows_that_are_prepared_otherwise_are_a_circumstance(system):
+    trainer = trainer_of(system)
+    # As another tokenizer would: the rows are the same, what the model is fed is not.
+    trainer._stage_rows._prepared = trainer._stage_rows._prepared.map(
+        lambda row: {"input_ids": row["input_ids"][::-1]}, keep_in_memory=True
+    )
+    report = trainer.verify([STAGE])
+    assert list(report.circumstances) == ["data_digest"] and STAGE in report.mismatches
+    assert str(report).startswith("recorded data_digest: ")
+
+
+def test_the_recorded_number_of_threads_is_restored_for_the_audit(system, monkeypatch):
+    record_otherwise(system, STAGE, threads=2)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    report = trainer_of(system).verify([STAGE])
+    assert 2 in asked and asked[-1] == 1
+    assert "threads" not in report.circumstances
+
+
+@pytest.mark.parametrize(("name", "value"), [("world_size", 2), ("device", "NVIDIA H100")])
+def test_an_audit_that_cannot_tell_is_refused(name, value, system):
+    record_otherwise(system, STAGE, **{name: value})
+    before = files_of(system)
+    with pytest.raises(ConfigError, match=f"was trained with {name} = .* Run the audit as the training ran"):
+        trainer_of(system).verify([STAGE])
+    assert files_of(system) == before
