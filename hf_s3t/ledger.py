@@ -11,7 +11,7 @@ from .errors import FolderError, FormatVersionError
 
 
 LEDGER_VERSION = 1
-KINDS = ("deletion", "export")
+KINDS = ("deletion", "export", "merge")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,13 @@ def line_hash(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
+def _broken(number: int) -> FolderError:
+    return FolderError(
+        f"ledger.jsonl line {number} does not continue line {number - 1}: a line was edited or dropped. Restore the "
+        "ledger from a backup; do not serve this system."
+    )
+
+
 @dataclass(frozen=True)
 class Ledger:
     """
@@ -119,15 +126,22 @@ class Ledger:
         """
         lines = tuple(text.split("\n")[:-1])
         entries = known.entries if known is not None and lines[: len(known.lines)] == known.lines else ()
+        hashes = dict.fromkeys(known.hashes if entries else ())
+        # What no line continues yet; after the last line that is the last line alone.
+        loose = {known.hashes[-1]} if entries else set()
         for number, line in enumerate(lines[len(entries) :], start=len(entries) + 1):
-            expected = (line_hash(lines[number - 2]),) if number > 1 else ()
             entry = LedgerEntry.from_line(line)
-            if entry.previous[: len(expected)] != expected or (number == 1 and entry.previous):
-                raise FolderError(
-                    f"ledger.jsonl line {number} does not continue line {number - 1}: a line was edited or dropped. "
-                    "Restore the ledger from a backup; do not serve this system."
-                )
+            if not hashes.keys() >= set(entry.previous):
+                raise _broken(number)
+            found = line_hash(line)
+            if found in hashes:
+                raise _broken(number)
+            hashes[found] = None
+            loose = (loose - set(entry.previous)) | {found}
             entries += (entry,)
+        if len(loose) > 1:
+            # Two processes' lines stand side by side only where a merge follows them.
+            raise _broken(next(n for n, h in enumerate(hashes, start=1) if h in loose) + 1)
         return cls(lines)._with(entries)
 
     def _with(self, entries: tuple[LedgerEntry, ...]) -> "Ledger":
@@ -152,11 +166,57 @@ class Ledger:
             ids=tuple(sorted(ids)),
             removed=dict(removed),
             left=dict(left),
-            previous=(line_hash(self.lines[-1]),) if self.lines else (),
+            previous=self.hashes[-1:],
             versions=dict(versions or {}),
             groups=tuple(sorted(groups)),
         )
         return Ledger((*self.lines, entry.to_line()))._with((*self.entries, entry))
+
+    def merge(self, other: "Ledger") -> "Ledger":
+        """
+        The ledger with the lines of another that it lacks: what two processes recorded apart from each other.
+
+        The lines of this one come first, and a line that continues both comes last, unless the other went on from it.
+
+        Args:
+            other ([`Ledger`]): A ledger of the same system.
+
+        Example:
+
+        ```python
+        >>> from hf_s3t.ledger import Ledger
+
+        >>> common = Ledger().append("deletion", ids=["1"], removed={}, left={})
+        >>> ours, theirs = (common.append("deletion", ids=[i], removed={}, left={}) for i in "23")
+        >>> merged = ours.merge(theirs)
+        >>> sorted(merged.deleted), len(merged.entries[-1].previous)
+        (['1', '2', '3'], 2)
+        >>> theirs.merge(merged).deleted == merged.deleted
+        True
+        ```
+        """
+        known = set(self.lines)
+        # A merge that joins what this ledger has in full already says nothing new.
+        new = [line for line in other.lines if line not in known]
+        if not new:
+            return self
+        lines = (*self.lines, *new)
+        if not self.lines or set(other.lines) >= known:
+            return Ledger.parse("".join(line + "\n" for line in lines))
+        entry = LedgerEntry(
+            kind="merge",
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            ids=(),
+            removed={},
+            left={},
+            previous=(self.hashes[-1], other.hashes[-1]),
+        )
+        return Ledger.parse("".join(line + "\n" for line in (*lines, entry.to_line())))
+
+    @cached_property
+    def hashes(self) -> tuple[str, ...]:
+        """The hash of every line."""
+        return tuple(map(line_hash, self.lines))
 
     @cached_property
     def entries(self) -> tuple[LedgerEntry, ...]:

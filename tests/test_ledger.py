@@ -197,8 +197,47 @@ def test_a_line_of_an_unknown_version_is_refused_by_its_version(version):
         Ledger.parse(line + "\n")
 
 
-def test_there_are_deletions_and_exports():
-    assert KINDS == ("deletion", "export")
+def test_there_are_deletions_exports_and_merges():
+    assert KINDS == ("deletion", "export", "merge")
+
+
+def grown(ledger, *ids):
+    for digest in ids:
+        ledger = ledger.append("deletion", ids=[digest], removed={}, left={})
+    return ledger
+
+
+@pytest.mark.parametrize("common", [Ledger(), grown(Ledger(), "a", "b")], ids=["nothing", "two lines"])
+def test_what_two_recorded_apart_is_merged_and_nothing_is_lost(common):
+    ours, theirs = grown(common, "c", "d"), grown(common, "e")
+    merged = ours.merge(theirs)
+    assert merged.deleted == ours.deleted | theirs.deleted
+    assert merged.lines[: len(ours.lines)] == ours.lines
+    assert merged.entries[-1].previous == (ours.hashes[-1], theirs.hashes[-1])
+    assert Ledger.parse(merged.text) == merged
+    # The other side goes on from the merge, without one of its own.
+    caught_up = theirs.merge(merged)
+    assert set(caught_up.lines) == set(merged.lines) and caught_up.lines[: len(theirs.lines)] == theirs.lines
+    assert Ledger.parse(caught_up.text) == caught_up
+    assert caught_up.merge(merged) is caught_up and merged.merge(ours) is merged
+    # And both can be written to again.
+    for again in (grown(merged, "f"), grown(caught_up, "f")):
+        assert Ledger.parse(again.text, known=merged) == again
+
+
+def test_merging_with_less_changes_nothing_and_with_more_is_that():
+    less = grown(Ledger(), "a")
+    more = less.append("export", ids=[], removed={}, left={})
+    assert more.merge(less) is more
+    assert Ledger().merge(more).lines == more.lines
+
+
+def test_a_merged_ledger_shows_every_line_that_is_dropped():
+    merged = grown(Ledger(), "a", "b").merge(grown(Ledger(), "c")).append("deletion", ids=["d"], removed={}, left={})
+    for number in range(len(merged.lines) - 1):
+        left = [line for n, line in enumerate(merged.lines) if n != number]
+        with pytest.raises(FolderError, match="does not continue line"):
+            Ledger.parse("".join(line + "\n" for line in left))
 
 
 def test_a_report_names_stages_and_numbers_but_no_ids():

@@ -102,12 +102,11 @@ def test_an_exported_adapter_has_a_receipt_that_is_no_deletion(system):
 def test_a_line_after_a_merge_has_two_lines_before_it(tmp_path):
     folder = new_system(tmp_path / "system")
     ours = Ledger().append("deletion", ids=["a1"], removed={}, left={})
-    theirs = line_hash(Ledger().append("deletion", ids=["b2"], removed={}, left={}).lines[0])
-    merge = LedgerEntry("deletion", "2026-01-01T00:00:00+00:00", ("b2",), {}, {}, (line_hash(ours.lines[0]), theirs))
-    write_lines(folder.path, [*ours.lines, merge.to_line()])
+    theirs = Ledger().append("deletion", ids=["b2"], removed={}, left={})
+    write_lines(folder.path, ours.merge(theirs).lines)
     receipts = Receipts.read(folder.path)
     assert receipts.problem is None
-    assert receipts.of_line(2).to_dict()["previous"] == [line_hash(ours.lines[0]), theirs]
+    assert receipts.of_line(3).to_dict()["previous"] == [line_hash(ours.lines[0]), line_hash(theirs.lines[0])]
 
 
 def test_a_stage_that_is_none_has_no_place(system):
