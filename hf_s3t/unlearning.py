@@ -47,6 +47,8 @@ class Unlearning:
         self._cleaner: threading.Thread | None = None
         self._timer: threading.Timer | None = None
         self.refresh()
+        # Before there are calls, also where no stage serves yet: what is attached later must replace no module.
+        stack.wrap()
         self._apply_in_time()
 
     def _follow(self) -> None:
@@ -76,9 +78,16 @@ class Unlearning:
         with self._deletion_lock:
             self._refuse_while_training()
             self._wait_for_cleaner()
-            self.folder.refresh()
-            self.folder.table.index()
-            self._serve(self.folder.valid_stages)
+            while True:
+                self.folder.refresh()
+                self.folder.table.index()
+                try:
+                    self._serve(self.folder.valid_stages)
+                    return
+                except OSError:
+                    # What another process removes while it is loaded here: a line in the ledger says so before.
+                    if not self.folder.has_news():
+                        raise
 
     def _refuse_while_training(self) -> None:
         if self.stack.in_training is not None:
@@ -103,8 +112,6 @@ class Unlearning:
         new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
         # All files are checked before any is attached.
         files = [(key, folder.adapter_path(key)) for key in new]
-        if files:
-            stack.wrap()
         for key, path in files:
             stack.load(key, path, folder.adapter_digest(key))
         lock_seconds = max(lock_seconds, calls.switch(routing))

@@ -7,16 +7,21 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers.generation.streamers import BaseStreamer
 
 from hf_s3t import S3TModel
 from hf_s3t.calls import Calls, Routing
+from hf_s3t.deletion import apply
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError
+from hf_s3t.pending import PENDING_FILE
 from hf_s3t.plan import StageKey
+from hf_s3t.storage import SystemFolder
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,8 +181,8 @@ def model(made, tmp_path):
     return load(tmp_path / "system")
 
 
-def load(folder, preload="best") -> S3TModel:
-    return S3TModel.from_pretrained(folder, base_model=tiny_llama(3), preload=preload)
+def load(folder, preload="best", **more) -> S3TModel:
+    return S3TModel.from_pretrained(folder, base_model=tiny_llama(3), preload=preload, **more)
 
 
 def last_of(model: S3TModel, shard: int) -> int | str:
@@ -256,19 +261,62 @@ def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
         pause.go_on.set()
 
 
-@pytest.mark.parametrize("what", ["unlearn", "refresh"])
+ON_ITSELF = {
+    "unlearn": lambda model: model.unlearn([last_of(model, 0)]),
+    "unlearn_later": lambda model: model.unlearn_later([last_of(model, 0)], max_delay=0),
+    "apply_pending": lambda model: model.apply_pending(),
+    "refresh": lambda model: model.refresh(),
+    "export_adapter": lambda model: model.export_adapter(0, model.folder.path.parent / "exported"),
+}
+
+
+@pytest.mark.parametrize("what", ON_ITSELF)
 def test_a_call_does_not_wait_for_itself(model, what):
     raised = []
 
     def callback():
-        try:
-            model.unlearn([last_of(model, 0)]) if what == "unlearn" else model.refresh()
-        except S3TError as error:
-            raised.append(str(error))
+        with pytest.raises(S3TError) as caught:
+            ON_ITSELF[what](model)
+        raised.append(str(caught.value))
 
     generating(model, callback, tokens=2)()
     assert raised and all(f"`{what}` was called from inside" in message for message in raised)
-    assert model.folder.ledger.num_deletions == 0
+    assert model.folder.ledger.lines == () and not (model.folder.path / PENDING_FILE).exists()
+    assert not (model.folder.path.parent / "exported").exists()
+
+
+def test_a_refused_call_from_inside_leaves_what_waits_waiting(model):
+    model.unlearn_later([last_of(model, 0)])
+    waiting = (model.folder.path / PENDING_FILE).read_bytes()
+
+    def callback():
+        with pytest.raises(S3TError, match="`apply_pending` was called from inside"):
+            model.apply_pending()
+
+    generating(model, callback, tokens=2)()
+    assert (model.folder.path / PENDING_FILE).read_bytes() == waiting and model.folder.ledger.num_deletions == 0
+
+
+@pytest.mark.parametrize("depth", [1, 0], ids=["a stack", "the base alone"])
+def test_deeper_stacks_are_attached_without_replacing_a_module_under_a_running_call(made, tmp_path, depth):
+    folder = Path(shutil.copytree(made, tmp_path / "system"))
+    for stage in folder.glob("stages/shard-*/*"):
+        if stage.name.count("-") >= depth:
+            shutil.rmtree(stage)
+    model = load(folder, when_exhausted="base")
+    assert model._routing.depths == [depth, depth]
+    modules, pause = dict(model.base_model.named_modules()), Pause()
+    expected = generating(model, lambda: None)()
+    with in_thread(generating(model, pause)) as generated:
+        assert pause.reached.wait(PATIENCE)
+        shutil.copytree(made / "stages", folder / "stages", dirs_exist_ok=True)
+        model.refresh()
+        assert model._routing.depths == [3, 3]
+        now = dict(model.base_model.named_modules())
+        assert [name for name, module in modules.items() if now[name] is not module] == []
+        pause.go_on.set()
+    assert torch.equal(generated[0], expected)
+    assert not torch.equal(generating(model, lambda: None)(), expected), "the stacks say what the base does not"
 
 
 @pytest.mark.parametrize("wrong", [{"on_running": "kill"}, {"timeout": -1}, {"timeout": "long"}, {"timeout": True}])
@@ -292,6 +340,62 @@ def test_nothing_touches_the_disk_while_the_routing_lock_is_held(model):
     model.unlearn([last_of(model, 1)])
     watching.clear()
     assert not held
+
+
+# Other processes
+
+
+def by_another_process(model: S3TModel, ids) -> None:
+    """A deletion through a folder object of its own; the model is not told."""
+    apply(SystemFolder(model.folder.path), ids)
+
+
+def exported(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_an_export_after_a_deletion_by_another_process_is_of_what_is_left(model, tmp_path):
+    (tip,) = model._routing.served[0]
+    model.export_adapter(0, tmp_path / "before")
+    by_another_process(model, [last_of(model, 0)])
+    model.export_adapter(0, tmp_path / "after")
+    assert exported(tmp_path / "after").keys() < exported(tmp_path / "before").keys()
+    (noted,) = [entry for entry in SystemFolder(model.folder.path).ledger.entries if entry.kind == "export"][1:]
+    assert set(noted.removed) == {str(key) for key in tip.lineage[:-1]}
+    assert model._routing.depths == [2, 3]
+
+
+def test_an_export_is_refused_when_a_deletion_by_another_process_gets_in_before_it(model, tmp_path, monkeypatch):
+    victim, lock = last_of(model, 0), model.folder.lock
+
+    def overtaken():
+        monkeypatch.undo()
+        by_another_process(model, [victim])
+        return lock()
+
+    monkeypatch.setattr(model.folder, "lock", overtaken)
+    with pytest.raises(S3TError, match=r"Another process just deleted examples that shard-0/.* saw. Call again"):
+        model.export_adapter(0, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    assert [entry.kind for entry in SystemFolder(model.folder.path).ledger.entries] == ["deletion"]
+    model.export_adapter(0, tmp_path / "exported")
+    assert model._routing.depths == [2, 3]
+
+
+def test_a_deletion_that_arrives_while_the_stacks_left_by_another_are_loaded_is_followed_too(model, monkeypatch):
+    by_another_process(model, model.folder.table.members(0, model._routing.served[0][0].prefix[0])[:1])
+    adapter_path = model.folder.adapter_path
+
+    def overtaken(key):
+        monkeypatch.undo()
+        by_another_process(model, model.folder.table.members(key.shard, key.prefix[0])[:1])
+        return adapter_path(key)
+
+    monkeypatch.setattr(model.folder, "adapter_path", overtaken)
+    assert answers_of(model, {"input_ids": batch_of(lm_rows(1))["input_ids"]}) is not None
+    assert model.folder.ledger.num_deletions == 2 and set(model.stack.loaded) == model._routing.stages
+    assert model._routing.stages <= SystemFolder(model.folder.path).valid_stages
+    assert model.check() == []
 
 
 # Many threads
@@ -330,14 +434,17 @@ class Caller:
                 return
 
 
-def hammer(tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
+def hammer(made, tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
     """Threads that call without end while deletions arrive; returns how many answers were compared."""
     batch = {name: tensor for name, tensor in batch_of(lm_rows(2)).items() if name != "labels"}
     compared = 0
     for number in range(rounds):
         folder, untouched = tmp_path / f"{preload}-{number}", tmp_path / f"{preload}-{number}-untouched"
-        make_system(folder, seed=number)
-        shutil.copytree(folder, untouched)
+        if number:
+            make_system(untouched, seed=number)
+        else:
+            shutil.copytree(made, untouched)
+        shutil.copytree(untouched, folder)
         rng, over = random.Random(number), threading.Event()
         model = load(folder, preload)
         history, switch = [model._routing], model._calls.switch
@@ -367,11 +474,11 @@ def hammer(tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
 
 
 @pytest.mark.parametrize("preload", ["best", "all"])
-def test_every_answer_is_of_one_snapshot_while_deletions_arrive(tmp_path, preload):
-    assert hammer(tmp_path, 1, preload) > 0
+def test_every_answer_is_of_one_snapshot_while_deletions_arrive(made, tmp_path, preload):
+    assert hammer(made, tmp_path, 1, preload) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preload", ["best", "all"])
-def test_every_answer_is_of_one_snapshot_while_deletions_arrive_for_long(tmp_path, preload):
-    assert hammer(tmp_path, 5, preload) > 0
+def test_every_answer_is_of_one_snapshot_while_deletions_arrive_for_long(made, tmp_path, preload):
+    assert hammer(made, tmp_path, 5, preload) > 0

@@ -693,6 +693,20 @@ def test_beam_search_wide_enough_finds_the_likeliest_continuation(language, prom
         assert found[row, -2:].tolist() == [best // VOCABULARY, best % VOCABULARY]
 
 
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_first_generation_of_a_model_may_be_with_a_static_cache(system, name):
+    made = system(name)
+    prompt = inputs_of(made, 3, "left")
+    settings = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
+    first, other = (S3TModel.from_pretrained(made.path, base_model=made.fresh()) for _ in range(2))
+    static = first.generate(**prompt, **settings, cache_implementation="static")
+    assert torch.equal(static, other.generate(**prompt, **settings))
+    members = [[made.member(shard, (0, 1, 2))] for shard in range(3)]
+    assert torch.equal(static, naive_generate(members, *prompt.values(), 6, partial(torch.argmax, dim=-1)))
+    # And once more, when it is known that the members share a pass.
+    assert torch.equal(first.generate(**prompt, **settings, cache_implementation="static"), static)
+
+
 def test_the_cache_spares_computing_the_prompt_again(system):
     model = system("llama").model
     lengths = []
@@ -956,6 +970,55 @@ def test_unlearning_frees_the_tensors(system, tmp_path, name):
         gc.enable()
     # At once, not when the garbage collector comes by.
     assert alive == {"shard-0/0", *(f"shard-1/{stage}" for stage in ("0", "0-1", "1", "1-0"))}
+
+
+def live_tensors() -> tuple[int, int]:
+    """How many pieces of memory the tensors of this process hold, and how many bytes."""
+    gc.collect()
+    found = storages(thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    return len(found), sum(found.values())
+
+
+def of_model(model: S3TModel) -> tuple[int, int]:
+    """The same for what a model consists of: its base, the adapters in memory and the members' weights."""
+    found = storages([*model.parameters(), *model.buffers(), model._routing.weights])
+    return len(found), sum(found.values())
+
+
+def test_after_unlearning_no_tensor_lives_but_those_of_the_base_and_of_what_serves(tmp_path):
+    recipe = Recipe(partial(tiny_llama, 3), shards=2)
+    made = recipe.make(tmp_path / "system")
+    before = live_tensors()
+    model = made.copy(tmp_path / "copy")
+    held = of_model(model)
+    model.generate(**inputs_of(made, 2), max_new_tokens=3)
+    forget(model, made.rows, (0, 2), (1, 1))
+    left, (count, size) = of_model(model), live_tensors()
+    assert left < held and model.status()["depths"] == [2, 1]
+    assert (count - before[0], size - before[1]) == left
+    weights = model._routing.weights
+    served = bytes_of_stages(tmp_path / "copy", [(0, 2), (1, 1)])
+    assert size - before[1] == bytes_of_model(made.fresh()) + served + weights.untyped_storage().nbytes()
+
+
+def test_twenty_rounds_of_unlearning_and_growing_again_hold_no_more_memory_than_one(tmp_path):
+    rows = lm_rows(60)
+    path, config = tmp_path / "system", s3t_config(num_shards=2, partition="balanced")
+    trainer = make_trainer(path, tiny_llama(2), rows, config=config)
+    plant_stages(trainer)
+    model = S3TModel.from_pretrained(path, base_model=tiny_llama(2))
+    held = []
+    for number in range(21):
+        (tip,) = model._routing.served[number % 2]
+        model.unlearn(model.folder.table.members(tip.shard, tip.prefix[-1])[:1])
+        model(**inputs_of(Made(path, tiny_llama, rows), 2))
+        trainer.folder.refresh()
+        plant_stages(trainer)
+        model.refresh()
+        assert model.status()["depths"] == [2, 2]
+        if number in (0, 20):
+            held.append(live_tensors())
+    assert held[0] == held[1]
 
 
 def _parameters(model: S3TModel, key) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_s3t.errors import FolderError, FormatVersionError, KeyMissingError
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
-from hf_s3t.storage import SystemFolder
+from hf_s3t.storage import STAGE_FILE, SystemFolder
 from hf_s3t.table_file import read_table, write_table
 
 
@@ -33,6 +34,14 @@ CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
 @pytest.fixture(autouse=True)
 def no_key_in_the_environment(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk():
+    """What is synced, and when, is seen by who takes `os.fsync`'s place in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 # Systems without tensors: what training would write is a file that depends on what it would depend on.
@@ -416,6 +425,14 @@ def test_a_system_without_its_key_is_refused(system):
     with pytest.raises(KeyMissingError, match=f"Neither {KEY_VARIABLE} nor .*{KEY_FILE} holds the secret"):
         SystemFolder(system)
     assert not (system / KEY_FILE).exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 32, bytes(range(256))], ids=["one byte", "every byte"])
+def test_a_key_that_is_no_text_is_refused_by_name(system, content):
+    (system / KEY_FILE).write_bytes(content)
+    with pytest.raises(KeyMissingError, match=f"{re.escape(str(system / KEY_FILE))} is not text: .*Restore the file"):
+        SystemFolder(system)
+    assert (system / KEY_FILE).read_bytes() == content
 
 
 def test_a_system_with_another_key_is_refused_for_it_could_not_tell_what_was_deleted(deleted_system, monkeypatch):
@@ -857,6 +874,36 @@ def test_a_deletion_by_one_process_is_seen_by_another(system):
     assert set(other.stages) == one.valid_stages == other.valid_stages
 
 
+def removed_when_it_is_named(monkeypatch, remove) -> None:
+    """Have something removed between the look at the folders of stages and at what is in them."""
+    named = SystemFolder._stage_folders
+
+    def name_then_remove(self, root):
+        for key in list(named(self, root)):
+            remove(self.path / key.path)
+            yield key
+
+    monkeypatch.setattr(SystemFolder, "_stage_folders", name_then_remove)
+
+
+@pytest.mark.parametrize("look", [SystemFolder.refresh, SystemFolder.refresh_stages])
+def test_a_stage_that_another_process_removes_while_the_stages_are_read_is_passed_over(system, monkeypatch, look):
+    folder, gone = SystemFolder(system), StageKey(0, (0,))
+    folder._stages = {}  # as if it came when this one was open
+    removed_when_it_is_named(monkeypatch, lambda path: path == system / gone.path and shutil.rmtree(path))
+    look(folder)
+    assert set(folder.stages) == set(folder.plan.stages()) - {gone}
+
+
+@pytest.mark.parametrize("look", [SystemFolder.refresh, SystemFolder.refresh_stages])
+def test_a_stage_that_is_there_without_its_record_is_refused_however_it_came_about(system, monkeypatch, look):
+    folder, damaged = SystemFolder(system), system / StageKey(0, (0,)).path
+    folder._stages = {}
+    removed_when_it_is_named(monkeypatch, lambda path: path == damaged and (path / STAGE_FILE).unlink())
+    with pytest.raises(FolderError, match=f"{damaged / STAGE_FILE} is missing"):
+        look(folder)
+
+
 def test_no_line_of_another_process_is_lost(system):
     one, other = SystemFolder(system), SystemFolder(system)
     forget(one, IDS[:2])
@@ -905,15 +952,25 @@ def test_a_copy_goes_into_an_empty_folder_only(system, tmp_path):
 # With a model on it
 
 
-@pytest.fixture
-def served(tmp_path):
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The folder of a model with every stage, not to be changed."""
     from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 
+    path = tmp_path_factory.mktemp("planted") / "system"
     rows = [{**row, "id": f"someone-{n:02d}@example.org"} for n, row in enumerate(lm_rows(24))]
-    config = s3t_config(num_shards=2, num_slices=2)
-    trainer = make_trainer(tmp_path / "served", tiny_llama(layers=2), rows, config=config)
-    plant_stages(trainer)
-    return trainer.s3t_model
+    plant_stages(make_trainer(path, tiny_llama(layers=2), rows, config=s3t_config(num_shards=2, num_slices=2)))
+    return path
+
+
+@pytest.fixture
+def served(planted, tmp_path):
+    from tiny import tiny_llama
+
+    from hf_s3t import S3TModel
+
+    shutil.copytree(planted, tmp_path / "served")
+    return S3TModel.from_pretrained(tmp_path / "served", base_model=tiny_llama(layers=2))
 
 
 def test_after_unlearn_no_deleted_id_stands_in_any_byte_of_any_file(served):
@@ -936,6 +993,44 @@ def test_after_unlearn_the_stages_are_out_of_the_folder_and_out_of_memory(served
     assert not [name for name, _ in served.named_parameters() for key in gone if f".{key.adapter_name}." in name]
     assert stages_on_disk(served.folder.path) == {str(key) for key in served.folder.valid_stages}
     assert not stages_on_disk(served.folder.path) & set(report.stages_removed)
+
+
+def test_unlearn_removes_what_another_process_grew_on_the_example_since_the_model_was_loaded(served):
+    path, stages = served.folder.path, served.folder.path / "stages"
+    aside = Path(shutil.copytree(stages, path.parent / "aside"))
+    late = StageKey(0, (0, 1))
+    shutil.rmtree(path / late.path)
+    served.refresh()
+    assert late not in served.folder.stages
+    shutil.copytree(aside / str(late), path / late.path)
+    report = served.unlearn(served.folder.table.members(0, 1)[:1])
+    assert str(late) in report.stages_removed and not (path / late.path).exists()
+    entry = SystemFolder(path).ledger.entries[-1]
+    assert str(late) in entry.removed, "the ledger says what went"
+    assert stages_on_disk(path) == {"shard-0/0", *(str(key) for key in served.folder.plan.stages() if key.shard == 1)}
+
+
+@pytest.mark.parametrize("what", ["ledger.jsonl", ""], ids=["the ledger", "the folder"])
+def test_a_live_model_refuses_what_was_put_back_from_before_a_deletion(served, what):
+    import torch
+
+    path = served.folder.path
+    aside = Path(shutil.copytree(path, path.parent / "aside"))
+    victims = served.folder.table.members(0, 0)[:1]
+    removed = set(served.unlearn(victims).stages_removed)
+    served._wait_for_cleaner()
+    if what:
+        shutil.copy(aside / what, path / what)
+    else:
+        shutil.copytree(aside, path, dirs_exist_ok=True)
+    ids = torch.tensor([[5, 6, 7]])
+    calls = (lambda: served(ids), lambda: served.generate(ids, max_new_tokens=1), served.refresh,
+             lambda: served.unlearn(served.folder.table.members(1, 0)[:1]), lambda: served(ids))  # fmt: skip
+    for call in calls:
+        with pytest.raises(FolderError, match=r"ledger.jsonl lacks lines that it had.*Restore it from a backup"):
+            call()
+    assert not removed & {str(key) for key in (*served.stack.loaded, *served._routing.stages)}
+    assert all(map(served.folder.is_deleted, victims))
 
 
 def test_an_unlearn_that_dies_after_the_ledger_is_finished_by_the_next_load(served, monkeypatch):
