@@ -1,6 +1,7 @@
 """The command line: what each command prints and how it ends, for people, for scripts, and for wrong input."""
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.testing
 from folders import (
     CONFIG,
     NAMES,
@@ -38,6 +40,14 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("status", "locate", "unlearn", "apply-pending", "check", "receipt", "purge", "export")
 FINE, REFUSED, USAGE, EXHAUSTED = 0, 1, 2, 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_command():
+    """The command is put together once, not for every line that is typed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,20 +153,26 @@ def test_errors_of_the_system_are_one_line(system, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("command", ["status", "check", "purge", "receipt", "locate", "unlearn"])
-def test_commands_load_no_model_library(command, system):
-    args = [command, str(system), *(["3"] if command in ("locate", "unlearn") else [])]
+def test_commands_load_no_model_library(system):
+    """One process runs them one after the other, and tells after each what is loaded by then."""
+    commands = [[name, str(system)] for name in ("status", "check", "purge", "receipt")]
+    commands += [[name, str(system), "3"] for name in ("locate", "unlearn")]
     code = (
-        f"import sys; sys.argv = ['hf-s3t', *{args!r}]\n"
+        "import sys\n"
         "from hf_s3t.cli import main\n"
-        "try:\n    main()\n"
-        "finally:\n    print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
+        f"for args in {commands!r}:\n"
+        "    sys.argv = ['hf-s3t', *args]\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as end:\n        ended = end.code\n"
+        "    print(args[0], ended, sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == FINE, done.stderr
-    loaded = set(re.findall(r"'([^']+)'", done.stderr.splitlines()[-1]))
-    assert "hf_s3t" in loaded
-    assert not loaded & {"accelerate", "bitsandbytes", "datasets", "peft", "scipy", "torch", "transformers", "trl"}
+    told = [line for line in done.stderr.splitlines() if line.split()[0] in COMMANDS]
+    assert [line.split()[:2] for line in told] == [[command[0], str(FINE)] for command in commands], done.stderr
+    for line in told:
+        loaded = set(re.findall(r"'([^']+)'", line))
+        assert "hf_s3t" in loaded
+        assert not loaded & {"accelerate", "bitsandbytes", "datasets", "peft", "scipy", "torch", "transformers", "trl"}
 
 
 def test_the_package_can_be_run_as_a_module(system):

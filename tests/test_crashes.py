@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -33,6 +34,17 @@ EARLIER = NAMES[:1]
 def surroundings(tmp_path_factory):
     with own_surroundings(tmp_path_factory.mktemp("home")):
         yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """In memory, where there is room in it: hundreds of folders are written and removed for what a crash may leave."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 2**30:
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            yield Path(folder)
 
 
 @pytest.fixture(scope="module")

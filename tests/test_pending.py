@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import time
 
 import pytest
@@ -15,14 +16,18 @@ from hf_s3t.pending import PENDING_FILE
 IDS = ids_of(12)
 
 
-@pytest.fixture
-def model(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a system with every stage, not to be changed."""
+    path = tmp_path_factory.mktemp("made") / "system"
     rows = [{**row, "person": f"p{n // 3}"} for n, row in enumerate(lm_rows(12))]
-    trainer = make_trainer(
-        tmp_path / "system", tiny_llama(2), rows, config=s3t_config(num_slices=2, group_column="person")
-    )
-    plant_stages(trainer)
-    return load(tmp_path / "system")
+    plant_stages(make_trainer(path, tiny_llama(2), rows, config=s3t_config(num_slices=2, group_column="person")))
+    return path
+
+
+@pytest.fixture
+def model(made, tmp_path):
+    return load(shutil.copytree(made, tmp_path / "system"))
 
 
 def load(folder) -> S3TModel:
