@@ -12,6 +12,7 @@ from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable
+from .inspection import open_folder
 from .isolation import (
     check_arguments,
     check_base,
@@ -120,7 +121,8 @@ def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> Exampl
 
 
 def _recorded(output_dir: str) -> dict[str, Any] | None:
-    return SystemFolder(output_dir).record if SystemFolder.exists(output_dir) else None
+    # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
+    return open_folder(output_dir).record if SystemFolder.exists(output_dir) else None
 
 
 def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:

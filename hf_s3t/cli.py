@@ -356,7 +356,8 @@ def _load_model(folder: Path, base_model: str | None):
         return S3TModel.from_pretrained(folder, base_model=base_model)
     except S3TError:
         raise
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    # Also what values of a wrong type in the record lead to.
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"The base model cannot be loaded: {error} Name it by --base-model, an id or a path."
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,9 @@ PARTITIONS = ("balanced", "hashed", "column")
 AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
 SELECTIONS = ("longest", "metric", "all")
 KEEP_IDS = ("plain", "digest")
+# Far beyond what anybody trains; a config from elsewhere must not fill the memory before it is refused.
+_LARGEST_PLAN = 2_000_000
+_LARGEST_HORIZON = 10**9
 _NEEDS_PRIOR = ("bms", "conditional", "sorted-cyclic")
 
 
@@ -132,7 +136,7 @@ class S3TConfig:
     def __post_init__(self):
         require_int("num_shards", self.num_shards, 1)
         require_int("num_slices", self.num_slices, 1)
-        require_int("score_horizon", self.score_horizon, 0)
+        require_horizon("score_horizon", self.score_horizon)
         require_int("seed", self.seed, None)
         require_choice("partition", self.partition, PARTITIONS)
         require_choice("select", self.select, SELECTIONS)
@@ -141,7 +145,9 @@ class S3TConfig:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
         self._check_layers_per_slice()
         self._check_prior()
+        self._check_size(1)
         self._check_sequences()
+        self._check_size(self.budget)
         self._check_columns()
         self._check_duplicates()
 
@@ -216,6 +222,14 @@ class S3TConfig:
             raise ConfigError(
                 f'sequence_selection="{self.sequence_selection}" selects at most num_slices={self.num_slices} '
                 f'sequences, got budget={self.budget}. Lower the budget or use "conditional".'
+            )
+
+    def _check_size(self, budget: int):
+        # A stage's address has as many numbers as its prefix has slices.
+        if self.num_shards * budget * self.num_slices**2 > _LARGEST_PLAN:
+            raise ConfigError(
+                f"num_shards={self.num_shards} times budget={budget} times the square of num_slices="
+                f"{self.num_slices} is more than {_LARGEST_PLAN}: so many stages cannot be kept. Lower one of them."
             )
 
     def _sequences_per_shard(self) -> bool:
@@ -331,10 +345,12 @@ def check_prior(prior, num_slices: int) -> None:
             "slice."
         )
     numeric = all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in prior)
-    if not numeric or any(not math.isfinite(p) or p < 0 for p in prior):
+    # Compared with a bound, because an integer may be too large for a float; and NaN is within none.
+    if not numeric or not all(0 <= p <= sys.float_info.max for p in prior):
         raise ConfigError(f"`deletion_prior` must hold non-negative probabilities, got {prior!r}.")
-    if abs(sum(prior) - 1) > 1e-6:
-        raise ConfigError(f"`deletion_prior` sums to {sum(prior):g}, expected 1. Divide each entry by the sum.")
+    total = sum(map(float, prior))
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(f"`deletion_prior` sums to {total:g}, expected 1. Divide each entry by the sum.")
 
 
 def require_int(name: str, value, minimum: int | None) -> None:
@@ -342,6 +358,13 @@ def require_int(name: str, value, minimum: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
+
+
+def require_horizon(name: str, value) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if a number of deletions to look ahead is none, or beyond all use."""
+    require_int(name, value, 0)
+    if value > _LARGEST_HORIZON:
+        raise ConfigError(f"`{name}` must be at most {_LARGEST_HORIZON}. Lower it.")
 
 
 def require_choice(name: str, value, choices: tuple[str, ...]) -> None:

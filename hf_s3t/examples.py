@@ -53,7 +53,7 @@ class DigestKey:
         if create and not path.exists():
             _write_secret(path, secrets.token_hex(32))
         try:
-            return cls(path.read_text().strip().encode())
+            secret = path.read_text().strip().encode()
         except FileNotFoundError:
             raise KeyMissingError(
                 f"Neither {KEY_VARIABLE} nor {path} holds the secret of this system's digests. Restore the file, or "
@@ -61,6 +61,9 @@ class DigestKey:
             ) from None
         except UnicodeDecodeError as error:
             raise KeyMissingError(f"{path} is not text: {error}. Restore the file as it was at training.") from error
+        except OSError as error:
+            raise KeyMissingError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+        return cls(secret)
 
     def of_id(self, example_id: int | str) -> str:
         """Keyed digest of an id; 1 and "1" differ."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,30 @@ def check_digest(path: Path, expected: str) -> None:
             f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. Restore it, or "
             "remove its folder and call `train()` to grow it again."
         )
+
+
+def is_foreign(entry: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder."""
+    try:
+        mode = os.lstat(entry).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def foreign_problem(entry: Path) -> str:
+    """What is wrong with a link, a pipe or a device in a system's folder."""
+    if entry.is_symlink():
+        return (
+            f"{entry} is a symbolic link: reading or removing through it would reach beyond the folder. Put what it "
+            "leads to in its place, or remove it."
+        )
+    return f"{entry} is neither a file nor a folder: reading it may never end. Remove it."
+
+
+def unreadable(path: Path, error: OSError) -> FolderError:
+    """The error to raise for a file that the operating system does not let be read."""
+    return FolderError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.")
 
 
 @contextlib.contextmanager
@@ -117,11 +142,13 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_bytes())
-        digest = record.pop("digest", None)
+        intact = record.pop("digest", None) == _digest_of(record)
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is not the JSON it was written as: {error}. Restore it from a backup.") from error
-    if digest != _digest_of(record):
+    if not intact:
         raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
     return record

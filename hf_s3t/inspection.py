@@ -11,7 +11,7 @@ from typing import Any
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, read_checked_json, stamp
+from .files import check_digest, foreign_problem, is_foreign, read_checked_json, stamp
 from .ledger import Ledger
 from .pending import PENDING_FILE, PendingRequests
 from .plan import Plan, StageKey
@@ -134,7 +134,7 @@ def refuse_foreign_parts(path: str | os.PathLike) -> None:
     """
     entry = next(_foreign_parts(Path(path)), None)
     if entry is not None:
-        raise FolderError(_foreign_problem(entry))
+        raise FolderError(foreign_problem(entry))
 
 
 def _foreign_parts(path: Path) -> Iterator[Path]:
@@ -143,16 +143,8 @@ def _foreign_parts(path: Path) -> Iterator[Path]:
     roots += [entry for entry in _entries(path) if entry.name.startswith(".tmp-")]
     for root in roots:
         for entry in (root, *walk(root)):
-            if _is_foreign(entry):
+            if is_foreign(entry):
                 yield entry
-
-
-def _is_foreign(entry: Path) -> bool:
-    try:
-        mode = os.lstat(entry).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -219,7 +211,7 @@ class _Inspector:
                     f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a "
                     "training run."
                 )
-            self.problems.extend(map(_foreign_problem, _foreign_parts(self.path)))
+            self.problems.extend(map(foreign_problem, _foreign_parts(self.path)))
             self._check_root()
             for step in (self._read_config, self._read_key, self._read_table_and_ledger):
                 with self._reading(self.path):
@@ -254,8 +246,8 @@ class _Inspector:
     def _check_root(self) -> None:
         for entry in _entries(self.path):
             name = entry.name
-            if _is_foreign(entry):
-                self.problems.append(_foreign_problem(entry))
+            if is_foreign(entry):
+                self.problems.append(foreign_problem(entry))
             elif name.startswith(".tmp-"):
                 self._pend(entry, "leftover")
             elif name in TRACKER_LOGS or ".tfevents." in name:
@@ -379,7 +371,7 @@ class _Inspector:
 
     def _unless_foreign(self, entry: Path) -> None:
         # Links and the like are told of already.
-        if not _is_foreign(entry):
+        if not is_foreign(entry):
             self._unknown(entry)
 
     def _check_stage_folder(self, folder: Path) -> None:
@@ -502,8 +494,8 @@ _PENDING = {
 
 
 def _require_file(path: Path) -> None:
-    if _is_foreign(path):
-        raise FolderError(_foreign_problem(path))
+    if is_foreign(path):
+        raise FolderError(foreign_problem(path))
     if path.is_dir():
         raise FolderError(f"{path} is a folder, expected a file. Restore it from a backup.")
     if not _exists(path):
@@ -521,15 +513,6 @@ def printable(text: str) -> str:
         `str`: The text, unprintable characters escaped.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _foreign_problem(entry: Path) -> str:
-    if entry.is_symlink():
-        return (
-            f"{entry} is a symbolic link: reading or removing through it would reach beyond the folder. Put what it "
-            "leads to in its place, or remove it."
-        )
-    return f"{entry} is neither a file nor a folder: reading it may never end. Remove it."
 
 
 def _checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -586,8 +569,7 @@ def _key_of(folder: Path) -> StageKey | None:
     """The stage that a folder is the address of, below `stages` or `checkpoints`."""
     try:
         return StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}")
-    except (FolderError, ValueError):
-        # ValueError: a number of more digits than Python converts.
+    except FolderError:
         return None
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from .deletion import apply, resolve
-from .errors import FolderError
-from .files import explained, sync
+from .errors import ConfigError, FolderError
+from .files import explained, sync, unreadable
 from .ledger import UnlearningReport
 from .storage import SystemFolder
 
@@ -62,12 +62,13 @@ class PendingRequests:
             `str`: The time of the request.
         """
         now = datetime.now(UTC)
+        due = None if max_delay is None else _due(now, max_delay)
         line = {
             "version": _VERSION,
             "time": now.isoformat(timespec="milliseconds"),
             "ids": sorted(map(self.folder.names.id_digest, ids)),
             "groups": sorted(map(self.folder.names.group_digest, groups)),
-            "apply_by": None if max_delay is None else (now + timedelta(seconds=max_delay)).isoformat(),
+            "apply_by": None if due is None else due.isoformat(),
         }
         advice = "The request may be lost. Make room, or make the folder writable, then call again."
         with explained(f"{self.path} could not be written", advice):
@@ -98,9 +99,11 @@ class PendingRequests:
 
     def clear(self) -> None:
         """Drop all requests: they are in the ledger now."""
-        if self.path.exists():
-            self.path.unlink()
-            sync(self.path.parent)
+        advice = "The deletions it asks for are in force. Make the folder writable, then call again."
+        with explained(f"{self.path} could not be removed", advice):
+            if self.path.exists():
+                self.path.unlink()
+                sync(self.path.parent)
 
     def _acknowledged(self) -> int:
         return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
@@ -108,7 +111,10 @@ class PendingRequests:
     def _lines(self) -> list[dict]:
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes()[: self._acknowledged()].splitlines()
+        try:
+            lines = self.path.read_bytes()[: self._acknowledged()].splitlines()
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         return [self._read(number, line) for number, line in enumerate(lines, start=1)]
 
     def _read(self, number: int, line: bytes) -> dict:
@@ -117,14 +123,25 @@ class PendingRequests:
             texts = [*values["ids"], *values["groups"]]
             if values["version"] != _VERSION or not all(isinstance(text, str) for text in texts):
                 raise ValueError("its fields are not those of a request")
-            if values["apply_by"] is not None:
-                datetime.fromisoformat(values["apply_by"])
+            # Times with and without a zone cannot be compared.
+            if values["apply_by"] is not None and datetime.fromisoformat(values["apply_by"]).tzinfo is None:
+                raise ValueError("its time has no zone")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FolderError(
                 f"{self.path} line {number} cannot be read ({error}): requests would be forgotten. Restore it from a "
                 "backup, or call `unlearn` for the requests and remove the file."
             ) from error
         return values
+
+
+def _due(now: datetime, max_delay: float) -> datetime:
+    try:
+        return now + timedelta(seconds=max_delay)
+    except (OverflowError, ValueError) as error:
+        raise ConfigError(
+            f"`max_delay` must be a number of seconds that leads to a date, got {max_delay!r}. Leave it out to set no "
+            "time."
+        ) from error
 
 
 def request_later(

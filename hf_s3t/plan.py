@@ -11,7 +11,9 @@ from .errors import FolderError
 from .sequences import select_sequences
 
 
-_PATH = re.compile(r"stages/shard-(0|[1-9]\d*)/((?:0|[1-9]\d*)(?:-(?:0|[1-9]\d*))*)")
+# Not every digit of Unicode, nor more digits than Python converts.
+_NUMBER = r"(?:0|[1-9][0-9]{0,17})"
+_PATH = re.compile(rf"stages/shard-({_NUMBER})/({_NUMBER}(?:-{_NUMBER})*)")
 
 
 @dataclass(frozen=True, order=True)

@@ -9,7 +9,7 @@ from typing import Any
 from .deletion import candidates
 from .errors import FolderError, KeyMissingError, UnknownExampleError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey
-from .files import read_checked_json
+from .files import foreign_problem, is_foreign, read_checked_json, unreadable
 from .ledger import Ledger, LedgerEntry, line_hash
 from .plan import StageKey
 from .storage import CONFIG_FILE, LEDGER_FILE, TABLE_FILE
@@ -81,8 +81,11 @@ class Receipts:
             [`Receipts`]: All that can be read.
 
         Raises:
-            [`~hf_s3t.errors.FolderError`]: If there is no ledger, or it is not text.
+            [`~hf_s3t.errors.FolderError`]: If there is no ledger, it is not text, or a link or pipe.
         """
+        for part in (Path(path) / TABLE_FILE, Path(path) / LEDGER_FILE):
+            if is_foreign(part):
+                raise FolderError(foreign_problem(part))
         # The table first: whatever another process deletes between the two reads, the ledger is never behind it.
         pin = _read_pin(Path(path) / TABLE_FILE)
         text = _read_ledger_text(Path(path) / LEDGER_FILE)
@@ -158,6 +161,8 @@ def _read_ledger_text(path: Path) -> str:
         return path.read_bytes().decode()
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Give the folder of a system, or restore it from a backup.") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
 

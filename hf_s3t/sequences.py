@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .config import SEQUENCE_SELECTIONS, check_prior, require_choice, require_int
+from .config import SEQUENCE_SELECTIONS, check_prior, require_choice, require_horizon, require_int
 from .errors import ConfigError
 
 
@@ -113,7 +113,7 @@ def score(sequence: list[int] | tuple[int, ...], prior: list[float], horizon: in
     ```
     """
     check_prior(prior, len(prior))
-    require_int("horizon", horizon, 0)
+    require_horizon("horizon", horizon)
     if len(set(sequence)) != len(sequence) or not set(sequence) <= set(range(len(prior))):
         raise ConfigError(
             f"`sequence` is {list(sequence)!r}; expected distinct slices out of 0..{len(prior) - 1}, one for each "
@@ -199,7 +199,7 @@ def check_sequences(sequences, num_slices: int | None = None) -> list[tuple[int,
 def _check_request(num_slices, budget, method, prior, horizon, seed):
     require_int("num_slices", num_slices, 1)
     require_int("budget", budget, 1)
-    require_int("horizon", horizon, 0)
+    require_horizon("horizon", horizon)
     require_int("seed", seed, None)
     require_choice("method", method, SEQUENCE_SELECTIONS)
     if prior is not None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from peft import LoraConfig
@@ -17,11 +18,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import LayersNotFoundError
+from .errors import FolderError, LayersNotFoundError
+from .isolation import check_peft_config
 from .layers import LayerGroups, is_norm
 from .plan import StageKey
 from .route import cut_graph, hook
@@ -51,6 +54,8 @@ class StageStack:
     """
 
     def __init__(self, base: nn.Module, peft_config: LoraConfig, layers: LayerGroups, head: Sequence[str] = ()):
+        # One from a folder may ask for anything; some settings name a module that PEFT imports.
+        check_peft_config(peft_config, head)
         self.base = base
         self.layers = layers
         self.head = tuple(head)
@@ -122,24 +127,37 @@ class StageStack:
         # Injecting deep-copies the head, and its initialisers draw nothing on the meta device.
         self._inject(key, low_cpu_mem_usage=True)
         device = next(self.base.parameters()).device
-        state = load_file(folder / ADAPTER_FILE, device=str(device))
-        self.fill(key, state)
+        try:
+            self.fill(key, load_file(folder / ADAPTER_FILE, device=str(device)))
+        except SafetensorError as error:
+            self.drop([key])
+            raise FolderError(
+                f"{folder / ADAPTER_FILE} is no safetensors file: {error}. Restore it, or remove its folder and call "
+                "`train()` to grow it again."
+            ) from error
         self.mark(key, digest)
 
     def fill(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
         """Set the tensors of an attached stage, by the names they have in its file."""
+        # No more than its own: PEFT would set tensors of the base too, on which all stages stand.
+        own = self.tensors(key).keys()
+        missing, unexpected = sorted(own - state.keys()), sorted(state.keys() - own)
+        if missing or unexpected:
+            self._refuse(key, f"missing {missing[:3]}, unexpected {unexpected[:3]}.")
         plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        result = set_peft_model_state_dict(
-            self.base, plain, adapter_name=key.adapter_name, low_cpu_mem_usage=self._is_meta(key)
-        )
-        missing = [name for name in result.missing_keys if f".{key.adapter_name}." in name]
-        if missing or result.unexpected_keys:
-            self.drop([key])
-            raise LayersNotFoundError(
-                f"The adapter of {key} does not fit the base model: missing {missing[:3]}, unexpected "
-                f"{result.unexpected_keys[:3]}. Load it on the base model it was trained on."
+        try:
+            set_peft_model_state_dict(
+                self.base, plain, adapter_name=key.adapter_name, low_cpu_mem_usage=self._is_meta(key)
             )
+        except RuntimeError as error:
+            self._refuse(key, str(error))
         self._place(key)
+
+    def _refuse(self, key: StageKey, why: str) -> NoReturn:
+        self.drop([key])
+        raise LayersNotFoundError(
+            f"The adapter of {key} does not fit the base model: {why} Load it on the base model it was trained on."
+        )
 
     def drop(self, keys: Iterable[StageKey]) -> None:
         """Remove stages from memory. Only their own layers are visited."""

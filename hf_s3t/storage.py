@@ -24,6 +24,7 @@ from .files import (
     stamp,
     sync,
     sync_above,
+    unreadable,
     write_atomically,
     write_checked_json,
 )
@@ -445,6 +446,8 @@ class SystemFolder:
             raise FolderError(f"{self.path / LEDGER_FILE} is not text: {error}. Restore it from a backup.") from error
         except FolderError as error:
             raise type(error)(f"{self.path / LEDGER_FILE}: {error}") from error
+        except OSError as error:
+            raise unreadable(self.path / LEDGER_FILE, error) from error
         if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
             raise FolderError(
                 f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
@@ -539,7 +542,7 @@ class SystemFolder:
             # Without its record a checkpoint may be one that is being written; only a deletion condemns it.
             current = not self.ledger.num_deletions
             with contextlib.suppress(FolderError):
-                current = read_checked_json(checkpoint / STAGE_FILE)["slices"] == self.slice_digests(key)
+                current = read_checked_json(checkpoint / STAGE_FILE).get("slices") == self.slice_digests(key)
             if not current:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -80,7 +80,7 @@ def read_table(path: Path) -> tuple[dict[int | str, Example], str]:
         }
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
-    except (pa.ArrowException, KeyError, ValueError, TypeError, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, KeyError, OverflowError, ValueError, TypeError, OSError) as error:
         raise FolderError(f"{path} is not the table it was written as: {error}. Restore it from a backup.") from error
     if not intact:
         raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
