@@ -386,7 +386,7 @@ def run(machine, examples: int, steps: int) -> None:
     run_state_machine_as_test(machine, settings=few)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(20, 10), pytest.param(200, 25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "steps"), [(12, 10), pytest.param(200, 25, marks=pytest.mark.slow)])
 def test_a_folder_is_at_any_time_what_its_history_makes_it(without_tensors, tmp_path, examples, steps):
     rows = SystemFolder(without_tensors).table.rows
     places = {i: (row.shard, row.slice) for i, row in rows.items()}
@@ -520,7 +520,7 @@ def trained(tmp_path_factory, one_thread):
     return path
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(4, 8), pytest.param(30, 15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "steps"), [(3, 8), pytest.param(30, 15, marks=pytest.mark.slow)])
 def test_a_model_serves_at_any_time_what_its_history_left(trained, tmp_path, examples, steps):
     named = dict(zip(NAMES, USERS))
     run(lambda: ModelLife(trained, tmp_path, PlainModel(REAL_PLACES, named, SHORT_SEQUENCES)), examples, steps)
