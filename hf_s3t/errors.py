@@ -63,3 +63,11 @@ class CallStoppedError(S3TError, RuntimeError):
 
 class StaleCacheError(S3TError, RuntimeError):
     """A key/value cache was made with stages that have been unlearned since."""
+
+
+class HubError(S3TError, OSError):
+    """The Hub refuses, cannot be reached, or does not hold what was asked for."""
+
+
+class MergeNeededError(HubError):
+    """The Hub knows of deletions that the folder to be pushed does not."""

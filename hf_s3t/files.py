@@ -128,9 +128,13 @@ def _digest_of(record: Mapping[str, Any]) -> str:
 
 def write_checked_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object with its own digest in it."""
+    write_atomically(path, digested_json(record))
+
+
+def digested_json(record: Mapping[str, Any]) -> bytes:
+    """A JSON object with its own digest in it."""
     record = json.loads(json.dumps(record))
-    text = json.dumps({**record, "digest": _digest_of(record)}, indent=2)
-    write_atomically(path, text.encode())
+    return json.dumps({**record, "digest": _digest_of(record)}, indent=2).encode()
 
 
 def read_checked_json(path: Path) -> dict[str, Any]:

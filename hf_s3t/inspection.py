@@ -20,6 +20,7 @@ from .storage import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CHECKPOINTS,
+    COMPANIONS,
     CONFIG_FILE,
     LEDGER_FILE,
     STAGE_FILE,
@@ -36,16 +37,6 @@ HISTORY = ".git"
 _SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
 _PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, STAGES, CHECKPOINTS)
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
-# The card and what tokenizers, image processors and the Hub's client write beside a system.
-_COMPANIONS = frozenset(
-    """
-    README.md LICENSE .gitattributes .gitignore .cache
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-    chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
-    sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm
-    preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
-    """.split()
-)
 _ATTEMPTS = 3
 
 
@@ -254,7 +245,7 @@ class _Inspector:
                 self.notes.append(f"{entry} holds logs of training, which no deletion reaches. See `hf-s3t purge`.")
             elif name == HISTORY:
                 self.notes.append(f"{entry} may hold earlier versions of the folder's files. See `hf-s3t purge`.")
-            elif name not in _PARTS and name not in _COMPANIONS:
+            elif name not in _PARTS and name not in COMPANIONS:
                 self._unknown(entry)
 
     def _unknown(self, entry: Path) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ from .ensemble import (
     repeat_rows,
     stamp_cache,
 )
+from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from .hub import HubRepo, PushReport, is_repo_id, push
+from .hub_folder import HubFolder
 from .inspection import inspect as inspect_folder
 from .inspection import open_folder
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
+from .model_card import description
 from .pending import PendingRequests
 from .route import Route, noting_lengths, routed
 from .stack import StageStack, seed_head
@@ -49,7 +53,7 @@ _PRELOADS = ("best", "all")
 _BASE_ALONE = Route(())
 # Methods of the base that would change what all stages stand on, or publish it in the system's place.
 _NOT_DELEGATED = {
-    "push_to_hub", "resize_token_embeddings", "tie_weights", "init_weights", "load_adapter", "add_adapter",
+    "resize_token_embeddings", "tie_weights", "init_weights", "load_adapter", "add_adapter",
     "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter", "enable_input_require_grads",
 }  # fmt: skip
 _WHEN_EXHAUSTED = ("error", "base")
@@ -105,6 +109,9 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         cls,
         path: str | os.PathLike,
         *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
         base_model: nn.Module | str | None = None,
         dtype: str | torch.dtype | None = None,
         device_map: Any = None,
@@ -115,8 +122,15 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         Load a system. The model is bound to the folder: `unlearn` writes there.
 
+        From the Hub, only the stages that serve are downloaded, and the table of ids when `unlearn` or `locate` first
+        needs it. Deletions are then recorded on this machine, for every revision and cache of the repository, until
+        [`~S3TModel.push_to_hub`] brings them to the Hub.
+
         Args:
-            path (`str` or `os.PathLike`): The folder of the system.
+            path (`str` or `os.PathLike`): The folder of the system, or its repository on the Hub, such as `"me/repo"`.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            token (`str`, *optional*): Token for the Hub; the one of `hf auth login` if not given.
+            cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
             base_model (`nn.Module` or `str`, *optional*):
                 The base model, or an id or path to load it from; the recorded one if not given. It is recognised by a
                 digest of its tensors.
@@ -131,11 +145,10 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the folder holds no system, or a file is missing or altered.
+            [`~hf_s3t.errors.HubError`]: If the repository or revision cannot be found or reached.
             [`~hf_s3t.errors.BaseModelMismatchError`]: If the base is not the one the stages were trained on.
         """
-        if not os.path.isdir(path):
-            raise FolderError(f"{path} is not a folder. Give the `output_dir` of a training run.")
-        folder = open_folder(path)
+        folder = _open(path, revision, token, cache_dir)
         record = folder.record
         layers = LayerGroups(
             record["layers"]["path"], record["layers"]["num_layers"], tuple(map(tuple, record["layers"]["groups"]))
@@ -391,6 +404,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             `list[str]`: One sentence per problem; empty if all is well.
         """
         self._wait_for_cleaner()
+        if isinstance(self.folder, HubFolder):
+            return self.folder.problems()
         return list(inspect_folder(self.folder.path).problems)
 
     # Handing out
@@ -405,6 +420,65 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         self._wait_for_cleaner()
         if Path(save_directory).resolve() != self.folder.path.resolve():
             self.folder.copy_to(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        erase_history: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        merge: bool = False,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+        evaluation: Mapping[str, float] | None = None,
+    ) -> PushReport | ErasureReport:
+        """
+        Bring the system to the Hub, with its deletions and a model card: one commit, of what is not there yet.
+
+        A deletion pushed by itself leaves what it removed in older commits. `erase_history=True` rewrites the history,
+        deletes branches and tags that hold an old state, and erases the large files that nothing holds any more.
+
+        Args:
+            repo_id (`str`): The repository; made if it does not exist.
+            erase_history (`bool`, defaults to `False`): Erase on the Hub what deletions removed.
+            private (`bool`, *optional*): Whether a new repository is private; the owner's default if not given.
+            token (`str`, *optional*): Token with write access; the one of `hf auth login` if not given.
+            commit_message (`str`, *optional*): Title of the commit.
+            merge (`bool`, defaults to `False`):
+                Forget here, too, what the Hub knows as deleted and this folder does not. Without it such a push is
+                refused, because it would bring examples back. A model loaded from the Hub always merges.
+            datasets (sequence of `str`, *optional*): For the card: ids of the datasets it was trained on.
+            license (`str`, *optional*): For the card: identifier of the licence.
+            evaluation (mapping from `str` to `float`, *optional*):
+                For the card: numbers measured with the system as it is now. They are dropped with the next deletion.
+
+        Returns:
+            [`~hf_s3t.hub.PushReport`], or with `erase_history=True` an [`~hf_s3t.erasure.ErasureReport`], which
+            separates what is confirmed gone from what cannot be confirmed from here.
+
+        Raises:
+            [`~hf_s3t.errors.MergeNeededError`]: If the Hub knows deletions that this folder does not.
+            [`~hf_s3t.errors.HubError`]: If the Hub refuses or cannot be reached. Calling again finishes the work.
+        """
+        self._calls.refuse_inside("push_to_hub")
+        with self._deletion_lock:
+            self.refresh()
+            repo = HubRepo(repo_id, token or getattr(getattr(self.folder, "repo", None), "token", None))
+            if isinstance(self.folder, HubFolder):
+                if repo_id != self.folder.repo.repo_id:
+                    raise ConfigError(
+                        f"This model is served from {self.folder.repo.repo_id}. To push it to {repo_id}, pull it to a "
+                        "folder first (`save_pretrained`), and push that."
+                    )
+                merge = True
+            describe = functools.partial(
+                description, repo_id=repo_id, datasets=datasets, license=license, evaluation=evaluation
+            )
+            pushed = push(self.folder, repo, describe, private=private, commit_message=commit_message, merge=merge)
+            self.refresh()
+        return erase(repo) if erase_history else pushed
 
     def export_adapter(self, shard: int, folder: str | os.PathLike) -> None:
         """
@@ -437,6 +511,21 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                     )
                 self.folder.record_export(tips[0], library_versions())
                 self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+
+
+def _open(path, revision, token, cache_dir) -> SystemFolder:
+    if os.path.isdir(path):
+        if revision is not None:
+            raise ConfigError(
+                f"revision={revision!r} is for repositories on the Hub; {path} is a folder. Leave it out."
+            )
+        return open_folder(path)
+    if not is_repo_id(path):
+        raise FolderError(
+            f"{path} is not a folder. Give the `output_dir` of a training run, or a repository on the Hub such as "
+            "me/llama-s3t."
+        )
+    return HubFolder(path, revision, token, cache_dir)
 
 
 def _check_options(preload: str, when_exhausted: str, head: Sequence[str]) -> None:

@@ -45,6 +45,16 @@ _IN_FORCE = (
     "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
     "finishes the removal."
 )
+# The card and what tokenizers, image processors and the Hub's client write beside a system.
+COMPANIONS = frozenset(
+    """
+    README.md LICENSE .gitattributes .gitignore .cache
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
+    sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm
+    preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
+    """.split()
+)
 _LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
@@ -68,23 +78,20 @@ class SystemFolder:
                 f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
                 "or the folder of `save_pretrained`."
             )
-        self.record = read_checked_json(self.path / CONFIG_FILE)
+        self._begin(self.path / CONFIG_FILE)
+        self._use(DigestKey.load(self.path))
+        self.refresh()
+
+    def _begin(self, config_file: Path) -> None:
+        self.record = read_checked_json(config_file)
         version = self.record.get("format_version")
         if version != FORMAT_VERSION:
             raise FormatVersionError(
-                f"{self.path / CONFIG_FILE} has format version {version!r}; this hf_s3t reads version "
-                f"{FORMAT_VERSION}. Install the version of hf_s3t that wrote it."
+                f"{config_file} has format version {version!r}; this hf_s3t reads version {FORMAT_VERSION}. Install "
+                "the version of hf_s3t that wrote it."
             )
         self.config = S3TConfig.from_dict(self.record["s3t_config"])
         self.plan = Plan.from_config(self.config)
-        self.key = DigestKey.load(self.path)
-        if self.key.check != self.record.get("key_check"):
-            raise KeyMissingError(
-                f"The secret in {KEY_VARIABLE} or {self.path / KEY_FILE} is not the one that this system's digests "
-                "were made with: its deletions could not be recognised. Restore the file, or set the variable to what "
-                "it was at training."
-            )
-        self.names = KeptNames(self.key, self.config.keep_ids)
         self.ledger = Ledger()
         self._stages: dict[StageKey, dict[str, Any]] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
@@ -92,7 +99,16 @@ class SystemFolder:
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
-        self.refresh()
+
+    def _use(self, key: DigestKey) -> None:
+        if key.check != self.record.get("key_check"):
+            raise KeyMissingError(
+                f"The secret in {KEY_VARIABLE} or {self.path / KEY_FILE} is not the one that this system's digests "
+                "were made with: its deletions could not be recognised. Restore the file, or set the variable to what "
+                "it was at training."
+            )
+        self.key = key
+        self.names = KeptNames(key, self.config.keep_ids)
 
     @classmethod
     def create(
@@ -243,6 +259,23 @@ class SystemFolder:
             check_digest(folder / name, self._stages[key]["files"][name])
         return folder
 
+    def stage_paths(self, key: StageKey) -> dict[str, Path]:
+        """The files of a stage by their names."""
+        return {name: self.path / key.path / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)}
+
+    def companions(self) -> dict[str, Path]:
+        """The files of the tokenizer or processor that lie beside the system, by their names."""
+        found = {name: self.path / name for name in sorted(COMPANIONS - {"README.md", ".gitattributes", ".gitignore"})}
+        return {name: path for name, path in found.items() if path.is_file()}
+
+    def config_bytes(self) -> bytes:
+        """`s3t_config.json` as it was written."""
+        return (self.path / CONFIG_FILE).read_bytes()
+
+    def prepare(self) -> None:
+        """Compute now what the first deletion would otherwise wait for."""
+        self.table.index()
+
     # Writing
 
     def write_stage(self, key: StageKey, record: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
@@ -301,6 +334,37 @@ class SystemFolder:
         self.table = self.table.without(ids)
         # That these no longer match their slices needs no computing.
         self._condemned |= {key: self._stages.pop(key) for key in removed}
+
+    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+        """
+        Take in what another copy of the system recorded (on the Hub, say); its deletions are in force on return.
+
+        Args:
+            other ([`~hf_s3t.ledger.Ledger`]): The other copy's ledger.
+
+        Returns:
+            `list[StageKey]`: The stages that went because of it.
+        """
+        with self.lock():
+            self.refresh()
+            merged = self.ledger.merge(other)
+            if merged is self.ledger:
+                return []
+            self._replace_ledger(merged)
+            condemned = self.condemned_stages()
+            self.remove_stages(condemned)
+            self.remove_stale_checkpoints()
+            self._compact()
+        return condemned
+
+    def _replace_ledger(self, ledger: Ledger) -> None:
+        advice = "Nothing was removed. Make room, or make it writable, then call again."
+        with explained(f"{self.path / LEDGER_FILE} could not be written", advice):
+            write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
+        self.table = self._masked(self.table, ledger)
+        self.ledger = ledger
+        self._settled = len(ledger.lines)
+        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""

@@ -80,7 +80,7 @@ class Unlearning:
             self._wait_for_cleaner()
             while True:
                 self.folder.refresh()
-                self.folder.table.index()
+                self.folder.prepare()
                 try:
                     self._serve(self.folder.valid_stages)
                     return

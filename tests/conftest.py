@@ -1,11 +1,21 @@
 """What all tests share: an offline environment, the real data where it is there, and no way out of this machine."""
 
 import os
+import tempfile
 
+from local_hub import FakeHub
+
+
+# A Hub of our own, for the tests that ask for the fixture `hub`; all others are offline.
+_HUB_HOME = tempfile.TemporaryDirectory(prefix="hf-s3t-hub-")
+_HUB = FakeHub(os.path.join(_HUB_HOME.name, "server")).__enter__()
 
 # Before anything of Hugging Face is imported: the libraries read these once. Processes that tests start inherit them.
 os.environ.update(
+    HF_ENDPOINT=_HUB.url,
     HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -15,6 +25,8 @@ import gc
 import ipaddress
 import socket
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -85,6 +97,34 @@ def surroundings(tmp_path_factory):
 
     with own_surroundings(tmp_path_factory.mktemp("home")):
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty local Hub, logged in to, with caches and state of its own; see `local_hub.py` for its faults."""
+    from huggingface_hub import _tree_cache, constants
+    from huggingface_hub.utils import _http
+
+    home = tmp_path / "home"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    user, token = f"u{uuid.uuid4().hex[:8]}", f"hf_{uuid.uuid4().hex}"
+    _HUB.users[token] = (user, "write", {user})
+    _HUB.user, _HUB.token = user, token
+    monkeypatch.setenv("HF_TOKEN", token)
+    # Nobody waits for a Hub that recovers at once.
+    monkeypatch.setattr("hf_s3t.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(_http, "time", type("Time", (), {"sleep": lambda seconds: None, "time": time.time}))
+    _HUB.faults.clear()
+    _HUB.requests.clear()
+    _HUB.unrouted = []
+    yield _HUB
+    assert _HUB.unrouted == [], f"the client asked for what the local Hub does not know: {_HUB.unrouted}"
+    for key in [key for key in _HUB.repos if key[1].startswith(f"{user}/")]:
+        del _HUB.repos[key]
 
 
 @pytest.fixture(scope="session")

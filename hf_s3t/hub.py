@@ -1,0 +1,444 @@
+"""The repository of a system on the Hub: reading it, and bringing a system there in one commit."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+
+from .errors import FolderError, HubError, MergeNeededError
+from .files import digested_json, make_folders, read_checked_json, write_atomically
+from .ledger import Ledger
+from .plan import StageKey
+from .storage import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    LEDGER_FILE,
+    STAGE_FILE,
+    STAGES,
+    TABLE_FILE,
+    SystemFolder,
+)
+from .table_file import pin_of, write_table
+
+
+INDEX_FILE = f"{STAGES}/index.json"
+CARD_FILE = "README.md"
+_STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
+# What the index repeats of each stage's record: all that choosing and checking stages needs.
+_INDEXED = ("files", "slices", "below", "recipe")
+_INDEXED_METRICS = ("eval_loss", "train_runtime")
+_ATTEMPTS = 6
+_LONGEST_WAIT = 8.0
+_CONFLICT = 412
+_Result = TypeVar("_Result")
+# From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
+Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
+
+
+def state_folder(repo_id: str) -> Path:
+    """
+    Where this machine remembers the deletions of a repository: a folder without weights, outside the Hub's cache.
+
+    Args:
+        repo_id (`str`): The repository, such as `"me/llama-s3t"`.
+    """
+    home = os.environ.get("HF_S3T_HOME") or Path(constants.HF_HOME) / "s3t"
+    host = urlsplit(constants.ENDPOINT).netloc.replace(":", "_")
+    return Path(home) / host / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def is_repo_id(path: str | os.PathLike) -> bool:
+    """Whether a text can name a repository on the Hub: an owner and a name."""
+    if not isinstance(path, str) or path.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def patiently(call: Callable[..., _Result], *args, **kwargs) -> _Result:
+    """
+    Call the Hub again where it fails for a moment (5xx, 429, a broken connection). For calls that may be repeated.
+
+    Args:
+        call (callable): A method of the client.
+        *args: For the call.
+        **kwargs: For the call.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call(*args, **kwargs)
+        except HTTPError as error:
+            if attempt == _ATTEMPTS - 1 or not is_passing(error):
+                raise
+            time.sleep(min(0.5 * 2**attempt, _LONGEST_WAIT))
+    raise AssertionError("unreachable")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error of the Hub may be gone when it is asked again."""
+    if isinstance(error, (OfflineModeIsEnabled, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
+        return False
+    return not isinstance(error, HfHubHTTPError) or status_of(error) >= 500 or status_of(error) == 429
+
+
+def status_of(error: HfHubHTTPError) -> int:
+    """The status the Hub answered with, 0 if it did not."""
+    return getattr(error.response, "status_code", 0) or 0
+
+
+@contextlib.contextmanager
+def told(repo_id: str, doing: str) -> Iterator[None]:
+    """Turn the client's errors into sentences with a remedy."""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo_id} is not on the Hub, or your token may not see it. Check the name; for a private repository log "
+            "in with `hf auth login` or give `token`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id} has no such revision. Give a branch, a tag or a commit id that it has.") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(
+            f"{repo_id} cannot be reached, and what is needed of it is not in the cache. Go online, or pull it to a "
+            "folder with `hf-s3t pull` while you are."
+        ) from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{doing}: {repo_id} lacks a file. {_sentence(error)}") from error
+    except HfHubHTTPError as error:
+        raise HubError(f"{doing}: {_refusal(repo_id, error)}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{doing}: the Hub cannot be reached ({_sentence(error)}). Go online, then call again."
+        ) from error
+
+
+def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
+    status = status_of(error)
+    if status == 401:
+        return "the Hub does not accept the token. Log in with `hf auth login`, or give a valid `token`."
+    if status == 403:
+        return f"the token may not write to {repo_id}. Give one with write access."
+    return f"the Hub answered {status or 'nothing'} ({_sentence(error)}). Call again; what was done is not done twice."
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@dataclass(frozen=True)
+class HubState:
+    """
+    A system as it stands in one commit of a repository.
+
+    Args:
+        commit (`str`): The commit.
+        tree (`dict[str, RepoFile]`): All files by their paths.
+        record (`dict`, *optional*): What `s3t_config.json` says; `None` where the repository holds no system.
+        ledger ([`~hf_s3t.ledger.Ledger`]): The ledger.
+        stages (`dict`): What the index says of each stage.
+    """
+
+    commit: str
+    tree: dict[str, RepoFile]
+    record: dict[str, Any] | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    stages: dict[StageKey, dict[str, Any]] = field(default_factory=dict)
+
+
+class HubRepo:
+    """
+    One repository, through the client of `huggingface_hub`.
+
+    Args:
+        repo_id (`str`): Such as `"me/llama-s3t"`.
+        token (`str`, *optional*): The token; the one of `hf auth login` if not given.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None, cache_dir: str | os.PathLike | None = None):
+        self.repo_id, self.token, self.cache_dir = repo_id, token, cache_dir
+        self.api = HfApi(token=token)
+
+    def download(self, name: str, revision: str | None = None) -> Path:
+        """A file of the repository, from the cache where it is there; see `hf_hub_download`."""
+        found = patiently(
+            hf_hub_download, self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir
+        )
+        return Path(found)
+
+    def state(self) -> HubState:
+        """What the main branch holds now."""
+        commit = patiently(self.api.repo_info, self.repo_id).sha
+        listed = patiently(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
+        tree = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+        if CONFIG_FILE not in tree:
+            return HubState(commit, tree)
+        return HubState(
+            commit,
+            tree,
+            read_checked_json(self.download(CONFIG_FILE, commit)),
+            self.ledger(commit),
+            read_index(self.download(INDEX_FILE, commit))["stages"],
+        )
+
+    def ledger(self, revision: str) -> Ledger:
+        """The ledger of a revision."""
+        return Ledger.parse(self.download(LEDGER_FILE, revision).read_bytes().decode())
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a repository's stages: `stages` by key, `slices` by (shard, slice), and the ledger's pin."""
+    index = read_checked_json(path)
+    try:
+        stages = {StageKey.from_path(f"{STAGES}/{name}"): dict(record) for name, record in index["stages"].items()}
+        slices = {tuple(map(int, place.split("/"))): str(digest) for place, digest in index["slices"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FolderError(f"{path} is no index of a system's stages: {error}.") from error
+    return {**index, "stages": stages, "slices": slices}
+
+
+def _index_of(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "ledger": pin_of(folder.ledger),
+        "slices": {
+            f"{shard}/{slice_}": folder.table.slice_digest(shard, slice_)
+            for shard in range(folder.config.num_shards)
+            for slice_ in range(folder.config.num_slices)
+        },
+        "stages": {str(key): _indexed(record) for key, record in sorted(stages.items())},
+    }
+
+
+def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {name: value for name, value in record["metrics"].items() if name in _INDEXED_METRICS}
+    return {**{name: record.get(name) for name in _INDEXED}, "metrics": metrics}
+
+
+# Pushing
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """
+    What a push did.
+
+    Args:
+        repo_id (`str`): The repository.
+        commit (`str`): The commit that holds the system now.
+        added (`tuple[str, ...]`): Files that were new or changed.
+        deleted (`tuple[str, ...]`): Files that were removed from the branch; older commits still have them.
+    """
+
+    repo_id: str
+    commit: str
+    added: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
+def push(
+    folder: SystemFolder,
+    repo: HubRepo,
+    describe: Describe,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    merge: bool = False,
+    dry_run: bool = False,
+) -> PushReport:
+    """
+    Bring a system to the Hub: one commit, of what is not there yet, on top of what is.
+
+    Repeating it uploads nothing. If somebody else pushed meanwhile, both ledgers are merged and it is tried again: no
+    deletion that the Hub knows is lost.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        repo ([`HubRepo`]): Where to.
+        describe (callable): Makes the card and what it shows; see [`Describe`].
+        private (`bool`, *optional*): Whether a new repository is private; the owner's default if not given.
+        commit_message (`str`, *optional*): Title of the commit.
+        merge (`bool`, defaults to `False`): Take in deletions that the Hub knows and the folder does not.
+        dry_run (`bool`, defaults to `False`): Report what would be done, and do nothing.
+
+    Returns:
+        [`PushReport`]: What was done.
+
+    Raises:
+        [`~hf_s3t.errors.MergeNeededError`]: If the Hub knows deletions that the folder does not, and `merge` is false.
+        [`~hf_s3t.errors.HubError`]: If the Hub refuses, cannot be reached, or holds another system there.
+    """
+    with told(repo.repo_id, "The push ended"):
+        if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
+            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, repo))
+        if not dry_run:
+            patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
+        for attempt in range(_ATTEMPTS):
+            state = repo.state()
+            _take_in(folder, state, merge, repo.repo_id)
+            added, deleted = _operations(folder, state, describe, repo)
+            if dry_run or not (added or deleted):
+                return _report(repo, state, added, deleted)
+            commit = _commit(repo, state, added, deleted, commit_message or _message(folder))
+            if commit is not None:
+                remember(repo.repo_id, folder.ledger)
+                return _report(repo, HubState(commit, {}), added, deleted)
+            # Somebody was first, or the answer was lost and this commit may be there: look again.
+            merge = True
+            time.sleep(min(0.25 * 2**attempt, _LONGEST_WAIT))
+    raise HubError(
+        f"{repo.repo_id} changed, or failed, at each of {_ATTEMPTS} attempts to push. Call again; what was uploaded "
+        "is not uploaded twice."
+    )
+
+
+def _message(folder: SystemFolder) -> str:
+    deletions = folder.ledger.num_deletions
+    return f"S3T system, {len(folder.valid_stages)} stages" + (f", {deletions} deletions" if deletions else "")
+
+
+def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted) -> PushReport:
+    return PushReport(repo.repo_id, state.commit, tuple(sorted(added)), tuple(sorted(deleted)))
+
+
+def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str) -> None:
+    if state.record is None:
+        return
+    same = [state.record.get(name) == folder.record.get(name) for name in ("key_check", "s3t_config")]
+    if not all(same):
+        raise HubError(
+            f"{repo_id} holds another system (other settings, or another secret). Choose another repository."
+        )
+    missing = state.ledger.deleted - folder.ledger.deleted
+    if missing and not merge:
+        raise MergeNeededError(
+            f"{repo_id} knows of {len(missing)} deleted examples that are still in {folder.path}: a push would bring "
+            "them back. Push with merge=True (`hf-s3t push --merge`) to forget them here too."
+        )
+    folder.merge_ledger(state.ledger)
+
+
+def _operations(
+    folder: SystemFolder, state: HubState, describe: Describe, repo: HubRepo
+) -> tuple[dict[str, bytes | Path], list[str]]:
+    """The files to add, and the paths to delete."""
+    ours, stages = folder.valid_stages, _stages_to_be(folder, state)
+    wanted: dict[str, bytes | Path] = {}
+    for key in stages:
+        if key in ours and folder.stage_record(key)["files"] == stages[key]["files"]:
+            wanted |= {f"{key.path}/{name}": path for name, path in folder.stage_paths(key).items()}
+    wanted |= folder.companions()
+    wanted[CONFIG_FILE] = folder.config_bytes()
+    wanted[LEDGER_FILE] = folder.ledger.text.encode()
+    wanted[TABLE_FILE] = _table_bytes(folder)
+    wanted[INDEX_FILE] = digested_json(_index_of(folder, stages))
+    card = repo.download(CARD_FILE, state.commit).read_text() if CARD_FILE in state.tree else None
+    wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
+    kept = {f"{key.path}/{name}" for key in stages for name in _STAGE_FILES}
+    added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), content)}
+    deleted = [
+        path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
+    ]
+    return added, deleted
+
+
+def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mapping[str, Any]]:
+    """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
+    ours = {key: folder.stage_record(key) for key in folder.valid_stages}
+    chosen: dict[StageKey, Mapping[str, Any]] = {}
+    for key in folder.plan.stages(folder.table.empty):
+        for record in (ours.get(key), state.stages.get(key)):
+            if record is not None and _fits(folder, key, record, chosen):
+                chosen[key] = record
+                break
+    return chosen
+
+
+def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
+    if record["slices"] != folder.slice_digests(key):
+        return False
+    if key.parent is None:
+        return True
+    return key.parent in chosen and record["below"] == chosen[key.parent]["files"][ADAPTER_FILE]
+
+
+def _table_bytes(folder: SystemFolder) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_table(Path(scratch) / TABLE_FILE, folder.table, folder.ledger)
+        return (Path(scratch) / TABLE_FILE).read_bytes()
+
+
+def _is_there(entry: RepoFile | None, content: bytes | Path) -> bool:
+    if entry is None:
+        return False
+    data = content.read_bytes() if isinstance(content, Path) else content
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
+    return entry.blob_id == git_hash(data)
+
+
+def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str | None:
+    """The new commit, or `None` if what is there must be looked at again first."""
+    operations = [CommitOperationDelete(path_in_repo=path) for path in deleted]
+    operations += [
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
+        for path, content in sorted(added.items())
+    ]
+    try:
+        return repo.api.create_commit(
+            repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
+        ).oid
+    except HTTPError as error:
+        if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
+            return None
+        if not is_passing(error):
+            raise
+        return None
+
+
+def remember(repo_id: str, ledger: Ledger) -> Ledger:
+    """
+    Have every copy of a repository on this machine, of whatever revision, follow a ledger's deletions.
+
+    Args:
+        repo_id (`str`): The repository.
+        ledger ([`~hf_s3t.ledger.Ledger`]): What was recorded.
+
+    Returns:
+        [`~hf_s3t.ledger.Ledger`]: What this machine knows now.
+    """
+    path = state_folder(repo_id)
+    make_folders(path / STAGES)
+    with FileLock(path / STAGES / ".lock", is_singleton=True):
+        file = path / LEDGER_FILE
+        known = Ledger.parse(file.read_bytes().decode()) if file.exists() else None
+        merged = ledger if known is None else known.merge(ledger)
+        if merged is not known:
+            write_atomically(file, merged.text.encode())
+    return merged

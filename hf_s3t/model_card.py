@@ -1,0 +1,274 @@
+"""The model card of a system, and the picture of its stacks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .plan import Plan, StageKey
+from .status import system_status
+from .storage import SystemFolder
+
+
+_HERE = Path(__file__).resolve().parent
+# Beside the package in a checkout, inside it where it is installed.
+TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards") if p.is_dir()), _HERE)
+CARD_FILE = "README.md"
+DIAGRAM_FILE = "stacks.svg"
+TAGS = ("s3t", "machine-unlearning", "peft", "lora")
+_RECIPE = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "optim",
+)
+
+
+def render_card(
+    folder: SystemFolder,
+    repo_id: str,
+    *,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    evaluation: Mapping[str, float] | None = None,
+    previous: str | None = None,
+    is_same_state: bool = False,
+) -> str:
+    """
+    The model card of a system as it is now.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        repo_id (`str`): The repository that the card is for.
+        datasets (sequence of `str`, *optional*): Ids of the datasets it was trained on.
+        license (`str`, *optional*): Identifier of the licence.
+        evaluation (mapping from `str` to `float`, *optional*): Evaluation numbers of the system as it is now.
+        previous (`str`, *optional*): The card so far, from which datasets and licence are kept where none are given.
+        is_same_state (`bool`, defaults to `False`):
+            Whether no example was deleted since the card so far: else its evaluation numbers are dropped.
+
+    Returns:
+        `str`: The card, metadata included.
+    """
+    before = ModelCard(previous, ignore_metadata_errors=True).data if previous else ModelCardData()
+    datasets = list(datasets) or _as_list(before.datasets)
+    numbers = dict(evaluation or {})
+    if not numbers and is_same_state and before.eval_results:
+        numbers = {result.metric_name or result.metric_type: result.metric_value for result in before.eval_results}
+    record, status = folder.record, system_status(folder)
+    base_id = str(record["base_model"]["id"] or "")
+    public = base_id if _is_public(base_id) else None
+    task = record["task"]
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=public,
+        tags=list(TAGS),
+        datasets=datasets or None,
+        pipeline_tag=None if task == "other" else task,
+        license=license or before.license,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=datasets[0] if datasets else "held-out",
+                dataset_name=datasets[0] if datasets else "held-out",
+                metric_type=name.lower().replace(" ", "_"),
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in numbers.items()
+        ]
+        or None,
+    )
+    records = [folder.stage_record(key) for key in sorted(folder.valid_stages)]
+    return ModelCard.from_template(
+        data,
+        template_str=_template("system.md"),
+        title=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        base_id=public or base_id.rpartition("/")[2] or "a model of one's own",
+        base_link=f"[{public}](https://huggingface.co/{public})"
+        if public
+        else "A language model of its owner's"
+        if task == "text-generation"
+        else "A model of its owner's",
+        is_language_model=task == "text-generation",
+        task=task,
+        quantization=record["base_model"].get("quantization"),
+        datasets=datasets,
+        evaluation={name: _number(value) for name, value in numbers.items()},
+        depth_one=next((key.path for key in sorted(folder.valid_stages) if key.depth == 1), None),
+        num_examples=status["examples"],
+        num_shards=folder.config.num_shards,
+        num_slices=folder.config.num_slices,
+        budget=len(folder.plan.sequences[0]),
+        layers_per_slice=[len(group) for group in record["layers"]["groups"]],
+        num_layers=record["layers"]["num_layers"],
+        rank=record["peft_config"].get("r"),
+        alpha=record["peft_config"].get("lora_alpha"),
+        targets=_joined(record["peft_config"].get("target_modules")),
+        aggregation=record["aggregation"].replace("_", " "),
+        recipe=_recipe(records),
+        training_time=_duration(sum(r["metrics"].get("train_runtime", 0.0) for r in records)),
+        num_stages=len(records),
+        versions=", ".join(f"{name} {v}" for name, v in sorted(record["versions"].items()) if name != "python"),
+        num_deletions=status["deletions"],
+        depths=status["depths"],
+        until_first=_number(status["deletions_until_first_dead_shard"]),
+        until_exhausted=_number(status["deletions_until_exhausted"]),
+        shards=_sequences(folder.plan, status["sequence_depths"]),
+    ).content
+
+
+def description(
+    folder: SystemFolder,
+    previous: str | None,
+    is_same_state: bool,
+    *,
+    repo_id: str,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    evaluation: Mapping[str, float] | None = None,
+) -> dict[str, bytes]:
+    """
+    The files that describe a system in its repository: the card and the picture.
+
+    Args:
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system.
+        previous (`str`, *optional*): As in [`render_card`].
+        is_same_state (`bool`): As in [`render_card`].
+        repo_id (`str`): As in [`render_card`].
+        datasets (sequence of `str`, *optional*): As in [`render_card`].
+        license (`str`, *optional*): As in [`render_card`].
+        evaluation (mapping from `str` to `float`, *optional*): As in [`render_card`].
+
+    Returns:
+        `dict[str, bytes]`: The files by their names.
+    """
+    card = render_card(
+        folder,
+        repo_id,
+        datasets=datasets,
+        license=license,
+        evaluation=evaluation,
+        previous=previous,
+        is_same_state=is_same_state,
+    )
+    return {CARD_FILE: card.encode(), DIAGRAM_FILE: render_diagram(folder.plan, folder.valid_stages).encode()}
+
+
+def _template(name: str) -> str:
+    # Checked here: the Hub's client would render a missing variable as nothing.
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
+    return [
+        [f"{'-'.join(map(str, sequence))}: {depth}" for sequence, depth in zip(sequences, left, strict=True)]
+        for sequences, left in zip(plan.sequences, depths, strict=True)
+    ]
+
+
+def _recipe(records: Sequence[Mapping[str, Any]]) -> str:
+    recipe = next((r["recipe"] for r in records if r.get("recipe")), {})
+    kept = {name: recipe[name] for name in _RECIPE if recipe.get(name) not in (None, -1)}
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
+
+
+def _is_public(base_id: str) -> bool:
+    return base_id.count("/") == 1 and not base_id.startswith((".", "/", "~")) and not Path(base_id).exists()
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _joined(value: Any) -> str:
+    return ", ".join(sorted(value)) if isinstance(value, (list, set, tuple)) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# The picture
+
+
+_CELL, _GAP, _LEFT, _TOP = 34, 6, 74, 34
+
+
+def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
+    """
+    An SVG picture of the stacks: a row for each sequence of each shard, a box for each stage with the slice it adds.
+
+    Args:
+        plan ([`~hf_s3t.plan.Plan`]): The sequences.
+        valid (set of [`~hf_s3t.plan.StageKey`]): The stages that are live; the others are drawn as gone.
+
+    Returns:
+        `str`: The picture.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t import S3TConfig
+    >>> from hf_s3t.model_card import render_diagram
+    >>> from hf_s3t.plan import Plan, StageKey
+
+    >>> plan = Plan.from_config(S3TConfig(num_slices=2))
+    >>> picture = render_diagram(plan, frozenset([StageKey(0, (0,))]))
+    >>> picture.count('class="live"'), picture.count('class="gone"')
+    (1, 3)
+    ```
+    """
+    rows, parts, y = [], [], _TOP
+    for shard, sequences in enumerate(plan.sequences):
+        parts.append(f'<text x="8" y="{y + 22}" class="name">shard {shard}</text>')
+        for sequence in sequences:
+            for depth in range(1, len(sequence) + 1):
+                key = StageKey(shard, sequence[:depth])
+                rows.append(_box(_LEFT + (depth - 1) * (_CELL + _GAP), y, sequence[depth - 1], key in valid))
+            y += _CELL + _GAP
+        y += 2 * _GAP
+    width = _LEFT + max(len(s) for group in plan.sequences for s in group) * (_CELL + _GAP) + 8
+    width, height = max(width, 250), y + 20
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" aria-label="Stacks of the system, live and gone">',
+            "<style>text{font:13px sans-serif;fill:#333}.axis{font-size:11px;fill:#666}"
+            ".live rect{fill:#2f6f9f}.live text{fill:#fff}"
+            ".gone rect{fill:#fff;stroke:#b3b3b3;stroke-dasharray:3 3}.gone text{fill:#999}</style>",
+            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            f'<text x="{_LEFT}" y="20" class="axis">depth 1 → {plan_depth(plan)}; number: the slice added</text>',
+            *parts,
+            *rows,
+            f'<text x="8" y="{height - 6}" class="axis">filled: live, dashed: gone or not trained</text>',
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def plan_depth(plan: Plan) -> int:
+    """The depth of a full stack."""
+    return max(len(sequence) for sequences in plan.sequences for sequence in sequences)
+
+
+def _box(x: int, y: int, slice_: int, live: bool) -> str:
+    return (
+        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="4"/>'
+        f'<text x="{x + _CELL / 2:g}" y="{y + 22}" text-anchor="middle">{slice_}</text></g>'
+    )

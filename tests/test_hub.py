@@ -1,0 +1,411 @@
+"""Systems on the Hub: pushed, served from there, forgotten there, and what happens when two are at it."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+
+from hf_s3t import S3TModel
+from hf_s3t.deletion import apply
+from hf_s3t.erasure import erase
+from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, MergeNeededError
+from hf_s3t.examples import KEY_VARIABLE
+from hf_s3t.hub import HubRepo, push, state_folder
+from hf_s3t.inspection import inspect
+from hf_s3t.model_card import description
+from hf_s3t.storage import SystemFolder
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = lm_rows(24)
+SETTINGS = {"num_shards": 2, "num_slices": 3, "partition": "balanced"}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A system with a stage of random tensors for every planned one; not to be changed."""
+    trainer = make_trainer(tmp_path_factory.mktemp("hub") / "system", rows=ROWS, config=s3t_config(**SETTINGS))
+    plant_stages(trainer)
+    return trainer.folder.path
+
+
+@pytest.fixture
+def system(planted, tmp_path):
+    return SystemFolder(shutil.copytree(planted, tmp_path / "system"))
+
+
+@pytest.fixture
+def repo(hub):
+    return HubRepo(f"{hub.user}/system")
+
+
+@pytest.fixture
+def pushed(system, repo, monkeypatch):
+    """The system on the Hub, and its secret in the environment, as on another machine that knows it."""
+    send(system, repo)
+    monkeypatch.setenv(KEY_VARIABLE, (system.path / "ledger.key").read_text())
+    return system
+
+
+def send(folder, repo, **more):
+    return push(folder, repo, partial(description, repo_id=repo.repo_id), **more)
+
+
+def load(repo, **more):
+    return S3TModel.from_pretrained(repo.repo_id, base_model=tiny_llama(), **more)
+
+
+def files_on(repo, revision="main"):
+    return set(repo.api.list_repo_files(repo.repo_id, revision=revision))
+
+
+def member(folder, shard=0, slice_=0):
+    return folder.table.members(shard, slice_)[0]
+
+
+def on_disk(path) -> list[bytes]:
+    """Every file of the server's folder of a repository."""
+    return [file.read_bytes() for file in path.rglob("*") if file.is_file()]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits
+
+
+# Pushing
+
+
+def test_a_push_is_one_commit_of_the_system_without_its_secret(system, repo, hub):
+    report = send(system, repo, commit_message="first")
+    assert len(hub.calls("POST", "/commit/")) == 1
+    on_hub = files_on(repo)
+    assert {"s3t_config.json", "ledger.jsonl", "examples.parquet", "stages/index.json", "README.md"} <= on_hub
+    assert {f"{key.path}/adapter_model.safetensors" for key in system.stages} <= on_hub
+    assert "ledger.key" not in on_hub and not hub.disk_contains((system.path / "ledger.key").read_bytes())
+    assert report.commit == repo.state().commit and set(report.added) == on_hub - {".gitattributes"}
+    assert repo.api.list_repo_commits(repo.repo_id)[0].title == "first"
+
+
+def test_pushing_again_uploads_nothing(system, repo, hub):
+    first = send(system, repo)
+    hub.requests.clear()
+    again = send(system, repo)
+    assert (again.commit, again.added, again.deleted) == (first.commit, (), ())
+    assert not hub.calls("POST", "/commit/") and not hub.calls("PUT") and not hub.calls("POST", "objects/batch")
+
+
+def test_a_push_after_a_deletion_removes_what_went_and_uploads_no_weights(pushed, repo, hub):
+    report = apply(pushed, [member(pushed)])
+    hub.requests.clear()
+    done = send(pushed, repo)
+    assert {f"stages/{stage}/adapter_model.safetensors" for stage in report.stages_removed} <= set(done.deleted)
+    assert not any(path.endswith(".safetensors") for path in done.added)
+    assert not any(f"stages/{stage}/" in path for stage in report.stages_removed for path in files_on(repo))
+    assert repo.state().ledger.deleted == pushed.ledger.deleted
+
+
+def test_a_dry_run_says_what_would_go_and_does_nothing(system, repo, hub):
+    would = send(system, repo, dry_run=True)
+    assert "s3t_config.json" in would.added and not repo.api.repo_exists(repo.repo_id)
+    send(system, repo)
+    apply(system, [member(system)])
+    before = repo.state().commit
+    would = send(system, repo, dry_run=True)
+    assert would.deleted and repo.state().commit == before
+    assert set(send(system, repo).deleted) == set(would.deleted)
+
+
+def test_another_system_in_the_repository_is_not_overwritten(pushed, repo, tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE)
+    trainer = make_trainer(tmp_path / "other", rows=ROWS, config=s3t_config(**SETTINGS))
+    plant_stages(trainer)
+    before = repo.state().commit
+    with pytest.raises(HubError, match="holds another system"):
+        send(trainer.folder, repo)
+    assert repo.state().commit == before
+
+
+# Two who delete
+
+
+def test_a_push_that_would_bring_examples_back_is_refused_and_can_merge(pushed, repo, tmp_path):
+    other = SystemFolder(shutil.copytree(pushed.path, tmp_path / "other"))
+    apply(other, [member(other, 0, 0)])
+    send(other, repo)
+    apply(pushed, [member(pushed, 1, 1)])
+    before, ours = repo.state(), pushed.ledger
+    with pytest.raises(MergeNeededError, match=r"1 deleted examples .* merge=True"):
+        send(pushed, repo)
+    assert repo.state().commit == before.commit and SystemFolder(pushed.path).ledger == ours
+    send(pushed, repo, merge=True)
+    state = repo.state()
+    assert state.ledger.deleted == ours.deleted | before.ledger.deleted
+    assert inspect(pushed.path).problems == ()
+    assert set(state.stages) == set(SystemFolder(pushed.path).valid_stages)
+    # The other machine catches up by the same way.
+    send(other, repo, merge=True)
+    assert other.ledger.deleted == state.ledger.deleted and inspect(other.path).problems == ()
+
+
+def test_two_pushes_at_once_end_with_both_deletions(pushed, repo, tmp_path, monkeypatch):
+    other = SystemFolder(shutil.copytree(pushed.path, tmp_path / "other"))
+    apply(pushed, [member(pushed, 0, 0)])
+    apply(other, [member(other, 1, 1)])
+    create, raced = HfApi.create_commit, []
+
+    def race(self, *args, **kwargs):
+        if not raced:
+            raced.append(True)
+            send(other, HubRepo(repo.repo_id))
+        return create(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", race)
+    send(pushed, repo)
+    state = repo.state()
+    assert state.ledger.deleted == pushed.ledger.deleted > other.ledger.deleted
+    assert set(state.stages) == set(pushed.valid_stages)
+
+
+# Serving from the Hub
+
+
+def test_only_what_serves_is_downloaded(pushed, repo, hub):
+    model = load(repo)
+    snapshot = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")
+    fetched = {str(file.relative_to(root)) for root in snapshot for file in root.rglob("*") if file.is_file()}
+    served = {tip for tips in model._routing.served for tip in tips}
+    adapters = {f"{key.path}/adapter_model.safetensors" for tip in served for key in tip.lineage}
+    assert {path for path in fetched if path.endswith(".safetensors")} == adapters
+    assert "examples.parquet" not in fetched
+    assert torch.equal(logits_of(model), logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama())))
+    model.locate([ROWS[0]["id"]])
+    assert any(Path(constants.HF_HUB_CACHE).rglob("examples.parquet"))
+
+
+def test_a_deletion_on_a_model_from_the_hub_is_in_force_everywhere_on_this_machine(pushed, repo, hub, monkeypatch):
+    model = load(repo)
+    commit = model.folder.commit
+    victim = member(pushed)
+    report = model.unlearn([victim])
+    apply(pushed, [victim])
+    expected = logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()))
+    assert report.stages_removed and torch.equal(logits_of(model), expected)
+    assert not list(state_folder(repo.repo_id).rglob("*.safetensors"))
+    for how in ({}, {"revision": commit}, {"revision": "main", "cache_dir": Path(constants.HF_HOME) / "second"}):
+        assert torch.equal(logits_of(load(repo, **how)), expected), how
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for how in ({}, {"revision": commit}):
+        assert torch.equal(logits_of(load(repo, **how)), expected), how
+
+
+def test_a_model_from_the_hub_brings_its_deletion_there(pushed, repo):
+    model = load(repo)
+    report = model.unlearn([member(pushed)])
+    model.push_to_hub(repo.repo_id)
+    assert model.check() == []
+    assert not any(f"stages/{stage}/" in path for stage in report.stages_removed for path in files_on(repo))
+    assert repo.state().ledger.deleted == model.folder.ledger.deleted
+    # Whoever has neither state nor secret gets the same.
+    shutil.rmtree(state_folder(repo.repo_id))
+    assert torch.equal(logits_of(load(repo)), logits_of(model))
+
+
+def test_an_old_revision_does_not_bring_a_deleted_example_back(pushed, repo):
+    old = load(repo).folder.commit
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    shutil.rmtree(state_folder(repo.repo_id))
+    expected = logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()))
+    assert torch.equal(logits_of(load(repo, revision=old)), expected)
+
+
+def test_without_the_secret_a_model_serves_and_asks_for_it_when_it_is_needed(pushed, repo, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE)
+    model = load(repo)
+    before = logits_of(model)
+    with pytest.raises(KeyMissingError, match=KEY_VARIABLE):
+        model.unlearn([ROWS[0]["id"]])
+    assert torch.equal(logits_of(model), before) and not model.folder.ledger.lines
+    with pytest.raises(KeyMissingError):
+        model.save_pretrained(state_folder("x/y") / "pulled")
+
+
+def test_a_pulled_system_is_the_system(pushed, repo, tmp_path, monkeypatch):
+    model = load(repo)
+    model.unlearn([member(pushed)])
+    model.save_pretrained(tmp_path / "pulled")
+    apply(pushed, [member(pushed)])
+    assert inspect(tmp_path / "pulled").problems == ()
+    pulled = SystemFolder(tmp_path / "pulled")
+    assert pulled.valid_stages == pushed.valid_stages and pulled.table == pushed.table
+    # It can be pushed from, and trained on.
+    assert send(pulled, repo).deleted
+    assert make_trainer(pulled.path, rows=ROWS, config=s3t_config(**SETTINGS)).folder.table == pushed.table
+
+
+def test_a_fifth_of_a_larger_system_is_downloaded_to_serve_it(tmp_path, repo, hub):
+    config = s3t_config(num_shards=5, num_slices=4, budget=4, partition="balanced")
+    trainer = make_trainer(tmp_path / "large", tiny_llama(4), lm_rows(40), config=config)
+    plant_stages(trainer)
+    send(trainer.folder, repo)
+    every = sum(
+        (trainer.folder.path / k.path / "adapter_model.safetensors").stat().st_size for k in trainer.folder.stages
+    )
+    load(repo)
+    cached = {p.resolve() for p in Path(constants.HF_HUB_CACHE).rglob("*.safetensors")}
+    assert sum(path.stat().st_size for path in cached) == every / 4
+
+
+def test_live_models_follow_what_others_pushed(pushed, repo):
+    model = load(repo)
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    model.refresh()
+    assert torch.equal(logits_of(model), logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama())))
+
+
+# What the Hub refuses
+
+
+@pytest.mark.parametrize(
+    ("token", "role", "message"),
+    [("hf_wrong", None, "does not accept the token|may not see it"), ("hf_read", "read", "may not write")],
+    ids=["wrong", "read-only"],
+)
+def test_a_token_that_may_not_is_told_so(token, role, message, pushed, hub, repo):
+    if role:
+        hub.users[token] = (hub.user, role, {hub.user})
+    apply(pushed, [member(pushed)])
+    with pytest.raises(HubError, match=message):
+        send(pushed, HubRepo(repo.repo_id, token=token))
+
+
+def test_what_is_not_there_is_told_by_name(pushed, repo, hub, tmp_path):
+    with pytest.raises(HubError, match="is not on the Hub, or your token may not see it"):
+        S3TModel.from_pretrained(f"{hub.user}/nothing")
+    with pytest.raises(HubError, match="has no such revision"):
+        load(repo, revision="no-such-branch")
+    HfApi().create_repo(f"{hub.user}/empty")
+    with pytest.raises(FolderError, match="holds no S3T system"):
+        S3TModel.from_pretrained(f"{hub.user}/empty")
+    with pytest.raises(FolderError, match="is not a folder"):
+        S3TModel.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="is a folder"):
+        S3TModel.from_pretrained(pushed.path, revision="main")
+    with pytest.raises(ConfigError, match="pull it to a folder first"):
+        load(repo).push_to_hub(f"{hub.user}/elsewhere")
+
+
+def test_a_damaged_download_is_refused(pushed, repo):
+    load(repo)
+    key = next(iter(pushed.plan.stages()))
+    file = hf_hub_download(repo.repo_id, f"{key.path}/adapter_model.safetensors")
+    data = bytearray(Path(file).read_bytes())
+    data[-1] ^= 1
+    Path(file).resolve().write_bytes(data)
+    with pytest.raises(FolderError, match="digest"):
+        load(repo)
+
+
+# Erasing
+
+
+def test_erased_files_cannot_be_had_by_any_name_the_hub_knows(pushed, repo, hub, tmp_path):
+    api = repo.api
+    old = repo.state()
+    api.create_tag(repo.repo_id, tag="v1")
+    api.create_branch(repo.repo_id, branch="side")
+    api.create_branch(repo.repo_id, branch="notes", revision=api.list_repo_commits(repo.repo_id)[-1].commit_id)
+    report = apply(pushed, [member(pushed)])
+    gone = [f"stages/{stage}/adapter_model.safetensors" for stage in report.stages_removed]
+    erased = [Path(hf_hub_download(repo.repo_id, path)).read_bytes() for path in gone]
+    table = Path(hf_hub_download(repo.repo_id, "examples.parquet")).read_bytes()
+    (stored,) = [stored for (_, name), stored in hub.repos.items() if name == repo.repo_id]
+    assert all(data in on_disk(stored.dir) for data in erased)
+    send(pushed, repo)
+    done = erase(repo)
+    assert set(done.refs_removed) == {"refs/tags/v1", "refs/heads/side"}
+    assert done.blobs == len(gone) + 1 and len(done.confirmed) == 2
+    for revision in (old.commit, "v1", "side", "main"):
+        for path in (*gone, "examples.parquet"):
+            if revision == "main" and path == "examples.parquet":
+                continue
+            with pytest.raises((EntryNotFoundError, RevisionNotFoundError, HfHubHTTPError)):
+                hf_hub_download(
+                    repo.repo_id, path, revision=revision, cache_dir=tmp_path / "empty", force_download=True
+                )
+    stored.gc()
+    assert not any(data in on_disk(stored.dir) for data in [*erased, table])
+    # What survives is whole.
+    assert torch.equal(
+        logits_of(load(repo)), logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()))
+    )
+
+
+def test_a_blob_that_a_surviving_stage_has_too_is_kept(pushed, repo):
+    model = load(repo)
+    key = next(iter(sorted(pushed.valid_stages)))
+    twin = pushed.path / key.path / "adapter_model.safetensors"
+    repo.api.create_commit(
+        repo.repo_id, [CommitOperationAdd("stages/shard-0/9/adapter_model.safetensors", str(twin))], commit_message="x"
+    )
+    send(pushed, repo)
+    assert erase(repo).blobs == 0
+    assert model.check() == [] and load(repo, cache_dir=Path(constants.HF_HOME) / "fresh")
+
+
+def test_what_cannot_be_confirmed_comes_with_the_next_step(pushed, repo, hub):
+    repo.api.create_commit(repo.repo_id, [CommitOperationAdd("note.txt", b"x")], commit_message="x", create_pr=True)
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    report = erase(repo)
+    what = " / ".join(f"{problem}: {step}" for problem, step in report.unconfirmed)
+    assert "refs/pr/1 may hold an old state" in what and "website" in what
+    assert "until the Hub collects garbage" in what and "CDN" in what
+
+
+def test_a_dry_run_of_an_erasure_names_what_would_go(pushed, repo):
+    repo.api.create_tag(repo.repo_id, tag="v1")
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    before = repo.api.list_repo_commits(repo.repo_id)
+    would = erase(repo, dry_run=True)
+    assert would.is_dry_run and would.blobs and would.refs_removed == ("refs/tags/v1",)
+    assert repo.api.list_repo_commits(repo.repo_id) == before
+    assert erase(repo).blobs == would.blobs
+
+
+# Failures at every request
+
+
+def requests_of(hub, act):
+    hub.requests.clear()
+    act()
+    return len([r for r in hub.requests if r["which"] == "api"])
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}, {"status": 500, "after": True}])
+def test_a_push_outlives_a_failure_at_every_request(fault, planted, repo, hub, tmp_path):
+    count = requests_of(hub, lambda: send(SystemFolder(shutil.copytree(planted, tmp_path / "count")), repo))
+    assert count > 5
+    for position in range(count):
+        repo.api.delete_repo(repo.repo_id)
+        hub.faults.clear()
+        hub.fail("", ".*", skip=position, **fault)
+        folder = SystemFolder(shutil.copytree(planted, tmp_path / f"at-{position}"))
+        try:
+            send(folder, repo)
+        except HubError:
+            # Refused clearly; calling again finishes it.
+            hub.faults.clear()
+            send(folder, repo)
+        hub.faults.clear()
+        assert set(repo.state().stages) == set(folder.valid_stages), position
+        assert not send(folder, repo).added
