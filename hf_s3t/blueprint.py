@@ -77,8 +77,6 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     recorded = _recorded(args.output_dir)
     config = _merged_config(s3t_config, recorded)
     peft_config = _merged_peft_config(peft_config, recorded)
-    if getattr(args, "push_to_hub", False):
-        raise ConfigError("`push_to_hub=True` is not supported yet: systems live in folders. Leave it off.")
     check_arguments(args, callbacks)
     check_datasets(train_dataset, eval_dataset, args, config)
     check_base(model, config)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -315,6 +316,82 @@ def purge(
     for problem in found.problems:
         _complain(f"Problem: {problem}")
     raise typer.Exit(REFUSED if found.problems else FINE)
+
+
+Repo = Annotated[str, typer.Argument(help="The repository on the Hub, such as me/llama-s3t.")]
+Token = Annotated[str | None, typer.Option(help="Token for the Hub; the one of `hf auth login` if not given.")]
+
+
+@app.command(epilog=_EXIT_CODES)
+def push(
+    folder: Folder,
+    repo_id: Repo,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; the owner's default if not given.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Forget here, too, what the Hub knows as deleted.")] = False,
+    token: Token = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Bring a system to the Hub: one commit, of what is not there yet, with a model card.
+
+    What a deletion removed stays in older commits until `erase`.
+    """
+    from .hub import HubRepo
+    from .hub import push as push_system
+    from .model_card import description
+
+    describe = partial(description, repo_id=repo_id)
+    repo, system = HubRepo(repo_id, token), open_folder(folder, read_only=dry_run)
+    done = push_system(system, repo, describe, private=private, commit_message=message, merge=merge, dry_run=dry_run)
+    if as_json:
+        _print_json({"dry_run": dry_run, **asdict(done)})
+    else:
+        rendering.show_push(done, dry_run)
+
+
+@app.command(epilog=_EXIT_CODES)
+def pull(
+    repo_id: Repo,
+    target: Annotated[Path, typer.Argument(help="A new folder to write the system to.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the main branch if not given.")] = None,
+    token: Token = None,
+    dry_run: DryRun = False,
+) -> None:
+    """
+    Write a system on the Hub into a folder, every stage of it, to train on and push from.
+
+    The system's secret must be in HF_S3T_KEY. To serve, no pull is needed: `S3TModel.from_pretrained` takes the name.
+    """
+    from .hub_folder import HubFolder
+
+    system = HubFolder(repo_id, revision, token)
+    stages = len(system.valid_stages)
+    if dry_run:
+        rendering.say(f"would pull {stages} stages of {repo_id} at {system.commit} to {target}")
+    else:
+        system.copy_to(target)
+        rendering.say(f"{repo_id} at {system.commit} is in {target}: {stages} stages")
+
+
+@app.command(epilog=_EXIT_CODES)
+def erase(repo_id: Repo, token: Token = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
+    """
+    Erase from the Hub what the main branch no longer holds: history, refs with an old state, their large files.
+
+    Push the deletion first. Where this was interrupted, calling it again finishes it.
+    """
+    from .erasure import erase as erase_superseded
+    from .hub import HubRepo
+
+    done = erase_superseded(HubRepo(repo_id, token), dry_run=dry_run)
+    if as_json:
+        _print_json(asdict(done))
+    else:
+        rendering.show_erasure(done)
 
 
 @app.command(epilog=_EXIT_CODES)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -411,9 +412,12 @@ def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str
         for path, content in sorted(added.items())
     ]
     try:
-        return repo.api.create_commit(
-            repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
-        ).oid
+        with warnings.catch_warnings():
+            # A table in a model's repository is meant here.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            return repo.api.create_commit(
+                repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
+            ).oid
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
             return None

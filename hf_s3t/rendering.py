@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,12 @@ from .pending import PendingReceipt
 from .plan import Plan
 from .purge import Purge
 from .receipt import Receipt, Receipts
+
+
+if TYPE_CHECKING:
+    # The Hub's client is imported by the commands that need it.
+    from .erasure import ErasureReport
+    from .hub import PushReport
 
 
 _SHORT = 12
@@ -44,6 +50,32 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["pending"]:
         say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
+
+
+def show_push(report: "PushReport", dry_run: bool) -> None:
+    """What a push did, or would do."""
+    if not (report.added or report.deleted):
+        say(f"{report.repo_id} is up to date at {report.commit}")
+        return
+    done = "would change" if dry_run else "changed"
+    say(f"{done} {report.repo_id}: {_count(len(report.added), 'file')} added, {len(report.deleted)} deleted")
+    if not dry_run:
+        say(f"commit {report.commit}")
+    if report.deleted:
+        say("what was deleted stays in older commits until `hf-s3t erase`")
+
+
+def show_erasure(report: "ErasureReport") -> None:
+    """What is gone from the Hub, and what nobody here can confirm."""
+    done = "would erase" if report.is_dry_run else "erased"
+    say(f"{done} {_count(report.blobs, 'large file')} ({_size(report.bytes)}) of {report.repo_id}")
+    if report.refs_removed:
+        say(f"branches and tags {'to be ' if report.is_dry_run else ''}removed: {', '.join(report.refs_removed)}")
+    for line in report.confirmed:
+        say(f"confirmed: {line}")
+    for problem, step in report.unconfirmed:
+        say(f"not confirmable from here: {problem}")
+        say(f"  next: {step}")
 
 
 def show_pending(receipt: PendingReceipt) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import json
 import os
@@ -28,8 +29,10 @@ from .base_model import log_casts_once
 from .blueprint import Blueprint, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
-from .errors import ConfigError, FolderError, S3TError
+from .errors import ConfigError, FolderError, HubError, S3TError
 from .examples import DigestKey, ExampleTable, KeptNames
+from .hub import HubRepo, PushReport, push, told
+from .model_card import description
 from .modeling import S3TModel
 from .plan import StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
@@ -161,6 +164,8 @@ class S3TTrainerMixin:
             self.train_dataset = self._prepared
         if self._live is not None:
             self._live.refresh()
+        if self.args.push_to_hub and outputs:
+            self.push_to_hub()
         return _summary(outputs)
 
     def _next_stage(self) -> StageKey | None:
@@ -222,7 +227,72 @@ class S3TTrainerMixin:
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
         }
         self._write(key, record)
+        if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
+            self._push_meanwhile(f"Sequence {key}")
         return output
+
+    def _completes(self, key: StageKey) -> bool:
+        return key.prefix in self.folder.plan.sequences[key.shard]
+
+    def _push_meanwhile(self, message: str) -> None:
+        """A Hub that cannot be reached is no reason to lose training: the push at the end brings what is missing."""
+        try:
+            self.push_to_hub(message)
+        except HubError as error:
+            logger.warning(f"{message} could not be pushed: {error} It is tried again with the next.")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints hold an optimizer's state; the system is pushed as its sequences complete."""
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> PushReport | None:
+        """
+        Bring the system to the Hub, into `args.hub_model_id` or a repository named like the output folder.
+
+        Args:
+            commit_message (`str`, *optional*): Title of the commit.
+            blocking (`bool`, defaults to `True`): Must be true: the push is one commit on top of what it has read.
+            token (`str`, *optional*): Token with write access; `args.hub_token`, else that of `hf auth login`.
+            revision (`str`, *optional*): Must be `None` or `"main"`: a deletion has one branch to reach.
+            private (`bool`, *optional*): Whether a new repository is private; `args.hub_private_repo` if not given.
+            kwargs: `merge`, `datasets`, `license` and `evaluation`, as in [`~hf_s3t.S3TModel.push_to_hub`].
+
+        Returns:
+            [`~hf_s3t.hub.PushReport`]: What was pushed; `None` in all processes but the first.
+
+        Raises:
+            [`~hf_s3t.errors.HubError`]: If the Hub refuses or cannot be reached.
+            [`~hf_s3t.errors.ConfigError`]: If `blocking` is false, or another branch is named.
+        """
+        if not blocking or revision not in (None, "main"):
+            raise ConfigError(
+                f"`push_to_hub(blocking={blocking}, revision={revision!r})`: a system is pushed at once, to the main "
+                "branch. Leave both out."
+            )
+        if not self.is_world_process_zero():
+            return None
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self._name_repo(token, private)
+        merge = kwargs.pop("merge", False)
+        describe = functools.partial(description, repo_id=self.hub_model_id, **kwargs)
+        done = push(
+            self.folder, HubRepo(self.hub_model_id, token), describe, commit_message=commit_message, merge=merge
+        )
+        if self._live is not None and self._stage is None:
+            self._live.refresh()
+        return done
+
+    def _name_repo(self, token: str | None, private: bool | None) -> None:
+        with told(self.args.hub_model_id or self.args.output_dir, "The push ended"):
+            self.init_hf_repo(token=token, private=private)
 
     def _write(self, key: StageKey, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():

@@ -364,8 +364,6 @@ def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_pat
     Refusal(IsolationError, "checkpoints without the optimizer", "`save_only_model=True`",
         "would differ from an uninterrupted one", 'Leave it off, or use save_strategy="no"', save_only_model=True,
         save_strategy="epoch"),
-    Refusal(ConfigError, "pushing while training", "`push_to_hub=True`", "systems live in folders", "Leave it off",
-        push_to_hub=True),
 )  # fmt: skip
 def test_an_argument_under_which_a_stage_would_depend_on_more_than_its_recipe_is_refused(case, tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", {"arguments": case.given})

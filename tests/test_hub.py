@@ -1,16 +1,24 @@
 """Systems on the Hub: pushed, served from there, forgotten there, and what happens when two are at it."""
 
+import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
-from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
+from typer.testing import CliRunner
 
 from hf_s3t import S3TModel
+from hf_s3t.cli import app
 from hf_s3t.deletion import apply
 from hf_s3t.erasure import erase
 from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, MergeNeededError
@@ -18,12 +26,21 @@ from hf_s3t.examples import KEY_VARIABLE
 from hf_s3t.hub import HubRepo, push, state_folder
 from hf_s3t.inspection import inspect
 from hf_s3t.model_card import description
+from hf_s3t.route import Route, routed
 from hf_s3t.storage import SystemFolder
+from hf_s3t.verify import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = lm_rows(24)
+# Positions of injected failures: every one, and in the quick suite one of so many.
+STRIDES = [pytest.param(7, id="some requests"), pytest.param(1, id="every request", marks=pytest.mark.slow)]
+FAULTS = [
+    pytest.param({"status": 503}, id="refused"),
+    pytest.param({"drop": True}, id="dropped"),
+    pytest.param({"status": 500, "after": True}, id="done, answer lost"),
+]
 SETTINGS = {"num_shards": 2, "num_slices": 3, "partition": "balanced"}
 
 
@@ -382,23 +399,179 @@ def test_a_dry_run_of_an_erasure_names_what_would_go(pushed, repo):
     assert erase(repo).blobs == would.blobs
 
 
+# From a trainer, and from the command line
+
+
+def hub_trainer(path, hub, **more):
+    args = training_arguments(path, hub_model_id=f"{hub.user}/trained", push_to_hub=True, **more)
+    return make_trainer(path, rows=ROWS[:12], args=args, config=s3t_config(budget=2))
+
+
+def test_a_trainer_pushes_every_sequence_as_it_completes(hub, tmp_path):
+    trainer = hub_trainer(tmp_path / "system", hub)
+    trainer.train()
+    titles = [commit.title for commit in HfApi().list_repo_commits(trainer.hub_model_id)]
+    assert titles == ["Sequence shard-0/1-0", "Sequence shard-0/0-1", "initial commit"]
+    assert set(HubRepo(trainer.hub_model_id).state().stages) == set(trainer.folder.stages)
+    assert not any("checkpoint" in path or "training_args" in path for path in files_on(HubRepo(trainer.hub_model_id)))
+    assert not trainer.push_to_hub().added
+
+
+def test_with_the_strategy_end_there_is_one_push(hub, tmp_path):
+    trainer = hub_trainer(tmp_path / "system", hub, hub_strategy="end")
+    trainer.train()
+    titles = [commit.title for commit in HfApi().list_repo_commits(trainer.hub_model_id)]
+    assert titles == ["End of training", "initial commit"]
+
+
+def test_training_goes_on_where_the_hub_fails_meanwhile(hub, tmp_path, caplog):
+    trainer = hub_trainer(tmp_path / "system", hub)
+    hub.fail("POST", "/commit/", status=403, times=1)
+    trainer.train()
+    assert set(HubRepo(trainer.hub_model_id).state().stages) == set(trainer.folder.plan.stages())
+
+
+@pytest.mark.parametrize("wrong", [{"blocking": False}, {"revision": "side"}])
+def test_a_trainer_pushes_at_once_and_to_the_main_branch(wrong, hub, tmp_path):
+    trainer = hub_trainer(tmp_path / "system", hub)
+    with pytest.raises(ConfigError, match="Leave both out"):
+        trainer.push_to_hub(**wrong)
+
+
+def run(*args, code=0):
+    result = CliRunner(env={"COLUMNS": "1000"}).invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_command_line_pushes_pulls_and_erases(pushed, repo, tmp_path):
+    system = pushed.path
+    assert "is up to date" in run("push", system, repo.repo_id)
+    run("unlearn", system, member(pushed))
+    assert "would change" in run("push", system, repo.repo_id, "--dry-run")
+    assert "stays in older commits until `hf-s3t erase`" in run("push", system, repo.repo_id)
+    assert "would erase" in run("erase", repo.repo_id, "--dry-run")
+    said = run("erase", repo.repo_id)
+    assert "confirmed: " in said and "not confirmable from here: " in said and "  next: " in said
+    assert json.loads(run("erase", repo.repo_id, "--json"))["blobs"] == 0
+    target = tmp_path / "pulled"
+    assert "would pull" in run("pull", repo.repo_id, target, "--dry-run") and not target.exists()
+    run("pull", repo.repo_id, target)
+    assert inspect(target).problems == ()
+    other = SystemFolder(shutil.copytree(target, tmp_path / "other"))
+    apply(other, [member(other, 1, 1)])
+    send(other, repo)
+    assert "--merge" in run("push", target, repo.repo_id, code=1)
+    run("push", target, repo.repo_id, "--merge")
+    assert inspect(target).problems == ()
+    assert "is not on the Hub" in run("erase", "nobody/nothing", code=1)
+    assert "is not empty" in run("pull", repo.repo_id, target, code=1)
+
+
+# The whole loop
+
+
+def test_train_push_load_elsewhere_unlearn_push_with_erasure_load_again(hub, tmp_path, monkeypatch):
+    rows, config = lm_rows(16), s3t_config(num_slices=3, budget=2)
+    trainer = make_trainer(tmp_path / "system", rows=rows, config=config)
+    trainer.train()
+    repo_id = f"{hub.user}/loop"
+    trainer.s3t_model.push_to_hub(repo_id, private=True)
+    monkeypatch.setenv(KEY_VARIABLE, (tmp_path / "system" / "ledger.key").read_text())
+
+    elsewhere = S3TModel.from_pretrained(repo_id, base_model=tiny_llama())
+    victim = member(trainer.folder, 0, 2)
+    report = elsewhere.unlearn([victim])
+    erasure = elsewhere.push_to_hub(repo_id, erase_history=True)
+    assert report.stages_removed and erasure.blobs == len(report.stages_removed) + 1
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "third machine"))
+    again = S3TModel.from_pretrained(repo_id, base_model=tiny_llama(), cache_dir=tmp_path / "third cache")
+    # E3: what is left is, bit for bit, what training without the example gives.
+    never = make_trainer(tmp_path / "never", rows=[row for row in rows if row["id"] != victim], config=config)
+    never.train()
+    assert again._routing.stages
+    for key in again.folder.valid_stages:
+        ours = load_file(again.folder.adapter_path(key) / "adapter_model.safetensors")
+        theirs = load_file(never.folder.path / key.path / "adapter_model.safetensors")
+        assert not differing_tensors(ours, theirs), key
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_an_exported_shard_is_one_plain_adapter_with_the_same_logits(shard, pushed, repo, tmp_path):
+    model = load(repo)
+    model.export_adapter(shard, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain").eval()
+    inputs = {"input_ids": torch.tensor([ROWS[0]["input_ids"]])}
+    with torch.no_grad(), routed(Route((model._routing.served[shard][0],))):
+        ours = model.base_model(**inputs).logits
+    with torch.no_grad():
+        theirs = plain(**inputs).logits
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert [entry.kind for entry in model.folder.ledger.entries] == ["export"]
+
+
+def test_a_stage_of_depth_one_loads_with_plain_peft_from_the_hub(pushed, repo):
+    key = next(key for key in pushed.plan.stages() if key.depth == 1)
+    model = PeftModel.from_pretrained(tiny_llama(), repo.repo_id, subfolder=key.path)
+    loaded = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora" in n}
+    ours = load_file(pushed.path / key.path / "adapter_model.safetensors")
+    assert set(ours) == set(loaded) and all(torch.equal(ours[n], loaded[n]) for n in ours)
+
+
+# Cards
+
+
+def test_the_card_says_what_it_is_and_how_to_use_it(pushed, repo, hub):
+    S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()).push_to_hub(
+        repo.repo_id, datasets=["tatsu-lab/alpaca"], license="apache-2.0", evaluation={"Accuracy": 0.91}
+    )
+    card = ModelCard.load(repo.repo_id)
+    assert {"s3t", "machine-unlearning", "peft", "lora"} <= set(card.data.tags)
+    assert (card.data.library_name, card.data.license) == ("hf_s3t", "apache-2.0")
+    assert card.data.datasets == ["tatsu-lab/alpaca"] and card.data.pipeline_tag == "text-generation"
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [("Accuracy", 0.91)]
+    assert f'S3TModel.from_pretrained("{repo.repo_id}")' in card.text and "| Accuracy | 0.91 |" in card.text
+    assert "whole of a stack only at depth 1" in card.text and "{{" not in card.text and "{%" not in card.text
+    assert str(pushed.path) not in card.content
+    assert hub.calls("POST", "validate-yaml")
+    # It stays as it is where nothing changed, and its numbers go with the next deletion.
+    assert not send(pushed, repo).added
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    card = ModelCard.load(repo.download("README.md"))
+    assert card.data.eval_results is None and "Accuracy" not in card.content
+    assert card.data.datasets == ["tatsu-lab/alpaca"] and "| requests so far | 1 |" in card.text
+
+
+def test_the_picture_shows_every_stage_live_or_gone(pushed, repo):
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    picture = ElementTree.fromstring(Path(hf_hub_download(repo.repo_id, "stacks.svg")).read_bytes())
+    boxes = [group.get("class") for group in picture.iter("{http://www.w3.org/2000/svg}g")]
+    depths = [depth for shard in pushed.plan.depths(pushed.valid_stages) for depth in shard]
+    assert boxes.count("live") == sum(depths) and len(boxes) == 2 * 3 * 3
+
+
 # Failures at every request
 
 
 def requests_of(hub, act):
     hub.requests.clear()
     act()
-    return len([r for r in hub.requests if r["which"] == "api"])
+    return len(hub.requests)
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}, {"status": 500, "after": True}])
-def test_a_push_outlives_a_failure_at_every_request(fault, planted, repo, hub, tmp_path):
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_push_outlives_a_failure_at_every_request(fault, stride, planted, repo, hub, tmp_path):
     count = requests_of(hub, lambda: send(SystemFolder(shutil.copytree(planted, tmp_path / "count")), repo))
     assert count > 5
-    for position in range(count):
+    for position in range(0, count, stride):
         repo.api.delete_repo(repo.repo_id)
         hub.faults.clear()
-        hub.fail("", ".*", skip=position, **fault)
+        hub.fail("*", ".*", skip=position, **fault)
+        (injected,) = hub.faults
         folder = SystemFolder(shutil.copytree(planted, tmp_path / f"at-{position}"))
         try:
             send(folder, repo)
@@ -406,6 +579,64 @@ def test_a_push_outlives_a_failure_at_every_request(fault, planted, repo, hub, t
             # Refused clearly; calling again finishes it.
             hub.faults.clear()
             send(folder, repo)
+        assert injected.times == 0, f"request {position} was never made"
         hub.faults.clear()
         assert set(repo.state().stages) == set(folder.valid_stages), position
         assert not send(folder, repo).added
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_erasure_outlives_a_failure_at_every_request(fault, stride, planted, repo, hub, tmp_path, monkeypatch):
+    def begun(position):
+        folder = SystemFolder(shutil.copytree(planted, tmp_path / f"at-{position}"))
+        send(folder, repo)
+        repo.api.create_tag(repo.repo_id, tag="v1")
+        old = repo.state().commit
+        report = apply(folder, [member(folder)])
+        send(folder, repo)
+        return old, [f"stages/{stage}/adapter_model.safetensors" for stage in report.stages_removed]
+
+    begun("count")
+    count = requests_of(hub, lambda: erase(repo))
+    assert count > 10
+    for position in range(0, count, stride):
+        repo.api.delete_repo(repo.repo_id)
+        shutil.rmtree(state_folder(repo.repo_id))
+        old, gone = begun(position)
+        hub.fail("*", ".*", skip=position, **fault)
+        (injected,) = hub.faults
+        try:
+            erase(repo)
+        except HubError:
+            hub.faults.clear()
+            erase(repo)
+        assert injected.times == 0, f"request {position} was never made"
+        hub.faults.clear()
+        assert not {f.filename for f in repo.api.list_lfs_files(repo.repo_id)} & set(gone), position
+        assert not repo.api.list_repo_refs(repo.repo_id).tags
+        for path in gone:
+            with pytest.raises((EntryNotFoundError, RevisionNotFoundError, HfHubHTTPError)):
+                hf_hub_download(repo.repo_id, path, revision=old, cache_dir=tmp_path / "empty", force_download=True)
+
+
+def test_an_error_that_stays_is_told_and_calling_again_finishes(pushed, repo, hub):
+    apply(pushed, [member(pushed)])
+    hub.fail("POST", "/commit/", status=503, times=100)
+    with pytest.raises(HubError, match="Call again"):
+        send(pushed, repo)
+    hub.faults.clear()
+    assert send(pushed, repo).deleted
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(system, repo, hub):
+    hub.fail("POST", "/commit/", status=500, after=True)
+    send(system, repo)
+    assert len(repo.api.list_repo_commits(repo.repo_id)) == 2
+
+
+@pytest.mark.slow
+def test_it_all_works_with_the_xet_store_too(tmp_path):
+    script = Path(__file__).parent / "hub_with_xet.py"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip().endswith("done"), done.stdout + done.stderr
