@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .analysis import expected_deletions_left
+from .config import S3TConfig
 from .plan import Plan, StageKey
 from .status import system_status
 from .storage import SystemFolder
@@ -122,6 +125,64 @@ def render_card(
         until_first=_number(status["deletions_until_first_dead_shard"]),
         until_exhausted=_number(status["deletions_until_exhausted"]),
         shards=_sequences(folder.plan, status["sequence_depths"]),
+    ).content
+
+
+def render_recipe_card(name: str, settings: Mapping[str, Any]) -> str:
+    """
+    The card of a recipe's configuration: what it would train, and how many deletions that would outlive.
+
+    Args:
+        name (`str`): The configuration's name.
+        settings (mapping from `str`): Its settings, those of [`S3TConfig`] among others.
+
+    Returns:
+        `str`: The card, metadata included.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.model_card import render_recipe_card
+
+    >>> settings = {"model_name_or_path": "me/base", "dataset_name": "me/data", "num_slices": 2}
+    >>> "| stages to train | 4 |" in render_recipe_card("small", settings)
+    True
+    ```
+    """
+    config = S3TConfig(**{f.name: settings[f.name] for f in fields(S3TConfig) if f.name in settings})
+    plan = Plan.from_config(config)
+    alive = plan.first_slices_alive(set(plan.stages()))
+    shards, slices = config.num_shards, config.num_slices
+    first, last = (
+        expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
+        for until in ("first_shard", "exhausted")
+    )
+    base_id = settings.get("model_name_or_path") or "a language model that you name"
+    dataset = settings.get("dataset_name") or "data that you name"
+    public = _is_public(base_id)
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=base_id if public else None,
+        tags=list(TAGS),
+        datasets=[dataset] if _is_public(dataset) else None,
+        pipeline_tag="text-generation",
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_template("recipe.md"),
+        name=name,
+        title=f"{name}: settings",
+        base_id=base_id,
+        dataset=dataset,
+        num_shards=shards,
+        num_slices=slices,
+        budget=len(plan.sequences[0]),
+        num_stages=len(plan.stages()),
+        layers_per_slice=settings.get("layers_per_slice") or "layers of the base // slices",
+        until_first=_number(first),
+        until_exhausted=_number(last),
+        shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
+        settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
     ).content
 
 

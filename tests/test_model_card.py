@@ -1,0 +1,79 @@
+"""Cards and pictures: those of the configurations in the repository, and how a system's card is made."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_s3t import S3TConfig
+from hf_s3t.model_card import render_diagram
+from hf_s3t.plan import Plan, StageKey
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+import publish
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(file.stem for file in publish.CONFIGS.glob("*.yaml"))
+
+
+def test_every_configuration_has_its_card_as_the_code_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "CARDS", tmp_path)
+    made = {file.name: file.read_text() for file in publish.main(["--cards"])}
+    kept = {file.name: file.read_text() for file in (ROOT / "model_cards" / "recipes").glob("*.md")}
+    assert made == kept, "run `python recipes/publish.py --cards`"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_s_card_has_metadata_and_no_hole(name):
+    card = ModelCard.load(ROOT / "model_cards" / "recipes" / f"{name}.md")
+    assert card.data.library_name == "hf_s3t" and "s3t" in card.data.tags
+    assert f"recipes/configs/{name}.yaml" in card.text
+    assert "{{" not in card.text and "None" not in card.text and "| |\n" not in card.text.replace("| | |\n", "")
+
+
+@pytest.mark.parametrize("config", [S3TConfig(num_slices=3), S3TConfig(num_shards=2, num_slices=4, budget=3)])
+def test_a_picture_has_a_box_for_each_stage_inside_its_frame(config):
+    plan = Plan.from_config(config)
+    picture = ElementTree.fromstring(render_diagram(plan, frozenset(plan.stages())))
+    width, height = float(picture.get("width")), float(picture.get("height"))
+    boxes = [box for box in picture.iter("{http://www.w3.org/2000/svg}rect") if box.get("x")]
+    assert len(boxes) == sum(len(sequence) for sequences in plan.sequences for sequence in sequences)
+    for box in boxes:
+        assert 0 < float(box.get("x")) and float(box.get("x")) + float(box.get("width")) <= width
+        assert 0 < float(box.get("y")) and float(box.get("y")) + float(box.get("height")) <= height
+
+
+def test_a_picture_tells_live_from_gone():
+    plan = Plan.from_config(S3TConfig(num_slices=3))
+    picture = render_diagram(plan, frozenset([StageKey(0, (0,)), StageKey(0, (0, 1))]))
+    assert (picture.count('class="live"'), picture.count('class="gone"')) == (2, 7)
+
+
+@pytest.mark.parametrize("wrong", [[], ["--private"]])
+def test_a_name_is_needed_to_publish(wrong, capsys):
+    with pytest.raises(SystemExit):
+        publish.main(wrong)
+    assert "repo_id" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_recipe_s_system_is_trained_and_published_with_its_numbers(hub, shared_data, tmp_path):
+    repo_id = f"{hub.user}/stories"
+    report = publish.main([
+        repo_id, "--private", "--license", "mit",
+        "--config", str(publish.CONFIGS / "stories260k.yaml"),
+        "--model_name_or_path", str(shared_data("stories260K")),
+        "--dataset_name", str(shared_data("alpaca/alpaca_union.jsonl")),
+        "--output_dir", str(tmp_path / "system"), "--disable_tqdm", "True",
+        "--max_train_samples", "24", "--eval_size", "8", "--max_length", "192", "--budget", "1",
+    ])  # fmt: skip
+    assert report.repo_id == repo_id and "README.md" in report.added
+    card = ModelCard.load(repo_id)
+    numbers = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert numbers["Held-out loss"] < numbers["Held-out loss of the base"]
+    assert card.data.license == "mit" and str(tmp_path) not in card.content
