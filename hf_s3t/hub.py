@@ -295,6 +295,13 @@ def push(
         [`~hf_s3t.errors.MergeNeededError`]: If the Hub knows deletions that the folder does not, and `merge` is false.
         [`~hf_s3t.errors.HubError`]: If the Hub refuses, cannot be reached, or holds another system there.
     """
+    base_id = folder.record["base_model"].get("id")
+    if base_id and os.path.isabs(str(base_id)):
+        warnings.warn(
+            f"The base model is a folder of this machine ({base_id}): who loads {repo.repo_id} elsewhere must give "
+            "`base_model`. Push the base to the Hub and train on it by its id to spare them that.",
+            stacklevel=2,
+        )
     with told(repo.repo_id, "The push ended"):
         if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
             return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, repo))

@@ -304,7 +304,7 @@ def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
             y += _CELL + _GAP
         y += 2 * _GAP
     width = _LEFT + max(len(s) for group in plan.sequences for s in group) * (_CELL + _GAP) + 8
-    width, height = max(width, 250), y + 20
+    width, height = max(width, 300), y + 20
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
