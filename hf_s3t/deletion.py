@@ -190,7 +190,8 @@ def record(
     """
     request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
     if request.present:
-        folder.record_deletion(request.present, _touched(folder, request), library_versions(), request.groups)
+        groups = dict.fromkeys([*request.groups, *_emptied(folder, request.present)])
+        folder.record_deletion(request.present, _touched(folder, request), library_versions(), groups)
     return RecordedDeletion(request, duplicates, folder.condemned_stages())
 
 
@@ -213,6 +214,13 @@ def resolve(
     request = folder.table.resolve(ids, groups, folder.ledger, folder.names, ignore_unknown=missing == "ignore")
     duplicates = tuple(folder.table.duplicates_of(request.present))
     return (request.with_ids(duplicates), ()) if include_duplicates else (request, duplicates)
+
+
+def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
+    """The groups of which nothing is left: naming one again is as little an error as naming its ids."""
+    gone = set(ids)
+    named = dict.fromkeys(folder.table.rows[i].group for i in ids)
+    return [g for g in named if g is not None and gone.issuperset(folder.table.groups[g])]
 
 
 def _touched(folder: SystemFolder, request: Request) -> list[StageKey]:

@@ -150,10 +150,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         folder = _open(path, revision, token, cache_dir)
         record = folder.record
-        layers = LayerGroups(
-            record["layers"]["path"], record["layers"]["num_layers"], tuple(map(tuple, record["layers"]["groups"]))
-        )
-        head = tuple(record["head"])
+        layers, head, peft_config = _recorded(folder)
         _check_options(preload, when_exhausted, head)
         if isinstance(base_model, nn.Module):
             check_has_no_adapters(base_model)
@@ -176,7 +173,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         check_base_is(base, record["base_model"], layers.path, head)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
-        stack = StageStack(base, LoraConfig(**record["peft_config"]), layers, head)
+        stack = StageStack(base, peft_config, layers, head)
         return cls(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
 
     # A Transformers model of its task
@@ -511,6 +508,24 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                     )
                 self.folder.record_export(tips[0], library_versions())
                 self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+
+
+def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:
+    """What the config says of layers, head and adapters."""
+    record = folder.record
+    try:
+        layers = LayerGroups(
+            str(record["layers"]["path"]),
+            int(record["layers"]["num_layers"]),
+            tuple(tuple(map(int, group)) for group in record["layers"]["groups"]),
+        )
+        _ = record["base_model"]["digest"], record["aggregation"]
+        return layers, tuple(map(str, record["head"])), LoraConfig(**record["peft_config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FolderError(
+            f"The config of {folder.path} does not say what a system is ({type(error).__name__}: {error}). Restore it "
+            "from a backup."
+        ) from error
 
 
 def _open(path, revision, token, cache_dir) -> SystemFolder:

@@ -611,9 +611,24 @@ class SystemFolder:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Mark a checkpoint with the slices it has seen; without this file it is not resumed."""
-        write_checked_json(folder / STAGE_FILE, record)
+        """Mark a checkpoint, synced, with the slices it saw and its files' digests; without, it is not resumed."""
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != STAGE_FILE]
+        for file in files:
+            sync(file)
+        digests = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+        write_checked_json(folder / STAGE_FILE, {**record, "files": digests})
 
     def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
-        """What `write_checkpoint_record` wrote."""
-        return read_checked_json(folder / STAGE_FILE)
+        """
+        What `write_checkpoint_record` was given.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
+        """
+        record = read_checked_json(folder / STAGE_FILE)
+        files = record.pop("files", None)
+        if not isinstance(files, dict):
+            raise FolderError(f"{folder / STAGE_FILE} names no files. Remove the checkpoint.")
+        for name, digest in files.items():
+            check_digest(folder / name, digest)
+        return record

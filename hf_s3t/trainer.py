@@ -446,9 +446,13 @@ class S3TTrainerMixin:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
         found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-            with contextlib.suppress(FolderError):
-                if self.folder.read_checkpoint_record(checkpoint) == _as_json({**origin, "resumes_exactly": True}):
-                    return str(checkpoint)
+            try:
+                record = self.folder.read_checkpoint_record(checkpoint)
+            except FolderError as error:
+                logger.warning(f"{checkpoint.name} of {key} is not resumed from: {error}")
+                continue
+            if record == _as_json({**origin, "resumes_exactly": True}):
+                return str(checkpoint)
         return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

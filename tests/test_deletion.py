@@ -10,6 +10,7 @@ import pytest
 from folders import (
     NAMES,
     NUMBERS,
+    USERS,
     add_checkpoint,
     delete_and_die,
     files_of,
@@ -129,6 +130,14 @@ def test_examples_of_equal_content_are_named_or_deleted_too(tmp_path):
     both = apply(folder, [3], include_duplicates=True)
     assert (both.deleted, both.duplicates) == (2, ())
     assert set(both.stages_removed) == set(seen.stages_removed)
+
+
+def test_a_group_whose_last_example_went_by_id_is_known_as_deleted(system):
+    one, other = NUMBERS[0], NUMBERS[1]
+    apply(system, [one])
+    apply(system, [other])
+    again = apply(system, groups=[USERS[0]])
+    assert (again.deleted, again.requested) == (0, 0)
 
 
 def test_a_group_is_deleted_as_one(system):

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
+from folders import forge
 from peft import LoraConfig
 from tiny import (
     batch_of,
@@ -1168,3 +1169,23 @@ def test_a_text_trainer_refuses_what_every_trainer_refuses(tmp_path):
     with pytest.raises(ExampleIdError, match=r"more than once \(1\): 'example-000'"):
         sft_trainer(tmp_path / "system", rows, s3t_config())
     assert not (tmp_path / "system").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", {}),
+        ("layers", {"path": "x", "num_layers": "many", "groups": []}),
+        ("head", 5),
+        ("peft_config", {"nonsense": 1}),
+        ("peft_config", None),
+        ("base_model", "x"),
+        ("base_model", {}),
+    ],
+    ids=str,
+)
+def test_a_config_whose_digest_matches_and_which_says_nonsense_is_refused(field, value, grown, tmp_path):
+    path = Path(shutil.copytree(grown, tmp_path / "system"))
+    forge(path / "s3t_config.json", **{field: value})
+    with pytest.raises(FolderError, match="does not say what a system is"):
+        S3TModel.from_pretrained(path, base_model=base())

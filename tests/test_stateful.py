@@ -54,8 +54,6 @@ class PlainModel:
         self.deletions = 0
         self.waiting: set[str] = set()
         self.waiting_groups: set[str] = set()
-        # The groups that a deletion named while they had members. Others are forgotten with their last member.
-        self.deleted_groups: set[str] = set()
 
     def missing(self) -> list[str]:
         """The stages to train, in their order: a sequence ends before a slice that is empty."""
@@ -73,14 +71,13 @@ class PlainModel:
         return {i for i in self.present if self.groups[i] in set(groups)}
 
     def knows(self, group: str) -> bool:
-        return bool(self.members([group])) or group in self.deleted_groups
+        return group in self.groups.values()
 
     def delete(self, ids: Iterable[str], groups: Iterable[str] = ()) -> int:
         """Returns how many examples it deleted."""
         gone = (set(ids) & self.present) | self.members(groups)
         if gone:
             self.deletions += 1
-            self.deleted_groups |= {group for group in groups if self.members([group])}
             self.present -= gone
             hit = {self.places[i] for i in gone}
             self.stages = {stage for stage in self.stages if not hit & slices_of(stage)}

@@ -842,6 +842,19 @@ def test_checkpoints_of_a_deletion_that_died_are_removed_by_the_next_load(tmp_pa
     assert not stale.exists()
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"torn")])
+def test_a_checkpoint_whose_files_are_not_what_was_written_is_not_resumed(damage, tmp_path):
+    folder = new_system(tmp_path / "system")
+    path = checkpoint(folder, folder.plan.stages()[0], 5, folder.slice_digests(folder.plan.stages()[0]))
+    (path / "rng").mkdir()
+    (path / "rng" / "state.pth").write_bytes(b"states")
+    folder.write_checkpoint_record(path, {"slices": []})
+    assert folder.read_checkpoint_record(path) == {"slices": []}
+    damage(path / "rng" / "state.pth")
+    with pytest.raises(FolderError, match=r"state\.pth"):
+        folder.read_checkpoint_record(path)
+
+
 def test_a_checkpoint_with_an_altered_record_is_not_resumed_and_goes_with_the_next_deletion(tmp_path):
     folder = new_system(tmp_path / "system")
     key, elsewhere = folder.plan.stages()[0], StageKey(1, (0,))
