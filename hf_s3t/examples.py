@@ -202,20 +202,54 @@ class Request:
         return Request([*self.present, *ids], self.already_deleted, self.groups)
 
 
+class Remaining(Mapping):
+    """
+    The rows of a table less some, without a copy of the others, for which a deletion would have to wait.
+
+    Args:
+        rows (mapping): All rows.
+        gone (`frozenset`): The keys that are left out.
+    """
+
+    def __init__(self, rows: Mapping, gone: frozenset):
+        self._rows, self._gone = rows, gone
+
+    @classmethod
+    def of(cls, rows: Mapping, gone: frozenset) -> "Remaining":
+        """The rows less some more; every one of these must be there."""
+        if isinstance(rows, cls):
+            return cls(rows._rows, rows._gone | gone)
+        return cls(rows, gone)
+
+    def __getitem__(self, key):
+        if key in self._gone:
+            raise KeyError(key)
+        return self._rows[key]
+
+    def __contains__(self, key):
+        return key not in self._gone and key in self._rows
+
+    def __iter__(self):
+        return (key for key in self._rows if key not in self._gone)
+
+    def __len__(self):
+        return len(self._rows) - len(self._gone)
+
+
 @dataclass(frozen=True)
 class ExampleTable:
     """
     The examples that are in, immutable: removing examples gives a new table.
 
     Args:
-        rows (`dict[int | str, Example]`): The examples by id.
+        rows (mapping from id to [`Example`]): The examples by id.
         num_shards (`int`): Number of shards.
         num_slices (`int`): Number of slices per shard.
         seed (`int`): The system's seed, which orders the examples inside a slice.
         slice_digests (`dict`, *optional*): Digests already computed for (shard, slice) pairs that did not change.
     """
 
-    rows: dict[int | str, Example]
+    rows: Mapping[int | str, Example]
     num_shards: int
     num_slices: int
     seed: int
@@ -311,12 +345,9 @@ class ExampleTable:
 
     def without(self, ids: Iterable[int | str]) -> "ExampleTable":
         """The table less some of its ids. Slices that lose nothing keep their computed digests."""
-        gone = set(ids)
+        gone = frozenset(ids)
         touched = self.places(gone)
-        rows = dict(self.rows)
-        for example_id in gone:
-            del rows[example_id]
-        table = ExampleTable(rows, self.num_shards, self.num_slices, self.seed)
+        table = ExampleTable(Remaining.of(self.rows, gone), self.num_shards, self.num_slices, self.seed)
         members = {
             place: [i for i in ids_ if i not in gone] if place in touched else ids_
             for place, ids_ in self._members.items()
@@ -325,6 +356,14 @@ class ExampleTable:
         table.__dict__["_members"] = members
         table.__dict__["_by_content"] = self._by_content
         table.__dict__["_digests"] = {p: d for p, d in self._digests.items() if p not in touched}
+        return table
+
+    def settled(self) -> "ExampleTable":
+        """The same table without a trace of what `without` left out."""
+        if isinstance(self.rows, dict):
+            return self
+        table = ExampleTable(dict(self.rows), self.num_shards, self.num_slices, self.seed)
+        table.__dict__["_members"], table.__dict__["_digests"] = self._members, self._digests
         return table
 
     def resolve(

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from .config import S3TConfig
 from .errors import FolderError
@@ -70,6 +70,7 @@ class StageKey:
         return f"shard{self.shard}_" + "_".join(map(str, self.prefix))
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def from_path(cls, path: str) -> "StageKey":
         """The key whose `path` this is; anything else is a [`~hf_s3t.errors.FolderError`]."""
         match = _PATH.fullmatch(path)

@@ -409,6 +409,7 @@ class SystemFolder:
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, self.table, self.ledger)
         self._table_pin = pin_of(self.ledger)
+        self.table = self.table.settled()
 
     def copy_to(self, path: str | os.PathLike) -> None:
         """Copy the system, without checkpoints, into another folder; the config goes last, when the rest is synced."""

@@ -284,6 +284,7 @@ def _compact(folder: SystemFolder) -> None:
     time.sleep(_HEAD_START)
     try:
         folder.compact()
+        folder.prepare()
     except OSError as error:
         logger.error(str(error))
 

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
-from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames, encode
+from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames, Remaining, encode
 from hf_s3t.ledger import Ledger
 
 
@@ -461,3 +461,21 @@ def test_new_rows_are_an_error_that_names_the_ids():
 def test_missing_rows_are_an_error_that_names_the_ids():
     with pytest.raises(ExampleIdError, match=r"lacks 2 examples that this system holds: 'd', 'e'\. .*call `unlearn`"):
         check(small_table(), [("a", "d0"), ("b", "d1"), ("c", "d2")])
+
+
+def test_what_is_left_of_rows_is_a_mapping_like_any_other():
+    rows = small_table().rows
+    left = Remaining.of(Remaining.of(rows, frozenset(["a"])), frozenset(["c"]))
+    same = {i: row for i, row in rows.items() if i not in ("a", "c")}
+    assert left == same and same == left and len(left) == len(same) and list(left) == list(same)
+    assert "a" not in left and left.get("a") is None and left["b"] is rows["b"]
+    with pytest.raises(KeyError):
+        left["a"]
+
+
+def test_a_settled_table_is_the_same_and_holds_nothing_of_what_went():
+    table = small_table().without(["a"]).without(["c"])
+    settled = table.settled()
+    assert settled == table and type(settled.rows) is dict
+    assert [settled.slice_digest(*place) for place in PLACES] == [table.slice_digest(*place) for place in PLACES]
+    assert settled.groups == table.groups and settled.duplicates_of(["b"]) == table.duplicates_of(["b"])
