@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import GitRefInfo, RepoFile, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .errors import HubError
 from .files import make_folders, read_checked_json, write_checked_json
@@ -64,7 +70,9 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
     with told(repo.repo_id, "The erasure ended"):
         refs = patiently(repo.api.list_repo_refs, repo.repo_id, include_pull_requests=True)
         kept = _blobs(repo, "main")
-        stale = [ref for ref in (*refs.branches, *refs.tags) if ref.name != "main" and _is_stale(repo, ref, kept)]
+        stale = [ref for ref in refs.branches if ref.name != "main" and _is_stale(repo, ref.ref, kept)]
+        # A branch can be squashed; a tag keeps all that its commit stands on.
+        stale += [ref for ref in refs.tags if any(_is_stale(repo, c, kept) for c in _history(repo, ref))]
         others = [ref for ref in refs.branches if ref.name != "main" and ref not in stale]
         condemned = _condemned(repo, kept, others, refs.tags, stale, refs.pull_requests or ())
         if dry_run:
@@ -74,8 +82,13 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
             patiently(repo.api.super_squash_history, repo.repo_id, branch=branch, commit_message=_MESSAGE)
         for ref in stale:
             _delete(repo, ref, is_tag=ref in refs.tags)
+        # Who pushed meanwhile is in the squashed history: what is there now stays.
+        held = _held(repo, [*others, *(tag for tag in refs.tags if tag not in stale)])
+        condemned = [file for file in condemned if file.file_oid not in held]
         if condemned:
             patiently(repo.api.permanently_delete_lfs_files, repo.repo_id, condemned, rewrite_history=True)
+        # A push may bring back, rightly, what an interrupted erasure had begun to look for.
+        seen["blobs"] = {oid: path for oid, path in seen["blobs"].items() if oid not in held}
         left = [
             f for f in patiently(lambda: list(repo.api.list_lfs_files(repo.repo_id))) if f.file_oid in seen["blobs"]
         ]
@@ -115,25 +128,32 @@ def _blobs(repo: HubRepo, revision: str) -> set[str]:
     return {entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in _files(repo, revision)}
 
 
-def _is_stale(repo: HubRepo, ref: GitRefInfo, kept: set[str]) -> bool:
-    """Whether a branch or tag holds files of a system that the main branch does not."""
+def _history(repo: HubRepo, ref: GitRefInfo) -> list[str]:
+    return [c.commit_id for c in patiently(repo.api.list_repo_commits, repo.repo_id, revision=ref.ref)]
+
+
+def _is_stale(repo: HubRepo, revision: str, kept: set[str]) -> bool:
+    """Whether a revision holds files of a system that the main branch does not."""
     return any(
         _is_ours(entry.path) and (entry.lfs.sha256 if entry.lfs else entry.blob_id) not in kept
-        for entry in _files(repo, ref.ref)
+        for entry in _files(repo, revision)
     )
 
 
 def _condemned(repo: HubRepo, kept: set[str], others, tags, stale, pull_requests) -> list[Any]:
     """The large files to erase, by content: never one that something which stays holds too."""
-    held = set(kept)
-    for ref in (*others, *(tag for tag in tags if tag not in stale)):
-        held |= _blobs(repo, ref.ref)
+    held = kept | _held(repo, [*others, *(tag for tag in tags if tag not in stale)])
     proposed = set()
     for ref in pull_requests:
         # Pull requests cannot be removed from here; what is ours in them goes all the same.
         proposed |= {f.lfs.sha256 for f in _files(repo, ref.ref) if f.lfs and not _is_ours(f.path)}
     listed = patiently(lambda: list(repo.api.list_lfs_files(repo.repo_id)))
     return [file for file in listed if file.file_oid not in held | proposed]
+
+
+def _held(repo: HubRepo, refs: Iterable[GitRefInfo]) -> set[str]:
+    """The content ids of what the main branch and other refs hold now."""
+    return _blobs(repo, "main").union(*(_blobs(repo, ref.ref) for ref in refs))
 
 
 def _delete(repo: HubRepo, ref: GitRefInfo, is_tag: bool) -> None:
@@ -160,7 +180,7 @@ def _remember(repo: HubRepo, refs, condemned: Iterable[Any]) -> dict[str, Any]:
     known = read_checked_json(file) if file.exists() else {"commits": [], "blobs": {}}
     commits = set(known["commits"])
     for ref in (*refs.branches, *refs.tags):
-        commits |= {c.commit_id for c in patiently(repo.api.list_repo_commits, repo.repo_id, revision=ref.ref)}
+        commits |= set(_history(repo, ref))
     blobs = {**known["blobs"], **{file.file_oid: file.filename for file in condemned}}
     make_folders(file.parent)
     write_checked_json(file, {"commits": sorted(commits), "blobs": blobs})
@@ -189,10 +209,13 @@ def _is_served(repo: HubRepo, path: str, commit: str, condemned: Iterable[str] |
     with tempfile.TemporaryDirectory() as empty:
         try:
             found = hf_hub_download(repo.repo_id, path, revision=commit, token=repo.token, cache_dir=empty)
-        except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+        except LocalEntryNotFoundError:
+            # The Hub did not answer: that is no word that the file is gone.
+            raise
+        except (EntryNotFoundError, RevisionNotFoundError):
             return False
         except HfHubHTTPError as error:
-            if status_of(error) in (404, 410, 403):
+            if not isinstance(error, RepositoryNotFoundError) and status_of(error) in (404, 410):
                 return False
             raise
         # Under an old commit the path may hold a blob that a surviving stage has too.

@@ -54,6 +54,8 @@ _INDEXED_METRICS = ("eval_loss", "train_runtime")
 _ATTEMPTS = 6
 _LONGEST_WAIT = 8.0
 _CONFLICT = 412
+# What two copies of one system have in common.
+_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 _Result = TypeVar("_Result")
 # From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
 Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
@@ -271,6 +273,7 @@ def push(
     private: bool | None = None,
     commit_message: str | None = None,
     merge: bool = False,
+    on_merge: Callable[[], Any] | None = None,
     dry_run: bool = False,
 ) -> PushReport:
     """
@@ -286,6 +289,7 @@ def push(
         private (`bool`, *optional*): Whether a new repository is private; the owner's default if not given.
         commit_message (`str`, *optional*): Title of the commit.
         merge (`bool`, defaults to `False`): Take in deletions that the Hub knows and the folder does not.
+        on_merge (callable, *optional*): Called when the folder has taken in deletions, before anything is uploaded.
         dry_run (`bool`, defaults to `False`): Report what would be done, and do nothing.
 
     Returns:
@@ -309,13 +313,17 @@ def push(
             patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
         for attempt in range(_ATTEMPTS):
             state = repo.state()
-            _take_in(folder, state, merge, repo.repo_id)
+            known = folder.ledger.deleted
+            _take_in(folder, state, merge, repo.repo_id, dry_run)
+            if on_merge is not None and folder.ledger.deleted != known:
+                on_merge()
             added, deleted = _operations(folder, state, describe, repo)
+            if not dry_run:
+                remember(repo.repo_id, folder.ledger)
             if dry_run or not (added or deleted):
                 return _report(repo, state, added, deleted)
             commit = _commit(repo, state, added, deleted, commit_message or _message(folder))
             if commit is not None:
-                remember(repo.repo_id, folder.ledger)
                 return _report(repo, HubState(commit, {}), added, deleted)
             # Somebody was first, or the answer was lost and this commit may be there: look again.
             merge = True
@@ -335,21 +343,26 @@ def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted) -
     return PushReport(repo.repo_id, state.commit, tuple(sorted(added)), tuple(sorted(deleted)))
 
 
-def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str) -> None:
+def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, dry_run: bool) -> None:
     if state.record is None:
         return
-    same = [state.record.get(name) == folder.record.get(name) for name in ("key_check", "s3t_config")]
-    if not all(same):
-        raise HubError(
-            f"{repo_id} holds another system (other settings, or another secret). Choose another repository."
-        )
+    other = [name for name in _OF_A_SYSTEM if _of(state.record, name) != _of(folder.record, name)]
+    if other:
+        raise HubError(f"{repo_id} holds another system ({', '.join(other)} differ). Choose another repository.")
     missing = state.ledger.deleted - folder.ledger.deleted
     if missing and not merge:
         raise MergeNeededError(
             f"{repo_id} knows of {len(missing)} deleted examples that are still in {folder.path}: a push would bring "
             "them back. Push with merge=True (`hf-s3t push --merge`) to forget them here too."
         )
-    folder.merge_ledger(state.ledger)
+    if not dry_run:
+        folder.merge_ledger(state.ledger)
+
+
+def _of(record: Mapping[str, Any], name: str) -> Any:
+    """A part of a system's record; of the base, what its tensors are."""
+    value = record.get(name)
+    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
 
 
 def _operations(
@@ -378,14 +391,23 @@ def _operations(
 
 def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mapping[str, Any]]:
     """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
-    ours = {key: folder.stage_record(key) for key in folder.valid_stages}
+    # What a system on the Hub serves is there already, or it is not: it has no files to bring.
+    ours = {key: folder.stage_record(key) for key in folder.valid_stages if folder.stage_paths(key)}
+    there = {key: record for key, record in state.stages.items() if _is_whole(state, key, record)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
     for key in folder.plan.stages(folder.table.empty):
-        for record in (ours.get(key), state.stages.get(key)):
+        for record in (ours.get(key), there.get(key)):
             if record is not None and _fits(folder, key, record, chosen):
                 chosen[key] = record
                 break
     return chosen
+
+
+def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool:
+    """Whether the repository holds all files of a stage, and its adapter is the one of the record."""
+    files = [state.tree.get(f"{key.path}/{name}") for name in _STAGE_FILES]
+    adapter = state.tree.get(f"{key.path}/{ADAPTER_FILE}")
+    return all(files) and (adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE])
 
 
 def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:

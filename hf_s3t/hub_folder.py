@@ -136,7 +136,7 @@ class HubFolder(SystemFolder):
         """What the main branch knows, if it can be asked: an old revision does not bring deleted examples back."""
         try:
             return self._ledger_of("main")
-        except (HubError, FolderError):
+        except HubError:
             return Ledger()
 
     def _ledger_of(self, revision: str) -> Ledger:
@@ -182,7 +182,7 @@ class HubFolder(SystemFolder):
 
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
-        if self._table is None:
+        if self._table is None and self.ledger.deleted <= self._published.deleted:
             return [self._slices[key.shard, s] for s in key.prefix]
         return super().slice_digests(key)
 

@@ -83,6 +83,10 @@ class ReadOnlyFolder(SystemFolder):
     def _finish_removal(self, behind: bool) -> None:
         """Nothing: finishing writes."""
 
+    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+        """Refused: merging writes."""
+        raise FolderError(f"{self.path} was opened to be looked at. Open it to write, to merge a ledger into it.")
+
 
 def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolder:
     """

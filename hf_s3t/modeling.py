@@ -402,7 +402,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         self._wait_for_cleaner()
         if isinstance(self.folder, HubFolder):
-            return self.folder.problems()
+            with self._deletion_lock:
+                return self.folder.problems()
         return list(inspect_folder(self.folder.path).problems)
 
     # Handing out
@@ -473,8 +474,18 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             describe = functools.partial(
                 description, repo_id=repo_id, datasets=datasets, license=license, evaluation=evaluation
             )
-            pushed = push(self.folder, repo, describe, private=private, commit_message=commit_message, merge=merge)
-            self.refresh()
+            try:
+                pushed = push(
+                    self.folder,
+                    repo,
+                    describe,
+                    private=private,
+                    commit_message=commit_message,
+                    merge=merge,
+                    on_merge=self._serve,
+                )
+            finally:
+                self.refresh()
         return erase(repo) if erase_history else pushed
 
     def export_adapter(self, shard: int, folder: str | os.PathLike) -> None:
@@ -507,6 +518,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                         f"Another process just deleted examples that {tips[0]} saw. Call again to export what is left."
                     )
                 self.folder.record_export(tips[0], library_versions())
+                # This line changes nothing that serves.
+                self._followed = len(self.folder.ledger.lines)
                 self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
 
 

@@ -283,12 +283,13 @@ class S3TTrainerMixin:
             self._name_repo(token, private)
         merge = kwargs.pop("merge", False)
         describe = functools.partial(description, repo_id=self.hub_model_id, **kwargs)
-        done = push(
-            self.folder, HubRepo(self.hub_model_id, token), describe, commit_message=commit_message, merge=merge
-        )
-        if self._live is not None and self._stage is None:
-            self._live.refresh()
-        return done
+        try:
+            return push(
+                self.folder, HubRepo(self.hub_model_id, token), describe, commit_message=commit_message, merge=merge
+            )
+        finally:
+            if self._live is not None and self._stage is None:
+                self._live.refresh()
 
     def _name_repo(self, token: str | None, private: bool | None) -> None:
         with told(self.args.hub_model_id or self.args.output_dir, "The push ended"):

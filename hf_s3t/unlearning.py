@@ -43,6 +43,8 @@ class Unlearning:
         self.folder = folder
         self.preload = preload
         self._calls = Calls(Routing(()))
+        # How many lines of the ledger what serves goes by: others than this model read them too.
+        self._followed = 0
         self._deletion_lock = threading.RLock()
         self._cleaner: threading.Thread | None = None
         self._timer: threading.Timer | None = None
@@ -55,14 +57,17 @@ class Unlearning:
         """Before a call: do what the ledger says since another process wrote to it."""
         if self._calls.is_inside or self.stack.in_training is not None:
             return
-        while self.folder.has_news():
+        while self._is_behind():
             # Whoever holds this lock is reading the ledger, or writing to it: soon there is no news any more.
             if self._deletion_lock.acquire(timeout=_A_MOMENT):
                 try:
-                    if self.folder.has_news():
+                    if self._is_behind():
                         self.refresh()
                 finally:
                     self._deletion_lock.release()
+
+    def _is_behind(self) -> bool:
+        return self.folder.has_news() or len(self.folder.ledger.lines) != self._followed
 
     def refresh(self) -> None:
         """
@@ -82,7 +87,7 @@ class Unlearning:
                 self.folder.refresh()
                 self.folder.prepare()
                 try:
-                    self._serve(self.folder.valid_stages)
+                    self._serve()
                     return
                 except OSError:
                     # What another process removes while it is loaded here: a line in the ledger says so before.
@@ -96,14 +101,19 @@ class Unlearning:
                 "or on a model that another process loaded from the folder."
             )
 
-    def _serve(self, valid: frozenset[StageKey], on_running: str = "wait", timeout: float = _PATIENCE) -> float:
+    def _serve(self, on_running: str = "wait", timeout: float = _PATIENCE) -> float:
         """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
         folder, stack, calls = self.folder, self.stack, self._calls
+        # In this order: a line that comes in between is followed before the next call.
+        followed = len(folder.ledger.lines)
+        valid = folder.valid_stages
         present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
         routing = self._routing_of(valid)
         # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
         # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
         lock_seconds = 0.0 if self._routing.stages <= present else calls.switch(self._routing_of(present))
+        # What serves from here on is valid; new calls need not wait for what follows.
+        self._followed = followed
         gone = frozenset(stack.loaded) - present
         if on_running == "cancel" or not calls.wait_for(gone, timeout):
             calls.stop(gone)
@@ -188,7 +198,7 @@ class Unlearning:
         folder.refresh_stages()
         before = self._routing.depths
         deletion = record(folder, ids, groups, missing, include_duplicates)
-        lock_seconds = self._serve(folder.valid_stages, on_running, timeout)
+        lock_seconds = self._serve(on_running, timeout)
         folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
         # Also what an earlier call could not write for want of room.

@@ -224,6 +224,16 @@ def generating(model, callback, tokens=8):
     )
 
 
+def test_a_call_follows_a_deletion_that_something_else_read_first(model):
+    other = SystemFolder(model.folder.path)
+    apply(other, [last_of(model, 0)])
+    # Recording a request for later reads the ledger, and with it the other deletion.
+    model.unlearn_later([last_of(model, 1)])
+    assert not model.folder.has_news()
+    model(**batch_of(lm_rows(1)))
+    assert model._routing.depths == [2, 3]
+
+
 def test_a_generation_ends_on_the_stacks_it_began_with_and_unlearn_waits_for_it(model):
     pause = Pause()
     expected = generating(model, lambda: None)()

@@ -10,19 +10,21 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from folders import files_of, forge_stage
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
 from typer.testing import CliRunner
 
-from hf_s3t import S3TModel
+from hf_s3t import S3TModel, erasure
 from hf_s3t.cli import app
 from hf_s3t.deletion import apply
 from hf_s3t.erasure import erase
 from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, MergeNeededError
 from hf_s3t.examples import KEY_VARIABLE
+from hf_s3t.files import file_digest
 from hf_s3t.hub import HubRepo, push, state_folder
 from hf_s3t.inspection import inspect
 from hf_s3t.model_card import description
@@ -288,6 +290,47 @@ def test_live_models_follow_what_others_pushed(pushed, repo):
     assert torch.equal(logits_of(model), logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama())))
 
 
+def test_a_push_that_fails_after_merging_leaves_no_stage_serving_that_went(pushed, repo, hub, tmp_path):
+    other = SystemFolder(shutil.copytree(pushed.path, tmp_path / "other"))
+    apply(other, [member(other, 0, 0)])
+    send(other, repo)
+    model = S3TModel.from_pretrained(pushed.path, base_model=tiny_llama())
+    model.unlearn([member(pushed, 1, 1)])
+    hub.fail("POST", "/commit/", status=403, times=100)
+    with pytest.raises(HubError, match="may not write"):
+        model.push_to_hub(repo.repo_id, merge=True)
+    expected = logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()))
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_dry_run_with_merging_changes_nothing_here(pushed, repo, tmp_path):
+    other = SystemFolder(shutil.copytree(pushed.path, tmp_path / "other"))
+    apply(other, [member(other, 0, 0)])
+    send(other, repo)
+    before = files_of(pushed.path)
+    send(pushed, repo, merge=True, dry_run=True)
+    run("push", pushed.path, repo.repo_id, "--merge", "--dry-run")
+    assert files_of(pushed.path) == before
+
+
+def test_a_model_from_an_older_commit_does_not_put_its_stages_into_the_index(pushed, repo):
+    old = load(repo).folder.commit
+    # Somebody grew a stage anew, to other bits.
+    key = pushed.plan.stages()[0]
+    record = json.loads((pushed.path / key.path / "stage.json").read_text())
+    file = pushed.path / key.path / "adapter_model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    forge_stage(pushed.path, str(key), files={**record["files"], file.name: file_digest(file)})
+    regrown = SystemFolder(pushed.path)
+    send(regrown, repo)
+    model = load(repo, revision=old)
+    model.unlearn([member(pushed, 1, 1)])
+    model.push_to_hub(repo.repo_id)
+    assert repo.state().stages[key]["files"][file.name] == file_digest(file)
+    assert load(repo, cache_dir=Path(constants.HF_HOME) / "fresh").check() == []
+
+
 # What the Hub refuses
 
 
@@ -386,6 +429,49 @@ def test_what_cannot_be_confirmed_comes_with_the_next_step(pushed, repo, hub):
     what = " / ".join(f"{problem}: {step}" for problem, step in report.unconfirmed)
     assert "refs/pr/1 may hold an old state" in what and "website" in what
     assert "until the Hub collects garbage" in what and "CDN" in what
+
+
+def test_an_outage_is_no_word_that_a_file_is_gone(pushed, repo, hub, monkeypatch):
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    look = erasure._look
+
+    def during_an_outage(*args):
+        hub.fail("*", "/resolve/", status=503, times=1000)
+        return look(*args)
+
+    monkeypatch.setattr(erasure, "_look", during_an_outage)
+    with pytest.raises(HubError):
+        erase(repo)
+    assert (state_folder(repo.repo_id) / "erasure.json").exists()
+    hub.faults.clear()
+    monkeypatch.setattr(erasure, "_look", look)
+    assert any("can be fetched" in line for line in erase(repo).confirmed)
+
+
+def test_what_is_pushed_during_an_erasure_stays(pushed, repo, hub, tmp_path, monkeypatch):
+    stage = pushed.plan.stages()[-1]
+    whole = SystemFolder(shutil.copytree(pushed.path, tmp_path / "whole"))
+    shutil.rmtree(pushed.path / stage.path)
+    send(SystemFolder(pushed.path), repo)
+    HfApi().delete_repo(repo.repo_id)
+    send(SystemFolder(pushed.path), repo)
+    squash = HfApi.super_squash_history
+
+    def push_first(self, *args, **kwargs):
+        send(whole, HubRepo(repo.repo_id))
+        return squash(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "super_squash_history", push_first)
+    erase(repo)
+    assert load(repo, preload="all", cache_dir=Path(constants.HF_HOME) / "fresh").check() == []
+
+
+def test_a_tag_that_stands_on_an_old_state_goes_too(pushed, repo):
+    apply(pushed, [member(pushed)])
+    send(pushed, repo)
+    repo.api.create_tag(repo.repo_id, tag="new")
+    assert erase(repo).refs_removed == ("refs/tags/new",)
 
 
 def test_a_dry_run_of_an_erasure_names_what_would_go(pushed, repo):
