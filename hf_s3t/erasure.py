@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from .errors import HubError
 from .files import make_folders, read_checked_json, write_checked_json
-from .hub import CARD_FILE, HubRepo, patiently, state_folder, status_of, told
+from .hub import CARD_FILE, HubRepo, patiently, remember, state_folder, status_of, told
 from .storage import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 
 
@@ -70,6 +70,7 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
     with told(repo.repo_id, "The erasure ended"):
         refs = patiently(repo.api.list_repo_refs, repo.repo_id, include_pull_requests=True)
         kept = _blobs(repo, "main")
+        _refuse_unpushed(repo)
         stale = [ref for ref in refs.branches if ref.name != "main" and _is_stale(repo, ref.ref, kept)]
         # A branch can be squashed; a tag keeps all that its commit stands on.
         stale += [ref for ref in refs.tags if any(_is_stale(repo, c, kept) for c in _history(repo, ref))]
@@ -100,6 +101,17 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
 
 
 _MESSAGE = "S3T system after a deletion"
+
+
+def _refuse_unpushed(repo: HubRepo) -> None:
+    """What the main branch still holds cannot be erased: a deletion is pushed first."""
+    published = repo.state().ledger
+    unpushed = remember(repo.repo_id, published).deleted - published.deleted
+    if unpushed:
+        raise HubError(
+            f"This machine knows of {len(unpushed)} deleted examples that {repo.repo_id} does not. Push the deletion "
+            "first: `model.push_to_hub(...)`, or `hf-s3t push` from its folder."
+        )
 
 
 def _report(repo, condemned, stale, confirmed, unconfirmed, dry_run=False) -> ErasureReport:

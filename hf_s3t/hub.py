@@ -317,7 +317,12 @@ def push(
             _take_in(folder, state, merge, repo.repo_id, dry_run)
             if on_merge is not None and folder.ledger.deleted != known:
                 on_merge()
-            added, deleted = _operations(folder, state, describe, repo)
+            try:
+                added, deleted = _operations(folder, state, describe, repo)
+            except FileNotFoundError:
+                # Another process deleted examples meanwhile, and with them stages.
+                folder.refresh()
+                continue
             if not dry_run:
                 remember(repo.repo_id, folder.ledger)
             if dry_run or not (added or deleted):
@@ -327,6 +332,7 @@ def push(
                 return _report(repo, HubState(commit, {}), added, deleted)
             # Somebody was first, or the answer was lost and this commit may be there: look again.
             merge = True
+            folder.refresh()
             time.sleep(min(0.25 * 2**attempt, _LONGEST_WAIT))
     raise HubError(
         f"{repo.repo_id} changed, or failed, at each of {_ATTEMPTS} attempts to push. Call again; what was uploaded "
@@ -435,6 +441,9 @@ def _is_there(entry: RepoFile | None, content: bytes | Path) -> bool:
 
 def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str | None:
     """The new commit, or `None` if what is there must be looked at again first."""
+    if not all(content.is_file() for content in added.values() if isinstance(content, Path)):
+        # Another process deleted examples meanwhile, and with them stages.
+        return None
     operations = [CommitOperationDelete(path_in_repo=path) for path in deleted]
     operations += [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
@@ -447,6 +456,8 @@ def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str
             return repo.api.create_commit(
                 repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
             ).oid
+    except FileNotFoundError:
+        return None
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
             return None

@@ -269,7 +269,8 @@ def test_a_pulled_system_is_the_system(pushed, repo, tmp_path, monkeypatch):
     assert make_trainer(pulled.path, rows=ROWS, config=s3t_config(**SETTINGS)).folder.table == pushed.table
 
 
-def test_a_fifth_of_a_larger_system_is_downloaded_to_serve_it(tmp_path, repo, hub):
+@pytest.mark.slow
+def test_a_quarter_of_the_adapters_of_a_larger_system_is_downloaded_to_serve_it(tmp_path, repo, hub):
     config = s3t_config(num_shards=5, num_slices=4, budget=4, partition="balanced")
     trainer = make_trainer(tmp_path / "large", tiny_llama(4), lm_rows(40), config=config)
     plant_stages(trainer)
@@ -447,6 +448,31 @@ def test_an_outage_is_no_word_that_a_file_is_gone(pushed, repo, hub, monkeypatch
     hub.faults.clear()
     monkeypatch.setattr(erasure, "_look", look)
     assert any("can be fetched" in line for line in erase(repo).confirmed)
+
+
+def test_a_deletion_is_pushed_before_it_is_erased(pushed, repo):
+    load(repo).unlearn([member(pushed)])
+    before = repo.api.list_repo_commits(repo.repo_id)
+    with pytest.raises(HubError, match="Push the deletion first"):
+        erase(repo)
+    assert repo.api.list_repo_commits(repo.repo_id) == before
+
+
+def test_a_deletion_by_another_process_during_a_push_is_taken_along(pushed, repo, monkeypatch):
+    HfApi().delete_repo(repo.repo_id)
+    create, raced = HfApi.create_commit, []
+
+    def race(self, *args, **kwargs):
+        if not raced:
+            raced.append(apply(SystemFolder(pushed.path), [member(pushed)]))
+        return create(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", race)
+    send(pushed, repo)
+    send(SystemFolder(pushed.path), repo)
+    state = repo.state()
+    assert state.ledger.num_deletions == 1
+    assert set(state.stages) == set(SystemFolder(pushed.path).valid_stages)
 
 
 def test_what_is_pushed_during_an_erasure_stays(pushed, repo, hub, tmp_path, monkeypatch):
