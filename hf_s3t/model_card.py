@@ -267,12 +267,24 @@ def _duration(seconds: float) -> str:
 # The picture
 
 
-_CELL, _GAP, _LEFT, _TOP = 34, 6, 74, 34
+# Size of a box, gaps between boxes and between the blocks of shards, margin around all; heights of names and legend.
+_CELL, _GAP, _APART, _MARGIN, _NAME, _LEGEND = 34, 6, 24, 14, 24, 44
+# Blocks stand side by side as far as a card is wide.
+_WIDEST = 900
+_LEGEND_WIDTH = 380
+_STYLE = (
+    # Named fonts, because not every program that draws knows one by the name sans-serif.
+    "text{font-family:Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:13px;fill:#333}"
+    ".name{font-weight:bold}"
+    ".live rect{fill:#2f6f9f}.live text{fill:#fff}"
+    ".gone rect{fill:#fff;stroke:#8c8c8c;stroke-dasharray:3 3}.gone text{fill:#666}"
+)
 
 
 def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
     """
-    An SVG picture of the stacks: a row for each sequence of each shard, a box for each stage with the slice it adds.
+    An SVG picture of the stacks: a block for each shard, in it a row for each sequence, in it a box for each stage
+    with the slice it adds.
 
     Args:
         plan ([`~hf_s3t.plan.Plan`]): The sequences.
@@ -294,42 +306,54 @@ def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
     (1, 3)
     ```
     """
-    rows, parts, y = [], [], _TOP
+    depth = max(len(sequence) for sequences in plan.sequences for sequence in sequences)
+    block = depth * (_CELL + _GAP) - _GAP
+    columns = min(len(plan.sequences), max(1, (_WIDEST - 2 * _MARGIN + _APART) // (block + _APART)))
+    parts, top, bottom = [], _MARGIN, 0
     for shard, sequences in enumerate(plan.sequences):
-        parts.append(f'<text x="8" y="{y + 22}" class="name">shard {shard}</text>')
-        for sequence in sequences:
-            for depth in range(1, len(sequence) + 1):
-                key = StageKey(shard, sequence[:depth])
-                rows.append(_box(_LEFT + (depth - 1) * (_CELL + _GAP), y, sequence[depth - 1], key in valid))
-            y += _CELL + _GAP
-        y += 2 * _GAP
-    width = _LEFT + max(len(s) for group in plan.sequences for s in group) * (_CELL + _GAP) + 8
-    width, height = max(width, 300), y + 20
+        if shard % columns == 0:
+            top = bottom + _MARGIN
+        left = _MARGIN + shard % columns * (block + _APART)
+        parts.append(f'<text x="{left}" y="{top + 14}" class="name">shard {shard}</text>')
+        for row, sequence in enumerate(sequences):
+            for number, slice_ in enumerate(sequence):
+                x, y = left + number * (_CELL + _GAP), top + _NAME + row * (_CELL + _GAP)
+                parts.append(_box(x, y, _CELL, slice_, StageKey(shard, sequence[: number + 1]) in valid))
+        bottom = max(bottom, top + _NAME + len(sequences) * (_CELL + _GAP))
+    width = max(columns * (block + _APART) - _APART, _LEGEND_WIDTH) + 2 * _MARGIN
+    height = bottom + _LEGEND + _MARGIN
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
             f'height="{height}" role="img" aria-label="Stacks of the system, live and gone">',
-            "<style>text{font:13px sans-serif;fill:#333}.axis{font-size:11px;fill:#666}"
-            ".live rect{fill:#2f6f9f}.live text{fill:#fff}"
-            ".gone rect{fill:#fff;stroke:#b3b3b3;stroke-dasharray:3 3}.gone text{fill:#999}</style>",
+            f"<style>{_STYLE}</style>",
             f'<rect width="{width}" height="{height}" fill="#fff"/>',
-            f'<text x="{_LEFT}" y="20" class="axis">depth 1 → {plan_depth(plan)}; number: the slice added</text>',
             *parts,
-            *rows,
-            f'<text x="8" y="{height - 6}" class="axis">filled: live, dashed: gone or not trained</text>',
+            *_legend(bottom + _MARGIN, depth),
             "</svg>",
             "",
         ]
     )
 
 
-def plan_depth(plan: Plan) -> int:
-    """The depth of a full stack."""
-    return max(len(sequence) for sequences in plan.sequences for sequence in sequences)
+def _legend(y: int, depth: int) -> list[str]:
+    size, baseline = 16, y + 13
+    swatches = [
+        f'<rect x="{_MARGIN}" y="{y}" width="{size}" height="{size}" rx="3" fill="#2f6f9f"/>',
+        f'<rect x="{_MARGIN + 58}" y="{y}" width="{size}" height="{size}" rx="3" fill="#fff" stroke="#8c8c8c" '
+        'stroke-dasharray="3 3"/>',
+    ]
+    texts = [
+        (_MARGIN + 22, baseline, "live"),
+        (_MARGIN + 80, baseline, "gone or not trained"),
+        (_MARGIN, baseline + 24, f"row: a sequence, depth 1 to {depth}; number: the slice added"),
+    ]
+    return swatches + [f'<text x="{x}" y="{line}">{text}</text>' for x, line, text in texts]
 
 
-def _box(x: int, y: int, slice_: int, live: bool) -> str:
+def _box(x: int, y: int, size: int, slice_: int, live: bool) -> str:
+    middle = x + size / 2
     return (
-        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="4"/>'
-        f'<text x="{x + _CELL / 2:g}" y="{y + 22}" text-anchor="middle">{slice_}</text></g>'
+        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
+        f'<text x="{middle:g}" y="{y + size // 2 + 5}" text-anchor="middle">{slice_}</text></g>'
     )

@@ -36,16 +36,35 @@ def test_a_configuration_s_card_has_metadata_and_no_hole(name):
     assert "{{" not in card.text and "None" not in card.text and "| |\n" not in card.text.replace("| | |\n", "")
 
 
-@pytest.mark.parametrize("config", [S3TConfig(num_slices=3), S3TConfig(num_shards=2, num_slices=4, budget=3)])
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        S3TConfig(num_slices=3),
+        S3TConfig(num_shards=2, num_slices=4, budget=3),
+        S3TConfig(num_shards=5, num_slices=4, budget=4),
+        S3TConfig(num_shards=12, num_slices=12, budget=2),
+    ],
+    ids=lambda config: f"{config.num_shards}x{config.num_slices}",
+)
 def test_a_picture_has_a_box_for_each_stage_inside_its_frame(config):
     plan = Plan.from_config(config)
     picture = ElementTree.fromstring(render_diagram(plan, frozenset(plan.stages())))
     width, height = float(picture.get("width")), float(picture.get("height"))
-    boxes = [box for box in picture.iter("{http://www.w3.org/2000/svg}rect") if box.get("x")]
+    boxes = [group.find(f"{SVG}rect") for group in picture.iter(f"{SVG}g")]
     assert len(boxes) == sum(len(sequence) for sequences in plan.sequences for sequence in sequences)
-    for box in boxes:
-        assert 0 < float(box.get("x")) and float(box.get("x")) + float(box.get("width")) <= width
-        assert 0 < float(box.get("y")) and float(box.get("y")) + float(box.get("height")) <= height
+    places = [tuple(float(box.get(name)) for name in ("x", "y", "width", "height")) for box in boxes]
+    for x, y, wide, high in places:
+        assert 0 < x and x + wide <= width and 0 < y and y + high <= height
+        # No other box lies over it.
+        assert sum(abs(x - other) < wide and abs(y - below) < high for other, below, *_ in places) == 1
+    # As wide as a card has room for; a letter is about 8 wide, and each line of text must end inside the picture.
+    assert width <= 900
+    for text in picture.iter(f"{SVG}text"):
+        start = float(text.get("x")) - (4 * len(text.text) if text.get("text-anchor") else 0)
+        assert start > 0 and start + 7.2 * len(text.text) <= width and float(text.get("y")) < height
 
 
 def test_a_picture_tells_live_from_gone():
