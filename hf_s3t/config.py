@@ -10,11 +10,15 @@ from .errors import ConfigError, FormatVersionError
 
 
 FORMAT_VERSION = 1
-SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random", "sorted-cyclic")
+SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random", "sorted-cyclic", "optimal")
+# "optimal" sums over all pairs of sets of slices.
+OPTIMAL_MOST_SLICES = 8
 PARTITIONS = ("balanced", "hashed", "column")
 AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
 SELECTIONS = ("longest", "metric", "all")
 KEEP_IDS = ("plain", "digest")
+GROWTHS = ("top-down", "bottom-up")
+STAGE_DATA = ("cumulative", "slice")
 # Far beyond what anybody trains; a config from elsewhere must not fill the memory before it is refused.
 _LARGEST_PLAN = 2_000_000
 _LARGEST_HORIZON = 10**9
@@ -36,17 +40,18 @@ class S3TConfig:
         budget (`int`, *optional*):
             Number of sequences `B` trained per shard. Defaults to `num_slices`, where the deletion rate saturates.
         layers_per_slice (`int` or `list[int]`, *optional*):
-            Transformer layers that each stage adapts, top first. Defaults to (number of layers) // `num_slices`; the
-            lowest layers left over never carry an adapter. A list gives every stage its own number.
+            Transformer layers that each stage adapts. Defaults to (number of layers) // `num_slices`; the
+            lowest layers left over never carry an adapter. A list gives every stage its own number, first stage first.
         sequence_selection (`str` or list of permutations, defaults to `"cyclic"`):
             How the sequences are chosen: `"cyclic"` (rotations spaced `L / B` apart), `"cyclic-paper"` (Algorithm 1 as
-            published), `"bms"` (Algorithm 2), `"conditional"`, `"random"`, `"sorted-cyclic"`, or the sequences
-            themselves: a list of permutations for every shard, or one such list per shard.
+            published), `"bms"` (Algorithm 2), `"conditional"`, `"random"`, `"sorted-cyclic"`, `"optimal"` (a search
+            for the greatest exact depth, up to 8 slices), or the sequences themselves: a list of permutations for
+            every shard, or one such list per shard.
         deletion_prior (`list[float]` or `list[list[float]]`, *optional*):
             Probability that a deletion request hits each slice of a shard, summing to one; one list for all shards or
             one per shard.
         score_horizon (`int`, defaults to 100):
-            The number of deletions `t` in the score of a sequence.
+            The number of deletions `t` in the score of a sequence; `"optimal"` averages the depth over as many.
         id_column (`str`, *optional*):
             Column with a unique integer or string per example. Without it ids are row numbers, which shift when rows
             leave the dataset: an audit on a dataset without the deleted rows needs an id column.
@@ -74,6 +79,12 @@ class S3TConfig:
             (`"metric"`), or the longest of every sequence together (`"all"`).
         base_is_public (`bool`, defaults to `False`):
             States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
+        growth (`str`, defaults to `"top-down"`):
+            Where the first stage adapts layers, and where the others go from there: `"top-down"`, the paper's method,
+            or `"bottom-up"`, its ablation (section C.2), where the layers left over are the topmost.
+        stage_data (`str`, defaults to `"cumulative"`):
+            What a stage is trained on: all slices of its prefix (`"cumulative"`, the paper's method), or the last one
+            only (`"slice"`, its ablation of one slice per layer group, section C.2).
         seed (`int`, defaults to 42):
             The one seed of the system: partition, sequences, and every stage's randomness are hashed from it.
 
@@ -103,7 +114,9 @@ class S3TConfig:
     )
     sequence_selection: str | list = field(
         default="cyclic",
-        metadata={"help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, or explicit permutations."},
+        metadata={
+            "help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, optimal, or explicit permutations."
+        },
     )
     deletion_prior: list | None = field(
         default=None, metadata={"help": "Deletion probability of each slice: one list, or one list per shard."}
@@ -131,6 +144,12 @@ class S3TConfig:
     base_is_public: bool = field(
         default=False, metadata={"help": "The data a GPTQ or AWQ base was calibrated on can never be deleted."}
     )
+    growth: str = field(
+        default="top-down", metadata={"help": "top-down, or bottom-up: which layers the first stage adapts."}
+    )
+    stage_data: str = field(
+        default="cumulative", metadata={"help": "cumulative, or slice: a stage trains on its last slice only."}
+    )
     seed: int = field(default=42, metadata={"help": "The one seed of the system; overrides seed and data_seed."})
 
     def __post_init__(self):
@@ -141,6 +160,8 @@ class S3TConfig:
         require_choice("partition", self.partition, PARTITIONS)
         require_choice("select", self.select, SELECTIONS)
         require_choice("keep_ids", self.keep_ids, KEEP_IDS)
+        require_choice("growth", self.growth, GROWTHS)
+        require_choice("stage_data", self.stage_data, STAGE_DATA)
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
         self._check_layers_per_slice()
@@ -218,6 +239,11 @@ class S3TConfig:
                 f'sequence_selection="{self.sequence_selection}" needs `deletion_prior`, the probability of each '
                 'slice to be hit. Give it, or use "cyclic", which assumes nothing.'
             )
+        if self.sequence_selection == "optimal" and self.num_slices > OPTIMAL_MOST_SLICES:
+            raise ConfigError(
+                f'sequence_selection="optimal" searches over at most {OPTIMAL_MOST_SLICES} slices, got num_slices='
+                f'{self.num_slices}. Use "cyclic", or "bms" with a prior.'
+            )
         if self.sequence_selection in ("bms", "sorted-cyclic") and self.budget > self.num_slices:
             raise ConfigError(
                 f'sequence_selection="{self.sequence_selection}" selects at most num_slices={self.num_slices} '
@@ -283,6 +309,10 @@ class S3TConfig:
         if self.deletion_prior is None or not isinstance(self.deletion_prior[0], list):
             return self.deletion_prior
         return self.deletion_prior[shard]
+
+    def slices_trained_on(self, prefix: tuple[int, ...]) -> tuple[int, ...]:
+        """The slices of a prefix whose examples its stage is trained on; what it stands on saw the others."""
+        return prefix if self.stage_data == "cumulative" else prefix[-1:]
 
     def explicit_sequences_of(self, shard: int) -> list[list[int]] | None:
         """The sequences the user listed for one shard, or `None` if a rule chooses them."""

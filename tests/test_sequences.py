@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_s3t.config import SEQUENCE_SELECTIONS
+from hf_s3t.config import SEQUENCE_SELECTIONS, S3TConfig
 from hf_s3t.errors import ConfigError
+from hf_s3t.optimal_sequences import mean_depth_weights
 from hf_s3t.sequences import check_sequences, mean_edit_distance, score, select_sequences
 
 
@@ -205,6 +206,93 @@ class TestMatching:
             assert np.mean([score(q, prior, 100) for q in matched]) > by_chance
 
 
+def depth_after_hits(sequences, hit) -> int:
+    """What the shard serves: the longest prefix of any sequence without a hit slice."""
+    return max(next((i for i, s in enumerate(q) if s in hit), len(q)) for q in sequences)
+
+
+def mean_depth(sequences, prior, horizon) -> float:
+    """The mean depth over the first requests, one request at a time over the sets of slices hit so far."""
+    chance, total = {frozenset(): 1.0}, 0.0
+    for _ in range(horizon):
+        after = Counter()
+        for hit, weight in chance.items():
+            for s, p in enumerate(prior):
+                after[hit | {s}] += weight * p
+        chance = after
+        total += sum(weight * depth_after_hits(sequences, hit) for hit, weight in chance.items())
+    return total / horizon
+
+
+class TestOptimal:
+    @pytest.mark.parametrize("size, budget", [(3, 2), (4, 1), (4, 2), (4, 3)])
+    @pytest.mark.parametrize("horizon", [2, 12])
+    def test_no_set_of_sequences_is_deeper(self, size, budget, horizon):
+        for prior in ([1 / size] * size, np.random.default_rng(size).dirichlet(np.ones(size)).tolist()):
+            weights = mean_depth_weights(prior, horizon)
+            masks = [{s for s in range(size) if mask >> s & 1} for mask in range(1 << size)]
+            table = {
+                q: np.array([depth_after_hits([q], hit) for hit in masks]) for q in itertools.permutations(range(size))
+            }
+
+            def value(sequences, weights=weights, table=table):
+                return weights @ np.max([table[q] for q in sequences], axis=0) / horizon
+
+            best = max(map(value, itertools.combinations(table, budget)))
+            found = select_sequences(size, budget, "optimal", prior, horizon)
+            assert value(found) == pytest.approx(best, rel=1e-9)
+            assert value(found) == pytest.approx(mean_depth(found, prior, horizon), rel=1e-12)
+
+    @given(st.integers(2, 6).flatmap(priors), st.integers(1, 20))
+    @settings(max_examples=15)
+    def test_is_as_deep_as_every_other_rule(self, prior, horizon):
+        size = len(prior)
+        budget = max(1, size - 1)
+        found = mean_depth(select_sequences(size, budget, "optimal", prior, horizon), prior, horizon)
+        for method in ("cyclic", "bms", "sorted-cyclic"):
+            others = select_sequences(size, budget, method, prior, horizon)
+            assert found >= mean_depth(others, prior, horizon) * (1 - 1e-9)
+
+    def test_one_sequence_takes_the_safest_slices_first(self):
+        assert select_sequences(4, 1, "optimal", FIGURE_4) == [(3, 2, 1, 0)]
+
+    def test_gains_over_the_other_rules(self):
+        prior = [0.02, 0.03, 0.05, 0.1, 0.2, 0.6]
+        deep = {m: mean_depth(select_sequences(6, 4, m, prior), prior, 20) for m in ("cyclic", "bms", "optimal")}
+        assert deep["optimal"] > 1.02 * max(deep["cyclic"], deep["bms"])
+
+    def test_without_a_prior_it_is_uniform(self):
+        assert select_sequences(5, 4, "optimal") == select_sequences(5, 4, "optimal", [0.2] * 5)
+
+    def test_beyond_what_helps_it_makes_up_the_number(self):
+        found = select_sequences(4, 20, "optimal")
+        # Symmetric chains cover all sets of slices by 6 sequences: with more, nothing can be deeper.
+        assert mean_depth(found, [0.25] * 4, 5) == pytest.approx(
+            mean_depth(list(itertools.permutations(range(4))), [0.25] * 4, 5)
+        )
+
+    @pytest.mark.parametrize("horizon", [0, 1, 10**9])
+    def test_takes_any_horizon(self, horizon):
+        prior = [0.5, 0.3, 0.2, 0.0, 0.0]
+        assert len(set(select_sequences(5, 3, "optimal", prior, horizon))) == 3
+
+    @pytest.mark.parametrize("horizon", [0, 1, 2, 7, 30])
+    def test_its_weights_are_those_of_one_request_at_a_time(self, horizon):
+        chance, expected = np.eye(16)[0], np.zeros(16)
+        for _ in range(horizon):
+            after = np.zeros(16)
+            for state, s in itertools.product(range(16), range(4)):
+                after[state | 1 << s] += chance[state] * FIGURE_4[s]
+            chance = after
+            expected += chance
+        assert mean_depth_weights(FIGURE_4, horizon) == pytest.approx(expected, rel=1e-12)
+
+    def test_a_config_takes_it_and_refuses_too_many_slices(self):
+        assert S3TConfig(num_slices=8, sequence_selection="optimal").budget == 8
+        with pytest.raises(ConfigError, match="at most 8 slices, got num_slices=9"):
+            S3TConfig(num_slices=9, sequence_selection="optimal")
+
+
 class TestSortedCyclic:
     def test_rotates_the_slices_sorted_by_probability(self):
         assert select_sequences(4, 4, "sorted-cyclic", FIGURE_4) == [
@@ -313,6 +401,7 @@ class TestWrongInput:
             (dict(num_slices=3, budget=7, method="conditional", prior=[0.2, 0.3, 0.5]), "only 6 permutations"),
             (dict(num_slices=4, budget=5, method="bms", prior=FIGURE_4), "at most num_slices=4"),
             (dict(num_slices=4, budget=5, method="sorted-cyclic", prior=FIGURE_4), "at most num_slices=4"),
+            (dict(num_slices=9, budget=4, method="optimal"), "num_slices=9.*at most 8 slices. Use"),
             (dict(num_slices=4, budget=4, method="bms"), "needs the probability of each slice"),
             (dict(num_slices=3, budget=3, method="bms", prior=FIGURE_4), "has 4 entries"),
             (dict(num_slices=2, budget=2, method="bms", prior=[0.5, 0.6]), "sums to 1.1"),
