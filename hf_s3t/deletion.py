@@ -77,7 +77,7 @@ def preview(
     """
     folder.refresh_ledger()
     request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
-    removed = _touched(folder, request)
+    removed = _touched(folder, request, folder.condemned_stages())
     before = folder.valid_stages
     after = before.difference(removed)
     depths = serving_depths(folder, after)
@@ -189,10 +189,13 @@ def record(
         [`RecordedDeletion`]: What was recorded. A request of which nothing is in writes nothing.
     """
     request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
+    condemned = folder.condemned_stages()
     if request.present:
         groups = dict.fromkeys([*request.groups, *_emptied(folder, request.present)])
-        folder.record_deletion(request.present, _touched(folder, request), library_versions(), groups)
-    return RecordedDeletion(request, duplicates, folder.condemned_stages())
+        touched = _touched(folder, request, condemned)
+        folder.record_deletion(request.present, touched, library_versions(), groups)
+        condemned = sorted({*condemned, *touched})
+    return RecordedDeletion(request, duplicates, condemned)
 
 
 def resolve(
@@ -223,11 +226,10 @@ def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
     return [g for g in named if g is not None and gone.issuperset(folder.table.groups[g])]
 
 
-def _touched(folder: SystemFolder, request: Request) -> list[StageKey]:
+def _touched(folder: SystemFolder, request: Request, condemned: Collection[StageKey]) -> list[StageKey]:
     # What an earlier deletion condemned goes in its name, not in that of this one.
-    condemned = set(folder.condemned_stages())
-    standing = [key for key in folder.stages if key not in condemned]
-    return folder.plan.removed_by(folder.table.places(request.present), standing)
+    standing = set(folder.stages).difference(condemned)
+    return sorted(folder.plan.removed_by(folder.table.places(request.present), standing))
 
 
 # Ids as texts

@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from .config import S3TConfig
 from .errors import FolderError
@@ -16,8 +17,7 @@ _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
 _PATH = re.compile(rf"stages/shard-({_NUMBER})/({_NUMBER}(?:-{_NUMBER})*)")
 
 
-@dataclass(frozen=True, order=True)
-class StageKey:
+class StageKey(NamedTuple):
     """
     The address of a stage: a shard and the slices it is trained on, in the order they were added.
 
@@ -140,13 +140,14 @@ class Plan:
     @cached_property
     def _ordered(self) -> tuple[StageKey, ...]:
         # A dict keeps the order of first use, so a parent precedes its children and shared prefixes appear once.
+        return tuple(dict.fromkeys(key for stacks in self._stacks for stack in stacks for key in stack))
+
+    @cached_property
+    def _stacks(self) -> tuple[tuple[tuple[StageKey, ...], ...], ...]:
+        """Per shard and sequence, its stages: made once, as every deletion looks at all of them."""
         return tuple(
-            dict.fromkeys(
-                key
-                for shard, sequences in enumerate(self.sequences)
-                for sequence in sequences
-                for key in StageKey(shard, sequence).lineage
-            )
+            tuple(StageKey(shard, sequence).lineage for sequence in sequences)
+            for shard, sequences in enumerate(self.sequences)
         )
 
     @cached_property
@@ -168,7 +169,7 @@ class Plan:
         Args:
             empty (collection of `(shard, slice)`): Slices that deletions have emptied; a sequence ends before one.
         """
-        return [key for key in self._ordered if not key.saw(empty)]
+        return [key for key in self._ordered if not key.saw(empty)] if empty else list(self._ordered)
 
     def missing(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> list[StageKey]:
         """The stages that `train()` has to make, in training order."""
@@ -180,10 +181,7 @@ class Plan:
 
     def depths(self, valid: Collection[StageKey]) -> list[list[int]]:
         """Per shard and sequence, the length of the longest prefix whose stages are all valid."""
-        return [
-            [_valid_depth(StageKey(shard, sequence), valid) for sequence in sequences]
-            for shard, sequences in enumerate(self.sequences)
-        ]
+        return [[_valid_depth(stack, valid) for stack in stacks] for stacks in self._stacks]
 
     def served(
         self,
@@ -234,13 +232,8 @@ def _rank(loss: float | None) -> float:
     return float("inf") if loss is None or loss != loss else loss
 
 
-def _valid_depth(tip: StageKey, valid: Collection[StageKey]) -> int:
-    depth = 0
-    for key in tip.lineage:
-        if key not in valid:
-            break
-        depth = key.depth
-    return depth
+def _valid_depth(stack: Sequence[StageKey], valid: Collection[StageKey]) -> int:
+    return next((depth for depth, key in enumerate(stack) if key not in valid), len(stack))
 
 
 def relative_cost(key: StageKey, num_examples: int, num_layers: int, layers_below: int) -> float:

@@ -3,10 +3,11 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from filelock import FileLock
@@ -16,8 +17,10 @@ from .errors import FolderError, FormatVersionError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames
 from .files import (
     check_digest,
+    digested_json,
     explained,
     file_digest,
+    forgeries_told,
     make_folders,
     read_checked_json,
     remove,
@@ -45,10 +48,10 @@ _IN_FORCE = (
     "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
     "finishes the removal."
 )
-# The card and what tokenizers, image processors and the Hub's client write beside a system.
+# The card, its picture, and what tokenizers, image processors and the Hub's client write beside a system.
 COMPANIONS = frozenset(
     """
-    README.md LICENSE .gitattributes .gitignore .cache
+    README.md stacks.svg LICENSE .gitattributes .gitignore .cache
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
     sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm
@@ -78,9 +81,10 @@ class SystemFolder:
                 f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
                 "or the folder of `save_pretrained`."
             )
-        self._begin(self.path / CONFIG_FILE)
-        self._use(DigestKey.load(self.path))
-        self.refresh()
+        with forgeries_told(self.path, "`hf-s3t check` says where; restore the folder from a backup."):
+            self._begin(self.path / CONFIG_FILE)
+            self._use(DigestKey.load(self.path))
+            self.refresh()
 
     def _begin(self, config_file: Path) -> None:
         self.record = read_checked_json(config_file)
@@ -265,12 +269,28 @@ class SystemFolder:
 
     def companions(self) -> dict[str, Path]:
         """The files of the tokenizer or processor that lie beside the system, by their names."""
-        found = {name: self.path / name for name in sorted(COMPANIONS - {"README.md", ".gitattributes", ".gitignore"})}
+        ours = {"README.md", "stacks.svg", ".gitattributes", ".gitignore"}
+        found = {name: self.path / name for name in sorted(COMPANIONS - ours)}
         return {name: path for name, path in found.items() if path.is_file()}
 
     def config_bytes(self) -> bytes:
-        """`s3t_config.json` as it was written."""
-        return (self.path / CONFIG_FILE).read_bytes()
+        """`s3t_config.json` as others may have it: of a base that is a folder of this machine, only the name."""
+        base = self.record["base_model"]
+        if base.get("id") is None or self.base_id is not None:
+            return (self.path / CONFIG_FILE).read_bytes()
+        name = PureWindowsPath(base["id"]).name
+        return digested_json({**self.record, "base_model": {**base, "id": None, "folder": name}})
+
+    @property
+    def base_id(self) -> str | None:
+        """The id that others can load the base by; `None` if it is a folder of this machine, or was made in memory."""
+        base = self.record["base_model"]
+        base_id = base.get("id")
+        # What came from the Hub came in a revision of it.
+        if not base_id or base.get("revision"):
+            return base_id
+        is_path = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_id) is None
+        return None if is_path or os.path.isdir(base_id) else base_id
 
     def prepare(self) -> None:
         """Compute now what the first deletion would otherwise wait for."""
@@ -523,9 +543,7 @@ class SystemFolder:
 
     def _read_rows(self) -> tuple[dict[int | str, Example], str]:
         rows, pin = read_table(self.path / TABLE_FILE)
-        config = self.config
-        if any(not (0 <= r.shard < config.num_shards and 0 <= r.slice < config.num_slices) for r in rows.values()):
-            raise FolderError(f"{self.path / TABLE_FILE} places examples outside the system's shards and slices.")
+        check_rows(self.path / TABLE_FILE, rows, self.config)
         return rows, pin
 
     def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
@@ -555,21 +573,19 @@ class SystemFolder:
                     raise
 
     def _stage_folders(self, root: Path) -> Iterator[StageKey]:
-        for shard in sorted(root.glob("shard-*")):
-            if not shard.is_dir():
-                raise FolderError(f"{shard} is a file, expected a folder of stages. Remove it.")
-            for name in sorted(os.listdir(shard)):
+        # Not by glob, which looks at every file's type: a deletion waits for this.
+        shards = os.listdir(root) if root.is_dir() else []
+        for shard in sorted(name for name in shards if name.startswith("shard-")):
+            try:
+                names = os.listdir(root / shard)
+            except NotADirectoryError:
+                raise FolderError(f"{root / shard} is a file, expected a folder of stages. Remove it.") from None
+            for name in sorted(names):
                 if not name.startswith("."):
-                    yield StageKey.from_path(f"{STAGES}/{shard.name}/{name}")
+                    yield StageKey.from_path(f"{STAGES}/{shard}/{name}")
 
     def _read_stage(self, key: StageKey) -> dict[str, Any]:
-        record = read_checked_json(self.path / key.path / STAGE_FILE)
-        if record.get("stage") != str(key):
-            raise FolderError(
-                f"{self.path / key.path} holds the stage {record.get('stage')!r}: folders were swapped or renamed. "
-                "Move it back, or remove it and call `train()` to grow it again."
-            )
-        return record
+        return checked_stage(self.path / key.path, key, read_checked_json(self.path / key.path / STAGE_FILE))
 
     def _finish_removal(self, behind: bool) -> None:
         """Remove what a deletion condemned and what an interrupted write or removal left behind."""
@@ -633,3 +649,71 @@ class SystemFolder:
         for name, digest in files.items():
             check_digest(folder / name, digest)
         return record
+
+
+# What is read may come from anywhere
+
+
+def check_rows(file: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:
+    """
+    Check that the rows of a table are examples.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If one is not, or lies outside the system's shards and slices.
+    """
+    if not all(_is_row(example_id, row, config) for example_id, row in rows.items()):
+        raise FolderError(
+            f"{file} holds rows that are no examples of this system's shards and slices. Restore it from a backup."
+        )
+
+
+def _is_row(example_id: Any, row: Any, config: S3TConfig) -> bool:
+    return (
+        isinstance(example_id, (int, str))
+        and not isinstance(example_id, bool)
+        and isinstance(row.shard, int)
+        and isinstance(row.slice, int)
+        and isinstance(row.digest, str)
+        and isinstance(row.group, (int, str, type(None)))
+        and 0 <= row.shard < config.num_shards
+        and 0 <= row.slice < config.num_slices
+    )
+
+
+def checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What `stage.json` says.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If it lies elsewhere than it says, or has not the form it was written in.
+    """
+    if record.get("stage") != str(key):
+        raise FolderError(
+            f"{folder} holds the stage {record.get('stage')!r}: folders were swapped or renamed. Move "
+            "it back, or remove it and call `train()` to grow it again."
+        )
+    if not is_stage_record(record):
+        raise FolderError(
+            f"{folder / STAGE_FILE} does not say what the record of a stage says, or names other files than "
+            f"{ADAPTER_FILE} and {ADAPTER_CONFIG_FILE}. Remove the folder and call `train()` to grow it again."
+        )
+    return dict(record)
+
+
+def is_stage_record(record: Mapping[str, Any]) -> bool:
+    """Whether what is said of a stage has the form in which it is written."""
+    files, slices, metrics = record.get("files"), record.get("slices"), record.get("metrics")
+    return (
+        isinstance(files, dict)
+        and set(files) == {ADAPTER_FILE, ADAPTER_CONFIG_FILE}
+        and _are_texts(files.values())
+        and isinstance(slices, list)
+        and _are_texts(slices)
+        and "below" in record
+        and isinstance(metrics, dict)
+        and isinstance(metrics.get("eval_loss", 0.0), (int, float))
+    )
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

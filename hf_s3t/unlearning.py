@@ -111,7 +111,9 @@ class Unlearning:
         routing = self._routing_of(valid)
         # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
         # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
-        lock_seconds = 0.0 if self._routing.stages <= present else calls.switch(self._routing_of(present))
+        lock_seconds = 0.0
+        if not self._routing.stages <= present:
+            lock_seconds = calls.switch(routing if routing.stages <= present else self._routing_of(present))
         # What serves from here on is valid; new calls need not wait for what follows.
         self._followed = followed
         gone = frozenset(stack.loaded) - present
