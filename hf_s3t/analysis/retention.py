@@ -1,10 +1,15 @@
-"""How much of a shard is left after some deletion requests hit it (Lemma 2): the exact values and the paper's."""
+"""
+How much of a shard is left after some deletion requests hit it (Lemma 2): exact, simulated, and as in the paper.
+
+A shard serves the longest prefix of any of its sequences that holds no slice that was hit. With `H` the set of slices
+hit, this depth is a function of `H`, and there are only `2 ** L` of them.
+"""
 
 import math
 
 import numpy as np
 
-from ..config import require_int
+from ..config import check_prior, require_int
 from ..errors import ConfigError
 from ..sequences import check_sequences
 
@@ -13,7 +18,13 @@ from ..sequences import check_sequences
 _MOST_BITS = 20
 
 
-def retention(sequences: list[tuple[int, ...]], hits: int, at_least: int) -> float:
+# Simulated requests that are held in memory at once.
+_BLOCK = 1 << 20
+
+
+def retention(
+    sequences: list[tuple[int, ...]], hits: int, at_least: int, *, prior: list[float] | None = None
+) -> float:
     """
     Probability that some sequence of a shard keeps a number of slices after requests that hit the shard.
 
@@ -24,9 +35,11 @@ def retention(sequences: list[tuple[int, ...]], hits: int, at_least: int) -> flo
         sequences (`list[tuple[int, ...]]`):
             The sequences of the shard.
         hits (`int`):
-            Number of requests `r`, each hitting any slice of the shard with equal probability.
+            Number of requests `r` that hit the shard, independently of each other.
         at_least (`int`):
             Number of slices `k` that a sequence must keep: none of its first `k` slices was hit.
+        prior (`list[float]`, *optional*):
+            Probability that such a request hits each slice; uniform if not given.
 
     Returns:
         `float`: The probability.
@@ -48,15 +61,118 @@ def retention(sequences: list[tuple[int, ...]], hits: int, at_least: int) -> flo
     sequences = check_sequences(sequences)
     num_slices = len(sequences[0])
     _check_numbers(num_slices, hits, at_least)
-    kept = {frozenset(sequence[:at_least]) for sequence in sequences}
+    prior = _checked_prior(prior, num_slices)
     if num_slices <= _MOST_BITS:
-        return _over_hit_sets(kept, num_slices, hits)
+        return _mean_over_hit_sets(_depths_of_hit_sets(sequences) >= at_least, num_slices, hits, prior)
+    kept = {frozenset(sequence[:at_least]) for sequence in sequences}
     if len(kept) <= _MOST_BITS:
-        return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits)
+        return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits, prior)
     raise ConfigError(
         f"Got {num_slices} slices and {len(kept)} different sets of first {at_least} slices; exact retention needs "
         f"at most {_MOST_BITS} of either. Give fewer sequences, or sample the hits."
     )
+
+
+def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[float] | None = None) -> float:
+    """
+    Expected depth that a shard serves after requests that hit it, exactly: `sum over k = 1..L` of the [`retention`].
+
+    Args:
+        sequences (`list[tuple[int, ...]]`):
+            The sequences of the shard, over at most 20 slices.
+        hits (`int`):
+            Number of requests `r` that hit the shard, independently of each other.
+        prior (`list[float]`, *optional*):
+            Probability that such a request hits each slice; uniform if not given.
+
+    Returns:
+        `float`: The expected number of slices of the longest surviving prefix, 0 for a dead shard.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If an argument is out of range, or there are more than 20 slices.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.analysis import expected_depth
+    >>> from hf_s3t.sequences import select_sequences
+
+    >>> expected_depth(select_sequences(4, 4), hits=1)
+    3.0
+    >>> round(expected_depth(select_sequences(4, 4), hits=4), 3)
+    1.234
+    ```
+    """
+    sequences = check_sequences(sequences)
+    num_slices = len(sequences[0])
+    _check_numbers(num_slices, hits, 0)
+    prior = _checked_prior(prior, num_slices)
+    if num_slices > _MOST_BITS:
+        raise ConfigError(
+            f"Got {num_slices} slices; the exact depth is a sum over their subsets, for at most {_MOST_BITS} of them. "
+            "Take the mean of `simulate_depths`."
+        )
+    return _mean_over_hit_sets(_depths_of_hit_sets(sequences), num_slices, hits, prior)
+
+
+def simulate_depths(
+    sequences: list[tuple[int, ...]],
+    hits: int,
+    *,
+    prior: list[float] | None = None,
+    runs: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    Draw depths that a shard serves after requests that hit it, for any number of slices.
+
+    Their mean is [`expected_depth`], the share of those of at least `k` is [`retention`].
+
+    Args:
+        sequences (`list[tuple[int, ...]]`):
+            The sequences of the shard.
+        hits (`int`):
+            Number of requests `r` that hit the shard, independently of each other.
+        prior (`list[float]`, *optional*):
+            Probability that such a request hits each slice; uniform if not given.
+        runs (`int`, defaults to 1000):
+            Number of depths.
+        seed (`int`, defaults to 0):
+            Seed of the draws.
+
+    Returns:
+        `np.ndarray`: `runs` whole numbers from 0 to the number of slices.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If an argument is out of range.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.analysis import simulate_depths
+
+    >>> simulate_depths([(0, 1, 2)], hits=0, runs=4)
+    array([3, 3, 3, 3])
+    ```
+    """
+    sequences = np.array(check_sequences(sequences))
+    num_slices = sequences.shape[1]
+    _check_numbers(num_slices, hits, 0)
+    require_int("runs", runs, 1)
+    require_int("seed", seed, 0)
+    prior = _checked_prior(prior, num_slices)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // max(1, hits, sequences.size))
+    depths = []
+    for done in range(0, runs, block):
+        count = min(block, runs - done)
+        hit = np.zeros((count, num_slices + 1), dtype=bool)
+        # A column more, hit in every run: a sequence of which nothing was hit ends there.
+        hit[:, -1] = True
+        np.put_along_axis(hit, rng.choice(num_slices, size=(count, hits), p=prior), True, axis=1)
+        ends = np.pad(sequences, ((0, 0), (0, 1)), constant_values=num_slices)
+        depths.append(hit[:, ends].argmax(axis=2).max(axis=1))
+    return np.concatenate(depths)
 
 
 def retention_random(num_slices: int, budget: int, hits: int, at_least: int) -> float:
@@ -155,34 +271,71 @@ def _distinct_hits(num_slices, hits) -> list[float]:
     return weights.tolist()
 
 
-def _over_hit_sets(kept, num_slices, hits) -> float:
-    """Sum over all sets of hit slices, as bit masks: a prefix is kept if the set lies within its complement."""
+def _checked_prior(prior, num_slices) -> np.ndarray | None:
+    if prior is None:
+        return None
+    check_prior(prior, num_slices)
+    return np.array(prior, dtype=float) / math.fsum(prior)
+
+
+def _depths_of_hit_sets(sequences) -> np.ndarray:
+    """The depth that serves, for every set of hit slices as a bit mask: a prefix is kept if the set misses it."""
+    num_slices = len(sequences[0])
     everything = (1 << num_slices) - 1
-    survived = np.zeros(1 << num_slices, dtype=bool)
-    survived[[everything ^ sum(1 << s for s in prefix) for prefix in kept]] = True
+    depths = np.zeros(1 << num_slices, dtype=np.int8)
+    for sequence in sequences:
+        missed = everything
+        for depth, s in enumerate(sequence, start=1):
+            missed ^= 1 << s
+            depths[missed] = depth
+    for bit in range(num_slices):
+        without, with_ = depths.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
+        np.maximum(without, with_, out=without)
+    return depths
+
+
+def _mean_over_hit_sets(values, num_slices, hits, prior) -> float:
+    """The mean of whole numbers that belong to the sets of hit slices, over the sets that `hits` requests make."""
+    if prior is not None:
+        return _mean_under_prior(values, hits, prior)
     sizes = np.zeros(1 << num_slices, dtype=np.int8)
     for bit in range(num_slices):
-        without, with_ = survived.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
-        without |= with_
         sizes.reshape(-1, 2, 1 << bit)[:, 1] += 1
     # All sets of one size are equally likely to be the one that is hit.
-    surviving = np.bincount(sizes[survived], minlength=num_slices + 1).tolist()
+    sums = np.bincount(sizes, weights=values, minlength=num_slices + 1).tolist()
     return math.fsum(
-        weight * count / math.comb(num_slices, size)
-        for size, (weight, count) in enumerate(zip(_distinct_hits(num_slices, hits), surviving))
+        weight * total / math.comb(num_slices, size)
+        for size, (weight, total) in enumerate(zip(_distinct_hits(num_slices, hits), sums))
     )
 
 
-def _over_sets_of_prefixes(kept, num_slices, hits) -> float:
+def _mean_under_prior(values, hits, prior) -> float:
+    """
+    Inclusion and exclusion: the requests stay within a set `T` with probability `p(T) ** r`.
+
+    The coefficient of each is a whole number, so nothing is lost before the one sum of all.
+    """
+    coefficients = values.astype(float)
+    inside = np.zeros(1)
+    for bit, probability in enumerate(prior):
+        without, with_ = coefficients.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
+        without -= with_
+        inside = np.concatenate((inside, inside + probability))
+    inside[-1] = 1.0
+    terms = coefficients * inside**hits
+    return max(0.0, math.fsum(terms[terms != 0]))
+
+
+def _over_sets_of_prefixes(kept, num_slices, hits, prior) -> float:
     """Inclusion and exclusion over the prefixes: some of them are all kept if every request misses their union."""
     missed = np.zeros(1 << len(kept))
     for s in range(num_slices):
-        missed[sum(1 << i for i, prefix in enumerate(kept) if s not in prefix)] += 1
+        missed[sum(1 << i for i, prefix in enumerate(kept) if s not in prefix)] += 1 if prior is None else prior[s]
     signs = np.full(1 << len(kept), -1.0)
     for bit in range(len(kept)):
         without, with_ = missed.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
         # From "outside exactly these prefixes" to "outside at least these".
         without += with_
         signs.reshape(-1, 2, 1 << bit)[:, 1] *= -1
-    terms = signs * (missed / num_slices) ** hits
+    terms = signs * (missed / (num_slices if prior is None else 1)) ** hits
     return min(1.0, max(0.0, math.fsum(terms[1:])))
