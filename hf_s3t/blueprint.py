@@ -12,7 +12,7 @@ from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable
-from .inspection import open_folder
+from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
     check_base,
@@ -28,9 +28,35 @@ from .training_data import TrainingRows
 
 
 @dataclass(frozen=True)
+class Layout:
+    """
+    How the stages of a system lie on the model's layers and on the data: S3T's way. The baselines have their own.
+
+    Args:
+        method (`str`, defaults to `"s3t"`): Name of the method.
+    """
+
+    method: str = "s3t"
+
+    def settings(self, asked: S3TConfig) -> S3TConfig:
+        """The settings of the system, from those that the user gave."""
+        return asked
+
+    def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
+        """Layer indices of each stage."""
+        return group_layers(num_layers, config.num_slices, config.layers_per_slice, config.growth)
+
+    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
+        """The dataset, which the user's settings partition."""
+        return TrainingRows(dataset, self.settings(asked))
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """What a trainer knows about its system before anything is written."""
 
+    asked: S3TConfig
+    layout: Layout
     config: S3TConfig
     peft_config: LoraConfig
     layers: LayerGroups
@@ -42,7 +68,9 @@ class Blueprint:
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """What `s3t_config.json` says."""
+        baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
         return {
+            **({} if self.layout.method == "s3t" else {"baseline": baseline}),
             "s3t_config": self.config.to_dict(),
             "base_model": {**self.base, "config": config_of(model)},
             "task": self.task,
@@ -58,7 +86,7 @@ class Blueprint:
         }
 
 
-def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config) -> Blueprint:
+def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, layout: Layout) -> Blueprint:
     """
     Check everything that can be checked before anything is changed or written.
 
@@ -70,25 +98,27 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
         callbacks (`list`, *optional*): As in `Trainer`.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
         s3t_config ([`S3TConfig`], *optional*): The system; the recorded one if not given.
+        layout ([`Layout`]): How stages lie on layers and data.
 
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
     recorded = _recorded(args.output_dir)
-    config = _merged_config(s3t_config, recorded)
+    if recorded is not None:
+        check_method(recorded, (layout.method,), args.output_dir)
+    asked = _merged_config(s3t_config, recorded)
+    config = layout.settings(asked)
     peft_config = _merged_peft_config(peft_config, recorded)
     check_arguments(args, callbacks)
     check_datasets(train_dataset, eval_dataset, args, config)
     check_base(model, config)
     path, module_list = find_layers(model, peft_config.layers_pattern)
-    layers = LayerGroups(
-        path, len(module_list), group_layers(len(module_list), config.num_slices, config.layers_per_slice)
-    )
+    layers = LayerGroups(path, len(module_list), layout.groups(len(module_list), config))
     head = find_head(model, path)
     check_checkpoint(model, path, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_peft_config(peft_config, head)
-    rows = TrainingRows(train_dataset, config) if train_dataset is not None else None
+    rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
     if recorded is None and rows is None:
         raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
     if recorded is not None:
@@ -99,7 +129,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     if rows is not None and evaluation_chooses(args, config):
         rows.refuse_shared(eval_dataset)
     planned = _match(rows, args.output_dir, recorded) if rows is not None else None
-    return Blueprint(config, peft_config, layers, head, base, rows, planned, find_task(model))
+    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, planned, find_task(model))
 
 
 def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> ExampleTable | None:
@@ -128,7 +158,7 @@ def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
         raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
     if recorded is None:
         return given if given is not None else S3TConfig()
-    config = S3TConfig.from_dict(recorded["s3t_config"])
+    config = S3TConfig.from_dict(recorded.get("baseline", recorded)["s3t_config"])
     differing = (
         [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
     )

@@ -17,6 +17,9 @@ from .route import Route
 # Per model the routing of the call that this thread is inside of.
 _INSIDE: ContextVar[dict[int, "Routing"] | None] = ContextVar("hf_s3t_inside", default=None)
 
+# Per model the depth that stacks are cut to for the calls that this thread begins.
+_LIMITS: ContextVar[dict[int, int] | None] = ContextVar("hf_s3t_limits", default=None)
+
 
 class Routing:
     """
@@ -27,14 +30,31 @@ class Routing:
         digests (sequence of `str`): The digests of the files of those stages.
     """
 
+    route_type = Route
+
     def __init__(self, served: Sequence[Sequence[StageKey]], digests: Sequence[str] = ()):
         self.served = tuple(tuple(tips) for tips in served)
         self.identity = (self.served, tuple(digests))
         members = tuple(tip for tips in self.served for tip in tips)
-        self.route = Route(members) if members else None
+        self.route = self.route_type(members) if members else None
         alive = sum(1 for tips in self.served if tips)
         self.weights = torch.tensor([1 / (alive * len(tips)) for tips in self.served for _ in tips])
         self.stages = frozenset(key for tip in members for key in tip.lineage)
+        self._cuts: dict[int, Routing] = {}
+
+    def cut(self, depth: int | None) -> "Routing":
+        """
+        The same stacks, none of them deeper than some number of stages.
+
+        All its stages are among this one's, so that it needs nothing loaded, and a deletion that this one has to wait
+        for, or stops, is one for it too. It is made once: caches of keys and values stay good between calls.
+        """
+        if depth is None or depth >= max(self.depths, default=0):
+            return self
+        if depth not in self._cuts:
+            tips = [dict.fromkeys(tip.lineage[min(depth, tip.depth) - 1] for tip in tips) for tips in self.served]
+            self._cuts[depth] = type(self)(tips, (*self.identity[1], str(depth)))
+        return self._cuts[depth]
 
     @property
     def depths(self) -> list[int]:
@@ -90,7 +110,7 @@ class Calls:
             yield inside[id(self)]
             return
         with self._changed:
-            routing = self.routing
+            routing = self.routing.cut((_LIMITS.get() or {}).get(id(self)))
             self._calls[routing] += 1
         token = _INSIDE.set({**inside, id(self): routing})
         try:
@@ -99,6 +119,15 @@ class Calls:
         finally:
             _INSIDE.reset(token)
             self._leave(self._calls, routing)
+
+    @contextlib.contextmanager
+    def limited_to(self, depth: int) -> Iterator[None]:
+        """Inside, calls that this thread begins work on stacks of at most so many stages."""
+        token = _LIMITS.set({**(_LIMITS.get() or {}), id(self): depth})
+        try:
+            yield
+        finally:
+            _LIMITS.reset(token)
 
     @contextlib.contextmanager
     def computing(self, routing: Routing) -> Iterator[None]:

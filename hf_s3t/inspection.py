@@ -2,13 +2,14 @@
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import FORMAT_VERSION, S3TConfig
+from .cost import COST_FILE
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
 from .files import check_digest, foreign_problem, is_foreign, read_checked_json, stamp
@@ -35,7 +36,7 @@ LEFTOVER_PREFIXES = (".tmp-", ".gone-")
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 _SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, STAGES, CHECKPOINTS)
+_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, COST_FILE, STAGES, CHECKPOINTS)
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 _ATTEMPTS = 3
 
@@ -117,6 +118,26 @@ def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolde
             f"{path} holds values that no version of hf_s3t writes ({type(error).__name__}: {error}). "
             "`hf-s3t check` says where; restore the folder from a backup."
         ) from error
+
+
+def check_method(record: Mapping[str, Any], methods: Collection[str], path: str | os.PathLike) -> None:
+    """
+    Refuse a folder that another method made, whose adapters mean something else.
+
+    Args:
+        record (mapping): What `s3t_config.json` says.
+        methods (collection of `str`): The methods that fit.
+        path (`str` or `os.PathLike`): The folder.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it was made by none of them.
+    """
+    found = record.get("baseline", {}).get("method", "s3t")
+    if found not in methods:
+        raise ConfigError(
+            f"{path} holds a system of the method {found!r}, expected {' or '.join(methods)}. Use the class of that "
+            "method (`hf_s3t.baselines.METHODS`), or choose another folder."
+        )
 
 
 def refuse_foreign_parts(path: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""Finds a model's transformer layers, groups them from the top, and finds its head. No architecture is named here."""
+"""Finds a model's transformer layers, groups them for stages, and finds its head. No architecture is named here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ class LayerGroups:
     Args:
         path (`str`): Name of the module list that holds the layers, such as `model.layers`.
         num_layers (`int`): Number of layers `N`.
-        groups (`tuple[tuple[int, ...], ...]`): Per stage the indices of its layers; group 0 is the topmost.
+        groups (`tuple[tuple[int, ...], ...]`):
+            Per stage the indices of its layers; group 0 is the topmost, or the lowest where stages grow bottom-up.
     """
 
     path: str
@@ -127,9 +128,19 @@ def _refuse_shared_layers(lists: dict[str, nn.ModuleList], depth: int | None) ->
         )
 
 
-def group_layers(num_layers: int, num_slices: int, layers_per_slice: int | Sequence[int] | None) -> tuple:
+def group_layers(
+    num_layers: int, num_slices: int, layers_per_slice: int | Sequence[int] | None, growth: str = "top-down"
+) -> tuple[tuple[int, ...], ...]:
     """
-    Layer indices of each stage, top group first; the lowest layers left over are in none.
+    Layer indices of each stage, first stage first.
+
+    Args:
+        num_layers (`int`): Number of layers `N`.
+        num_slices (`int`): Number of stages `L`.
+        layers_per_slice (`int` or sequence of `int`, *optional*): Layers of each stage; `N // L` if not given.
+        growth (`str`, defaults to `"top-down"`):
+            `"top-down"`: the first stage has the topmost layers, and the lowest layers left over are in none.
+            `"bottom-up"` (the ablation of section C.2): it has the lowest, and the topmost left over are in none.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If the slices need more layers than there are.
@@ -141,6 +152,8 @@ def group_layers(num_layers: int, num_slices: int, layers_per_slice: int | Seque
 
     >>> group_layers(7, 3, None)
     ((5, 6), (3, 4), (1, 2))
+    >>> group_layers(7, 3, None, growth="bottom-up")
+    ((0, 1), (2, 3), (4, 5))
     ```
     """
     if num_slices > num_layers:
@@ -155,6 +168,9 @@ def group_layers(num_layers: int, num_slices: int, layers_per_slice: int | Seque
             f"layers_per_slice={layers_per_slice} with num_slices={num_slices} needs {sum(sizes)} layers, but the "
             f"model has {num_layers}. Lower one of them."
         )
+    if growth == "bottom-up":
+        bottoms = [sum(sizes[:i]) for i in range(num_slices)]
+        return tuple(tuple(range(bottom, bottom + size)) for bottom, size in zip(bottoms, sizes, strict=True))
     tops = [num_layers - sum(sizes[:i]) for i in range(num_slices)]
     return tuple(tuple(range(top - size, top)) for top, size in zip(tops, sizes, strict=True))
 

@@ -1,8 +1,10 @@
 """`S3TModel`: serves the ensemble of a system and forgets examples."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.utils import logging
 
 from .base_model import check_base_is, load_base, log_casts_once
 from .calls import Routing
-from .config import require_choice
+from .config import require_choice, require_int
 from .ensemble import (
     aggregate,
     bind,
@@ -32,8 +34,8 @@ from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
 from .hub import HubRepo, PushReport, is_repo_id, push
 from .hub_folder import HubFolder
+from .inspection import check_method, open_folder
 from .inspection import inspect as inspect_folder
-from .inspection import open_folder
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
@@ -92,9 +94,14 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     ```
     """
 
+    # How adapters are attached, and whose folders this class serves: the baselines have others.
+    stack_type = StageStack
+    methods = ("s3t",)
+
     def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
         super().__init__()
         _check_options(preload, when_exhausted, stack.head)
+        check_method(folder.record, self.methods, folder.path)
         self.base_model = stack.base
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
@@ -150,6 +157,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         folder = _open(path, revision, token, cache_dir)
         record = folder.record
+        # Before a base model is loaded for it.
+        check_method(record, cls.methods, folder.path)
         layers, head, peft_config = _recorded(folder)
         _check_options(preload, when_exhausted, head)
         if isinstance(base_model, nn.Module):
@@ -173,7 +182,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         check_base_is(base, record["base_model"], layers.path, head)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
-        stack = StageStack(base, peft_config, layers, head)
+        stack = cls.stack_type(base, peft_config, layers, head)
         return cls(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
 
     # A Transformers model of its task
@@ -314,7 +323,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             )
         logits = []
         for tip in routing.route.members:
-            with routed(Route((tip,), routing.route.stopped)):
+            with routed(replace(routing.route, members=(tip,))):
                 outputs = self.base_model(**inputs, return_dict=True)
             logits.append(outputs.logits)
             outputs["past_key_values"] = None
@@ -352,6 +361,31 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             # What Transformers falls back to for classes it does not know.
             function = LOSS_MAPPING["ForSequenceClassification"]
         return function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
+
+    @contextlib.contextmanager
+    def limited_to(self, depth: int) -> Iterator[None]:
+        """
+        Inside, every shard answers with its longest stack cut to some stages: the system at a smaller depth.
+
+        It counts for calls that begin inside, in this thread; those of other threads, and those under way, go on as
+        they were. A deletion takes effect inside as it does outside.
+
+        Args:
+            depth (`int`): Number of stages to answer with at most.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If `depth` is no positive integer.
+
+        Example:
+
+        ```python
+        with model.limited_to(1):
+            first_stages_only = model(**batch).logits
+        ```
+        """
+        require_int("depth", depth, 1)
+        with self._calls.limited_to(depth):
+            yield
 
     # What the system is
 

@@ -85,8 +85,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
-        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
-        self._stack = stack_of(model, blueprint)
+        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
         super().__init__(
             model=model,

@@ -215,7 +215,7 @@ class StageStack:
 
     def train_only(self, key: StageKey) -> None:
         """Activate a stage and those it stands on, and let only its own adapter and head have gradients."""
-        names = [stage.adapter_name for stage in key.lineage]
+        names = [stage.adapter_name for stage in self._acting(key)]
         for module in self._lora_layers:
             module.enable_adapters(True)
             module.set_adapter(names, inference_mode=True)
@@ -224,6 +224,10 @@ class StageStack:
         for wrapper in self._wrappers:
             wrapper.enable_adapters(True)
             wrapper.set_adapter([key.adapter_name])
+
+    def _acting(self, key: StageKey) -> tuple[StageKey, ...]:
+        """The stages that act when a stage answers, topmost group first."""
+        return key.lineage
 
     def deactivate(self) -> None:
         """
@@ -270,7 +274,7 @@ class StageStack:
         heads = tuple(f"{_PREFIX}{name}." for name in self.head)
         tensors = {
             name: tensor.detach().cpu().contiguous()
-            for key in tip.lineage
+            for key in self._acting(tip)
             for name, tensor in self.tensors(key).items()
             if key == tip or not name.startswith(heads)
         }

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from . import launch
 from .base_model import log_casts_once
-from .blueprint import Blueprint, draw_up
+from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, S3TError
@@ -55,6 +55,10 @@ class S3TTrainerMixin:
 
     Put it before the trainer class: `class MyTrainer(S3TTrainerMixin, SomeTrainer)`.
     """
+
+    # How stages lie on layers and data, and what serves them: the baselines have others.
+    _layout = Layout()
+    _model_type = S3TModel
 
     # Setting up
 
@@ -191,7 +195,7 @@ class S3TTrainerMixin:
         return keys
 
     def _cost(self, key: StageKey) -> float:
-        examples = sum(self.folder.table.size(key.shard, s) for s in key.prefix)
+        examples = sum(self.folder.table.size(key.shard, s) for s in self._stage_rows.slices(key))
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
@@ -314,7 +318,7 @@ class S3TTrainerMixin:
         return {**circumstances(self.model, self.accelerator), "data_digest": fed}
 
     def _dropped(self, key: StageKey) -> int:
-        owned = sum(self.folder.table.size(key.shard, s) for s in key.prefix)
+        owned = sum(self.folder.table.size(key.shard, s) for s in self._stage_rows.slices(key))
         return owned - len(self._stage_rows.positions(key, self.folder.table))
 
     def _bring_in(self, key: StageKey) -> None:
@@ -486,7 +490,7 @@ class S3TTrainerMixin:
     def s3t_model(self) -> S3TModel:
         """The live [`S3TModel`], which shares the trainer's base and folder."""
         if self._live is None:
-            self._live = S3TModel(self._stack, self.folder)
+            self._live = self._model_type(self._stack, self.folder)
         return self._live
 
     @contextlib.contextmanager
@@ -600,8 +604,8 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers)
-        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
-        self._stack = stack_of(model, blueprint)
+        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
         super().__init__(
             model=model,
@@ -619,10 +623,10 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         self._set_up(blueprint)
 
 
-def stack_of(model: nn.Module, blueprint: Blueprint) -> StageStack:
+def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
     # First what may be refused: nothing of the base has changed then.
-    stack = StageStack(model, blueprint.peft_config, blueprint.layers, blueprint.head)
+    stack = stack_type(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
     checkpoint_without_reentry(model)
     log_casts_once(model)

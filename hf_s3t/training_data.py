@@ -176,10 +176,15 @@ class StageRows:
         if ours and prepared.format["type"] != "custom":
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared
+        self._config = config
         kept = rows.ids if names is None else [names.of_id(i) for i in rows.ids]
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
         self._original = dict(zip(kept, rows.ids, strict=True))
         self._row_digests: list[str] | None = None
+
+    def slices(self, key: StageKey) -> tuple[int, ...]:
+        """The slices whose examples a stage is trained on."""
+        return self._config.slices_trained_on(key.prefix)
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
@@ -187,7 +192,7 @@ class StageRows:
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
-        ids = [i for slice_ in key.prefix for i in table.members(key.shard, slice_, self._original)]
+        ids = [i for slice_ in self.slices(key) for i in table.members(key.shard, slice_, self._original)]
         return [self._position[i] for i in ids if i in self._position]
 
     def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:

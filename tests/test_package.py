@@ -21,7 +21,7 @@ import hf_s3t
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 PURE = (
-    "analysis", "cli", "config", "deletion", "errors", "examples", "files", "inspection", "ledger",
+    "analysis", "cli", "config", "cost", "deletion", "errors", "examples", "files", "inspection", "ledger",
     "optimal_sequences", "partition", "pending", "plan", "purge", "receipt", "rendering", "sequences", "status",
     "storage", "table_file", "versions",
 )  # fmt: skip
