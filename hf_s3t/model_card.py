@@ -128,13 +128,23 @@ def render_card(
     ).content
 
 
-def render_recipe_card(name: str, settings: Mapping[str, Any]) -> str:
+def render_recipe_card(
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    script: str = "recipes/llama_alpaca.py",
+    pipeline_tag: str = "text-generation",
+    dataset: str | None = None,
+) -> str:
     """
     The card of a recipe's configuration: what it would train, and how many deletions that would outlive.
 
     Args:
         name (`str`): The configuration's name.
         settings (mapping from `str`): Its settings, those of [`S3TConfig`] among others.
+        script (`str`, defaults to `"recipes/llama_alpaca.py"`): The recipe that takes the configuration.
+        pipeline_tag (`str`, defaults to `"text-generation"`): The Hub's name of the task.
+        dataset (`str`, *optional*): Id of the dataset, where the settings leave it to the recipe.
 
     Returns:
         `str`: The card, metadata included.
@@ -157,20 +167,22 @@ def render_recipe_card(name: str, settings: Mapping[str, Any]) -> str:
         expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
         for until in ("first_shard", "exhausted")
     )
-    base_id = settings.get("model_name_or_path") or "a language model that you name"
-    dataset = settings.get("dataset_name") or "data that you name"
+    kind = "language model" if pipeline_tag == "text-generation" else "model"
+    base_id = settings.get("model_name_or_path") or f"a {kind} that you name"
+    dataset = settings.get("dataset_name") or dataset or "data that you name"
     public = _is_public(base_id)
     data = ModelCardData(
         library_name="hf_s3t",
         base_model=base_id if public else None,
         tags=list(TAGS),
         datasets=[dataset] if _is_public(dataset) else None,
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag,
     )
     return ModelCard.from_template(
         data,
         template_str=_template("recipe.md"),
         name=name,
+        script=script,
         title=f"{name}: settings",
         base_id=base_id,
         dataset=dataset,
@@ -183,6 +195,59 @@ def render_recipe_card(name: str, settings: Mapping[str, Any]) -> str:
         until_exhausted=_number(last),
         shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
         settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
+    ).content
+
+
+def render_run_card(name: str, results: Mapping[str, Any], *, datasets: Sequence[str] = ()) -> str:
+    """
+    The card of one run of a recipe, from the results that it wrote.
+
+    Args:
+        name (`str`): The run's name.
+        results (mapping from `str`): What the results file holds.
+        datasets (sequence of `str`, *optional*): Ids of the datasets that it was trained on.
+
+    Returns:
+        `str`: The card, metadata included.
+    """
+    script = results["settings"]["script"]
+    base_id = script["model_name_or_path"]
+    public = base_id if _is_public(base_id) else None
+    numbers = [
+        (set_name, depth, metric, value)
+        for set_name, by_depth in results["metrics"].items()
+        for depth, found in by_depth.items()
+        for metric, value in found.items()
+    ]
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=public,
+        tags=[*TAGS, results["method"]],
+        datasets=list(datasets) or None,
+        pipeline_tag=results["recipe"].replace("_", "-"),
+        model_name=name,
+    )
+    settings = {
+        **{key: value for key, value in script.items() if value not in (None, False)},
+        **results["settings"]["lora"],
+        **results["settings"]["training"],
+    }
+    return ModelCard.from_template(
+        data,
+        template_str=_template("run.md"),
+        name=name,
+        method=results["method"],
+        recipe=results["recipe"],
+        base_id=base_id,
+        dataset=", ".join(datasets) or "data of its owner's",
+        numbers=[(s, d, m, _number(v)) for s, d, m, v in numbers],
+        num_shards=results["settings"]["s3t"]["num_shards"],
+        num_slices=results["settings"]["s3t"]["num_slices"],
+        seconds=_duration(results["cost"]["seconds"]),
+        device=results["hardware"]["device"],
+        storage=f"{results['storage_bytes'] / 2**20:.4g} MiB",
+        versions=", ".join(f"{name} {v}" for name, v in sorted(results["versions"].items()) if name != "python"),
+        settings={k: _joined(v) for k, v in settings.items()},
     ).content
 
 

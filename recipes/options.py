@@ -5,18 +5,20 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import ConfigError
 
 
+METHODS = ("s3t", "full", "sisa", "protosisa", "sequential")
 # Field of the LoRA config -> its option, where the bare name would say too little.
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
 
@@ -32,6 +34,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Training data: an id on the Hub, or a json, jsonl or parquet file."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    method: str = field(default="s3t", metadata={"help": "s3t, full, sisa, protosisa or sequential."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
     eval_size: int = field(default=200, metadata={"help": "Rows held out to measure the loss; the ones after those."})
     prompt_template: str = field(
@@ -59,10 +62,10 @@ class ScriptArguments:
 class Options:
     """Everything a recipe was told."""
 
-    script: ScriptArguments
+    script: Any
     s3t: S3TConfig
     lora: LoraConfig
-    training: SFTConfig
+    training: TrainingArguments
 
     @property
     def is_demo(self) -> bool:
@@ -70,9 +73,9 @@ class Options:
         return self.script.model_name_or_path is None and self.script.dataset_name is None
 
 
-def make_parser() -> HfArgumentParser:
-    """A parser with an option for every field of `ScriptArguments`, `S3TConfig`, `LoraConfig` and `SFTConfig`."""
-    parser = HfArgumentParser([ScriptArguments, SFTConfig], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+def make_parser(script: type = ScriptArguments, training: type[TrainingArguments] = SFTConfig) -> HfArgumentParser:
+    """A parser with an option for every field of the recipe's arguments, `S3TConfig`, `LoraConfig` and `training`."""
+    parser = HfArgumentParser([script, training], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", help="YAML file with options, which the command line overrides.")
     for title, names in (("S3TConfig", s3t_options()), ("LoraConfig", lora_options())):
         group = parser.add_argument_group(title)
@@ -104,7 +107,7 @@ def _from_yaml(text: str) -> Any:
 
 def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | None = None) -> Options:
     """
-    The options of a command line and its YAML file.
+    The options of `llama_alpaca.py`, from a command line and its YAML file.
 
     Args:
         argv (sequence of `str`, *optional*): The command line; this process's if not given.
@@ -114,9 +117,7 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
         [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or only one of model and dataset is given.
     """
     parser = make_parser()
-    if not torch.cuda.is_available():
-        parser.set_defaults(use_cpu=True, bf16=False)
-    parser.set_defaults(output_dir="llama-alpaca-s3t", report_to="none")
+    parser.set_defaults(output_dir="llama-alpaca-s3t")
     first, _ = parser.parse_known_args(argv)
     from_file = read_config(first.config, parser) if first.config else {}
     given = {name: from_file.get(name) or getattr(first, name) for name in ("model_name_or_path", "dataset_name")}
@@ -125,8 +126,36 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
     elif not all(given.values()):
         missing = next(name for name, value in given.items() if not value)
         raise ConfigError(f"`--{missing}` is missing. Give model and dataset, or neither for the demo.")
-    parser.set_defaults(**from_file)
+    return read_options(parser, argv)
+
+
+def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> Options:
+    """
+    Everything a recipe was told, by its defaults, its YAML file and the command line, the later over the earlier.
+
+    A method other than S3T gets a folder of its own beside the one that a default or a file names, so that one
+    configuration serves all methods.
+
+    Args:
+        parser (`HfArgumentParser`): The recipe's parser, from [`make_parser`], with the recipe's defaults set.
+        argv (sequence of `str`, *optional*): The command line; this process's if not given.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or the method is unknown.
+    """
+    defaults = {"report_to": "none"}
+    if not torch.cuda.is_available():
+        defaults.update(use_cpu=True, bf16=False)
+    parser.set_defaults(**defaults)
+    first, _ = parser.parse_known_args(argv)
+    if first.config:
+        parser.set_defaults(**read_config(first.config, parser))
+    shared_folder = parser.get_default("output_dir")
     script, training, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=False)
+    if script.method not in METHODS:
+        raise ConfigError(f"`--method {script.method}` is unknown. Choose one of {', '.join(METHODS)}.")
+    if script.method != "s3t" and training.output_dir == shared_folder:
+        training.output_dir = f"{shared_folder}-{script.method}"
     chosen = vars(others)
     lora = {name: chosen[option] for option, (name, _) in lora_options().items() if option in chosen}
     s3t = {name: chosen[option] for option, (name, _) in s3t_options().items() if option in chosen}
@@ -135,8 +164,15 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The options in a YAML file, each a known one."""
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"`--config {path}` is no file. The configurations that come with the recipes are in configs/."
+        )
     with open(path) as file:
-        values = yaml.safe_load(file) or {}
+        try:
+            values = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected options as `name: value` lines.")
     known = {action.dest for action in parser._actions}

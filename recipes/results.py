@@ -1,0 +1,187 @@
+"""
+The results of a run as one JSON file: settings, versions, hardware, what was measured, and what it cost.
+
+A run whose results are there already is not run again, so that a list of long runs can be started over and over. The
+file lies beside the system's folder and not in it: a later deletion does not reach what was measured before.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from hf_s3t.errors import ConfigError
+from hf_s3t.files import write_atomically
+from hf_s3t.versions import library_versions
+
+
+FORMAT = 1
+SUFFIX = "-results.json"
+# Where things go, and what is done after the measurement.
+_NOT_SETTINGS = ("output_dir", "results_file", "overwrite_results", "unlearn", "verify", "cache_dir")
+
+
+class Results:
+    """
+    The results file of one run.
+
+    Args:
+        options ([`~options.Options`]): Everything the recipe was told.
+        recipe (`str`): The recipe's name.
+    """
+
+    def __init__(self, options: Any, recipe: str):
+        script = options.script
+        self.path = Path(script.results_file or options.training.output_dir.rstrip("/") + SUFFIX)
+        self.overwrite = script.overwrite_results
+        self.content: dict[str, Any] = {
+            "format": FORMAT,
+            "recipe": recipe,
+            "method": script.method,
+            "seed": options.training.seed,
+            "settings": settings_of(options),
+            "versions": library_versions(),
+            "hardware": hardware(),
+            "wall_seconds": {},
+        }
+
+    def earlier(self) -> dict[str, Any] | None:
+        """
+        The results of the same run, if it was run before.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If the file holds the results of another run.
+        """
+        if self.overwrite or not self.path.is_file():
+            return None
+        try:
+            found = json.loads(self.path.read_text())
+            differing = _differing(found["settings"], json.loads(json.dumps(self.content["settings"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path} holds no results of a recipe ({error!r}). Choose another `--results_file`, or replace "
+                "it with `--overwrite_results`."
+            ) from error
+        if differing:
+            shown = ", ".join(f"{name}={now!r} (was {then!r})" for name, (then, now) in differing.items())
+            raise ConfigError(
+                f"{self.path} holds the results of another run: {shown}. Choose another `--output_dir` or "
+                "`--results_file`, or replace it with `--overwrite_results`."
+            )
+        return found
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the wall time of a part of the run."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            wall = self.content["wall_seconds"]
+            wall[name] = round(wall.get(name, 0.0) + time.perf_counter() - started, 3)
+
+    def add(self, **parts: Any) -> None:
+        """Put parts of the results in, by name."""
+        self.content.update(parts)
+
+    @property
+    def card(self) -> Path:
+        """Where the run's card goes."""
+        return self.path.with_suffix(".md")
+
+    def write(self) -> dict[str, Any]:
+        """Write the file, in the first process, and return what it holds."""
+        self.content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if PartialState().is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        return self.content
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """
+    What decides a run, as JSON: the recipe's own arguments, the system, the adapters and the training arguments.
+
+    Files count by their contents and folders by their name, so that results from two machines can be compared.
+    """
+    training = options.training
+    usual = type(training)(output_dir=training.output_dir, report_to="none", use_cpu=training.use_cpu).to_dict()
+    changed = {
+        name: value
+        for name, value in training.to_dict().items()
+        if name not in _NOT_SETTINGS and value != usual.get(name)
+    }
+    lora = {
+        f.name: _plain(getattr(options.lora, f.name))
+        for f in dataclasses.fields(type(options.lora))
+        if f.init and f.repr and getattr(options.lora, f.name) != getattr(type(options.lora)(), f.name)
+    }
+    script = dataclasses.asdict(options.script)
+    return {
+        "script": {name: _named(value) for name, value in script.items() if name not in _NOT_SETTINGS},
+        "s3t": options.s3t.to_dict(),
+        "lora": lora,
+        "training": json.loads(json.dumps(changed, default=str)),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+
+
+def _named(value: Any) -> Any:
+    """A path without the part of it that is this machine's; a file with the digest of its contents."""
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value
+    path = Path(value)
+    name = "/".join(path.resolve().parts[-2:])
+    if not path.is_file():
+        return name
+    with open(path, "rb") as file:
+        return f"{name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found = {}
+    for name in sorted({*then, *now}):
+        one, other = then.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found.update(_differing(one, other, f"{prefix}{name}."))
+        elif one != other:
+            found[prefix + name] = (one, other)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that a run's times belong to."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": _processor(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,310 @@
+"""
+Fine-tune an encoder on a text classification task as a system that can forget, and measure it at every depth.
+
+    python recipes/text_classification.py --config recipes/configs/rte.yaml            # as in the paper
+    python recipes/text_classification.py --config recipes/configs/rte.yaml --method full   # plain LoRA, to compare
+    python recipes/text_classification.py --model_name_or_path M --dataset_name train.csv --eval_file test.csv
+        --text_columns question --label_column topic --label_set sports politics science
+
+The tasks of GLUE and SuperGLUE bring their columns, label sets, metrics and data (`tasks.py`); the metrics are the
+benchmarks' own. Results go into one JSON file, with every prediction on the rows evaluated on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from classification import (
+    HELD_OUT,
+    ClassificationArguments,
+    EvaluationSet,
+    check_metrics,
+    check_model_is_given,
+    choose_rows,
+    first_rows,
+    prepared_ids,
+    quiet,
+    read_sets,
+    resolve_labels,
+    run,
+    say_it_is_done,
+)
+from datasets import Dataset
+from options import Options, read_options
+from options import make_parser as make_recipe_parser
+from results import Results
+from rows import Source, check_columns, label_numbers, label_values
+from tasks import TEXT_TASKS, TextTask
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from hf_s3t.errors import ConfigError
+from hf_s3t.launch import start_cpu_processes
+
+
+RECIPE = "text_classification"
+_TEXTS = ("text", "text_pair")
+
+
+@dataclass
+class TextArguments(ClassificationArguments):
+    """What the recipe trains on: a task of `tasks.py`, or columns and labels that are named here."""
+
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "One or two columns of text, or templates such as '{word}: {sentence}'."}
+    )
+    line_format: str | None = field(
+        default=None, metadata={"help": r"Regular expression for a row in each line: '(?P<label>\d) (?P<text>.*)'."}
+    )
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Columns of a csv or tsv file that has no line with their names."}
+    )
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of text files, such as latin-1."})
+    max_length: int = field(default=256, metadata={"help": "Tokens at which a row is cut off."})
+    is_regression: bool = field(default=False, metadata={"help": "The labels are numbers to be predicted."})
+
+
+def make_parser() -> HfArgumentParser:
+    """The recipe's options: `TextArguments`, `S3TConfig`, `LoraConfig` and `TrainingArguments`."""
+    parser = make_recipe_parser(TextArguments, TrainingArguments)
+    parser.set_defaults(output_dir="text-classification-s3t", save_strategy="no", logging_strategy="no")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Run the recipe.
+
+    Args:
+        argv (sequence of `str`, *optional*): The command line; this process's if not given.
+
+    Returns:
+        `dict[str, Any]`: What the results file holds.
+    """
+    quiet()
+    options = read_options(make_parser(), argv)
+    check_model_is_given(options)
+    task = task_of(options)
+    results = Results(options, RECIPE)
+    if not options.script.unlearn and (found := say_it_is_done(results)) is not None:
+        return found
+    with results.timed("load"):
+        task, train, evaluation = load_rows(options, task)
+        tokenizer = load_tokenizer(options)
+        train = tokenize(train, tokenizer, options)
+        evaluation = {
+            name: replace(rows, dataset=tokenize(rows.dataset, tokenizer, options, keep=()))
+            for name, rows in evaluation.items()
+        }
+        model = load_model(options, task, tokenizer)
+    return run(
+        options,
+        results,
+        task,
+        model,
+        train,
+        evaluation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+# The task
+
+
+def task_of(options: Options) -> TextTask:
+    """
+    The task that was asked for: one of the table, changed by the options, or one that the options describe.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it is unknown, or not fully described.
+    """
+    script = options.script
+    templates = tuple(t if "{" in t else f"{{{t}}}" for t in script.text_columns or ())
+    if len(templates) > 2:
+        raise ConfigError(f"`--text_columns` takes one or two columns or templates, got {len(templates)}.")
+    if script.task_name is None:
+        if not (templates and script.dataset_name):
+            raise ConfigError(
+                "Give `--task_name` (" + ", ".join(TEXT_TASKS) + "), or `--dataset_name`, `--text_columns`, "
+                "`--label_column` and `--label_set` for data of your own."
+            )
+        task = TextTask("of your own", templates, None, ())
+    elif script.task_name not in TEXT_TASKS:
+        raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(TEXT_TASKS)}.")
+    else:
+        task = TEXT_TASKS[script.task_name]
+    changes: dict[str, Any] = {}
+    if templates:
+        changes["texts"] = templates
+    if script.label_column:
+        changes["label_column"] = script.label_column
+    if script.metrics or not task.metrics:
+        changes["metrics"] = tuple(script.metrics or (("pearson",) if script.is_regression else ("accuracy",)))
+    if script.dataset_name is None and task.dataset is None:
+        raise ConfigError(f"The task {task.name} has no data on the Hub. Give `--dataset_name`.")
+    if script.dataset_name is not None:
+        changes["dataset"] = None
+    return replace(task, **changes)
+
+
+def source_of(options: Options, task: TextTask) -> Source:
+    """Where the rows come from."""
+    script, hub = options.script, task.dataset
+    how = {name: getattr(script, name) for name in ("line_format", "column_names", "encoding")}
+    if hub is not None:
+        return Source(
+            hub.name, script.dataset_config_name or hub.config, hub.data_dir, script.dataset_revision or hub.revision
+        )
+    return Source(script.dataset_name, script.dataset_config_name, revision=script.dataset_revision, **how)
+
+
+# The rows
+
+
+def load_rows(options: Options, task: TextTask) -> tuple[TextTask, Dataset, dict[str, EvaluationSet]]:
+    """The task with its label set, the rows to train on, and those to evaluate on; all checked."""
+    script = options.script
+    source = source_of(options, task)
+    source.check()
+    if task.labels is not None or script.is_regression:
+        check_metrics(task)
+    train, others = read_sets(options, task, source)
+    name = source.name
+    is_regression = script.is_regression or (task.name in TEXT_TASKS and task.labels is None)
+    check_task_columns(train, task, name)
+    if not is_regression:
+        task = resolve_labels(options, task, train, name)
+    check_metrics(task)
+    train = as_rows(prepared_ids(train, options, task, name), task, options, name)
+    if task.group_column and options.s3t.group_column is None:
+        options.s3t.group_column = task.group_column
+    group = options.s3t.group_column
+    if group and group not in train.column_names:
+        raise ConfigError(
+            f"`--group_column {group}` is no column of {name}, which has {', '.join(train.column_names)}."
+        )
+    train, held_out = choose_rows(options, train, train[group or options.s3t.id_column][:])
+    sets = {} if held_out is None else {HELD_OUT: held_out}
+    for set_name, dataset in others.items():
+        check_task_columns(dataset, task, f"the evaluation rows ({set_name})")
+        dataset = as_rows(
+            prepared_eval_ids(dataset, options, task), task, options, f"the evaluation rows ({set_name})"
+        )
+        sets[set_name] = dataset
+    return task, train, {key: evaluation_set(dataset, options) for key, dataset in sets.items()}
+
+
+def check_task_columns(dataset: Dataset, task: TextTask, name: str) -> None:
+    """Refuse rows without the task's columns."""
+    remedy = "Name the right ones by `--text_columns` and `--label_column`."
+    if task.expand is not None:
+        remedy = "Give data in the layout of SuperGLUE on the Hub."
+    check_columns(dataset, task.columns, task.name, name, remedy)
+
+
+def prepared_eval_ids(dataset: Dataset, options: Options, task: TextTask) -> Dataset:
+    """Evaluation rows are named in the results by the same column, or by their number."""
+    column = options.s3t.id_column
+    if column in dataset.column_names:
+        return dataset
+    return dataset.add_column(column, list(range(len(dataset))))
+
+
+def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Dataset:
+    """Rows with their texts, their label and their id; of a question's row, a row for each choice."""
+    id_column = options.s3t.id_column
+    if task.class_names is None:
+        labels = label_values(dataset, task.label_column, task.label_range, name)
+    else:
+        labels = label_numbers(dataset, task.label_column, task.labels, name)
+    kept = [c for c in (id_column, *_own_columns(options)) if c in dataset.column_names]
+    dataset = dataset.remove_columns(task.label_column).add_column("label", labels)
+
+    def render(batch: dict[str, list]) -> dict[str, list]:
+        found: dict[str, list] = {}
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            for one in task.expand({**row, "id": row[id_column]}) if task.expand else (row,):
+                texts = [template.format_map(one) for template in task.texts]
+                shown = {
+                    **{column: one[column] for column in kept},
+                    **dict(zip(_TEXTS, texts, strict=False)),
+                    "label": one["label"],
+                }
+                if task.expand:
+                    shown[id_column] = one["id"]
+                    shown.update({c: one[c] for c in ("question_id", task.group_column)})
+                for column, value in shown.items():
+                    found.setdefault(column, []).append(value)
+        return found
+
+    return dataset.map(render, batched=True, remove_columns=dataset.column_names)
+
+
+def _own_columns(options: Options) -> list[str]:
+    """Columns that say where a row goes."""
+    s3t = options.s3t
+    return [column for column in (s3t.group_column, s3t.shard_column, s3t.slice_column) if column]
+
+
+def evaluation_set(dataset: Dataset, options: Options) -> EvaluationSet:
+    """Rows to evaluate on, with what their answers are compared to."""
+    dataset = first_rows(dataset, options.script.max_eval_samples)
+    questions = dataset["question_id"][:] if "question_id" in dataset.column_names else None
+    return EvaluationSet(dataset, dataset[options.s3t.id_column][:], dataset["label"][:], questions)
+
+
+# The model
+
+
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; one without a padding token pads with the end."""
+    tokenizer = AutoTokenizer.from_pretrained(options.script.model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, options: Options, keep: Sequence[str] | None = None
+) -> Dataset:
+    """Tokens of each row by itself; padding comes with the batch."""
+    if keep is None:
+        keep = [c for c in (options.s3t.id_column, *_own_columns(options)) if c in dataset.column_names]
+    limit = min(options.script.max_length, tokenizer.model_max_length)
+
+    def tokens(batch: dict[str, list]) -> dict[str, list]:
+        pair = batch.get("text_pair")
+        return {**tokenizer(batch["text"], pair, truncation=True, max_length=limit), "labels": batch["label"]}
+
+    gone = [column for column in dataset.column_names if column not in keep]
+    return dataset.map(tokens, batched=True, remove_columns=gone)
+
+
+def load_model(options: Options, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base model with a head for the task's classes."""
+    if task.class_names is None:
+        head = {"num_labels": 1, "problem_type": "regression"}
+    else:
+        names = dict(enumerate(task.class_names))
+        head = {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
+    # A head that the checkpoint has for other classes is not used: every stage's starts from the seed.
+    model = AutoModelForSequenceClassification.from_pretrained(
+        options.script.model_name_or_path, ignore_mismatched_sizes=True, **head
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+if __name__ == "__main__":
+    start_cpu_processes()
+    main()
