@@ -84,7 +84,7 @@ def check_base_is(
         where = {"layers": "the weights of its layers", "rest": "its embeddings, norms or biases"}
         raise BaseModelMismatchError(
             f"The base model is not the one these stages were trained on: {' and '.join(where[p] for p in differing)} "
-            f"differ. Expected {record['id'] or 'the model given at training'!r}"
+            f"differ. Expected {record['id'] or record.get('folder') or 'the model given at training'!r}"
             f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
         )
 
@@ -169,6 +169,11 @@ def load_base(
         [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known.
     """
     name = name or record["id"]
+    if not name and record.get("folder"):
+        raise BaseModelMismatchError(
+            f"This system stands on a base model that was the folder {record['folder']!r} of another machine, so it "
+            "cannot be found by name. Give it as `base_model`: the module, its folder here, or its id on the Hub."
+        )
     if not name:
         raise BaseModelMismatchError(
             "This system was trained on a model made in memory, so its base cannot be found by name. Give it as "

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from .errors import HubError
 from .files import make_folders, read_checked_json, write_checked_json
-from .hub import CARD_FILE, HubRepo, patiently, remember, state_folder, status_of, told
+from .hub import CARD_FILE, HubRepo, must_be_erasable, patiently, remember, state_folder, status_of, told
 from .storage import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 
 
@@ -65,20 +65,23 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
         [`ErasureReport`]: What is gone, and what could not be confirmed.
 
     Raises:
-        [`~hf_s3t.errors.HubError`]: If the Hub refuses or cannot be reached, or an erased file is still served.
+        [`~hf_s3t.errors.HubError`]:
+            If the Hub refuses or cannot be reached, the repository holds no system or lacks a deletion that is known
+            here, or an erased file is still served.
     """
     with told(repo.repo_id, "The erasure ended"):
+        record = _refuse_unpushed(repo)
         refs = patiently(repo.api.list_repo_refs, repo.repo_id, include_pull_requests=True)
         kept = _blobs(repo, "main")
-        _refuse_unpushed(repo)
         stale = [ref for ref in refs.branches if ref.name != "main" and _is_stale(repo, ref.ref, kept)]
         # A branch can be squashed; a tag keeps all that its commit stands on.
         stale += [ref for ref in refs.tags if any(_is_stale(repo, c, kept) for c in _history(repo, ref))]
         others = [ref for ref in refs.branches if ref.name != "main" and ref not in stale]
         condemned = _condemned(repo, kept, others, refs.tags, stale, refs.pull_requests or ())
         if dry_run:
-            return _report(repo, condemned, stale, (), _open_questions(refs.pull_requests or (), ()), dry_run=True)
-        seen = _remember(repo, refs, condemned)
+            return _report(repo, condemned, stale, (), _open_questions(refs.pull_requests or (), (), ()), dry_run=True)
+        progress = state_folder(repo.repo_id, record) / _PROGRESS_FILE
+        seen = _remember(repo, progress, refs, condemned)
         for branch in ("main", *(ref.name for ref in others)):
             patiently(repo.api.super_squash_history, repo.repo_id, branch=branch, commit_message=_MESSAGE)
         for ref in stale:
@@ -96,22 +99,30 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
         if left:
             raise HubError(f"{len(left)} files are still listed after they were erased. Call again.")
         confirmed, served = _look(repo, seen)
-        _progress(repo).unlink(missing_ok=True)
-        return _report(repo, condemned, stale, confirmed, _open_questions(refs.pull_requests or (), served))
+        progress.unlink(missing_ok=True)
+        questions = _open_questions(refs.pull_requests or (), served, seen["in_git"])
+        return _report(repo, condemned, stale, confirmed, questions)
 
 
 _MESSAGE = "S3T system after a deletion"
 
 
-def _refuse_unpushed(repo: HubRepo) -> None:
-    """What the main branch still holds cannot be erased: a deletion is pushed first."""
-    published = repo.state().ledger
-    unpushed = remember(repo.repo_id, published).deleted - published.deleted
+def _refuse_unpushed(repo: HubRepo) -> dict[str, Any]:
+    """The config on the main branch. What that still holds cannot be erased: a deletion is pushed first."""
+    state = repo.state()
+    if state.record is None:
+        raise HubError(
+            f"{repo.repo_id} holds no S3T system: there is no {CONFIG_FILE}. Its history is left as it is; give the "
+            "repository of `push_to_hub`."
+        )
+    published = state.ledger
+    unpushed = remember(repo.repo_id, state.record, published).deleted - published.deleted
     if unpushed:
         raise HubError(
             f"This machine knows of {len(unpushed)} deleted examples that {repo.repo_id} does not. Push the deletion "
             "first: `model.push_to_hub(...)`, or `hf-s3t push` from its folder."
         )
+    return state.record
 
 
 def _report(repo, condemned, stale, confirmed, unconfirmed, dry_run=False) -> ErasureReport:
@@ -183,20 +194,25 @@ def _delete(repo: HubRepo, ref: GitRefInfo, is_tag: bool) -> None:
 # What to look for at the end survives an interruption: after the squash nobody lists the old commits any more
 
 
-def _progress(repo: HubRepo) -> Path:
-    return state_folder(repo.repo_id) / _PROGRESS_FILE
-
-
-def _remember(repo: HubRepo, refs, condemned: Iterable[Any]) -> dict[str, Any]:
-    file = _progress(repo)
-    known = read_checked_json(file) if file.exists() else {"commits": [], "blobs": {}}
+def _remember(repo: HubRepo, file: Path, refs, condemned: Iterable[Any]) -> dict[str, Any]:
+    known = read_checked_json(file) if file.exists() else {"commits": [], "blobs": {}, "in_git": []}
     commits = set(known["commits"])
     for ref in (*refs.branches, *refs.tags):
         commits |= set(_history(repo, ref))
-    blobs = {**known["blobs"], **{file.file_oid: file.filename for file in condemned}}
+    in_git = {commit for commit in commits.difference(known["commits"]) if _has_weights_or_ids_in_git(repo, commit)}
+    seen = {
+        "commits": sorted(commits),
+        "blobs": {**known["blobs"], **{blob.file_oid: blob.filename for blob in condemned}},
+        "in_git": sorted(in_git.union(known["in_git"])),
+    }
     make_folders(file.parent)
-    write_checked_json(file, {"commits": sorted(commits), "blobs": blobs})
-    return {"commits": sorted(commits), "blobs": blobs}
+    write_checked_json(file, seen)
+    return seen
+
+
+def _has_weights_or_ids_in_git(repo: HubRepo, commit: str) -> bool:
+    """Whether somebody committed adapters or ids as small files, which are in no list of what can be erased."""
+    return any(must_be_erasable(entry.path) and not entry.lfs for entry in _files(repo, commit))
 
 
 def _look(repo: HubRepo, seen: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -234,8 +250,15 @@ def _is_served(repo: HubRepo, path: str, commit: str, condemned: Iterable[str] |
         return condemned is None or Path(found).resolve().name in condemned
 
 
-def _open_questions(pull_requests, served) -> list[tuple[str, str]]:
+def _open_questions(pull_requests, served, in_git) -> list[tuple[str, str]]:
     questions = [
+        (
+            f"{len(in_git)} old commits hold adapters or the table of ids as small files in git, which cannot be "
+            "erased; they are served to who knows the commit id until the Hub collects garbage",
+            "delete the repository and push to a new one, or ask the Hub's support to collect garbage for it",
+        )
+    ] * bool(in_git)
+    questions += [
         (
             f"small files of {len(served)} old commits (stage records, cards, ledgers; no weights, no ids) are served "
             "to who knows the commit id until the Hub collects garbage",

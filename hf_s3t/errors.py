@@ -69,5 +69,9 @@ class HubError(S3TError, OSError):
     """The Hub refuses, cannot be reached, or does not hold what was asked for."""
 
 
+class TransferError(HubError):
+    """A file could not be brought to the Hub or from there."""
+
+
 class MergeNeededError(HubError):
     """The Hub knows of deletions that the folder to be pushed does not."""

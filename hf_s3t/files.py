@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import FolderError
+from .errors import FolderError, S3TError
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
@@ -74,6 +74,25 @@ def explained(what: str, advice: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise FolderError(f"{what} ({error}). {advice}") from error
+
+
+@contextlib.contextmanager
+def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
+    """
+    Say that values of a wrong type come from no version of hf_s3t: who edits a file can make its digest match.
+
+    Args:
+        what (`str` or `os.PathLike`): What holds the values.
+        advice (`str`): What to do.
+    """
+    try:
+        yield
+    except S3TError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FolderError(
+            f"{what} holds values that no version of hf_s3t writes ({type(error).__name__}: {error}). {advice}"
+        ) from error
 
 
 def sync(path: Path) -> None:

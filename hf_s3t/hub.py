@@ -1,19 +1,29 @@
 """The repository of a system on the Hub: reading it, and bringing a system there in one commit."""
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    RepoFile,
+    constants,
+    hf_hub_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -23,12 +33,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
+from yaml import YAMLError
 
-from .errors import FolderError, HubError, MergeNeededError
+from .errors import FolderError, HubError, MergeNeededError, S3TError, TransferError
 from .files import digested_json, make_folders, read_checked_json, write_atomically
 from .ledger import Ledger
 from .plan import StageKey
@@ -41,12 +53,15 @@ from .storage import (
     STAGES,
     TABLE_FILE,
     SystemFolder,
+    is_stage_record,
 )
 from .table_file import pin_of, write_table
 
 
 INDEX_FILE = f"{STAGES}/index.json"
 CARD_FILE = "README.md"
+ATTRIBUTES_FILE = ".gitattributes"
+_LARGE = "filter=lfs diff=lfs merge=lfs -text"
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
 _INDEXED = ("files", "slices", "below", "recipe")
@@ -61,16 +76,45 @@ _Result = TypeVar("_Result")
 Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
 
 
-def state_folder(repo_id: str) -> Path:
+def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
     """
     Where this machine remembers the deletions of a repository: a folder without weights, outside the Hub's cache.
 
+    Each system has its own: where a repository was deleted and another system pushed under its name, the deletions of
+    the former stay remembered, for its revisions, and those of the two never mix.
+
     Args:
         repo_id (`str`): The repository, such as `"me/llama-s3t"`.
+        record (mapping, *optional*):
+            What `s3t_config.json` says of the system, which is known by the check of its secret. Without it, the
+            folder that holds those of all systems which were ever in the repository.
     """
     home = os.environ.get("HF_S3T_HOME") or Path(constants.HF_HOME) / "s3t"
     host = urlsplit(constants.ENDPOINT).netloc.replace(":", "_")
-    return Path(home) / host / repo_folder_name(repo_id=repo_id, repo_type="model")
+    folder = Path(home) / host / repo_folder_name(repo_id=repo_id, repo_type="model")
+    if record is None:
+        return folder
+    check = record.get("key_check")
+    if not isinstance(check, str):
+        raise FolderError(
+            f"{CONFIG_FILE} of {repo_id} has the key_check {check!r}, expected a digest. Push the system again from "
+            "its folder."
+        )
+    # Hashed: what comes from the Hub does not name folders here.
+    return folder / hashlib.sha256(check.encode()).hexdigest()[:16]
+
+
+def warn_of_other_systems(repo_id: str, record: Mapping[str, Any]) -> None:
+    """Say where deletions are remembered of other systems that were in a repository, and that they stay theirs."""
+    ours = state_folder(repo_id, record)
+    for ledger in sorted(state_folder(repo_id).glob(f"*/{LEDGER_FILE}")):
+        if ledger.parent != ours and read_ledger(ledger).num_deletions:
+            warnings.warn(
+                f"{repo_id} held another system, of which this machine remembers deletions ({ledger.parent}). They "
+                "stay in force for its revisions; of the system that is there now they delete nothing. Unlearn there "
+                "what it must forget too.",
+                stacklevel=2,
+            )
 
 
 def is_repo_id(path: str | os.PathLike) -> bool:
@@ -93,18 +137,47 @@ def patiently(call: Callable[..., _Result], *args, **kwargs) -> _Result:
         *args: For the call.
         **kwargs: For the call.
     """
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS - 1):
         try:
-            return call(*args, **kwargs)
-        except HTTPError as error:
-            if attempt == _ATTEMPTS - 1 or not is_passing(error):
+            return asked(call, *args, **kwargs)
+        except (HTTPError, TransferError) as error:
+            if not is_passing(error):
                 raise
-            time.sleep(min(0.5 * 2**attempt, _LONGEST_WAIT))
-    raise AssertionError("unreachable")
+        time.sleep(min(0.5 * 2**attempt, _LONGEST_WAIT))
+    return asked(call, *args, **kwargs)
+
+
+def asked(call: Callable[..., _Result], *args, **kwargs) -> _Result:
+    """
+    Call the Hub. Where the transfer of a file, by Xet or LFS, raises what Python has for anything, that is told.
+
+    Args:
+        call (callable): A method of the client.
+        *args: For the call.
+        **kwargs: For the call.
+
+    Raises:
+        [`~hf_s3t.errors.TransferError`]: If the client raised no error of its own.
+    """
+    try:
+        return call(*args, **kwargs)
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, S3TError):
+        raise
+    except (OSError, RuntimeError, ValueError, XetDownloadError) as error:
+        if isinstance(error.__cause__, HTTPError):
+            # The client wraps what the upload of a file ended with.
+            raise error.__cause__ from error
+        raise TransferError(
+            f"A file could not be transferred ({type(error).__name__}: {_sentence(error)}). See that the token is "
+            "valid, the connection stands and there is room in the cache, then call again; what was done is not done "
+            "twice."
+        ) from error
 
 
 def is_passing(error: Exception) -> bool:
     """Whether an error of the Hub may be gone when it is asked again."""
+    if isinstance(error, TransferError):
+        return isinstance(error.__cause__, (RuntimeError, ConnectionError, TimeoutError, XetDownloadError))
     if isinstance(error, (OfflineModeIsEnabled, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
         return False
     return not isinstance(error, HfHubHTTPError) or status_of(error) >= 500 or status_of(error) == 429
@@ -120,6 +193,8 @@ def told(repo_id: str, doing: str) -> Iterator[None]:
     """Turn the client's errors into sentences with a remedy."""
     try:
         yield
+    except HFValidationError as error:
+        raise HubError(f"{repo_id} names no repository: {_sentence(error)}. Give one such as me/llama-s3t.") from error
     except RepositoryNotFoundError as error:
         raise HubError(
             f"{repo_id} is not on the Hub, or your token may not see it. Check the name; for a private repository log "
@@ -213,18 +288,66 @@ class HubRepo:
 
     def ledger(self, revision: str) -> Ledger:
         """The ledger of a revision."""
-        return Ledger.parse(self.download(LEDGER_FILE, revision).read_bytes().decode())
+        return read_ledger(self.download(LEDGER_FILE, revision))
+
+    def card(self, state: HubState) -> str | None:
+        """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""
+        if CARD_FILE not in state.tree:
+            return None
+        try:
+            text = self.download(CARD_FILE, state.commit).read_bytes().decode()
+            _ = ModelCard(text, ignore_metadata_errors=True)
+        except (ValueError, YAMLError) as error:
+            warnings.warn(
+                f"The {CARD_FILE} of {self.repo_id} cannot be read ({_sentence(error)}), so what it said of datasets, "
+                "licence and evaluation is not kept. Give `datasets`, `license` and `evaluation` with a push.",
+                stacklevel=2,
+            )
+            return None
+        return text
+
+
+def read_ledger(path: Path) -> Ledger:
+    """
+    The ledger in a file that came from the Hub, or is kept for what did.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the file is none.
+    """
+    try:
+        return Ledger.parse(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise FolderError(
+            f"{path} is not text: {error}. Restore it from a backup, or push the system again."
+        ) from error
+    except FolderError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a repository's stages: `stages` by key, `slices` by (shard, slice), and the ledger's pin."""
+    """
+    The index of a repository's stages: `stages` by key, `slices` by (shard, slice), and the ledger's pin.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If it does not say of each stage what the record of a stage says.
+    """
     index = read_checked_json(path)
     try:
         stages = {StageKey.from_path(f"{STAGES}/{name}"): dict(record) for name, record in index["stages"].items()}
         slices = {tuple(map(int, place.split("/"))): str(digest) for place, digest in index["slices"].items()}
+        pin = str(index["ledger"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FolderError(f"{path} is no index of a system's stages: {error}.") from error
-    return {**index, "stages": stages, "slices": slices}
+        raise FolderError(
+            f"{path} is no index of a system's stages ({type(error).__name__}: {error}). Push the system again "
+            "from its folder."
+        ) from error
+    damaged = next((key for key, record in stages.items() if not is_stage_record(record)), None)
+    if damaged is not None:
+        raise FolderError(
+            f"{path} says of {damaged} other than files, slices, below and metrics as they were written. Push the "
+            "system again from its folder."
+        )
+    return {**index, "stages": stages, "slices": slices, "ledger": pin}
 
 
 def _index_of(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
@@ -299,16 +422,15 @@ def push(
         [`~hf_s3t.errors.MergeNeededError`]: If the Hub knows deletions that the folder does not, and `merge` is false.
         [`~hf_s3t.errors.HubError`]: If the Hub refuses, cannot be reached, or holds another system there.
     """
-    base_id = folder.record["base_model"].get("id")
-    if base_id and os.path.isabs(str(base_id)):
+    if folder.base_id is None and folder.record["base_model"].get("id"):
         warnings.warn(
-            f"The base model is a folder of this machine ({base_id}): who loads {repo.repo_id} elsewhere must give "
-            "`base_model`. Push the base to the Hub and train on it by its id to spare them that.",
+            f"The base model is a folder of this machine: who loads {repo.repo_id} must give `base_model`, and learns "
+            "the folder's name alone. Push the base to the Hub and train on it by its id to spare them that.",
             stacklevel=2,
         )
     with told(repo.repo_id, "The push ended"):
         if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
-            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, repo))
+            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, None))
         if not dry_run:
             patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
         for attempt in range(_ATTEMPTS):
@@ -317,14 +439,16 @@ def push(
             _take_in(folder, state, merge, repo.repo_id, dry_run)
             if on_merge is not None and folder.ledger.deleted != known:
                 on_merge()
+            card = repo.card(state)
             try:
-                added, deleted = _operations(folder, state, describe, repo)
+                added, deleted = _operations(folder, state, describe, card)
             except FileNotFoundError:
                 # Another process deleted examples meanwhile, and with them stages.
                 folder.refresh()
                 continue
+            _refuse_what_git_would_keep(repo, state, added)
             if not dry_run:
-                remember(repo.repo_id, folder.ledger)
+                remember(repo.repo_id, folder.record, folder.ledger)
             if dry_run or not (added or deleted):
                 return _report(repo, state, added, deleted)
             commit = _commit(repo, state, added, deleted, commit_message or _message(folder))
@@ -352,7 +476,7 @@ def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted) -
 def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, dry_run: bool) -> None:
     if state.record is None:
         return
-    other = [name for name in _OF_A_SYSTEM if _of(state.record, name) != _of(folder.record, name)]
+    other = differing_parts(state.record, folder.record)
     if other:
         raise HubError(f"{repo_id} holds another system ({', '.join(other)} differ). Choose another repository.")
     missing = state.ledger.deleted - folder.ledger.deleted
@@ -365,6 +489,11 @@ def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, d
         folder.merge_ledger(state.ledger)
 
 
+def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What tells two systems apart by their configs; nothing if they are copies of one."""
+    return [name for name in _OF_A_SYSTEM if _of(one, name) != _of(other, name)]
+
+
 def _of(record: Mapping[str, Any], name: str) -> Any:
     """A part of a system's record; of the base, what its tensors are."""
     value = record.get(name)
@@ -372,7 +501,7 @@ def _of(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _operations(
-    folder: SystemFolder, state: HubState, describe: Describe, repo: HubRepo
+    folder: SystemFolder, state: HubState, describe: Describe, card: str | None
 ) -> tuple[dict[str, bytes | Path], list[str]]:
     """The files to add, and the paths to delete."""
     ours, stages = folder.valid_stages, _stages_to_be(folder, state)
@@ -385,10 +514,9 @@ def _operations(
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
     wanted[TABLE_FILE] = _table_bytes(folder)
     wanted[INDEX_FILE] = digested_json(_index_of(folder, stages))
-    card = repo.download(CARD_FILE, state.commit).read_text() if CARD_FILE in state.tree else None
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in _STAGE_FILES}
-    added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), content)}
+    added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
     deleted = [
         path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
     ]
@@ -430,8 +558,45 @@ def _table_bytes(folder: SystemFolder) -> bytes:
         return (Path(scratch) / TABLE_FILE).read_bytes()
 
 
-def _is_there(entry: RepoFile | None, content: bytes | Path) -> bool:
-    if entry is None:
+def must_be_erasable(path: str) -> bool:
+    """Whether a file holds weights or ids, and so belongs into the large-file storage: what git keeps, it keeps."""
+    return path == TABLE_FILE or path.endswith(f"/{ADAPTER_FILE}")
+
+
+def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[str]) -> None:
+    """No erasure reaches what lies in git itself, in any old commit, until the Hub collects garbage."""
+    if not state.commit:
+        # Of a repository that is not made yet; a new one has the Hub's own rules, under which these files are large.
+        return
+    rules = ""
+    if ATTRIBUTES_FILE in state.tree:
+        rules = repo.download(ATTRIBUTES_FILE, state.commit).read_bytes().decode(errors="replace")
+    kept = sorted(path for path in added if must_be_erasable(path) and not _is_large(path, rules))
+    if kept:
+        wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
+        raise HubError(
+            f"By the {ATTRIBUTES_FILE} of {repo.repo_id}, {kept[0]}{' and others' if len(kept) > 1 else ''} would lie "
+            "in git itself, where a deletion could not be erased from old commits; expected are rules that make it a "
+            f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}. Then push again. Nothing was pushed."
+        )
+
+
+def _is_large(path: str, rules: str) -> bool:
+    """Whether the rules of a `.gitattributes` make a file a large one; the last that fits counts."""
+    large = False
+    for line in rules.splitlines():
+        pattern, *attributes = line.split() or ("#",)
+        name = path if "/" in pattern else PurePosixPath(path).name
+        if pattern.startswith("#") or not fnmatch.fnmatchcase(name, pattern.removeprefix("/")):
+            continue
+        for attribute in attributes:
+            if attribute.lstrip("-!").partition("=")[0] == "filter":
+                large = attribute == "filter=lfs"
+    return large
+
+
+def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:
+    if entry is None or (entry.lfs is None and must_be_erasable(path)):
         return False
     data = content.read_bytes() if isinstance(content, Path) else content
     if entry.lfs is not None:
@@ -441,24 +606,15 @@ def _is_there(entry: RepoFile | None, content: bytes | Path) -> bool:
 
 def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str | None:
     """The new commit, or `None` if what is there must be looked at again first."""
-    if not all(content.is_file() for content in added.values() if isinstance(content, Path)):
-        # Another process deleted examples meanwhile, and with them stages.
-        return None
-    operations = [CommitOperationDelete(path_in_repo=path) for path in deleted]
-    operations += [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
-        for path, content in sorted(added.items())
-    ]
     try:
         with warnings.catch_warnings():
             # A table in a model's repository is meant here.
             warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            return repo.api.create_commit(
-                repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
-            ).oid
-    except FileNotFoundError:
-        return None
-    except HTTPError as error:
+            return asked(_create_commit, repo, state, added, deleted, message).oid
+    except (HTTPError, TransferError) as error:
+        if not all(content.is_file() for content in added.values() if isinstance(content, Path)):
+            # Another process deleted examples meanwhile, and with them stages.
+            return None
         if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
             return None
         if not is_passing(error):
@@ -466,22 +622,34 @@ def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str
         return None
 
 
-def remember(repo_id: str, ledger: Ledger) -> Ledger:
+def _create_commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> CommitInfo:
+    operations = [CommitOperationDelete(path_in_repo=path) for path in deleted]
+    operations += [
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
+        for path, content in sorted(added.items())
+    ]
+    return repo.api.create_commit(
+        repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
+    )
+
+
+def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
     """
-    Have every copy of a repository on this machine, of whatever revision, follow a ledger's deletions.
+    Have every copy of a system in a repository on this machine, of whatever revision, follow a ledger's deletions.
 
     Args:
         repo_id (`str`): The repository.
+        record (mapping): What `s3t_config.json` says of the system.
         ledger ([`~hf_s3t.ledger.Ledger`]): What was recorded.
 
     Returns:
         [`~hf_s3t.ledger.Ledger`]: What this machine knows now.
     """
-    path = state_folder(repo_id)
+    path = state_folder(repo_id, record)
     make_folders(path / STAGES)
     with FileLock(path / STAGES / ".lock", is_singleton=True):
         file = path / LEDGER_FILE
-        known = Ledger.parse(file.read_bytes().decode()) if file.exists() else None
+        known = read_ledger(file) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
             write_atomically(file, merged.text.encode())

@@ -3,14 +3,26 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .errors import FolderError, HubError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, make_folders, sync, write_atomically
-from .hub import INDEX_FILE, HubRepo, patiently, read_index, remember, state_folder, told
+from .files import check_digest, forgeries_told, make_folders, read_checked_json, sync, write_atomically
+from .hub import (
+    INDEX_FILE,
+    HubRepo,
+    differing_parts,
+    patiently,
+    read_index,
+    read_ledger,
+    remember,
+    state_folder,
+    told,
+    warn_of_other_systems,
+)
 from .ledger import Ledger
 from .plan import StageKey
 from .storage import (
@@ -22,8 +34,12 @@ from .storage import (
     STAGES,
     TABLE_FILE,
     SystemFolder,
+    check_rows,
 )
-from .table_file import read_table, write_table
+from .table_file import pin_of, read_table, write_table
+
+
+_FORGED = "Do not serve it; push the system again from its folder."
 
 
 class HubFolder(SystemFolder):
@@ -33,7 +49,7 @@ class HubFolder(SystemFolder):
     Only the config, the ledger, the index and the stages that serve are downloaded; the table of examples when it is
     first needed. What is deleted here is recorded in a small folder of this machine ([`~hf_s3t.hub.state_folder`]),
     which holds the ledger and no weights, and which counts for every revision and cache of the repository, pinned and
-    offline. [`~hf_s3t.S3TModel.push_to_hub`] brings it to the Hub.
+    offline, that holds the same system. [`~hf_s3t.S3TModel.push_to_hub`] brings it to the Hub.
 
     Args:
         repo_id (`str`): The repository.
@@ -57,14 +73,19 @@ class HubFolder(SystemFolder):
     ):
         self.repo = HubRepo(repo_id, token, cache_dir)
         self.revision = revision
-        self.path = state_folder(repo_id)
         self._key: DigestKey | None = None
         self._names: KeptNames | None = None
         self._table: ExampleTable | None = None
         self.commit = ""
+        with self._forgeries_told():
+            self._begin(self._resolve())
+        self.path = state_folder(repo_id, self.record)
         make_folders(self.path / STAGES)
-        self._begin(self._resolve())
+        warn_of_other_systems(repo_id, self.record)
         self.refresh()
+
+    def _forgeries_told(self):
+        return forgeries_told(f"{self.repo.repo_id} at {self.commit or self.revision or 'main'}", _FORGED)
 
     # What needs the secret, or the table, asks for it when it is needed
 
@@ -107,8 +128,11 @@ class HubFolder(SystemFolder):
         self._table = table
 
     def _load_table(self, ledger: Ledger) -> ExampleTable:
-        rows, pin = read_table(self._download(TABLE_FILE))
-        return self._masked(self._table_of(rows, pin, self._published), ledger)
+        file = self._download(TABLE_FILE)
+        with self._forgeries_told():
+            rows, pin = read_table(file)
+            check_rows(file, rows, self.config)
+            return self._masked(self._table_of(rows, pin, self._published), ledger)
 
     def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
         # Without the secret a table can be used, as long as there is nothing to mask in it.
@@ -119,28 +143,54 @@ class HubFolder(SystemFolder):
     # What is there
 
     def refresh(self) -> None:
-        """Follow the repository's branch, and what this machine knows of its deletions."""
+        """
+        Follow the repository's branch, and what this machine knows of its deletions.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is damaged, or another system is there now.
+        """
+        with self._forgeries_told():
+            self._follow_branch()
+
+    def _follow_branch(self) -> None:
         self._resolve()
-        self._published = self._ledger_of(self.commit)
-        ledger = remember(self.repo.repo_id, self._published)
+        self._published = read_ledger(self._download(LEDGER_FILE))
+        ledger = remember(self.repo.repo_id, self.record, self._published)
         if self.revision is not None:
-            ledger = remember(self.repo.repo_id, self._newest())
-        index = read_index(self._download(INDEX_FILE))
+            ledger = remember(self.repo.repo_id, self.record, self._newest())
+        index = self._read_index()
         # All that may fail comes before anything changes.
         table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
         self.ledger = self._read_ledger()
         self._slices, self._stages, self._table = index["slices"], index["stages"], table
         self._condemned = {}
 
+    def _read_index(self) -> dict[str, Any]:
+        file = self._download(INDEX_FILE)
+        index, config = read_index(file), self.config
+        places = {(shard, slice_) for shard in range(config.num_shards) for slice_ in range(config.num_slices)}
+        if set(index["slices"]) != places:
+            raise FolderError(
+                f"{file} has digests of {len(index['slices'])} slices, expected those of the {len(places)} slices of "
+                f"the system. {_FORGED}"
+            )
+        if index["ledger"] != pin_of(self._published):
+            raise FolderError(
+                f"{file} was written with other lines of {LEDGER_FILE} than are there: lines were cut off or edited, "
+                f"and deletions would be forgotten. {_FORGED}"
+            )
+        return index
+
     def _newest(self) -> Ledger:
         """What the main branch knows, if it can be asked: an old revision does not bring deleted examples back."""
         try:
-            return self._ledger_of("main")
+            config = self._download(CONFIG_FILE, "main")
+            if differing_parts(read_checked_json(config), self.record):
+                # Of another system that was pushed under this name.
+                return Ledger()
+            return read_ledger(self._download(LEDGER_FILE, config.parent.name))
         except HubError:
             return Ledger()
-
-    def _ledger_of(self, revision: str) -> Ledger:
-        return Ledger.parse(self._download(LEDGER_FILE, revision).read_bytes().decode())
 
     def _resolve(self) -> Path:
         """Find the commit that the revision stands for now; offline, the one in the cache."""
@@ -153,6 +203,11 @@ class HubFolder(SystemFolder):
             ) from error
         commit = config.parent.name
         if commit != self.commit:
+            if self.commit and differing_parts(read_checked_json(config), self.record):
+                raise FolderError(
+                    f"{self.repo.repo_id} holds another system now than was loaded from it. Load it anew, or give "
+                    f"revision={self.commit!r} to stay with this one."
+                )
             self.commit, self._table = commit, None
         return config
 

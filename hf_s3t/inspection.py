@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ from .storage import (
     STAGES,
     TABLE_FILE,
     SystemFolder,
+    check_rows,
+    checked_stage,
 )
 from .table_file import pin_of, read_table
 
@@ -104,20 +106,7 @@ def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolde
         [`~hf_s3t.errors.FolderError`]: If it holds symbolic links, or no intact system.
     """
     refuse_foreign_parts(path)
-    try:
-        folder = ReadOnlyFolder(path) if read_only else SystemFolder(path)
-        _check_rows(folder.path, folder.table.rows, folder.config)
-        for key in folder.stages:
-            _checked_stage(folder.path / key.path, key, folder.stage_record(key))
-        return folder
-    except S3TError:
-        raise
-    # Values of a wrong type behind a digest that was made to match.
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise FolderError(
-            f"{path} holds values that no version of hf_s3t writes ({type(error).__name__}: {error}). "
-            "`hf-s3t check` says where; restore the folder from a backup."
-        ) from error
+    return ReadOnlyFolder(path) if read_only else SystemFolder(path)
 
 
 def check_method(record: Mapping[str, Any], methods: Collection[str], path: str | os.PathLike) -> None:
@@ -349,7 +338,7 @@ class _Inspector:
 
     def _mask(self, rows, behind: bool) -> None:
         config = self.config
-        _check_rows(self.path, rows, config)
+        check_rows(self.path / TABLE_FILE, rows, config)
         table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
         known_by_key = config.keep_ids == "plain"
         if self.ledger is None or (self.key is None and known_by_key and self.ledger.deleted):
@@ -404,7 +393,7 @@ class _Inspector:
             if entry.name not in _STAGE_FILES:
                 self._unless_foreign(entry)
         _require_file(folder / STAGE_FILE)
-        record = _checked_stage(folder, key, read_checked_json(folder / STAGE_FILE))
+        record = checked_stage(folder, key, read_checked_json(folder / STAGE_FILE))
         self.stages[key] = record
         for name, digest in record["files"].items():
             with self._reading(folder / name):
@@ -529,56 +518,6 @@ def printable(text: str) -> str:
         `str`: The text, unprintable characters escaped.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What `stage.json` says, if it has the form that it was written in and lies where it says."""
-    if record.get("stage") != str(key):
-        raise FolderError(
-            f"{folder} holds the stage {record.get('stage')!r}: folders were swapped or renamed. Move "
-            "it back, or remove it and call `train()` to grow it again."
-        )
-    files, slices, metrics = record.get("files"), record.get("slices"), record.get("metrics")
-    if (
-        not isinstance(files, dict)
-        or set(files) != {ADAPTER_FILE, ADAPTER_CONFIG_FILE}
-        or not _are_texts(files.values())
-        or not isinstance(slices, list)
-        or not _are_texts(slices)
-        or "below" not in record
-        or not isinstance(metrics, dict)
-        or not isinstance(metrics.get("eval_loss", 0.0), (int, float))
-    ):
-        raise FolderError(
-            f"{folder / STAGE_FILE} does not say what the record of a stage says, or names other files than "
-            f"{ADAPTER_FILE} and {ADAPTER_CONFIG_FILE}. Remove the folder and call `train()` to grow it again."
-        )
-    return dict(record)
-
-
-def _are_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _check_rows(path: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:
-    if not all(_is_row(example_id, row, config) for example_id, row in rows.items()):
-        raise FolderError(
-            f"{path / TABLE_FILE} holds rows that are no examples of this system's shards and slices. Restore it from "
-            "a backup."
-        )
-
-
-def _is_row(example_id: Any, row: Any, config: S3TConfig) -> bool:
-    return (
-        isinstance(example_id, (int, str))
-        and not isinstance(example_id, bool)
-        and isinstance(row.shard, int)
-        and isinstance(row.slice, int)
-        and isinstance(row.digest, str)
-        and isinstance(row.group, (int, str, type(None)))
-        and 0 <= row.shard < config.num_shards
-        and 0 <= row.slice < config.num_slices
-    )
 
 
 def _key_of(folder: Path) -> StageKey | None:

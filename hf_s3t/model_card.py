@@ -64,7 +64,8 @@ def render_card(
     if not numbers and is_same_state and before.eval_results:
         numbers = {result.metric_name or result.metric_type: result.metric_value for result in before.eval_results}
     record, status = folder.record, system_status(folder)
-    base_id = str(record["base_model"]["id"] or "")
+    # Of a base that is nobody else's, the name of its folder.
+    base_id = str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
     public = base_id if _is_public(base_id) else None
     task = record["task"]
     data = ModelCardData(

@@ -554,7 +554,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 self.folder.record_export(tips[0], library_versions())
                 # This line changes nothing that serves.
                 self._followed = len(self.folder.ledger.lines)
-                self.stack.export(tips[0], Path(folder), self.folder.record["base_model"]["id"])
+                self.stack.export(tips[0], Path(folder), self.folder.base_id)
 
 
 def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:

@@ -301,7 +301,7 @@ class S3TTrainerMixin:
 
     def _write(self, key: StageKey, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
-            base_id = self.folder.record["base_model"]["id"]
+            base_id = self.folder.base_id
             written = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
             if written:
                 self._stack.mark(key, self.folder.adapter_digest(key))
@@ -470,7 +470,7 @@ class S3TTrainerMixin:
         if _internal_call:
             if self.is_world_process_zero():
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._stack.save(self._stage, Path(output_dir), self.folder.record["base_model"]["id"])
+                self._stack.save(self._stage, Path(output_dir), self.folder.base_id)
         elif output_dir is not None and self.is_world_process_zero():
             self.s3t_model.save_pretrained(output_dir)
 

@@ -23,6 +23,7 @@ os.environ.update(
 
 import gc
 import ipaddress
+import shutil
 import socket
 import sys
 import time
@@ -115,7 +116,8 @@ def hub(monkeypatch, tmp_path):
     _HUB.users[token] = (user, "write", {user})
     _HUB.user, _HUB.token = user, token
     monkeypatch.setenv("HF_TOKEN", token)
-    # Nobody waits for a Hub that recovers at once.
+    # Nobody waits for a Hub that recovers at once, nor for the disk.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("hf_s3t.hub.time.sleep", lambda seconds: None)
     monkeypatch.setattr(_http, "time", type("Time", (), {"sleep": lambda seconds: None, "time": time.time}))
     _HUB.faults.clear()
@@ -125,6 +127,40 @@ def hub(monkeypatch, tmp_path):
     assert _HUB.unrouted == [], f"the client asked for what the local Hub does not know: {_HUB.unrouted}"
     for key in [key for key in _HUB.repos if key[1].startswith(f"{user}/")]:
         del _HUB.repos[key]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The folder of a system with a stage of random tensors for every planned one; not to be changed."""
+    from hub_systems import plant
+
+    return plant(tmp_path_factory.mktemp("hub") / "system")
+
+
+@pytest.fixture
+def system(planted, tmp_path):
+    """A copy of it."""
+    from hf_s3t.storage import SystemFolder
+
+    return SystemFolder(shutil.copytree(planted, tmp_path / "system"))
+
+
+@pytest.fixture
+def repo(hub):
+    """A repository that is not there yet."""
+    from hf_s3t.hub import HubRepo
+
+    return HubRepo(f"{hub.user}/system")
+
+
+@pytest.fixture
+def pushed(system, repo, monkeypatch):
+    """The system on the Hub, and its secret in the environment, as on another machine that knows it."""
+    from hub_systems import send
+
+    send(system, repo)
+    monkeypatch.setenv("HF_S3T_KEY", (system.path / "ledger.key").read_text())
+    return system
 
 
 @pytest.fixture(scope="session")

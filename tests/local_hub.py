@@ -553,8 +553,8 @@ def _(h, kind, id, rev="main"):
         import yaml
 
         try:
-            card = yaml.safe_load(m[1]) or {}
-        except yaml.YAMLError:
+            card = dict(yaml.safe_load(m[1]) or {})
+        except (yaml.YAMLError, ValueError):
             card = {}
     return {
         "_id": "0" * 24,

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+from folders import forge
 
 import hf_s3t.files as files
 import hf_s3t.storage as storage
 from hf_s3t import S3TConfig
-from hf_s3t.errors import FolderError, FormatVersionError, KeyMissingError
+from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
+from hf_s3t.inspection import open_folder
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import STAGE_FILE, SystemFolder
@@ -409,8 +411,29 @@ def test_examples_outside_the_systems_shards_and_slices_are_refused(system):
     table.rows[IDS[0]] = Example(0, 7, "00")
     table.__dict__["_members"] = {}
     write_table(system / "examples.parquet", table, folder.ledger)
-    with pytest.raises(FolderError, match=r"examples.parquet places examples outside the system's shards and slices"):
+    with pytest.raises(FolderError, match=r"examples.parquet holds rows that are no examples of this system's shards"):
         SystemFolder(system)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("s3t_config.json", {"s3t_config": 7}),
+        ("s3t_config.json", {"s3t_config": {"num_shards": [2]}}),
+        ("s3t_config.json", {"s3t_config": {"num_slices": {}, "deletion_prior": 3}}),
+        ("stages/shard-0/0/stage.json", {"slices": 7}),
+        ("stages/shard-0/0/stage.json", {"files": None}),
+        ("stages/shard-0/0/stage.json", {"files": {"adapter_model.safetensors": "0"}}),
+        ("stages/shard-0/0/stage.json", {"metrics": [1]}),
+        ("stages/shard-0/0/stage.json", {"metrics": {"eval_loss": "low"}}),
+    ],
+)
+def test_values_that_no_version_writes_are_refused_by_whatever_opens_the_folder(file, changes, system):
+    forge(system / file, **changes)
+    for opened in (SystemFolder, open_folder):
+        with pytest.raises((FolderError, ConfigError)) as told:
+            opened(system)
+        assert str(told.value)
 
 
 # The key
