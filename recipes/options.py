@@ -15,10 +15,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig
 
 from hf_s3t import S3TConfig
+from hf_s3t.baselines import METHODS
 from hf_s3t.errors import ConfigError
 
 
-METHODS = ("s3t", "full", "sisa", "protosisa", "sequential")
 # Field of the LoRA config -> its option, where the bare name would say too little.
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
 
@@ -56,6 +56,9 @@ class ScriptArguments:
     num_people: int = field(default=8, metadata={"help": "Demo: invented people with private facts."})
     num_general: int = field(default=24, metadata={"help": "Demo: general instructions."})
     cache_dir: str | None = field(default=None, metadata={"help": "Demo: where the small base model is kept."})
+    base_hidden_size: int | None = field(default=None, metadata={"help": "Demo: hidden size of the base model."})
+    base_vocab_size: int | None = field(default=None, metadata={"help": "Demo: tokens of the base model."})
+    base_steps: int | None = field(default=None, metadata={"help": "Demo: steps of the base model's pretraining."})
 
 
 @dataclass

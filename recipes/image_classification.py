@@ -1,0 +1,227 @@
+"""
+Fine-tune a vision transformer on images as a system that can forget, and measure it at every depth.
+
+    python recipes/image_classification.py --config recipes/configs/cifar10.yaml                # as in the paper
+    python recipes/image_classification.py --config recipes/configs/cifar10.yaml --method full  # plain LoRA
+    python recipes/image_classification.py --model_name_or_path M --dataset_name folder/ --label_set cat dog
+
+`--dataset_name` is an id on the Hub, a folder with a folder of images for each class, a parquet file or an npz file.
+A small vision transformer to try it with is made by `pretrain_vit.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from classification import (
+    HELD_OUT,
+    ClassificationArguments,
+    EvaluationSet,
+    check_metrics,
+    check_model_is_given,
+    choose_rows,
+    first_rows,
+    prepared_ids,
+    quiet,
+    read_sets,
+    resolve_labels,
+    run,
+    say_it_is_done,
+)
+from datasets import Dataset
+from images import PRETRAINING, ImageSource, Shown, digits
+from options import Options, read_options
+from options import make_parser as make_recipe_parser
+from results import Results
+from rows import check_columns, label_numbers, split_off
+from tasks import IMAGE_TASKS, ImageTask
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    DefaultDataCollator,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from hf_s3t.errors import ConfigError
+from hf_s3t.launch import start_cpu_processes
+
+
+RECIPE = "image_classification"
+
+
+@dataclass
+class ImageArguments(ClassificationArguments):
+    """What the recipe trains on: a task of `tasks.py`, or columns and labels that are named here."""
+
+    image_column: str | None = field(default=None, metadata={"help": "Column of images."})
+    augmentation: str = field(
+        default="crop-flip", metadata={"help": "crop-flip, crop, or none: what happens to an image in every epoch."}
+    )
+    padding: int | None = field(default=None, metadata={"help": "Pixels around an image before it is cropped."})
+    leave_out_share: float = field(
+        default=0.0, metadata={"help": "Share of the training images that `pretrain_vit.py --share` has used."}
+    )
+
+
+def make_parser() -> HfArgumentParser:
+    """The recipe's options: `ImageArguments`, `S3TConfig`, `LoraConfig` and `TrainingArguments`."""
+    parser = make_recipe_parser(ImageArguments, TrainingArguments)
+    parser.set_defaults(
+        output_dir="image-classification-s3t",
+        save_strategy="no",
+        logging_strategy="no",
+        # The column of images is not the model's input: pixels are made of it with the batch.
+        remove_unused_columns=False,
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Run the recipe.
+
+    Args:
+        argv (sequence of `str`, *optional*): The command line; this process's if not given.
+
+    Returns:
+        `dict[str, Any]`: What the results file holds.
+    """
+    quiet()
+    options = read_options(make_parser(), argv)
+    check_model_is_given(options)
+    task = task_of(options)
+    results = Results(options, RECIPE)
+    if not options.script.unlearn and (found := say_it_is_done(results)) is not None:
+        return found
+    with results.timed("load"):
+        task, train, sets = load_rows(options, task)
+        processor = AutoImageProcessor.from_pretrained(options.script.model_name_or_path, backend="pil")
+        model = load_model(options, task)
+        flip = options.script.augmentation == "crop-flip"
+        padding = None if options.script.augmentation == "none" else task.padding
+        train.set_transform(Shown(processor, task, padding, flip))
+        evaluation = {name: evaluation_set(dataset, options, Shown(processor, task)) for name, dataset in sets.items()}
+    return run(
+        options,
+        results,
+        task,
+        model,
+        train,
+        evaluation,
+        data_collator=DefaultDataCollator(),
+        processing_class=processor,
+    )
+
+
+def task_of(options: Options) -> ImageTask:
+    """
+    The task that was asked for: one of the table, changed by the options, or one that the options describe.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it is unknown, or not fully described.
+    """
+    script = options.script
+    if script.augmentation not in ("crop-flip", "crop", "none"):
+        raise ConfigError(f"`--augmentation {script.augmentation}` is unknown. Choose crop-flip, crop or none.")
+    if options.training.remove_unused_columns:
+        raise ConfigError("`--remove_unused_columns True` would remove the images. Leave it out.")
+    if script.task_name is None:
+        if not script.dataset_name:
+            raise ConfigError(
+                f"Give `--task_name` ({', '.join(IMAGE_TASKS)}), or `--dataset_name` and `--label_set` for images of "
+                "your own."
+            )
+        task = ImageTask("of your own", None)
+    elif script.task_name not in IMAGE_TASKS:
+        raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(IMAGE_TASKS)}.")
+    else:
+        task = IMAGE_TASKS[script.task_name]
+    changes: dict[str, Any] = {
+        name: getattr(script, name)
+        for name in ("image_column", "label_column", "padding")
+        if getattr(script, name) is not None
+    }
+    if script.metrics:
+        changes["metrics"] = tuple(script.metrics)
+    if script.dataset_name is not None:
+        changes["dataset"] = None
+    return replace(task, **changes)
+
+
+def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, dict[str, Dataset]]:
+    """The task with its label set, the rows to train on, and those to evaluate on; all checked."""
+    script, hub = options.script, task.dataset
+    if not 0 <= script.leave_out_share < 1:
+        raise ConfigError(
+            f"`--leave_out_share {script.leave_out_share}` is no share of the training images. Give 0.5, for example."
+        )
+    if script.dataset_name is None and hub is None:
+        name = task.name
+        train, test = digits()
+        others = {} if script.validation_share else {"test": test}
+    else:
+        source = ImageSource(
+            hub.name if hub else script.dataset_name,
+            script.dataset_config_name or (hub.config if hub else None),
+            revision=script.dataset_revision or (hub.revision if hub else None),
+            image_column=task.image_column,
+            label_column=task.label_column,
+        )
+        name = source.name
+        source.check()
+        train, others = read_sets(options, task, source)
+    remedy = "Name the right ones by `--image_column` and `--label_column`."
+    check_columns(train, task.columns, task.name, name, remedy)
+    task = resolve_labels(options, task, train, name)
+    check_metrics(task)
+    train = with_labels(prepared_ids(train, options, task, name), task, name)
+    id_column, group = options.s3t.id_column, options.s3t.group_column
+    if group and group not in train.column_names:
+        raise ConfigError(
+            f"`--group_column {group}` is no column of {name}, which has {', '.join(train.column_names)}."
+        )
+    if script.leave_out_share:
+        train, _ = split_off(train, train[id_column][:], script.leave_out_share, PRETRAINING)
+    train, held_out = choose_rows(options, train, train[group or id_column][:])
+    sets = {} if held_out is None else {HELD_OUT: held_out}
+    for set_name, dataset in others.items():
+        shown = f"the evaluation rows ({set_name})"
+        check_columns(dataset, task.columns, task.name, shown, remedy)
+        if id_column not in dataset.column_names:
+            dataset = dataset.add_column(id_column, list(range(len(dataset))))
+        sets[set_name] = with_labels(dataset, task, shown)
+    return task, train, sets
+
+
+def with_labels(dataset: Dataset, task: ImageTask, name: str) -> Dataset:
+    """The rows with their labels as numbers, in a column of their own."""
+    labels = label_numbers(dataset, task.label_column, task.labels, name)
+    return dataset.remove_columns(task.label_column).add_column("labels", labels)
+
+
+def evaluation_set(dataset: Dataset, options: Options, shown: Shown) -> EvaluationSet:
+    """Rows to evaluate on, with what their answers are compared to."""
+    dataset = first_rows(dataset, options.script.max_eval_samples)
+    ids, labels = dataset[options.s3t.id_column][:], dataset["labels"][:]
+    dataset.set_transform(shown)
+    return EvaluationSet(dataset, ids, labels)
+
+
+def load_model(options: Options, task: ImageTask) -> PreTrainedModel:
+    """The base model with a head for the task's classes."""
+    names = dict(enumerate(task.labels))
+    return AutoModelForImageClassification.from_pretrained(
+        options.script.model_name_or_path,
+        num_labels=len(names),
+        id2label=names,
+        label2id={label: number for number, label in names.items()},
+        # A head that the checkpoint has for other classes is not used: every stage's starts from the seed.
+        ignore_mismatched_sizes=True,
+    )
+
+
+if __name__ == "__main__":
+    start_cpu_processes()
+    main()
