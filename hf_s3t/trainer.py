@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import json
+import math
 import os
 import random
 import sys
@@ -44,6 +45,8 @@ from .verify import VerificationReport, verify_stages
 
 logger = logging.get_logger(__name__)
 
+# Below this a stage seldom converges: its adapter starts at nothing, under a fresh schedule.
+_FEW_STEPS = 50
 # What `Accelerator.prepare` leaves on a model.
 _PREPARED = ("forward", "_original_forward")
 
@@ -115,6 +118,27 @@ class S3TTrainerMixin:
                 "Without `full_determinism=True` some CUDA kernels add in another order from run to run, and an audit "
                 "may find other bits. The guarantee of `unlearn` does not depend on it."
             )
+        steps = self._fewest_steps()
+        if steps is not None and steps < _FEW_STEPS:
+            logger.warning_once(
+                f"The shortest stage gets {steps} optimizer steps; with fewer than about {_FEW_STEPS} a stage seldom "
+                "converges. Raise `num_train_epochs`, lower `per_device_train_batch_size` or "
+                "`gradient_accumulation_steps`, or have fewer shards or slices."
+            )
+
+    def _fewest_steps(self) -> int | None:
+        """Optimizer steps of the shortest stage that is missing, if there is one and they are known beforehand."""
+        args, table = self.args, self.folder.table
+        missing = self.folder.plan.missing(self.folder.valid_stages, table.empty)
+        if not missing or getattr(args, "packing", False):
+            return None
+        if args.max_steps > 0:
+            return args.max_steps
+        shortest = min(missing, key=lambda key: sum(table.size(key.shard, s) for s in key.prefix))
+        examples = len(self._stage_rows.positions(shortest, table))
+        share = examples / (args.train_batch_size * self.accelerator.num_processes)
+        batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+        return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
     # Training
 
