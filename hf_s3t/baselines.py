@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from .blueprint import Layout
@@ -23,10 +23,12 @@ from .config import S3TConfig
 from .cost import Cost, UnitCost, add_cost, read_cost
 from .errors import ConfigError
 from .modeling import S3TModel
-from .plan import StageKey
+from .plan import StageKey, stage_seed
+from .prototypes import ProtoSISAModel, check_is_classifier
 from .status import serving_depths
-from .storage import ADAPTER_FILE, STAGES
+from .storage import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from .trainer import S3TTrainer
+from .training_data import preserved_randomness
 from .whole_adapter import AtOnce, SliceBySlice, WholeAdapterModel
 
 
@@ -121,6 +123,7 @@ class Method(ABC):
         s3t_config: S3TConfig | None = None,
         trainer_class: type[Trainer] = Trainer,
     ):
+        self._check(model, args, peft_config)
         trainer_type = _trainer_type(trainer_class, self._layout, self._model_type)
         self.trainer = trainer_type(
             model=model,
@@ -134,6 +137,16 @@ class Method(ABC):
             peft_config=peft_config,
             s3t_config=s3t_config,
         )
+        # The last process may have ended between a deletion and what follows from it.
+        self._settle()
+
+    def _check(self, model: nn.Module, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+        """Refuse what the method cannot do, before anything is made."""
+        if args.push_to_hub and self.name != "s3t":
+            raise ConfigError(
+                f"`push_to_hub=True`: who loads {self.name!r} from the Hub would take it for an S3T system. Turn it "
+                "off."
+            )
 
     @property
     def output_dir(self) -> Path:
@@ -301,6 +314,58 @@ class SISA(Method):
     _layout = SliceBySlice("sisa")
 
 
+class ProtoSISA(SISA):
+    """
+    [`SISA`] and a classifier by class prototypes (mean features of the base per class), whose logits are mixed.
+
+    Deletion also takes the example out of the prototypes, which are computed again for what is left of its slice. They
+    go on answering when every shard is dead. The weight of the prototypes is `model.prototype_weight`, 0.5 unless it
+    is set: it can be changed at any time, and nothing is trained for it.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the model is no classifier of exclusive classes, or there are several
+            processes.
+    """
+
+    name = "protosisa"
+    _layout = SliceBySlice("protosisa")
+    _model_type = ProtoSISAModel
+
+    def _check(self, model: nn.Module, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+        super()._check(model, args, peft_config)
+        check_is_classifier(model, getattr(peft_config, "layers_pattern", None))
+        if args.world_size > 1:
+            raise ConfigError(f'"protosisa" runs in one process, and there are {args.world_size}. Start one.')
+
+    def _settle(self) -> None:
+        trainer, prototypes = self.trainer, self.model.prototypes
+        if prototypes.is_empty and not any(self.depths) and not trainer.folder.ledger.num_deletions:
+            # Nothing has been trained.
+            return
+        table, rows = trainer.folder.table, trainer._stage_rows
+        prototypes.drop_stale(table)
+        sums = {}
+        for place in prototypes.missing(table):
+            key = StageKey(place[0], place[1:])
+            with preserved_randomness():
+                # A dataset may augment at random: a slice is always seen in the same way.
+                set_seed(stage_seed(trainer.folder.config.seed, key))
+                batches = trainer.get_test_dataloader(rows.select(key, table)) if rows.positions(key, table) else ()
+                sums[place] = prototypes.sum_up(batches, table.slice_digest(*place))
+        if sums:
+            prototypes.add(sums)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing is left to answer: neither a shard nor a prototype."""
+        return super().is_exhausted and self.model.prototypes.is_empty
+
+    def storage_bytes(self) -> int:
+        """Size in bytes of the adapter files and the prototypes."""
+        prototypes = self.output_dir / PROTOTYPES_FILE
+        return super().storage_bytes() + (prototypes.stat().st_size if prototypes.exists() else 0)
+
+
 class Sequential(Method):
     """
     Sequential training (Kumar et al., 2023): the adapter on all layers is trained on one slice after the other.
@@ -312,7 +377,7 @@ class Sequential(Method):
     _layout = SliceBySlice("sequential", "slice")
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (S3T, Full, SISA, Sequential)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (S3T, Full, SISA, ProtoSISA, Sequential)}
 
 
 class _Measured:

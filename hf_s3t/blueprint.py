@@ -158,7 +158,7 @@ def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
         raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
     if recorded is None:
         return given if given is not None else S3TConfig()
-    config = S3TConfig.from_dict(recorded.get("baseline", recorded)["s3t_config"])
+    config = S3TConfig.from_dict(recorded.get("baseline", recorded).get("s3t_config"))
     differing = (
         [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
     )

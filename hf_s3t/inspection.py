@@ -24,6 +24,7 @@ from .storage import (
     COMPANIONS,
     CONFIG_FILE,
     LEDGER_FILE,
+    PROTOTYPES_FILE,
     STAGE_FILE,
     STAGES,
     TABLE_FILE,
@@ -38,7 +39,7 @@ LEFTOVER_PREFIXES = (".tmp-", ".gone-")
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 _SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, COST_FILE, STAGES, CHECKPOINTS)
+_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 _ATTEMPTS = 3
 
@@ -121,7 +122,8 @@ def check_method(record: Mapping[str, Any], methods: Collection[str], path: str 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If it was made by none of them.
     """
-    found = record.get("baseline", {}).get("method", "s3t")
+    baseline = record.get("baseline", {"method": "s3t"})
+    found = baseline.get("method") if isinstance(baseline, dict) else None
     if found not in methods:
         raise ConfigError(
             f"{path} holds a system of the method {found!r}, expected {' or '.join(methods)}. Use the class of that "

@@ -44,6 +44,7 @@ CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+PROTOTYPES_FILE = "prototypes.safetensors"
 _IN_FORCE = (
     "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
     "finishes the removal."
