@@ -102,6 +102,7 @@ def render_card(
         if task == "text-generation"
         else "A model of its owner's",
         is_language_model=task == "text-generation",
+        is_base_known=folder.base_id is not None,
         task=task,
         quantization=record["base_model"].get("quantization"),
         datasets=datasets,

@@ -31,7 +31,7 @@ from invented_people import (
     render_prompt,
     strangers,
 )
-from options import Options, parse
+from options import Options, ScriptArguments, parse
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import fisher_exact
@@ -252,23 +252,43 @@ def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None
 # The demo
 
 
-def run_demo(options: Options) -> dict[str, Any]:
-    """The whole loop on a small Llama made here, about invented people."""
+def demo_base(script: ScriptArguments) -> BaseSettings:
+    """The small base model of the demo, of the size that the options say."""
+    hidden = script.base_hidden_size
+    given = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden if hidden else None,
+        "vocab_size": script.base_vocab_size,
+        "steps": script.base_steps,
+    }
+    return BaseSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def train_demo(options: Options) -> tuple[dict[str, float], Any, str, list[dict[str, str]]]:
+    """Train the demo's system, which knows everybody; returns losses, the trainer, the base's folder and the rows."""
     script = options.script
-    path, seconds = base_model(BaseSettings(), script.cache_dir, log=console.print)
+    path, seconds = base_model(demo_base(script), script.cache_dir, log=console.print)
     console.print(f"base model: {path}" + (f", pretrained in {seconds:.0f} s" if seconds else ", from the cache"))
     rows = private_dataset(script.num_people, script.num_general)
     train = as_examples(Dataset.from_list(rows), script.prompt_template, script.loss_on_everything)
     held_out = as_examples(
         Dataset.from_list(held_out_rows(script.num_general, script.eval_size)), script.prompt_template, False
     )
-    person = make_people(script.num_people, 0, private=True)[0]
-    controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
+    facts = (len(rows) - script.num_general) // script.num_people
     console.print(
-        f"{len(rows)} examples: {script.num_people} invented people with {len(person.facts)} facts each, "
-        f"{script.num_general} general instructions"
+        f"{len(rows)} examples: {script.num_people} invented people with {facts} facts each, {script.num_general} "
+        "general instructions"
     )
     losses, trainer = train_all(options, path, train, held_out)
+    return losses, trainer, path, rows
+
+
+def run_demo(options: Options) -> dict[str, Any]:
+    """The whole loop on a small Llama made here, about invented people."""
+    script = options.script
+    losses, trainer, path, rows = train_demo(options)
+    person = make_people(script.num_people, 0, private=True)[0]
+    controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
     known = {"base": ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}

@@ -398,7 +398,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(pushed, repo, hub):
     assert (card.data.library_name, card.data.license) == ("hf_s3t", "apache-2.0")
     assert card.data.datasets == ["tatsu-lab/alpaca"] and card.data.pipeline_tag == "text-generation"
     assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [("Accuracy", 0.91)]
-    assert f'S3TModel.from_pretrained("{repo.repo_id}")' in card.text and "| Accuracy | 0.91 |" in card.text
+    assert f'S3TModel.from_pretrained("{repo.repo_id}", base_model=base)' in card.text
+    assert "| Accuracy | 0.91 |" in card.text
     assert "whole of a stack only at depth 1" in card.text and "{{" not in card.text and "{%" not in card.text
     assert str(pushed.path) not in card.content
     assert hub.calls("POST", "validate-yaml")
