@@ -1,4 +1,7 @@
-"""The command line `hf-s3t`, over the folder of a system on this machine. Only `export` loads a model."""
+"""
+The command line `hf-s3t`, over the folder of a system on this machine, or before there is one (`plan`). Only `export`
+loads a model.
+"""
 
 import json
 import math
@@ -437,6 +440,135 @@ def _load_model(folder: Path, base_model: str | None):
     except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"The base model cannot be loaded: {error} Name it by --base-model, an id or a path."
+        ) from error
+
+
+class Until(StrEnum):
+    """What ends a system."""
+
+    first_shard = "first_shard"
+    exhausted = "exhausted"
+
+
+class Targets(StrEnum):
+    """The matrices of a layer that get an adapter."""
+
+    query_value = "query-value"
+    all_linear = "all-linear"
+
+
+@app.command(epilog=_EXIT_CODES)
+def plan(
+    examples: Annotated[int, typer.Option(help="Number of training examples.")],
+    deletions_per_month: Annotated[float, typer.Option(help="Deletion requests to expect in a month.")],
+    hours_per_epoch: Annotated[
+        float, typer.Option(help="Hours that an epoch of ordinary LoRA fine-tuning on all the data takes.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Id on the Hub, folder or config.json of the base model: its layers and sizes.")
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Transformer layers, where no model is given.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Hidden size, where no model is given; without it storage is not estimated.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 16,
+    target_modules: Annotated[
+        Targets | None,
+        typer.Option(help="Matrices with an adapter; all of causal language models and two of others if not given."),
+    ] = None,
+    num_labels: Annotated[int, typer.Option(help="Classes of the head that every stage keeps a copy of.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs of ordinary fine-tuning; every stage gets at least these.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples per optimizer step.")] = 8,
+    months: Annotated[float, typer.Option(help="Months that the system should last.")] = 12.0,
+    until: Annotated[Until, typer.Option(help="What ends it: the first dead shard, or all of them.")] = (
+        Until.first_shard
+    ),
+    max_hours: Annotated[float | None, typer.Option(help="Hours that training may take.")] = None,
+    max_shards: Annotated[int, typer.Option(help="Shards at most; each learns from its part of the data alone.")] = 5,
+    figure: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw what to expect into this .png or .svg file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Recommend shards, slices, layers per slice, budget and epochs, with what they cost and how long they last.
+
+    Expected times, for requests that hit examples at random; and the number that suffices to somebody who knows where
+    examples lie.
+    """
+    from .analysis.planning import Workload, recommend
+
+    workload = Workload(examples, deletions_per_month, hours_per_epoch, epochs, batch_size)
+    backbone = _backbone(
+        model, num_layers, hidden_size, rank, None if target_modules is None else target_modules.value, num_labels
+    )
+    if figure is not None:
+        from .analysis.figures import check_picture, draw_plan
+
+        check_picture(figure)
+    found = recommend(
+        workload, backbone, goal_months=months, until=until.value, max_hours=max_hours, max_shards=max_shards
+    )
+    if as_json:
+        _print_json({"workload": asdict(workload), "backbone": asdict(backbone), **asdict(found)})
+    else:
+        rendering.show_recommendation(found)
+    if figure is not None:
+        draw_plan(found, workload, figure)
+
+
+def _backbone(
+    model: str | None,
+    num_layers: int | None,
+    hidden_size: int | None,
+    rank: int,
+    target_modules: str | None,
+    num_labels: int,
+):
+    """The model to plan for, by its config or by the numbers given."""
+    from .analysis.planning import Backbone
+
+    if (model is None) == (num_layers is None) or (model is not None and hidden_size is not None):
+        raise typer.BadParameter(
+            "Got both --model and sizes of its own, or neither; expected --model, or --num-layers and perhaps "
+            "--hidden-size."
+        )
+    if model is None:
+        settings = {"num_layers": num_layers, "hidden_size": hidden_size}
+        if num_layers is not None and num_layers < 1:
+            raise ConfigError(f"--num-layers is {num_layers}, expected at least 1. Count the model's layers.")
+        if hidden_size is not None and hidden_size < 1:
+            raise ConfigError(f"--hidden-size is {hidden_size}, expected at least 1. Leave it out if it is not known.")
+    else:
+        settings = _model_config(model)
+    return Backbone.from_config(settings, rank=rank, target_modules=target_modules, num_labels=num_labels)
+
+
+def _model_config(model: str) -> Any:
+    """The `config.json` of a model, from a folder, a file or the Hub."""
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise ConfigError(f"{path} is not there. Give the folder of a model, an id on the Hub, or --num-layers.")
+        path = _config_of_the_hub(model)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}. Give another model, or --num-layers.") from error
+
+
+def _config_of_the_hub(repo_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"The config of {repo_id!r} cannot be had from the Hub: {reason} Give the model's folder, or --num-layers."
         ) from error
 
 

@@ -22,7 +22,8 @@ from .receipt import Receipt, Receipts
 
 
 if TYPE_CHECKING:
-    # The Hub's client is imported by the commands that need it.
+    # Imported by the commands that need them.
+    from .analysis.planning import Option, Recommendation
     from .erasure import ErasureReport
     from .hub import PushReport
 
@@ -174,6 +175,35 @@ def show_purge(purge: Purge) -> None:
     say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
 
 
+def show_recommendation(found: "Recommendation") -> None:
+    """What to set up, what to expect of it, and what else there is."""
+    best = found.chosen
+    layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
+    size = "not known without --model or --hidden-size" if best.storage_bytes is None else _size(best.storage_bytes)
+    rows = [
+        ("shards (m)", best.num_shards),
+        ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
+        ("sequences per shard (B)", f"{best.budget}, {best.sequence_selection}"),
+        ("epochs per stage", f"{best.epochs}; at least {best.steps_of_first_stage} steps"),
+        ("training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
+        ("stages, storage", f"{best.num_stages}, {size}"),
+        ("half of the slices serve", f"for {_months(best.months_until_half_depth)} months"),
+        ("first dead shard", _end(best.months_until_first_dead_shard, best.deletions_until_first_dead_shard)),
+        ("exhausted", _end(best.months_until_exhausted, best.deletions_until_exhausted)),
+        (
+            "targeted requests",
+            f"{best.targeted_deletions_until_first_dead_shard} kill a shard, "
+            f"{best.targeted_deletions_until_exhausted} exhaust the system",
+        ),
+    ]
+    _table(("", ""), rows, header=False)
+    for note in found.notes:
+        say(f"note: {note}")
+    say("longer life costs more training:")
+    columns = ("", "m", "L", "layers", "B", "epochs", "hours", "months: half depth", "first dead shard", "exhausted")
+    _table(columns, [_option(option, option == best) for option in found.options])
+
+
 def say(text: str) -> None:
     """A line, as it is: neither wrapped nor read as markup."""
     _console().print(Text(printable(text)), soft_wrap=True)
@@ -199,6 +229,33 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], header: bool =
         console.print(table)
     # Rich fills the last column with spaces.
     typer.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
+
+
+def _option(option: "Option", is_chosen: bool) -> tuple[Any, ...]:
+    return (
+        "→" if is_chosen else "",
+        option.num_shards,
+        option.num_slices,
+        option.layers_per_slice,
+        option.budget,
+        option.epochs,
+        f"{option.training_hours:.3g}",
+        _months(option.months_until_half_depth),
+        _months(option.months_until_first_dead_shard),
+        _months(option.months_until_exhausted),
+    )
+
+
+def _end(months: float, deletions: float) -> str:
+    return f"expected after {_months(months)} months, {deletions:.1f} requests"
+
+
+def _months(months: float) -> str:
+    return f"{months:.1f}" if months >= 1 else f"{months:.2f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
 
 
 def _show_depths(before: list[int], after: list[int]) -> None:

@@ -38,6 +38,7 @@ from hf_s3t.storage import SystemFolder
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 ROOT = Path(__file__).resolve().parent.parent
+# With `plan` and those of the Hub there are more; these take the folder of a system.
 COMMANDS = ("status", "locate", "unlearn", "apply-pending", "check", "receipt", "purge", "export")
 FINE, REFUSED, USAGE, EXHAUSTED = 0, 1, 2, 3
 
@@ -99,7 +100,7 @@ def unboxed(text: str) -> str:
 # The command itself
 
 
-@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)])
+@pytest.mark.parametrize("command", [(), ("plan",), *((command,) for command in COMMANDS)])
 def test_every_help_says_the_exit_codes(command):
     text = " ".join(run(*command, "--help").stdout.split())
     for meaning in ("0 fine", "1 problems were found", "2 wrong usage", "3 exhausted"):
@@ -675,3 +676,92 @@ def test_whatever_is_typed_ends_in_a_code_and_changes_only_what_it_says(playgrou
 @given(words=LINES, stdin=st.binary(max_size=8))
 def test_whatever_is_typed_and_read_ends_in_a_code(playground, words, stdin):
     _typed(playground, words, stdin)
+
+
+# plan: before there is a system
+
+PLAN = ("plan", "--examples", 52_000, "--deletions-per-month", 4, "--hours-per-epoch", 3)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder with the config of a language model."""
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096}
+    config |= {"intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "llama"
+
+
+def test_plan_recommends_a_system(llama):
+    from hf_s3t.analysis.planning import Backbone, Workload, recommend
+
+    text = run(*PLAN, "--model", llama, "--rank", 32).stdout
+    expected = recommend(
+        Workload(52_000, 4.0, 3.0), Backbone.from_config(json.loads((llama / "config.json").read_text()))
+    )
+    best = expected.chosen
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert lines["shards (m)"].endswith(f" {best.num_shards}")
+    assert f"{best.num_slices} of {best.layers_per_slice} layers each" in text
+    assert f"expected after {best.months_until_first_dead_shard:.1f} months" in lines["first dead shard"]
+    assert f"expected after {best.months_until_exhausted:.1f} months" in lines["exhausted"]
+    assert f"{best.budget} kill a shard, {best.budget * best.num_shards} exhaust the system" in text
+    assert text.count("→") == 1 and "GB" in text
+
+
+def test_plan_as_json(llama):
+    found = json_of(*PLAN, "--model", llama / "config.json", "--months", 3, "--until", "exhausted")
+    assert set(found) == {
+        "workload", "backbone", "chosen", "options", "meets_goal", "goal_months", "until", "notes",
+    }  # fmt: skip
+    assert found["workload"] == {
+        "num_examples": 52_000, "deletions_per_month": 4.0, "hours_per_epoch": 3.0, "epochs": 3, "batch_size": 8,
+    }  # fmt: skip
+    assert found["backbone"]["num_layers"] == 32 and found["meets_goal"] and found["until"] == "exhausted"
+    assert found["chosen"] in found["options"] and found["chosen"]["months_until_exhausted"] >= 3
+    assert found["chosen"]["storage_bytes"] > 0
+
+
+def test_plan_without_a_model_needs_only_its_layers():
+    assert "not known without" in run(*PLAN, "--num-layers", 24).stdout
+    assert json_of(*PLAN, "--num-layers", 24, "--hidden-size", 64)["backbone"]["adapter_weights_per_layer"] == 4096
+
+
+def test_plan_says_what_decided(llama):
+    few = ("plan", "--examples", 300, "--deletions-per-month", 9, "--hours-per-epoch", 0.1, "--model", llama)
+    text = run(*few).stdout
+    assert "note: Nothing considered is expected to last 12 months until the first shard is dead" in text
+    assert "a stage of fewer than about 50 steps does not converge" in text
+
+
+def test_plan_draws(tmp_path):
+    run(*PLAN, "--num-layers", 24, "--figure", tmp_path / "plan.svg")
+    text = (tmp_path / "plan.svg").read_text()
+    assert "training (hours)" in text and "months, at 4 requests each" in text
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--num-layers", 0), "--num-layers is 0, expected at least 1"),
+        (("--num-layers", 4, "--hidden-size", -1), "--hidden-size is -1, expected at least 1"),
+        (("--num-layers", 4, "--months", -1), "`goal_months` must be a number above 0, got -1.0"),
+        (("--num-layers", 4, "--epochs", 0), "`epochs` must be an integer of at least 1, got 0"),
+        (("--num-layers", 4, "--max-hours", 0.001), "Allow more hours"),
+        (("--num-layers", 4, "--batch-size", 52_000), "below which a stage does not converge. Lower the batch size"),
+        (("--num-layers", 4, "--figure", "plan.pdf"), "drawn as .png or .svg, got 'plan.pdf'"),
+        (("--model", "./nowhere"), "nowhere is not there. Give the folder of a model"),
+        (("--model", "no/such-model"), "cannot be had from the Hub: .* Give the model's folder, or --num-layers"),
+        (("--model", __file__), "is no JSON: .* Give another model, or --num-layers"),
+    ],
+)
+def test_plan_refuses(options, says):
+    assert re.search(says, refusal(*PLAN, *options))
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--model", "a/b", "--num-layers", 3), ("--model", "a/b", "--hidden-size", 3)]
+)
+def test_plan_takes_a_model_or_its_sizes(options):
+    assert "expected --model, or --num-layers" in unboxed(run(*PLAN, *options, code=USAGE).stderr)

@@ -21,13 +21,13 @@ import hf_s3t
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 PURE = (
-    "analysis", "cli", "config", "cost", "deletion", "errors", "examples", "files", "inspection", "ledger",
-    "optimal_sequences", "partition", "pending", "plan", "purge", "receipt", "rendering", "sequences", "status",
-    "storage", "table_file", "versions",
+    "analysis", "analysis.figures", "analysis.paper_theory", "cli", "config", "cost", "deletion", "errors",
+    "examples", "files", "inspection", "ledger", "optimal_sequences", "partition", "pending", "plan", "purge",
+    "receipt", "rendering", "sequences", "status", "storage", "table_file", "versions",
 )  # fmt: skip
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 # These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.
-ONLY_WHERE_USED = {"trl": {"hf_s3t.sft_trainer"}, "bitsandbytes": set()}
+ONLY_WHERE_USED = {"trl": {"hf_s3t.sft_trainer"}, "bitsandbytes": set(), "matplotlib": set()}
 
 
 def _module_name(path: Path) -> str:

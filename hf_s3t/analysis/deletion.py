@@ -76,7 +76,7 @@ def deletion_rate(
     >>> round(deletion_rate(5, 6, 6, until="first_shard"), 2)
     38.53
     >>> round(deletion_rate(5, 6, 6, num_examples=300), 2)
-    97.84
+    97.58
     ```
     """
     first = _first_slices(num_shards, num_slices, budget, prior, sequences)

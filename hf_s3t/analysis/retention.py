@@ -63,7 +63,7 @@ def retention(
     _check_numbers(num_slices, hits, at_least)
     prior = _checked_prior(prior, num_slices)
     if num_slices <= _MOST_BITS:
-        return _mean_over_hit_sets(_depths_of_hit_sets(sequences) >= at_least, num_slices, hits, prior)
+        return _mean_over_hit_sets(depths_of_hit_sets(sequences) >= at_least, num_slices, hits, prior)
     kept = {frozenset(sequence[:at_least]) for sequence in sequences}
     if len(kept) <= _MOST_BITS:
         return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits, prior)
@@ -100,7 +100,7 @@ def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[f
     >>> expected_depth(select_sequences(4, 4), hits=1)
     3.0
     >>> round(expected_depth(select_sequences(4, 4), hits=4), 3)
-    1.234
+    1.156
     ```
     """
     sequences = check_sequences(sequences)
@@ -112,7 +112,7 @@ def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[f
             f"Got {num_slices} slices; the exact depth is a sum over their subsets, for at most {_MOST_BITS} of them. "
             "Take the mean of `simulate_depths`."
         )
-    return _mean_over_hit_sets(_depths_of_hit_sets(sequences), num_slices, hits, prior)
+    return _mean_over_hit_sets(depths_of_hit_sets(sequences), num_slices, hits, prior)
 
 
 def simulate_depths(
@@ -278,7 +278,7 @@ def _checked_prior(prior, num_slices) -> np.ndarray | None:
     return np.array(prior, dtype=float) / math.fsum(prior)
 
 
-def _depths_of_hit_sets(sequences) -> np.ndarray:
+def depths_of_hit_sets(sequences) -> np.ndarray:
     """The depth that serves, for every set of hit slices as a bit mask: a prefix is kept if the set misses it."""
     num_slices = len(sequences[0])
     everything = (1 << num_slices) - 1

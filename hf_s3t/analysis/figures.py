@@ -1,0 +1,472 @@
+"""The pictures, by matplotlib, of what `paper_theory.py` computed and of what `hf-s3t plan` recommends."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from .planning import Option, Recommendation, Workload, survival
+
+
+SUFFIXES = (".png", ".svg")
+# Colours that are told apart in print and with any colour vision (Okabe and Ito).
+_OURS, _SISA, _PAPER, _FIRST = "#0072B2", "#D55E00", "#000000", "#009E73"
+_MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
+_METHODS = {
+    "random": ("random", "#999999"),
+    "cyclic-paper": ("cyclic, published", "#E69F00"),
+    "cyclic": ("cyclic, spaced", "#0072B2"),
+    "sorted-cyclic": ("sorted cyclic", "#56B4E9"),
+    "bms": ("BMS", "#CC79A7"),
+    "conditional": ("conditional (BMS up to B = L)", "#D55E00"),
+    "optimal": ("optimal", "#009E73"),
+}
+_REQUESTS = "deletion requests"
+
+
+def check_picture(path: str | Path) -> None:
+    """
+    Check, before anything is computed, that a picture can be drawn into a file.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it is no PNG or SVG file by its name, its folder is not there, or matplotlib
+            is not installed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"Pictures are drawn as {' or '.join(SUFFIXES)}, got {path.name!r}. Name the file so.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path.parent} is no folder that is there. Make it first, or name another.")
+    _figure(1, (1, 1))
+
+
+def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
+    """
+    Draw one of the paper's figures.
+
+    Args:
+        name (`str`):
+            A key of `paper_theory.STUDIES`.
+        data (mapping):
+            What that study returned, or the JSON of it.
+        path (`str` or `Path`):
+            The picture to write, a `.png` or `.svg` file.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there is no such figure, or no picture can be drawn there.
+    """
+    if name not in _DRAWERS:
+        raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(_DRAWERS)}. Name one of them.")
+    check_picture(path)
+    _save(_DRAWERS[name](data), path)
+
+
+def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> None:
+    """
+    Draw what to expect of a recommended system, and what others cost.
+
+    Args:
+        found ([`~hf_s3t.analysis.planning.Recommendation`]):
+            The recommendation.
+        workload ([`~hf_s3t.analysis.planning.Workload`]):
+            What it was made for.
+        path (`str` or `Path`):
+            The picture to write, a `.png` or `.svg` file.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If no picture can be drawn there.
+    """
+    check_picture(path)
+    best = found.chosen
+    figure, (life, cost) = _figure(2, (11, 4.4))
+    months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
+    alive, depth = survival(best, months * workload.deletions_per_month)
+    life.plot(months, 100 * alive, color=_OURS, label="shards alive")
+    life.plot(months, 100 * depth, color=_FIRST, label="slices that serve, of all")
+    life.axvline(best.months_until_first_dead_shard, color=_SISA, linestyle="--", label="first dead shard, expected")
+    life.axvline(best.months_until_exhausted, color=_PAPER, linestyle=":", label="exhausted, expected")
+    life.set(
+        title=f"m = {best.num_shards}, L = {best.num_slices}, B = {best.budget}: what is left",
+        xlabel=f"months, at {workload.deletions_per_month:g} requests each",
+        ylabel="expected share (%)",
+        ylim=(0, 102),
+        xlim=(0, None),
+    )
+    for number, (label, color, months_of) in enumerate(
+        (
+            ("until the first dead shard", _SISA, lambda option: option.months_until_first_dead_shard),
+            ("until exhausted", _OURS, lambda option: option.months_until_exhausted),
+        )
+    ):
+        hours = [option.training_hours for option in found.options]
+        cost.plot(hours, list(map(months_of, found.options)), "o-", color=color, label=label, markersize=4)
+        cost.plot(
+            best.training_hours, months_of(best), "*", color=color, markersize=15, label=None if number else "chosen"
+        )
+    for option in found.options:
+        cost.annotate(
+            _short(option),
+            (option.training_hours, option.months_until_first_dead_shard),
+            xytext=(4, -11),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    cost.axhline(found.goal_months, color=_PAPER, linestyle=":", label="goal")
+    cost.set(
+        title="Longer life costs more training (m·L·B)",
+        xlabel="training (hours)",
+        ylabel="expected months",
+        xscale="log",
+        yscale="log",
+    )
+    _plain_numbers(cost.xaxis, cost.yaxis)
+    _finish(life, cost)
+    _save(figure, path)
+
+
+def _short(option: Option) -> str:
+    return f"{option.num_shards}·{option.num_slices}·{option.budget}"
+
+
+# -- the paper's figures ----------------------------------------------------------------------------------------------
+
+
+def _against_budget_alone(data):
+    figure, (axes,) = _figure(1, (7.5, 5.6))
+    points = data["points"]
+    _rates_panel(axes, points, "budget")
+    axes.set(
+        title="Figure 6, right: m = 5, L = 64. The paper: steady growth, slower with larger B",
+        xlabel="budget B (sequences per shard)",
+    )
+    _finish(axes, legends=False)
+    _shared_legend(figure, [axes], 2)
+    return figure
+
+
+def _three_ways(data):
+    figure, panels = _figure(3, (15, 5.4))
+    gains = data["paper_gains"]
+    settings = (
+        ("against_budget", "budget", "budget B (sequences per shard)", "m = 5, L = 32"),
+        ("against_shards", "num_shards", "number of shards m", "L = 32, B = 32"),
+        ("against_slices", "num_slices", "number of slices L", "m = 5, B = L"),
+    )
+    for axes, (key, variable, label, title) in zip(panels, settings):
+        points = data[key]
+        _rates_panel(axes, points, variable)
+        x = [p[variable] for p in points]
+        if key == "against_budget":
+            # A point: the paper gives the gain at B = 8.
+            sisa = points[0]["sisa"]
+            axes.plot(8, gains[key] * sisa, "X", color=_PAPER, markersize=9, label="the paper: 1.6 × SISA at B = 8")
+        else:
+            claimed = [gains[key] * p["sisa"] for p in points]
+            axes.plot(x, claimed, ":", color=_PAPER, label="the paper: up to 2.3 × (m) and 3 × SISA (L)")
+        axes.set(title=f"Figure 7: {title}", xlabel=label)
+    _finish(*panels, legends=False)
+    _shared_legend(figure, panels, 4)
+    return figure
+
+
+def _rates_panel(axes, points, variable):
+    x = [p[variable] for p in points]
+    axes.plot(x, [p["theory"] for p in points], color=_OURS, label="S3T exhausted, exact (= Lemma 1)")
+    drawn = [p for p in points if "simulated" in p]
+    axes.errorbar(
+        [p[variable] for p in drawn],
+        [p["simulated"] for p in drawn],
+        yerr=[2 * p["error"] for p in drawn],
+        fmt="o",
+        color=_OURS,
+        markersize=4,
+        capsize=2,
+        label="S3T exhausted, simulated (± 2 standard errors)",
+    )
+    axes.plot(x, [p["sisa"] for p in points], "--", color=_SISA, label="SISA exhausted, exact")
+    axes.plot(x, [p["first_shard"] for p in points], color=_FIRST, label="S3T, first dead shard, exact")
+    axes.plot(x, [p["sisa_first_shard"] for p in points], "--", color=_MORE[1], label="SISA, first dead shard, exact")
+    axes.set(ylabel=f"{_REQUESTS} until then", ylim=(0, None))
+
+
+def _diversity(data):
+    figure, (distance, edit, scores) = _figure(3, (15, 4.6))
+    size = data["num_slices"]
+    budgets = np.arange(2, len(data["cyclic"]) + 1)
+    distance.plot(budgets, data["cyclic"][1:], color=_OURS, label="cyclic, spaced")
+    distance.plot(budgets, data["random_mean"][1:], color=_SISA, label="random, mean of 20 sets")
+    distance.fill_between(
+        budgets, data["random_low"][1:], data["random_high"][1:], color=_SISA, alpha=0.2, linewidth=0
+    )
+    distance.axhline(data["all_permutations"], color=_PAPER, linestyle=":", label="all 120 permutations")
+    distance.set(
+        title="Figure 8, left: cyclic sequences differ more",
+        xlabel="budget B (sequences)",
+        ylabel="mean edit distance (positions)",
+        ylim=(None, size + 0.1),
+    )
+    rows = data["priors"]
+    x = np.arange(1, len(rows) + 1)
+    edit.bar(x - 0.2, [r["bms_edit_distance"] for r in rows], 0.4, color=_OURS, label="BMS")
+    edit.bar(x + 0.2, [r["random_edit_distance"] for r in rows], 0.4, color=_SISA, label="random, mean of 20 sets")
+    edit.axhline(size, color=_PAPER, linestyle=":", label=f"the paper: BMS = L = {size}")
+    edit.set(
+        title=f"Figure 8, right: B = L = {size}",
+        xlabel="prior (10 draws of a Dirichlet distribution)",
+        ylabel="mean edit distance (positions)",
+        xticks=x,
+        ylim=(0, size * 1.35),
+    )
+    for shift, (horizon, color) in zip((-0.18, 0.18), (("10", _OURS), ("100", _MORE[0]))):
+        found = [r["scores"][horizon] for r in rows]
+        scores.scatter(
+            np.repeat(x + shift, len(found[0]["random_sets"])),
+            np.concatenate([np.array(f["random_sets"]) / f["random"] for f in found]),
+            s=8,
+            color=_MORE[3],
+            alpha=0.4,
+            label="single random sets" if horizon == "10" else None,
+        )
+        ratios = [f["bms"] / f["random"] for f in found]
+        scores.plot(x + shift, ratios, "D", color=color, markersize=5, label=f"BMS, t = {horizon}")
+    scores.axhline(1, color=_PAPER, linestyle=":", label="mean of random sets; the paper: BMS above it")
+    scores.set(
+        title="Figure 8, right: score after t requests",
+        xlabel="prior (10 draws of a Dirichlet distribution)",
+        ylabel="mean score, as a multiple of random's",
+        xticks=x,
+    )
+    _finish(distance, edit, scores)
+    return figure
+
+
+def _under_a_prior(data):
+    figure, (scores, rates, first) = _figure(3, (15, 4.6))
+    rows = data["scores"]
+    x = [r["sorted-cyclic"] for r in rows]
+    scores.plot(x, [r["bms"] for r in rows], "o", color=_OURS, label="10 priors")
+    ends = (0, 1.05 * max(max(x), max(r["bms"] for r in rows)))
+    scores.plot(ends, ends, ":", color=_PAPER, label="equal; the paper: BMS not below")
+    scores.set(
+        title=f"Figure 15: scores, B = L = {data['num_slices']}, t = {data['horizon']}",
+        xlabel="mean score of sorted cyclic (slices)",
+        ylabel="mean score of BMS (slices)",
+    )
+    budgets = [r["budget"] for r in data["rates"]]
+    styles = {"cyclic": "-", "sorted-cyclic": "-", "bms": "--", "optimal": ":"}
+    for axes, ending, title in ((rates, "", "exhausted"), (first, "_first_shard", "first dead shard")):
+        for method, style in styles.items():
+            label, color = _METHODS[method]
+            values = [r[method + ending] for r in data["rates"]]
+            axes.plot(budgets, values, style, color=color, linewidth=2.2, label=f"{label}, exact")
+        axes.set(
+            title=f"Skewed prior, m = {data['num_shards']}, L = {data['num_slices']}: {title}",
+            xlabel="budget B (sequences per shard)",
+            ylabel=f"{_REQUESTS} until then",
+            ylim=(0, None),
+            xticks=budgets,
+        )
+    rates.errorbar(
+        budgets,
+        [r["bms_simulated"] for r in data["rates"]],
+        yerr=[2 * r["bms_error"] for r in data["rates"]],
+        fmt="o",
+        color=_METHODS["bms"][1],
+        markersize=4,
+        capsize=2,
+        label="BMS, simulated (± 2 standard errors)",
+    )
+    _finish(scores, rates, first)
+    return figure
+
+
+def _table_3(data):
+    figure, (rates, size) = _figure(2, (11, 4.6))
+    rows = data["rows"]
+    budgets = [r["budget"] for r in rows]
+    rates.plot(budgets, [r["exact_rate"] for r in rows], color=_OURS, label="exhausted, exact")
+    rates.errorbar(
+        budgets,
+        [r["simulated_rate"] for r in rows],
+        yerr=[2 * r["simulated_error"] for r in rows],
+        fmt="o",
+        color=_OURS,
+        markersize=4,
+        capsize=2,
+        label="exhausted, 5,000 lifetimes (± 2 standard errors)",
+    )
+    rates.plot(budgets, [r["paper_rate"] for r in rows], "X", color=_PAPER, markersize=9, label="the paper, simulated")
+    rates.plot(budgets, [r["first_shard"] for r in rows], color=_FIRST, label="first dead shard, exact")
+    rates.set(
+        title="Table 3: deletion rate, m = 5, L = 6",
+        xlabel="budget B (sequences per shard)",
+        ylabel=f"{_REQUESTS} until then",
+        ylim=(0, 150),
+        xticks=budgets,
+    )
+    x = np.array(budgets)
+    size.plot(x, [r["paper_gigabytes"] for r in rows], "X", color=_PAPER, markersize=9, label="the paper")
+    whole = [r["whole_adapters_gigabytes"] for r in rows]
+    size.plot(x, whole, color=_SISA, label="by formula: L whole adapters a sequence")
+    size.plot(x, [r["stack_gigabytes"] for r in rows], color=_OURS, label="by formula: a stack, with its six heads")
+    size.set(
+        title="Table 3: storage, ViT-large, r = 16, 200 classes",
+        xlabel="budget B (sequences per shard)",
+        ylabel="adapters and heads (GB)",
+        ylim=(0, None),
+        xticks=budgets,
+    )
+    _finish(rates, size)
+    return figure
+
+
+def _selection_rules(data):
+    figure, panels = _figure(3, (15.5, 4.8))
+    size, budget = data["num_slices"], data["budget"]
+    for axes, name in zip(panels, ("uniform", "skewed")):
+        for method, curve in data[name]["methods"].items():
+            label, color = _METHODS[method]
+            style = "--" if method in ("conditional", "sorted-cyclic") else "-"
+            axes.plot(curve["depths"], style, color=color, linewidth=1.8, label=label)
+        axes.set(
+            title=f"{name.capitalize()} prior, L = {size}, B = {budget}",
+            xlabel="requests that hit the shard",
+            ylabel="expected depth that serves (slices)",
+            xlim=(0, 20),
+            ylim=(0, size),
+            xticks=range(0, 21, 4),
+        )
+    methods = list(_METHODS)
+    places = np.arange(len(methods))
+    axes = panels[2]
+    for shift, (name, color) in zip((-0.2, 0.2), (("uniform", _OURS), ("skewed", _SISA))):
+        best = data[name]["methods"]["optimal"]["mean_depth_over_100"]
+        values = [100 * data[name]["methods"][m]["mean_depth_over_100"] / best for m in methods]
+        bars = axes.barh(places - shift, values, 0.38, color=color, label=f"{name} prior")
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.set(
+        title="Mean depth over the first 100 requests",
+        xlabel="share of the optimal set's (%)",
+        yticks=places,
+        yticklabels=[_METHODS[m][0].split(" (")[0] for m in methods],
+        xlim=(0, 118),
+    )
+    axes.invert_yaxis()
+    _finish(*panels)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.11), ncols=2)
+    return figure
+
+
+def _retention(data):
+    figure, (axes,) = _figure(1, (7.5, 4.8))
+    x = data["hits"]
+    axes.plot(x, data["paper"], ":", color=_PAPER, linewidth=2, label="the paper's Lemma 2")
+    axes.plot(x, data["random_exact"], color=_SISA, label="random sequences, exact")
+    axes.plot(x, data["random_simulated"], "o", color=_SISA, markersize=4, label="random sequences, simulated")
+    axes.plot(x, data["cyclic"], color=_OURS, label="cyclic, exact")
+    axes.plot(x, data["optimal"], color=_FIRST, label="optimal, exact")
+    axes.plot(x, data["sisa"], "--", color=_MORE[3], label="SISA, exact (= Lemma 2)")
+    axes.set(
+        title=f"Retention: L = {data['num_slices']}, B = {data['budget']}",
+        xlabel="requests that hit the shard",
+        ylabel=f"probability that {data['at_least']} slices or more still serve",
+        ylim=(0, 1.02),
+    )
+    _finish(axes)
+    return figure
+
+
+def _without_replacement(data):
+    figure, (axes,) = _figure(1, (7.5, 4.8))
+    rows = data["rows"]
+    curve = data["curve"]
+    x = [c["num_examples"] for c in curve]
+    axes.plot(x, [c["exhausted"] for c in curve], color=_OURS, label="exhausted, exact")
+    axes.errorbar(
+        [r["num_examples"] for r in rows],
+        [r["simulated"] for r in rows],
+        yerr=[2 * r["error"] for r in rows],
+        fmt="o",
+        color=_OURS,
+        markersize=4,
+        capsize=2,
+        label="exhausted, simulated (± 2 standard errors)",
+    )
+    axes.axhline(data["with_replacement"], color=_PAPER, linestyle=":", label="exhausted, with replacement (Lemma 1)")
+    axes.plot(x, [c["first_shard"] for c in curve], color=_FIRST, label="first dead shard, exact")
+    axes.set(
+        title=f"Each example deleted once: m = {data['num_shards']}, L = {data['num_slices']}, B = {data['budget']}",
+        xlabel=f"examples of the system (over {data['num_shards'] * data['num_slices']} slices)",
+        ylabel=f"{_REQUESTS} until then",
+        xscale="log",
+        ylim=(0, None),
+    )
+    _finish(axes)
+    return figure
+
+
+_DRAWERS: dict[str, Callable] = {
+    "figure-6-right": _against_budget_alone,
+    "figure-7": _three_ways,
+    "figure-8": _diversity,
+    "figure-15": _under_a_prior,
+    "table-3": _table_3,
+    "selection-rules": _selection_rules,
+    "retention": _retention,
+    "without-replacement": _without_replacement,
+}
+
+
+# -- matplotlib -------------------------------------------------------------------------------------------------------
+
+
+def _figure(panels: int, size: tuple[float, float]):
+    try:
+        # Not pyplot, which holds figures and looks for a screen.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            'Pictures are drawn by matplotlib, which is not installed. Run `pip install "hf_s3t[figures]"`.'
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+
+
+def _finish(*panels, legends: bool = True) -> None:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10.5)
+        if legends:
+            axes.legend(fontsize=8)
+
+
+def _plain_numbers(*log_axes) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in log_axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _shared_legend(figure, panels, columns: int) -> None:
+    """One legend for all panels, below them, where it covers nothing."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def _save(figure, path: str | Path) -> None:
+    path = Path(path)
+    # The same numbers give the same file, whenever they are drawn.
+    unsaid = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=110, metadata=unsaid)
