@@ -42,9 +42,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_s3t import S3TModel
+from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method
-from hf_s3t.errors import ConfigError, ExhaustedError, S3TError, StaleCacheError, UnknownExampleError
+from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError, UnknownExampleError
 from hf_s3t.layers import find_head, group_layers
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey, stage_seed
@@ -447,6 +447,8 @@ def test_arguments_that_do_not_fit(copy_of, tmp_path):
 def test_bottom_up_groups_leave_the_topmost_layers():
     assert group_layers(7, 3, 2, "bottom-up") == ((0, 1), (2, 3), (4, 5))
     assert group_layers(6, 2, [1, 3], "bottom-up") == ((0,), (1, 2, 3))
+    before = {k: v for k, v in s3t_config().to_dict().items() if k not in ("growth", "stage_data")}
+    assert S3TConfig.from_dict(before) == s3t_config(growth="top-down", stage_data="cumulative")
     with pytest.raises(ConfigError, match="`growth` must be one of top-down, bottom-up"):
         s3t_config(growth="sideways")
     with pytest.raises(ConfigError, match="`stage_data` must be one of cumulative, slice"):
@@ -455,7 +457,7 @@ def test_bottom_up_groups_leave_the_topmost_layers():
 
 @pytest.mark.parametrize("changes", [{"growth": "bottom-up"}, {"stage_data": "slice"}], ids=["bottom-up", "slice"])
 def test_ablations_are_exact(tmp_path, changes):
-    config = s3t_config(**changes)
+    config = s3t_config(sequence_selection=[[0, 1]], **changes)
 
     def train(name, rows):
         args = training_arguments(tmp_path / name, max_steps=2)
@@ -580,29 +582,35 @@ def test_a_limit_counts_for_its_thread_and_a_deletion_takes_effect_inside(langua
     assert not torch.equal(after.logits, before.logits)
 
 
-def test_a_deletion_waits_for_calls_that_are_limited(language, tmp_path):
+@pytest.mark.parametrize("on_running", ["wait", "cancel"])
+def test_a_deletion_waits_for_calls_that_are_limited_or_stops_them(language, tmp_path, on_running):
     shutil.copytree(language / "deep", tmp_path / "system")
     model = load(tmp_path / "system")
-    inside, go_on = threading.Event(), threading.Event()
+    inside, go_on, stopped = threading.Event(), threading.Event(), []
 
     def call():
-        with torch.no_grad(), model.limited_to(1), model._calls.call():
-            inside.set()
-            go_on.wait(30)
+        try:
+            with torch.no_grad(), model.limited_to(1), model._calls.call():
+                inside.set()
+                go_on.wait(30)
+                model(**batch_of(lm_rows(3, seed=4)))
+        except CallStoppedError:
+            stopped.append(True)
 
     caller = threading.Thread(target=call)
     caller.start()
     assert inside.wait(30)
     first = model._routing.served[0][0].prefix[0]
     gone = next(i for i, row in model.folder.table.rows.items() if (row.shard, row.slice) == (0, first))
-    deleter = threading.Thread(target=model.unlearn, args=[[gone]])
+    deleter = threading.Thread(target=model.unlearn, args=[[gone]], kwargs={"on_running": on_running})
     deleter.start()
-    deleter.join(0.3)
-    assert deleter.is_alive()
+    deleter.join(0.3 if on_running == "wait" else 30)
+    assert deleter.is_alive() == (on_running == "wait")
     go_on.set()
     deleter.join(30)
-    assert not deleter.is_alive()
-    caller.join()
+    caller.join(30)
+    assert not deleter.is_alive() and not caller.is_alive()
+    assert bool(stopped) == (on_running == "cancel")
 
 
 # Other models and tasks
