@@ -202,6 +202,9 @@ def load_base(
         if json.loads(json.dumps(config.to_dict().get(setting), default=str)) != value:
             setattr(config, setting, {int(k): v for k, v in value.items()} if setting == "id2label" else value)
     kwargs["config"] = config
+    if head:
+        # The checkpoint's head may be for other classes. Anything else that does not fit shows in the base's digest.
+        kwargs["ignore_mismatched_sizes"] = True
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():
         return architecture.from_pretrained(name, **kwargs)

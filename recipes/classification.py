@@ -21,7 +21,7 @@ from tasks import METRICS
 from transformers import EvalPrediction
 
 from hf_s3t.baselines import METHODS, Method
-from hf_s3t.errors import ConfigError
+from hf_s3t.errors import ConfigError, UnknownExampleError
 from hf_s3t.metrics import load as load_metric
 from hf_s3t.model_card import description, render_run_card
 from hf_s3t.storage import SystemFolder
@@ -172,7 +172,7 @@ def check_metrics(task: Any) -> None:
     fitting = [name for name, kind in METRICS.items() if kind in kinds]
     for name in task.metrics:
         if name not in METRICS:
-            raise ConfigError(f"`--metrics {name}` is unknown. Choose of {', '.join(METRICS)}.")
+            raise ConfigError(f"`--metrics {name}` is unknown. Choose of {', '.join(fitting)}.")
         if name not in fitting:
             what = "numbers" if labels is None else f"{len(labels)} classes"
             raise ConfigError(
@@ -262,6 +262,7 @@ def run(
     """
     script, output_dir = options.script, Path(options.training.output_dir)
     first = next(iter(evaluation.values()))
+    deleted = row_ids(script.unlearn or (), train, options.s3t, output_dir)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return score(prediction.predictions, first.references, first.questions, task)
@@ -287,8 +288,8 @@ def run(
         }
     )
     measure(method, results, task, evaluation)
-    if script.unlearn:
-        unlearn(method, results, task, evaluation, script.unlearn, train, options.s3t)
+    if deleted:
+        unlearn(method, results, task, evaluation, deleted)
     results.add(cost=cost_of(method), storage_bytes=method.storage_bytes())
     if script.verify:
         results.add(verified=audit(method, script.verify))
@@ -322,12 +323,9 @@ def unlearn(
     results: Results,
     task: Any,
     evaluation: Mapping[str, EvaluationSet],
-    wanted: Sequence[str],
-    train: Dataset,
-    s3t: Any,
+    ids: Sequence,
 ) -> None:
     """Unlearn, and measure again: what was measured with the deleted rows is not kept."""
-    ids = row_ids(wanted, train, s3t)
     deletion = method.unlearn(ids)
     seconds = round(deletion.seconds, 6)
     results.add(
@@ -350,15 +348,27 @@ def unlearn(
     measure(method, results, task, evaluation)
 
 
-def row_ids(wanted: Sequence[str], train: Dataset, s3t: Any) -> list:
-    """The ids of rows that are named by id, or by the group they are in."""
-    ids = train[s3t.id_column][:]
+def row_ids(wanted: Sequence[str], train: Dataset, s3t: Any, folder: Path) -> list:
+    """
+    The ids of rows that are named by id, or by the group they are in.
+
+    Raises:
+        [`~hf_s3t.errors.UnknownExampleError`]: If there is no such row and never was.
+    """
+    stored = train.with_format(None)
+    ids = stored[s3t.id_column][:]
     known = {str(i): i for i in ids}
     groups: dict[str, list] = {}
     if s3t.group_column:
-        for row_id, group in zip(ids, train[s3t.group_column][:], strict=True):
+        for row_id, group in zip(ids, stored[s3t.group_column][:], strict=True):
             groups.setdefault(str(group), []).append(row_id)
-    # An unknown id goes on as it is: the method refuses it, or knows it as deleted.
+    unknown = [name for name in wanted if name not in known and name not in groups]
+    if unknown and not SystemFolder.exists(folder):
+        raise UnknownExampleError(
+            f"`--unlearn {' '.join(unknown)}`: the training rows have no such ids or groups. Their ids are such as "
+            f"{ids[0]}. Nothing was trained."
+        )
+    # A system that is there may know the others as deleted; it refuses what it never saw.
     return [i for name in wanted for i in ([known[name]] if name in known else groups.get(name, [type(ids[0])(name)]))]
 
 

@@ -83,7 +83,7 @@ class TextTask:
     @property
     def has_questions(self) -> bool:
         """Whether several rows are one question, which is scored as one."""
-        return METRICS[self.metrics[0]].endswith("of questions")
+        return self.expand is not None
 
 
 @dataclass(frozen=True)

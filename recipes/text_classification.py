@@ -174,11 +174,11 @@ def load_rows(options: Options, task: TextTask) -> tuple[TextTask, Dataset, dict
     script = options.script
     source = source_of(options, task)
     source.check()
-    if task.labels is not None or script.is_regression:
+    is_regression = script.is_regression or (task.name in TEXT_TASKS and task.labels is None)
+    if task.labels is not None or is_regression:
         check_metrics(task)
     train, others = read_sets(options, task, source)
     name = source.name
-    is_regression = script.is_regression or (task.name in TEXT_TASKS and task.labels is None)
     check_task_columns(train, task, name)
     if not is_regression:
         task = resolve_labels(options, task, train, name)
@@ -235,7 +235,7 @@ def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Da
             for one in task.expand({**row, "id": row[id_column]}) if task.expand else (row,):
                 texts = [template.format_map(one) for template in task.texts]
                 shown = {
-                    **{column: one[column] for column in kept},
+                    **{column: row[column] for column in kept},
                     **dict(zip(_TEXTS, texts, strict=False)),
                     "label": one["label"],
                 }
