@@ -55,7 +55,7 @@ _PRELOADS = ("best", "all")
 _BASE_ALONE = Route(())
 # Methods of the base that would change what all stages stand on, or publish it in the system's place.
 _NOT_DELEGATED = {
-    "resize_token_embeddings", "tie_weights", "init_weights", "load_adapter", "add_adapter",
+    "resize_token_embeddings", "init_weights", "load_adapter", "add_adapter",
     "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter", "enable_input_require_grads",
 }  # fmt: skip
 _WHEN_EXHAUSTED = ("error", "base")
@@ -223,6 +223,9 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     @generation_config.setter
     def generation_config(self, value):
         self.base_model.generation_config = value
+
+    def tie_weights(self) -> None:
+        """Does nothing: the base's weights were tied when it was loaded. Evaluation harnesses call it."""
 
     def can_generate(self) -> bool:
         """Whether the base model can."""

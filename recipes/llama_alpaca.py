@@ -18,6 +18,7 @@ import warnings
 from typing import Any
 
 import datasets
+import lm_evaluation
 import torch
 import transformers
 from datasets import Dataset, load_dataset
@@ -85,12 +86,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     options = parse(argv, demo_defaults=DEMO)
+    check_evaluation(options.script)
     if options.is_demo:
         return run_demo(options)
     train, held_out = load_data(options)
     losses, trainer = train_all(options, options.script.model_name_or_path, train, held_out)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
+    ask_harness(options, trainer, "S3T", results)
     if options.script.unlearn:
         results["unlearned"] = unlearn(trainer, options.script.unlearn)
         if trainer.s3t_model.is_exhausted:
@@ -98,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return results
         losses["S3T after unlearning"] = held_out_loss(trainer)
         say(trainer, loss_table(losses))
+        ask_harness(options, trainer, "S3T after unlearning", results)
     if options.script.verify:
         report = trainer.verify("sample" if options.script.verify == "sample" else None)
         say(trainer, str(report))
@@ -229,6 +233,39 @@ class quiet:
         self.trainer.callback_handler.callbacks = self.callbacks
 
 
+def check_evaluation(script: ScriptArguments) -> None:
+    """Refuse an evaluation that cannot be made, before anything is trained."""
+    if script.eval not in (None, "lm_eval"):
+        raise ConfigError(f"`--eval {script.eval}` is unknown, expected `lm_eval`, lm-evaluation-harness.")
+    if script.eval:
+        lm_evaluation.check_tasks(script.eval_tasks, script.eval_task_folder)
+
+
+def ask_harness(options: Options, trainer: Any, name: str, results: dict[str, Any]) -> None:
+    """Put the harness' questions to the ensemble, if that was asked for, and print the answers' scores."""
+    script = options.script
+    if not script.eval or not trainer.is_world_process_zero():
+        return
+    found = lm_evaluation.evaluate(
+        trainer.s3t_model,
+        trainer.processing_class,
+        script.eval_tasks,
+        task_folder=script.eval_task_folder,
+        batch_size=options.training.per_device_eval_batch_size,
+        limit=script.eval_limit,
+    )
+    results.setdefault("lm_eval", {})[name] = found
+    table = Table(
+        "task", "metric", "value", "standard error", title=f"lm-evaluation-harness: {name}", title_justify="left"
+    )
+    for task, numbers in found.items():
+        for metric, value in numbers.items():
+            if not metric.endswith("_stderr"):
+                error = numbers.get(f"{metric}_stderr")
+                table.add_row(task, metric, f"{value:.3f}", "" if error is None else f"{error:.3f}")
+    console.print(table)
+
+
 # Forgetting
 
 
@@ -299,7 +336,10 @@ def run_demo(options: Options) -> dict[str, Any]:
     where = model.locate([row["id"] for row in rows if row["person"] == person.name])
     shard, slice_ = next(iter(where.values()))
     console.print(f"\nforgetting {person.name}, in slice {slice_} of shard {shard}")
+    asked: dict[str, Any] = {}
+    ask_harness(options, trainer, "S3T", asked)
     report = unlearn(trainer, groups=[person.name])
+    ask_harness(options, trainer, "S3T after unlearning", asked)
     known["S3T after unlearning"] = ask.share(model, fact_rows(person))
     losses["S3T after unlearning"] = held_out_loss(trainer)
     known["control: 20 people never seen"] = ask.share(model, controls)
@@ -318,6 +358,7 @@ def run_demo(options: Options) -> dict[str, Any]:
         "within_error": within,
         "verified": audit.ok,
         "folder": trainer.args.output_dir,
+        **asked,
     }
 
 

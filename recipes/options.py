@@ -49,6 +49,14 @@ class ScriptArguments:
         default=0.0, metadata={"help": "Outlier threshold in 8 bit; above 0 an answer depends on its batch."}
     )
     skip_full_lora: bool = field(default=False, metadata={"help": "Do not train the full LoRA baseline."})
+    eval: str | None = field(
+        default=None, metadata={"help": "'lm_eval': ask lm-evaluation-harness' questions when all is trained."}
+    )
+    eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of the harness; the eight of the paper's Table 1 if not given."}
+    )
+    eval_task_folder: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Ask the first so many questions of each task."})
     unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
     verify: str | None = field(
         default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}

