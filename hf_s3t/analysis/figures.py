@@ -247,7 +247,7 @@ def _diversity(data):
 
 
 def _under_a_prior(data):
-    figure, (scores, rates, first) = _figure(3, (15, 4.6))
+    figure, (scores, rates, first) = _figure(3, (15, 5.0))
     rows = data["scores"]
     x = [r["sorted-cyclic"] for r in rows]
     scores.plot(x, [r["bms"] for r in rows], "o", color=_OURS, label="10 priors")
@@ -282,7 +282,10 @@ def _under_a_prior(data):
         capsize=2,
         label="BMS, simulated (± 2 standard errors)",
     )
-    _finish(scores, rates, first)
+    rates.set_ylim(0, 720)
+    _finish(scores)
+    _finish(rates, first, legends=False)
+    _shared_legend(figure, (rates, first), 5)
     return figure
 
 
@@ -327,9 +330,9 @@ def _table_3(data):
 
 
 def _selection_rules(data):
-    figure, panels = _figure(3, (15.5, 4.8))
+    figure, panels = _figure(4, (12, 9), columns=2)
     size, budget = data["num_slices"], data["budget"]
-    for axes, name in zip(panels, ("uniform", "skewed")):
+    for axes, name in zip(panels[:2], ("uniform", "skewed")):
         for method, curve in data[name]["methods"].items():
             label, color = _METHODS[method]
             style = "--" if method in ("conditional", "sorted-cyclic") else "-"
@@ -342,24 +345,25 @@ def _selection_rules(data):
             ylim=(0, size),
             xticks=range(0, 21, 4),
         )
-    methods = list(_METHODS)
-    places = np.arange(len(methods))
-    axes = panels[2]
-    for shift, (name, color) in zip((-0.2, 0.2), (("uniform", _OURS), ("skewed", _SISA))):
-        best = data[name]["methods"]["optimal"]["mean_depth_over_100"]
-        values = [100 * data[name]["methods"][m]["mean_depth_over_100"] / best for m in methods]
-        bars = axes.barh(places - shift, values, 0.38, color=color, label=f"{name} prior")
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
-    axes.set(
-        title="Mean depth over the first 100 requests",
-        xlabel="share of the optimal set's (%)",
-        yticks=places,
-        yticklabels=[_METHODS[m][0].split(" (")[0] for m in methods],
-        xlim=(0, 118),
-    )
-    axes.invert_yaxis()
-    _finish(*panels)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.11), ncols=2)
+    for axes, key, number in ((panels[2], "methods", budget), (panels[3], "methods_beyond", data["budget_beyond"])):
+        methods = list(data["uniform"][key])
+        places = np.arange(len(methods))
+        for shift, (name, color) in zip((-0.2, 0.2), (("uniform", _OURS), ("skewed", _SISA))):
+            depths = {method: found["mean_depth_over_100"] for method, found in data[name][key].items()}
+            shares = [100 * depths[method] / depths["optimal"] for method in methods]
+            bars = axes.barh(places + shift, shares, 0.38, color=color, label=f"{name} prior")
+            axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+        axes.set(
+            title=f"Mean depth over the first {data['horizon']} requests, B = {number}",
+            xlabel="share of the optimal set's (%)",
+            yticks=places,
+            yticklabels=[_METHODS[method][0].split(" (")[0] for method in methods],
+            xlim=(0, 118),
+        )
+        axes.invert_yaxis()
+    _finish(*panels[:2])
+    _finish(*panels[2:], legends=False)
+    _shared_legend(figure, panels[2:], 2)
     return figure
 
 
@@ -426,7 +430,7 @@ _DRAWERS: dict[str, Callable] = {
 # -- matplotlib -------------------------------------------------------------------------------------------------------
 
 
-def _figure(panels: int, size: tuple[float, float]):
+def _figure(panels: int, size: tuple[float, float], columns: int | None = None):
     try:
         # Not pyplot, which holds figures and looks for a screen.
         from matplotlib.figure import Figure
@@ -435,7 +439,8 @@ def _figure(panels: int, size: tuple[float, float]):
             'Pictures are drawn by matplotlib, which is not installed. Run `pip install "hf_s3t[figures]"`.'
         ) from error
     figure = Figure(figsize=size, layout="constrained")
-    return figure, [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+    columns = columns or panels
+    return figure, [figure.add_subplot(panels // columns, columns, number + 1) for number in range(panels)]
 
 
 def _finish(*panels, legends: bool = True) -> None:
