@@ -44,6 +44,7 @@ from transformers import (
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method
+from hf_s3t.calls import Routing
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError, UnknownExampleError
 from hf_s3t.layers import find_head, group_layers
 from hf_s3t.partition import assign
@@ -63,8 +64,7 @@ SLICED = ["sisa", "protosisa", "sequential"]
 
 
 def bert(**changes):
-    """No dropout: what is compared with plain PEFT then draws nothing but its initialisation."""
-    return tiny_bert(2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
+    return tiny_bert(2, **changes)
 
 
 def config_of(**changes):
@@ -172,7 +172,7 @@ def test_units_see_what_they_should(trained):
 
 def naive_unit(folder: Path, key: StageKey, rows: list, before: dict | None = None) -> dict:
     """A unit as anybody would train it: a fresh base, PEFT's own model, a plain Trainer."""
-    base = bert()
+    base = tiny_bert(2)
     head = find_head(base, "bert.encoder.layer")
     seed_head(base, head, 3)
     args = training_arguments(folder, seed=stage_seed(3, key))
@@ -180,7 +180,11 @@ def naive_unit(folder: Path, key: StageKey, rows: list, before: dict | None = No
     model = get_peft_model(base, lora(base, modules_to_save=list(head)))
     if before is not None:
         set_peft_model_state_dict(model, before)
-    Trainer(model=model, args=args, train_dataset=dataset(rows)).train()
+    state = torch.get_rng_state()
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(rows))
+    # A new Trainer seeds again; a unit's adapter and its dropout draw from one stream.
+    torch.set_rng_state(state)
+    trainer.train()
     model.save_pretrained(folder)
     return load_file(folder / ADAPTER_FILE)
 
@@ -201,6 +205,16 @@ def test_units_are_what_peft_and_trainer_make(trained, tmp_path, name):
     for key in StageKey(0, tuple(range(method.max_depth))).lineage:
         before = naive_unit(tmp_path / str(key), key, rows_of(method, key), before)
         assert not differing_tensors(before, made[key.path])
+
+
+def test_a_cut_merges_stacks_that_begin_alike():
+    tips = [StageKey(0, (0, 1)), StageKey(0, (0, 2)), StageKey(0, (1,))]
+    routing = Routing([tips, [StageKey(1, (2, 0))], []])
+    cut = routing.cut(1)
+    assert cut.served == ((StageKey(0, (0,)), StageKey(0, (1,))), (StageKey(1, (2,)),), ())
+    assert cut.weights.tolist() == [0.25, 0.25, 0.5]
+    assert cut.stages < routing.stages and cut is routing.cut(1)
+    assert routing.cut(2) is routing is routing.cut(None)
 
 
 def naive_answers(method: Method, tips: dict[int, StageKey], rows=NEW) -> torch.Tensor:
