@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> PushReport | list[Path] | None:
 
 def describe_with(ours: argparse.Namespace, options: Options, evaluation: dict[str, float]) -> Describe:
     """The card of the recipe's system, with the numbers it measured."""
-    dataset = options.script.dataset_name
+    task = {**TEXT_TASKS, **IMAGE_TASKS}.get(getattr(options.script, "task_name", None))
+    dataset = options.script.dataset_name or (task.dataset.name if task is not None and task.dataset else None)
     return functools.partial(
         description,
         repo_id=f"me/{Path(ours.repo_id).name}" if ours.folder else ours.repo_id,
