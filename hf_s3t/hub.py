@@ -40,7 +40,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from yaml import YAMLError
 
-from .errors import FolderError, HubError, MergeNeededError, S3TError, TransferError
+from .errors import ConfigError, FolderError, HubError, MergeNeededError, S3TError, TransferError
 from .files import digested_json, make_folders, read_checked_json, write_atomically
 from .ledger import Ledger
 from .plan import StageKey
@@ -421,7 +421,13 @@ def push(
     Raises:
         [`~hf_s3t.errors.MergeNeededError`]: If the Hub knows deletions that the folder does not, and `merge` is false.
         [`~hf_s3t.errors.HubError`]: If the Hub refuses, cannot be reached, or holds another system there.
+        [`~hf_s3t.errors.ConfigError`]: If the folder holds a baseline.
     """
+    if "baseline" in folder.record:
+        raise ConfigError(
+            f"{folder.path} holds a baseline, which is for comparing: who loads it from {repo.repo_id} would take it "
+            "for an S3T system. Keep its folder, or push an S3T system."
+        )
     if folder.base_id is None and folder.record["base_model"].get("id"):
         warnings.warn(
             f"The base model is a folder of this machine: who loads {repo.repo_id} must give `base_model`, and learns "

@@ -113,6 +113,8 @@ def render_card(
         num_slices=folder.config.num_slices,
         budget=len(folder.plan.sequences[0]),
         layers_per_slice=[len(group) for group in record["layers"]["groups"]],
+        first_layers="bottom" if folder.config.growth == "bottom-up" else "top",
+        one_slice=folder.config.stage_data == "slice",
         num_layers=record["layers"]["num_layers"],
         rank=record["peft_config"].get("r"),
         alpha=record["peft_config"].get("lora_alpha"),

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from .blueprint import Layout
 from .calls import Routing
 from .config import S3TConfig
-from .errors import S3TError
 from .examples import Example, KeptNames
 from .modeling import S3TModel
 from .plan import StageKey
@@ -153,10 +152,3 @@ class WholeAdapterModel(S3TModel):
     def _routing_of(self, valid) -> Routing:
         routing = super()._routing_of(valid)
         return WholeAdapterRouting(routing.served, routing.identity[1])
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: who loads it from the Hub would take it for an S3T system."""
-        raise S3TError(
-            f"{self.folder.path} holds a baseline, which is for comparing and is not pushed to {repo_id}. Keep its "
-            "folder, or push an S3T system."
-        )

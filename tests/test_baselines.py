@@ -45,7 +45,7 @@ from transformers import (
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.calls import Routing
-from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError, UnknownExampleError
+from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCacheError, UnknownExampleError
 from hf_s3t.layers import find_head, group_layers
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey, stage_seed
@@ -432,7 +432,7 @@ def test_folders_are_opened_by_their_own_method_only(copy_of):
     with torch.no_grad():
         assert torch.equal(loaded(**batch_of(NEW)).logits, method.model(**batch_of(NEW)).logits)
     assert loaded.check() == []
-    with pytest.raises(S3TError, match="baseline, which is for comparing"):
+    with pytest.raises(ConfigError, match="baseline, which is for comparing"):
         loaded.push_to_hub("me/baseline")
     with pytest.raises(ConfigError, match="num_shards=3"):
         make("sisa", method.output_dir, config=config_of(num_shards=3))
