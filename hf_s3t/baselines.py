@@ -192,14 +192,14 @@ class Method(ABC):
             depth (`int`, *optional*): Answer with at most so many slices learnt per shard; see `max_depth`.
 
         Returns:
-            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` is an array of shape `(rows, classes)`:
-            logits, or whatever `s3t_config.aggregation` makes of them.
+            [`~transformers.trainer_utils.PredictionOutput`]: `predictions` is an array of shape `(rows, classes)`, in
+            the order of the rows: logits, or whatever `s3t_config.aggregation` makes of them.
 
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If nothing is left to answer.
             [`~hf_s3t.errors.ConfigError`]: If the method has no such depth.
         """
-        with self._at(depth):
+        with self._at(depth), self._in_order():
             return self.trainer.predict(self._prepared(dataset))
 
     def evaluate(self, dataset: Any = None, depth: int | None = None) -> dict[str, float]:
@@ -228,6 +228,16 @@ class Method(ABC):
             raise ConfigError(f"depth={depth!r}, expected 1 to {self.max_depth} for {self.name!r}.")
         with self.model.limited_to(depth):
             yield
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """Trainer answers in the order of its batches, which with `group_by_length` is not that of the rows."""
+        args = self.trainer.args
+        strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"
+        try:
+            yield
+        finally:
+            args.train_sampling_strategy = strategy
 
     def _prepared(self, dataset: Any) -> Any:
         """A dataset as the trainer evaluates it: one of `SFTTrainer` is tokenised first."""

@@ -245,6 +245,17 @@ def test_what_serves_is_plain_peft(copy_of, name):
     assert torch.allclose(answers(method), naive_answers(method, left), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["full", "s3t"])
+def test_answers_come_in_the_order_of_the_rows_with_batches_by_length_too(copy_of, name):
+    method = copy_of(name)
+    cut = [{**row, "input_ids": row["input_ids"][: 2 + i]} for i, row in enumerate(NEW)]
+    one_by_one = [method.predict(dataset([row])).predictions[0] for row in cut]
+    method.trainer.args.per_device_eval_batch_size = 1
+    method.trainer.args.train_sampling_strategy = "group_by_length"
+    assert torch.equal(torch.tensor(method.predict(dataset(cut)).predictions), torch.tensor(one_by_one))
+    assert method.trainer.args.train_sampling_strategy == "group_by_length"
+
+
 # Forgetting
 
 
