@@ -22,6 +22,12 @@ TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards
 CARD_FILE = "README.md"
 DIAGRAM_FILE = "stacks.svg"
 TAGS = ("s3t", "machine-unlearning", "peft", "lora")
+# Recipe -> the Hub's name of its tasks.
+_PIPELINE_OF = {
+    "text_classification": "text-classification",
+    "image_classification": "image-classification",
+    "llama_alpaca": "text-generation",
+}
 _RECIPE = (
     "num_train_epochs",
     "max_steps",
@@ -202,21 +208,22 @@ def render_recipe_card(
     ).content
 
 
-def render_run_card(name: str, results: Mapping[str, Any], *, datasets: Sequence[str] = ()) -> str:
+def render_run_card(
+    name: str, results: Mapping[str, Any], *, base_model: str | None = None, datasets: Sequence[str] = ()
+) -> str:
     """
     The card of one run of a recipe, from the results that it wrote.
 
     Args:
         name (`str`): The run's name.
         results (mapping from `str`): What the results file holds.
+        base_model (`str`, *optional*): Id of the base model, if it is on the Hub.
         datasets (sequence of `str`, *optional*): Ids of the datasets that it was trained on.
 
     Returns:
         `str`: The card, metadata included.
     """
     script = results["settings"]["script"]
-    base_id = script["model_name_or_path"]
-    public = base_id if _is_public(base_id) else None
     numbers = [
         (set_name, depth, metric, value)
         for set_name, by_depth in results["metrics"].items()
@@ -225,10 +232,10 @@ def render_run_card(name: str, results: Mapping[str, Any], *, datasets: Sequence
     ]
     data = ModelCardData(
         library_name="hf_s3t",
-        base_model=public,
+        base_model=base_model,
         tags=[*TAGS, results["method"]],
         datasets=list(datasets) or None,
-        pipeline_tag=results["recipe"].replace("_", "-"),
+        pipeline_tag=_PIPELINE_OF.get(results["recipe"]),
         model_name=name,
     )
     settings = {
@@ -242,7 +249,7 @@ def render_run_card(name: str, results: Mapping[str, Any], *, datasets: Sequence
         name=name,
         method=results["method"],
         recipe=results["recipe"],
-        base_id=base_id,
+        base_id=base_model or f"A model of its owner's ({script['model_name_or_path'] or 'made here'})",
         dataset=", ".join(datasets) or "data of its owner's",
         numbers=[(s, d, m, _number(v)) for s, d, m, v in numbers],
         num_shards=results["settings"]["s3t"]["num_shards"],

@@ -1,7 +1,6 @@
 """What the classification recipes share: their arguments, the checks before training, and the run itself."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from options import Options
-from results import Results
+from results import Results, cost_of, on_hub, write_run_card
 from rich.console import Console
 from rich.table import Table
 from rows import Source, label_set, sample, split_off, with_ids
@@ -23,7 +22,7 @@ from transformers import EvalPrediction
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError, UnknownExampleError
 from hf_s3t.metrics import load as load_metric
-from hf_s3t.model_card import description, render_run_card
+from hf_s3t.model_card import description
 from hf_s3t.storage import SystemFolder
 
 
@@ -295,7 +294,7 @@ def run(
         results.add(verified=audit(method, script.verify))
     content = results.write()
     if PartialState().is_main_process:
-        write_cards(script.method, output_dir, options, results)
+        write_cards(script.method, output_dir, options, results, task)
         console.print(table_of(content))
         console.print(f"results: {results.path}")
     return content
@@ -379,13 +378,13 @@ def audit(method: Method, which: str) -> bool:
     return report.ok
 
 
-def write_cards(method: str, folder: Path, options: Options, results: Results) -> None:
+def write_cards(method: str, folder: Path, options: Options, results: Results, task: Any) -> None:
     """Write the card of the run beside its results and, in its folder, that of a system that can be published."""
-    dataset = options.script.dataset_name or ""
-    public = [dataset] if dataset.count("/") == 1 and not os.path.exists(dataset) else []
-    results.card.write_text(render_run_card(folder.name, results.content, datasets=public))
+    dataset = options.script.dataset_name or (task.dataset.name if task.dataset else None)
+    write_run_card(results, options, dataset)
     if method == "s3t":
         # Without numbers: a deletion makes them void, and would not find them here. A push puts them on the card.
+        public = [dataset] if on_hub(dataset) else []
         for name, data in description(SystemFolder(folder), None, True, repo_id=folder.name, datasets=public).items():
             (folder / name).write_bytes(data)
 
@@ -413,14 +412,3 @@ def prepared_ids(dataset: Dataset, options: Options, task: Any, name: str) -> Da
     """The dataset with the ids that the system will know its rows by, in the column that its config names."""
     dataset, options.s3t.id_column = with_ids(dataset, options.s3t.id_column, task.id_column, name)
     return dataset
-
-
-def cost_of(method: Method) -> dict[str, Any]:
-    """What training has cost so far, and each unit's share of it."""
-    cost = method.cost
-    return {
-        "seconds": round(cost.seconds, 3),
-        "steps": cost.steps,
-        "examples": cost.examples,
-        "units": [dataclasses.asdict(unit) for unit in cost.units],
-    }

@@ -4,6 +4,7 @@ Instruction-tune a causal language model as sliced LoRA stacks, serve the ensemb
     accelerate launch recipes/llama_alpaca.py                                # the demo: a small Llama
     accelerate launch recipes/llama_alpaca.py --config recipes/configs/llama2_7b.yaml  # as in the paper
     accelerate launch recipes/llama_alpaca.py --model_name_or_path M --dataset_name D  # anything else
+    ... --method full | sisa | sequential                                    # what S3T is compared with
 
 The demo pretrains a small Llama on public text, teaches it the private facts of invented people, unlearns one of them,
 and shows that the facts are gone, that everything else stayed, and that what stayed never depended on them.
@@ -33,14 +34,15 @@ from invented_people import (
     strangers,
 )
 from options import Options, ScriptArguments, parse
+from results import Results, cost_of, write_run_card
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
-from hf_s3t import S3TSFTTrainer
 from hf_s3t.base_model import log_casts_once
+from hf_s3t.baselines import METHODS
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 from hf_s3t.plan import StageKey
@@ -70,6 +72,10 @@ DEMO = {
     "prompt_template": "alpaca-short",
     "eval_size": 48,
 }
+RECIPE = "llama_alpaca"
+HELD_OUT = "held_out"
+# How a method is called in the tables.
+NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential": "sequential"}
 QUESTION_COLUMNS = ("instruction", "input", "output")
 console = Console(highlight=False)
 
@@ -86,26 +92,38 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     options = parse(argv, demo_defaults=DEMO)
+    check_method(options)
     check_evaluation(options.script)
     if options.is_demo:
         return run_demo(options)
+    script, name = options.script, NAMES[options.script.method]
+    file = Results(options, RECIPE)
+    goes_on = script.unlearn or script.verify or script.eval
+    if not goes_on and (found := file.earlier()) is not None:
+        console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
+        return found
     train, held_out = load_data(options)
-    losses, trainer = train_all(options, options.script.model_name_or_path, train, held_out)
+    losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
-    ask_harness(options, trainer, "S3T", results)
-    if options.script.unlearn:
-        results["unlearned"] = unlearn(trainer, options.script.unlearn)
+    ask_harness(options, trainer, name, results)
+    if script.unlearn:
+        results["unlearned"] = unlearn(trainer, script.unlearn)
         if trainer.s3t_model.is_exhausted:
             say(trainer, "exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
+            record_deletion(file, trainer, results)
+            write_results(file, options)
             return results
-        losses["S3T after unlearning"] = held_out_loss(trainer)
+        losses[f"{name} after unlearning"] = held_out_loss(trainer)
         say(trainer, loss_table(losses))
-        ask_harness(options, trainer, "S3T after unlearning", results)
-    if options.script.verify:
-        report = trainer.verify("sample" if options.script.verify == "sample" else None)
+        ask_harness(options, trainer, f"{name} after unlearning", results)
+        record_deletion(file, trainer, results)
+    if script.verify:
+        report = trainer.verify("sample" if script.verify == "sample" else None)
         say(trainer, str(report))
         results["verified"] = report.ok
+    file.add(**{key: results[key] for key in ("lm_eval", "verified") if key in results})
+    write_results(file, options)
     return results
 
 
@@ -156,23 +174,49 @@ def as_examples(dataset: Dataset, template: str, loss_on_everything: bool) -> Da
 # Training
 
 
-def train_all(options: Options, model: str, train: Dataset, held_out: Dataset) -> tuple[dict[str, float], Any]:
-    """Measure the base, train the full LoRA baseline and then the S3T system; returns losses and the trainer."""
-    losses = baseline_losses(options, model, train, held_out)
-    trainer = S3TSFTTrainer(
-        model=model,
-        args=options.training,
+def train_all(
+    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
+) -> tuple[dict[str, float], Any]:
+    """Measure the base, train the full LoRA baseline and then the system; returns losses and the trainer."""
+    with results.timed("baseline"):
+        losses = baseline_losses(options, model, train, held_out)
+    args, name = options.training, NAMES[options.script.method]
+    if (quantized := quantization(options)) is not None:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
+    method = METHODS[options.script.method](
+        model,
+        args,
         train_dataset=train,
         eval_dataset=held_out,
-        quantization_config=quantization(options),
         peft_config=options.lora,
         s3t_config=options.s3t,
+        trainer_class=SFTTrainer,
     )
+    trainer = method.trainer
     started = time.perf_counter()
-    trainer.train()
-    say(trainer, f"S3T: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
-    losses["S3T"] = held_out_loss(trainer)
+    with results.timed("train"):
+        method.train()
+    say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
+    losses[name] = held_out_loss(trainer)
+    with results.timed("evaluate"):
+        results.add(metrics={HELD_OUT: losses_by_depth(trainer, method.depths)}, depths=list(method.depths))
+    results.add(
+        losses=losses,
+        cost=cost_of(method),
+        storage_bytes=method.storage_bytes(),
+        data={"train_rows": len(train), "evaluation_rows": {HELD_OUT: len(held_out)}},
+    )
+    write_results(results, options)
     return losses, trainer
+
+
+def losses_by_depth(trainer: Any, depths: list[int]) -> dict[str, dict[str, float]]:
+    """The loss on the rows held out, with at most so many slices learnt by each shard."""
+    found = {}
+    for depth in range(1, max(depths) + 1):
+        with trainer.s3t_model.limited_to(depth):
+            found[str(depth)] = {"loss": round(held_out_loss(trainer), 6)}
+    return found
 
 
 def baseline_losses(options: Options, model: str, train: Dataset, held_out: Dataset) -> dict[str, float]:
@@ -191,7 +235,7 @@ def baseline_losses(options: Options, model: str, train: Dataset, held_out: Data
     log_casts_once(trainer.model)
     # A fresh LoRA adapter changes nothing, so this is the base.
     losses = {"base": held_out_loss(trainer)}
-    if not options.script.skip_full_lora:
+    if not options.script.skip_full_lora and options.script.method == "s3t":
         started = time.perf_counter()
         trainer.train()
         losses["full LoRA"] = held_out_loss(trainer)
@@ -231,6 +275,17 @@ class quiet:
 
     def __exit__(self, *exc):
         self.trainer.callback_handler.callbacks = self.callbacks
+
+
+def check_method(options: Options) -> None:
+    """Refuse a method that does not fit, before anything is trained."""
+    method = options.script.method
+    if method not in NAMES:
+        raise ConfigError(f"`--method {method}` is for classification. Choose one of {', '.join(NAMES)}.")
+    if options.is_demo and method != "s3t":
+        raise ConfigError(
+            f"The demo shows S3T, got `--method {method}`. Give `--model_name_or_path` and `--dataset_name`."
+        )
 
 
 def check_evaluation(script: ScriptArguments) -> None:
@@ -286,6 +341,25 @@ def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None
     return report
 
 
+def record_deletion(file: Results, trainer: Any, results: dict[str, Any]) -> None:
+    """Note a deletion in the results; what was measured with the deleted rows is not kept."""
+    report, depths = results["unlearned"], trainer.s3t_model.status()["depths"]
+    file.add(
+        metrics={HELD_OUT: losses_by_depth(trainer, depths)} if any(depths) else {},
+        depths=depths,
+        losses={name: loss for name, loss in results["losses"].items() if name == "base" or "after" in name},
+    )
+    if report is not None:
+        file.add(
+            unlearned={
+                "examples": report.deleted,
+                "seconds": round(report.seconds, 6),
+                "depths_before": report.depths_before,
+                "depths_after": report.depths_after,
+            }
+        )
+
+
 # The demo
 
 
@@ -301,7 +375,9 @@ def demo_base(script: ScriptArguments) -> BaseSettings:
     return BaseSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def train_demo(options: Options) -> tuple[dict[str, float], Any, str, list[dict[str, str]]]:
+def train_demo(
+    options: Options, results: Results | None = None
+) -> tuple[dict[str, float], Any, str, list[dict[str, str]]]:
     """Train the demo's system, which knows everybody; returns losses, the trainer, the base's folder and the rows."""
     script = options.script
     path, seconds = base_model(demo_base(script), script.cache_dir, log=console.print)
@@ -316,14 +392,15 @@ def train_demo(options: Options) -> tuple[dict[str, float], Any, str, list[dict[
         f"{len(rows)} examples: {script.num_people} invented people with {facts} facts each, {script.num_general} "
         "general instructions"
     )
-    losses, trainer = train_all(options, path, train, held_out)
+    losses, trainer = train_all(options, path, train, held_out, results or Results(options, RECIPE))
     return losses, trainer, path, rows
 
 
 def run_demo(options: Options) -> dict[str, Any]:
     """The whole loop on a small Llama made here, about invented people."""
     script = options.script
-    losses, trainer, path, rows = train_demo(options)
+    file = Results(options, RECIPE)
+    losses, trainer, path, rows = train_demo(options, file)
     person = make_people(script.num_people, 0, private=True)[0]
     controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
     ask = Interviewer(path, script.prompt_template)
@@ -351,6 +428,9 @@ def run_demo(options: Options) -> dict[str, Any]:
     audit = trainer.verify([surviving_stage(trainer, shard)])
     console.print(f"audit without {person.name}: {audit}")
     console.print(in_new_process(trainer.args.output_dir))
+    record_deletion(file, trainer, {"losses": losses, "unlearned": report})
+    file.add(verified=audit.ok, **asked)
+    write_results(file, options)
     return {
         "losses": losses,
         "known": known,
@@ -413,7 +493,13 @@ def in_new_process(folder: str) -> str:
     return done.stdout.strip() or done.stderr[-2000:]
 
 
-# Printing
+# Reporting
+
+
+def write_results(results: Results, options: Options) -> None:
+    """Write the results and, beside them, the run's card."""
+    results.write()
+    write_run_card(results, options)
 
 
 def say(trainer: Any, what: Any) -> None:

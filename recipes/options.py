@@ -34,7 +34,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Training data: an id on the Hub, or a json, jsonl or parquet file."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    method: str = field(default="s3t", metadata={"help": "s3t, full, sisa, protosisa or sequential."})
+    method: str = field(default="s3t", metadata={"help": "s3t, full, sisa or sequential."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
     eval_size: int = field(default=200, metadata={"help": "Rows held out to measure the loss; the ones after those."})
     prompt_template: str = field(
@@ -61,6 +61,10 @@ class ScriptArguments:
     verify: str | None = field(
         default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
     )
+    results_file: str | None = field(
+        default=None, metadata={"help": "Where the results go; OUTPUT_DIR-results.json if not given."}
+    )
+    overwrite_results: bool = field(default=False, metadata={"help": "Run again although the results are there."})
     num_people: int = field(default=8, metadata={"help": "Demo: invented people with private facts."})
     num_general: int = field(default=24, metadata={"help": "Demo: general instructions."})
     cache_dir: str | None = field(default=None, metadata={"help": "Demo: where the small base model is kept."})

@@ -22,13 +22,17 @@ from accelerate import PartialState
 
 from hf_s3t.errors import ConfigError
 from hf_s3t.files import write_atomically
+from hf_s3t.model_card import render_run_card
 from hf_s3t.versions import library_versions
 
 
 FORMAT = 1
 SUFFIX = "-results.json"
 # Where things go, and what is done after the measurement.
-_NOT_SETTINGS = ("output_dir", "results_file", "overwrite_results", "unlearn", "verify", "cache_dir")
+_NOT_SETTINGS = (
+    "output_dir", "results_file", "overwrite_results", "unlearn", "verify", "cache_dir",
+    "eval", "eval_tasks", "eval_task_folder", "eval_limit",
+)  # fmt: skip
 
 
 class Results:
@@ -185,3 +189,37 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cost_of(method: Any) -> dict[str, Any]:
+    """What training has cost so far, and each unit's share of it."""
+    cost = method.cost
+    return {
+        "seconds": round(cost.seconds, 3),
+        "steps": cost.steps,
+        "examples": cost.examples,
+        "units": [dataclasses.asdict(unit) for unit in cost.units],
+    }
+
+
+def write_run_card(results: Results, options: Any, dataset: str | None = None) -> None:
+    """
+    Write the card of a run beside its results, in the first process.
+
+    Args:
+        results ([`Results`]): The run's results.
+        options ([`~options.Options`]): Everything the recipe was told.
+        dataset (`str`, *optional*): Id of the dataset that the task stands for, where none was named.
+    """
+    if not PartialState().is_main_process:
+        return
+    name = os.path.basename(options.training.output_dir.rstrip("/"))
+    base, dataset = on_hub(options.script.model_name_or_path), on_hub(options.script.dataset_name or dataset)
+    results.card.write_text(
+        render_run_card(name, results.content, base_model=base, datasets=[dataset] if dataset else [])
+    )
+
+
+def on_hub(name: str | None) -> str | None:
+    """The name, if it is an id on the Hub and no path."""
+    return name if name and name.count("/") == 1 and name[0] not in "./~" and not os.path.exists(name) else None

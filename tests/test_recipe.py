@@ -1,5 +1,6 @@
 """The recipe from start to end: the demo on a base made here, and real text on a real small Llama."""
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -84,3 +85,27 @@ def test_ids_that_the_dataset_does_not_have_are_refused_when_it_comes_to_unlearn
 def test_more_rows_held_out_than_there_are_is_refused(stories):
     with pytest.raises(ConfigError, match="leaves none to train on"):
         recipe.main([*stories, "--eval_size", "10000000"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["s3t", "full", "sisa", "sequential"])
+def test_every_method_takes_the_same_command_and_writes_its_results(stories, method, tmp_path):
+    options = [*stories, "--skip_full_lora", "True", "--method", method]
+    name = recipe.NAMES[method]
+    assert set(recipe.main(options)["losses"]) == {"base", name}
+    path = tmp_path / "system-results.json"
+    found = json.loads(path.read_text())
+    depths = {str(depth) for depth in range(1, 2 if method == "full" else 5)}
+    assert found["method"] == method and set(found["metrics"]["held_out"]) == depths
+    assert found["cost"]["steps"] > 0 and found["storage_bytes"] > 0 and path.with_suffix(".md").exists()
+    assert recipe.main(options) == found
+    after = recipe.main([*options, "--unlearn", "3"])
+    assert after["unlearned"].deleted == 1
+    assert set(json.loads(path.read_text())["losses"]) == {"base", f"{name} after unlearning"}
+
+
+def test_a_method_that_does_not_fit_is_refused(stories):
+    with pytest.raises(ConfigError, match="`--method protosisa` is for classification"):
+        recipe.main([*stories, "--method", "protosisa"])
+    with pytest.raises(ConfigError, match="The demo shows S3T"):
+        recipe.main(["--method", "sisa"])
