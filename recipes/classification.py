@@ -325,7 +325,15 @@ def unlearn(
     ids: Sequence,
 ) -> None:
     """Unlearn, and measure again: what was measured with the deleted rows is not kept."""
-    deletion = method.unlearn(ids)
+    state = PartialState()
+    deletion = method.unlearn(ids) if state.is_main_process else None
+    state.wait_for_everyone()
+    if deletion is None:
+        # What the first process did is in the folder; the results are its to write.
+        method.model.refresh()
+        if not method.is_exhausted:
+            measure(method, results, task, evaluation)
+        return
     seconds = round(deletion.seconds, 6)
     results.add(
         unlearned={
@@ -335,11 +343,10 @@ def unlearn(
             "depths_after": list(deletion.depths_after),
         }
     )
-    if PartialState().is_main_process:
-        console.print(
-            f"unlearned {deletion.deleted} examples in {seconds * 1000:.1f} ms: depths "
-            f"{list(deletion.depths_before)} -> {list(deletion.depths_after)}"
-        )
+    console.print(
+        f"unlearned {deletion.deleted} examples in {seconds * 1000:.1f} ms: depths "
+        f"{list(deletion.depths_before)} -> {list(deletion.depths_after)}"
+    )
     if method.is_exhausted:
         results.add(depths=list(method.depths), metrics={}, predictions={})
         console.print("exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
@@ -400,9 +407,11 @@ def table_of(content: Mapping[str, Any]) -> Table:
     return table
 
 
-def say_it_is_done(results: Results) -> dict[str, Any] | None:
-    """The results of the same run, if they are there."""
+def say_it_is_done(results: Results, options: Options) -> dict[str, Any] | None:
+    """The results of the same run, if they are there and nothing is to follow."""
     found = results.earlier()
+    if options.script.unlearn or options.script.verify:
+        return None
     if found is not None and PartialState().is_main_process:
         console.print(f"{results.path} holds the results of this run already. --overwrite_results runs it again.")
     return found

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     script, name = options.script, NAMES[options.script.method]
     file = Results(options, RECIPE)
     goes_on = script.unlearn or script.verify or script.eval
-    if not goes_on and (found := file.earlier()) is not None:
+    if (found := file.earlier()) is not None and not goes_on:
         console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
         return found
     train, held_out = load_data(options)

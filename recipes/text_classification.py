@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_model_is_given(options)
     task = task_of(options)
     results = Results(options, RECIPE)
-    if not options.script.unlearn and (found := say_it_is_done(results)) is not None:
+    if (found := say_it_is_done(results, options)) is not None:
         return found
     with results.timed("load"):
         task, train, evaluation = load_rows(options, task)
