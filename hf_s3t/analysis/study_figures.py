@@ -1,0 +1,377 @@
+"""The pictures of the studies of trained systems, which `recipes/deletion_study.py` measures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from .figures import (
+    _FIRST,
+    _MORE,
+    _OURS,
+    _PAPER,
+    _SISA,
+    _figure,
+    _finish,
+    _plain_numbers,
+    _save,
+    _shared_legend,
+    check_picture,
+)
+
+
+_BUDGETS = ("#9ECAE1", "#56B4E9", "#0072B2", "#08306B", "#CC79A7", "#E69F00")
+
+
+def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
+    """
+    Draw the figure of a study.
+
+    Args:
+        name (`str`):
+            Name of the figure, such as `"figure-6-left"`.
+        data (mapping):
+            The JSON of the study.
+        path (`str` or `Path`):
+            The picture to write, a `.png` or `.svg` file.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there is no such figure, or no picture can be drawn there.
+    """
+    if name not in DRAWERS:
+        raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(DRAWERS)}. Name one of them.")
+    check_picture(path)
+    _save(DRAWERS[name](data), path)
+
+
+def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float) -> np.ndarray:
+    """
+    Quality of one run of deletions after each of some numbers of requests.
+
+    Args:
+        run (mapping):
+            `points` with `request` and `quality`, measured whenever something changed; no quality where nothing
+            answers.
+        requests (sequence of `int`):
+            The numbers of requests.
+        when_dead (`float`):
+            The quality where nothing answers.
+
+    Returns:
+        `numpy.ndarray`: One quality per number.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.analysis.study_figures import quality_at
+
+    >>> run = {"points": [{"request": 0, "quality": 0.9}, {"request": 2, "quality": None}]}
+    >>> quality_at(run, [0, 1, 2, 3], 0.1).tolist()
+    [0.9, 0.9, 0.1, 0.1]
+    ```
+    """
+    times = [point["request"] for point in run["points"]]
+    values = [when_dead if point["quality"] is None else point["quality"] for point in run["points"]]
+    places = np.searchsorted(times, requests, side="right") - 1
+    return np.asarray(values, dtype=float)[places]
+
+
+def _named(name: str) -> str:
+    if name.startswith("s3t-"):
+        return f"S3T, B = {name.removeprefix('s3t-')}"
+    return {"sisa": "SISA", "protosisa": "ProtoSISA", "full": "full retraining"}[name]
+
+
+def _quality(data):
+    figure, (axes, near) = _figure(2, (12.5, 5.2))
+    x = np.arange(data["requests"] + 1)
+    dead = data["quality_of_guessing"]
+    budgets = [name for name in data["systems"] if name.startswith("s3t-")]
+    colors = {**dict(zip(budgets, _BUDGETS)), "sisa": _SISA, "protosisa": _MORE[1]}
+    best = max(point["quality"] for point in data["full"])
+    for panel in (axes, near):
+        for name, runs in data["systems"].items():
+            curves = 100 * np.array([quality_at(run, x, dead) for run in runs])
+            panel.plot(x, curves.mean(axis=0), color=colors[name], linewidth=1.8, label=_named(name))
+        panel.plot(
+            [point["request"] for point in data["full"]],
+            [100 * point["quality"] for point in data["full"]],
+            "s--",
+            color=_FIRST,
+            markersize=4,
+            label="full retraining at every request (m = 1)",
+        )
+        panel.set(xlabel="deletion requests", ylabel=f"{data['metric']} (%)", xlim=(0, data["requests"]))
+    axes.axvline(data["paper_sisa_dies"], color=_PAPER, linestyle=":", label="the paper: SISA dies near 40")
+    axes.axhline(100 * dead, color=_MORE[3], linestyle=":", linewidth=1, label="guessing: nothing answers")
+    for name, expected in data["expected_exhausted"].items():
+        if expected <= data["requests"]:
+            axes.plot(expected, 100 * dead, "v", color=colors[name], markersize=8, clip_on=False, zorder=5)
+    axes.plot([], [], "v", color=_MORE[3], label="exhausted, exact expectation")
+    axes.set(
+        title=f"Figure 6, left: m = {data['num_shards']}, L = {data['num_slices']}, mean of "
+        f"{len(next(iter(data['systems'].values())))} orders of requests",
+        ylim=(0, 102),
+    )
+    near.set(title="The same, near the top", ylim=(100 * best - 16, 100 * best + 3))
+    _finish(axes, near, legends=False)
+    _shared_legend(figure, (axes, near), 4)
+    return figure
+
+
+def _lifetimes(data):
+    figure, (over, totals) = _figure(2, (13, 5.4))
+    x = data["requests"]
+    budgets = [name for name in data["training_seconds"] if name.startswith("s3t-")]
+    shown = {
+        "full": (_FIRST, "-", "full retraining at every request"),
+        "sisa-rolled-back": (_SISA, "--", "SISA, retrained from its checkpoint at every request"),
+        "sisa-exhausted": (_SISA, "-", "SISA, retrained when exhausted"),
+        **{
+            f"{name}-exhausted": (color, "-", f"{_named(name)}, retrained when exhausted")
+            for name, color in zip(budgets, _BUDGETS)
+        },
+    }
+    for name, (color, style, label) in shown.items():
+        over.plot(x[1:], data["curves"][name][1:], style, color=color, linewidth=1.8, label=label)
+    sisa, full = (data["totals"][name]["mean"] for name in ("sisa-exhausted", "full"))
+    over.plot(
+        x[-1],
+        sisa / data["paper_less_than_sisa"],
+        "X",
+        color=_PAPER,
+        markersize=9,
+        clip_on=False,
+        zorder=5,
+        label=f"the paper: {data['paper_less_than_sisa']:g}x less than SISA",
+    )
+    over.plot(
+        x[-1],
+        full / data["paper_less_than_full"],
+        "P",
+        color=_PAPER,
+        markersize=9,
+        clip_on=False,
+        zorder=5,
+        label=f"the paper: {data['paper_less_than_full']:g}x less than full retraining",
+    )
+    over.set(
+        title=f"Figure 9: m = {data['num_shards']}, L = {data['num_slices']}, mean of 500 streams",
+        xlabel="deletion requests",
+        ylabel="time spent until then (seconds, log scale)",
+        yscale="log",
+    )
+    _plain_numbers(over.yaxis)
+    names = [
+        ("full", "full, every request"),
+        ("sisa-rolled-back", "SISA, every request"),
+        ("sisa-exhausted", "SISA"),
+        *((f"{name}-exhausted", _named(name)) for name in budgets),
+        *((f"{name}-side-by-side-exhausted", f"{_named(name)}, in parallel") for name in budgets[1:]),
+    ]
+    places = np.arange(len(names))
+    for shift, ending, color, label in (
+        (-0.2, "exhausted", _OURS, "trained again when exhausted"),
+        (0.2, "dead_shard", _FIRST, "a shard trained again when it is dead"),
+    ):
+        values = [data["totals"].get(name.replace("exhausted", ending), {}).get("mean") for name, _ in names]
+        if ending == "dead_shard":
+            values = [value if "exhausted" in name else None for value, (name, _) in zip(values, names)]
+        kept = [(place, value) for place, value in zip(places, values) if value is not None]
+        bars = totals.barh([p + shift for p, _ in kept], [v for _, v in kept], 0.38, color=color, label=label)
+        totals.bar_label(bars, labels=[f"{full / v:.1f}x less" for _, v in kept], fontsize=7.5, padding=2)
+    totals.set(
+        title=f"After {x[-1]:,} requests; against full retraining",
+        xlabel="time spent (seconds, log scale)",
+        yticks=places,
+        yticklabels=[label for _, label in names],
+        xscale="log",
+        xlim=(None, 4 * full),
+    )
+    totals.invert_yaxis()
+    _plain_numbers(totals.xaxis)
+    _finish(over, totals)
+    totals.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def _drop(data):
+    figure, (axes,) = _figure(1, (8, 5))
+    colors = iter((_OURS, _SISA, _FIRST, *_MORE, *_BUDGETS))
+    by_name: dict[str, list] = {}
+    for run in data["runs"]:
+        by_name.setdefault(run["name"], []).append(run["drop"])
+    for name, drops in by_name.items():
+        values = 100 * np.array(drops)
+        color = next(colors)
+        x = np.arange(values.shape[1])
+        seeds = f" (mean of {len(values)} seeds)" if len(values) > 1 else ""
+        axes.plot(x, values.mean(axis=0), "o-", color=color, markersize=4, label=f"{name}{seeds}")
+        if len(values) > 1:
+            axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    axes.axhline(100 * data["paper_vision"], color=_PAPER, linestyle=":", label="the paper, vision: below 5%")
+    axes.axhline(0, color=_MORE[3], linewidth=0.8)
+    axes.set(
+        title="Figure 12: what deleted slices cost, last ones first",
+        xlabel="deleted slices",
+        ylabel="drop in quality (% of the quality before)",
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes)
+    return figure
+
+
+def _layers_and_slices(data):
+    figure, (grid, lines) = _figure(2, (12, 4.8))
+    layers = sorted({cell["layers_per_slice"] for cell in data["cells"]})
+    sizes = sorted({cell["num_slices"] for cell in data["cells"]})
+    values = np.full((len(layers), len(sizes)), np.nan)
+    for cell in data["cells"]:
+        place = layers.index(cell["layers_per_slice"]), sizes.index(cell["num_slices"])
+        values[place] = 100 * np.mean(cell["quality"])
+    image = grid.imshow(values, cmap="Blues", origin="lower", aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        text = "more than\nall layers" if np.isnan(value) else f"{value:.1f}"
+        color = "white" if value > middle else "black"
+        grid.text(column, row, text, ha="center", va="center", fontsize=8 if np.isnan(value) else 11, color=color)
+    figure.colorbar(image, ax=grid, label=f"{data['metric']} (%)")
+    grid.set(
+        title=f"Figure 13: {data['num_layers']} layers, one shard, one sequence",
+        xlabel="number of slices L",
+        ylabel="layers per slice",
+        xticks=range(len(sizes)),
+        xticklabels=sizes,
+        yticks=range(len(layers)),
+        yticklabels=layers,
+    )
+    for count, color in zip(layers, (_OURS, _SISA, _FIRST, *_MORE)):
+        own = [cell for cell in data["cells"] if cell["layers_per_slice"] == count]
+        lines.plot(
+            [cell["num_slices"] for cell in own],
+            [100 * np.mean(cell["quality"]) for cell in own],
+            "o-",
+            color=color,
+            label=f"{count} layer{'s' if count > 1 else ''} a slice",
+        )
+    lines.set(
+        title="The paper, RTE: one layer a slice is bad, a sweet spot exists",
+        xlabel="number of slices L",
+        ylabel=f"{data['metric']} (%)",
+        xticks=sizes,
+    )
+    _finish(grid, lines, legends=False)
+    grid.grid(False)
+    lines.legend(fontsize=8)
+    return figure
+
+
+def _sequential(data):
+    figure, (quality, seconds) = _figure(2, (12, 4.8))
+    names = {"s3t": ("S3T", _OURS), "sequential": ("sequential training", _FIRST), "sisa": ("SISA", _SISA)}
+    for name, (label, color) in names.items():
+        _with_range(quality, data["quality"][name], label, color)
+    quality.set(
+        title="Figure 14: the paper: comparable quality",
+        xlabel="slices learnt",
+        ylabel=f"{data['metric']} (%)",
+    )
+    rows = data["timing"]["rows"]
+    x = np.array([row["layers"] for row in rows])
+    for name, label, color in (
+        ("all", "all of them trained", _SISA),
+        ("lowest", "the lowest trained, the others frozen (a stage of S3T)", _OURS),
+    ):
+        y = np.array([row[name] for row in rows])
+        seconds.plot(x, y, "o", color=color, markersize=5, label=label)
+        slope, start = np.polyfit(x, y, 1)
+        fit = 1 - np.sum((y - slope * x - start) ** 2) / np.sum((y - y.mean()) ** 2)
+        seconds.plot(x, slope * x + start, ":", color=color, label=f"linear, as in the paper: R² = {fit:.3f}")
+    seconds.set(
+        title=f"ViT-base, batch of {data['timing']['batch_size']}, {data['timing']['image_size']} pixels",
+        xlabel="layers with adapters, from the top",
+        ylabel="processor time per step (seconds)",
+        ylim=(0, None),
+        xticks=x,
+    )
+    _finish(quality, seconds)
+    return figure
+
+
+def _with_range(axes, runs, label, color, style="o-") -> None:
+    values = 100 * np.array(runs)
+    x = np.arange(1, values.shape[1] + 1)
+    axes.plot(x, values.mean(axis=0), style, color=color, markersize=4, label=label)
+    if len(values) > 1:
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    axes.set_xticks(x)
+
+
+def _together(data):
+    figure, (axes,) = _figure(1, (8, 4.8))
+    x = [point["members"] for point in data["points"]]
+    values = 100 * np.array([point["quality"] for point in data["points"]])
+    for shard in range(values.shape[1]):
+        axes.plot(x, values[:, shard], "o-", color=_MORE[2], linewidth=0.9, markersize=3, alpha=0.7,
+                  label=None if shard else "each shard by itself")  # fmt: skip
+    axes.plot(x, values.mean(axis=1), "o-", color=_OURS, linewidth=2.2, label="mean of the shards")
+    axes.axhline(values.mean(axis=1)[0], color=_PAPER, linestyle=":", label="one sequence, as served by default")
+    axes.set(
+        title=f"Figure 16: one shard's sequences together, L = {data['num_slices']}. The paper: small gain, then flat",
+        xlabel="sequences of the shard that answer together",
+        ylabel=f"{data['metric']} (%)",
+        xscale="log",
+        xticks=x,
+    )
+    _plain_numbers(axes.xaxis)
+    axes.set_xticks(x)
+    _finish(axes)
+    return figure
+
+
+def _ablations(data):
+    figure, (axes,) = _figure(1, (8, 5))
+    styles = ((_OURS, "o-"), (_SISA, "o-"), (_FIRST, "s--"), (_MORE[1], "s--"))
+    for (name, runs), (color, style) in zip(data["quality"].items(), styles):
+        _with_range(axes, runs, name, color, style)
+    axes.set(
+        title="Section C.2. The paper: bottom-up did not converge, cumulative is better",
+        xlabel="depth (slices learnt)",
+        ylabel=f"{data['metric']} (%)",
+    )
+    _finish(axes)
+    return figure
+
+
+def _table_3_files(data):
+    figure, (axes,) = _figure(1, (8, 4.8))
+    rows = data["rows"]
+    x = np.array([row["budget"] for row in rows])
+    axes.plot(x, [row["paper_gigabytes"] for row in rows], "X:", color=_PAPER, markersize=8, label="the paper")
+    bars = axes.bar(x, [row["folder_gigabytes"] for row in rows], 0.6, color=_OURS, label="measured: stage folders")
+    axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+    axes.set_axisbelow(True)
+    axes.set(
+        title=f"Table 3: m = {data['num_shards']}, L = {data['num_slices']}, ViT-large, r = 16, 200 classes",
+        xlabel="budget B (sequences per shard)",
+        ylabel="files (GB)",
+        xticks=x,
+    )
+    _finish(axes)
+    return figure
+
+
+# Name of the figure -> what draws its data.
+DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "figure-6-left": _quality,
+    "figure-9": _lifetimes,
+    "figure-12": _drop,
+    "figure-13": _layers_and_slices,
+    "figure-14": _sequential,
+    "figure-16": _together,
+    "ablations": _ablations,
+    "table-3-files": _table_3_files,
+}
