@@ -151,7 +151,7 @@ def quality(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any
     retrained = bench.kept(
         f"full-retrained-every-{options.retrain_every}-of-{options.requests}", lambda: _retrained(bench, options)
     )
-    config = bench.options.s3t
+    config = bench.loaded.config
     return {
         **_about(bench),
         "num_shards": config.num_shards,
@@ -192,11 +192,10 @@ def _trained_of(bench: Workbench, options: argparse.Namespace, name: str) -> tup
 def _deleted_from(bench: Workbench, options: argparse.Namespace, name: str, order: int) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         method_name, source, changes = _trained_of(bench, options, name)
-        ids = bench.loaded.train.with_format(None)[bench.options.s3t.id_column][:]
         method = bench.copy_of(method_name, source, f"{name}-order-{order}", **changes)
         # Every deletion changes the prototypes, which go on answering when no stack is left.
         every = 10 if name == "protosisa" else None
-        found = delete_one_by_one(bench, method, request_order(ids, order)[: options.requests], every)
+        found = delete_one_by_one(bench, method, request_order(bench.ids, order)[: options.requests], every)
         print(f"{name}, order {order}: {found['requests']} requests, exhausted after {found['exhausted_after']}")
         return found
 
@@ -205,8 +204,7 @@ def _deleted_from(bench: Workbench, options: argparse.Namespace, name: str, orde
 
 def _retrained(bench: Workbench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One model on all data, trained anew without the examples deleted so far; the requests of the first order."""
-    ids = bench.loaded.train.with_format(None)[bench.options.s3t.id_column][:]
-    order = request_order(ids, 0)
+    order = request_order(bench.ids, 0)
     method = bench.copy_of("full", bench.trained("full", num_shards=1), "full-retrained")
     points = [{"request": 0, "quality": bench.quality(method), "seconds": method.cost.seconds}]
     for request in range(options.retrain_every, options.requests + 1, options.retrain_every):
@@ -222,7 +220,7 @@ def _retrained(bench: Workbench, options: argparse.Namespace) -> list[dict[str, 
 def lifetimes(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Time of a long stream of deletions: simulated requests over what trainings and deletions really took."""
     bench = _bench(options, others)
-    config = bench.options.s3t
+    config = bench.loaded.config
     m, size = config.num_shards, config.num_slices
     largest = max(options.budgets)
     s3t = _seconds_by_depth(bench.trained("s3t", budget=largest))
@@ -466,7 +464,7 @@ def together(options: argparse.Namespace, others: Sequence[str]) -> dict[str, An
     """Quality of one shard against the number of its sequences that answer together, for every shard by itself."""
     bench = _bench(options, others)
     largest = max(options.members)
-    num_shards = bench.options.s3t.num_shards
+    num_shards = bench.loaded.config.num_shards
 
     def measure(count: int, shard: int) -> float:
         source = bench.trained("s3t", budget=largest)
@@ -476,7 +474,7 @@ def together(options: argparse.Namespace, others: Sequence[str]) -> dict[str, An
     return {
         **_about(bench),
         "num_shards": num_shards,
-        "num_slices": bench.options.s3t.num_slices,
+        "num_slices": bench.loaded.config.num_slices,
         "points": [
             {
                 "members": count,

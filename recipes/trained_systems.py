@@ -44,6 +44,7 @@ class Loaded:
     model: torch.nn.Module
     data_collator: Callable
     processing_class: Any
+    config: S3TConfig
 
 
 class Workbench:
@@ -70,9 +71,14 @@ class Workbench:
     def loaded(self) -> Loaded:
         """Rows and model, when something is first trained or measured."""
         task = self.recipe.task_of(self.options)
-        if self.recipe is image_classification:
-            return self._images(task)
-        return self._texts(task)
+        found = self._images(task) if self.recipe is image_classification else self._texts(task)
+        # Deleted rows stay in a study's data, so the number of a row names it.
+        return dataclasses.replace(found, config=dataclasses.replace(self.options.s3t, id_column=None))
+
+    @property
+    def ids(self) -> range:
+        """The ids of the rows to train on."""
+        return range(len(self.loaded.train))
 
     def _images(self, task: Any) -> Loaded:
         options = self.options
@@ -86,7 +92,7 @@ class Workbench:
             train.set_transform(Shown(processor, task, task.padding, options.script.augmentation == "crop-flip"))
         evaluation = dataclasses.replace(evaluation, dataset=as_pixels(evaluation.dataset, plain))
         model = image_classification.load_model(options, task)
-        return Loaded(task, train, evaluation, model, DefaultDataCollator(), processor)
+        return Loaded(task, train, evaluation, model, DefaultDataCollator(), processor, options.s3t)
 
     def _texts(self, task: Any) -> Loaded:
         options = self.options
@@ -97,7 +103,8 @@ class Workbench:
         tokens = text_classification.tokenize(rows.dataset, tokenizer, options, keep=())
         model = text_classification.load_model(options, task, tokenizer)
         collator = DataCollatorWithPadding(tokenizer)
-        return Loaded(task, train, dataclasses.replace(rows, dataset=tokens), model, collator, tokenizer)
+        evaluation = dataclasses.replace(rows, dataset=tokens)
+        return Loaded(task, train, evaluation, model, collator, tokenizer, options.s3t)
 
     # Systems
 
@@ -130,7 +137,7 @@ class Workbench:
             name (`str`): A key of `METHODS`.
             **changes: Fields of `S3TConfig` that differ from the command line's.
         """
-        config = dataclasses.replace(self.options.s3t, **changes)
+        config = dataclasses.replace(self.loaded.config, **changes)
         label = "-".join([name, *(f"{field}={_short(value)}" for field, value in sorted(changes.items()))])
         method = self.method(name, self.work_dir / "systems" / label, config)
         method.train()
