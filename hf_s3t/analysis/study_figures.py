@@ -22,6 +22,7 @@ from .figures import (
 )
 
 
+_PLUS_MINUS = " (± a standard error of the rows)"
 _BUDGETS = ("#9ECAE1", "#56B4E9", "#0072B2", "#08306B", "#CC79A7", "#E69F00")
 
 
@@ -76,6 +77,24 @@ def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float
     values = [when_dead if point["quality"] is None else point["quality"] for point in run["points"]]
     places = np.searchsorted(times, requests, side="right") - 1
     return np.asarray(values, dtype=float)[places]
+
+
+def standard_error(quality: np.ndarray, data: Mapping[str, Any]) -> np.ndarray:
+    """
+    Standard error of qualities that come from a sample of rows; 0 where the metric is no share of rows.
+
+    Args:
+        quality (`numpy.ndarray`):
+            The qualities.
+        data (mapping):
+            `metric`, and `evaluation_rows`: how many rows they were measured on.
+
+    Returns:
+        `numpy.ndarray`: One error per quality.
+    """
+    if data["metric"] != "accuracy":
+        return np.zeros_like(quality)
+    return np.sqrt(quality * (1 - quality) / data["evaluation_rows"])
 
 
 def _named(name: str) -> str:
@@ -250,12 +269,16 @@ def _layers_and_slices(data):
     )
     for count, color in zip(layers, (_OURS, _SISA, _FIRST, *_MORE)):
         own = [cell for cell in data["cells"] if cell["layers_per_slice"] == count]
-        lines.plot(
-            [cell["num_slices"] for cell in own],
-            [100 * np.mean(cell["quality"]) for cell in own],
-            "o-",
+        means = np.array([np.mean(cell["quality"]) for cell in own])
+        lines.errorbar(
+            # Beside each other, where they have the same number of slices.
+            np.array([cell["num_slices"] for cell in own]) + 0.05 * (layers.index(count) - 1),
+            100 * means,
+            yerr=100 * standard_error(means, data),
+            fmt="o-",
             color=color,
-            label=f"{count} layer{'s' if count > 1 else ''} a slice",
+            capsize=2,
+            label=f"{count} layer{'s' if count > 1 else ''} a slice{_PLUS_MINUS if count == layers[0] else ''}",
         )
     lines.set(
         title="The paper, RTE: one layer a slice is bad, a sweet spot exists",
@@ -265,7 +288,8 @@ def _layers_and_slices(data):
     )
     _finish(grid, lines, legends=False)
     grid.grid(False)
-    lines.legend(fontsize=8)
+    lines.margins(y=0.2)
+    lines.legend(fontsize=8, loc="lower right")
     return figure
 
 
@@ -273,7 +297,7 @@ def _sequential(data):
     figure, (quality, seconds) = _figure(2, (12, 4.8))
     names = {"s3t": ("S3T", _OURS), "sequential": ("sequential training", _FIRST), "sisa": ("SISA", _SISA)}
     for name, (label, color) in names.items():
-        _with_range(quality, data["quality"][name], label, color)
+        _with_range(quality, data, data["quality"][name], label, color)
     quality.set(
         title="Figure 14: the paper: comparable quality",
         xlabel="slices learnt",
@@ -301,12 +325,21 @@ def _sequential(data):
     return figure
 
 
-def _with_range(axes, runs, label, color, style="o-") -> None:
-    values = 100 * np.array(runs)
+def _with_range(axes, data, runs, label, color, style="o-") -> None:
+    """The mean over seeds; around it their range, or of one seed a standard error."""
+    values = np.array(runs)
     x = np.arange(1, values.shape[1] + 1)
-    axes.plot(x, values.mean(axis=0), style, color=color, markersize=4, label=label)
+    mean = values.mean(axis=0)
     if len(values) > 1:
-        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+        low, high = values.min(axis=0), values.max(axis=0)
+        note = f" (mean and range of {len(values)} seeds)"
+    else:
+        error = standard_error(mean, data)
+        low, high, note = mean - error, mean + error, _PLUS_MINUS
+    # Said once, in the first line of the legend.
+    label += "" if axes.lines else note
+    axes.plot(x, 100 * mean, style, color=color, markersize=4, label=label)
+    axes.fill_between(x, 100 * low, 100 * high, color=color, alpha=0.12, linewidth=0)
     axes.set_xticks(x)
 
 
@@ -336,7 +369,7 @@ def _ablations(data):
     figure, (axes,) = _figure(1, (8, 5))
     styles = ((_OURS, "o-"), (_SISA, "o-"), (_FIRST, "s--"), (_MORE[1], "s--"))
     for (name, runs), (color, style) in zip(data["quality"].items(), styles):
-        _with_range(axes, runs, name, color, style)
+        _with_range(axes, data, runs, name, color, style)
     axes.set(
         title="Section C.2. The paper: bottom-up did not converge, cumulative is better",
         xlabel="depth (slices learnt)",
