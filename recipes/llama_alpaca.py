@@ -43,6 +43,7 @@ from trl import SFTTrainer
 
 from hf_s3t.base_model import log_casts_once
 from hf_s3t.baselines import METHODS
+from hf_s3t.deletion import groups_from_texts, ids_from_texts
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 from hf_s3t.plan import StageKey
@@ -108,7 +109,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = {"losses": losses}
     ask_harness(options, trainer, name, results)
     if script.unlearn:
-        results["unlearned"] = unlearn(trainer, script.unlearn)
+        forgotten = forgotten_rows(trainer, train, script.unlearn) if script.measure_forgetting else None
+        before = None if forgotten is None else held_out_loss(trainer, forgotten)
+        results["unlearned"] = unlearn(trainer, *named_rows(trainer, script.unlearn))
         if trainer.s3t_model.is_exhausted:
             say(trainer, "exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
             record_deletion(file, trainer, results)
@@ -118,6 +121,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         say(trainer, loss_table(losses))
         ask_harness(options, trainer, f"{name} after unlearning", results)
         record_deletion(file, trainer, results)
+        if forgotten is not None:
+            results["forgotten"] = {"before": before, "after": held_out_loss(trainer, forgotten)}
+            file.add(forgotten=results["forgotten"])
+            say(
+                trainer,
+                "loss on what was forgotten: {before:.3f} before, {after:.3f} after".format(**results["forgotten"]),
+            )
     if script.verify:
         report = trainer.verify("sample" if script.verify == "sample" else None)
         say(trainer, str(report))
@@ -152,8 +162,21 @@ def load_data(options: Options) -> tuple[Dataset, Dataset]:
             f"{name} has {len(dataset)} rows, and --eval_size {script.eval_size} leaves none to train on."
         )
     dataset = dataset.select(range(train_size + script.eval_size))
+    if script.columns:
+        dataset = with_question_columns(dataset, script.columns, name)
     dataset = as_examples(dataset, script.prompt_template, script.loss_on_everything)
     return dataset.select(range(train_size)), dataset.select(range(train_size, len(dataset)))
+
+
+def with_question_columns(dataset: Dataset, columns: list[str], name: str) -> Dataset:
+    """The dataset with its columns of instruction and output under the names of Alpaca's."""
+    missing = [column for column in columns if column not in dataset.column_names]
+    if len(columns) != 2 or missing:
+        raise ConfigError(
+            f"`--columns {' '.join(columns)}` must name the columns of instruction and output; {name} has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    return dataset.rename_columns(dict(zip(columns, ("instruction", "output"), strict=True)))
 
 
 def as_examples(dataset: Dataset, template: str, loss_on_everything: bool) -> Dataset:
@@ -257,10 +280,10 @@ def quantization(options: Options) -> BitsAndBytesConfig | None:
     return None
 
 
-def held_out_loss(trainer: Any) -> float:
-    """The loss on the rows held out."""
+def held_out_loss(trainer: Any, rows: Dataset | None = None) -> float:
+    """The loss on the rows held out, or on others."""
     with quiet(trainer):
-        return trainer.evaluate()["eval_loss"]
+        return trainer.evaluate(rows)["eval_loss"]
 
 
 class quiet:
@@ -324,14 +347,30 @@ def ask_harness(options: Options, trainer: Any, name: str, results: dict[str, An
 # Forgetting
 
 
-def unlearn(trainer: Any, ids: list[str] | None = None, groups: list[str] | None = None) -> Any:
+def named_rows(trainer: Any, names: list[str]) -> tuple[list, list]:
+    """The ids and the groups that a command line names, in the types that the system's have."""
+    folder = trainer.folder
+    groups = {str(group) for group in folder.table.groups}
+    return (
+        ids_from_texts(folder, [name for name in names if name not in groups]),
+        groups_from_texts(folder, [name for name in names if name in groups]),
+    )
+
+
+def forgotten_rows(trainer: Any, train: Dataset, names: list[str]) -> Dataset:
+    """The training rows that the names mean, as the trainer evaluates them."""
+    ids, groups = named_rows(trainer, names)
+    config = trainer.folder.config
+    columns = zip(train[config.id_column], train[config.group_column or config.id_column], strict=True)
+    rows = train.select([n for n, (i, group) in enumerate(columns) if i in ids or group in groups])
+    return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "forgotten")
+
+
+def unlearn(trainer: Any, ids: list | None = None, groups: list | None = None) -> Any:
     """Unlearn in the main process, and say what went."""
     report = None
     if trainer.is_world_process_zero():
-        model = trainer.s3t_model
-        if ids and isinstance(next(iter(model.folder.table.rows)), int):
-            ids = [int(i) for i in ids]
-        report = model.unlearn(ids, groups=groups)
+        report = trainer.s3t_model.unlearn(ids, groups=groups)
         console.print(
             f"unlearned {report.deleted} examples in {report.seconds * 1000:.1f} ms: {len(report.stages_removed)} "
             f"stages went, depths {report.depths_before} -> {report.depths_after}"

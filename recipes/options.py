@@ -35,6 +35,9 @@ class ScriptArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
     method: str = field(default="s3t", metadata={"help": "s3t, full, sisa or sequential."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "The columns of instruction and output, if named otherwise: question answer."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
     eval_size: int = field(default=200, metadata={"help": "Rows held out to measure the loss; the ones after those."})
     prompt_template: str = field(
@@ -57,7 +60,10 @@ class ScriptArguments:
     )
     eval_task_folder: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
     eval_limit: int | None = field(default=None, metadata={"help": "Ask the first so many questions of each task."})
-    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
+    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids, or groups, to unlearn after training."})
+    measure_forgetting: bool = field(
+        default=False, metadata={"help": "Keep the loss on the rows to unlearn, before and after: for studies."}
+    )
     verify: str | None = field(
         default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
     )

