@@ -37,11 +37,10 @@ from hf_s3t.analysis import deletion_rate
 from hf_s3t.analysis.figures import check_picture
 from hf_s3t.analysis.paper_theory import TABLE_3_GIGABYTES_PER_BUDGET, TABLE_3_RATES, VIT_LARGE
 from hf_s3t.analysis.study_figures import draw
-from hf_s3t.analysis.timelines import steady_seconds, time_of_lives, time_of_rolling_back
+from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.baselines import METHODS, Method
-from hf_s3t.cost import read_cost
 from hf_s3t.errors import ConfigError
-from hf_s3t.plan import Plan
+from hf_s3t.plan import Plan, StageKey
 from hf_s3t.storage import ADAPTER_FILE
 from hf_s3t.versions import library_versions
 
@@ -223,9 +222,13 @@ def lifetimes(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
     config = bench.loaded.config
     m, size = config.num_shards, config.num_slices
     largest = max(options.budgets)
-    s3t = _seconds_by_depth(bench.trained("s3t", budget=largest))
-    sisa = _seconds_by_depth(bench.trained("sisa"))
-    full = _seconds_by_depth(bench.trained("full", num_shards=1))[1]
+    methods = {
+        "s3t": bench.trained("s3t", budget=largest),
+        "sisa": bench.trained("sisa"),
+        "full": bench.trained("full", num_shards=1),
+    }
+    s3t, sisa, whole = (_seconds_by_depth(bench, method) for method in methods.values())
+    full = whole[1]
     delete = {
         name: statistics.median(_deleted_from(bench, options, name, 0)["seconds"]) for name in _system_names(options)
     }
@@ -264,6 +267,7 @@ def lifetimes(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
         "training_seconds": training,
         "delete_seconds": delete,
         "seconds_by_depth": {"s3t": s3t, "sisa": sisa, "full": full},
+        "wall_seconds_of_training": {name: round(method.cost.seconds, 1) for name, method in methods.items()},
         "paper": "2.8x less than SISA, 25x less than full retraining.",
         "paper_less_than_sisa": 2.8,
         "paper_less_than_full": 25,
@@ -274,9 +278,33 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [round(float(value), 4) for value in values]
 
 
-def _seconds_by_depth(method: Method) -> dict[int, float]:
-    units = read_cost(method.output_dir).units
-    return steady_seconds([(unit.unit.count("-"), unit.seconds, unit.steps) for unit in units])
+def _seconds_by_depth(bench: Workbench, method: Method) -> dict[int, float]:
+    """
+    What a unit of each depth takes: its steps when it was trained, at the seconds of a step measured in one sitting.
+
+    The systems were trained at different times, on a machine that others may have used more or less.
+    """
+    steps = bench.kept(f"step-seconds-{method.name}", lambda: _step_seconds_of(bench, method))
+    by_depth: dict[int, list[int]] = {}
+    for unit in method.cost.units:
+        by_depth.setdefault(unit.unit.count("-"), []).append(unit.steps)
+    return {depth: statistics.fmean(found) * steps[depth - 1] for depth, found in sorted(by_depth.items())}
+
+
+def _step_seconds_of(bench: Workbench, method: Method, rounds: int = 30) -> list[float]:
+    """Seconds of a step at every depth, with the stages of the first shard: what is trained is thrown away."""
+    folder, stack, base = method.trainer.folder, method.model.stack, method.model.base_model
+    rows = bench.loaded.train.select(range(bench.options.training.per_device_train_batch_size))
+    batch = next(iter(method.trainer.get_test_dataloader(rows)))
+    batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
+    found = []
+    for key in StageKey(0, folder.plan.sequences[0][0]).lineage:
+        for stage in key.lineage:
+            if stage not in stack:
+                stack.load(stage, folder.adapter_path(stage), folder.adapter_digest(stage))
+        stack.train_only(key)
+        found.append(_median_step(base.train(), batch, rounds))
+    return found
 
 
 def _units(by_depth: dict[int, float], size: int) -> list[float]:
@@ -441,7 +469,7 @@ def step_seconds(image_size: int, batch_size: int, rounds: int = 3) -> list[dict
 def _median_step(model: torch.nn.Module, batch: dict[str, torch.Tensor], rounds: int) -> float:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    on_gpu = batch["labels"].is_cuda
+    on_gpu = next(iter(batch.values())).is_cuda
     # Time of the processor, where it does the work: others may share the machine.
     clock = time.perf_counter if on_gpu else time.process_time
     found = []

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 from hf_s3t import S3TModel
 from hf_s3t.analysis import deletion_rate_paper
 from hf_s3t.analysis.study_figures import DRAWERS, draw, quality_at
-from hf_s3t.analysis.timelines import steady_seconds, time_of_lives, time_of_rolling_back
+from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.errors import ConfigError
 from hf_s3t.storage import ADAPTER_FILE
 
@@ -58,10 +58,6 @@ class TestStreams:
         assert np.array_equal(one, two)
         assert not np.array_equal(one, time_of_lives([{0}], 2, [1.0], seed=2, **arguments))
 
-    def test_a_slow_unit_counts_for_little(self):
-        units = [(1, 1.0, 10), (1, 1.1, 10), (1, 30.0, 10), (2, 4.0, 20)]
-        assert steady_seconds(units) == pytest.approx({1: 1.1, 2: 4.0})
-
     def test_refusals(self):
         with pytest.raises(ConfigError, match="of 1 shards and `shard_seconds` of 2"):
             time_of_lives([{0}], 2, [1.0, 2.0], requests=3)
@@ -71,8 +67,6 @@ class TestStreams:
             time_of_lives([{0}], 2, [1.0], requests=3, retrain="never")
         with pytest.raises(ConfigError, match="same number, one per slice"):
             time_of_rolling_back([[1.0], [1.0, 2.0]], requests=3)
-        with pytest.raises(ConfigError, match="over 0 steps"):
-            steady_seconds([(1, 1.0, 0)])
 
 
 def test_request_orders_are_permutations_that_differ():

@@ -113,7 +113,10 @@ def _quality(data):
     for panel in (axes, near):
         for name, runs in data["systems"].items():
             curves = 100 * np.array([quality_at(run, x, dead) for run in runs])
-            panel.plot(x, curves.mean(axis=0), color=colors[name], linewidth=1.8, label=_named(name))
+            # The largest budget lies on the one before it for long stretches.
+            style = "--" if len(budgets) > 1 and name == budgets[-1] else "-"
+            width = 3.5 if len(budgets) > 1 and name == budgets[-2] else 1.8
+            panel.plot(x, curves.mean(axis=0), style, color=colors[name], linewidth=width, label=_named(name))
         panel.plot(
             [point["request"] for point in data["full"]],
             [100 * point["quality"] for point in data["full"]],
@@ -153,6 +156,10 @@ def _lifetimes(data):
             for name, color in zip(budgets, _BUDGETS)
         },
     }
+    saturated = f"s3t-{data['num_slices']}"
+    if saturated in budgets:
+        label = f"{_named(saturated)}, its sequences trained in parallel"
+        shown[f"{saturated}-side-by-side-exhausted"] = (_BUDGETS[2], ":", label)
     for name, (color, style, label) in shown.items():
         over.plot(x[1:], data["curves"][name][1:], style, color=color, linewidth=1.8, label=label)
     sisa, full = (data["totals"][name]["mean"] for name in ("sisa-exhausted", "full"))
@@ -200,7 +207,9 @@ def _lifetimes(data):
             values = [value if "exhausted" in name else None for value, (name, _) in zip(values, names)]
         kept = [(place, value) for place, value in zip(places, values) if value is not None]
         bars = totals.barh([p + shift for p, _ in kept], [v for _, v in kept], 0.38, color=color, label=label)
-        totals.bar_label(bars, labels=[f"{full / v:.1f}x less" for _, v in kept], fontsize=7.5, padding=2)
+        totals.bar_label(
+            bars, labels=[f"{full / v:.1f}x less" if v < full else "" for _, v in kept], fontsize=7.5, padding=2
+        )
     totals.set(
         title=f"After {x[-1]:,} requests; against full retraining",
         xlabel="time spent (seconds, log scale)",
@@ -210,6 +219,7 @@ def _lifetimes(data):
         xlim=(None, 4 * full),
     )
     totals.invert_yaxis()
+    totals.set_axisbelow(True)
     _plain_numbers(totals.xaxis)
     _finish(over, totals)
     totals.legend(fontsize=8, loc="lower right")

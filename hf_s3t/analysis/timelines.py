@@ -5,7 +5,6 @@ Requests hit the slices of all shards independently and uniformly, as in the pap
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -154,42 +153,6 @@ def time_of_rolling_back(
     spent = np.zeros((runs, requests + 1))
     spent[:, 1:] = np.cumsum(drawn + delete_seconds, axis=1)
     return spent
-
-
-def steady_seconds(units: Sequence[tuple[Any, float, int]]) -> dict[Any, float]:
-    """
-    What a unit of training of a kind takes: the median of its seconds per step, times the mean of its steps.
-
-    A machine that is shared makes single units slow; the median over units of a kind passes over those.
-
-    Args:
-        units (sequence of `(kind, seconds, steps)`):
-            The units that were measured. Kinds are what takes equally long per step, such as depths.
-
-    Returns:
-        `dict`: For each kind the seconds of a unit.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If a unit has no steps.
-
-    Example:
-
-    ```python
-    >>> from hf_s3t.analysis.timelines import steady_seconds
-
-    >>> steady_seconds([(1, 2.0, 10), (1, 2.2, 10), (1, 9.0, 10), (2, 5.0, 20)])
-    {1: 2.2, 2: 5.0}
-    ```
-    """
-    by_kind: dict[Any, list[tuple[float, int]]] = {}
-    for kind, seconds, steps in units:
-        if steps < 1:
-            raise ConfigError(f"A unit of kind {kind!r} was measured over {steps} steps. Leave it out.")
-        by_kind.setdefault(kind, []).append((seconds / steps, steps))
-    return {
-        kind: float(np.median([speed for speed, _ in found]) * np.mean([steps for _, steps in found]))
-        for kind, found in by_kind.items()
-    }
 
 
 def _check(num_slices: int, requests: int, runs: int) -> None:
