@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_systems import ROWS, load, logits_of, member, on_disk, plant, send
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, _tree_cache, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from tiny import tiny_llama
 
@@ -174,6 +174,12 @@ def small(tmp_path_factory):
     return plant(tmp_path_factory.mktemp("small") / "system", ROWS[:8], num_shards=1, num_slices=2)
 
 
+def forget_downloads():
+    """A commit with the id of one before would be asked for less: its files are in the cache."""
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+
+
 def requests_of(hub, act):
     hub.requests.clear()
     act()
@@ -187,6 +193,7 @@ def test_a_push_outlives_a_failure_at_every_request(fault, stride, small, repo, 
     assert count > 5
     for position in range(0, count, stride):
         repo.api.delete_repo(repo.repo_id)
+        forget_downloads()
         hub.faults.clear()
         hub.fail("*", ".*", skip=position, **fault)
         (injected,) = hub.faults
@@ -220,6 +227,7 @@ def test_an_erasure_outlives_a_failure_at_every_request(fault, stride, small, re
     assert count > 10
     for position in range(0, count, stride):
         repo.api.delete_repo(repo.repo_id)
+        forget_downloads()
         shutil.rmtree(state_folder(repo.repo_id))
         old, gone = begun(position)
         hub.fail("*", ".*", skip=position, **fault)
