@@ -1,8 +1,7 @@
 """
 The figures of the paper that need trained systems: quality, time and storage while examples are really deleted.
 
-    python recipes/pretrain_vit.py --output_dir runs/digits-vit --share 0.35 --hidden_size 64 --epochs 150
-    python recipes/deletion_study.py quality --config recipes/configs/digits.yaml
+    python recipes/deletion_study.py quality --config recipes/configs/digits.yaml     # a stand-in, see there
     python recipes/deletion_study.py quality --config recipes/configs/cifar10.yaml --num_shards 5 --num_slices 4
     python recipes/deletion_study.py storage
     python recipes/deletion_study.py theory
@@ -63,6 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
     trained.add_argument("--recipe", choices=sorted(RECIPES), default="image", help="whose options the others are")
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of the systems (default: 42)")
+    deep = argparse.ArgumentParser(add_help=False)
+    deep.add_argument(
+        "--max_depth",
+        type=int,
+        default=6,
+        help="slices of the one shard, which share the layers out (default: 6)",
+    )
 
     def add(name: str, help_text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help_text, parents=parents, allow_abbrev=False)
@@ -75,17 +81,17 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--requests", type=int, default=100, help="requests of each order (default: 100)")
         command.add_argument("--retrain_every", type=int, default=20, help="requests between full retrainings")
     lives.add_argument("--stream", type=int, default=1000, help="requests of a simulated stream (default: 1000)")
-    drop = add("drop", "Figure 12: relative drop against deleted slices", trained, several)
+    drop = add("drop", "Figure 12: relative drop against deleted slices", trained, several, deep)
     drop.add_argument("--results", type=Path, nargs="+", default=[], help="results files of recipes, drawn too")
     slices = add("slices", "Figure 13: layers per slice, number of slices", trained, several)
     slices.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="layers per slice")
     slices.add_argument("--slices", type=int, nargs="+", default=[1, 2, 3, 6], help="numbers of slices")
-    sequential = add("sequential", "Figure 14: against sequential training; time against layers", trained, several)
+    sequential = add("sequential", "Figure 14: sequential training; time against layers", trained, several, deep)
     sequential.add_argument("--timing_image_size", type=int, default=112, help="images of ViT-base in the timing")
     sequential.add_argument("--timing_batch_size", type=int, default=2, help="batch of ViT-base in the timing")
     together = add("together", "Figure 16: one shard's sequences served together", trained)
     together.add_argument("--members", type=int, nargs="+", default=[1, 2, 3, 4, 8, 12, 24], help="of one shard")
-    add("ablations", "Section C.2: bottom-up, and one slice per layer group", trained, several)
+    add("ablations", "Section C.2: bottom-up, and one slice per layer group", trained, several, deep)
     add("storage", "Table 3: storage of ViT-large, on files", kept)
     add("theory", "the figures that need no trained system, by theory_figures.py", shared)
     return parser
@@ -321,7 +327,13 @@ def drop(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
         {"name": f"{_task_name(bench)}: {label}", "method": name, "seed": seed, "quality": found}
         for name, label in (("s3t", "S3T"), ("sisa", "SISA"))
         for seed in options.seeds
-        for found in [bench.kept(f"drop-{name}-{seed}", lambda name=name, seed=seed: _dropped(bench, name, seed))]
+        for found in [
+            bench.kept(
+                f"drop-{name}-{seed}",
+                lambda name=name, seed=seed: _dropped(bench, name, seed, options.max_depth),
+                max_depth=options.max_depth,
+            )
+        ]
     ]
     for path in options.results:
         runs.append(_from_results(path))
@@ -341,11 +353,11 @@ def _task_name(bench: Workbench) -> str:
 
 
 def _one_shard(bench: Workbench, name: str, seed: int, **changes: Any) -> Method:
-    return bench.trained(name, **{"num_shards": 1, "num_slices": 6, "layers_per_slice": None, "seed": seed, **changes})
+    return bench.trained(name, **{"num_shards": 1, "layers_per_slice": None, "budget": 1, "seed": seed, **changes})
 
 
-def _dropped(bench: Workbench, name: str, seed: int) -> list[float]:
-    source = _one_shard(bench, name, seed, budget=1)
+def _dropped(bench: Workbench, name: str, seed: int, depth: int) -> list[float]:
+    source = _one_shard(bench, name, seed, num_slices=depth)
     method = bench.copy_of(name, source, f"drop-{name}-{seed}")
     table = method.trainer.folder.table
     found = [bench.quality(method)]
@@ -385,7 +397,7 @@ def layers_and_slices(options: argparse.Namespace, others: Sequence[str]) -> dic
                     bench.kept(
                         f"slices-{layers}-{size}-{seed}",
                         lambda layers=layers, size=size, seed=seed: bench.quality(
-                            _one_shard(bench, "s3t", seed, num_slices=size, layers_per_slice=layers, budget=1)
+                            _one_shard(bench, "s3t", seed, num_slices=size, layers_per_slice=layers)
                         ),
                     )
                     for seed in options.seeds
@@ -409,21 +421,24 @@ def sequential(options: argparse.Namespace, others: Sequence[str]) -> dict[str, 
     return {
         **_about(bench),
         "seeds": options.seeds,
-        "quality": {name: _by_depth(bench, name, options.seeds) for name in ("s3t", "sequential", "sisa")},
+        "quality": {name: _by_depth(bench, options, name) for name in ("s3t", "sequential", "sisa")},
         "timing": {**timing, "rows": bench.kept("step-seconds", lambda: step_seconds(**timing), **timing)},
         "paper": "Comparable quality; time per step linear in the trained layers.",
     }
 
 
-def _by_depth(bench: Workbench, name: str, seeds: Sequence[int], **changes: Any) -> list[list[float]]:
+def _by_depth(bench: Workbench, options: argparse.Namespace, name: str, **changes: Any) -> list[list[float]]:
     """For each seed the quality at every depth."""
 
     def measure(seed: int) -> list[float]:
-        method = _one_shard(bench, name, seed, budget=1, **changes)
+        method = _one_shard(bench, name, seed, num_slices=options.max_depth, **changes)
         return [bench.quality(method, depth) for depth in range(1, method.max_depth + 1)]
 
     label = "-".join([name, *map(str, changes.values())])
-    return [bench.kept(f"by-depth-{label}-{seed}", lambda seed=seed: measure(seed)) for seed in seeds]
+    return [
+        bench.kept(f"by-depth-{label}-{seed}", lambda seed=seed: measure(seed), max_depth=options.max_depth)
+        for seed in options.seeds
+    ]
 
 
 def step_seconds(image_size: int, batch_size: int, rounds: int = 3) -> list[dict[str, Any]]:
@@ -534,7 +549,7 @@ def ablations(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
     return {
         **_about(bench),
         "seeds": options.seeds,
-        "quality": {name: _by_depth(bench, "s3t", options.seeds, **changes) for name, changes in variants.items()},
+        "quality": {name: _by_depth(bench, options, "s3t", **changes) for name, changes in variants.items()},
         "paper": "Bottom-up did not converge; cumulative is better than one slice per group.",
     }
 
