@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from harness import Report, Task, interleave, options
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from systems import llama, lora, temporary_folder
+from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
@@ -61,18 +62,24 @@ def ours(base: Path, rows: Dataset, folder: Path, gradient_checkpointing: bool) 
     trainer.train()
 
 
+def by_hand_model(base: nn.Module, lora_config: LoraConfig, stage: int, num_slices: int) -> PeftModel:
+    """The base with LoRA on all layers, of which a stage trains its own group's; inputs have gradients."""
+    model = get_peft_model(base, lora_config)
+    group = group_layers(model.config.num_hidden_layers, num_slices, None)[stage]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name and any(f".layers.{layer}." in name for layer in group)
+    model.enable_input_require_grads()
+    return model
+
+
 def by_hand(base: Path, rows: Dataset, folder: Path) -> None:
     """One sequence as published: top to bottom, one group of layers per stage."""
     rows = rows.remove_columns("id")
     learnt: dict[str, torch.Tensor] = {}
     for stage in range(NUM_SLICES):
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+        model = by_hand_model(AutoModelForCausalLM.from_pretrained(base), lora(), stage, NUM_SLICES)
         if learnt:
             set_peft_model_state_dict(model, learnt)
-        group = group_layers(model.config.num_hidden_layers, NUM_SLICES, None)[stage]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = "lora_" in name and any(f".layers.{layer}." in name for layer in group)
-        model.enable_input_require_grads()
         seen = rows.select(range(len(rows) * (stage + 1) // NUM_SLICES))
         trainer = Trainer(model=model, args=arguments(folder, True), train_dataset=seen)
         trainer.remove_callback(PrinterCallback)

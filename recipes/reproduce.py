@@ -29,6 +29,7 @@ CONFIGS, RESULTS = HERE / "configs", HERE.parent / "docs" / "results"
 SEEDS = (1, 2, 3)
 # Chosen on a fifth of the training rows that no run trained on (`select-*`), and never looked at with a test set.
 EPOCHS = {1: 5, 5: 10}
+RATES = {"s3t": 2e-3, "full": 1e-3, "sisa": 1e-3}
 # Small batches give a stage of few examples its steps.
 _BATCH_SIZE = {1: 16, 5: 8}
 # What the tables call a run of a method with m shards.
@@ -103,7 +104,12 @@ def runs() -> list[Run]:
 def _single(task: str, config: str, files: tuple[str, str], settings: dict[str, Any] | None = None) -> Iterator[Run]:
     """One configuration, one seed."""
     for method in ("s3t", "full"):
-        yield Run(f"{task}-{method}-m1-seed1", config, files, {"method": method, "seed": 1, **(settings or {})})
+        yield Run(
+            f"{task}-{method}-m1-seed1",
+            config,
+            files,
+            {"method": method, "seed": 1, "learning_rate": RATES[method], **(settings or {})},
+        )
 
 
 def _images() -> Iterator[Run]:
@@ -117,7 +123,7 @@ def _comparison(task: str, config: str, files: tuple[str, str]) -> Iterator[Run]
     for seed in SEEDS:
         for shards in (1, 5):
             for method in ("s3t", "full", "sisa"):
-                options = _options(method, shards, EPOCHS[shards], seed)
+                options = {**_options(method, shards, EPOCHS[shards], seed), "learning_rate": RATES[method]}
                 yield Run(f"{task}-{method}-m{shards}-seed{seed}", config, files, options)
 
 
