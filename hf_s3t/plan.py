@@ -12,6 +12,8 @@ from .errors import FolderError
 from .sequences import select_sequences
 
 
+# Optimizer steps below which a stage seldom converges: its adapter starts at nothing, under a fresh schedule.
+LEAST_STEPS = 50
 # Not every digit of Unicode, nor more digits than Python converts.
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
 _PATH = re.compile(rf"stages/shard-({_NUMBER})/({_NUMBER}(?:-{_NUMBER})*)")
@@ -240,7 +242,8 @@ def relative_cost(key: StageKey, num_examples: int, num_layers: int, layers_belo
     """
     What training one epoch of a stage costs, in forward passes of one layer for one example.
 
-    Forward through all layers, backward (twice a forward) through the layers from the trained group up.
+    Forward through all layers, and backward through those from the trained group up: as the base is frozen, a layer
+    costs as much backward as forward.
 
     Args:
         key ([`StageKey`]): The stage.
@@ -248,4 +251,4 @@ def relative_cost(key: StageKey, num_examples: int, num_layers: int, layers_belo
         num_layers (`int`): Layers of the base model.
         layers_below (`int`): Layers below the stage's group, which need no backward pass.
     """
-    return num_examples * (num_layers + 2.0 * (num_layers - layers_below))
+    return float(num_examples * (num_layers + (num_layers - layers_below)))

@@ -35,7 +35,7 @@ from .examples import DigestKey, ExampleTable, KeptNames
 from .hub import HubRepo, PushReport, push, told
 from .model_card import description
 from .modeling import S3TModel
-from .plan import StageKey, relative_cost, stage_seed
+from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .stack import StageStack, seed_head
 from .storage import ADAPTER_FILE, SystemFolder
@@ -45,8 +45,6 @@ from .verify import VerificationReport, verify_stages
 
 logger = logging.get_logger(__name__)
 
-# Below this a stage seldom converges: its adapter starts at nothing, under a fresh schedule.
-_FEW_STEPS = 50
 # What `Accelerator.prepare` leaves on a model.
 _PREPARED = ("forward", "_original_forward")
 
@@ -119,9 +117,9 @@ class S3TTrainerMixin:
                 "may find other bits. The guarantee of `unlearn` does not depend on it."
             )
         steps = self._fewest_steps()
-        if steps is not None and steps < _FEW_STEPS:
+        if steps is not None and steps < LEAST_STEPS:
             logger.warning_once(
-                f"The shortest stage gets {steps} optimizer steps; with fewer than about {_FEW_STEPS} a stage seldom "
+                f"The shortest stage gets {steps} optimizer steps; with fewer than about {LEAST_STEPS} a stage seldom "
                 "converges. Raise `num_train_epochs`, lower `per_device_train_batch_size` or "
                 "`gradient_accumulation_steps`, or have fewer shards or slices."
             )

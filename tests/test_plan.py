@@ -378,9 +378,9 @@ def test_a_plan_has_budget_distinct_permutations_per_shard(selection, num_slices
     assert Plan.from_config(S3TConfig.from_json(config.to_json())) == plan
 
 
-def test_the_cost_of_a_stage_counts_forward_layers_and_twice_the_layers_from_its_group_up():
-    assert relative_cost(StageKey(0, (2,)), num_examples=10, num_layers=8, layers_below=6) == 10 * (8 + 2 * 2)
-    assert relative_cost(StageKey(0, (2, 1)), num_examples=20, num_layers=8, layers_below=4) == 20 * (8 + 2 * 4)
+def test_the_cost_of_a_stage_counts_all_layers_forward_and_those_from_its_group_up_backward():
+    assert relative_cost(StageKey(0, (2,)), num_examples=10, num_layers=8, layers_below=6) == 10 * (8 + 2)
+    assert relative_cost(StageKey(0, (2, 1)), num_examples=20, num_layers=8, layers_below=4) == 20 * (8 + 4)
 
 
 # Addresses

@@ -9,7 +9,6 @@ import pytest
 from hf_s3t.analysis import deletion_rate, expected_depth
 from hf_s3t.analysis.paper_theory import VIT_LARGE
 from hf_s3t.analysis.planning import (
-    LEAST_STEPS,
     MOST_EPOCHS,
     Backbone,
     Workload,
@@ -19,7 +18,7 @@ from hf_s3t.analysis.planning import (
     survival,
 )
 from hf_s3t.errors import ConfigError
-from hf_s3t.plan import Plan
+from hf_s3t.plan import LEAST_STEPS, Plan
 from hf_s3t.sequences import select_sequences
 
 

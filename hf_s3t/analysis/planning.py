@@ -14,14 +14,13 @@ from scipy.optimize import brentq
 
 from ..config import require_choice, require_int
 from ..errors import ConfigError
-from ..plan import Plan
+from ..plan import LEAST_STEPS, Plan
 from ..sequences import select_sequences
 from .deletion import UNTIL, deletion_rate
 from .retention import depths_of_hit_sets
 
 
-# A stage of fewer optimizer steps does not converge, in our experience; nor does one that reads its slice more often.
-LEAST_STEPS = 50
+# A stage that reads its slice more often does not converge better, in our experience.
 MOST_EPOCHS = 30
 TARGETS = ("query-value", "all-linear")
 _MOST_SLICES = 12
