@@ -1,0 +1,76 @@
+"""The runs behind docs/reproduction.md: commands that the recipes accept, and tables that follow from results."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+import reproduce
+from options import read_options
+
+
+RUNS = reproduce.runs()
+
+
+def test_every_run_has_a_name_of_its_own():
+    assert len({run.name for run in RUNS}) == len(RUNS)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "seed2" not in run.name and "seed3" not in run.name], ids=str)
+def test_every_run_is_a_command_of_its_recipe(run, tmp_path):
+    parser = import_module(run.recipe).make_parser()
+    options = read_options(parser, run.arguments("base", tmp_path, tmp_path))
+    assert options.script.method == run.options["method"]
+    assert options.s3t.num_shards == run.options.get("num_shards", 1)
+    assert options.script.results_file == str(run.results)
+    # Settings are chosen on rows that training could have had, never on a test set.
+    assert bool(options.script.validation_share) == (options.script.eval_file is None) == ("select-" in run.name)
+
+
+def test_runs_that_are_compared_differ_in_method_and_rate_only():
+    by_name = {run.name: run for run in RUNS}
+    ours, theirs = by_name["trec-s3t-m5-seed2"].options, by_name["trec-full-m5-seed2"].options
+    assert {name for name in ours if ours[name] != theirs[name]} == {"method", "learning_rate"}
+
+
+def result(right: str, seconds: float = 10.0) -> dict:
+    accuracy = right.count("1") / len(right)
+    return {
+        "metrics": {"test": {"1": {"accuracy": 0.5}, "2": {"accuracy": accuracy}}},
+        "right": {"1": "10" * (len(right) // 2), "2": right},
+        "cost": {"seconds": seconds},
+    }
+
+
+def test_a_table_pairs_the_rows_of_equal_seeds():
+    found = {
+        "trec-s3t-m1-seed1": result("1111110000"),
+        "trec-full-m1-seed1": result("1111100000"),
+        "trec-s3t-m1-seed2": result("1111111000"),
+        # Without its partner this one says nothing about a difference.
+        "trec-full-m1-seed3": result("0000000000"),
+    }
+    table = reproduce._comparison_table("trec", found)
+    (ours,) = (line for line in table.splitlines() if "S3T, m = 1" in line)
+    assert "0.500 ± 0.000, 0.650 ± 0.071 | 2 | +10.0 (" in ours
+    assert "five" not in table
+
+
+def test_of_predictions_it_is_kept_which_were_right(tmp_path):
+    path = tmp_path / "run.json"
+    predictions = {"test": {"ids": [3, 4, 5], "references": [0, 1, 1], "by_depth": {"1": [0, 0, 1], "2": [0, 1, 1]}}}
+    path.write_text(json.dumps({"predictions": predictions, "cost": {"seconds": 1.0, "units": [1, 2]}}))
+    path.with_suffix(".md").write_text("card")
+    reproduce.shorten(path)
+    assert json.loads(path.read_text()) == {"cost": {"seconds": 1.0}, "right": {"1": "101", "2": "111"}}
+    assert not path.with_suffix(".md").exists()
+
+
+def test_the_tables_of_the_results_that_are_kept_can_be_made(capsys):
+    reproduce.main(["tables"])
+    assert "| one seed | metric |" in capsys.readouterr().out
