@@ -51,14 +51,14 @@ class Run:
     Args:
         name (`str`): Names its results file and the folder of its system.
         config (`str`): The configuration in `recipes/configs/`, without `.yaml`.
-        files (`tuple[str, str]`): Files to train on and to evaluate on, below the data folder.
+        files (`tuple[str, ...]`): Files to train on and, if it is another one, to evaluate on, below the data folder.
         options (`dict`): What the command sets beyond the configuration.
         recipe (`str`): The recipe's module.
     """
 
     name: str
     config: str
-    files: tuple[str, str]
+    files: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     recipe: str = "text_classification"
 
@@ -69,7 +69,7 @@ class Run:
 
     def arguments(self, model: str, data: Path, work_dir: Path) -> list[str]:
         """The command line of the recipe."""
-        train, evaluation = (str(data / file) for file in self.files)
+        train, *evaluation = (str(data / file) for file in self.files)
         own = {
             "config": CONFIGS / f"{self.config}.yaml",
             "model_name_or_path": model,
@@ -77,10 +77,10 @@ class Run:
             "output_dir": work_dir / self.name,
             "results_file": self.results,
             # The rows to choose settings by are some of those to train on.
-            **({} if "validation_share" in self.options else {"eval_file": evaluation}),
+            **({} if "validation_share" in self.options or not evaluation else {"eval_file": evaluation[0]}),
             **self.options,
         }
-        return [text for name, value in own.items() for text in (f"--{name}", str(value))]
+        return [text for name, value in own.items() for text in (f"--{name}", *map(str, _as_list(value)))]
 
 
 TREC = ("minilm_trec", ("trec/TREC.train", "trec/TREC.test"))
@@ -97,8 +97,18 @@ def runs() -> list[Run]:
         *_single("cb", "minilm_cb", ("cb/train.jsonl", "cb/val.jsonl")),
         *_single("rte", "minilm_rte", ("rte/train.tsv", "rte/dev.tsv")),
         *_single("trec-L6", *TREC, {**_settings(1), "num_slices": 6, "layers_per_slice": 1}),
+        *_language(),
         *_images(),
     ]
+
+
+def _language() -> Iterator[Run]:
+    """A small Llama on instructions, and on authors of whom two are forgotten."""
+    alpaca, tofu = ("alpaca/alpaca_union.jsonl",), ("tofu/full.jsonl",)
+    for method in ("s3t", "sisa"):
+        yield Run(f"alpaca-{method}-seed42", "stories260k", alpaca, {"method": method}, "llama_alpaca")
+    options = {"method": "s3t", "unlearn": [0, 1], "measure_forgetting": True}
+    yield Run("tofu-s3t-seed42", "stories260k_tofu", tofu, options, "llama_alpaca")
 
 
 def _single(task: str, config: str, files: tuple[str, str], settings: dict[str, Any] | None = None) -> Iterator[Run]:
@@ -190,7 +200,9 @@ def run_all(arguments: argparse.Namespace) -> None:
         if run.results.is_file():
             continue
         model = arguments.minilm
-        if run.recipe == "image_classification":
+        if run.recipe == "llama_alpaca":
+            model = str(arguments.data / "stories260K")
+        elif run.recipe == "image_classification":
             model = small_vit(arguments.work_dir / "cifar10-vit", arguments.data / run.files[0])
         import_module(run.recipe).main(run.arguments(model, arguments.data, arguments.work_dir))
         shorten(run.results)
@@ -208,7 +220,7 @@ def small_vit(folder: Path, images: Path) -> str:
 def shorten(path: Path) -> None:
     """Keep of the predictions which rows were right, a digit each: what a paired comparison needs."""
     content = json.loads(path.read_text())
-    for found in content.pop("predictions").values():
+    for found in content.pop("predictions", {}).values():
         right = {
             depth: "".join(
                 str(int(given == wanted)) for given, wanted in zip(answers, found["references"], strict=True)
@@ -231,7 +243,25 @@ def tables() -> list[str]:
         _selection_table(found),
         *(_comparison_table(task, found) for task in ("trec", "sst2")),
         _single_table(found),
+        _language_table(found),
     ]
+
+
+def _language_table(found: dict[str, dict]) -> str:
+    lines = [
+        "| held-out loss | base | full LoRA | by depth | after unlearning | what was forgotten |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("alpaca-s3t-seed42", "alpaca-sisa-seed42", "tofu-s3t-seed42"):
+        if name not in found:
+            continue
+        losses, forgotten = found[name]["losses"], found[name].get("forgotten")
+        cells = [f"{losses[key]:.3f}" if key in losses else "" for key in ("base", "full LoRA")]
+        depths = ", ".join(f"{value:.3f}" for value in _by_depth(found[name]))
+        after = next((f"{loss:.3f}" for key, loss in losses.items() if "after" in key), "")
+        shown = f"{forgotten['before']:.3f} before, {forgotten['after']:.3f} after" if forgotten else ""
+        lines.append(f"| {name.rpartition('-')[0]} | {' | '.join([*cells, depths, after, shown])} |")
+    return "\n".join(lines)
 
 
 def _single_table(found: dict[str, dict]) -> str:
@@ -271,6 +301,10 @@ def _comparison_table(task: str, found: dict[str, dict]) -> str:
         numbers = ", ".join(_mean(values) for values in by_depth)
         lines.append(f"| {title} | {numbers} | {len(contents)} | {gap} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _by_depth(content: dict[str, Any]) -> list[float]:
