@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "8bit": ["bitsandbytes>=0.50"],
     "figures": ["matplotlib>=3.11"],
-    "lm_eval": ["lm-eval[hf]>=0.4.13"],
+    "lm_eval": ["lm-eval[hf]==0.4.13"],
     "vision": ["pillow>=13.0"],
 }
 EXTRAS_REQUIRE["dev"] = [
