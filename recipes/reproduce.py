@@ -27,8 +27,8 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 CONFIGS, RESULTS = HERE / "configs", HERE.parent / "docs" / "results"
 SEEDS = (1, 2, 3)
-# Chosen on a fifth of TREC's training rows, which those runs left out (`select-*`), never with a test set. SISA trains the
-# whole adapter and gets the rate of full LoRA; other tasks get what TREC got.
+# Chosen on a fifth of TREC's training rows, which those runs left out (`select-*`), never with a test set. SISA trains
+# the whole adapter and gets the rate of full LoRA; other tasks get what TREC got.
 EPOCHS = {1: 5, 5: 10}
 RATES = {"s3t": 2e-3, "full": 1e-3, "sisa": 1e-3}
 # Small batches give a stage of few examples its steps.
