@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -695,5 +696,18 @@ def test_too_few_steps_for_a_stage_are_told_beforehand(given, steps, tmp_path, m
 def test_scores_of_questions_compare_the_choices():
     task = TEXT_TASKS["copa"]
     scores = np.array([[0.0, 1.0], [0.0, 3.0], [5.0, 1.0], [9.0, 2.0]])
-    assert classification.answers(scores, task).tolist() == [1, 3, -4, -7]
-    assert classification.score(scores, [0, 1, 1, 0], ["a", "a", "b", "b"], task) == {"accuracy": 1.0}
+    assert classification.answers(scores, task, "copa").tolist() == [1, 3, -4, -7]
+    references, questions = [0, 1, 1, 0], ["a", "a", "b", "b"]
+    assert classification.score(scores, references, questions, task) == {"accuracy": 1.0}
+    for metrics in (("copa", "accuracy"), ("accuracy", "copa")):
+        both = replace(task, metrics=metrics)
+        assert classification.score(scores, references, questions, both) == {"copa": 1.0, "accuracy": 0.5}
+        assert classification.shown_predictions(scores, None, both) == [1, 3, -4, -7]
+    with_f1 = classification.score(scores, references, questions, replace(task, metrics=("copa", "f1")))
+    assert with_f1 == {"accuracy": 1.0, "f1": 0.5}
+
+
+@pytest.mark.parametrize(("task", "metric"), [("copa", "multirc"), ("multirc", "copa"), ("boolq", "copa")])
+def test_a_metric_over_questions_is_for_its_own_task(task, metric):
+    with pytest.raises(ConfigError, match=f"`--metrics {metric}` scores .* of questions, and {task} has 2 classes"):
+        classification.check_metrics(replace(TEXT_TASKS[task], metrics=("accuracy", metric)))
