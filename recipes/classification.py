@@ -151,7 +151,7 @@ def choose_rows(options: Options, train: Dataset, units: Sequence) -> tuple[Data
 
 def first_rows(dataset: Dataset, count: int | None) -> Dataset:
     """At most so many rows."""
-    return dataset.select(range(min(count, len(dataset)))) if count else dataset
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 # Checks
@@ -361,6 +361,7 @@ def row_ids(wanted: Sequence[str], train: Dataset, s3t: Any, folder: Path) -> li
 
     Raises:
         [`~hf_s3t.errors.UnknownExampleError`]: If there is no such row and never was.
+        [`~hf_s3t.errors.ConfigError`]: If ids are integers and a name is none.
     """
     stored = train.with_format(None)
     ids = stored[s3t.id_column][:]
@@ -375,8 +376,17 @@ def row_ids(wanted: Sequence[str], train: Dataset, s3t: Any, folder: Path) -> li
             f"`--unlearn {' '.join(unknown)}`: the training rows have no such ids or groups. Their ids are such as "
             f"{ids[0]}. Nothing was trained."
         )
+    if unknown and isinstance(ids[0], int) and (wrong := [name for name in unknown if not _is_integer(name)]):
+        raise ConfigError(
+            f"`--unlearn {' '.join(wrong)}` names no group, and ids are integers here, such as {ids[0]}. Name rows by "
+            "their ids."
+        )
     # A system that is there may know the others as deleted; it refuses what it never saw.
     return [i for name in wanted for i in ([known[name]] if name in known else groups.get(name, [type(ids[0])(name)]))]
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def audit(method: Method, which: str) -> bool:

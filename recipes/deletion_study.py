@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import torch
 from datasets import Dataset
@@ -657,4 +658,4 @@ STUDIES: dict[str, tuple[str, Callable[[argparse.Namespace, Sequence[str]], dict
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import command_line
 from classification import (
     HELD_OUT,
     ClassificationArguments,
@@ -28,7 +29,7 @@ from classification import (
     run,
     say_it_is_done,
 )
-from datasets import Dataset
+from datasets import Dataset, Image
 from images import PRETRAINING, ImageSource, Shown, digits
 from options import Options, read_options
 from options import make_parser as make_recipe_parser
@@ -138,6 +139,8 @@ def task_of(options: Options) -> ImageTask:
         raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(IMAGE_TASKS)}.")
     else:
         task = IMAGE_TASKS[script.task_name]
+    if script.padding is not None and script.padding < 0:
+        raise ConfigError(f"`--padding {script.padding}` is no number of pixels. Give 0 or more.")
     changes: dict[str, Any] = {
         name: getattr(script, name)
         for name in ("image_column", "label_column", "padding")
@@ -160,6 +163,7 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
     if script.dataset_name is None and hub is None:
         name = task.name
         train, test = digits()
+        numbers = train["id"][:]
         others = {} if script.validation_share else {"test": test}
     else:
         source = ImageSource(
@@ -172,8 +176,9 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
         name = source.name
         source.check()
         train, others = read_sets(options, task, source)
+        numbers = range(len(train))
     remedy = "Name the right ones by `--image_column` and `--label_column`."
-    check_columns(train, task.columns, task.name, name, remedy)
+    check_images(train, task, name, remedy)
     task = resolve_labels(options, task, train, name)
     check_metrics(task)
     train = with_labels(prepared_ids(train, options, task, name), task, name)
@@ -183,16 +188,33 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
             f"`--group_column {group}` is no column of {name}, which has {', '.join(train.column_names)}."
         )
     if script.leave_out_share:
-        train, _ = split_off(train, train[id_column][:], script.leave_out_share, PRETRAINING)
+        # By row numbers, whatever the ids are: `pretrain_vit.py` knows no others.
+        train, _ = split_off(train, numbers, script.leave_out_share, PRETRAINING)
     train, held_out = choose_rows(options, train, train[group or id_column][:])
     sets = {} if held_out is None else {HELD_OUT: held_out}
     for set_name, dataset in others.items():
         shown = f"the evaluation rows ({set_name})"
-        check_columns(dataset, task.columns, task.name, shown, remedy)
+        check_images(dataset, task, shown, remedy)
         if id_column not in dataset.column_names:
             dataset = dataset.add_column(id_column, list(range(len(dataset))))
         sets[set_name] = with_labels(dataset, task, shown)
     return task, train, sets
+
+
+def check_images(dataset: Dataset, task: ImageTask, name: str, remedy: str) -> None:
+    """
+    Refuse rows without the task's columns, or whose images are none.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the columns there are.
+    """
+    check_columns(dataset, task.columns, task.name, name, remedy)
+    if not isinstance(dataset.features[task.image_column], Image):
+        images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+        raise ConfigError(
+            f"The column {task.image_column} of {name} holds no images; those that do: {', '.join(images) or 'none'}. "
+            f"{remedy}"
+        )
 
 
 def with_labels(dataset: Dataset, task: ImageTask, name: str) -> Dataset:
@@ -224,4 +246,4 @@ def load_model(options: Options, task: ImageTask) -> PreTrainedModel:
 
 if __name__ == "__main__":
     start_cpu_processes()
-    main()
+    command_line.run(main)

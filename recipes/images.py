@@ -1,5 +1,6 @@
 """Images as rows: reading them from this machine, and what a model is shown of them."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,7 @@ class ImageSource(Source):
     image_column: str = "image"
     label_column: str = "label"
 
-    def read(self, split: str) -> Dataset:
-        """
-        Read the images of a split; of a file, all of them.
-
-        Raises:
-            [`~hf_s3t.errors.ConfigError`]: If there is no such split, or the file holds no images.
-        """
-        self.check()
+    def _read(self, split: str) -> Dataset:
         path = Path(self.name)
         if path.suffix == ".npz":
             return self._from_npz(path)
@@ -54,9 +48,11 @@ class ImageSource(Source):
                     "give `--train_split` and `--eval_split`."
                 )
             return found[split]
-        return super().read(split)
+        return super()._read(split)
 
     def _from_npz(self, path: Path) -> Dataset:
+        if not zipfile.is_zipfile(path):
+            raise ConfigError(f"{path} is no npz file, or a part of one. Expected what `numpy.savez` writes.")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         images, labels = (next((arrays[n] for n in names if n in arrays), None) for names in _ARRAYS)

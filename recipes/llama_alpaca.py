@@ -18,12 +18,14 @@ import time
 import warnings
 from typing import Any
 
+import command_line
 import datasets
 import lm_evaluation
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from invented_people import (
+    PROMPT_TEMPLATES,
     BaseSettings,
     base_model,
     fact_rows,
@@ -37,6 +39,7 @@ from options import Options, ScriptArguments, parse
 from results import Results, cost_of, write_run_card
 from rich.console import Console
 from rich.table import Table
+from rows import Source
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
@@ -94,6 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     options = parse(argv, demo_defaults=DEMO)
     check_method(options)
+    check_template(options.script)
     check_evaluation(options.script)
     if options.is_demo:
         return run_demo(options)
@@ -144,18 +148,19 @@ def load_data(options: Options) -> tuple[Dataset, Dataset]:
     """The training rows and the rows held out, as prompt and completion (or text), with their ids and groups."""
     script, s3t = options.script, options.s3t
     name = script.dataset_name
-    suffix = os.path.splitext(name)[1].lstrip(".")
-    if suffix in ("json", "jsonl", "parquet"):
-        builder = "parquet" if suffix == "parquet" else "json"
-        dataset = load_dataset(builder, data_files=name, split="train")
-    else:
-        dataset = load_dataset(name, split=script.dataset_split)
+    dataset = Source(name).read(script.dataset_split)
     if s3t.id_column is None:
         # Row numbers of the whole source stay what they are when rows leave the selection.
         s3t.id_column = "id"
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", list(range(len(dataset))))
             console.print(f"No --id_column: ids are the row numbers of {name}.")
+    for option in ("id_column", "group_column", "shard_column", "slice_column"):
+        column = getattr(s3t, option)
+        if column and column not in dataset.column_names:
+            raise ConfigError(
+                f"`--{option} {column}` is no column of {name}, which has {', '.join(dataset.column_names)}."
+            )
     train_size = min(script.max_train_samples or len(dataset), len(dataset) - script.eval_size)
     if train_size < 1:
         raise ConfigError(
@@ -164,6 +169,7 @@ def load_data(options: Options) -> tuple[Dataset, Dataset]:
     dataset = dataset.select(range(train_size + script.eval_size))
     if script.columns:
         dataset = with_question_columns(dataset, script.columns, name)
+    check_example_columns(dataset, options.training.dataset_text_field, name)
     dataset = as_examples(dataset, script.prompt_template, script.loss_on_everything)
     return dataset.select(range(train_size)), dataset.select(range(train_size, len(dataset)))
 
@@ -177,6 +183,25 @@ def with_question_columns(dataset: Dataset, columns: list[str], name: str) -> Da
             f"{', '.join(dataset.column_names)}."
         )
     return dataset.rename_columns(dict(zip(columns, ("instruction", "output"), strict=True)))
+
+
+def check_example_columns(dataset: Dataset, text_field: str, name: str) -> None:
+    """Refuse rows that are neither Alpaca's nor what TRL trains on, and rows without a question or an answer."""
+    columns = set(dataset.column_names)
+    layouts = (("instruction", "output"), ("prompt", "completion"), (text_field,), ("messages",), ("input_ids",))
+    found = [layout for layout in layouts if columns >= set(layout)]
+    # Rows with an instruction are Alpaca's, whatever else they hold.
+    if not found or ("instruction" in columns and "output" not in columns):
+        raise ConfigError(
+            f"{name} has the columns {', '.join(dataset.column_names)}. Expected instruction and output, prompt and "
+            f"completion, {text_field}, or messages. Name those of question and answer by `--columns`."
+        )
+    for column in found[0]:
+        nulls = sum(value is None for value in dataset[column])
+        if nulls:
+            raise ConfigError(
+                f"{nulls} of {len(dataset)} rows of {name} have no {column}. Drop these rows, or fill them in."
+            )
 
 
 def as_examples(dataset: Dataset, template: str, loss_on_everything: bool) -> Dataset:
@@ -308,6 +333,14 @@ def check_method(options: Options) -> None:
     if options.is_demo and method != "s3t":
         raise ConfigError(
             f"The demo shows S3T, got `--method {method}`. Give `--model_name_or_path` and `--dataset_name`."
+        )
+
+
+def check_template(script: ScriptArguments) -> None:
+    """Refuse an unknown template, before anything is read."""
+    if script.prompt_template not in PROMPT_TEMPLATES:
+        raise ConfigError(
+            f"`--prompt_template {script.prompt_template}` is unknown. Choose one of {', '.join(PROMPT_TEMPLATES)}."
         )
 
 
@@ -571,4 +604,4 @@ def demo_table(losses: dict[str, float], known: dict[str, float], name: str) -> 
 
 if __name__ == "__main__":
     start_cpu_processes()
-    main()
+    command_line.run(main)

@@ -21,6 +21,8 @@ from hf_s3t.errors import ConfigError
 
 # Field of the LoRA config -> its option, where the bare name would say too little.
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
+_COUNTS = ("max_train_samples", "max_eval_samples", "eval_size", "eval_limit")
+AUDITS = ("sample", "all")
 
 
 @dataclass
@@ -162,7 +164,7 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
         argv (sequence of `str`, *optional*): The command line; this process's if not given.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or the method is unknown.
+        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or the method or another value is unknown.
     """
     defaults = {"report_to": "none"}
     if not torch.cuda.is_available():
@@ -173,6 +175,7 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
         parser.set_defaults(**read_config(first.config, parser))
     shared_folder = parser.get_default("output_dir")
     script, training, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=False)
+    check_values(script)
     if script.method not in METHODS:
         raise ConfigError(f"`--method {script.method}` is unknown. Choose one of {', '.join(METHODS)}.")
     if script.method != "s3t" and training.output_dir == shared_folder:
@@ -181,6 +184,30 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
     lora = {name: chosen[option] for option, (name, _) in lora_options().items() if option in chosen}
     s3t = {name: chosen[option] for option, (name, _) in s3t_options().items() if option in chosen}
     return Options(script, S3TConfig(seed=training.seed, **s3t), LoraConfig(**lora), training)
+
+
+def check_values(script: Any) -> None:
+    """
+    Refuse values that no recipe takes.
+
+    Args:
+        script: A recipe's arguments.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If a count is below 1, the audit is unknown, or a label is named twice.
+    """
+    for name in _COUNTS:
+        count = getattr(script, name, None)
+        if count is not None and count < 1:
+            raise ConfigError(f"`--{name} {count}` would leave none. Give 1 or more, or leave it out.")
+    if script.verify not in (None, *AUDITS):
+        raise ConfigError(
+            f"`--verify {script.verify}` is unknown. Give `sample` to audit one surviving stage, or `all`."
+        )
+    labels = getattr(script, "label_set", None) or ()
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"`--label_set` names {', '.join(twice)} more than once. Name each label once, in order.")
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

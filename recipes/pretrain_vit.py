@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import command_line
 import torch
 from datasets import Dataset
 from images import PRETRAINING, ImageSource, Shown, digits
@@ -125,4 +126,4 @@ def training_images(settings: Settings, task: ImageTask) -> Dataset:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_line
 import image_classification
 import llama_alpaca
 import text_classification
@@ -217,4 +218,4 @@ def write_cards() -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

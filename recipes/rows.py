@@ -1,20 +1,70 @@
 """The rows of a dataset on the Hub or on this machine: reading them, their ids, and parts of them chosen by id."""
 
+import codecs
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from hf_s3t.errors import ConfigError
 
 
 _NAMED = 5
+# What the libraries that read files and ask the Hub raise where these are not what they should be.
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, StopIteration, RuntimeError, DatasetsError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+@contextmanager
+def said_in_one_line(name: str) -> Iterator[None]:
+    """
+    Say why rows could not be read, whichever library noticed it.
+
+    Args:
+        name (`str`): The file, folder or id on the Hub.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the innermost reason.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except StopIteration as error:
+        # What `datasets` makes of a json file without a line.
+        raise _without_rows(name) from error
+    except _UNREADABLE as error:
+        if "corresponds to no data" in str(error):
+            raise _without_rows(name) from error
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        if isinstance(reason, UnicodeDecodeError):
+            raise ConfigError(
+                f"{name} is not in {reason.encoding}: {reason.reason} at byte {reason.start}. Give its encoding, such "
+                "as `--encoding latin-1`."
+            ) from error
+        said = next(iter(str(reason).strip().splitlines()), "") or type(reason).__name__
+        remedy = (
+            "Expected a whole file of the kind that its name says."
+            if Path(name).is_file()
+            else "Give the path of a file or folder with rows, or an id on the Hub that can be reached from here."
+        )
+        raise ConfigError(f"{name} cannot be read: {said.rstrip('.')}. {remedy}") from error
+
+
+def _without_rows(name: str) -> ConfigError:
+    return ConfigError(f"{name} holds no rows. Give data with a row for each example.")
 
 
 @dataclass(frozen=True)
@@ -49,8 +99,15 @@ class Source:
         Check what can be checked without reading.
 
         Raises:
-            [`~hf_s3t.errors.ConfigError`]: If a file is not there, or the regular expression names no columns.
+            [`~hf_s3t.errors.ConfigError`]: If a file is not there, the encoding is unknown, or the regular expression
+                names no columns.
         """
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError as error:
+            raise ConfigError(
+                f"`--encoding {self.encoding}` is unknown. Give utf-8 or latin-1, for example."
+            ) from error
         looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1 or Path(self.name).suffix in (
             ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npz", ".txt",
         )  # fmt: skip
@@ -72,9 +129,17 @@ class Source:
         Read the rows of a split; of a file, all of them.
 
         Raises:
-            [`~hf_s3t.errors.ConfigError`]: If there is no such split, or the file cannot be read as asked.
+            [`~hf_s3t.errors.ConfigError`]: If there is no such split, the file cannot be read as asked, or there are
+                no rows.
         """
         self.check()
+        with said_in_one_line(self.name):
+            rows = self._read(split)
+        if len(rows) == 0:
+            raise _without_rows(self.name)
+        return rows
+
+    def _read(self, split: str) -> Dataset:
         if not self.is_file:
             return self._read_split(split)
         if self.line_format is not None:
@@ -113,13 +178,7 @@ class Source:
     def _lines(self) -> list[dict[str, str]]:
         pattern = re.compile(self.line_format)
         with open(self.name, encoding=self.encoding) as file:
-            try:
-                lines = [line.rstrip("\n") for line in file]
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"{self.name} is not in {self.encoding}: {error.reason} at byte {error.start}. Give its encoding, "
-                    "such as `--encoding latin-1`."
-                ) from error
+            lines = [line.rstrip("\n") for line in file]
         found = [(number, pattern.fullmatch(line)) for number, line in enumerate(lines, 1) if line.strip()]
         wrong = [number for number, match in found if match is None]
         if wrong:

@@ -12,8 +12,10 @@ benchmarks' own. Results go into one JSON file, with every prediction on the row
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 
+import command_line
 from classification import (
     HELD_OUT,
     ClassificationArguments,
@@ -51,6 +53,7 @@ from hf_s3t.launch import start_cpu_processes
 
 RECIPE = "text_classification"
 _TEXTS = ("text", "text_pair")
+_TEMPLATES = "Give the name of a column, or a template such as '{word}: {sentence}'."
 
 
 @dataclass
@@ -130,6 +133,8 @@ def task_of(options: Options) -> TextTask:
     templates = tuple(t if "{" in t else f"{{{t}}}" for t in script.text_columns or ())
     if len(templates) > 2:
         raise ConfigError(f"`--text_columns` takes one or two columns or templates, got {len(templates)}.")
+    for template in templates:
+        check_template(template)
     if script.task_name is None:
         if not (templates and script.dataset_name):
             raise ConfigError(
@@ -141,6 +146,15 @@ def task_of(options: Options) -> TextTask:
         raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(TEXT_TASKS)}.")
     else:
         task = TEXT_TASKS[script.task_name]
+    if script.is_regression and task.labels is not None:
+        raise ConfigError(
+            f"`--is_regression` does not fit {task.name}, whose labels are {', '.join(task.labels)}. Leave it out."
+        )
+    if script.label_set and (script.is_regression or (script.task_name and task.labels is None)):
+        raise ConfigError(
+            f"`--label_set {' '.join(script.label_set)}` does not fit a regression, whose labels are numbers. Leave "
+            "it out, or `--is_regression`."
+        )
     changes: dict[str, Any] = {}
     if templates:
         changes["texts"] = templates
@@ -153,6 +167,22 @@ def task_of(options: Options) -> TextTask:
     if script.dataset_name is not None:
         changes["dataset"] = None
     return replace(task, **changes)
+
+
+def check_template(template: str) -> None:
+    """
+    Refuse a template that rows could not be put into.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it is none, or names no columns.
+    """
+    try:
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ConfigError(f"`--text_columns {template}` is no template: {error}. {_TEMPLATES}") from error
+    # A number would be a position, and texts have no formats: neither is a column.
+    if not parts or any(not name or name.isdecimal() or form or change for name, form, change in parts):
+        raise ConfigError(f"`--text_columns {template}` must name a column in each pair of braces. {_TEMPLATES}")
 
 
 def source_of(options: Options, task: TextTask) -> Source:
@@ -218,9 +248,27 @@ def prepared_eval_ids(dataset: Dataset, options: Options, task: TextTask) -> Dat
     return dataset.add_column(column, list(range(len(dataset))))
 
 
+def check_no_nulls(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """
+    Refuse rows without a text, which would be trained on as the word "None".
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With their number.
+    """
+    stored = dataset.with_format(None)
+    for column in columns:
+        # A number that is missing is unequal to itself.
+        nulls = sum(value is None or value != value for value in stored[column][:])
+        if nulls:
+            raise ConfigError(
+                f"{nulls} of {len(dataset)} rows of {name} have no {column}. Drop these rows, or fill them in."
+            )
+
+
 def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Dataset:
     """Rows with their texts, their label and their id; of a question's row, a row for each choice."""
     id_column = options.s3t.id_column
+    check_no_nulls(dataset, [column for column in task.columns if column != task.label_column], name)
     if task.class_names is None:
         labels = label_values(dataset, task.label_column, task.label_range, name)
     else:
@@ -307,4 +355,4 @@ def load_model(options: Options, task: TextTask, tokenizer: PreTrainedTokenizerB
 
 if __name__ == "__main__":
     start_cpu_processes()
-    main()
+    command_line.run(main)

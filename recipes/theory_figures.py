@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import command_line
+
 from hf_s3t.analysis.figures import check_picture, draw
 from hf_s3t.analysis.paper_theory import STUDIES
 
@@ -39,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -24,6 +24,7 @@ from hf_s3t.errors import ConfigError, UnknownExampleError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import classification
+import command_line
 import image_classification as images
 import pretrain_vit
 import text_classification as texts
@@ -313,6 +314,16 @@ MODEL = ("--model_name_or_path", "a/model/that/is/nowhere")
         ([*MODEL, "--task_name", "sst2", "--dataset_name", "./none.tsv"], "no file or folder ./none.tsv"),
         ([*MODEL, "--task_name", "sst2", "--text_columns", "a", "b", "c"], "one or two columns or templates, got 3"),
         ([*MODEL, "--config", "none.yaml"], "is no file"),
+        ([*MODEL, "--task_name", "sst2", "--max_eval_samples", "-1"], "`--max_eval_samples -1` would leave none"),
+        ([*MODEL, "--task_name", "sst2", "--max_train_samples", "0"], "`--max_train_samples 0` would leave none"),
+        ([*MODEL, "--task_name", "sst2", "--verify", "smaple"], "`--verify smaple` is unknown. Give `sample`"),
+        ([*MODEL, "--task_name", "sst2", "--label_set", "a", "b", "a"], "`--label_set` names a more than once"),
+        ([*MODEL, "--task_name", "sst2", "--is_regression", "True"], "`--is_regression` does not fit sst2"),
+        ([*MODEL, "--task_name", "stsb", "--label_set", "a", "b"], "`--label_set a b` does not fit a regression"),
+        ([*MODEL, "--task_name", "sst2", "--text_columns", "{sentence"], "`--text_columns {sentence` is no template"),
+        ([*MODEL, "--task_name", "sst2", "--text_columns", "{}"], "must name a column in each pair of braces"),
+        ([*MODEL, "--task_name", "sst2", "--text_columns", "{0}"], "must name a column in each pair of braces"),
+        ([*MODEL, "--task_name", "sst2", "--dataset_name", ".", "--encoding", "utf-99"], "`--encoding utf-99` is unk"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_read(argv, message):
@@ -362,6 +373,56 @@ def test_wrong_data_is_refused_before_a_model_is_loaded(tmp_path):
     copa = [*MODEL, "--task_name", "copa", "--dataset_name", good, "--eval_file", good]
     fails("lacks premise, choice1, choice2, question, .*layout of SuperGLUE", *copa)
     assert not (tmp_path / "system").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("rows.jsonl", '{"sentence": "one"}\n{"sentence": ', "cannot be read: JSON parse error"),
+        ("rows.jsonl", "", "holds no rows"),
+        ("rows.csv", "sentence,label\n", "holds no rows"),
+        ("rows.csv", "", "cannot be read: No columns to parse"),
+        ("rows.parquet", "x", "cannot be read: Parquet file size is 1 bytes"),
+        (
+            "rows.jsonl",
+            '{"sentence": null, "label": 1}\n{"sentence": "one", "label": 0}\n',
+            "1 of 2 rows .* no sentence",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(file, content, message, tmp_path):
+    (tmp_path / file).write_text(content)
+    given = ["--dataset_name", tmp_path / file, "--validation_share", "0.5", "--output_dir", tmp_path / "system"]
+    fails(message, *MODEL, "--task_name", "sst2", *given)
+
+
+def test_an_id_that_the_hub_does_not_give_is_named(monkeypatch):
+    def refuse(*args, **more):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("rows.load_dataset", refuse)
+    with pytest.raises(ConfigError, match=r"some/data cannot be read: Couldn't reach the Hub. Give the path"):
+        Source("some/data").read("train")
+
+
+def test_what_is_to_be_unlearned_has_the_type_of_the_ids(tmp_path, monkeypatch):
+    train = Dataset.from_dict({"id": [1, 2]})
+    s3t = text_options("--id_column", "id").s3t
+    monkeypatch.setattr(classification.SystemFolder, "exists", lambda folder: True)
+    assert classification.row_ids(["2", "-7"], train, s3t, tmp_path) == [2, -7]
+    with pytest.raises(ConfigError, match="`--unlearn abc` names no group, and ids are integers"):
+        classification.row_ids(["2", "abc"], train, s3t, tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["text_classification", "pretrain_vit"])
+def test_a_refusal_is_one_line_on_the_command_line(recipe, monkeypatch, tmp_path, capsys):
+    argv = ["--task_name", "none", "--output_dir", str(tmp_path), *(MODEL if recipe == "text_classification" else ())]
+    monkeypatch.setattr(sys, "argv", [recipe, *argv])
+    with pytest.raises(SystemExit) as end:
+        command_line.run({"text_classification": texts, "pretrain_vit": pretrain_vit}[recipe].main)
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: `--task_name none` is unknown.") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -604,11 +665,39 @@ def test_a_small_vision_transformer_is_made_here_and_fine_tuned_on_other_images(
         (["--task_name", "digits", "--metrics", "f1"], "scores two classes, and digits has 10 classes"),
         (["--task_name", "digits", "--label_set", "a", "b"], r"labels outside the label set \(a, b\): 2, 3"),
         (["--task_name", "digits", "--dataset_name", "./none.npz"], "no file or folder"),
+        (["--task_name", "digits", "--padding", "-1"], "`--padding -1` is no number of pixels"),
     ],
 )
 def test_wrong_settings_of_images_are_refused(argv, message):
     with pytest.raises(ConfigError, match=message):
         images.main([*MODEL, *argv])
+
+
+def test_what_holds_no_images_is_refused(tmp_path):
+    share = ["--validation_share", "0.5"]
+    broken = tmp_path / "x.npz"
+    broken.write_text("x")
+    with pytest.raises(ConfigError, match="is no npz file"):
+        load_images("--dataset_name", broken, *share)
+    with pytest.raises(ConfigError, match=r"cannot be read: The directory .* doesn't contain any data files"):
+        (tmp_path / "empty").mkdir()
+        load_images("--dataset_name", tmp_path / "empty", *share)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"words": "one", "label": 0}])
+    with pytest.raises(ConfigError, match=r"The column words of .* holds no images; those that do: none"):
+        load_images("--dataset_name", rows, "--image_column", "words", *share)
+
+
+def test_the_images_of_the_pretraining_are_left_out_by_their_row_numbers(tmp_path):
+    path = tmp_path / "images.parquet"
+    features = Features({"img": ImageFeature(), "label": Value("int64"), "name": Value("string")})
+    files = [Image.fromarray(image) for image in pixels(12)]
+    columns = {"img": files, "label": [0] * 12, "name": [f"n{number}" for number in range(12)]}
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    settings = pretrain_vit.Settings(str(tmp_path), "cifar10", str(path))
+    used = set(pretrain_vit.training_images(settings, IMAGE_TASKS["cifar10"])["name"])
+    given = ["--task_name", "cifar10", "--dataset_name", path, "--eval_file", path, "--leave_out_share", "0.5"]
+    _, _, train, _ = load_images(*given, "--id_column", "name")
+    assert len(used) == len(train) == 6 and not used & set(train["name"])
 
 
 def test_an_npz_file_without_images_is_refused(tmp_path):

@@ -119,6 +119,41 @@ def test_columns_that_the_dataset_does_not_have_are_refused(stories):
         recipe.main([*stories, "--columns", "question", "answer"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--eval_size", "0"], "`--eval_size 0` would leave none"),
+        (["--eval_size", "-3"], "`--eval_size -3` would leave none"),
+        (["--max_train_samples", "0"], "`--max_train_samples 0` would leave none"),
+        (["--verify", "smaple"], "`--verify smaple` is unknown"),
+        (["--prompt_template", "vicuna"], "`--prompt_template vicuna` is unknown. Choose one of alpaca, alpaca-short"),
+        (["--dataset_name", "none.json"], "There is no file or folder none.json"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(argv, message, tmp_path):
+    model = ["--model_name_or_path", "a/model/that/is/nowhere", "--output_dir", str(tmp_path / "system")]
+    with pytest.raises(ConfigError, match=message):
+        recipe.main([*model, "--dataset_name", "some/data", *argv])
+
+
+@pytest.mark.parametrize(
+    ("row", "argv", "message"),
+    [
+        ({"instruction": "a"}, [], "has the columns instruction, id. Expected instruction and output"),
+        ({"title": "a"}, [], "has the columns title, id. Expected .* by `--columns`"),
+        ({"instruction": "a", "output": None}, [], "4 of 4 rows of .* have no output"),
+        ({"text": "a"}, ["--id_column", "number"], "`--id_column number` is no column of .*, which has text"),
+        ({"text": "a"}, ["--group_column", "who"], "`--group_column who` is no column"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(row, argv, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 4)
+    model = ["--model_name_or_path", "a/model/that/is/nowhere", "--output_dir", str(tmp_path / "system")]
+    with pytest.raises(ConfigError, match=message):
+        recipe.main([*model, "--dataset_name", str(path), "--eval_size", "1", *argv])
+
+
 def test_a_method_that_does_not_fit_is_refused(stories):
     with pytest.raises(ConfigError, match="`--method protosisa` is for classification"):
         recipe.main([*stories, "--method", "protosisa"])
