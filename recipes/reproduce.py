@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import command_line
 import numpy as np
 from scipy import stats
 
@@ -338,4 +339,4 @@ def _right(content: dict[str, Any]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)
