@@ -3,8 +3,10 @@
 Run as a script, a side is trained in processes of its own: `python bitwise_scenarios.py SIDE FOLDER SCENARIO`.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import random
 import sys
 from dataclasses import asdict, dataclass, field
@@ -178,7 +180,11 @@ def base_of(scenario: Scenario, folder: Path):
         return model
     path = folder / "base"
     if not path.exists():
-        model.save_pretrained(path)
+        # Another process may be doing the same: each writes its own, and whoever is second finds the name taken.
+        written = folder / f"base-of-{os.getpid()}"
+        model.save_pretrained(written)
+        with contextlib.suppress(OSError):
+            written.rename(path)
     head = ["classifier"] if scenario.architecture in ("bert", "roberta", "vit") else ["lm_head"]
     quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=head)
     return getattr(transformers, type(model).__name__).from_pretrained(path, quantization_config=quantization)
