@@ -15,12 +15,12 @@ from options import Options
 from results import Results, cost_of, on_hub, write_run_card
 from rich.console import Console
 from rich.table import Table
-from rows import Source, label_set, sample, split_off, with_ids
+from rows import Source, label_set, row_ids, sample, split_off, with_ids
 from tasks import METRICS
 from transformers import EvalPrediction
 
 from hf_s3t.baselines import METHODS, Method
-from hf_s3t.errors import ConfigError, UnknownExampleError
+from hf_s3t.errors import ConfigError
 from hf_s3t.metrics import load as load_metric
 from hf_s3t.model_card import description
 from hf_s3t.storage import SystemFolder
@@ -353,40 +353,6 @@ def unlearn(
         console.print("exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
         return
     measure(method, results, task, evaluation)
-
-
-def row_ids(wanted: Sequence[str], train: Dataset, s3t: Any, folder: Path) -> list:
-    """
-    The ids of rows that are named by id, or by the group they are in.
-
-    Raises:
-        [`~hf_s3t.errors.UnknownExampleError`]: If there is no such row and never was.
-        [`~hf_s3t.errors.ConfigError`]: If ids are integers and a name is none.
-    """
-    stored = train.with_format(None)
-    ids = stored[s3t.id_column][:]
-    known = {str(i): i for i in ids}
-    groups: dict[str, list] = {}
-    if s3t.group_column:
-        for row_id, group in zip(ids, stored[s3t.group_column][:], strict=True):
-            groups.setdefault(str(group), []).append(row_id)
-    unknown = [name for name in wanted if name not in known and name not in groups]
-    if unknown and not SystemFolder.exists(folder):
-        raise UnknownExampleError(
-            f"`--unlearn {' '.join(unknown)}`: the training rows have no such ids or groups. Their ids are such as "
-            f"{ids[0]}. Nothing was trained."
-        )
-    if unknown and isinstance(ids[0], int) and (wrong := [name for name in unknown if not _is_integer(name)]):
-        raise ConfigError(
-            f"`--unlearn {' '.join(wrong)}` names no group, and ids are integers here, such as {ids[0]}. Name rows by "
-            "their ids."
-        )
-    # A system that is there may know the others as deleted; it refuses what it never saw.
-    return [i for name in wanted for i in ([known[name]] if name in known else groups.get(name, [type(ids[0])(name)]))]
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
 
 
 def audit(method: Method, which: str) -> bool:

@@ -34,9 +34,9 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_s3t import S3TConfig
 from hf_s3t.analysis import deletion_rate
-from hf_s3t.analysis.figures import check_picture
+from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.paper_theory import TABLE_3_GIGABYTES_PER_BUDGET, TABLE_3_RATES, VIT_LARGE
-from hf_s3t.analysis.study_figures import draw
+from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
@@ -82,6 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--requests", type=int, default=100, help="requests of each order (default: 100)")
         command.add_argument("--retrain_every", type=int, default=20, help="requests between full retrainings")
     lives.add_argument("--stream", type=int, default=1000, help="requests of a simulated stream (default: 1000)")
+    weights = add("weights", "Figure 15, right: weights of ProtoSISA's prototypes", trained)
+    weights.add_argument("--orders", type=int, default=3, help="orders of requests to delete in (default: 3)")
+    weights.add_argument("--after", type=int, nargs="+", default=[0, 10, 20, 30, 40], help="requests to measure after")
+    weights.add_argument("--weights", type=float, nargs="+", default=[i / 10 for i in range(11)], help="from 0 to 1")
     drop = add("drop", "Figure 12: relative drop against deleted slices", trained, several, deep)
     drop.add_argument("--results", type=Path, nargs="+", default=[], help="results files of recipes, drawn too")
     slices = add("slices", "Figure 13: layers per slice, number of slices", trained, several)
@@ -218,6 +222,49 @@ def _retrained(bench: Workbench, options: argparse.Namespace) -> list[dict[str, 
         cost = method.retrain()
         points.append({"request": request, "quality": bench.quality(method), "seconds": cost.seconds})
     return points
+
+
+# Figure 15, ProtoSISA's weights
+
+
+def weights(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
+    """Quality of ProtoSISA against the weight of its prototypes, after several numbers of deletions."""
+    bench = _bench(options, others)
+    after, values = sorted({0, *options.after}), sorted(set(options.weights))
+    settings = {"after": after, "weights": values}
+    return {
+        **_about(bench),
+        "num_shards": bench.loaded.config.num_shards,
+        "num_slices": bench.loaded.config.num_slices,
+        "after": after,
+        "weights": values,
+        "orders": [
+            bench.kept(
+                f"weights-order-{order}", lambda order=order: _by_weight(bench, order, after, values), **settings
+            )
+            for order in range(options.orders)
+        ],
+        "paper": "Figure 15 shows several weights of ProtoSISA.",
+    }
+
+
+def _by_weight(bench: Workbench, order: int, after: Sequence[int], values: Sequence[float]) -> list[dict[str, Any]]:
+    """Per number of requests the shards that are left, and the quality at every weight."""
+    method = bench.copy_of("protosisa", bench.trained("protosisa"), f"weights-order-{order}")
+    requests = request_order(bench.ids, order)
+    found, done = [], 0
+    for count in after:
+        if count > done:
+            method.unlearn(requests[done:count])
+        done = count
+        qualities = [_weighted(bench, method, weight) for weight in values]
+        found.append({"shards_left": sum(depth > 0 for depth in method.depths), "quality": qualities})
+    return found
+
+
+def _weighted(bench: Workbench, method: Method, weight: float) -> float:
+    method.model.prototype_weight = weight
+    return bench.quality(method)
 
 
 # Figure 9
@@ -647,6 +694,7 @@ def measured_storage(
 # Study -> name of its figure, what computes it.
 STUDIES: dict[str, tuple[str, Callable[[argparse.Namespace, Sequence[str]], dict[str, Any]]]] = {
     "quality": ("figure-6-left", quality),
+    "weights": ("figure-15-weights", weights),
     "time": ("figure-9", lifetimes),
     "drop": ("figure-12", drop),
     "slices": ("figure-13", layers_and_slices),

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import command_line
@@ -23,6 +24,7 @@ import datasets
 import lm_evaluation
 import torch
 import transformers
+from accelerate.utils import release_memory
 from datasets import Dataset
 from invented_people import (
     PROMPT_TEMPLATES,
@@ -39,17 +41,18 @@ from options import Options, ScriptArguments, parse
 from results import Results, cost_of, write_run_card
 from rich.console import Console
 from rich.table import Table
-from rows import Source
+from rows import Source, row_ids
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from hf_s3t.base_model import log_casts_once
-from hf_s3t.baselines import METHODS
+from hf_s3t.baselines import METHODS, Method
 from hf_s3t.deletion import groups_from_texts, ids_from_texts
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 from hf_s3t.plan import StageKey
+from hf_s3t.storage import SystemFolder
 
 
 # Large rates and many short epochs: a small model memorises facts, which is what the demo needs it to forget.
@@ -78,6 +81,7 @@ DEMO = {
 }
 RECIPE = "llama_alpaca"
 HELD_OUT = "held_out"
+BASE, FULL_LORA = "base", "full LoRA"
 # How a method is called in the tables.
 NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential": "sequential"}
 QUESTION_COLUMNS = ("instruction", "input", "output")
@@ -108,6 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
         return found
     train, held_out = load_data(options)
+    row_ids(script.unlearn or (), train, options.s3t, Path(options.training.output_dir))  # refuses unknown ones
     losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
@@ -226,20 +231,8 @@ def train_all(
     options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
 ) -> tuple[dict[str, float], Any]:
     """Measure the base, train the full LoRA baseline and then the system; returns losses and the trainer."""
-    with results.timed("baseline"):
-        losses = baseline_losses(options, model, train, held_out)
-    args, name = options.training, NAMES[options.script.method]
-    if (quantized := quantization(options)) is not None:
-        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
-    method = METHODS[options.script.method](
-        model,
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        peft_config=options.lora,
-        s3t_config=options.s3t,
-        trainer_class=SFTTrainer,
-    )
+    losses, name = compared_losses(options, model, train, held_out, results), NAMES[options.script.method]
+    method = make_method(options, model, train, held_out)
     trainer = method.trainer
     started = time.perf_counter()
     with results.timed("train"):
@@ -258,6 +251,22 @@ def train_all(
     return losses, trainer
 
 
+def make_method(options: Options, model: str, train: Dataset, held_out: Dataset) -> Method:
+    """The method asked for, which refuses here what it cannot train."""
+    args = copy.deepcopy(options.training)
+    if (quantized := quantization(options)) is not None:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
+    return METHODS[options.script.method](
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=options.lora,
+        s3t_config=options.s3t,
+        trainer_class=SFTTrainer,
+    )
+
+
 def losses_by_depth(trainer: Any, depths: list[int]) -> dict[str, dict[str, float]]:
     """The loss on the rows held out, with at most so many slices learnt by each shard."""
     found = {}
@@ -267,8 +276,31 @@ def losses_by_depth(trainer: Any, depths: list[int]) -> dict[str, dict[str, floa
     return found
 
 
-def baseline_losses(options: Options, model: str, train: Dataset, held_out: Dataset) -> dict[str, float]:
-    """Held-out loss of the base and, unless skipped, of the same LoRA config trained on everything at once."""
+def compared_losses(
+    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
+) -> dict[str, float]:
+    """Held-out losses of the base and, where S3T is compared with it, of full LoRA: measured once for a system."""
+    folder = options.training.output_dir
+    forgot = SystemFolder.exists(folder) and SystemFolder(folder).ledger.num_deletions > 0
+    # Nothing is trained on rows that somebody wants forgotten.
+    with_full = options.script.method == "s3t" and not options.script.skip_full_lora and not forgot
+    wanted = [BASE, FULL_LORA] if with_full else [BASE]
+    kept = results.kept("losses") or {}
+    if not kept.keys() >= set(wanted):
+        # What the method cannot train is said before the baseline's hours. One base at a time is in memory.
+        make_method(options, model, train, held_out)
+        release_memory()
+        with results.timed("baseline"):
+            kept = baseline_losses(options, model, train, held_out, with_full)
+        release_memory()
+        results.keep(losses=kept)
+    return {name: kept[name] for name in wanted}
+
+
+def baseline_losses(
+    options: Options, model: str, train: Dataset, held_out: Dataset, with_full: bool
+) -> dict[str, float]:
+    """Held-out loss of the base and, if wanted, of the same LoRA config trained on everything at once."""
     args = copy.deepcopy(options.training)
     args.output_dir = f"{args.output_dir}-full-lora"
     args.save_strategy = "no"
@@ -282,11 +314,11 @@ def baseline_losses(options: Options, model: str, train: Dataset, held_out: Data
     )
     log_casts_once(trainer.model)
     # A fresh LoRA adapter changes nothing, so this is the base.
-    losses = {"base": held_out_loss(trainer)}
-    if not options.script.skip_full_lora and options.script.method == "s3t":
+    losses = {BASE: held_out_loss(trainer)}
+    if with_full:
         started = time.perf_counter()
         trainer.train()
-        losses["full LoRA"] = held_out_loss(trainer)
+        losses[FULL_LORA] = held_out_loss(trainer)
         say(trainer, f"full LoRA: trained in {time.perf_counter() - started:.0f} s")
     if trainer.is_world_process_zero() and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
         os.rmdir(args.output_dir)
@@ -419,7 +451,7 @@ def record_deletion(file: Results, trainer: Any, results: dict[str, Any]) -> Non
     file.add(
         metrics={HELD_OUT: losses_by_depth(trainer, depths)} if any(depths) else {},
         depths=depths,
-        losses={name: loss for name, loss in results["losses"].items() if name == "base" or "after" in name},
+        losses={name: loss for name, loss in results["losses"].items() if name == BASE or "after" in name},
     )
     if report is not None:
         file.add(
@@ -477,7 +509,7 @@ def run_demo(options: Options) -> dict[str, Any]:
     controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
-    known = {"base": ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
+    known = {BASE: ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
     everybody = [row for one in make_people(script.num_people, 0, private=True) for row in fact_rows(one)]
     console.print(
         f"of the facts of all {script.num_people} people the ensemble completes {ask.share(model, everybody):.0%}"
@@ -584,7 +616,7 @@ def loss_table(losses: dict[str, float]) -> Table:
     """The losses, with their distance from the base."""
     table = Table("", "held-out loss", "vs. base")
     for name, loss in losses.items():
-        table.add_row(name, f"{loss:.3f}", f"{loss / losses['base'] - 1:+.0%}")
+        table.add_row(name, f"{loss:.3f}", f"{loss / losses[BASE] - 1:+.0%}")
     return table
 
 
@@ -596,7 +628,7 @@ def demo_table(losses: dict[str, float], known: dict[str, float], name: str) -> 
         table.add_row(
             system,
             "" if loss is None else f"{loss:.3f}",
-            "" if loss is None else f"{loss / losses['base'] - 1:+.0%}",
+            "" if loss is None else f"{loss / losses[BASE] - 1:+.0%}",
             "" if system not in known else f"{known[system]:.0%}",
         )
     return table

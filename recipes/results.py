@@ -61,11 +61,27 @@ class Results:
 
     def earlier(self) -> dict[str, Any] | None:
         """
-        The results of the same run, if it was run before.
+        The results of the same run, if it was run before, to its end.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]: If the file holds the results of another run.
         """
+        found = self._found()
+        return found if found and "finished" in found else None
+
+    def kept(self, name: str) -> Any:
+        """
+        A part of the results of the same run, though it was interrupted after that.
+
+        Args:
+            name (`str`): Name of the part.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If the file holds the results of another run.
+        """
+        return (self._found() or {}).get(name)
+
+    def _found(self) -> dict[str, Any] | None:
         if self.overwrite or not self.path.is_file():
             return None
         try:
@@ -103,13 +119,21 @@ class Results:
         """Where the run's card goes."""
         return self.path.with_suffix(".md")
 
+    def keep(self, **parts: Any) -> None:
+        """Put parts in, and write them at once, so that a run that is interrupted has them when it goes on."""
+        self.add(**parts)
+        self._write()
+
     def write(self) -> dict[str, Any]:
-        """Write the file, in the first process, and return what it holds."""
-        self.content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        """Write the file of a finished run, in the first process, and return what it holds."""
+        self.add(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        self._write()
+        return self.content
+
+    def _write(self) -> None:
         if PartialState().is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
-        return self.content
 
 
 def settings_of(options: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import command_line
 
-from hf_s3t.analysis.figures import check_picture, draw
+from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.paper_theory import STUDIES
+from hf_s3t.analysis.pictures import check_picture
 
 
 def make_parser() -> argparse.ArgumentParser:

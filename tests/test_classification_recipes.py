@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from hf_s3t import S3TModel
 from hf_s3t.baselines import METHODS
 from hf_s3t.errors import ConfigError, UnknownExampleError
+from hf_s3t.storage import SystemFolder
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
@@ -31,7 +32,7 @@ import text_classification as texts
 import yaml
 from images import Shown
 from options import read_options
-from rows import Source, by_hash, sample, split_off
+from rows import Source, by_hash, row_ids, sample, split_off
 from tasks import IMAGE_TASKS, TEXT_TASKS
 
 
@@ -408,10 +409,10 @@ def test_an_id_that_the_hub_does_not_give_is_named(monkeypatch):
 def test_what_is_to_be_unlearned_has_the_type_of_the_ids(tmp_path, monkeypatch):
     train = Dataset.from_dict({"id": [1, 2]})
     s3t = text_options("--id_column", "id").s3t
-    monkeypatch.setattr(classification.SystemFolder, "exists", lambda folder: True)
-    assert classification.row_ids(["2", "-7"], train, s3t, tmp_path) == [2, -7]
+    monkeypatch.setattr(SystemFolder, "exists", lambda folder: True)
+    assert row_ids(["2", "-7"], train, s3t, tmp_path) == [2, -7]
     with pytest.raises(ConfigError, match="`--unlearn abc` names no group, and ids are integers"):
-        classification.row_ids(["2", "abc"], train, s3t, tmp_path)
+        row_ids(["2", "abc"], train, s3t, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["text_classification", "pretrain_vit"])

@@ -14,7 +14,8 @@ from transformers import ViTImageProcessorPil
 
 from hf_s3t import S3TModel
 from hf_s3t.analysis import deletion_rate_paper
-from hf_s3t.analysis.study_figures import DRAWERS, draw, quality_at
+from hf_s3t.analysis.figures import draw
+from hf_s3t.analysis.study_figures import DRAWERS, quality_at
 from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.errors import ConfigError
 from hf_s3t.storage import ADAPTER_FILE

@@ -1,6 +1,5 @@
 """The paper's figures that need no model: their numbers, that pictures come out, and what wrong input gets."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -9,24 +8,22 @@ from pathlib import Path
 import pytest
 
 from hf_s3t.analysis import paper_theory
-from hf_s3t.analysis.figures import check_picture, draw
+from hf_s3t.analysis.figures import draw
+from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 
 
-ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "docs" / "figures"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+import theory_figures
+
+
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
 NAMES = sorted(paper_theory.STUDIES)
 
 
 def stored(name):
     return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def recipe():
-    spec = importlib.util.spec_from_file_location("theory_figures", ROOT / "recipes" / "theory_figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class TestNumbers:
@@ -121,11 +118,11 @@ class TestPictures:
 
 class TestRecipe:
     def test_writes_numbers_and_picture(self, tmp_path, capsys):
-        recipe().main(["--output", str(tmp_path / "new"), "--only", "table-3", "--format", "svg"])
+        theory_figures.main(["--output", str(tmp_path / "new"), "--only", "table-3", "--format", "svg"])
         assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table-3.json", "table-3.svg"]
         assert "table-3.svg" in capsys.readouterr().out
 
     def test_redraws_what_is_there(self, tmp_path):
         (tmp_path / "retention.json").write_text((FIGURES / "retention.json").read_text())
-        recipe().main(["--output", str(tmp_path), "--only", "retention", "--redraw"])
+        theory_figures.main(["--output", str(tmp_path), "--only", "retention", "--redraw"])
         assert (tmp_path / "retention.png").exists()

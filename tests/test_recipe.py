@@ -76,10 +76,37 @@ def test_the_recipe_runs_on_another_model_and_dataset(stories, precision):
     assert results["unlearned"].deleted == 1 and results["verified"]
 
 
+def test_ids_that_the_dataset_does_not_have_are_refused_before_anything_is_trained(stories):
+    with pytest.raises(UnknownExampleError, match=r"`--unlearn 100000`: .* Nothing was trained"):
+        recipe.main([*stories, "--unlearn", "3", "100000"])
+
+
+def no_training(*args, **kwargs):
+    raise AssertionError("trained")
+
+
+def test_what_the_system_cannot_be_trained_with_is_said_before_the_baseline_is_trained(stories, monkeypatch):
+    monkeypatch.setattr(recipe.SFTTrainer, "train", no_training)
+    with pytest.raises(ConfigError, match="layers"):
+        recipe.main([*stories, "--num_slices", "3", "--layers_per_slice", "4"])
+
+
 @pytest.mark.slow
-def test_ids_that_the_dataset_does_not_have_are_refused_when_it_comes_to_unlearn_them(stories):
-    with pytest.raises(UnknownExampleError, match="Nothing was deleted"):
-        recipe.main([*stories, "--skip_full_lora", "True", "--unlearn", "100000"])
+def test_the_comparison_is_made_once_and_never_with_rows_that_were_deleted(stories, monkeypatch, tmp_path):
+    """An interrupted run goes on with what it has; after a deletion no full LoRA is trained any more."""
+    train, results = recipe.METHODS["s3t"].train, tmp_path / "system-results.json"
+    monkeypatch.setattr(recipe.METHODS["s3t"], "train", no_training)
+    with pytest.raises(AssertionError, match="trained"):
+        recipe.main(stories)
+    kept = json.loads(results.read_text())
+    assert set(kept["losses"]) == {"base", "full LoRA"} and "finished" not in kept
+    monkeypatch.setattr(recipe.METHODS["s3t"], "train", train)
+    monkeypatch.setattr(recipe, "baseline_losses", no_training)
+    found = recipe.main(stories)["losses"]
+    assert {name: found[name] for name in kept["losses"]} == kept["losses"]
+    recipe.main([*stories, "--unlearn", "3"])
+    again = recipe.main([*stories, "--unlearn", "4"])["losses"]
+    assert set(again) == {"base", "S3T", "S3T after unlearning"} and again["base"] == found["base"]
 
 
 def test_more_rows_held_out_than_there_are_is_refused(stories):

@@ -7,13 +7,23 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from . import study_figures
+from .pictures import (
+    FIRST,
+    MORE,
+    OURS,
+    PAPER,
+    SISA,
+    check_picture,
+    finish,
+    new_figure,
+    plain_numbers,
+    save,
+    shared_legend,
+)
 from .planning import Option, Recommendation, Workload, survival
 
 
-SUFFIXES = (".png", ".svg")
-# Colours that are told apart in print and with any colour vision (Okabe and Ito).
-_OURS, _SISA, _PAPER, _FIRST = "#0072B2", "#D55E00", "#000000", "#009E73"
-_MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _METHODS = {
     "random": ("random", "#999999"),
     "cyclic-paper": ("cyclic, published", "#E69F00"),
@@ -26,33 +36,13 @@ _METHODS = {
 _REQUESTS = "deletion requests"
 
 
-def check_picture(path: str | Path) -> None:
-    """
-    Check, before anything is computed, that a picture can be drawn into a file.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If it is no PNG or SVG file by its name, its folder is not there, or matplotlib
-            is not installed.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"Pictures are drawn as {' or '.join(SUFFIXES)}, got {path.name!r}. Name the file so.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path.parent} is no folder that is there. Make it first, or name another.")
-    _figure(1, (1, 1))
-
-
 def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
     """
     Draw one of the paper's figures.
 
     Args:
         name (`str`):
-            A key of `paper_theory.STUDIES`.
+            A key of `paper_theory.STUDIES`, or the name of a study's figure, such as `"figure-6-left"`.
         data (mapping):
             What that study returned, or the JSON of it.
         path (`str` or `Path`):
@@ -64,7 +54,7 @@ def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
     if name not in _DRAWERS:
         raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(_DRAWERS)}. Name one of them.")
     check_picture(path)
-    _save(_DRAWERS[name](data), path)
+    save(_DRAWERS[name](data), path)
 
 
 def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> None:
@@ -84,13 +74,13 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
     """
     check_picture(path)
     best = found.chosen
-    figure, (life, cost) = _figure(2, (11, 4.4))
+    figure, (life, cost) = new_figure(2, (11, 4.4))
     months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
     alive, depth = survival(best, months * workload.deletions_per_month)
-    life.plot(months, 100 * alive, color=_OURS, label="shards alive")
-    life.plot(months, 100 * depth, color=_FIRST, label="slices that serve, of all")
-    life.axvline(best.months_until_first_dead_shard, color=_SISA, linestyle="--", label="first dead shard, expected")
-    life.axvline(best.months_until_exhausted, color=_PAPER, linestyle=":", label="exhausted, expected")
+    life.plot(months, 100 * alive, color=OURS, label="shards alive")
+    life.plot(months, 100 * depth, color=FIRST, label="slices that serve, of all")
+    life.axvline(best.months_until_first_dead_shard, color=SISA, linestyle="--", label="first dead shard, expected")
+    life.axvline(best.months_until_exhausted, color=PAPER, linestyle=":", label="exhausted, expected")
     life.set(
         title=f"m = {best.num_shards}, L = {best.num_slices}, B = {best.budget}: what is left",
         xlabel=f"months, at {workload.deletions_per_month:g} requests each",
@@ -100,8 +90,8 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
     )
     for number, (label, color, months_of) in enumerate(
         (
-            ("until the first dead shard", _SISA, lambda option: option.months_until_first_dead_shard),
-            ("until exhausted", _OURS, lambda option: option.months_until_exhausted),
+            ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
+            ("until exhausted", OURS, lambda option: option.months_until_exhausted),
         )
     ):
         hours = [option.training_hours for option in found.options]
@@ -117,7 +107,7 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
             textcoords="offset points",
             fontsize=7,
         )
-    cost.axhline(found.goal_months, color=_PAPER, linestyle=":", label="goal")
+    cost.axhline(found.goal_months, color=PAPER, linestyle=":", label="goal")
     cost.set(
         title="Longer life costs more training (m·L·B)",
         xlabel="training (hours)",
@@ -125,9 +115,9 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
         xscale="log",
         yscale="log",
     )
-    _plain_numbers(cost.xaxis, cost.yaxis)
-    _finish(life, cost)
-    _save(figure, path)
+    plain_numbers(cost.xaxis, cost.yaxis)
+    finish(life, cost)
+    save(figure, path)
 
 
 def _short(option: Option) -> str:
@@ -138,20 +128,20 @@ def _short(option: Option) -> str:
 
 
 def _against_budget_alone(data):
-    figure, (axes,) = _figure(1, (7.5, 5.6))
+    figure, (axes,) = new_figure(1, (7.5, 5.6))
     points = data["points"]
     _rates_panel(axes, points, "budget")
     axes.set(
         title="Figure 6, right: m = 5, L = 64. The paper: steady growth, slower with larger B",
         xlabel="budget B (sequences per shard)",
     )
-    _finish(axes, legends=False)
-    _shared_legend(figure, [axes], 2)
+    finish(axes, legends=False)
+    shared_legend(figure, [axes], 2)
     return figure
 
 
 def _three_ways(data):
-    figure, panels = _figure(3, (15, 5.4))
+    figure, panels = new_figure(3, (15, 5.4))
     gains = data["paper_gains"]
     settings = (
         ("against_budget", "budget", "budget B (sequences per shard)", "m = 5, L = 32"),
@@ -165,46 +155,44 @@ def _three_ways(data):
         if key == "against_budget":
             # A point: the paper gives the gain at B = 8.
             sisa = points[0]["sisa"]
-            axes.plot(8, gains[key] * sisa, "X", color=_PAPER, markersize=9, label="the paper: 1.6 × SISA at B = 8")
+            axes.plot(8, gains[key] * sisa, "X", color=PAPER, markersize=9, label="the paper: 1.6 × SISA at B = 8")
         else:
             claimed = [gains[key] * p["sisa"] for p in points]
-            axes.plot(x, claimed, ":", color=_PAPER, label="the paper: up to 2.3 × (m) and 3 × SISA (L)")
+            axes.plot(x, claimed, ":", color=PAPER, label="the paper: up to 2.3 × (m) and 3 × SISA (L)")
         axes.set(title=f"Figure 7: {title}", xlabel=label)
-    _finish(*panels, legends=False)
-    _shared_legend(figure, panels, 4)
+    finish(*panels, legends=False)
+    shared_legend(figure, panels, 4)
     return figure
 
 
 def _rates_panel(axes, points, variable):
     x = [p[variable] for p in points]
-    axes.plot(x, [p["theory"] for p in points], color=_OURS, label="S3T exhausted, exact (= Lemma 1)")
+    axes.plot(x, [p["theory"] for p in points], color=OURS, label="S3T exhausted, exact (= Lemma 1)")
     drawn = [p for p in points if "simulated" in p]
     axes.errorbar(
         [p[variable] for p in drawn],
         [p["simulated"] for p in drawn],
         yerr=[2 * p["error"] for p in drawn],
         fmt="o",
-        color=_OURS,
+        color=OURS,
         markersize=4,
         capsize=2,
         label="S3T exhausted, simulated (± 2 standard errors)",
     )
-    axes.plot(x, [p["sisa"] for p in points], "--", color=_SISA, label="SISA exhausted, exact")
-    axes.plot(x, [p["first_shard"] for p in points], color=_FIRST, label="S3T, first dead shard, exact")
-    axes.plot(x, [p["sisa_first_shard"] for p in points], "--", color=_MORE[1], label="SISA, first dead shard, exact")
+    axes.plot(x, [p["sisa"] for p in points], "--", color=SISA, label="SISA exhausted, exact")
+    axes.plot(x, [p["first_shard"] for p in points], color=FIRST, label="S3T, first dead shard, exact")
+    axes.plot(x, [p["sisa_first_shard"] for p in points], "--", color=MORE[1], label="SISA, first dead shard, exact")
     axes.set(ylabel=f"{_REQUESTS} until then", ylim=(0, None))
 
 
 def _diversity(data):
-    figure, (distance, edit, scores) = _figure(3, (15, 4.6))
+    figure, (distance, edit, scores) = new_figure(3, (15, 4.6))
     size = data["num_slices"]
     budgets = np.arange(2, len(data["cyclic"]) + 1)
-    distance.plot(budgets, data["cyclic"][1:], color=_OURS, label="cyclic, spaced")
-    distance.plot(budgets, data["random_mean"][1:], color=_SISA, label="random, mean of 20 sets")
-    distance.fill_between(
-        budgets, data["random_low"][1:], data["random_high"][1:], color=_SISA, alpha=0.2, linewidth=0
-    )
-    distance.axhline(data["all_permutations"], color=_PAPER, linestyle=":", label="all 120 permutations")
+    distance.plot(budgets, data["cyclic"][1:], color=OURS, label="cyclic, spaced")
+    distance.plot(budgets, data["random_mean"][1:], color=SISA, label="random, mean of 20 sets")
+    distance.fill_between(budgets, data["random_low"][1:], data["random_high"][1:], color=SISA, alpha=0.2, linewidth=0)
+    distance.axhline(data["all_permutations"], color=PAPER, linestyle=":", label="all 120 permutations")
     distance.set(
         title="Figure 8, left: cyclic sequences differ more",
         xlabel="budget B (sequences)",
@@ -213,9 +201,9 @@ def _diversity(data):
     )
     rows = data["priors"]
     x = np.arange(1, len(rows) + 1)
-    edit.bar(x - 0.2, [r["bms_edit_distance"] for r in rows], 0.4, color=_OURS, label="BMS")
-    edit.bar(x + 0.2, [r["random_edit_distance"] for r in rows], 0.4, color=_SISA, label="random, mean of 20 sets")
-    edit.axhline(size, color=_PAPER, linestyle=":", label=f"the paper: BMS = L = {size}")
+    edit.bar(x - 0.2, [r["bms_edit_distance"] for r in rows], 0.4, color=OURS, label="BMS")
+    edit.bar(x + 0.2, [r["random_edit_distance"] for r in rows], 0.4, color=SISA, label="random, mean of 20 sets")
+    edit.axhline(size, color=PAPER, linestyle=":", label=f"the paper: BMS = L = {size}")
     edit.set(
         title=f"Figure 8, right: B = L = {size}",
         xlabel="prior (10 draws of a Dirichlet distribution)",
@@ -223,36 +211,36 @@ def _diversity(data):
         xticks=x,
         ylim=(0, size * 1.35),
     )
-    for shift, (horizon, color) in zip((-0.18, 0.18), (("10", _OURS), ("100", _MORE[0]))):
+    for shift, (horizon, color) in zip((-0.18, 0.18), (("10", OURS), ("100", MORE[0]))):
         found = [r["scores"][horizon] for r in rows]
         scores.scatter(
             np.repeat(x + shift, len(found[0]["random_sets"])),
             np.concatenate([np.array(f["random_sets"]) / f["random"] for f in found]),
             s=8,
-            color=_MORE[3],
+            color=MORE[3],
             alpha=0.4,
             label="single random sets" if horizon == "10" else None,
         )
         ratios = [f["bms"] / f["random"] for f in found]
         scores.plot(x + shift, ratios, "D", color=color, markersize=5, label=f"BMS, t = {horizon}")
-    scores.axhline(1, color=_PAPER, linestyle=":", label="mean of random sets; the paper: BMS above it")
+    scores.axhline(1, color=PAPER, linestyle=":", label="mean of random sets; the paper: BMS above it")
     scores.set(
         title="Figure 8, right: score after t requests",
         xlabel="prior (10 draws of a Dirichlet distribution)",
         ylabel="mean score, as a multiple of random's",
         xticks=x,
     )
-    _finish(distance, edit, scores)
+    finish(distance, edit, scores)
     return figure
 
 
 def _under_a_prior(data):
-    figure, (scores, rates, first) = _figure(3, (15, 5.0))
+    figure, (scores, rates, first) = new_figure(3, (15, 5.0))
     rows = data["scores"]
     x = [r["sorted-cyclic"] for r in rows]
-    scores.plot(x, [r["bms"] for r in rows], "o", color=_OURS, label="10 priors")
+    scores.plot(x, [r["bms"] for r in rows], "o", color=OURS, label="10 priors")
     ends = (0, 1.05 * max(max(x), max(r["bms"] for r in rows)))
-    scores.plot(ends, ends, ":", color=_PAPER, label="equal; the paper: BMS not below")
+    scores.plot(ends, ends, ":", color=PAPER, label="equal; the paper: BMS not below")
     scores.set(
         title=f"Figure 15: scores, B = L = {data['num_slices']}, t = {data['horizon']}",
         xlabel="mean score of sorted cyclic (slices)",
@@ -283,29 +271,29 @@ def _under_a_prior(data):
         label="BMS, simulated (± 2 standard errors)",
     )
     rates.set_ylim(0, 720)
-    _finish(scores)
-    _finish(rates, first, legends=False)
-    _shared_legend(figure, (rates, first), 5)
+    finish(scores)
+    finish(rates, first, legends=False)
+    shared_legend(figure, (rates, first), 5)
     return figure
 
 
 def _table_3(data):
-    figure, (rates, size) = _figure(2, (11, 4.6))
+    figure, (rates, size) = new_figure(2, (11, 4.6))
     rows = data["rows"]
     budgets = [r["budget"] for r in rows]
-    rates.plot(budgets, [r["exact_rate"] for r in rows], color=_OURS, label="exhausted, exact")
+    rates.plot(budgets, [r["exact_rate"] for r in rows], color=OURS, label="exhausted, exact")
     rates.errorbar(
         budgets,
         [r["simulated_rate"] for r in rows],
         yerr=[2 * r["simulated_error"] for r in rows],
         fmt="o",
-        color=_OURS,
+        color=OURS,
         markersize=4,
         capsize=2,
         label="exhausted, 5,000 lifetimes (± 2 standard errors)",
     )
-    rates.plot(budgets, [r["paper_rate"] for r in rows], "X", color=_PAPER, markersize=9, label="the paper, simulated")
-    rates.plot(budgets, [r["first_shard"] for r in rows], color=_FIRST, label="first dead shard, exact")
+    rates.plot(budgets, [r["paper_rate"] for r in rows], "X", color=PAPER, markersize=9, label="the paper, simulated")
+    rates.plot(budgets, [r["first_shard"] for r in rows], color=FIRST, label="first dead shard, exact")
     rates.set(
         title="Table 3: deletion rate, m = 5, L = 6",
         xlabel="budget B (sequences per shard)",
@@ -314,10 +302,10 @@ def _table_3(data):
         xticks=budgets,
     )
     x = np.array(budgets)
-    size.plot(x, [r["paper_gigabytes"] for r in rows], "X", color=_PAPER, markersize=9, label="the paper")
+    size.plot(x, [r["paper_gigabytes"] for r in rows], "X", color=PAPER, markersize=9, label="the paper")
     whole = [r["whole_adapters_gigabytes"] for r in rows]
-    size.plot(x, whole, color=_SISA, label="by formula: L whole adapters a sequence")
-    size.plot(x, [r["stack_gigabytes"] for r in rows], color=_OURS, label="by formula: a stack, with its six heads")
+    size.plot(x, whole, color=SISA, label="by formula: L whole adapters a sequence")
+    size.plot(x, [r["stack_gigabytes"] for r in rows], color=OURS, label="by formula: a stack, with its six heads")
     size.set(
         title="Table 3: storage, ViT-large, r = 16, 200 classes",
         xlabel="budget B (sequences per shard)",
@@ -325,12 +313,12 @@ def _table_3(data):
         ylim=(0, None),
         xticks=budgets,
     )
-    _finish(rates, size)
+    finish(rates, size)
     return figure
 
 
 def _selection_rules(data):
-    figure, panels = _figure(4, (12, 9), columns=2)
+    figure, panels = new_figure(4, (12, 9), columns=2)
     size, budget = data["num_slices"], data["budget"]
     for axes, name in zip(panels[:2], ("uniform", "skewed")):
         for method, curve in data[name]["methods"].items():
@@ -348,7 +336,7 @@ def _selection_rules(data):
     for axes, key, number in ((panels[2], "methods", budget), (panels[3], "methods_beyond", data["budget_beyond"])):
         methods = list(data["uniform"][key])
         places = np.arange(len(methods))
-        for shift, (name, color) in zip((-0.2, 0.2), (("uniform", _OURS), ("skewed", _SISA))):
+        for shift, (name, color) in zip((-0.2, 0.2), (("uniform", OURS), ("skewed", SISA))):
             depths = {method: found["mean_depth_over_100"] for method, found in data[name][key].items()}
             shares = [100 * depths[method] / depths["optimal"] for method in methods]
             bars = axes.barh(places + shift, shares, 0.38, color=color, label=f"{name} prior")
@@ -361,49 +349,49 @@ def _selection_rules(data):
             xlim=(0, 118),
         )
         axes.invert_yaxis()
-    _finish(*panels[:2])
-    _finish(*panels[2:], legends=False)
-    _shared_legend(figure, panels[2:], 2)
+    finish(*panels[:2])
+    finish(*panels[2:], legends=False)
+    shared_legend(figure, panels[2:], 2)
     return figure
 
 
 def _retention(data):
-    figure, (axes,) = _figure(1, (7.5, 4.8))
+    figure, (axes,) = new_figure(1, (7.5, 4.8))
     x = data["hits"]
-    axes.plot(x, data["paper"], ":", color=_PAPER, linewidth=2, label="the paper's Lemma 2")
-    axes.plot(x, data["random_exact"], color=_SISA, label="random sequences, exact")
-    axes.plot(x, data["random_simulated"], "o", color=_SISA, markersize=4, label="random sequences, simulated")
-    axes.plot(x, data["cyclic"], color=_OURS, label="cyclic, exact")
-    axes.plot(x, data["optimal"], color=_FIRST, label="optimal, exact")
-    axes.plot(x, data["sisa"], "--", color=_MORE[3], label="SISA, exact (= Lemma 2)")
+    axes.plot(x, data["paper"], ":", color=PAPER, linewidth=2, label="the paper's Lemma 2")
+    axes.plot(x, data["random_exact"], color=SISA, label="random sequences, exact")
+    axes.plot(x, data["random_simulated"], "o", color=SISA, markersize=4, label="random sequences, simulated")
+    axes.plot(x, data["cyclic"], color=OURS, label="cyclic, exact")
+    axes.plot(x, data["optimal"], color=FIRST, label="optimal, exact")
+    axes.plot(x, data["sisa"], "--", color=MORE[3], label="SISA, exact (= Lemma 2)")
     axes.set(
         title=f"Retention: L = {data['num_slices']}, B = {data['budget']}",
         xlabel="requests that hit the shard",
         ylabel=f"probability that {data['at_least']} slices or more still serve",
         ylim=(0, 1.02),
     )
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 def _without_replacement(data):
-    figure, (axes,) = _figure(1, (7.5, 4.8))
+    figure, (axes,) = new_figure(1, (7.5, 4.8))
     rows = data["rows"]
     curve = data["curve"]
     x = [c["num_examples"] for c in curve]
-    axes.plot(x, [c["exhausted"] for c in curve], color=_OURS, label="exhausted, exact")
+    axes.plot(x, [c["exhausted"] for c in curve], color=OURS, label="exhausted, exact")
     axes.errorbar(
         [r["num_examples"] for r in rows],
         [r["simulated"] for r in rows],
         yerr=[2 * r["error"] for r in rows],
         fmt="o",
-        color=_OURS,
+        color=OURS,
         markersize=4,
         capsize=2,
         label="exhausted, simulated (± 2 standard errors)",
     )
-    axes.axhline(data["with_replacement"], color=_PAPER, linestyle=":", label="exhausted, with replacement (Lemma 1)")
-    axes.plot(x, [c["first_shard"] for c in curve], color=_FIRST, label="first dead shard, exact")
+    axes.axhline(data["with_replacement"], color=PAPER, linestyle=":", label="exhausted, with replacement (Lemma 1)")
+    axes.plot(x, [c["first_shard"] for c in curve], color=FIRST, label="first dead shard, exact")
     axes.set(
         title=f"Each example deleted once: m = {data['num_shards']}, L = {data['num_slices']}, B = {data['budget']}",
         xlabel=f"examples of the system (over {data['num_shards'] * data['num_slices']} slices)",
@@ -411,11 +399,12 @@ def _without_replacement(data):
         xscale="log",
         ylim=(0, None),
     )
-    _finish(axes)
+    finish(axes)
     return figure
 
 
-_DRAWERS: dict[str, Callable] = {
+# Name of the figure -> what draws its data.
+_DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-6-right": _against_budget_alone,
     "figure-7": _three_ways,
     "figure-8": _diversity,
@@ -424,54 +413,5 @@ _DRAWERS: dict[str, Callable] = {
     "selection-rules": _selection_rules,
     "retention": _retention,
     "without-replacement": _without_replacement,
+    **study_figures.DRAWERS,
 }
-
-
-# -- matplotlib -------------------------------------------------------------------------------------------------------
-
-
-def _figure(panels: int, size: tuple[float, float], columns: int | None = None):
-    try:
-        # Not pyplot, which holds figures and looks for a screen.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            'Pictures are drawn by matplotlib, which is not installed. Run `pip install "hf_s3t[figures]"`.'
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    columns = columns or panels
-    return figure, [figure.add_subplot(panels // columns, columns, number + 1) for number in range(panels)]
-
-
-def _finish(*panels, legends: bool = True) -> None:
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.title.set_fontsize(10.5)
-        if legends:
-            axes.legend(fontsize=8)
-
-
-def _plain_numbers(*log_axes) -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, written out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in log_axes:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _shared_legend(figure, panels, columns: int) -> None:
-    """One legend for all panels, below them, where it covers nothing."""
-    entries = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
-
-
-def _save(figure, path: str | Path) -> None:
-    path = Path(path)
-    # The same numbers give the same file, whenever they are drawn.
-    unsaid = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
-    figure.savefig(path, dpi=110, metadata=unsaid)

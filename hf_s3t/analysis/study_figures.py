@@ -1,55 +1,15 @@
 """The pictures of the studies of trained systems, which `recipes/deletion_study.py` measures."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
-from .figures import (
-    _FIRST,
-    _MORE,
-    _OURS,
-    _PAPER,
-    _SISA,
-    _figure,
-    _finish,
-    _plain_numbers,
-    _save,
-    _shared_legend,
-    check_picture,
-)
+from .pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
 
 
 _PLUS_MINUS = " (± a standard error of the rows)"
 _BUDGETS = ("#9ECAE1", "#56B4E9", "#0072B2", "#08306B", "#CC79A7", "#E69F00")
-
-
-def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
-    """
-    Draw the figure of a study.
-
-    Args:
-        name (`str`):
-            Name of the figure, such as `"figure-6-left"`.
-        data (mapping):
-            The JSON of the study.
-        path (`str` or `Path`):
-            The picture to write, a `.png` or `.svg` file.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is no such figure, or no picture can be drawn there.
-    """
-    if name not in DRAWERS:
-        raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(DRAWERS)}. Name one of them.")
-    check_picture(path)
-    figure = DRAWERS[name](data)
-    if Path(path).suffix.lower() == ".png":
-        _save_with_few_colors(figure, path)
-    else:
-        _save(figure, path)
 
 
 def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float) -> np.ndarray:
@@ -102,17 +62,6 @@ def standard_error(quality: np.ndarray, data: Mapping[str, Any]) -> np.ndarray:
     return np.sqrt(quality * (1 - quality) / data["evaluation_rows"])
 
 
-def _save_with_few_colors(figure, path: str | Path) -> None:
-    """A picture of lines needs no more than a palette, and a third of the bytes."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    with Image.open(buffer) as image:
-        few = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
-
-
 def _named(name: str) -> str:
     if name.startswith("s3t-"):
         return f"S3T, B = {name.removeprefix('s3t-')}"
@@ -120,11 +69,11 @@ def _named(name: str) -> str:
 
 
 def _quality(data):
-    figure, (axes, near) = _figure(2, (12.5, 5.2))
+    figure, (axes, near) = new_figure(2, (12.5, 5.2))
     x = np.arange(data["requests"] + 1)
     dead = data["quality_of_guessing"]
     budgets = [name for name in data["systems"] if name.startswith("s3t-")]
-    colors = {**dict(zip(budgets, _BUDGETS)), "sisa": _SISA, "protosisa": _MORE[1]}
+    colors = {**dict(zip(budgets, _BUDGETS)), "sisa": SISA, "protosisa": MORE[1]}
     best = max(point["quality"] for point in data["full"])
     for panel in (axes, near):
         for name, runs in data["systems"].items():
@@ -137,36 +86,64 @@ def _quality(data):
             [point["request"] for point in data["full"]],
             [100 * point["quality"] for point in data["full"]],
             "s--",
-            color=_FIRST,
+            color=FIRST,
             markersize=4,
             label="full retraining at every request (m = 1)",
         )
         panel.set(xlabel="deletion requests", ylabel=f"{data['metric']} (%)", xlim=(0, data["requests"]))
-    axes.axvline(data["paper_sisa_dies"], color=_PAPER, linestyle=":", label="the paper: SISA dies near 40")
-    axes.axhline(100 * dead, color=_MORE[3], linestyle=":", linewidth=1, label="guessing: nothing answers")
+    axes.axvline(data["paper_sisa_dies"], color=PAPER, linestyle=":", label="the paper: SISA dies near 40")
+    axes.axhline(100 * dead, color=MORE[3], linestyle=":", linewidth=1, label="guessing: nothing answers")
     for name, expected in data["expected_exhausted"].items():
         if expected <= data["requests"]:
             axes.plot(expected, 100 * dead, "v", color=colors[name], markersize=8, clip_on=False, zorder=5)
-    axes.plot([], [], "v", color=_MORE[3], label="exhausted, exact expectation")
+    axes.plot([], [], "v", color=MORE[3], label="exhausted, exact expectation")
     axes.set(
         title=f"Figure 6, left: m = {data['num_shards']}, L = {data['num_slices']}, mean of "
         f"{len(next(iter(data['systems'].values())))} orders of requests",
         ylim=(0, 102),
     )
     near.set(title="The same, near the top", ylim=(100 * best - 16, 100 * best + 3))
-    _finish(axes, near, legends=False)
-    _shared_legend(figure, (axes, near), 4)
+    finish(axes, near, legends=False)
+    shared_legend(figure, (axes, near), 4)
+    return figure
+
+
+def _weights(data):
+    figure, (by_weight, by_requests) = new_figure(2, (12.5, 4.8))
+    x = np.array(data["weights"])
+    values = 100 * np.array([[point["quality"] for point in order] for order in data["orders"]]).mean(axis=0)
+    left = np.array([[point["shards_left"] for point in order] for order in data["orders"]]).mean(axis=0)
+    for color, count, shards, row in zip(_BUDGETS, data["after"], left, values):
+        label = f"after {count} requests: {shards:.1f} of {data['num_shards']} shards left"
+        by_weight.plot(x, row, "o-", color=color, markersize=4, label=label)
+    by_weight.set(
+        title=f"Figure 15, right: ProtoSISA, m = {data['num_shards']}, L = {data['num_slices']}, "
+        f"mean of {len(data['orders'])} orders",
+        xlabel="weight of the prototypes (0: SISA alone, 1: prototypes alone)",
+        ylabel=f"{data['metric']} (%)",
+    )
+    for color, place in zip(_BUDGETS, np.linspace(0, len(x) - 1, min(5, len(x))).round().astype(int)):
+        label = f"weight {x[place]:g}"
+        by_requests.plot(data["after"], values[:, place], "o-", color=color, markersize=4, label=label)
+    by_requests.axhline(100 * data["quality_of_guessing"], color=MORE[3], linestyle=":", linewidth=1, label="guessing")
+    by_requests.set(
+        title="The same, against deletions",
+        xlabel="deletion requests",
+        ylabel=f"{data['metric']} (%)",
+        ylim=(0, 102),
+    )
+    finish(by_weight, by_requests)
     return figure
 
 
 def _lifetimes(data):
-    figure, (over, totals) = _figure(2, (13, 5.4))
+    figure, (over, totals) = new_figure(2, (13, 5.4))
     x = data["requests"]
     budgets = [name for name in data["training_seconds"] if name.startswith("s3t-")]
     shown = {
-        "full": (_FIRST, "-", "full retraining at every request"),
-        "sisa-rolled-back": (_SISA, "--", "SISA, retrained from its checkpoint at every request"),
-        "sisa-exhausted": (_SISA, "-", "SISA, retrained when exhausted"),
+        "full": (FIRST, "-", "full retraining at every request"),
+        "sisa-rolled-back": (SISA, "--", "SISA, retrained from its checkpoint at every request"),
+        "sisa-exhausted": (SISA, "-", "SISA, retrained when exhausted"),
         **{
             f"{name}-exhausted": (color, "-", f"{_named(name)}, retrained when exhausted")
             for name, color in zip(budgets, _BUDGETS)
@@ -183,7 +160,7 @@ def _lifetimes(data):
         x[-1],
         sisa / data["paper_less_than_sisa"],
         "X",
-        color=_PAPER,
+        color=PAPER,
         markersize=9,
         clip_on=False,
         zorder=5,
@@ -193,7 +170,7 @@ def _lifetimes(data):
         x[-1],
         full / data["paper_less_than_full"],
         "P",
-        color=_PAPER,
+        color=PAPER,
         markersize=9,
         clip_on=False,
         zorder=5,
@@ -205,7 +182,7 @@ def _lifetimes(data):
         ylabel="time spent until then (seconds, log scale)",
         yscale="log",
     )
-    _plain_numbers(over.yaxis)
+    plain_numbers(over.yaxis)
     names = [
         ("full", "full, every request"),
         ("sisa-rolled-back", "SISA, every request"),
@@ -215,8 +192,8 @@ def _lifetimes(data):
     ]
     places = np.arange(len(names))
     for shift, ending, color, label in (
-        (-0.2, "exhausted", _OURS, "trained again when exhausted"),
-        (0.2, "dead_shard", _FIRST, "a shard trained again when it is dead"),
+        (-0.2, "exhausted", OURS, "trained again when exhausted"),
+        (0.2, "dead_shard", FIRST, "a shard trained again when it is dead"),
     ):
         values = [data["totals"].get(name.replace("exhausted", ending), {}).get("mean") for name, _ in names]
         if ending == "dead_shard":
@@ -235,15 +212,15 @@ def _lifetimes(data):
     )
     totals.invert_yaxis()
     totals.set_axisbelow(True)
-    _plain_numbers(totals.xaxis)
-    _finish(over, totals)
+    plain_numbers(totals.xaxis)
+    finish(over, totals)
     totals.legend(fontsize=8, loc="lower right")
     return figure
 
 
 def _drop(data):
-    figure, (axes,) = _figure(1, (8, 5))
-    colors = iter((_OURS, _SISA, _FIRST, *_MORE, *_BUDGETS))
+    figure, (axes,) = new_figure(1, (8, 5))
+    colors = iter((OURS, SISA, FIRST, *MORE, *_BUDGETS))
     by_name: dict[str, list] = {}
     for run in data["runs"]:
         by_name.setdefault(run["name"], []).append(run["drop"])
@@ -255,20 +232,20 @@ def _drop(data):
         axes.plot(x, values.mean(axis=0), "o-", color=color, markersize=4, label=f"{name}{seeds}")
         if len(values) > 1:
             axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    axes.axhline(100 * data["paper_vision"], color=_PAPER, linestyle=":", label="the paper, vision: below 5%")
-    axes.axhline(0, color=_MORE[3], linewidth=0.8)
+    axes.axhline(100 * data["paper_vision"], color=PAPER, linestyle=":", label="the paper, vision: below 5%")
+    axes.axhline(0, color=MORE[3], linewidth=0.8)
     axes.set(
         title="Figure 12: what deleted slices cost, last ones first",
         xlabel="deleted slices",
         ylabel="drop in quality (% of the quality before)",
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 def _layers_and_slices(data):
-    figure, (grid, lines) = _figure(2, (12, 4.8))
+    figure, (grid, lines) = new_figure(2, (12, 4.8))
     layers = sorted({cell["layers_per_slice"] for cell in data["cells"]})
     sizes = sorted({cell["num_slices"] for cell in data["cells"]})
     values = np.full((len(layers), len(sizes)), np.nan)
@@ -292,7 +269,7 @@ def _layers_and_slices(data):
         yticks=range(len(layers)),
         yticklabels=layers,
     )
-    for count, color in zip(layers, (_OURS, _SISA, _FIRST, *_MORE)):
+    for count, color in zip(layers, (OURS, SISA, FIRST, *MORE)):
         own = [cell for cell in data["cells"] if cell["layers_per_slice"] == count]
         means = np.array([np.mean(cell["quality"]) for cell in own])
         lines.errorbar(
@@ -311,7 +288,7 @@ def _layers_and_slices(data):
         ylabel=f"{data['metric']} (%)",
         xticks=sizes,
     )
-    _finish(grid, lines, legends=False)
+    finish(grid, lines, legends=False)
     grid.grid(False)
     lines.margins(y=0.2)
     lines.legend(fontsize=8, loc="lower right")
@@ -319,8 +296,8 @@ def _layers_and_slices(data):
 
 
 def _sequential(data):
-    figure, (quality, seconds) = _figure(2, (12, 4.8))
-    names = {"s3t": ("S3T", _OURS), "sequential": ("sequential training", _FIRST), "sisa": ("SISA", _SISA)}
+    figure, (quality, seconds) = new_figure(2, (12, 4.8))
+    names = {"s3t": ("S3T", OURS), "sequential": ("sequential training", FIRST), "sisa": ("SISA", SISA)}
     for name, (label, color) in names.items():
         _with_range(quality, data, data["quality"][name], label, color)
     quality.set(
@@ -331,8 +308,8 @@ def _sequential(data):
     rows = data["timing"]["rows"]
     x = np.array([row["layers"] for row in rows])
     for name, label, color in (
-        ("all", "all of them trained", _SISA),
-        ("lowest", "the lowest trained, the others frozen (a stage of S3T)", _OURS),
+        ("all", "all of them trained", SISA),
+        ("lowest", "the lowest trained, the others frozen (a stage of S3T)", OURS),
     ):
         y = np.array([row[name] for row in rows])
         seconds.plot(x, y, "o", color=color, markersize=5, label=label)
@@ -346,7 +323,7 @@ def _sequential(data):
         ylim=(0, None),
         xticks=x,
     )
-    _finish(quality, seconds)
+    finish(quality, seconds)
     return figure
 
 
@@ -369,14 +346,14 @@ def _with_range(axes, data, runs, label, color, style="o-") -> None:
 
 
 def _together(data):
-    figure, (axes,) = _figure(1, (8, 4.8))
+    figure, (axes,) = new_figure(1, (8, 4.8))
     x = [point["members"] for point in data["points"]]
     values = 100 * np.array([point["quality"] for point in data["points"]])
     for shard in range(values.shape[1]):
-        axes.plot(x, values[:, shard], "o-", color=_MORE[2], linewidth=0.9, markersize=3, alpha=0.7,
+        axes.plot(x, values[:, shard], "o-", color=MORE[2], linewidth=0.9, markersize=3, alpha=0.7,
                   label=None if shard else "each shard by itself")  # fmt: skip
-    axes.plot(x, values.mean(axis=1), "o-", color=_OURS, linewidth=2.2, label="mean of the shards")
-    axes.axhline(values.mean(axis=1)[0], color=_PAPER, linestyle=":", label="one sequence, as served by default")
+    axes.plot(x, values.mean(axis=1), "o-", color=OURS, linewidth=2.2, label="mean of the shards")
+    axes.axhline(values.mean(axis=1)[0], color=PAPER, linestyle=":", label="one sequence, as served by default")
     axes.set(
         title=f"Figure 16: one shard's sequences together, L = {data['num_slices']}. The paper: small gain, then flat",
         xlabel="sequences of the shard that answer together",
@@ -384,15 +361,15 @@ def _together(data):
         xscale="log",
         xticks=x,
     )
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.set_xticks(x)
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 def _ablations(data):
-    figure, (axes,) = _figure(1, (8, 5))
-    styles = ((_OURS, "o-"), (_SISA, "o-"), (_FIRST, "s--"), (_MORE[1], "s--"))
+    figure, (axes,) = new_figure(1, (8, 5))
+    styles = ((OURS, "o-"), (SISA, "o-"), (FIRST, "s--"), (MORE[1], "s--"))
     for (name, runs), (color, style) in zip(data["quality"].items(), styles):
         _with_range(axes, data, runs, name, color, style)
     axes.set(
@@ -400,16 +377,16 @@ def _ablations(data):
         xlabel="depth (slices learnt)",
         ylabel=f"{data['metric']} (%)",
     )
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 def _table_3_files(data):
-    figure, (axes,) = _figure(1, (8, 4.8))
+    figure, (axes,) = new_figure(1, (8, 4.8))
     rows = data["rows"]
     x = np.array([row["budget"] for row in rows])
-    axes.plot(x, [row["paper_gigabytes"] for row in rows], "X:", color=_PAPER, markersize=8, label="the paper")
-    bars = axes.bar(x, [row["folder_gigabytes"] for row in rows], 0.6, color=_OURS, label="measured: stage folders")
+    axes.plot(x, [row["paper_gigabytes"] for row in rows], "X:", color=PAPER, markersize=8, label="the paper")
+    bars = axes.bar(x, [row["folder_gigabytes"] for row in rows], 0.6, color=OURS, label="measured: stage folders")
     axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
     axes.set_axisbelow(True)
     axes.set(
@@ -418,13 +395,14 @@ def _table_3_files(data):
         ylabel="files (GB)",
         xticks=x,
     )
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 # Name of the figure -> what draws its data.
 DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-6-left": _quality,
+    "figure-15-weights": _weights,
     "figure-9": _lifetimes,
     "figure-12": _drop,
     "figure-13": _layers_and_slices,
