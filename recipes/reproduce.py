@@ -3,7 +3,7 @@ The runs behind docs/reproduction.md: each is one command of a recipe, and toget
 
     python recipes/reproduce.py list                                            # every run, done or not
     python recipes/reproduce.py run --minilm MODEL --data DATA "trec-*"         # what is not done yet, in order
-    python recipes/reproduce.py tables                                          # the tables, from the results
+    python recipes/reproduce.py tables          # the tables, from the results, and from the data of docs/figures/
 
 A run that was interrupted goes on where it stopped, and one whose results are there is not run again, so a long list
 can be spread over many days. Results go to docs/results/, systems to --work_dir.
@@ -23,10 +23,11 @@ from typing import Any
 import command_line
 import numpy as np
 from scipy import stats
+from study_tables import study_tables
 
 
 HERE = Path(__file__).resolve().parent
-CONFIGS, RESULTS = HERE / "configs", HERE.parent / "docs" / "results"
+CONFIGS, RESULTS, FIGURES = HERE / "configs", HERE.parent / "docs" / "results", HERE.parent / "docs" / "figures"
 SEEDS = (1, 2, 3)
 # Chosen on a fifth of TREC's training rows, which those runs left out (`select-*`), never with a test set. SISA trains
 # the whole adapter and gets the rate of full LoRA; other tasks get what TREC got.
@@ -246,6 +247,7 @@ def tables() -> list[str]:
         *(_comparison_table(task, found) for task in ("trec", "sst2")),
         _single_table(found),
         _language_table(found),
+        *study_tables(FIGURES),
     ]
     # Of what was not run there are no rows below the line that heads them.
     return [table for table in made if table.count("\n") > 1]

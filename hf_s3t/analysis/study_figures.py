@@ -125,12 +125,10 @@ def _weights(data):
     for color, place in zip(_BUDGETS, np.linspace(0, len(x) - 1, min(5, len(x))).round().astype(int)):
         label = f"weight {x[place]:g}"
         by_requests.plot(data["after"], values[:, place], "o-", color=color, markersize=4, label=label)
-    by_requests.axhline(100 * data["quality_of_guessing"], color=MORE[3], linestyle=":", linewidth=1, label="guessing")
     by_requests.set(
         title="The same, against deletions",
         xlabel="deletion requests",
         ylabel=f"{data['metric']} (%)",
-        ylim=(0, 102),
     )
     finish(by_weight, by_requests)
     return figure
