@@ -236,7 +236,7 @@ def recommend(
     Considered are up to `max_shards` shards, 2 to 12 slices of at least two layers (one layer a slice works badly,
     Figure 13), every budget up to the number of slices, and as many epochs as the first stage needs for 50 steps, 30
     at most. Among those that last as long as asked the cheapest to train is recommended, with fewer shards among
-    equals; if none does, one that lasts about as long as any.
+    equals; if none does, the one that lasts longest.
 
     Args:
         workload ([`Workload`]):
@@ -290,7 +290,7 @@ def recommend(
     chosen = next((option for option in lasting if option.months(until) >= goal_months), None)
     meets_goal = chosen is not None
     if chosen is None:
-        chosen = max(front, key=lambda option: option.months(until))
+        chosen = _longest(shapes, workload, backbone, until)
     return Recommendation(
         chosen=chosen,
         options=tuple(sorted({chosen, *front}, key=lambda option: (option.training_hours, option.months(until)))),
@@ -525,11 +525,23 @@ def _front(shapes, workload, backbone, until) -> list[Option]:
     return found
 
 
+def _longest(shapes, workload, backbone, until) -> Option:
+    """The option that is expected to last longest, and of those that last as long the cheapest."""
+    best, requests = None, 0.0
+    for shape in sorted(shapes, key=lambda shape: (-shape.bound(until), *shape.order())):
+        if shape.bound(until) <= requests:
+            break
+        option = shape.option(workload, backbone)
+        if (found := option.months(until) * workload.deletions_per_month) > requests:
+            best, requests = option, found
+    return best
+
+
 def _notes(chosen, meets_goal, workload, goal_months, until):
     end = "until the first shard is dead" if until == "first_shard" else "until all shards are dead"
     if not meets_goal:
         yield (
-            f"Nothing considered is expected to last {goal_months:g} months {end}: this lasts about as long as any. "
+            f"Nothing considered is expected to last {goal_months:g} months {end}: this lasts longest. "
             "Plan to train deleted stages again: `train()` grows them on the remaining data. What it may cost can be "
             "limited by --max-hours."
         )
