@@ -398,9 +398,7 @@ class _Measured:
         if self.is_world_process_zero():
             rows = len(self._stage_rows.positions(key, self.folder.table))
             seen = round((self.state.epoch or 0) * rows)
-            add_cost(
-                self.args.output_dir, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen)
-            )
+            add_cost(self.folder, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen))
         return output
 
 

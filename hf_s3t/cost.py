@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .errors import FolderError
 from .files import read_checked_json, write_checked_json
+from .storage import SystemFolder
 
 
 COST_FILE = "cost.json"
@@ -91,7 +92,9 @@ def read_cost(folder: str | os.PathLike) -> Cost:
         raise FolderError(f"{path} does not say what training cost ({error}). Remove it to count anew.") from error
 
 
-def add_cost(folder: str | os.PathLike, unit: UnitCost) -> None:
+def add_cost(folder: SystemFolder, unit: UnitCost) -> None:
     """Note, synced, what a unit cost."""
-    units = [*read_cost(folder).units, unit]
-    write_checked_json(Path(folder) / COST_FILE, {"units": [asdict(unit) for unit in units]})
+    # Without the lock, another process that tidies the folder up would take the half-written file for a dead one's.
+    with folder.lock():
+        units = [*read_cost(folder.path).units, unit]
+        write_checked_json(folder.path / COST_FILE, {"units": [asdict(unit) for unit in units]})

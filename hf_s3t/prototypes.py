@@ -45,17 +45,18 @@ class ClassPrototypes:
     pass over what is left of the slice. A slice's sums count only while the slice is what they were made of.
 
     Args:
-        path (`Path`): File that the sums are kept in.
+        folder ([`~hf_s3t.storage.SystemFolder`]): The system, in whose folder the sums are kept.
         base ([`~transformers.PreTrainedModel`]): The base model.
         head (sequence of `str`): Names of the modules that are its head.
     """
 
-    def __init__(self, path: Path, base: nn.Module, head: Sequence[str]):
-        self.path = path
+    def __init__(self, folder: SystemFolder, base: nn.Module, head: Sequence[str]):
+        self.folder = folder
+        self.path = folder.path / PROTOTYPES_FILE
         self.base = base
         self._head = tuple(head)
         self._classes = base.config.num_labels
-        self._sums: dict[tuple[int, int], _Sums] = _read(path)
+        self._sums: dict[tuple[int, int], _Sums] = _read(self.path)
         self._means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._average()
 
@@ -142,7 +143,9 @@ class ClassPrototypes:
         for (shard, slice_), s in sorted(sums.items()):
             tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
             digests[f"{shard}.{slice_}"] = s.digest
-        write_atomically(self.path, save(tensors, metadata=digests))
+        # Without the lock, another process that tidies the folder up would take the new file for a dead one's.
+        with self.folder.lock():
+            write_atomically(self.path, save(tensors, metadata=digests))
 
     def _average(self) -> None:
         # In one order whatever order they came in: sums of floats depend on it.
@@ -243,7 +246,7 @@ class ProtoSISAModel(WholeAdapterModel):
         self._prototype_weight = float(value)
 
     def _begin_serving(self, stack: StageStack, folder: SystemFolder, preload: str) -> None:
-        self.prototypes = ClassPrototypes(folder.path / PROTOTYPES_FILE, stack.base, stack.head)
+        self.prototypes = ClassPrototypes(folder, stack.base, stack.head)
         self.prototype_weight = 0.5
         super()._begin_serving(stack, folder, preload)
 

@@ -1,5 +1,7 @@
 """The baselines: they see what S3T sees, they forget to the bit, and they answer as plain PEFT does."""
 
+import contextlib
+import os
 import shutil
 import threading
 from collections import Counter
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import (
@@ -45,12 +48,13 @@ from transformers import (
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.calls import Routing
+from hf_s3t.cost import COST_FILE
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCacheError, UnknownExampleError
 from hf_s3t.layers import find_head, group_layers
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.stack import seed_head
-from hf_s3t.storage import ADAPTER_FILE, PROTOTYPES_FILE
+from hf_s3t.storage import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from hf_s3t.verify import differing_tensors
 from hf_s3t.whole_adapter import WholeAdapterModel
 
@@ -353,6 +357,24 @@ def naive_features(rows) -> torch.Tensor:
     labels = batch.pop("labels")
     with torch.no_grad():
         return bert().bert(**batch).pooler_output, labels
+
+
+def test_what_a_method_keeps_beside_its_stages_is_written_under_the_folders_lock(copy_of, monkeypatch):
+    """Who tidies a folder up removes half-written files that it finds while it holds the lock."""
+    method, written = copy_of("protosisa"), {}
+    folder, replace = method.output_dir, os.replace
+
+    def noting(source, target):
+        if Path(target).parent == folder:
+            with contextlib.suppress(Timeout), FileLock(folder / STAGES / ".lock").acquire(timeout=0):
+                written[Path(target).name] = "free"
+            written.setdefault(Path(target).name, "locked")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noting)
+    method.unlearn([id_at(0, 0)])
+    method.retrain()
+    assert {COST_FILE, PROTOTYPES_FILE} <= written.keys() and set(written.values()) == {"locked"}
 
 
 def naive_prototype_logits(rows, new=NEW) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
+from launched import launched
 from PIL import Image
 from tiny import IMAGE_SIZE, make_trainer, rows_for, tiny_bert, tiny_roberta, tiny_vit, training_arguments
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -546,6 +547,30 @@ def vit(tmp_path_factory) -> str:
     tiny_vit(2, labels=10).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_train_measure_and_forget_as_one_system(vit, tmp_path):
+    """What one process deletes the other stops serving, and both measure what is left: one file of results."""
+    options = [
+        *("--task_name", "digits", "--model_name_or_path", vit, "--augmentation", "none", "--use_cpu", "true"),
+        *("--max_train_samples", "48", "--max_eval_samples", "20", "--num_shards", "2", "--num_slices", "2"),
+        *("--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"),
+        *("--lora_r", "2", "--target_modules", "[q_proj, v_proj]", "--output_dir", str(tmp_path / "system")),
+    ]
+    run = {"processes": 2, "port": 29613, "environment": {"OMP_NUM_THREADS": "1"}}
+    launched(Path(images.__file__), *options, **run)
+    file = tmp_path / "system-results.json"
+    before = json.loads(file.read_text())
+    assert before["depths"] == [2, 2] and before["hardware"]["processes"] == 2
+    gone = S3TModel.from_pretrained(tmp_path / "system", base_model=tiny_vit(2, labels=10)).folder.table.members(1, 1)[
+        0
+    ]
+    printed = launched(Path(images.__file__), *options, "--unlearn", str(gone), "--verify", "all", **run)
+    after = json.loads(file.read_text())
+    assert printed.count("unlearned 1 examples") == 1
+    assert sorted(after["depths"]) == [1, 2] and after["unlearned"]["examples"] == 1 and after["verified"]
+    assert S3TModel.from_pretrained(tmp_path / "system", base_model=tiny_vit(2, labels=10)).status()["deletions"] == 1
 
 
 def pixels(count: int) -> np.ndarray:

@@ -1,10 +1,7 @@
 """`accelerate launch --num_processes N --cpu` trains with N processes, with and without the launcher's help."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from launched import launched
 
 from hf_s3t import launch
 
@@ -20,27 +17,19 @@ os.write(1, f"rank {args.process_index} of {args.world_size}\\n".encode())
 """
 
 
-def launched(tmp_path, *options: str) -> list[str]:
+def ranks(tmp_path, processes: int) -> list[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29611", *options, str(script)),
-    ]
-    unwanted = {*launch._RANKS, "MASTER_PORT", "MASTER_ADDR"}
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    printed = launched(script, processes=processes, port=29611)
+    return sorted(line for line in printed.splitlines() if line.startswith("rank"))
 
 
 def test_two_processes_are_two_processes(tmp_path):
-    assert launched(tmp_path, "--num_processes", "2") == ["rank 0 of 2", "rank 1 of 2"]
+    assert ranks(tmp_path, 2) == ["rank 0 of 2", "rank 1 of 2"]
 
 
 def test_one_process_stays_one_process(tmp_path):
-    assert launched(tmp_path, "--num_processes", "1") == ["rank 0 of 1"]
+    assert ranks(tmp_path, 1) == ["rank 0 of 1"]
 
 
 @pytest.mark.parametrize("variable", launch._RANKS)
