@@ -181,15 +181,6 @@ def check_metrics(task: Any) -> None:
             )
 
 
-def check_model_is_given(options: Options) -> None:
-    """Refuse a run without a base model."""
-    if not options.script.model_name_or_path:
-        raise ConfigError(
-            "`--model_name_or_path` is missing. Give the base model: a folder, or an id on the Hub such as "
-            "FacebookAI/roberta-large."
-        )
-
-
 def resolve_labels(options: Options, task: Any, dataset: Dataset, name: str) -> Any:
     """The task with its label set: the one given, the benchmark's own, or the one the dataset declares."""
     given = options.script.label_set

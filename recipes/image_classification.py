@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import command_line
+from base_models import check_model_is_given, reading_model
 from classification import (
     HELD_OUT,
     ClassificationArguments,
     EvaluationSet,
     check_metrics,
-    check_model_is_given,
     choose_rows,
     first_rows,
     prepared_ids,
@@ -39,6 +39,7 @@ from tasks import IMAGE_TASKS, ImageTask
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     DefaultDataCollator,
     HfArgumentParser,
     PreTrainedModel,
@@ -91,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     quiet()
     options = read_options(make_parser(), argv)
-    check_model_is_given(options)
+    check_model_is_given(options.script.model_name_or_path)
     task = task_of(options)
     results = Results(options, RECIPE)
     if (found := say_it_is_done(results, options)) is not None:
         return found
     with results.timed("load"):
         task, train, sets = load_rows(options, task)
-        processor = AutoImageProcessor.from_pretrained(options.script.model_name_or_path, backend="pil")
+        processor = load_processor(options)
         model = load_model(options, task)
         flip = options.script.augmentation == "crop-flip"
         padding = None if options.script.augmentation == "none" else task.padding
@@ -231,17 +232,24 @@ def evaluation_set(dataset: Dataset, options: Options, shown: Shown) -> Evaluati
     return EvaluationSet(dataset, ids, labels)
 
 
+def load_processor(options: Options) -> BaseImageProcessor:
+    """What turns images into the base's pixels."""
+    with reading_model(options.script.model_name_or_path):
+        return AutoImageProcessor.from_pretrained(options.script.model_name_or_path, backend="pil")
+
+
 def load_model(options: Options, task: ImageTask) -> PreTrainedModel:
     """The base model with a head for the task's classes."""
     names = dict(enumerate(task.labels))
-    return AutoModelForImageClassification.from_pretrained(
-        options.script.model_name_or_path,
-        num_labels=len(names),
-        id2label=names,
-        label2id={label: number for number, label in names.items()},
-        # A head that the checkpoint has for other classes is not used: every stage's starts from the seed.
-        ignore_mismatched_sizes=True,
-    )
+    with reading_model(options.script.model_name_or_path):
+        return AutoModelForImageClassification.from_pretrained(
+            options.script.model_name_or_path,
+            num_labels=len(names),
+            id2label=names,
+            label2id={label: number for number, label in names.items()},
+            # A head that the checkpoint has for other classes is not used: every stage's starts from the seed.
+            ignore_mismatched_sizes=True,
+        )
 
 
 if __name__ == "__main__":

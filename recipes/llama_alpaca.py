@@ -25,6 +25,7 @@ import lm_evaluation
 import torch
 import transformers
 from accelerate.utils import release_memory
+from base_models import check_model_is_there
 from datasets import Dataset
 from invented_people import (
     PROMPT_TEMPLATES,
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
         return found
     train, held_out = load_data(options)
+    check_model_is_there(script.model_name_or_path)
     row_ids(script.unlearn or (), train, options.s3t, Path(options.training.output_dir))  # refuses unknown ones
     losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file)
     say(trainer, loss_table(losses))

@@ -16,12 +16,12 @@ from string import Formatter
 from typing import Any
 
 import command_line
+from base_models import check_model_is_given, reading_model
 from classification import (
     HELD_OUT,
     ClassificationArguments,
     EvaluationSet,
     check_metrics,
-    check_model_is_given,
     choose_rows,
     first_rows,
     prepared_ids,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     quiet()
     options = read_options(make_parser(), argv)
-    check_model_is_given(options)
+    check_model_is_given(options.script.model_name_or_path)
     task = task_of(options)
     results = Results(options, RECIPE)
     if (found := say_it_is_done(results, options)) is not None:
@@ -315,7 +315,8 @@ def evaluation_set(dataset: Dataset, options: Options) -> EvaluationSet:
 
 def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The base's tokenizer; one without a padding token pads with the end."""
-    tokenizer = AutoTokenizer.from_pretrained(options.script.model_name_or_path)
+    with reading_model(options.script.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(options.script.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -345,9 +346,10 @@ def load_model(options: Options, task: TextTask, tokenizer: PreTrainedTokenizerB
         names = dict(enumerate(task.class_names))
         head = {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
     # A head that the checkpoint has for other classes is not used: every stage's starts from the seed.
-    model = AutoModelForSequenceClassification.from_pretrained(
-        options.script.model_name_or_path, ignore_mismatched_sizes=True, **head
-    )
+    with reading_model(options.script.model_name_or_path):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            options.script.model_name_or_path, ignore_mismatched_sizes=True, **head
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

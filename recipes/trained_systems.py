@@ -14,12 +14,13 @@ import image_classification
 import numpy as np
 import text_classification
 import torch
-from classification import EvaluationSet, check_model_is_given, quiet, score
+from base_models import check_model_is_given
+from classification import EvaluationSet, quiet, score
 from datasets import Dataset
 from images import Shown
 from options import Options, read_options
 from results import settings_of
-from transformers import AutoImageProcessor, DataCollatorWithPadding, DefaultDataCollator
+from transformers import DataCollatorWithPadding, DefaultDataCollator
 
 from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS, Method
@@ -64,7 +65,7 @@ class Workbench:
         self.options: Options = read_options(
             self.recipe.make_parser(), [*argv, "--output_dir", str(self.work_dir / "systems")]
         )
-        check_model_is_given(self.options)
+        check_model_is_given(self.options.script.model_name_or_path)
         self.settings = settings_of(self.options)
 
     @cached_property
@@ -83,7 +84,7 @@ class Workbench:
     def _images(self, task: Any) -> Loaded:
         options = self.options
         task, train, sets = image_classification.load_rows(options, task)
-        processor = AutoImageProcessor.from_pretrained(options.script.model_name_or_path, backend="pil")
+        processor = image_classification.load_processor(options)
         evaluation = image_classification.evaluation_set(next(iter(sets.values())), options, None)
         plain = Shown(processor, task)
         if options.script.augmentation == "none":

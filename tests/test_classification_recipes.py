@@ -549,6 +549,18 @@ def vit(tmp_path_factory) -> str:
     return str(folder)
 
 
+def test_a_model_that_cannot_be_read_is_said_in_one_line(vit, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_bytes((Path(vit) / "config.json").read_bytes())
+    options = ["--task_name", "digits", "--output_dir", str(tmp_path / "system"), "--model_name_or_path"]
+    for model, reason in (("nowhere", "there is no such folder"), ("base", "image processor")):
+        with pytest.raises(ConfigError, match=f"{model}` cannot be read: .*{reason}.* Give the folder of a model"):
+            images.main([*options, str(tmp_path / model)])
+    (tmp_path / "base" / "preprocessor_config.json").write_bytes((Path(vit) / "preprocessor_config.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"base` cannot be read: .*safetensors"):
+        images.main([*options, str(tmp_path / "base")])
+
+
 @pytest.mark.slow
 def test_two_processes_train_measure_and_forget_as_one_system(vit, tmp_path):
     """What one process deletes the other stops serving, and both measure what is left: one file of results."""

@@ -171,12 +171,13 @@ def test_wrong_settings_are_refused_before_anything_is_trained(argv, message, tm
         ({"instruction": "a", "output": None}, [], "4 of 4 rows of .* have no output"),
         ({"text": "a"}, ["--id_column", "number"], "`--id_column number` is no column of .*, which has text"),
         ({"text": "a"}, ["--group_column", "who"], "`--group_column who` is no column"),
+        ({"text": "a"}, [], "`--model_name_or_path .*nowhere` cannot be read: .* Give the folder of a model"),
     ],
 )
-def test_rows_that_cannot_be_trained_on_are_refused(row, argv, message, tmp_path):
+def test_rows_that_cannot_be_trained_on_and_models_that_are_not_there_are_refused(row, argv, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(row) + "\n") * 4)
-    model = ["--model_name_or_path", "a/model/that/is/nowhere", "--output_dir", str(tmp_path / "system")]
+    model = ["--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "system")]
     with pytest.raises(ConfigError, match=message):
         recipe.main([*model, "--dataset_name", str(path), "--eval_size", "1", *argv])
 
