@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import transformers
 from accelerate import PartialState
+from command_line import console
 from datasets import Dataset
 from options import Options
 from results import Results, cost_of, on_hub, write_run_card
-from rich.console import Console
 from rich.table import Table
 from rows import Source, label_set, row_ids, sample, split_off, with_ids
 from tasks import METRICS
@@ -27,7 +27,6 @@ from hf_s3t.storage import SystemFolder
 
 
 HELD_OUT = "held_out"
-console = Console(highlight=False)
 
 
 @dataclass

@@ -4,7 +4,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
+
 from hf_s3t.errors import S3TError
+
+
+console = Console(highlight=False)
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import command_line
 import image_classification
 import llama_alpaca
+import people_demo
 import text_classification
 import yaml
 from accelerate import PartialState
@@ -78,15 +79,15 @@ def deepest_metrics(results: dict[str, Any]) -> dict[str, float]:
 
 def train_llama(argv: list[str]) -> dict[str, Any]:
     """Run the recipe; of the demo, only the training: what is published is there to forget somebody."""
-    options = parse(argv, demo_defaults=llama_alpaca.DEMO)
-    return {"losses": llama_alpaca.train_demo(options)[0]} if options.is_demo else llama_alpaca.main(argv)
+    options = parse(argv, demo_defaults=people_demo.DEMO)
+    return {"losses": people_demo.train_demo(options)[0]} if options.is_demo else llama_alpaca.main(argv)
 
 
 LLAMA = Recipe(
     "recipes/llama_alpaca.py",
     "text-generation",
     train_llama,
-    functools.partial(parse, demo_defaults=llama_alpaca.DEMO),
+    functools.partial(parse, demo_defaults=people_demo.DEMO),
     held_out_losses,
 )
 TEXT = Recipe(

@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
+import instruction_tuning
 import llama_alpaca as recipe
+import people_demo
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, UnknownExampleError
@@ -19,7 +21,7 @@ from hf_s3t.errors import ConfigError, UnknownExampleError
 @pytest.mark.slow
 def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, capsys):
     # A base that knows less, and fewer epochs: the steps are the demo's, what it learns is for `make demo` to show.
-    monkeypatch.setattr(recipe, "BaseSettings", partial(recipe.BaseSettings, steps=20, batch_size=16))
+    monkeypatch.setattr(people_demo, "BaseSettings", partial(people_demo.BaseSettings, steps=20, batch_size=16))
     options = [
         "--output_dir",
         str(tmp_path / "system"),
@@ -41,7 +43,7 @@ def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, c
     assert S3TModel.from_pretrained(tmp_path / "system").status()["deletions"] == 1
     # The base is made once.
     assert "from the cache" not in printed
-    assert recipe.base_model(recipe.BaseSettings(), str(tmp_path / "cache"))[1] == 0
+    assert people_demo.base_model(people_demo.BaseSettings(), str(tmp_path / "cache"))[1] == 0
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def no_training(*args, **kwargs):
 
 
 def test_what_the_system_cannot_be_trained_with_is_said_before_the_baseline_is_trained(stories, monkeypatch):
-    monkeypatch.setattr(recipe.SFTTrainer, "train", no_training)
+    monkeypatch.setattr(instruction_tuning.SFTTrainer, "train", no_training)
     with pytest.raises(ConfigError, match="layers"):
         recipe.main([*stories, "--num_slices", "3", "--layers_per_slice", "4"])
 
@@ -94,14 +96,14 @@ def test_what_the_system_cannot_be_trained_with_is_said_before_the_baseline_is_t
 @pytest.mark.slow
 def test_the_comparison_is_made_once_and_never_with_rows_that_were_deleted(stories, monkeypatch, tmp_path):
     """An interrupted run goes on with what it has; after a deletion no full LoRA is trained any more."""
-    train, results = recipe.METHODS["s3t"].train, tmp_path / "system-results.json"
-    monkeypatch.setattr(recipe.METHODS["s3t"], "train", no_training)
+    train, results = instruction_tuning.METHODS["s3t"].train, tmp_path / "system-results.json"
+    monkeypatch.setattr(instruction_tuning.METHODS["s3t"], "train", no_training)
     with pytest.raises(AssertionError, match="trained"):
         recipe.main(stories)
     kept = json.loads(results.read_text())
     assert set(kept["losses"]) == {"base", "full LoRA"} and "finished" not in kept
-    monkeypatch.setattr(recipe.METHODS["s3t"], "train", train)
-    monkeypatch.setattr(recipe, "baseline_losses", no_training)
+    monkeypatch.setattr(instruction_tuning.METHODS["s3t"], "train", train)
+    monkeypatch.setattr(instruction_tuning, "baseline_losses", no_training)
     found = recipe.main(stories)["losses"]
     assert {name: found[name] for name in kept["losses"]} == kept["losses"]
     recipe.main([*stories, "--unlearn", "3"])
@@ -118,7 +120,7 @@ def test_more_rows_held_out_than_there_are_is_refused(stories):
 @pytest.mark.parametrize("method", ["s3t", "full", "sisa", "sequential"])
 def test_every_method_takes_the_same_command_and_writes_its_results(stories, method, tmp_path):
     options = [*stories, "--skip_full_lora", "True", "--method", method]
-    name = recipe.NAMES[method]
+    name = instruction_tuning.NAMES[method]
     assert set(recipe.main(options)["losses"]) == {"base", name}
     path = tmp_path / "system-results.json"
     found = json.loads(path.read_text())

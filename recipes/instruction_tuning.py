@@ -1,0 +1,265 @@
+"""Training on instructions by a method, its comparison, and forgetting: what llama_alpaca.py and its demo share."""
+
+import copy
+import os
+import time
+from typing import Any
+
+import lm_evaluation
+from accelerate.utils import release_memory
+from command_line import console
+from datasets import Dataset
+from options import Options
+from results import Results, cost_of, write_run_card
+from rich.table import Table
+from transformers import BitsAndBytesConfig
+from trl import SFTTrainer
+
+from hf_s3t.base_model import log_casts_once
+from hf_s3t.baselines import METHODS, Method
+from hf_s3t.deletion import groups_from_texts, ids_from_texts
+from hf_s3t.errors import ConfigError
+from hf_s3t.storage import SystemFolder
+
+
+RECIPE = "llama_alpaca"
+HELD_OUT = "held_out"
+BASE, FULL_LORA = "base", "full LoRA"
+# How a method is called in the tables.
+NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential": "sequential"}
+
+
+# Training
+
+
+def train_all(
+    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
+) -> tuple[dict[str, float], Any]:
+    """Measure the base, train the full LoRA baseline and then the system; returns losses and the trainer."""
+    losses, name = compared_losses(options, model, train, held_out, results), NAMES[options.script.method]
+    method = make_method(options, model, train, held_out)
+    trainer = method.trainer
+    started = time.perf_counter()
+    with results.timed("train"):
+        method.train()
+    say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
+    losses[name] = held_out_loss(trainer)
+    with results.timed("evaluate"):
+        results.add(metrics={HELD_OUT: losses_by_depth(trainer, method.depths)}, depths=list(method.depths))
+    results.add(
+        losses=losses,
+        cost=cost_of(method),
+        storage_bytes=method.storage_bytes(),
+        data={"train_rows": len(train), "evaluation_rows": {HELD_OUT: len(held_out)}},
+    )
+    write_results(results, options)
+    return losses, trainer
+
+
+def make_method(options: Options, model: str, train: Dataset, held_out: Dataset) -> Method:
+    """The method asked for, which refuses here what it cannot train."""
+    args = copy.deepcopy(options.training)
+    if (quantized := quantization(options)) is not None:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantized}
+    return METHODS[options.script.method](
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=options.lora,
+        s3t_config=options.s3t,
+        trainer_class=SFTTrainer,
+    )
+
+
+def losses_by_depth(trainer: Any, depths: list[int]) -> dict[str, dict[str, float]]:
+    """The loss on the rows held out, with at most so many slices learnt by each shard."""
+    found = {}
+    for depth in range(1, max(depths) + 1):
+        with trainer.s3t_model.limited_to(depth):
+            found[str(depth)] = {"loss": round(held_out_loss(trainer), 6)}
+    return found
+
+
+def compared_losses(
+    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
+) -> dict[str, float]:
+    """Held-out losses of the base and, where S3T is compared with it, of full LoRA: measured once for a system."""
+    folder = options.training.output_dir
+    forgot = SystemFolder.exists(folder) and SystemFolder(folder).ledger.num_deletions > 0
+    # Nothing is trained on rows that somebody wants forgotten.
+    with_full = options.script.method == "s3t" and not options.script.skip_full_lora and not forgot
+    wanted = [BASE, FULL_LORA] if with_full else [BASE]
+    kept = results.kept("losses") or {}
+    if not kept.keys() >= set(wanted):
+        # What the method cannot train is said before the baseline's hours. One base at a time is in memory.
+        make_method(options, model, train, held_out)
+        release_memory()
+        with results.timed("baseline"):
+            kept = baseline_losses(options, model, train, held_out, with_full)
+        release_memory()
+        results.keep(losses=kept)
+    return {name: kept[name] for name in wanted}
+
+
+def baseline_losses(
+    options: Options, model: str, train: Dataset, held_out: Dataset, with_full: bool
+) -> dict[str, float]:
+    """Held-out loss of the base and, if wanted, of the same LoRA config trained on everything at once."""
+    args = copy.deepcopy(options.training)
+    args.output_dir = f"{args.output_dir}-full-lora"
+    args.save_strategy = "no"
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=quantization(options),
+        peft_config=copy.deepcopy(options.lora),
+    )
+    log_casts_once(trainer.model)
+    # A fresh LoRA adapter changes nothing, so this is the base.
+    losses = {BASE: held_out_loss(trainer)}
+    if with_full:
+        started = time.perf_counter()
+        trainer.train()
+        losses[FULL_LORA] = held_out_loss(trainer)
+        say(trainer, f"full LoRA: trained in {time.perf_counter() - started:.0f} s")
+    if trainer.is_world_process_zero() and os.path.isdir(args.output_dir) and not os.listdir(args.output_dir):
+        os.rmdir(args.output_dir)
+    return losses
+
+
+def quantization(options: Options) -> BitsAndBytesConfig | None:
+    """The quantisation of the base, if any was asked for."""
+    script = options.script
+    if script.load_in_8bit and script.load_in_4bit:
+        raise ConfigError("`--load_in_8bit` and `--load_in_4bit` were both given. Choose one.")
+    if script.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=script.llm_int8_threshold)
+    if script.load_in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return None
+
+
+def held_out_loss(trainer: Any, rows: Dataset | None = None) -> float:
+    """The loss on the rows held out, or on others."""
+    with quiet(trainer):
+        return trainer.evaluate(rows)["eval_loss"]
+
+
+class quiet:
+    """Holds back a trainer's own reports, where the recipe prints a table."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def __enter__(self):
+        handler = self.trainer.callback_handler
+        self.callbacks, handler.callbacks = handler.callbacks, []
+
+    def __exit__(self, *exc):
+        self.trainer.callback_handler.callbacks = self.callbacks
+
+
+def ask_harness(options: Options, trainer: Any, name: str, results: dict[str, Any]) -> None:
+    """Put the harness' questions to the ensemble, if that was asked for, and print the answers' scores."""
+    script = options.script
+    if not script.eval or not trainer.is_world_process_zero():
+        return
+    found = lm_evaluation.evaluate(
+        trainer.s3t_model,
+        trainer.processing_class,
+        script.eval_tasks,
+        task_folder=script.eval_task_folder,
+        batch_size=options.training.per_device_eval_batch_size,
+        limit=script.eval_limit,
+    )
+    results.setdefault("lm_eval", {})[name] = found
+    table = Table(
+        "task", "metric", "value", "standard error", title=f"lm-evaluation-harness: {name}", title_justify="left"
+    )
+    for task, numbers in found.items():
+        for metric, value in numbers.items():
+            if not metric.endswith("_stderr"):
+                error = numbers.get(f"{metric}_stderr")
+                table.add_row(task, metric, f"{value:.3f}", "" if error is None else f"{error:.3f}")
+    console.print(table)
+
+
+# Forgetting
+
+
+def named_rows(trainer: Any, names: list[str]) -> tuple[list, list]:
+    """The ids and the groups that a command line names, in the types that the system's have."""
+    folder = trainer.folder
+    groups = {str(group) for group in folder.table.groups}
+    return (
+        ids_from_texts(folder, [name for name in names if name not in groups]),
+        groups_from_texts(folder, [name for name in names if name in groups]),
+    )
+
+
+def forgotten_rows(trainer: Any, train: Dataset, names: list[str]) -> Dataset:
+    """The training rows that the names mean, as the trainer evaluates them."""
+    ids, groups = named_rows(trainer, names)
+    config = trainer.folder.config
+    columns = zip(train[config.id_column], train[config.group_column or config.id_column], strict=True)
+    rows = train.select([n for n, (i, group) in enumerate(columns) if i in ids or group in groups])
+    return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "forgotten")
+
+
+def unlearn(trainer: Any, ids: list | None = None, groups: list | None = None) -> Any:
+    """Unlearn in the main process, and say what went."""
+    report = None
+    if trainer.is_world_process_zero():
+        report = trainer.s3t_model.unlearn(ids, groups=groups)
+        console.print(
+            f"unlearned {report.deleted} examples in {report.seconds * 1000:.1f} ms: {len(report.stages_removed)} "
+            f"stages went, depths {report.depths_before} -> {report.depths_after}"
+        )
+    trainer.accelerator.wait_for_everyone()
+    trainer.s3t_model.refresh()
+    return report
+
+
+def record_deletion(file: Results, trainer: Any, results: dict[str, Any]) -> None:
+    """Note a deletion in the results; what was measured with the deleted rows is not kept."""
+    report, depths = results["unlearned"], trainer.s3t_model.status()["depths"]
+    file.add(
+        metrics={HELD_OUT: losses_by_depth(trainer, depths)} if any(depths) else {},
+        depths=depths,
+        losses={name: loss for name, loss in results["losses"].items() if name == BASE or "after" in name},
+    )
+    if report is not None:
+        file.add(
+            unlearned={
+                "examples": report.deleted,
+                "seconds": round(report.seconds, 6),
+                "depths_before": report.depths_before,
+                "depths_after": report.depths_after,
+            }
+        )
+
+
+# Reporting
+
+
+def write_results(results: Results, options: Options) -> None:
+    """Write the results and, beside them, the run's card."""
+    results.write()
+    write_run_card(results, options)
+
+
+def say(trainer: Any, what: Any) -> None:
+    """Print in the main process."""
+    if trainer.is_world_process_zero():
+        console.print(what)
+
+
+def loss_table(losses: dict[str, float]) -> Table:
+    """The losses, with their distance from the base."""
+    table = Table("", "held-out loss", "vs. base")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.3f}", f"{loss / losses[BASE] - 1:+.0%}")
+    return table
