@@ -264,23 +264,28 @@ class Method(ABC):
 
     # Forgetting
 
-    def unlearn(self, ids: Sequence[int | str]) -> Deletion:
+    def unlearn(
+        self, ids: Sequence[int | str] | None = None, *, groups: Sequence[int | str] | None = None
+    ) -> Deletion:
         """
         Forget examples. Nothing is trained; see `retrain`.
 
         All ids are checked first, and the deletion is in the folder, synced, before anything else changes.
 
         Args:
-            ids (sequence of `int` or `str`): Ids of the examples. Those that were deleted before are no error.
+            ids (sequence of `int` or `str`, *optional*): Ids of the examples. Those that were deleted before are no
+                error.
+            groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
 
         Returns:
             [`Deletion`]: How long it took, and what is left.
 
         Raises:
-            [`~hf_s3t.errors.UnknownExampleError`]: If an id is unknown; nothing is deleted then.
+            [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown; nothing is deleted then.
+            [`~hf_s3t.errors.ConfigError`]: If neither is given.
         """
         started = time.perf_counter()
-        report = self.model.unlearn(ids)
+        report = self.model.unlearn(ids, groups=groups)
         self._settle()
         return Deletion(time.perf_counter() - started, report.deleted, report.depths_before, report.depths_after)
 

@@ -327,7 +327,9 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _joined(value: Any) -> str:
-    return ", ".join(sorted(value)) if isinstance(value, (list, set, tuple)) else str(value)
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _number(value: float | None) -> str:

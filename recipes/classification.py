@@ -12,13 +12,15 @@ import transformers
 from accelerate import PartialState
 from command_line import console
 from datasets import Dataset
+from forgetting import is_asked_for, must_train, named
 from options import Options
 from results import Results, cost_of, on_hub, write_run_card
 from rich.table import Table
-from rows import Source, label_set, row_ids, sample, split_off, with_ids
+from rows import Source, label_set, sample, split_off, with_ids
 from tasks import METRICS
 from transformers import EvalPrediction
 
+from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.metrics import load as load_metric
@@ -62,7 +64,10 @@ class ClassificationArguments:
         default=None, metadata={"help": "The label set, in the order of the label numbers."}
     )
     metrics: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(METRICS)}."})
-    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids, or groups, to unlearn after training."})
+    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
+    unlearn_groups: list[str] | None = field(
+        default=None, metadata={"help": "Groups whose rows are all to be unlearnt; see --group_column."}
+    )
     verify: str | None = field(
         default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
     )
@@ -129,17 +134,14 @@ def read_sets(options: Options, task: Any, source: Source) -> tuple[Dataset, dic
     return train, {split: source.read(split) for split in splits}
 
 
-def choose_rows(options: Options, train: Dataset, units: Sequence) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those that are left out of training to evaluate on them."""
+def choose_rows(options: Options, train: Dataset, name: str) -> tuple[Dataset, Dataset | None]:
+    """The rows of a data set to train on, and those that are left out of training to evaluate on them."""
     script = options.script
     held_out = None
     if script.validation_share:
-        numbered = train.add_column("__unit__", list(units)) if "__unit__" not in train.column_names else train
-        train, held_out = split_off(numbered, units, script.validation_share, HELD_OUT)
-        units = train["__unit__"][:]
-        train, held_out = (part.remove_columns("__unit__") for part in (train, held_out))
+        train, held_out = split_off(train, units_of(train, options.s3t, name), script.validation_share, HELD_OUT)
     if script.max_train_samples:
-        train = sample(train, units, script.max_train_samples)
+        train = sample(train, units_of(train, options.s3t, name), script.max_train_samples)
     if len(train) == 0:
         raise ConfigError(
             f"`--max_train_samples {script.max_train_samples}` and `--validation_share {script.validation_share}` "
@@ -252,7 +254,9 @@ def run(
     """
     script, output_dir = options.script, Path(options.training.output_dir)
     first = next(iter(evaluation.values()))
-    deleted = row_ids(script.unlearn or (), train, options.s3t, output_dir)
+    ids, groups = named(script, train, options.s3t, output_dir)
+    trains = must_train(results.earlier() is not None, output_dir, ids, groups)
+    results.go_on()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return score(prediction.predictions, first.references, first.questions, task)
@@ -268,8 +272,9 @@ def run(
         peft_config=options.lora,
         s3t_config=options.s3t,
     )
-    with results.timed("train"):
-        method.train()
+    if trains:
+        with results.timed("train"):
+            method.train()
     results.add(
         data={
             "train_rows": len(train),
@@ -278,10 +283,10 @@ def run(
         }
     )
     measure(method, results, task, evaluation)
-    if deleted:
-        unlearn(method, results, task, evaluation, deleted)
+    if ids or groups:
+        unlearn(method, results, task, evaluation, ids, groups)
     results.add(cost=cost_of(method), storage_bytes=method.storage_bytes())
-    if script.verify:
+    if script.verify and method.trainer.folder.valid_stages:
         results.add(verified=audit(method, script.verify))
     content = results.write()
     if PartialState().is_main_process:
@@ -292,13 +297,14 @@ def run(
 
 
 def measure(method: Method, results: Results, task: Any, evaluation: Mapping[str, EvaluationSet]) -> None:
-    """Evaluate at every depth that some shard has."""
+    """Evaluate at every depth that some shard has; where none is left and something answers, that."""
     metrics, predictions = {}, {}
+    depths = [*range(1, max(method.depths) + 1)] or ([] if method.is_exhausted else [0])
     with results.timed("evaluate"):
-        for name, rows in evaluation.items():
+        for name, rows in evaluation.items() if depths else ():
             by_depth, kept = {}, {}
-            for depth in range(1, max(method.depths) + 1):
-                scores = method.predict(rows.dataset, depth=depth).predictions
+            for depth in depths:
+                scores = method.predict(rows.dataset, depth=depth or None).predictions
                 by_depth[str(depth)] = score(scores, rows.references, rows.questions, task)
                 kept[str(depth)] = shown_predictions(scores, rows, task)
             metrics[name] = by_depth
@@ -314,34 +320,35 @@ def unlearn(
     task: Any,
     evaluation: Mapping[str, EvaluationSet],
     ids: Sequence,
+    groups: Sequence,
 ) -> None:
     """Unlearn, and measure again: what was measured with the deleted rows is not kept."""
     state = PartialState()
-    deletion = method.unlearn(ids) if state.is_main_process else None
+    deletion = method.unlearn(ids, groups=groups) if state.is_main_process else None
+    if deletion is not None and deletion.deleted:
+        seconds = round(deletion.seconds, 6)
+        results.void()
+        # Kept at once: a run that ends here does not delete a second time.
+        results.keep(
+            unlearned={
+                "examples": deletion.deleted,
+                "seconds": seconds,
+                "depths_before": list(deletion.depths_before),
+                "depths_after": list(deletion.depths_after),
+            }
+        )
+        console.print(
+            f"unlearned {deletion.deleted} examples in {seconds * 1000:.1f} ms: depths "
+            f"{list(deletion.depths_before)} -> {list(deletion.depths_after)}"
+        )
+    elif deletion is not None:
+        console.print("All of these were deleted before.")
     state.wait_for_everyone()
     if deletion is None:
         # What the first process did is in the folder; the results are its to write.
         method.model.refresh()
-        if not method.is_exhausted:
-            measure(method, results, task, evaluation)
-        return
-    seconds = round(deletion.seconds, 6)
-    results.add(
-        unlearned={
-            "examples": deletion.deleted,
-            "seconds": seconds,
-            "depths_before": list(deletion.depths_before),
-            "depths_after": list(deletion.depths_after),
-        }
-    )
-    console.print(
-        f"unlearned {deletion.deleted} examples in {seconds * 1000:.1f} ms: depths "
-        f"{list(deletion.depths_before)} -> {list(deletion.depths_after)}"
-    )
-    if method.is_exhausted:
-        results.add(depths=list(method.depths), metrics={}, predictions={})
-        console.print("exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
-        return
+    if method.is_exhausted and state.is_main_process:
+        console.print("exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data.")
     measure(method, results, task, evaluation)
 
 
@@ -375,9 +382,9 @@ def table_of(content: Mapping[str, Any]) -> Table:
 
 
 def say_it_is_done(results: Results, options: Options) -> dict[str, Any] | None:
-    """The results of the same run, if they are there and nothing is to follow."""
+    """The results of the same run, if they are there and nothing is to follow, or was deleted since."""
     found = results.earlier()
-    if options.script.unlearn or options.script.verify:
+    if is_asked_for(options.script) or options.script.verify or (found is not None and not results.is_current(found)):
         return None
     if found is not None and PartialState().is_main_process:
         console.print(f"{results.path} holds the results of this run already. --overwrite_results runs it again.")
@@ -388,3 +395,25 @@ def prepared_ids(dataset: Dataset, options: Options, task: Any, name: str) -> Da
     """The dataset with the ids that the system will know its rows by, in the column that its config names."""
     dataset, options.s3t.id_column = with_ids(dataset, options.s3t.id_column, task.id_column, name)
     return dataset
+
+
+def prepared_eval_ids(dataset: Dataset, id_column: str) -> Dataset:
+    """Evaluation rows are named in the results by the same column, or by their number."""
+    if id_column in dataset.column_names:
+        return dataset
+    return dataset.add_column(id_column, list(range(len(dataset))))
+
+
+def units_of(dataset: Dataset, s3t: S3TConfig, name: str) -> list:
+    """
+    For each row the id, or the group, that it stays or goes with.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the rows have no such column of groups.
+    """
+    group = s3t.group_column
+    if group and group not in dataset.column_names:
+        raise ConfigError(
+            f"`--group_column {group}` is no column of {name}, which has {', '.join(dataset.column_names)}."
+        )
+    return dataset[group or s3t.id_column][:]

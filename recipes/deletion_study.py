@@ -29,7 +29,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from results import hardware
-from trained_systems import RECIPES, Workbench, delete_one_by_one, request_order
+from trained_systems import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_s3t import S3TConfig
@@ -154,6 +154,7 @@ def _about(bench: Workbench) -> dict[str, Any]:
 def quality(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Quality against the number of deletions, by deleting one example after the other from copies of systems."""
     bench = _bench(options, others)
+    check_budgets(bench.options.s3t, options.budgets)
     systems = {
         name: [_deleted_from(bench, options, name, order) for order in range(options.orders)]
         for name in _system_names(options)
@@ -273,6 +274,7 @@ def _weighted(bench: Workbench, method: Method, weight: float) -> float:
 def lifetimes(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Time of a long stream of deletions: simulated requests over what trainings and deletions really took."""
     bench = _bench(options, others)
+    check_budgets(bench.options.s3t, options.budgets)
     config = bench.loaded.config
     m, size = config.num_shards, config.num_slices
     largest = max(options.budgets)
@@ -349,7 +351,9 @@ def _step_seconds_of(bench: Workbench, method: Method, rounds: int = 30) -> list
     """Seconds of a step at every depth, with the stages of the first shard: what is trained is thrown away."""
     folder, stack, base = method.trainer.folder, method.model.stack, method.model.base_model
     rows = bench.loaded.train.select(range(bench.options.training.per_device_train_batch_size))
-    batch = next(iter(method.trainer.get_test_dataloader(rows)))
+    loader = method.trainer.get_test_dataloader(rows)
+    # As many rows as in training, whatever a batch of the evaluation has.
+    batch = loader.collate_fn([loader.dataset[place] for place in range(len(rows))])
     batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
     found = []
     for key in StageKey(0, folder.plan.sequences[0][0]).lineage:
@@ -370,6 +374,7 @@ def _units(by_depth: dict[int, float], size: int) -> list[float]:
 
 def drop(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Relative drop in quality against deleted slices: one example of the last slice, of the one before, and so on."""
+    earlier = [_from_results(path) for path in options.results]
     bench = _bench(options, others)
     runs = [
         {"name": f"{_task_name(bench)}: {label}", "method": name, "seed": seed, "quality": found}
@@ -383,11 +388,9 @@ def drop(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
             )
         ]
     ]
-    for path in options.results:
-        runs.append(_from_results(path))
     for run in runs:
-        whole = run["quality"][0]
-        run["drop"] = [(whole - value) / whole for value in run["quality"]]
+        run["drop"] = _relative_drop(run["quality"])
+    runs += earlier
     return {
         **_about(bench),
         "runs": runs,
@@ -417,17 +420,31 @@ def _dropped(bench: Workbench, name: str, seed: int, depth: int) -> list[float]:
 
 
 def _from_results(path: Path) -> dict[str, Any]:
+    """The run of a results file of a recipe, of a language model its loss."""
     if not path.is_file():
         raise ConfigError(f"{path} is no file. Give the results files of recipes.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    by_depth = next(iter(content["metrics"].values()))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        by_depth = next(iter(content["metrics"].values()), {})
+        script, config = content["settings"]["script"], content["settings"]["s3t"]
+        found = {"method": content["method"], "seed": content["seed"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} holds no results of a recipe ({error!r}). Give such a file.") from error
     if len(by_depth) < 2:
-        raise ConfigError(f"{path} holds one depth only. Give results of a system with slices.")
-    values = [next(iter(by_depth[depth].values())) for depth in sorted(by_depth, key=int, reverse=True)]
-    task = content["settings"]["script"]["task_name"]
-    config = content["settings"]["s3t"]
-    name = f"{task}: {content['method'].upper()}, m = {config['num_shards']}"
-    return {"name": name, "method": content["method"], "seed": content["seed"], "quality": values}
+        raise ConfigError(f"{path} holds one depth at most. Give results of a system with slices.")
+    metric = next(iter(by_depth["1"]))
+    values = [by_depth[depth][metric] for depth in sorted(by_depth, key=int, reverse=True)]
+    name = f"{script.get('task_name') or content['recipe']}: {found['method'].upper()}, m = {config['num_shards']}"
+    return {**found, "name": name, "quality": values, "drop": _relative_drop(values, metric)}
+
+
+def _relative_drop(values: Sequence[float], metric: str = "") -> list[float]:
+    """How much worse each value is than the first one, as a share of that; of a loss the larger is the worse."""
+    whole = values[0]
+    if whole == 0:
+        raise ConfigError(f"The quality before any deletion is 0 ({metric or 'the main metric'}): nothing can drop.")
+    worse = -1 if metric == "loss" else 1
+    return [worse * (whole - value) / abs(whole) for value in values]
 
 
 # Figure 13
@@ -554,6 +571,7 @@ def _median_step(model: torch.nn.Module, batch: dict[str, torch.Tensor], rounds:
 def together(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Quality of one shard against the number of its sequences that answer together, for every shard by itself."""
     bench = _bench(options, others)
+    check_budgets(bench.options.s3t, options.members)
     largest = max(options.members)
     num_shards = bench.loaded.config.num_shards
 

@@ -22,12 +22,14 @@ from classification import (
     check_metrics,
     choose_rows,
     first_rows,
+    prepared_eval_ids,
     prepared_ids,
     quiet,
     read_sets,
     resolve_labels,
     run,
     say_it_is_done,
+    units_of,
 )
 from datasets import Dataset, Image
 from images import PRETRAINING, ImageSource, Shown, digits
@@ -183,22 +185,17 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
     task = resolve_labels(options, task, train, name)
     check_metrics(task)
     train = with_labels(prepared_ids(train, options, task, name), task, name)
-    id_column, group = options.s3t.id_column, options.s3t.group_column
-    if group and group not in train.column_names:
-        raise ConfigError(
-            f"`--group_column {group}` is no column of {name}, which has {', '.join(train.column_names)}."
-        )
+    id_column = options.s3t.id_column
+    units_of(train, options.s3t, name)  # refuses a column of groups that is not there
     if script.leave_out_share:
         # By row numbers, whatever the ids are: `pretrain_vit.py` knows no others.
         train, _ = split_off(train, numbers, script.leave_out_share, PRETRAINING)
-    train, held_out = choose_rows(options, train, train[group or id_column][:])
+    train, held_out = choose_rows(options, train, name)
     sets = {} if held_out is None else {HELD_OUT: held_out}
     for set_name, dataset in others.items():
         shown = f"the evaluation rows ({set_name})"
         check_images(dataset, task, shown, remedy)
-        if id_column not in dataset.column_names:
-            dataset = dataset.add_column(id_column, list(range(len(dataset))))
-        sets[set_name] = with_labels(dataset, task, shown)
+        sets[set_name] = with_labels(prepared_eval_ids(dataset, id_column), task, shown)
     return task, train, sets
 
 
@@ -221,7 +218,9 @@ def check_images(dataset: Dataset, task: ImageTask, name: str, remedy: str) -> N
 def with_labels(dataset: Dataset, task: ImageTask, name: str) -> Dataset:
     """The rows with their labels as numbers, in a column of their own."""
     labels = label_numbers(dataset, task.label_column, task.labels, name)
-    return dataset.remove_columns(task.label_column).add_column("labels", labels)
+    # There may be another column of that name.
+    dataset = dataset.remove_columns({task.label_column, "labels"} & {*dataset.column_names})
+    return dataset.add_column("labels", labels)
 
 
 def evaluation_set(dataset: Dataset, options: Options, shown: Shown) -> EvaluationSet:

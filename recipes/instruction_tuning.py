@@ -17,7 +17,6 @@ from trl import SFTTrainer
 
 from hf_s3t.base_model import log_casts_once
 from hf_s3t.baselines import METHODS, Method
-from hf_s3t.deletion import groups_from_texts, ids_from_texts
 from hf_s3t.errors import ConfigError
 from hf_s3t.storage import SystemFolder
 
@@ -25,6 +24,7 @@ from hf_s3t.storage import SystemFolder
 RECIPE = "llama_alpaca"
 HELD_OUT = "held_out"
 BASE, FULL_LORA = "base", "full LoRA"
+EXHAUSTED = "exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data."
 # How a method is called in the tables.
 NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential": "sequential"}
 
@@ -33,26 +33,31 @@ NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential
 
 
 def train_all(
-    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results
+    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results, trains: bool = True
 ) -> tuple[dict[str, float], Any]:
-    """Measure the base, train the full LoRA baseline and then the system; returns losses and the trainer."""
+    """Measure the base, train full LoRA and then the system, unless it is trained; returns losses and the trainer."""
     losses, name = compared_losses(options, model, train, held_out, results), NAMES[options.script.method]
     method = make_method(options, model, train, held_out)
     trainer = method.trainer
-    started = time.perf_counter()
-    with results.timed("train"):
-        method.train()
-    say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
-    losses[name] = held_out_loss(trainer)
-    with results.timed("evaluate"):
-        results.add(metrics={HELD_OUT: losses_by_depth(trainer, method.depths)}, depths=list(method.depths))
-    results.add(
+    if trains:
+        started = time.perf_counter()
+        with results.timed("train"):
+            method.train()
+        say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
+    if method.is_exhausted:
+        say(trainer, EXHAUSTED)
+        results.add(metrics={})
+    else:
+        losses[name] = held_out_loss(trainer)
+        with results.timed("evaluate"):
+            results.add(metrics={HELD_OUT: losses_by_depth(trainer, method.depths)})
+    results.keep(
+        depths=list(method.depths),
         losses=losses,
         cost=cost_of(method),
         storage_bytes=method.storage_bytes(),
         data={"train_rows": len(train), "evaluation_rows": {HELD_OUT: len(held_out)}},
     )
-    write_results(results, options)
     return losses, trainer
 
 
@@ -90,7 +95,7 @@ def compared_losses(
     # Nothing is trained on rows that somebody wants forgotten.
     with_full = options.script.method == "s3t" and not options.script.skip_full_lora and not forgot
     wanted = [BASE, FULL_LORA] if with_full else [BASE]
-    kept = results.kept("losses") or {}
+    kept = results.content.get("losses", {})
     if not kept.keys() >= set(wanted):
         # What the method cannot train is said before the baseline's hours. One base at a time is in memory.
         make_method(options, model, train, held_out)
@@ -190,30 +195,28 @@ def ask_harness(options: Options, trainer: Any, name: str, results: dict[str, An
 # Forgetting
 
 
-def named_rows(trainer: Any, names: list[str]) -> tuple[list, list]:
-    """The ids and the groups that a command line names, in the types that the system's have."""
-    folder = trainer.folder
-    groups = {str(group) for group in folder.table.groups}
-    return (
-        ids_from_texts(folder, [name for name in names if name not in groups]),
-        groups_from_texts(folder, [name for name in names if name in groups]),
-    )
-
-
-def forgotten_rows(trainer: Any, train: Dataset, names: list[str]) -> Dataset:
-    """The training rows that the names mean, as the trainer evaluates them."""
-    ids, groups = named_rows(trainer, names)
+def forgotten_rows(trainer: Any, train: Dataset, ids: list, groups: list) -> Dataset:
+    """The training rows that are to be forgotten, as the trainer evaluates them."""
     config = trainer.folder.config
     columns = zip(train[config.id_column], train[config.group_column or config.id_column], strict=True)
     rows = train.select([n for n, (i, group) in enumerate(columns) if i in ids or group in groups])
     return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "forgotten")
 
 
-def unlearn(trainer: Any, ids: list | None = None, groups: list | None = None) -> Any:
-    """Unlearn in the main process, and say what went."""
+def unlearn(trainer: Any, file: Results, ids: list | None = None, groups: list | None = None) -> Any:
+    """Unlearn in the main process, say what went, and note it at once."""
     report = None
     if trainer.is_world_process_zero():
         report = trainer.s3t_model.unlearn(ids, groups=groups)
+        if report.deleted:
+            file.keep(
+                unlearned={
+                    "examples": report.deleted,
+                    "seconds": round(report.seconds, 6),
+                    "depths_before": report.depths_before,
+                    "depths_after": report.depths_after,
+                }
+            )
         console.print(
             f"unlearned {report.deleted} examples in {report.seconds * 1000:.1f} ms: {len(report.stages_removed)} "
             f"stages went, depths {report.depths_before} -> {report.depths_after}"
@@ -225,21 +228,22 @@ def unlearn(trainer: Any, ids: list | None = None, groups: list | None = None) -
 
 def record_deletion(file: Results, trainer: Any, results: dict[str, Any]) -> None:
     """Note a deletion in the results; what was measured with the deleted rows is not kept."""
-    report, depths = results["unlearned"], trainer.s3t_model.status()["depths"]
+    depths = trainer.s3t_model.status()["depths"]
+    file.void()
     file.add(
         metrics={HELD_OUT: losses_by_depth(trainer, depths)} if any(depths) else {},
         depths=depths,
         losses={name: loss for name, loss in results["losses"].items() if name == BASE or "after" in name},
     )
-    if report is not None:
-        file.add(
-            unlearned={
-                "examples": report.deleted,
-                "seconds": round(report.seconds, 6),
-                "depths_before": report.depths_before,
-                "depths_after": report.depths_after,
-            }
-        )
+
+
+def record_answers(file: Results, results: dict[str, Any]) -> None:
+    """Note the harness' scores, those after a deletion if there was one, and what an audit found."""
+    if "lm_eval" in results:
+        was_deleted = "unlearned" in results
+        file.add(lm_eval={name: v for name, v in results["lm_eval"].items() if "after" in name or not was_deleted})
+    if "verified" in results:
+        file.add(verified=results["verified"])
 
 
 # Reporting

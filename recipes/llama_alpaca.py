@@ -11,7 +11,6 @@ and shows that the facts are gone, that everything else stayed, and that what st
 """
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import command_line
@@ -21,15 +20,17 @@ import transformers
 from base_models import check_model_is_there
 from command_line import console
 from datasets import Dataset
+from forgetting import is_asked_for, must_train, named
 from instruction_rows import load_data
 from instruction_tuning import (
+    EXHAUSTED,
     NAMES,
     RECIPE,
     ask_harness,
     forgotten_rows,
     held_out_loss,
     loss_table,
-    named_rows,
+    record_answers,
     record_deletion,
     say,
     train_all,
@@ -40,8 +41,8 @@ from invented_people import PROMPT_TEMPLATES
 from options import Options, ScriptArguments, parse
 from people_demo import DEMO, run_demo
 from results import Results
-from rows import row_ids
 
+from hf_s3t.deletion import preview
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 
@@ -65,36 +66,48 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return run_demo(options)
     script, name = options.script, NAMES[options.script.method]
     file = Results(options, RECIPE)
-    goes_on = script.unlearn or script.verify or script.eval
-    if (found := file.earlier()) is not None and not goes_on:
+    found, goes_on = file.earlier(), is_asked_for(script) or script.verify or script.eval
+    if found is not None and not goes_on and file.is_current(found):
         console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
         return found
     train, held_out = load_data(options)
     check_model_is_there(script.model_name_or_path)
-    row_ids(script.unlearn or (), train, options.s3t, Path(options.training.output_dir))  # refuses unknown ones
-    losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file)
+    ids, groups = named(script, train, options.s3t, options.training.output_dir)
+    trains = must_train(found is not None, options.training.output_dir, ids, groups)
+    file.go_on()
+    losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file, trains)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
     ask_harness(options, trainer, name, results)
-    if script.unlearn:
-        forget(options, trainer, train, file, results)
+    if ids or groups:
+        forget(options, trainer, train, file, results, ids, groups)
     if script.verify and not trainer.s3t_model.is_exhausted:
         report = trainer.verify("sample" if script.verify == "sample" else None)
         say(trainer, str(report))
         results["verified"] = report.ok
-    file.add(**{key: results[key] for key in ("lm_eval", "verified") if key in results})
+    record_answers(file, results)
     write_results(file, options)
     return results
 
 
-def forget(options: Options, trainer: Any, train: Dataset, file: Results, results: dict[str, Any]) -> None:
+def forget(
+    options: Options,
+    trainer: Any,
+    train: Dataset,
+    file: Results,
+    results: dict[str, Any],
+    ids: list,
+    groups: list,
+) -> None:
     """Unlearn what the command line names, and measure again."""
     script, name = options.script, NAMES[options.script.method]
-    forgotten = forgotten_rows(trainer, train, script.unlearn) if script.measure_forgetting else None
-    before = None if forgotten is None else held_out_loss(trainer, forgotten)
-    results["unlearned"] = unlearn(trainer, *named_rows(trainer, script.unlearn))
+    forgotten = forgotten_rows(trainer, train, ids, groups) if script.measure_forgetting else None
+    if forgotten is not None and preview(trainer.folder, ids, groups).present:
+        # Kept before the deletion: nothing can measure it afterwards.
+        file.keep(forgotten={"before": held_out_loss(trainer, forgotten)})
+    results["unlearned"] = unlearn(trainer, file, ids, groups)
     if trainer.s3t_model.is_exhausted:
-        say(trainer, "exhausted: every first slice was hit. Train again to grow stages on the remaining data.")
+        say(trainer, EXHAUSTED)
         record_deletion(file, trainer, results)
         return
     results["losses"][f"{name} after unlearning"] = held_out_loss(trainer)
@@ -102,12 +115,10 @@ def forget(options: Options, trainer: Any, train: Dataset, file: Results, result
     ask_harness(options, trainer, f"{name} after unlearning", results)
     record_deletion(file, trainer, results)
     if forgotten is not None:
-        results["forgotten"] = {"before": before, "after": held_out_loss(trainer, forgotten)}
+        results["forgotten"] = {**file.content.get("forgotten", {}), "after": held_out_loss(trainer, forgotten)}
         file.add(forgotten=results["forgotten"])
-        say(
-            trainer,
-            "loss on what was forgotten: {before:.3f} before, {after:.3f} after".format(**results["forgotten"]),
-        )
+        shown = ", ".join(f"{loss:.3f} {when}" for when, loss in results["forgotten"].items())
+        say(trainer, f"loss on what was forgotten: {shown}")
 
 
 def check_method(options: Options) -> None:

@@ -62,7 +62,10 @@ class ScriptArguments:
     )
     eval_task_folder: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
     eval_limit: int | None = field(default=None, metadata={"help": "Ask the first so many questions of each task."})
-    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids, or groups, to unlearn after training."})
+    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
+    unlearn_groups: list[str] | None = field(
+        default=None, metadata={"help": "Groups whose rows are all to be unlearnt; see --group_column."}
+    )
     measure_forgetting: bool = field(
         default=False, metadata={"help": "Keep the loss on the rows to unlearn, before and after: for studies."}
     )
@@ -229,4 +232,10 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else " See --help for all options."
             raise ConfigError(f"{path} sets `{name}`, which is no option.{hint}")
-    return values
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*") and action.type in (None, str)}
+    # As on the command line, where one value is a list of one, and a number is what was typed.
+    return {name: _texts(value) if name in lists and value is not None else value for name, value in values.items()}
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]

@@ -13,6 +13,7 @@ from instruction_tuning import (
     RECIPE,
     ask_harness,
     held_out_loss,
+    record_answers,
     record_deletion,
     say,
     train_all,
@@ -116,7 +117,7 @@ def run_demo(options: Options) -> dict[str, Any]:
     console.print(f"\nforgetting {person.name}, in slice {slice_} of shard {shard}")
     asked: dict[str, Any] = {}
     ask_harness(options, trainer, "S3T", asked)
-    report = unlearn(trainer, groups=[person.name])
+    report = unlearn(trainer, file, groups=[person.name])
     ask_harness(options, trainer, "S3T after unlearning", asked)
     known["S3T after unlearning"] = ask.share(model, fact_rows(person))
     losses["S3T after unlearning"] = held_out_loss(trainer)
@@ -130,7 +131,7 @@ def run_demo(options: Options) -> dict[str, Any]:
     console.print(f"audit without {person.name}: {audit}")
     console.print(in_new_process(trainer.args.output_dir))
     record_deletion(file, trainer, {"losses": losses, "unlearned": report})
-    file.add(verified=audit.ok, **asked)
+    record_answers(file, {"verified": audit.ok, "unlearned": report, **asked})
     write_results(file, options)
     return {
         "losses": losses,

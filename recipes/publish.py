@@ -63,8 +63,16 @@ class Recipe:
 def held_out_losses(results: dict[str, Any]) -> dict[str, float]:
     """The numbers of a language model: its loss on the held-out rows as it is now, and the base's."""
     losses = results["losses"]
-    now = losses.get("S3T after unlearning", losses["S3T"])
-    return {"Held-out loss": round(now, 4), "Held-out loss of the base": round(losses["base"], 4)}
+    names = {
+        "S3T after unlearning": "Held-out loss",
+        "S3T": "Held-out loss",
+        "base": "Held-out loss of the base",
+    }
+    shown: dict[str, float] = {}
+    for name, title in names.items():
+        if name in losses:
+            shown.setdefault(title, round(losses[name], 4))
+    return shown
 
 
 def deepest_metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -70,6 +70,15 @@ class Run:
         """Where its results go."""
         return RESULTS / f"{self.name}.json"
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it was run to its end, and its results were shortened."""
+        if not self.results.is_file():
+            return False
+        content = json.loads(self.results.read_text())
+        deleted = "unlearned" in content or "unlearn_groups" not in self.options
+        return "finished" in content and "predictions" not in content and deleted
+
     def arguments(self, model: str, data: Path, work_dir: Path) -> list[str]:
         """The command line of the recipe."""
         train, *evaluation = (str(data / file) for file in self.files)
@@ -110,7 +119,9 @@ def _language() -> Iterator[Run]:
     alpaca, tofu = ("alpaca/alpaca_union.jsonl",), ("tofu/full.jsonl",)
     for method in ("s3t", "sisa"):
         yield Run(f"alpaca-{method}-seed42", "stories260k", alpaca, {"method": method}, "llama_alpaca")
-    options = {"method": "s3t", "unlearn": [0, 1], "measure_forgetting": True, "skip_full_lora": True}
+    options = {"method": "s3t", "unlearn_groups": [0, 1], "measure_forgetting": True, "skip_full_lora": True}
+    eight_bit = {"method": "s3t", "load_in_8bit": True}
+    yield Run("alpaca-8bit-s3t-seed42", "stories260k", alpaca, eight_bit, "llama_alpaca")
     yield Run("tofu-s3t-seed42", "stories260k_tofu", tofu, options, "llama_alpaca")
 
 
@@ -189,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     if arguments.command == "list":
         for run in runs():
-            print(f"{'done' if run.results.is_file() else '    '}  {run.name}")
+            print(f"{'done' if run.is_done else '    '}  {run.name}")
     elif arguments.command == "tables":
         print("\n\n".join(tables()))
     else:
@@ -200,7 +211,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Run, one after the other, the runs that are named and not done."""
     chosen = [run for run in runs() if any(fnmatch(run.name, pattern) for pattern in arguments.names)]
     for run in chosen:
-        if run.results.is_file():
+        if run.is_done:
             continue
         model = arguments.minilm
         if run.recipe == "llama_alpaca":
@@ -241,7 +252,7 @@ def shorten(path: Path) -> None:
 
 def tables() -> list[str]:
     """The tables of docs/reproduction.md, in Markdown."""
-    found = {run.name: json.loads(run.results.read_text()) for run in runs() if run.results.is_file()}
+    found = {run.name: json.loads(run.results.read_text()) for run in runs() if run.is_done}
     made = [
         _selection_table(found),
         *(_comparison_table(task, found) for task in ("trec", "sst2")),
@@ -258,7 +269,7 @@ def _language_table(found: dict[str, dict]) -> str:
         "| held-out loss | base | full LoRA | by depth | after unlearning | what was forgotten |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("alpaca-s3t-seed42", "alpaca-sisa-seed42", "tofu-s3t-seed42"):
+    for name in ("alpaca-s3t-seed42", "alpaca-8bit-s3t-seed42", "alpaca-sisa-seed42", "tofu-s3t-seed42"):
         if name not in found:
             continue
         losses, forgotten = found[name]["losses"], found[name].get("forgotten")

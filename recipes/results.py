@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from forgetting import num_deletions
 
 from hf_s3t.errors import ConfigError
 from hf_s3t.files import write_atomically
@@ -30,9 +31,12 @@ FORMAT = 1
 SUFFIX = "-results.json"
 # Where things go, and what is done after the measurement.
 _NOT_SETTINGS = (
-    "output_dir", "results_file", "overwrite_results", "unlearn", "verify", "cache_dir",
-    "eval", "eval_tasks", "eval_task_folder", "eval_limit",
+    "output_dir", "results_file", "overwrite_results", "unlearn", "unlearn_groups", "verify", "cache_dir",
+    "eval", "eval_tasks", "eval_task_folder", "eval_limit", "measure_forgetting",
 )  # fmt: skip
+_PATHS = ("model_name_or_path", "dataset_name", "eval_file")
+# What a deletion makes void: it was measured with rows that are gone.
+_MEASURED = ("metrics", "predictions", "lm_eval", "verified")
 
 
 class Results:
@@ -48,6 +52,7 @@ class Results:
         script = options.script
         self.path = Path(script.results_file or options.training.output_dir.rstrip("/") + SUFFIX)
         self.overwrite = script.overwrite_results
+        self.folder = options.training.output_dir
         self.content: dict[str, Any] = {
             "format": FORMAT,
             "recipe": recipe,
@@ -69,17 +74,27 @@ class Results:
         found = self._found()
         return found if found and "finished" in found else None
 
-    def kept(self, name: str) -> Any:
-        """
-        A part of the results of the same run, though it was interrupted after that.
+    def is_current(self, found: Mapping[str, Any]) -> bool:
+        """Whether nothing was deleted since these results were measured."""
+        return found.get("deletions", 0) == num_deletions(self.folder)
 
-        Args:
-            name (`str`): Name of the part.
+    def go_on(self) -> None:
+        """
+        Take in what the same run has kept, so that nothing of it is lost; but not what a deletion made void.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]: If the file holds the results of another run.
         """
-        return (self._found() or {}).get(name)
+        found = self._found() or {}
+        self.content = {**found, **self.content, "wall_seconds": found.get("wall_seconds", {})}
+        self.content.pop("finished", None)
+        if not self.is_current(found):
+            self.void()
+
+    def void(self) -> None:
+        """Drop what was measured with rows that are deleted now."""
+        for name in _MEASURED:
+            self.content.pop(name, None)
 
     def _found(self) -> dict[str, Any] | None:
         if self.overwrite or not self.path.is_file():
@@ -126,7 +141,8 @@ class Results:
 
     def write(self) -> dict[str, Any]:
         """Write the file of a finished run, in the first process, and return what it holds."""
-        self.add(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.add(deletions=num_deletions(self.folder), finished=now)
         self._write()
         return self.content
 
@@ -156,7 +172,11 @@ def settings_of(options: Any) -> dict[str, Any]:
     }
     script = dataclasses.asdict(options.script)
     return {
-        "script": {name: _named(value) for name, value in script.items() if name not in _NOT_SETTINGS},
+        "script": {
+            name: _named(value) if name in _PATHS else value
+            for name, value in script.items()
+            if name not in _NOT_SETTINGS
+        },
         "s3t": options.s3t.to_dict(),
         "lora": lora,
         "training": json.loads(json.dumps(changed, default=str)),
@@ -183,7 +203,7 @@ def _named(value: Any) -> Any:
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     found = {}
-    for name in sorted({*then, *now}):
+    for name in sorted({*then, *now} - {*_NOT_SETTINGS}):
         one, other = then.get(name), now.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             found.update(_differing(one, other, f"{prefix}{name}."))

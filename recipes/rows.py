@@ -15,9 +15,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from hf_s3t import S3TConfig
-from hf_s3t.errors import ConfigError, UnknownExampleError
-from hf_s3t.storage import SystemFolder
+from hf_s3t.errors import ConfigError
 
 
 _NAMED = 5
@@ -196,7 +194,7 @@ class Source:
 
 def with_ids(dataset: Dataset, id_column: str | None, suggested: str | None, name: str) -> tuple[Dataset, str]:
     """
-    A dataset with ids: those of a column, or row numbers in a new one.
+    A dataset with ids: those of the column asked for, suggested or called `id`, or row numbers in a new one.
 
     Row numbers are those of the whole source, so that they stay what they are when a part of it is chosen.
 
@@ -214,8 +212,9 @@ def with_ids(dataset: Dataset, id_column: str | None, suggested: str | None, nam
         raise ConfigError(f"`--id_column {id_column}` is no column of {name}, which has {', '.join(columns)}.")
     if id_column is not None:
         return dataset, id_column
-    if suggested in columns and not isinstance(dataset.features[suggested], dict):
-        return dataset, suggested
+    for column in (suggested, "id"):
+        if column in columns and not isinstance(dataset.features[column], dict):
+            return dataset, column
     if "id" in columns:
         dataset = dataset.remove_columns("id")
     return dataset.add_column("id", list(range(len(dataset)))), "id"
@@ -362,43 +361,3 @@ def label_values(dataset: Dataset, column: str, bounds: tuple[float, float] | No
             "rows, or choose another `--label_column`; a benchmark's test set comes without labels."
         )
     return found
-
-
-def row_ids(wanted: Sequence[str], train: Dataset, s3t: S3TConfig, folder: Path) -> list:
-    """
-    The ids of rows that are named by id, or by the group they are in.
-
-    Args:
-        wanted (sequence of `str`): Ids and groups, as a command line names them.
-        train (`Dataset`): The training rows.
-        s3t ([`~hf_s3t.S3TConfig`]): Says which columns hold ids and groups.
-        folder (`Path`): The system's folder, which need not be there yet.
-
-    Raises:
-        [`~hf_s3t.errors.UnknownExampleError`]: If there is no such row and never was.
-        [`~hf_s3t.errors.ConfigError`]: If ids are integers and a name is none.
-    """
-    stored = train.with_format(None)
-    ids = stored[s3t.id_column][:]
-    known = {str(i): i for i in ids}
-    groups: dict[str, list] = {}
-    if s3t.group_column:
-        for row_id, group in zip(ids, stored[s3t.group_column][:], strict=True):
-            groups.setdefault(str(group), []).append(row_id)
-    unknown = [name for name in wanted if name not in known and name not in groups]
-    if unknown and not SystemFolder.exists(folder):
-        raise UnknownExampleError(
-            f"`--unlearn {' '.join(unknown)}`: the training rows have no such ids or groups. Their ids are such as "
-            f"{ids[0]}. Nothing was trained."
-        )
-    if unknown and isinstance(ids[0], int) and (wrong := [name for name in unknown if not _is_integer(name)]):
-        raise ConfigError(
-            f"`--unlearn {' '.join(wrong)}` names no group, and ids are integers here, such as {ids[0]}. Name rows by "
-            "their ids."
-        )
-    # A system that is there may know the others as deleted; it refuses what it never saw.
-    return [i for name in wanted for i in ([known[name]] if name in known else groups.get(name, [type(ids[0])(name)]))]
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()

@@ -24,6 +24,7 @@ from classification import (
     check_metrics,
     choose_rows,
     first_rows,
+    prepared_eval_ids,
     prepared_ids,
     quiet,
     read_sets,
@@ -36,7 +37,7 @@ from options import Options, read_options
 from options import make_parser as make_recipe_parser
 from results import Results
 from rows import Source, check_columns, label_numbers, label_values
-from tasks import TEXT_TASKS, TextTask
+from tasks import TEXT_TASKS, TextTask, columns_of
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -183,6 +184,12 @@ def check_template(template: str) -> None:
     # A number would be a position, and texts have no formats: neither is a column.
     if not parts or any(not name or name.isdecimal() or form or change for name, form, change in parts):
         raise ConfigError(f"`--text_columns {template}` must name a column in each pair of braces. {_TEMPLATES}")
+    # A point or a bracket would look into the text.
+    if strange := [name for name, _, _ in parts if "." in name or "[" in name]:
+        raise ConfigError(
+            f"`--text_columns {template}`: a column whose name has a point or a bracket, such as {strange[0]}, cannot "
+            "be put into a text. Rename it in the data."
+        )
 
 
 def source_of(options: Options, task: TextTask) -> Source:
@@ -216,19 +223,12 @@ def load_rows(options: Options, task: TextTask) -> tuple[TextTask, Dataset, dict
     train = as_rows(prepared_ids(train, options, task, name), task, options, name)
     if task.group_column and options.s3t.group_column is None:
         options.s3t.group_column = task.group_column
-    group = options.s3t.group_column
-    if group and group not in train.column_names:
-        raise ConfigError(
-            f"`--group_column {group}` is no column of {name}, which has {', '.join(train.column_names)}."
-        )
-    train, held_out = choose_rows(options, train, train[group or options.s3t.id_column][:])
+    train, held_out = choose_rows(options, train, name)
     sets = {} if held_out is None else {HELD_OUT: held_out}
     for set_name, dataset in others.items():
         check_task_columns(dataset, task, f"the evaluation rows ({set_name})")
-        dataset = as_rows(
-            prepared_eval_ids(dataset, options, task), task, options, f"the evaluation rows ({set_name})"
-        )
-        sets[set_name] = dataset
+        dataset = prepared_eval_ids(dataset, options.s3t.id_column)
+        sets[set_name] = as_rows(dataset, task, options, f"the evaluation rows ({set_name})")
     return task, train, {key: evaluation_set(dataset, options) for key, dataset in sets.items()}
 
 
@@ -238,14 +238,6 @@ def check_task_columns(dataset: Dataset, task: TextTask, name: str) -> None:
     if task.expand is not None:
         remedy = "Give data in the layout of SuperGLUE on the Hub."
     check_columns(dataset, task.columns, task.name, name, remedy)
-
-
-def prepared_eval_ids(dataset: Dataset, options: Options, task: TextTask) -> Dataset:
-    """Evaluation rows are named in the results by the same column, or by their number."""
-    column = options.s3t.id_column
-    if column in dataset.column_names:
-        return dataset
-    return dataset.add_column(column, list(range(len(dataset))))
 
 
 def check_no_nulls(dataset: Dataset, columns: Sequence[str], name: str) -> None:
@@ -274,13 +266,22 @@ def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Da
     else:
         labels = label_numbers(dataset, task.label_column, task.labels, name)
     kept = [c for c in (id_column, *_own_columns(options)) if c in dataset.column_names]
-    dataset = dataset.remove_columns(task.label_column).add_column("label", labels)
+    # There may be another column of that name.
+    dataset = dataset.remove_columns({task.label_column, "label"} & {*dataset.column_names})
+    dataset = dataset.add_column("label", labels)
+
+    asked_for = {*columns_of(task.texts)}
 
     def render(batch: dict[str, list]) -> dict[str, list]:
         found: dict[str, list] = {}
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
             for one in task.expand({**row, "id": row[id_column]}) if task.expand else (row,):
+                if not asked_for <= one.keys():
+                    raise ConfigError(
+                        f"`--text_columns` names {', '.join(sorted(asked_for - one.keys()))}, and a row of "
+                        f"{task.name} has {', '.join(sorted(one))}. Name some of these."
+                    )
                 texts = [template.format_map(one) for template in task.texts]
                 shown = {
                     **{column: row[column] for column in kept},
@@ -303,10 +304,29 @@ def _own_columns(options: Options) -> list[str]:
     return [column for column in (s3t.group_column, s3t.shard_column, s3t.slice_column) if column]
 
 
+def first_questions(dataset: Dataset, count: int | None) -> Dataset:
+    """At most so many rows, each question with all of its own; one question at least."""
+    if count is None or count >= len(dataset):
+        return dataset
+    places: dict[Any, list[int]] = {}
+    for place, question in enumerate(dataset["question_id"][:]):
+        places.setdefault(question, []).append(place)
+    taken: list[int] = []
+    for own in places.values():
+        if taken and len(taken) + len(own) > count:
+            break
+        taken += own
+    return dataset.select(sorted(taken))
+
+
 def evaluation_set(dataset: Dataset, options: Options) -> EvaluationSet:
     """Rows to evaluate on, with what their answers are compared to."""
-    dataset = first_rows(dataset, options.script.max_eval_samples)
-    questions = dataset["question_id"][:] if "question_id" in dataset.column_names else None
+    most = options.script.max_eval_samples
+    if "question_id" not in dataset.column_names:
+        dataset, questions = first_rows(dataset, most), None
+    else:
+        dataset = first_questions(dataset, most)
+        questions = dataset["question_id"][:]
     return EvaluationSet(dataset, dataset[options.s3t.id_column][:], dataset["label"][:], questions)
 
 

@@ -26,7 +26,7 @@ from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.files import write_atomically, write_checked_json
-from hf_s3t.plan import Plan
+from hf_s3t.plan import Plan, StageKey
 from hf_s3t.storage import CONFIG_FILE, STAGES, SystemFolder
 
 
@@ -239,6 +239,33 @@ def _short(value: Any) -> str:
 
 
 # Smaller budgets from the stages of a larger one
+
+
+def check_budgets(config: S3TConfig, budgets: Sequence[int]) -> None:
+    """
+    Refuse budgets whose stages are not among those of the largest, before that is trained.
+
+    Args:
+        config ([`~hf_s3t.S3TConfig`]): The system, but for its budget.
+        budgets (sequence of `int`): Numbers of sequences per shard.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the first that is not, and those that are.
+    """
+
+    def stages(budget: int) -> set[StageKey]:
+        return {*Plan.from_config(dataclasses.replace(config, budget=budget)).stages()}
+
+    largest = max(budgets)
+    there = stages(largest)
+    fitting = [budget for budget in range(1, largest + 1) if stages(budget) <= there]
+    for budget in sorted(budgets):
+        if budget not in fitting:
+            raise ConfigError(
+                f"Budget {budget} has sequences that {largest}, the largest, does not have, so its system cannot be "
+                f"served from that one's stages. Choose among {', '.join(map(str, fitting))}, or another rule by "
+                "`--sequence_selection`, such as cyclic-paper."
+            )
 
 
 def served_subset(source: Path, target: Path, *, shards: Sequence[int] | None = None, **changes: Any) -> Path:

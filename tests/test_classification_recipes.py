@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from hf_s3t import S3TModel
 from hf_s3t.baselines import METHODS
 from hf_s3t.errors import ConfigError, UnknownExampleError
-from hf_s3t.storage import SystemFolder
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
@@ -31,9 +30,10 @@ import image_classification as images
 import pretrain_vit
 import text_classification as texts
 import yaml
+from forgetting import named
 from images import Shown
 from options import read_options
-from rows import Source, by_hash, row_ids, sample, split_off
+from rows import Source, by_hash, sample, split_off
 from tasks import IMAGE_TASKS, TEXT_TASKS
 
 
@@ -407,13 +407,48 @@ def test_an_id_that_the_hub_does_not_give_is_named(monkeypatch):
         Source("some/data").read("train")
 
 
-def test_what_is_to_be_unlearned_has_the_type_of_the_ids(tmp_path, monkeypatch):
-    train = Dataset.from_dict({"id": [1, 2]})
-    s3t = text_options("--id_column", "id").s3t
-    monkeypatch.setattr(SystemFolder, "exists", lambda folder: True)
-    assert row_ids(["2", "-7"], train, s3t, tmp_path) == [2, -7]
-    with pytest.raises(ConfigError, match="`--unlearn abc` names no group, and ids are integers"):
-        row_ids(["2", "abc"], train, s3t, tmp_path)
+def test_what_is_to_be_unlearned_has_the_type_of_the_ids_and_an_id_is_no_group(tmp_path):
+    train = Dataset.from_dict({"id": [1, 2, 3], "user": [7, 2, 2]})
+
+    def asked_for(*argv):
+        options = text_options("--id_column", "id", "--group_column", "user", *argv)
+        return named(options.script, train, options.s3t, tmp_path)
+
+    assert asked_for("--unlearn", "2", "--unlearn_groups", "2", "7") == ([2], [2, 7])
+    assert asked_for() == ([], [])
+    with pytest.raises(UnknownExampleError, match=r"`--unlearn 7`: .* But `--unlearn_groups` would know them"):
+        asked_for("--unlearn", "1", "7")
+    with pytest.raises(
+        UnknownExampleError, match=r"`--unlearn_groups x`: .* no such groups, theirs are such as 7\. N"
+    ):
+        asked_for("--unlearn_groups", "x")
+
+
+def test_a_column_called_id_is_the_ids_and_other_columns_may_be_called_as_ours(tmp_path):
+    rows = [{"id": 100 + n, "text": "good", "label": n % 2, "label_text": ["neg", "pos"][n % 2]} for n in range(6)]
+    argv = ["--dataset_name", write_jsonl(tmp_path / "a.jsonl", rows), "--text_columns", "text"]
+    argv += ["--label_column", "label_text", "--label_set", "neg", "pos", "--validation_share", "0.2"]
+    _, _, train, _ = load_text(*argv)
+    assert train["id"][:] == [i for i in range(100, 106) if i in train["id"][:]] and set(train["label"][:]) == {0, 1}
+
+
+def test_a_template_that_a_row_cannot_fill_is_refused(on_the_hub):
+    with pytest.raises(ConfigError, match="names choice1, and a row of copa has choice, connective"):
+        load_text("--task_name", "copa", "--text_columns", "premise", "choice1")
+    with pytest.raises(ConfigError, match=r"a column whose name has a point or a bracket, such as text\.en"):
+        load_text("--task_name", "sst2", "--text_columns", "text.en")
+
+
+def test_a_question_is_evaluated_with_all_of_its_rows(on_the_hub):
+    *_, sets = load_text("--task_name", "copa", "--max_eval_samples", "3")
+    assert [len(rows.ids) for rows in sets.values()] == [2]
+
+
+def test_one_value_in_a_file_is_a_list_of_one(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("metrics: f1\nunlearn: [17, 3]\ntext_columns: text\nmodel_name_or_path: m\noutput_dir: o\n")
+    script = read_options(texts.make_parser(), ["--config", str(path)]).script
+    assert (script.metrics, script.unlearn, script.text_columns) == (["f1"], ["17", "3"], ["text"])
 
 
 @pytest.mark.parametrize("recipe", ["text_classification", "pretrain_vit"])
@@ -529,13 +564,66 @@ def test_what_was_measured_with_deleted_rows_is_not_kept(on_the_hub, encoder, tm
     argv = line(encoder, tmp_path, "--task_name", "copa", "--budget", "2")
     before = texts.main(argv)
     with pytest.raises(UnknownExampleError):
-        texts.main([*argv, "--output_dir", str(tmp_path / "other"), "--unlearn", "77"])
+        texts.main([*argv, "--output_dir", str(tmp_path / "other"), "--unlearn_groups", "77"])
     assert not (tmp_path / "other").exists()
-    after = texts.main([*argv, "--unlearn", "3", "--verify", "sample"])
+    after = texts.main([*argv, "--unlearn_groups", "3", "--verify", "sample"])
     # A question goes with both its choices.
     assert after["unlearned"]["examples"] == 2 and after["verified"]
     assert before["depths"] == [2] and after["depths"] == [1] and list(after["metrics"]["validation"]) == ["1"]
     assert "3-0" not in json.dumps(after["settings"])
+
+
+def stages_of(folder: Path) -> dict[str, int]:
+    """The stages of a system, with the moments when they were written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("stages/shard-*/*/stage.json")
+    }
+
+
+def test_a_run_that_forgets_never_grows_what_is_gone(on_the_hub, encoder, tmp_path, monkeypatch):
+    """Deleting again, auditing, or measuring after somebody else's deletion trains nothing and loses no results."""
+    argv = line(encoder, tmp_path, "--task_name", "sst2", "--budget", "2", "--num_shards", "2")
+    texts.main(argv)
+    model = S3TModel.from_pretrained(tmp_path / "system")
+    first, second = (model.folder.table.members(shard, 1)[0] for shard in (0, 1))
+    found = texts.main([*argv, "--unlearn", str(first)])
+    left = stages_of(tmp_path / "system")
+    assert found["deletions"] == found["unlearned"]["examples"] == 1 and sorted(found["depths"]) == [1, 2]
+    again = texts.main([*argv, "--unlearn", str(first), "--verify", "sample"])
+    assert again["unlearned"] == found["unlearned"] and again["metrics"] == found["metrics"] and again["verified"]
+    assert texts.main(argv) == again and stages_of(tmp_path / "system") == left
+    S3TModel.from_pretrained(tmp_path / "system").unlearn([second])
+    measured = texts.main(argv)
+    assert measured["depths"] == [1, 1] and measured["deletions"] == 2 and "verified" not in measured
+    assert stages_of(tmp_path / "system").items() < left.items()
+    with pytest.raises(UnknownExampleError):
+        texts.main([*argv, "--unlearn", "100000"])
+    # A run that died between the deletion and the end of the measurement.
+    results = tmp_path / "system-results.json"
+    results.write_text(json.dumps({k: v for k, v in json.loads(results.read_text()).items() if k != "finished"}))
+    left = stages_of(tmp_path / "system")
+    assert texts.main([*argv, "--unlearn", str(first)])["depths"] == [1, 1] and stages_of(tmp_path / "system") == left
+    assert texts.main([*argv, "--overwrite_results", "True"])["depths"] == [2, 2]
+
+
+@pytest.mark.parametrize("method", ["s3t", "protosisa"])
+def test_a_system_with_nothing_left_is_measured_as_far_as_it_answers(method, on_the_hub, encoder, tmp_path):
+    argv = line(encoder, tmp_path, "--task_name", "sst2", "--method", method)
+    texts.main(argv)
+    model = METHODS[method]._model_type.from_pretrained(tmp_path / "system")
+    gone = model.folder.table.members(0, model.folder.plan.sequences[0][0][0])[0]
+    found = texts.main([*argv, "--unlearn", str(gone), "--verify", "sample"])
+    assert found["depths"] == [0] and found["unlearned"]["examples"] == 1 and "verified" not in found
+    assert {name: list(by_depth) for name, by_depth in found["metrics"].items()} == (
+        {} if method == "s3t" else {"validation": ["0"]}
+    )
+
+
+def test_a_folder_called_as_an_option_is_no_other_run(on_the_hub, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = line(encoder, Path(), "--task_name", "cb")
+    argv[argv.index("system")] = "cb"
+    assert texts.main(argv) == texts.main(argv)
 
 
 # Images

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import batch_of, classification_rows, lora, s3t_config, tiny_bert, tiny_vit, training_arguments
 from transformers import ViTImageProcessorPil
 
-from hf_s3t import S3TModel
+from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.analysis import deletion_rate_paper
 from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.study_figures import DRAWERS, quality_at
@@ -24,7 +24,7 @@ from hf_s3t.storage import ADAPTER_FILE
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import deletion_study
-from trained_systems import delete_one_by_one, request_order, served_subset
+from trained_systems import check_budgets, delete_one_by_one, request_order, served_subset
 
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
@@ -257,6 +257,43 @@ def test_studies_end_to_end(tmp_path, capsys):
     assert (tmp_path / "figures" / "figure-9.png").exists()
     with pytest.raises(ConfigError, match="measured under other settings"):
         deletion_study.main(["quality", *common, *deletions, "--requests", "13"])
+
+
+def test_budgets_that_the_largest_does_not_contain_are_refused_beforehand():
+    config = S3TConfig(num_shards=1, num_slices=6)
+    check_budgets(config, [1, 3, 6])
+    with pytest.raises(ConfigError, match=r"Budget 2 has sequences that 3, .* Choose among 1, 3, or another rule"):
+        check_budgets(config, [2, 3])
+
+
+def test_the_drop_of_results_is_how_much_worse_they_get(tmp_path):
+    def drop(metric, *by_depth) -> list[float]:
+        metrics = {"test": {str(depth): {metric: value} for depth, value in enumerate(by_depth, 1)}}
+        settings = {"script": {}, "s3t": {"num_shards": 1}}
+        content = {"metrics": metrics, "settings": settings, "method": "s3t", "seed": 1, "recipe": "llama_alpaca"}
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        found = deletion_study._from_results(tmp_path / "r.json")
+        assert found["name"] == "llama_alpaca: S3T, m = 1"
+        return found["drop"]
+
+    assert drop("accuracy", 0.6, 0.8) == pytest.approx([0, 0.25]) and drop("loss", 2.5, 2.0) == pytest.approx(
+        [0, 0.25]
+    )
+    with pytest.raises(ConfigError, match=r"is 0 \(matthews_correlation\)"):
+        drop("matthews_correlation", 0.1, 0.0)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds no results of a recipe"):
+        deletion_study.main(["drop", "--results", str(tmp_path / "other.json"), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_every_budget_has_a_line_of_its_own(count, tmp_path):
+    data = json.loads((FIGURES / "figure-6-left.json").read_text(encoding="utf-8"))
+    runs = data["systems"]["s3t-1"]
+    data["expected_exhausted"] = {}
+    data["systems"] = {**{f"s3t-{budget}": runs for budget in range(1, count + 1)}, "sisa": runs, "protosisa": runs}
+    draw("figure-6-left", data, tmp_path / "figure.svg")
+    assert f"<!-- S3T, B = {count} -->" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_trained(tmp_path):

@@ -27,7 +27,7 @@ def stored(name):
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("name", ["table-3"])
+    @pytest.mark.parametrize("name", [n if n == "table-3" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
     def test_stored_ones_are_those_of_the_code(self, name):
         again = json.loads(json.dumps(paper_theory.STUDIES[name]()))
         assert flat(again) == pytest.approx(flat(stored(name)), rel=1e-9)

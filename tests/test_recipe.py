@@ -134,11 +134,11 @@ def test_every_method_takes_the_same_command_and_writes_its_results(stories, met
 
 
 @pytest.mark.slow
-def test_a_group_is_named_as_an_id_is_and_what_was_forgotten_is_measured_if_asked_for(stories, shared_data):
+def test_a_group_is_forgotten_as_a_whole_and_what_was_forgotten_is_measured_if_asked_for(stories, shared_data):
     questions = ["--dataset_name", str(shared_data("tofu/full.jsonl")), "--columns", "question", "answer"]
     small = ["--max_train_samples", "80", "--num_shards", "1", "--skip_full_lora", "True"]
     options = [*stories, *questions, *small, "--group_column", "author"]
-    results = recipe.main([*options, "--unlearn", "2", "--measure_forgetting", "True"])
+    results = recipe.main([*options, "--unlearn_groups", "2", "--measure_forgetting", "True"])
     assert results["unlearned"].deleted == 20
     assert set(results["forgotten"]) == {"before", "after"}
 

@@ -77,6 +77,18 @@ def test_of_predictions_it_is_kept_which_were_right(tmp_path):
     assert not path.with_suffix(".md").exists()
 
 
+def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    (run,) = (run for run in RUNS if run.name == "tofu-s3t-seed42")
+
+    def is_done(**content) -> bool:
+        run.results.write_text(json.dumps(content))
+        return run.is_done
+
+    assert not run.is_done and not is_done(losses={}) and not is_done(finished="now")
+    assert not is_done(finished="now", unlearned={}, predictions={}) and is_done(finished="now", unlearned={})
+
+
 def test_the_docs_show_the_tables_of_the_results_that_are_kept():
     page = (Path(reproduce.HERE).parent / "docs" / "reproduction.md").read_text()
     assert any(run.results.is_file() for run in RUNS)

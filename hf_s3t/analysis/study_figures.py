@@ -1,5 +1,6 @@
 """The pictures of the studies of trained systems, which `recipes/deletion_study.py` measures."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from .pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_
 
 
 _PLUS_MINUS = " (± a standard error of the rows)"
-_BUDGETS = ("#9ECAE1", "#56B4E9", "#0072B2", "#08306B", "#CC79A7", "#E69F00")
+_SHADES = ("#9ECAE1", "#56B4E9", "#0072B2", "#08306B", "#CC79A7", "#E69F00")
 
 
 def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float) -> np.ndarray:
@@ -62,6 +63,15 @@ def standard_error(quality: np.ndarray, data: Mapping[str, Any]) -> np.ndarray:
     return np.sqrt(quality * (1 - quality) / data["evaluation_rows"])
 
 
+def _shades(count: int) -> Sequence[Any]:
+    """As many colours, of which neighbours are told apart."""
+    if count <= len(_SHADES):
+        return _SHADES[:count]
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](place) for place in np.linspace(0, 0.95, count)]
+
+
 def _named(name: str) -> str:
     if name.startswith("s3t-"):
         return f"S3T, B = {name.removeprefix('s3t-')}"
@@ -73,7 +83,7 @@ def _quality(data):
     x = np.arange(data["requests"] + 1)
     dead = data["quality_of_guessing"]
     budgets = [name for name in data["systems"] if name.startswith("s3t-")]
-    colors = {**dict(zip(budgets, _BUDGETS)), "sisa": SISA, "protosisa": MORE[1]}
+    colors = {**dict(zip(budgets, _shades(len(budgets)), strict=True)), "sisa": SISA, "protosisa": MORE[1]}
     best = max(point["quality"] for point in data["full"])
     for panel in (axes, near):
         for name, runs in data["systems"].items():
@@ -113,7 +123,7 @@ def _weights(data):
     x = np.array(data["weights"])
     values = 100 * np.array([[point["quality"] for point in order] for order in data["orders"]]).mean(axis=0)
     left = np.array([[point["shards_left"] for point in order] for order in data["orders"]]).mean(axis=0)
-    for color, count, shards, row in zip(_BUDGETS, data["after"], left, values):
+    for color, count, shards, row in zip(_shades(len(left)), data["after"], left, values, strict=True):
         label = f"after {count} requests: {shards:.1f} of {data['num_shards']} shards left"
         by_weight.plot(x, row, "o-", color=color, markersize=4, label=label)
     by_weight.set(
@@ -122,7 +132,8 @@ def _weights(data):
         xlabel="weight of the prototypes (0: SISA alone, 1: prototypes alone)",
         ylabel=f"{data['metric']} (%)",
     )
-    for color, place in zip(_BUDGETS, np.linspace(0, len(x) - 1, min(5, len(x))).round().astype(int)):
+    places = np.linspace(0, len(x) - 1, min(5, len(x))).round().astype(int)
+    for color, place in zip(_shades(len(places)), places, strict=True):
         label = f"weight {x[place]:g}"
         by_requests.plot(data["after"], values[:, place], "o-", color=color, markersize=4, label=label)
     by_requests.set(
@@ -144,13 +155,13 @@ def _lifetimes(data):
         "sisa-exhausted": (SISA, "-", "SISA, retrained when exhausted"),
         **{
             f"{name}-exhausted": (color, "-", f"{_named(name)}, retrained when exhausted")
-            for name, color in zip(budgets, _BUDGETS)
+            for name, color in zip(budgets, _shades(len(budgets)), strict=True)
         },
     }
     saturated = f"s3t-{data['num_slices']}"
     if saturated in budgets:
         label = f"{_named(saturated)}, its sequences trained in parallel"
-        shown[f"{saturated}-side-by-side-exhausted"] = (_BUDGETS[2], ":", label)
+        shown[f"{saturated}-side-by-side-exhausted"] = (_SHADES[2], ":", label)
     for name, (color, style, label) in shown.items():
         over.plot(x[1:], data["curves"][name][1:], style, color=color, linewidth=1.8, label=label)
     sisa, full = (data["totals"][name]["mean"] for name in ("sisa-exhausted", "full"))
@@ -218,7 +229,7 @@ def _lifetimes(data):
 
 def _drop(data):
     figure, (axes,) = new_figure(1, (8, 5))
-    colors = iter((OURS, SISA, FIRST, *MORE, *_BUDGETS))
+    colors = itertools.cycle((OURS, SISA, FIRST, *MORE, *_SHADES))
     by_name: dict[str, list] = {}
     for run in data["runs"]:
         by_name.setdefault(run["name"], []).append(run["drop"])
