@@ -98,6 +98,27 @@ def by_weight(data: Mapping[str, Any]) -> str:
     return _table(["accuracy (%), weight", *(f"{data['weights'][place]:g}" for place in shown)], rows)
 
 
+def gains_of_optimal(data: Mapping[str, Any]) -> str:
+    """What `sequence_selection="optimal"` gains."""
+
+    def gain(ratio: float) -> str:
+        return f"{ratio:.1f}x" if ratio >= 1.5 else f"{100 * (ratio - 1):.1f}%"
+
+    rows = [
+        [
+            f"{row['num_slices']}, {row['budget']}",
+            gain(row["uniform"]),
+            *(
+                f"{gain(float(np.mean(row[method])))}, up to {gain(max(row[method]))}" if method in row else ""
+                for method in ("bms", "sorted-cyclic", "cyclic")
+            ),
+        ]
+        for row in data["rows"]
+    ]
+    heads = ["L, B", "over spaced cyclic, uniform"]
+    return _table([*heads, *(f"over {rule}, priors" for rule in ("BMS", "sorted cyclic", "spaced cyclic"))], rows)
+
+
 def deletion_rates_and_storage(data: Mapping[str, Any]) -> str:
     """Table 3."""
     heads = [
@@ -126,5 +147,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "figure-9": time_of_deletions,
     "ablations": by_depth,
     "figure-15-weights": by_weight,
+    "optimal-gains": gains_of_optimal,
     "table-3": deletion_rates_and_storage,
 }

@@ -355,6 +355,43 @@ def _selection_rules(data):
     return figure
 
 
+def _gains_of_optimal(data):
+    figure, (uniform, priors) = new_figure(2, (12.5, 4.8))
+    rows = data["rows"]
+    names = [f"{row['num_slices']}, {row['budget']}" for row in rows]
+    gains = [100 * (row["uniform"] - 1) for row in rows]
+    bars = uniform.bar(range(len(rows)), gains, 0.6, color=OURS)
+    uniform.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    uniform.set(
+        title="Uniform prior: optimal over spaced cyclic",
+        xlabel="slices L, budget B (sequences)",
+        ylabel=f"gain in mean depth over {data['horizon']} requests (%)",
+        xticks=range(len(rows)),
+        xticklabels=names,
+    )
+    uniform.set_axisbelow(True)
+    drawn = [row for row in rows if "bms" in row]
+    x = np.arange(len(drawn))
+    methods = ("bms", "sorted-cyclic", "cyclic")
+    for shift, method in zip((-0.2, 0, 0.2), methods, strict=True):
+        label, color = _METHODS[method]
+        values = np.array([row[method] for row in drawn])
+        priors.plot(x + shift, values.mean(axis=1), "D", color=color, markersize=6, label=f"over {label}, mean")
+        priors.plot(np.repeat(x + shift, values.shape[1]), values.ravel(), ".", color=color, alpha=0.45, markersize=5)
+    priors.set(
+        title="Ten priors, draws of a Dirichlet distribution",
+        xlabel="slices L, budget B (sequences)",
+        ylabel="mean depth of the optimal set, as a multiple",
+        xticks=x,
+        xticklabels=names[: len(drawn)],
+        yscale="log",
+    )
+    plain_numbers(priors.yaxis)
+    finish(uniform, legends=False)
+    finish(priors)
+    return figure
+
+
 def _retention(data):
     figure, (axes,) = new_figure(1, (7.5, 4.8))
     x = data["hits"]
@@ -411,6 +448,7 @@ _DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-15": _under_a_prior,
     "table-3": _table_3,
     "selection-rules": _selection_rules,
+    "optimal-gains": _gains_of_optimal,
     "retention": _retention,
     "without-replacement": _without_replacement,
     **study_figures.DRAWERS,

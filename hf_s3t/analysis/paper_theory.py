@@ -11,10 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from ..optimal_sequences import mean_depth_weights
 from ..sequences import mean_edit_distance, score, select_sequences
 from .deletion import deletion_rate, deletion_rate_paper, simulate_deletions
 from .planning import Backbone, sequence_cost, storage
-from .retention import expected_depth, retention, retention_paper, retention_random, simulate_depths
+from .retention import (
+    depths_of_hit_sets,
+    expected_depth,
+    retention,
+    retention_paper,
+    retention_random,
+    simulate_depths,
+)
 
 
 # What the paper prints, in Table 3: ViT-large, m = 5, L = 6, B = 1..6, the deletion rates simulated.
@@ -186,6 +194,33 @@ def _kept(method, budget, prior) -> dict[str, Any]:
     }
 
 
+def gains_of_optimal() -> dict[str, Any]:
+    """How much deeper the optimal set stays than those of other rules, over the first requests that hit a shard."""
+    horizon = 100
+
+    def depth(size, budget, method, prior) -> float:
+        sequences = select_sequences(size, budget, method, prior, horizon)
+        return float(mean_depth_weights(prior, horizon) @ depths_of_hit_sets(sequences))
+
+    rows = []
+    for size, budget in ((4, 2), (4, 4), (6, 3), (6, 6), (8, 4), (8, 8), (8, 16), (8, 24)):
+        uniform = [1 / size] * size
+        row = {
+            "num_slices": size,
+            "budget": budget,
+            "uniform": depth(size, budget, "optimal", uniform) / depth(size, budget, "cyclic", uniform),
+        }
+        if budget <= size:
+            # The other rules that take a prior have no more sequences than slices.
+            for method in ("bms", "sorted-cyclic", "cyclic"):
+                row[method] = [
+                    depth(size, budget, "optimal", prior) / depth(size, budget, method, prior)
+                    for prior in _dirichlet_priors(size)
+                ]
+        rows.append(row)
+    return {"horizon": horizon, "rows": rows}
+
+
 def retention_three_ways() -> dict[str, Any]:
     """Lemma 2: the chance that a shard keeps k slices after r requests, as in the paper, exact, and drawn."""
     size, at_least, budget = 8, 3, 8
@@ -252,6 +287,7 @@ STUDIES: dict[str, Callable[[], dict[str, Any]]] = {
     "figure-15": selection_under_a_prior,
     "table-3": storage_and_deletion_rate,
     "selection-rules": selection_rules_compared,
+    "optimal-gains": gains_of_optimal,
     "retention": retention_three_ways,
     "without-replacement": deletion_rate_against_examples,
 }
