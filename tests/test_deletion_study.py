@@ -257,6 +257,13 @@ def test_studies_end_to_end(tmp_path, capsys):
     assert (tmp_path / "figures" / "figure-9.png").exists()
     with pytest.raises(ConfigError, match="measured under other settings"):
         deletion_study.main(["quality", *common, *deletions, "--requests", "13"])
+    deletion_study.main(["weights", *common, "--orders", "1", "--after", "3", "--weights", "0", "0.5", "1"])
+    by_weight = json.loads((tmp_path / "figures" / "figure-15-weights.json").read_text())
+    assert by_weight["after"] == [0, 3]
+    # Nothing deleted: half the weight is what ProtoSISA has by default, and what Figure 6 starts with.
+    ((before, after),) = by_weight["orders"]
+    assert before["quality"][1] == data["systems"]["protosisa"][0]["points"][0]["quality"]
+    assert before["shards_left"] == 2 and len(after["quality"]) == 3
 
 
 def test_budgets_that_the_largest_does_not_contain_are_refused_beforehand():
