@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from hf_s3t import S3TConfig
+from hf_s3t.deletion import record
 from hf_s3t.examples import KEY_VARIABLE, DigestKey, Example
 from hf_s3t.files import write_checked_json
 from hf_s3t.partition import assign
@@ -77,9 +78,8 @@ def add_checkpoint(folder: SystemFolder, key: StageKey, step: int = 1, recorded:
 
 def delete_and_die(folder: SystemFolder, ids) -> None:
     """A deletion that is in the ledger, and whose process died before it removed anything."""
-    removed = folder.plan.removed_by(folder.table.places(ids), folder.stages)
     with folder.lock():
-        folder.record_deletion(ids, removed, {})
+        record(folder, ids, None)
 
 
 def files_of(path) -> dict[str, bytes | None]:
