@@ -137,9 +137,9 @@ def read_sets(options: Options, task: Any, source: Source) -> tuple[Dataset, dic
 def choose_rows(options: Options, train: Dataset, name: str) -> tuple[Dataset, Dataset | None]:
     """The rows of a data set to train on, and those that are left out of training to evaluate on them."""
     script = options.script
-    held_out = None
+    held_out, units = None, units_of(train, options.s3t, name)
     if script.validation_share:
-        train, held_out = split_off(train, units_of(train, options.s3t, name), script.validation_share, HELD_OUT)
+        train, held_out = split_off(train, units, script.validation_share, HELD_OUT)
     if script.max_train_samples:
         train = sample(train, units_of(train, options.s3t, name), script.max_train_samples)
     if len(train) == 0:

@@ -29,7 +29,6 @@ from classification import (
     resolve_labels,
     run,
     say_it_is_done,
-    units_of,
 )
 from datasets import Dataset, Image
 from images import PRETRAINING, ImageSource, Shown, digits
@@ -186,7 +185,6 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
     check_metrics(task)
     train = with_labels(prepared_ids(train, options, task, name), task, name)
     id_column = options.s3t.id_column
-    units_of(train, options.s3t, name)  # refuses a column of groups that is not there
     if script.leave_out_share:
         # By row numbers, whatever the ids are: `pretrain_vit.py` knows no others.
         train, _ = split_off(train, numbers, script.leave_out_share, PRETRAINING)
