@@ -53,12 +53,12 @@ def named(script: Any, train: Dataset, s3t: S3TConfig, folder: str | os.PathLike
     for option, names in unknown.items():
         if names:
             other = next(name for name in wanted if name != option)
-            hint = f" But `--{other}` would know them." if known[other].keys() >= set(names) else ""
+            hint = f"But `--{other}` would know them." if known[other].keys() >= set(names) else "Name some of these."
             what = {"unlearn": "ids", "unlearn_groups": "groups"}[option]
             such = next(iter(known[option]), None)
             raise UnknownExampleError(
                 f"`--{option} {' '.join(names)}`: the training rows have no such {what}"
-                f"{', theirs are such as ' + such if such is not None else ''}.{hint} Nothing was trained."
+                f"{', theirs are such as ' + such if such is not None else ''}. {hint} Nothing was trained."
             )
     return found["unlearn"], found["unlearn_groups"]
 

@@ -36,6 +36,7 @@ def train_all(
     options: Options, model: str, train: Dataset, held_out: Dataset, results: Results, trains: bool = True
 ) -> tuple[dict[str, float], Any]:
     """Measure the base, train full LoRA and then the system, unless it is trained; returns losses and the trainer."""
+    results.go_on()
     losses, name = compared_losses(options, model, train, held_out, results), NAMES[options.script.method]
     method = make_method(options, model, train, held_out)
     trainer = method.trainer

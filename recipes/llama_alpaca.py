@@ -74,7 +74,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_model_is_there(script.model_name_or_path)
     ids, groups = named(script, train, options.s3t, options.training.output_dir)
     trains = must_train(found is not None, options.training.output_dir, ids, groups)
-    file.go_on()
     losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file, trains)
     say(trainer, loss_table(losses))
     results = {"losses": losses}

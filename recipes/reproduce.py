@@ -25,6 +25,8 @@ import numpy as np
 from scipy import stats
 from study_tables import study_tables
 
+from hf_s3t.errors import ConfigError
+
 
 HERE = Path(__file__).resolve().parent
 CONFIGS, RESULTS, FIGURES = HERE / "configs", HERE.parent / "docs" / "results", HERE.parent / "docs" / "figures"
@@ -209,6 +211,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Run, one after the other, the runs that are named and not done."""
+    for pattern in arguments.names:
+        if not any(fnmatch(run.name, pattern) for run in runs()):
+            raise ConfigError(
+                f"{pattern!r} names no run. `reproduce.py list` shows their names; * stands for anything."
+            )
     chosen = [run for run in runs() if any(fnmatch(run.name, pattern) for pattern in arguments.names)]
     for run in chosen:
         if run.is_done:

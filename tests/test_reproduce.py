@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import reproduce
 from options import parse, read_options
 
+from hf_s3t.errors import ConfigError
+
 
 RUNS = reproduce.runs()
 
@@ -75,6 +77,11 @@ def test_of_predictions_it_is_kept_which_were_right(tmp_path):
     reproduce.shorten(path)
     assert json.loads(path.read_text()) == {"cost": {"seconds": 1.0}, "right": {"1": "101", "2": "111"}}
     assert not path.with_suffix(".md").exists()
+
+
+def test_a_pattern_that_names_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'trec-s4t' names no run"):
+        reproduce.main(["run", "--minilm", "m", "--data", str(tmp_path), "trec-s3t-m1-seed1", "trec-s4t"])
 
 
 def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
