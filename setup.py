@@ -56,8 +56,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords="unlearning machine-unlearning lora peft transformers privacy",
-    packages=find_packages(include=["hf_s3t", "hf_s3t.*"]),
-    package_data={"hf_s3t": ["model_cards/*.md", "metrics/*/*.py"]},
+    # The templates of cards lie beside the package in a checkout, and go into it where it is installed.
+    packages=[*find_packages(include=["hf_s3t", "hf_s3t.*"]), "hf_s3t.model_cards"],
+    package_dir={"hf_s3t.model_cards": "model_cards"},
+    package_data={"hf_s3t": ["metrics/*/*.py"], "hf_s3t.model_cards": ["*.md"]},
     entry_points={"console_scripts": ["hf-s3t = hf_s3t.cli:main"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from .errors import BaseModelMismatchError, LayersNotFoundError
 
 
 _HALVES = ("bfloat16", "float16")
+# What is digested apart, and what it is called.
+_PARTS = {
+    "layers": "the weights of its layers",
+    "rest": "its embeddings, norms or biases",
+    "buffers": "its persistent buffers",
+}
 # Of a config: where it came from, how it was loaded, and what is decided per call.
 _NOT_THE_FUNCTION = {
     "_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config",
@@ -77,14 +84,14 @@ def check_base_is(
         _check_precision(model, record)
     dtypes = sorted({_dtype_name(model), record["dtype"], *_HALVES})
     found, expected = _digests(model, layers_path, head, dtypes), record["digest"]
-    parts = [part for part in ("layers", "rest") if found[part] and expected.get(part)]
+    parts = [part for part in _PARTS if found[part] and expected.get(part)]
     # One that agrees is enough: a checkpoint in one half precision that was trained on in the other is the same base.
     differing = [part for part in parts if not set(found[part].items()) & set(expected[part].items())]
     if differing:
-        where = {"layers": "the weights of its layers", "rest": "its embeddings, norms or biases"}
+        where = " and ".join(_PARTS[part] for part in differing)
         raise BaseModelMismatchError(
-            f"The base model is not the one these stages were trained on: {' and '.join(where[p] for p in differing)} "
-            f"differ. Expected {record['id'] or record.get('folder') or 'the model given at training'!r}"
+            f"The base model is not the one these stages were trained on: {where} differ. Expected "
+            f"{record['id'] or record.get('folder') or 'the model given at training'!r}"
             f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
         )
 
@@ -119,18 +126,18 @@ def _digests(model: nn.Module, layers_path: str, head: Sequence[str], dtypes: Se
     """
     Digests of the layers' weight matrices and of all other tensors, rounded to each of the precisions.
 
-    A quantised base keeps no exact weight matrices: for it the first is `None`, so that the base is recognised whether
-    it is quantised or not.
+    A quantised base keeps no exact weight matrices, and may keep buffers of its own: for it both are `None`, so that
+    the base is recognised whether it is quantised or not.
     """
     quantised = getattr(model.config, "quantization_config", None) is not None
-    hashers = {part: {d: hashlib.sha256() for d in dtypes} for part in ("layers", "rest")}
+    hashers = {part: {d: hashlib.sha256() for d in dtypes} for part in _PARTS}
     for part, name, tensor in _base_tensors(model, layers_path, head):
         for dtype, hasher in hashers[part].items():
             rounded = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1)
             hasher.update(f"{name}|{tuple(tensor.shape)}|".encode())
             hasher.update(memoryview(rounded.view(torch.uint8).numpy()))
     hexed = {part: {d: h.hexdigest() for d, h in by_dtype.items()} for part, by_dtype in hashers.items()}
-    return {**hexed, "layers": None} if quantised else hexed
+    return {**hexed, "layers": None, "buffers": None} if quantised else hexed
 
 
 def _base_tensors(model: nn.Module, layers_path: str, head: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -143,6 +150,11 @@ def _base_tensors(model: nn.Module, layers_path: str, head: Sequence[str]) -> It
         if is_matrix and not parameter.is_floating_point():
             continue
         yield "layers" if is_matrix else "rest", plain, parameter
+    # What a checkpoint holds besides parameters, such as the biases of a router. Others are computed from the config.
+    kept = model.state_dict().keys()
+    for name, buffer in sorted(model.named_buffers()):
+        if name in kept and not name.startswith(left_out):
+            yield "buffers", name.replace(".base_layer.", "."), buffer
 
 
 def load_base(
@@ -153,6 +165,8 @@ def load_base(
     device_map: Any = None,
     quantization_config: Any = None,
     head: Sequence[str] = (),
+    token: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> nn.Module:
     """
     Load the base of a system, by default as it was at training.
@@ -164,9 +178,11 @@ def load_base(
         device_map (*optional*): As in Transformers.
         quantization_config (*optional*): `None` for the recorded quantisation, `False` for none.
         head (sequence of `str`): Modules that must not be quantised.
+        token (`str`, *optional*): Token for the Hub; the one of `hf auth login` if not given.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
 
     Raises:
-        [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known.
+        [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known, or none is found by it.
     """
     name = name or record["id"]
     if not name and record.get("folder"):
@@ -196,7 +212,8 @@ def load_base(
         kwargs["quantization_config"] = rowwise(quantization_config, head)
     if name == record["id"] and record["revision"]:
         kwargs["revision"] = record["revision"]
-    config = AutoConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    kwargs.update(token=token, cache_dir=cache_dir)
+    config = _found(name, AutoConfig.from_pretrained, **{k: kwargs.get(k) for k in ("revision", "token", "cache_dir")})
     for setting, value in record.get("config", {}).items():
         # Compared as JSON, as it was recorded; there the keys of a mapping of labels are no numbers.
         if json.loads(json.dumps(config.to_dict().get(setting), default=str)) != value:
@@ -207,7 +224,17 @@ def load_base(
         kwargs["ignore_mismatched_sizes"] = True
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():
-        return architecture.from_pretrained(name, **kwargs)
+        return _found(name, architecture.from_pretrained, **kwargs)
+
+
+def _found(name: str, load: Callable, **kwargs: Any) -> Any:
+    try:
+        return load(name, **kwargs)
+    except OSError as error:
+        raise BaseModelMismatchError(
+            f"The base model cannot be loaded from {name!r}: {error} Give `token` if it is private, or `base_model`: "
+            "the module, its folder here, or another id."
+        ) from error
 
 
 def rowwise(quantization_config: Any, head: Sequence[str] = ()) -> Any:

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
 from .base_model import check_base_is, config_of, describe_base
 from .circumstances import circumstances
@@ -149,6 +151,14 @@ def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> Exampl
 
 
 def _recorded(output_dir: str) -> dict[str, Any] | None:
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"`output_dir={output_dir!r}` is a file, expected a folder. Choose another `output_dir`.")
+    if (path / CONFIG_NAME).exists() and not SystemFolder.exists(path):
+        raise ConfigError(
+            f"`output_dir={output_dir!r}` holds a model ({CONFIG_NAME}), and a system has a folder of its own. Choose "
+            "another `output_dir`."
+        )
     # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
     return open_folder(output_dir).record if SystemFolder.exists(output_dir) else None
 
@@ -166,7 +176,8 @@ def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
         raise ConfigError(
             "`s3t_config` differs from the one this folder's system was made with: "
             + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
-            + ". Leave it out to go on with the system, or choose another `output_dir`."
+            + ". Leave it out to go on with the system, or choose another `output_dir`; a folder in which nothing has "
+            "been trained yet can be removed."
         )
     return config
 

@@ -25,7 +25,11 @@ _IRRELEVANT = {
     "include_for_metrics", "include_num_input_tokens_seen", "remove_unused_columns", "debug",
     "dataloader_prefetch_factor", "torch_empty_cache_steps",
 }  # fmt: skip
-_CHOOSING = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+# Which evaluations there are, and what may move the last bits of their losses.
+_CHOOSING = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
+    "per_device_eval_batch_size",
+)  # fmt: skip
 
 
 def recipe_of(args: TrainingArguments) -> dict[str, Any]:

@@ -6,6 +6,7 @@ loads a model.
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from typer.core import TyperGroup
 
 from . import __version__, rendering
 from .deletion import DeletionPreview, apply, groups_from_texts, ids_from_texts, preview
-from .errors import ConfigError, ExampleIdError, ExhaustedError, FolderError, S3TError
+from .errors import ConfigError, ExampleIdError, ExhaustedError, S3TError
 from .examples import Example
 from .inspection import inspect, open_folder, printable, refuse_foreign_parts
 from .ledger import UnlearningReport
@@ -38,6 +39,9 @@ _EXIT_CODES = (
     "3 exhausted: no shard is left to answer (`unlearn` did its work), or none of the one to export."
 )
 _STDIN = "-"
+# What messages for Python callers say, and what they are to say here.
+_IN_EXPORT = {"`base_model`": "--base-model", ": the module, ": ": ", "`token`": "the token of `hf auth login`"}
+_OPTIONS = {"num_examples": "examples", "goal_months": "months"}
 
 
 class Missing(StrEnum):
@@ -147,11 +151,16 @@ def locate(
     """Show the shard and slice of examples, or that they were deleted."""
     system = open_folder(folder, read_only=True)
     ids, groups = _request(system, ids, from_file, group)
-    places = _places(system, ids, groups)
+    places, deleted_groups = _places(system, ids, groups)
     if as_json:
-        _print_json({"examples": [_place_record(example_id, row) for example_id, row in places]})
+        _print_json(
+            {
+                "examples": [_place_record(example_id, row) for example_id, row in places],
+                "deleted_groups": [{"group": group, "line": line} for group, line in deleted_groups],
+            }
+        )
     else:
-        rendering.show_places(places)
+        rendering.show_places(places, deleted_groups)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -239,7 +248,7 @@ def _show_report(system: SystemFolder, report: UnlearningReport, as_json: bool) 
             {"dry_run": False, "report": asdict(report), "receipt": None if receipt is None else receipt.to_dict()}
         )
     else:
-        rendering.show_report(report, receipt)
+        rendering.show_report(report, receipt, len(system.table))
     return report.is_exhausted
 
 
@@ -315,7 +324,7 @@ def purge(
     if as_json:
         _print_json({"dry_run": dry_run, **asdict(found)})
     else:
-        rendering.show_purge(found)
+        rendering.show_purge(found, dry_run)
     for problem in found.problems:
         _complain(f"Problem: {problem}")
     raise typer.Exit(REFUSED if found.problems else FINE)
@@ -423,10 +432,7 @@ def _check_export(system: SystemFolder, shard: int, target: Path) -> None:
         raise ConfigError(f"Got shard {shard}, expected 0 to {len(depths) - 1}. Name a shard of this system.")
     if depths[shard] == 0:
         raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
-    if target.is_symlink() or (target.exists() and not target.is_dir()) or (target.is_dir() and any(target.iterdir())):
-        raise FolderError(f"{target} is there and is no empty folder. Give a new one.")
-    if target.resolve().is_relative_to(system.path.resolve()):
-        raise FolderError(f"{target} is inside the system's folder, where only its own files belong. Give another.")
+    system.check_target(target)
 
 
 def _load_model(folder: Path, base_model: str | None):
@@ -434,13 +440,22 @@ def _load_model(folder: Path, base_model: str | None):
 
     try:
         return S3TModel.from_pretrained(folder, base_model=base_model)
-    except S3TError:
-        raise
+    except S3TError as error:
+        text = _on_one_line(error)
+        for argument, option in _IN_EXPORT.items():
+            text = text.replace(argument, option)
+        raise type(error)(text) from error
     # Also what values of a wrong type in the record lead to.
     except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = _on_one_line(error).rstrip(".")
         raise ConfigError(
-            f"The base model cannot be loaded: {error} Name it by --base-model, an id or a path."
+            f"The base model cannot be loaded: {reason}. Name it by --base-model, an id or a path."
         ) from error
+
+
+def _on_one_line(error: Exception) -> str:
+    """What an error says, where line breaks are those of a sentence: Transformers has many."""
+    return " ".join(str(error).split())
 
 
 class Until(StrEnum):
@@ -457,34 +472,52 @@ class Targets(StrEnum):
     all_linear = "all-linear"
 
 
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is no number above 0.")
+    return value
+
+
 @app.command(epilog=_EXIT_CODES)
 def plan(
-    examples: Annotated[int, typer.Option(help="Number of training examples.")],
-    deletions_per_month: Annotated[float, typer.Option(help="Deletion requests to expect in a month.")],
+    examples: Annotated[int, typer.Option(min=1, help="Number of training examples.")],
+    deletions_per_month: Annotated[
+        float, typer.Option(callback=_above_zero, help="Deletion requests to expect in a month.")
+    ],
     hours_per_epoch: Annotated[
-        float, typer.Option(help="Hours that an epoch of ordinary LoRA fine-tuning on all the data takes.")
+        float,
+        typer.Option(
+            callback=_above_zero, help="Hours that an epoch of ordinary LoRA fine-tuning on all the data takes."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Id on the Hub, folder or config.json of the base model: its layers and sizes.")
     ] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Transformer layers, where no model is given.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Transformer layers, where no model is given.")] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(help="Hidden size, where no model is given; without it storage is not estimated.")
+        int | None,
+        typer.Option(min=1, help="Hidden size, where no model is given; without it storage is not estimated."),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 16,
     target_modules: Annotated[
         Targets | None,
         typer.Option(help="Matrices with an adapter; all of causal language models and two of others if not given."),
     ] = None,
-    num_labels: Annotated[int, typer.Option(help="Classes of the head that every stage keeps a copy of.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Epochs of ordinary fine-tuning; every stage gets at least these.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples per optimizer step.")] = 8,
-    months: Annotated[float, typer.Option(help="Months that the system should last.")] = 12.0,
+    num_labels: Annotated[int, typer.Option(min=0, help="Classes of the head that every stage keeps a copy of.")] = 0,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Epochs of ordinary fine-tuning; every stage gets at least these.")
+    ] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 8,
+    months: Annotated[float, typer.Option(callback=_above_zero, help="Months that the system should last.")] = 12.0,
     until: Annotated[Until, typer.Option(help="What ends it: the first dead shard, or all of them.")] = (
         Until.first_shard
     ),
-    max_hours: Annotated[float | None, typer.Option(help="Hours that training may take.")] = None,
-    max_shards: Annotated[int, typer.Option(help="Shards at most; each learns from its part of the data alone.")] = 5,
+    max_hours: Annotated[
+        float | None, typer.Option(callback=_above_zero, help="Hours that training may take.")
+    ] = None,
+    max_shards: Annotated[
+        int, typer.Option(min=1, help="Shards at most; each learns from its part of the data alone.")
+    ] = 5,
     figure: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw what to expect into this .png or .svg file.")
     ] = None,
@@ -507,15 +540,23 @@ def plan(
         from .analysis.pictures import check_picture
 
         check_picture(figure)
-    found = recommend(
-        workload, backbone, goal_months=months, until=until.value, max_hours=max_hours, max_shards=max_shards
-    )
+    try:
+        found = recommend(
+            workload, backbone, goal_months=months, until=until.value, max_hours=max_hours, max_shards=max_shards
+        )
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"\b[a-z]+_[a-z]+(?==)", _option_of, str(error))) from error
     if as_json:
         _print_json({"workload": asdict(workload), "backbone": asdict(backbone), **asdict(found)})
     else:
         rendering.show_recommendation(found)
     if figure is not None:
         draw_plan(found, workload, figure)
+
+
+def _option_of(argument: re.Match[str]) -> str:
+    """The option for an argument of the planning, which it names where nothing can be recommended."""
+    return "--" + _OPTIONS.get(argument[0], argument[0]).replace("_", "-")
 
 
 def _backbone(
@@ -536,10 +577,6 @@ def _backbone(
         )
     if model is None:
         settings = {"num_layers": num_layers, "hidden_size": hidden_size}
-        if num_layers is not None and num_layers < 1:
-            raise ConfigError(f"--num-layers is {num_layers}, expected at least 1. Count the model's layers.")
-        if hidden_size is not None and hidden_size < 1:
-            raise ConfigError(f"--hidden-size is {hidden_size}, expected at least 1. Leave it out if it is not known.")
     else:
         settings = _model_config(model)
     return Backbone.from_config(settings, rank=rank, target_modules=target_modules, num_labels=num_labels)
@@ -580,15 +617,16 @@ def _request(
     system: SystemFolder, ids: Sequence[str] | None, from_file: Path | None, groups: Sequence[str] | None
 ) -> tuple[list[int | str], list[int | str]]:
     """The ids and groups that a command line names, in the types that this system's have."""
-    if not ids and from_file is None and not groups:
-        raise typer.BadParameter(
-            "Got no ids. Name them as arguments, by --from-file, on standard input (-), or --group."
-        )
     texts = []
     for text in ids or ():
         texts += _lines(sys.stdin.buffer.read(), "standard input") if text == _STDIN else [text]
     if from_file is not None:
         texts += _lines(from_file.read_bytes(), str(from_file))
+    # Also where a file or standard input is empty: most likely what should have filled it failed.
+    if not texts and not groups:
+        raise typer.BadParameter(
+            "Got no ids. Name them as arguments, by --from-file, on standard input (-), or --group."
+        )
     return ids_from_texts(system, texts), groups_from_texts(system, groups or ())
 
 
@@ -601,12 +639,21 @@ def _lines(data: bytes, source: str) -> list[str]:
     return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
 
 
-def _places(system: SystemFolder, ids, groups) -> list[tuple[int | str, Example | None]]:
-    """The examples that were asked for; `None` for those that were deleted."""
+def _places(
+    system: SystemFolder, ids, groups
+) -> tuple[list[tuple[int | str, Example | None]], list[tuple[int | str, int]]]:
+    """The examples that were asked for, `None` for those that were deleted; the deleted groups and their lines."""
     table = system.table
     request = table.resolve(ids, groups, system.ledger, system.names)
     named = {table.find(i, system.ledger, system.names): i for i in ids}
-    return [(named.get(kept, kept), table.rows.get(kept)) for kept in dict.fromkeys([*named, *request.present])]
+    places = [(named.get(kept, kept), table.rows.get(kept)) for kept in dict.fromkeys([*named, *request.present])]
+    return places, [(group, _line_of(system, group)) for group in request.deleted_groups]
+
+
+def _line_of(system: SystemFolder, group: int | str) -> int | None:
+    ledger, names = system.ledger, system.names
+    # Where groups are kept as digests, one may be named by its digest.
+    return ledger.line_of_group(names.group_digest(names.of_group(group))) or ledger.line_of_group(str(group))
 
 
 def _place_record(example_id: int | str, row: Example | None) -> dict[str, Any]:

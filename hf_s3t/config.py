@@ -23,6 +23,8 @@ STAGE_DATA = ("cumulative", "slice")
 _LARGEST_PLAN = 2_000_000
 _LARGEST_HORIZON = 10**9
 _NEEDS_PRIOR = ("bms", "conditional", "sorted-cyclic")
+_SWITCHES = ("colocate_duplicates", "base_is_public")
+_COLUMNS = ("id_column", "group_column", "shard_column", "slice_column")
 
 
 @dataclass
@@ -164,6 +166,10 @@ class S3TConfig:
         require_choice("stage_data", self.stage_data, STAGE_DATA)
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        for name in _SWITCHES:
+            require_bool(name, getattr(self, name))
+        for name in _COLUMNS:
+            require_name(name, getattr(self, name))
         self._check_layers_per_slice()
         self._check_prior()
         self._check_size(1)
@@ -388,6 +394,19 @@ def require_int(name: str, value, minimum: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
+
+
+def require_bool(name: str, value) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if a switch is neither on nor off."""
+    # Taken for a truth, a text such as "no" would be one.
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def require_name(name: str, value) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if what names a column can name none."""
+    if value is not None and not (isinstance(value, str) and value):
+        raise ConfigError(f"`{name}` must be the name of a column, got {value!r}. Leave it out if there is none.")
 
 
 def require_horizon(name: str, value) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from .config import require_choice
-from .errors import ConfigError, ExampleIdError
+from .errors import ConfigError, ExampleIdError, UnknownExampleError
 from .examples import Request
 from .ledger import UnlearningReport
 from .plan import StageKey
@@ -36,6 +36,9 @@ class DeletionPreview:
         would_exhaust (`bool`): Whether no shard would be left.
         deletions_left_before (`float`): Expected number of requests until the system is exhausted, as it is now.
         deletions_left_after (`float`): The same after the deletion.
+        deleted_groups (`tuple[int | str, ...]`): The groups among those asked for that were deleted before.
+        unknown (`int`): How many ids were never trained on, and are passed over by `missing="ignore"`.
+        unknown_groups (`int`): The same of groups.
     """
 
     requested: int
@@ -48,6 +51,9 @@ class DeletionPreview:
     would_exhaust: bool
     deletions_left_before: float
     deletions_left_after: float
+    deleted_groups: tuple[int | str, ...] = ()
+    unknown: int = 0
+    unknown_groups: int = 0
 
 
 def preview(
@@ -65,7 +71,9 @@ def preview(
         ids (sequence of `int` or `str`, *optional*): Ids of the examples.
         groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
         missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
-        include_duplicates (`bool`, defaults to `False`): The examples of equal content are meant too.
+        include_duplicates (`bool`, defaults to `False`):
+            The examples whose content equals that of one of these are meant too; of ids that were deleted before the
+            content is not known any more.
 
     Returns:
         [`DeletionPreview`]: What would go, and what would be left.
@@ -92,6 +100,9 @@ def preview(
         would_exhaust=not any(depths),
         deletions_left_before=deletions_left(folder, before),
         deletions_left_after=deletions_left(folder, after),
+        deleted_groups=request.deleted_groups,
+        unknown=request.unknown,
+        unknown_groups=request.unknown_groups,
     )
 
 
@@ -114,7 +125,9 @@ def apply(
         ids (sequence of `int` or `str`, *optional*): Ids of the examples.
         groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
         missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
-        include_duplicates (`bool`, defaults to `False`): The examples of equal content are meant too.
+        include_duplicates (`bool`, defaults to `False`):
+            The examples whose content equals that of one of these are meant too; of ids that were deleted before the
+            content is not known any more.
 
     Returns:
         [`~hf_s3t.ledger.UnlearningReport`]: What went, and what is left. `lock_seconds` is 0: a folder answers nobody.
@@ -167,6 +180,9 @@ class RecordedDeletion:
             seconds=seconds,
             lock_seconds=lock_seconds,
             duplicates=self.duplicates,
+            deleted_groups=self.request.deleted_groups,
+            unknown=self.request.unknown,
+            unknown_groups=self.request.unknown_groups,
         )
 
 
@@ -214,7 +230,13 @@ def resolve(
     require_choice("missing", missing, MISSING)
     if ids is None and groups is None:
         raise ConfigError("A deletion was asked for with neither `ids` nor `groups`. Name what to forget.")
-    request = folder.table.resolve(ids, groups, folder.ledger, folder.names, ignore_unknown=missing == "ignore")
+    try:
+        request = folder.table.resolve(ids, groups, folder.ledger, folder.names, ignore_unknown=missing == "ignore")
+    except UnknownExampleError as error:
+        raise UnknownExampleError(
+            f'{error} Nothing was deleted; missing="ignore" (`--missing ignore`) passes over what was never trained '
+            "on."
+        ) from None
     duplicates = tuple(folder.table.duplicates_of(request.present))
     return (request.with_ids(duplicates), ()) if include_duplicates else (request, duplicates)
 

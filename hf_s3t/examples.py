@@ -5,8 +5,8 @@ import hmac
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +29,15 @@ class DigestKey:
 
     Args:
         secret (`bytes`): At least 16 bytes.
+        is_new (`bool`, defaults to `True`): Whether there may be no system yet that was made with it.
     """
 
-    def __init__(self, secret: bytes):
+    def __init__(self, secret: bytes, is_new: bool = True):
         if len(secret) < 16:
+            # A new secret would match no deletion of a system that is there.
+            advice = "Make one with `openssl rand -hex 32`." if is_new else "Restore it as it was at training."
             raise KeyMissingError(
-                f"The secret in {KEY_VARIABLE} or {KEY_FILE} has {len(secret)} bytes, expected at least 16. Make one "
-                "with `openssl rand -hex 32`."
+                f"The secret in {KEY_VARIABLE} or {KEY_FILE} has {len(secret)} bytes, expected at least 16. {advice}"
             )
         self._secret = secret
 
@@ -48,7 +50,7 @@ class DigestKey:
             [`~hf_s3t.errors.KeyMissingError`]: If there is none and `create` is false.
         """
         if os.environ.get(KEY_VARIABLE):
-            return cls(os.environ[KEY_VARIABLE].encode())
+            return cls(os.environ[KEY_VARIABLE].encode(), is_new=create)
         path = Path(folder) / KEY_FILE
         if create and not path.exists():
             _write_secret(path, secrets.token_hex(32))
@@ -63,7 +65,7 @@ class DigestKey:
             raise KeyMissingError(f"{path} is not text: {error}. Restore the file as it was at training.") from error
         except OSError as error:
             raise KeyMissingError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-        return cls(secret)
+        return cls(secret, is_new=create)
 
     def of_id(self, example_id: int | str) -> str:
         """Keyed digest of an id; 1 and "1" differ."""
@@ -189,17 +191,27 @@ class Example:
 @dataclass(frozen=True)
 class Request:
     """
-    The ids of a request that are in, without repetitions, the number of its ids that were deleted before, and those of
-    its groups that are in.
+    What a request names.
+
+    Args:
+        present (`list[int | str]`): The ids that are in, without repetitions, those of its groups included.
+        already_deleted (`int`): How many of its ids were deleted before.
+        groups (`list[int | str]`): The groups that are in.
+        deleted_groups (`tuple[int | str, ...]`): The groups that were deleted before, as they were given.
+        unknown (`int`): How many ids were never trained on.
+        unknown_groups (`int`): How many groups were never trained on.
     """
 
     present: list[int | str]
     already_deleted: int
     groups: list[int | str]
+    deleted_groups: tuple[int | str, ...] = ()
+    unknown: int = 0
+    unknown_groups: int = 0
 
     def with_ids(self, ids: Sequence[int | str]) -> "Request":
         """The request with more ids."""
-        return Request([*self.present, *ids], self.already_deleted, self.groups)
+        return replace(self, present=[*self.present, *ids])
 
 
 class Remaining(Mapping):
@@ -388,30 +400,33 @@ class ExampleTable:
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
-        deleted, deleted_groups = ledger.deleted, ledger.deleted_groups
         wanted = {self.find(i, ledger, names): i for i in _listed(ids, "ids")}
         named = {self._find_group(g, ledger, names): g for g in _listed(groups, "groups")}
-        unknown_groups = [
-            group
-            for kept, group in named.items()
-            if kept not in self.groups and names.group_digest(kept) not in deleted_groups
-        ]
+        deleted_groups, unknown_groups = _parted(
+            named, self.groups, lambda kept: names.group_digest(kept) in ledger.deleted_groups
+        )
         if unknown_groups and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
-                "training. Nothing was deleted."
+                "training: name them as there."
             )
         for group in named:
             wanted |= {member: member for member in self.groups.get(group, ()) if member not in wanted}
         present = [kept for kept in wanted if kept in self.rows]
-        absent = {kept: given for kept, given in wanted.items() if kept not in self.rows}
-        unknown = [given for kept, given in absent.items() if names.id_digest(kept) not in deleted]
+        deleted, unknown = _parted(wanted, self.rows, lambda kept: names.id_digest(kept) in ledger.deleted)
         if unknown and not ignore_unknown:
             raise UnknownExampleError(
-                f"Unknown ids: {_some(unknown)}. This system was trained on {len(self)} examples"
-                f"{'' if names.are_digests else self._id_hint()}. Nothing was deleted."
+                f"Unknown ids: {_some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
+                "ids that they had at the first training."
             )
-        return Request(present, len(absent) - len(unknown), [group for group in named if group in self.groups])
+        return Request(
+            present,
+            len(deleted),
+            [group for group in named if group in self.groups],
+            tuple(deleted_groups),
+            len(unknown),
+            len(unknown_groups),
+        )
 
     def find(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
         """What stands in the table, or stood there, for an id. Where that is a digest, it may be given itself."""
@@ -426,7 +441,11 @@ class ExampleTable:
 
     def _id_hint(self) -> str:
         sample = next(iter(self.rows), None)
-        return "" if sample is None else f" with ids such as {sample!r}"
+        if sample is None:
+            return ""
+        # A text may be somebody's name or address.
+        kind = "texts" if isinstance(sample, str) else f"integers such as {sample}"
+        return f"The ids of this system are {kind}. "
 
     def check_dataset(
         self,
@@ -482,6 +501,14 @@ class ExampleTable:
                 " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
             )
         return list(found.values())
+
+
+def _parted(
+    named: Mapping[int | str, int | str], there: Container, is_deleted: Callable[[int | str], bool]
+) -> tuple[list[int | str], list[int | str]]:
+    """What was named, by what would stand for it in the table, and is not there: the deleted, and the unknown."""
+    absent = [(is_deleted(kept), given) for kept, given in named.items() if kept not in there]
+    return [given for was_in, given in absent if was_in], [given for was_in, given in absent if not was_in]
 
 
 def _listed(values, name: str) -> list:

@@ -29,15 +29,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# What to do about a damaged file of a stage, which is no more than what training made of the data.
+REGROW = "Restore it, or remove its folder and call `train()` to grow it again."
+
+
 def check_digest(path: Path, expected: str) -> None:
     """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
     if not path.is_file():
-        raise FolderError(f"{path} is missing. Restore it, or remove its folder and call `train()` to grow it again.")
+        raise FolderError(f"{path} is missing. {REGROW}")
     found = file_digest(path)
     if found != expected:
         raise FolderError(
-            f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. Restore it, or "
-            "remove its folder and call `train()` to grow it again."
+            f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. {REGROW}"
         )
 
 
@@ -156,9 +159,13 @@ def digested_json(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "digest": _digest_of(record)}, indent=2).encode()
 
 
-def read_checked_json(path: Path) -> dict[str, Any]:
+def read_checked_json(path: Path, advice: str = "Restore it from a backup.") -> dict[str, Any]:
     """
     The JSON object of a file that carries its own digest.
+
+    Args:
+        path (`Path`): The file.
+        advice (`str`): What to do where it is missing or damaged.
 
     Raises:
         [`~hf_s3t.errors.FolderError`]: If the file is missing or altered.
@@ -167,11 +174,11 @@ def read_checked_json(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
         intact = record.pop("digest", None) == _digest_of(record)
     except FileNotFoundError:
-        raise FolderError(f"{path} is missing. Restore it from a backup.") from None
+        raise FolderError(f"{path} is missing. {advice}") from None
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{path} is not the JSON it was written as: {error}. Restore it from a backup.") from error
+        raise FolderError(f"{path} is not the JSON it was written as: {error}. {advice}") from error
     if not intact:
-        raise FolderError(f"{path} was altered: its contents do not match the digest it carries. Restore it.")
+        raise FolderError(f"{path} was altered: its contents do not match the digest it carries. {advice}")
     return record

@@ -204,8 +204,8 @@ def told(repo_id: str, doing: str) -> Iterator[None]:
         raise HubError(f"{repo_id} has no such revision. Give a branch, a tag or a commit id that it has.") from error
     except LocalEntryNotFoundError as error:
         raise HubError(
-            f"{repo_id} cannot be reached, and what is needed of it is not in the cache. Go online, or pull it to a "
-            "folder with `hf-s3t pull` while you are."
+            f"{repo_id} cannot be reached, and what is needed of it is not in the cache. Go online, then call again: "
+            "what is fetched once serves offline too."
         ) from error
     except EntryNotFoundError as error:
         raise HubError(f"{doing}: {repo_id} lacks a file. {_sentence(error)}") from error
@@ -380,12 +380,16 @@ class PushReport:
         commit (`str`): The commit that holds the system now.
         added (`tuple[str, ...]`): Files that were new or changed.
         deleted (`tuple[str, ...]`): Files that were removed from the branch; older commits still have them.
+        forgotten (`int`): Examples that the folder forgot because the Hub knew of their deletion.
+        stages_removed (`tuple[str, ...]`): The stages that the folder lost by this, as `shard-0/2-0-1`.
     """
 
     repo_id: str
     commit: str
     added: tuple[str, ...]
     deleted: tuple[str, ...]
+    forgotten: int = 0
+    stages_removed: tuple[str, ...] = ()
 
 
 def push(
@@ -436,13 +440,14 @@ def push(
         )
     with told(repo.repo_id, "The push ended"):
         if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
-            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, None))
+            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, None), _Merged())
         if not dry_run:
             patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
+        merged = _Merged()
         for attempt in range(_ATTEMPTS):
             state = repo.state()
             known = folder.ledger.deleted
-            _take_in(folder, state, merge, repo.repo_id, dry_run)
+            merged += _take_in(folder, state, merge, repo.repo_id, dry_run)
             if on_merge is not None and folder.ledger.deleted != known:
                 on_merge()
             card = repo.card(state)
@@ -456,10 +461,10 @@ def push(
             if not dry_run:
                 remember(repo.repo_id, folder.record, folder.ledger)
             if dry_run or not (added or deleted):
-                return _report(repo, state, added, deleted)
+                return _report(repo, state, added, deleted, merged)
             commit = _commit(repo, state, added, deleted, commit_message or _message(folder))
             if commit is not None:
-                return _report(repo, HubState(commit, {}), added, deleted)
+                return _report(repo, HubState(commit, {}), added, deleted, merged)
             # Somebody was first, or the answer was lost and this commit may be there: look again.
             merge = True
             folder.refresh()
@@ -475,13 +480,25 @@ def _message(folder: SystemFolder) -> str:
     return f"S3T system, {len(folder.valid_stages)} stages" + (f", {deletions} deletions" if deletions else "")
 
 
-def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted) -> PushReport:
-    return PushReport(repo.repo_id, state.commit, tuple(sorted(added)), tuple(sorted(deleted)))
+@dataclass(frozen=True)
+class _Merged:
+    """What a folder forgot, or would forget, because the Hub knew of it."""
+
+    forgotten: int = 0
+    stages: tuple[StageKey, ...] = ()
+
+    def __add__(self, other: "_Merged") -> "_Merged":
+        return _Merged(self.forgotten + other.forgotten, (*self.stages, *other.stages))
 
 
-def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, dry_run: bool) -> None:
+def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted, merged: _Merged) -> PushReport:
+    files = tuple(sorted(added)), tuple(sorted(deleted))
+    return PushReport(repo.repo_id, state.commit, *files, merged.forgotten, tuple(map(str, merged.stages)))
+
+
+def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, dry_run: bool) -> _Merged:
     if state.record is None:
-        return
+        return _Merged()
     other = differing_parts(state.record, folder.record)
     if other:
         raise HubError(f"{repo_id} holds another system ({', '.join(other)} differ). Choose another repository.")
@@ -491,8 +508,18 @@ def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, d
             f"{repo_id} knows of {len(missing)} deleted examples that are still in {folder.path}: a push would bring "
             "them back. Push with merge=True (`hf-s3t push --merge`) to forget them here too."
         )
-    if not dry_run:
-        folder.merge_ledger(state.ledger)
+    before = folder.valid_stages if missing else frozenset()
+    if dry_run:
+        return _Merged(len(missing), _stages_that_saw(folder, missing, before))
+    folder.merge_ledger(state.ledger)
+    return _Merged(len(missing), tuple(sorted(before - folder.valid_stages)) if missing else ())
+
+
+def _stages_that_saw(
+    folder: SystemFolder, digests: frozenset[str], stages: frozenset[StageKey]
+) -> tuple[StageKey, ...]:
+    gone = [i for i in folder.table.rows if folder.names.id_digest(i) in digests] if digests else []
+    return tuple(sorted(folder.plan.removed_by(folder.table.places(gone), stages)))
 
 
 def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from .config import FORMAT_VERSION, S3TConfig
 from .cost import COST_FILE
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, foreign_problem, is_foreign, read_checked_json, stamp
+from .files import REGROW, check_digest, foreign_problem, is_foreign, read_checked_json, stamp
 from .ledger import Ledger
 from .pending import PENDING_FILE, PendingRequests
 from .plan import Plan, StageKey
@@ -31,6 +31,7 @@ from .storage import (
     SystemFolder,
     check_rows,
     checked_stage,
+    is_checkpoint_current,
 )
 from .table_file import pin_of, read_table
 
@@ -394,12 +395,12 @@ class _Inspector:
         for entry in _entries(folder):
             if entry.name not in _STAGE_FILES:
                 self._unless_foreign(entry)
-        _require_file(folder / STAGE_FILE)
-        record = checked_stage(folder, key, read_checked_json(folder / STAGE_FILE))
+        _require_file(folder / STAGE_FILE, REGROW)
+        record = checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW))
         self.stages[key] = record
         for name, digest in record["files"].items():
             with self._reading(folder / name):
-                _require_file(folder / name)
+                _require_file(folder / name, REGROW)
                 if self.adapters:
                     check_digest(folder / name, digest)
 
@@ -457,25 +458,21 @@ class _Inspector:
         for entry in _entries(folder):
             if entry.is_symlink():
                 continue
-            if not entry.name.startswith("checkpoint-"):
+            is_checkpoint = entry.name.startswith("checkpoint-")
+            if not is_checkpoint and entry.name != STAGE_FILE:
                 if entry.name not in TRACKER_LOGS:
                     self._unknown(entry)
-            elif self._is_current(entry, key):
-                self.checkpoints.append(entry)
-            else:
+            elif not self._is_current(entry, key):
                 self._pend(entry, "checkpoint")
+            elif is_checkpoint:
+                self.checkpoints.append(entry)
 
     def _is_current(self, checkpoint: Path, key: StageKey) -> bool:
         if self.table is None:
             # Whether it is cannot be told; what is wrong with the table is said already.
             return True
-        try:
-            _require_file(checkpoint / STAGE_FILE)
-            slices = read_checked_json(checkpoint / STAGE_FILE).get("slices")
-        except FolderError:
-            # Without its record it may be one that is being written; only a deletion condemns it.
-            return not self.ledger.num_deletions
-        return slices == [self.table.slice_digest(key.shard, s) for s in key.prefix]
+        slices = [self.table.slice_digest(key.shard, s) for s in key.prefix]
+        return is_checkpoint_current(checkpoint, slices, self.ledger)
 
     # Requests that wait
 
@@ -487,7 +484,7 @@ class _Inspector:
         requests = PendingRequests(ReadOnlyFolder(self.path))
         due, waiting = requests.apply_by(), len(requests.ids())
         if waiting:
-            by = "" if due is None else f", to be applied by {due.isoformat(timespec='seconds')}"
+            by = "" if due is None else f" by the first load of the model after {due.isoformat(timespec='seconds')}"
             self.notes.append(f"{self.path / PENDING_FILE}: {_count(waiting, 'example')} wait to be deleted{by}.")
 
 
@@ -500,13 +497,13 @@ _PENDING = {
 }
 
 
-def _require_file(path: Path) -> None:
+def _require_file(path: Path, advice: str = "Restore it from a backup.") -> None:
     if is_foreign(path):
         raise FolderError(foreign_problem(path))
     if path.is_dir():
-        raise FolderError(f"{path} is a folder, expected a file. Restore it from a backup.")
+        raise FolderError(f"{path} is a folder, expected a file. {advice}")
     if not _exists(path):
-        raise FolderError(f"{path} is missing. Restore it from a backup.")
+        raise FolderError(f"{path} is missing. {advice}")
 
 
 def printable(text: str) -> str:

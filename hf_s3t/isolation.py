@@ -96,6 +96,12 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
             f"The base model has batch norms ({norms[0]} and {len(norms) - 1} more) whose running statistics change "
             "with every batch and are shared by all stages. Use a model with layer norms."
         )
+    if any("dynamic" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        raise IsolationError(
+            "The base model has dynamic rotary embeddings (`rope_type`), whose frequencies depend on the longest "
+            "input that it has seen, whichever stage or call that was of. Use a model with a fixed scaling (linear, "
+            "yarn, llama3 or longrope)."
+        )
     if any(_checkpoints_reentrantly(module) for module in model.modules()):
         raise ConfigError(
             "The base model has gradient checkpointing on with `use_reentrant=True`, which needs gradients at the "

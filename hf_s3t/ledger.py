@@ -233,6 +233,10 @@ class Ledger:
         """Keyed digests of every group that was deleted as one."""
         return frozenset(digest for entry in self.entries for digest in entry.groups)
 
+    def line_of_group(self, digest: str) -> int | None:
+        """Number of the line, counted from 1, in which a group was deleted as one."""
+        return next((n for n, entry in enumerate(self.entries, start=1) if digest in entry.groups), None)
+
     @property
     def num_deletions(self) -> int:
         """Number of deletion requests that removed at least one example."""
@@ -255,13 +259,17 @@ class UnlearningReport:
         already_deleted (`int`): How many the ledger knew as deleted before.
         duplicates (`tuple[int | str, ...]`):
             Examples that are still in and whose content equals that of one deleted by this call. Their ids are told to
-            the caller and written nowhere; `unlearn(..., include_duplicates=True)` deletes them too.
+            the caller and written nowhere; `unlearn` of these ids deletes them too.
         stages_removed (`tuple[str, ...]`): The stages that went, as `shard-0/2-0-1`.
         depths_before (`list[int]`): Per shard the depth of the stack that served before the call.
         depths_after (`list[int]`): The same after the call; 0 means the shard has left the ensemble.
         is_exhausted (`bool`): Whether no shard is left.
         seconds (`float`): Duration of the call.
         lock_seconds (`float`): How long the routing lock was held, all that a concurrent call can feel.
+        deleted_groups (`tuple[int | str, ...]`):
+            The groups among those asked for that were deleted before: none of their examples is known any more.
+        unknown (`int`): How many ids were never trained on, and passed over by `missing="ignore"`.
+        unknown_groups (`int`): The same of groups.
     """
 
     requested: int
@@ -274,3 +282,6 @@ class UnlearningReport:
     seconds: float
     lock_seconds: float
     duplicates: tuple[int | str, ...] = ()
+    deleted_groups: tuple[int | str, ...] = ()
+    unknown: int = 0
+    unknown_groups: int = 0

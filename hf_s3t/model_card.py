@@ -96,6 +96,10 @@ def render_card(
         or None,
     )
     records = [folder.stage_record(key) for key in sorted(folder.valid_stages)]
+    # Not above: commands that render no card need not wait for it.
+    from peft import LoraConfig
+
+    adapters = LoraConfig(**record["peft_config"])
     return ModelCard.from_template(
         data,
         template_str=_template("system.md"),
@@ -122,9 +126,9 @@ def render_card(
         first_layers="bottom" if folder.config.growth == "bottom-up" else "top",
         one_slice=folder.config.stage_data == "slice",
         num_layers=record["layers"]["num_layers"],
-        rank=record["peft_config"].get("r"),
-        alpha=record["peft_config"].get("lora_alpha"),
-        targets=_joined(record["peft_config"].get("target_modules")),
+        rank=adapters.r,
+        alpha=adapters.lora_alpha,
+        targets=_joined(adapters.target_modules),
         aggregation=record["aggregation"].replace("_", " "),
         recipe=_recipe(records),
         training_time=_duration(sum(r["metrics"].get("train_runtime", 0.0) for r in records)),

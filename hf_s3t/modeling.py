@@ -136,7 +136,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         Args:
             path (`str` or `os.PathLike`): The folder of the system, or its repository on the Hub, such as `"me/repo"`.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
-            token (`str`, *optional*): Token for the Hub; the one of `hf auth login` if not given.
+            token (`str`, *optional*):
+                Token for the Hub, for the base as well; the one of `hf auth login` if not given.
             cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
             base_model (`nn.Module` or `str`, *optional*):
                 The base model, or an id or path to load it from; the recorded one if not given. It is recognised by a
@@ -172,6 +173,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 device_map=device_map,
                 quantization_config=quantization_config,
                 head=head,
+                token=token,
+                cache_dir=cache_dir,
             )
         found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
@@ -423,11 +426,10 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         folder = self.folder
         request = folder.table.resolve(ids, None, folder.ledger, folder.names)
+        found = {i: folder.table.rows.get(folder.table.find(i, folder.ledger, folder.names)) for i in ids}
         if request.already_deleted:
-            raise UnknownExampleError(
-                f"{request.already_deleted} of the ids were deleted and are in no slice. Ask for the others."
-            )
-        found = {i: folder.table.rows[folder.table.find(i, folder.ledger, folder.names)] for i in ids}
+            gone = ", ".join(repr(i) for i, row in found.items() if row is None)
+            raise UnknownExampleError(f"{gone}: deleted, and in no slice any more. Ask for the others.")
         return {i: (row.shard, row.slice) for i, row in found.items()}
 
     def check(self) -> list[str]:
@@ -533,13 +535,16 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
         Args:
             shard (`int`): Number of the shard.
-            folder (`str` or `os.PathLike`): Where to write the adapter.
+            folder (`str` or `os.PathLike`): A new folder to write the adapter to, outside the system's own.
 
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
+            [`~hf_s3t.errors.ConfigError`]: If there is no such shard, or several stacks answer for it together.
+            [`~hf_s3t.errors.FolderError`]: If something is in the folder, or it is inside the system's.
         """
         if not 0 <= shard < self.folder.plan.num_shards:
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
+        self.folder.check_target(Path(folder))
         self._calls.refuse_inside("export_adapter")
         with self._deletion_lock:
             self.refresh()
@@ -549,6 +554,11 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 if not tips:
                     raise ExhaustedError(
                         f"Shard {shard} has no stage left to export. Call `train()` to grow it again."
+                    )
+                if len(tips) > 1:
+                    raise ConfigError(
+                        f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
+                        "one. Export from a system that serves one stack a shard."
                     )
                 if not self.folder.is_valid(tips[0]):
                     raise S3TError(

@@ -27,7 +27,12 @@ class PendingReceipt:
         requested (`int`): Number of distinct examples that this request will delete.
         already_deleted (`int`): How many of the ids the ledger knew as deleted before.
         pending (`int`): Number of distinct examples that wait in all.
-        apply_by (`str`, *optional*): UTC time by which the request is applied, ISO 8601; the earliest of all requests.
+        apply_by (`str`, *optional*):
+            UTC time, ISO 8601, from which a process that loads the system applies what waits; the earliest of all
+            requests.
+        deleted_groups (`tuple[int | str, ...]`): The groups among those asked for that were deleted before.
+        unknown (`int`): How many ids were never trained on, and passed over by `missing="ignore"`.
+        unknown_groups (`int`): The same of groups.
     """
 
     time: str
@@ -35,6 +40,9 @@ class PendingReceipt:
     already_deleted: int
     pending: int
     apply_by: str | None
+    deleted_groups: tuple[int | str, ...] = ()
+    unknown: int = 0
+    unknown_groups: int = 0
 
 
 class PendingRequests:
@@ -180,6 +188,9 @@ def request_later(
             already_deleted=request.already_deleted,
             pending=len(pending.ids()),
             apply_by=None if apply_by is None else apply_by.isoformat(),
+            deleted_groups=request.deleted_groups,
+            unknown=request.unknown,
+            unknown_groups=request.unknown_groups,
         )
 
 

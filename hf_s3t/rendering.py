@@ -51,10 +51,16 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["pending"]:
         say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
+    if status["is_exhausted"]:
+        _show_exhausted(status["examples"])
 
 
 def show_push(report: "PushReport", dry_run: bool) -> None:
-    """What a push did, or would do."""
+    """What a push did, or would do, on the Hub and where it took in deletions here."""
+    if report.forgotten:
+        forgot = "would forget here" if dry_run else "forgot here"
+        say(f"{forgot} what {report.repo_id} knows as deleted: {_count(report.forgotten, 'example')}")
+        say(f"stages {'that would go' if dry_run else 'removed'} here: {_list(report.stages_removed)}")
     if not (report.added or report.deleted):
         say(f"{report.repo_id} is up to date at {report.commit}")
         return
@@ -85,12 +91,22 @@ def show_pending(receipt: PendingReceipt) -> None:
         f"recorded {receipt.time}: {_count(receipt.requested, 'example')} to be forgotten, {receipt.already_deleted} "
         "deleted before"
     )
-    due = "when `hf-s3t apply-pending` is run" if receipt.apply_by is None else f"by {receipt.apply_by}"
+    _show_passed_over(receipt)
+    due = "when `hf-s3t apply-pending` is run"
+    if receipt.apply_by is not None:
+        # A process that runs by then does not see it: no time is kept but by a load.
+        due = f"by `hf-s3t apply-pending`, or by the first load of the model after {receipt.apply_by}"
     say(f"waiting in all, and in until deleted {due}: {_count(receipt.pending, 'example')}")
 
 
-def show_places(places: Sequence[tuple[int | str, Example | None]]) -> None:
-    """Where examples lie."""
+def show_places(
+    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int]] = ()
+) -> None:
+    """Where examples lie, and the lines of the ledger in which groups were deleted."""
+    for group, line in deleted_groups:
+        say(f"group {group!r} was deleted in line {line} of the ledger")
+    if deleted_groups and not places:
+        return
     rows = [
         (example_id, "deleted", "", "") if row is None else (example_id, row.shard, row.slice, _or_empty(row.group))
         for example_id, row in places
@@ -101,6 +117,7 @@ def show_places(places: Sequence[tuple[int | str, Example | None]]) -> None:
 def show_preview(preview: DeletionPreview) -> None:
     """What a deletion would do."""
     say(f"would unlearn {_count(len(preview.present), 'example')}, {preview.already_deleted} deleted before")
+    _show_passed_over(preview)
     _show_depths(preview.depths_before, preview.depths_after)
     say(f"stages that would go: {_list(preview.stages_removed)}")
     _show_duplicates(preview.duplicates)
@@ -110,19 +127,20 @@ def show_preview(preview: DeletionPreview) -> None:
         say("no shard would be left to answer")
 
 
-def show_report(report: UnlearningReport, receipt: Receipt | None) -> None:
-    """What a deletion did."""
+def show_report(report: UnlearningReport, receipt: Receipt | None, examples_left: int) -> None:
+    """What a deletion did, and whether there is anything left to train on."""
     say(
         f"unlearned {_count(report.deleted, 'example')} in {report.seconds * 1000:.1f} ms, {report.already_deleted} "
         "deleted before"
     )
+    _show_passed_over(report)
     _show_depths(report.depths_before, report.depths_after)
     say(f"stages removed: {_list(report.stages_removed)}")
     _show_duplicates(report.duplicates)
     if receipt is not None:
         say(f"line {receipt.line} of the ledger, {receipt.hash}")
     if report.is_exhausted:
-        say("no shard is left to answer: train again to grow stages on the remaining data")
+        _show_exhausted(examples_left)
 
 
 def show_ledger(receipts: Receipts) -> None:
@@ -162,8 +180,11 @@ def show_receipt(receipt: Receipt) -> None:
     _table(("", ""), _without_repeated_labels(rows), header=False)
 
 
-def show_purge(purge: Purge) -> None:
-    """The places a purge found, and what it did to each; the cache files of a dataset as one row, by their folder."""
+def show_purge(purge: Purge, dry_run: bool) -> None:
+    """
+    The places a purge found, and what it did to each, or would do; the cache files of a dataset as one row, by their
+    folder.
+    """
     rows: dict[tuple[str, str, Path], list[int]] = {}
     for remnant in purge.remnants:
         rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
@@ -171,7 +192,7 @@ def show_purge(purge: Purge) -> None:
         _table(("", "kind", "size", "path"), [(a, k, _size(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
     for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
         say(f"{kind}: {advice}")
-    going = "to remove" if purge.size("remove") else "removed"
+    going = "to remove" if dry_run else "removed"
     say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
 
 
@@ -263,10 +284,26 @@ def _show_depths(before: list[int], after: list[int]) -> None:
     _table(("shard", "depth before", "after"), [(shard, b, a) for shard, (b, a) in enumerate(changed)])
 
 
+def _show_passed_over(found: UnlearningReport | DeletionPreview | PendingReceipt) -> None:
+    """What was named and is not among the examples that go: without a word, a typo would look like a deletion."""
+    for group in found.deleted_groups:
+        say(f"group {group!r} was deleted before")
+    for number, what in ((found.unknown, "id"), (found.unknown_groups, "group")):
+        if number:
+            say(f"{_count(number, what)} {'was' if number == 1 else 'were'} never trained on, and passed over")
+
+
+def _show_exhausted(examples_left: int) -> None:
+    if examples_left:
+        say(f"no shard is left to answer: `train()` grows stages on the {_count(examples_left, 'example')} left")
+    else:
+        say("no shard is left to answer, and no example to train on: train a new system in another folder")
+
+
 def _show_duplicates(duplicates: Sequence[int | str]) -> None:
     if duplicates:
         named = _list(tuple(map(repr, duplicates)))
-        say(f"of equal content, and still in: {named} (--include-duplicates forgets them too)")
+        say(f"of equal content, and still in: {named} (unlearn these ids to forget them too)")
 
 
 def _without_repeated_labels(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -16,11 +17,13 @@ from .config import FORMAT_VERSION, S3TConfig
 from .errors import FolderError, FormatVersionError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames
 from .files import (
+    REGROW,
     check_digest,
     digested_json,
     explained,
     file_digest,
     forgeries_told,
+    is_foreign,
     make_folders,
     read_checked_json,
     remove,
@@ -59,6 +62,8 @@ COMPANIONS = frozenset(
     preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
     """.split()
 )
+# How often a copy is begun that a deletion, or the end of one, interrupts.
+_COPIES = 5
 _LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
@@ -104,6 +109,9 @@ class SystemFolder:
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
+        # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
+        # holds it waits for nothing, so that it may be taken inside the folder's lock.
+        self._reading = threading.RLock()
 
     def _use(self, key: DigestKey) -> None:
         if key.check != self.record.get("key_check"):
@@ -183,13 +191,14 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is damaged, or the ledger no longer holds what was read before.
         """
-        # The table first: the ledger is never behind it, whatever another process does between the two reads.
-        rows, pin = self._read_rows()
-        ledger = self._read_ledger()
-        # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
-        self.table = self._table_of(rows, pin, ledger)
-        self.ledger = ledger
-        self._table_pin = pin
+        with self._reading:
+            # The table first: the ledger is never behind it, whatever another process does between the two reads.
+            rows, pin = self._read_rows()
+            ledger = self._read_ledger()
+            # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
+            self.table = self._table_of(rows, pin, ledger)
+            self.ledger = ledger
+            self._table_pin = pin
         self._condemned = {}
         self._stages = self._scan_stages()
         self._finish_removal(behind=self.is_table_behind)
@@ -380,12 +389,13 @@ class SystemFolder:
 
     def _replace_ledger(self, ledger: Ledger) -> None:
         advice = "Nothing was removed. Make room, or make it writable, then call again."
-        with explained(f"{self.path / LEDGER_FILE} could not be written", advice):
-            write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
-        self.table = self._masked(self.table, ledger)
-        self.ledger = ledger
-        self._settled = len(ledger.lines)
-        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
+        with self._reading:
+            with explained(f"{self.path / LEDGER_FILE} could not be written", advice):
+                write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
+            self.table = self._masked(self.table, ledger)
+            self.ledger = ledger
+            self._settled = len(ledger.lines)
+            self._ledger_stamp = stamp(self.path / LEDGER_FILE)
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
@@ -405,7 +415,16 @@ class SystemFolder:
     def remove_stale_checkpoints(self) -> None:
         """Remove unfinished checkpoints of stages whose slices are no longer what they saw."""
         for folder in self.path.glob(f"{CHECKPOINTS}/shard-*/*"):
-            self._drop_stale_checkpoints(folder)
+            # What others put there is not ours to judge, and no reason to leave a deletion half done.
+            with contextlib.suppress(FolderError):
+                key = StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}")
+                self._drop_stale_checkpoints(folder, key)
+
+    def begin_checkpoints(self, key: StageKey, slices: list[str]) -> None:
+        """Note what a stage is trained on, before its first checkpoint: by this one without a record is judged."""
+        folder = self.checkpoints(key)
+        make_folders(folder)
+        write_checked_json(folder / STAGE_FILE, {"slices": slices})
 
     def remove_checkpoints(self, key: StageKey) -> None:
         """Remove the unfinished checkpoints of a stage, and the folders this leaves empty."""
@@ -432,28 +451,61 @@ class SystemFolder:
         self._table_pin = pin_of(self.ledger)
         self.table = self.table.settled()
 
+    def check_target(self, target: Path) -> None:
+        """
+        Refuse to write what is made from this system where something is, or into its own folder.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: Saying which.
+        """
+        is_free = target.is_dir() and not any(target.iterdir()) if target.exists() else True
+        if target.is_symlink() or not is_free:
+            raise FolderError(f"{target} is there and is no empty folder. Give a new one.")
+        if target.resolve().is_relative_to(self.path.resolve()):
+            raise FolderError(
+                f"{target} is inside the system's folder, where only its own files belong. Give another."
+            )
+
     def copy_to(self, path: str | os.PathLike) -> None:
         """Copy the system, without checkpoints, into another folder; the config goes last, when the rest is synced."""
         target = Path(path)
-        if target.exists() and any(target.iterdir()):
-            raise FolderError(f"{target} is not empty. Give a new folder to save the system to.")
+        self.check_target(target)
+        # Not under the lock, for which deletions would have to wait: where one came meanwhile, it is copied again.
+        for attempt in range(_COPIES):
+            seen = stamp(self.path / LEDGER_FILE)
+            try:
+                self._copy_files(target)
+            except OSError as error:
+                shutil.rmtree(target, ignore_errors=True)
+                if attempt == _COPIES - 1:
+                    raise FolderError(
+                        f"{self.path} could not be copied to {target}: {error}. Nothing is left there. Make room, or "
+                        "wait until nobody writes to the system, then call again."
+                    ) from error
+                continue
+            if stamp(self.path / LEDGER_FILE) == seen:
+                break
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            raise FolderError(
+                f"{self.path} could not be copied: deletions came in all the time. Call again when there are fewer."
+            )
+        write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
+
+    def _copy_files(self, target: Path) -> None:
         make_folders(target)
-        shutil.copytree(
-            self.path,
-            target,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(CHECKPOINTS, CONFIG_FILE, ".tmp-*", ".gone-*", ".lock"),
-        )
+        others = shutil.ignore_patterns(CHECKPOINTS, CONFIG_FILE, ".tmp-*", ".gone-*", ".lock")
+        shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
         # A system whose ledger a crash cut off would have forgotten deletions.
         for file in (*target.rglob("*"), target):
             sync(file)
-        write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
 
     # Inside
 
     def _append(self, ledger: Ledger) -> None:
         advice = "Nothing was removed. Make room, or make it writable, then call again."
         with (
+            self._reading,
             explained(f"{self.path / LEDGER_FILE} could not be written", advice),
             open(self.path / LEDGER_FILE, "r+b") as file,
         ):
@@ -463,9 +515,9 @@ class SystemFolder:
             file.write((ledger.lines[-1] + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
-        self.ledger = ledger
-        self._settled = len(ledger.lines)
-        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
+            self.ledger = ledger
+            self._settled = len(ledger.lines)
+            self._ledger_stamp = stamp(self.path / LEDGER_FILE)
 
     def _settle(self) -> None:
         """
@@ -502,13 +554,14 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the ledger no longer holds what was read from it before.
         """
-        if not self.has_news():
-            return
-        ledger = self._read_ledger()
-        if ledger != self.ledger:
-            self.table = self._masked(self.table, ledger)
-            self.ledger = ledger
-            self._settle()
+        with self._reading:
+            if not self.has_news():
+                return
+            ledger = self._read_ledger()
+            if ledger != self.ledger:
+                self.table = self._masked(self.table, ledger)
+                self.ledger = ledger
+                self._settle()
 
     def refresh_stages(self) -> None:
         """Take in stages that another process added or removed; those known are not read again."""
@@ -586,7 +639,8 @@ class SystemFolder:
                     yield StageKey.from_path(f"{STAGES}/{shard}/{name}")
 
     def _read_stage(self, key: StageKey) -> dict[str, Any]:
-        return checked_stage(self.path / key.path, key, read_checked_json(self.path / key.path / STAGE_FILE))
+        folder = self.path / key.path
+        return checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW))
 
     def _finish_removal(self, behind: bool) -> None:
         """Remove what a deletion condemned and what an interrupted write or removal left behind."""
@@ -617,16 +671,10 @@ class SystemFolder:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
         return bool(self.ledger.num_deletions) and record["slices"] != self.slice_digests(key)
 
-    def _drop_stale_checkpoints(self, folder: Path) -> None:
-        relative = folder.relative_to(self.path / CHECKPOINTS).as_posix()
-        key = StageKey.from_path(f"{STAGES}/{relative}")
-        for checkpoint in folder.glob("checkpoint-*"):
-            # Without its record a checkpoint may be one that is being written; only a deletion condemns it.
-            current = not self.ledger.num_deletions
-            with contextlib.suppress(FolderError):
-                current = read_checked_json(checkpoint / STAGE_FILE).get("slices") == self.slice_digests(key)
-            if not current:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+    def _drop_stale_checkpoints(self, folder: Path, key: StageKey) -> None:
+        for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob(STAGE_FILE)):
+            if not is_checkpoint_current(checkpoint, self.slice_digests(key), self.ledger):
+                remove(checkpoint)
 
     def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Mark a checkpoint, synced, with the slices it saw and its files' digests; without, it is not resumed."""
@@ -650,6 +698,25 @@ class SystemFolder:
         for name, digest in files.items():
             check_digest(folder / name, digest)
         return record
+
+
+def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:
+    """
+    Whether an unfinished checkpoint, or the note of what its stage is trained on, saw what its slices hold now.
+
+    A checkpoint without a record of its own is being written, or its writer died: it saw what its stage does. Where
+    nothing says what that was, any deletion condemns it.
+
+    Args:
+        path (`Path`): The checkpoint's folder, or the note beside the checkpoints.
+        slices (`list[str]`): The digests of the stage's slices as they are now.
+        ledger ([`~hf_s3t.ledger.Ledger`]): What was deleted.
+    """
+    for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
+        with contextlib.suppress(FolderError):
+            if not is_foreign(record):
+                return read_checked_json(record).get("slices") == slices
+    return not ledger.num_deletions
 
 
 # What is read may come from anywhere

@@ -67,7 +67,8 @@ def read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     try:
         data = path.read_bytes()
         file = pq.ParquetFile(pa.BufferReader(data))
-        arrow, metadata = file.read(), file.metadata.metadata or {}
+        # In this thread: one of Arrow's own may outlive the interpreter with what it read, and end it with a signal.
+        arrow, metadata = file.read(use_threads=False), file.metadata.metadata or {}
         digest, pin = metadata[_DIGEST], metadata[_PIN].decode()
         intact = digest == _digest_of(data, digest)
         columns = arrow.to_pydict()
@@ -81,7 +82,13 @@ def read_table(path: Path) -> tuple[dict[int | str, Example], str]:
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. Restore it from a backup.") from None
     except (pa.ArrowException, KeyError, OverflowError, ValueError, TypeError, OSError) as error:
-        raise FolderError(f"{path} is not the table it was written as: {error}. Restore it from a backup.") from error
+        raise FolderError(
+            f"{path} is not the table it was written as: {_said(error)}. Restore it from a backup."
+        ) from error
     if not intact:
         raise FolderError(f"{path} was altered: its rows do not match the digest it carries. Restore it.")
     return rows, pin
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -30,14 +32,14 @@ from .base_model import log_casts_once
 from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
-from .errors import ConfigError, FolderError, HubError, S3TError
+from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import DigestKey, ExampleTable, KeptNames
 from .hub import HubRepo, PushReport, push, told
 from .model_card import description
 from .modeling import S3TModel
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
-from .stack import StageStack, seed_head
+from .stack import StageStack, seed_head, tensors_digest
 from .storage import ADAPTER_FILE, SystemFolder
 from .training_data import EpochSeededSampler, StageRows, preserved_randomness
 from .verify import VerificationReport, verify_stages
@@ -47,6 +49,11 @@ logger = logging.get_logger(__name__)
 
 # What `Accelerator.prepare` leaves on a model.
 _PREPARED = ("forward", "_original_forward")
+# Seconds between two looks at the ledger of processes that have not read equally far, and how many there are.
+_A_MOMENT = 0.1
+_ATTEMPTS = 600
+# What draws by itself, whatever the global random states are.
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 class S3TTrainerMixin:
@@ -92,9 +99,6 @@ class S3TTrainerMixin:
         self._prepared = self.train_dataset
         if self._stage_rows is not None:
             self._say_what_is_suboptimal()
-        self._initial_callbacks = [
-            copy.deepcopy(c) for c in self.callback_handler.callbacks if isinstance(c, ExportableState)
-        ]
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
@@ -132,8 +136,13 @@ class S3TTrainerMixin:
             return None
         if args.max_steps > 0:
             return args.max_steps
-        shortest = min(missing, key=lambda key: sum(table.size(key.shard, s) for s in key.prefix))
-        examples = len(self._stage_rows.positions(shortest, table))
+        rows = self._stage_rows
+        kept = {
+            (shard, s): len(rows.positions(StageKey(shard, (s,)), table))
+            for shard in {key.shard for key in missing}
+            for s in range(table.num_slices)
+        }
+        examples = min(sum(kept[key.shard, s] for s in rows.slices(key)) for key in missing)
         share = examples / (args.train_batch_size * self.accelerator.num_processes)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
         return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
@@ -183,7 +192,17 @@ class S3TTrainerMixin:
                 self._progress.begin_stage(
                     str(key), len(outputs) + 1, max(len(keys), len(outputs) + 1), self._cost(key)
                 )
-                outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
+                known = len(self.folder.ledger.lines)
+                try:
+                    outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
+                except FolderError:
+                    # A deletion by another process may have taken what the stage stands on: then another is next.
+                    self.folder.refresh_ledger()
+                    if self.accelerator.num_processes > 1 or len(self.folder.ledger.lines) == known:
+                        raise
+                    continue
+                if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
+                    self._push_meanwhile(f"Sequence {key}")
         finally:
             gc.unfreeze()
             self._progress.end()
@@ -196,9 +215,30 @@ class S3TTrainerMixin:
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
-        missing = self._stage_order(self.folder.plan.missing(self.folder.valid_stages, self.folder.table.empty))
+        folder = self.folder
+        self._agree_on_deletions()
+        folder.refresh_stages()
+        missing = self._stage_order(folder.plan.missing(folder.valid_stages, folder.table.empty))
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
+
+    def _agree_on_deletions(self) -> None:
+        """
+        Have all processes read the ledger as far as each other.
+
+        The first one says what a stage saw. One that knew of fewer deletions would train it on more than that.
+        """
+        folder = self.folder
+        folder.refresh_ledger()
+        for _ in range(_ATTEMPTS):
+            lines = gather_object([len(folder.ledger.lines)])
+            if min(lines) == max(lines):
+                return
+            time.sleep(_A_MOMENT)
+            folder.refresh()
+        raise FolderError(
+            f"The processes read {lines} lines in the ledger of {folder.path}. Let all of them see the same folder."
+        )
 
     def _refuse_other_recipe(self) -> None:
         """Refuse to go on with other training arguments: no trainer could then audit the whole system."""
@@ -221,41 +261,58 @@ class S3TTrainerMixin:
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
+        with self._occupied(key), self._dropped_if_refused(key):
+            self._bring_in(key)
+            origin = self._origin(key)
+            if self.args.save_strategy != "no" and self.is_world_process_zero():
+                self.folder.begin_checkpoints(key, origin["slices"])
+            (checkpoint,) = broadcast_object_list([self._last_checkpoint(key, origin) if resume else None])
+            frozen, buffers = self._stack.digest(key.lineage[:-1]), self._buffers_digest()
+            with self._training(key, self.folder.checkpoints(key), origin):
+                output = self._fit(key, checkpoint, ignore_keys_for_eval)
+                metrics = {**output.metrics, **self._stage_metrics()}
+            frozen_after = self._stack.digest(key.lineage[:-1])
+            if frozen_after != frozen:
+                raise S3TError(
+                    f"Training {key} changed a stage below it, which must be frozen. A callback or optimizer wrote to "
+                    "parameters without gradients; remove it."
+                )
+            if self._buffers_digest() != buffers:
+                raise IsolationError(
+                    f"Training {key} changed buffers of the base model, on which all stages stand: the next stage "
+                    "would depend on what this one saw. Use a model whose forward pass keeps nothing."
+                )
+            self._write(key, self._record(key, origin, frozen, frozen_after, metrics))
+        return output
+
+    def _origin(self, key: StageKey) -> dict[str, Any]:
+        """What a stage is made from; by it a checkpoint is told from one of other data or another recipe."""
         folder = self.folder
-        self._bring_in(key)
-        slices = folder.slice_digests(key)
-        below = folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None
-        origin = {
-            "slices": slices,
-            "below": below,
+        return {
+            "slices": folder.slice_digests(key),
+            "below": folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None,
             "recipe": recipe_of(self.args),
             "circumstances": self._circumstances(key),
         }
-        frozen = self._stack.digest(key.lineage[:-1])
-        checkpoint = self._last_checkpoint(key, origin) if resume else None
-        with self._training(key, folder.checkpoints(key), origin):
-            output = self._fit(key, checkpoint, ignore_keys_for_eval)
-            metrics = {**output.metrics, **self._stage_metrics()}
-        frozen_after = self._stack.digest(key.lineage[:-1])
-        if frozen_after != frozen:
-            raise S3TError(
-                f"Training {key} changed a stage below it, which must be frozen. A callback or optimizer wrote to "
-                "parameters without gradients; remove it."
-            )
-        record = {
+
+    def _record(self, key: StageKey, origin, frozen: str, frozen_after: str, metrics: dict) -> dict[str, Any]:
+        """What `stage.json` says of a stage that is trained."""
+        return {
             **origin,
             "seed": stage_seed(self.s3t_config.seed, key),
             "layers": list(self._layers.groups[key.group]),
-            "counts": [folder.table.size(key.shard, s) for s in key.prefix],
+            "counts": [self.folder.table.size(key.shard, s) for s in key.prefix],
             "examples_dropped": self._dropped(key),
             "frozen_before": frozen,
             "frozen_after": frozen_after,
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
         }
-        self._write(key, record)
-        if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
-            self._push_meanwhile(f"Sequence {key}")
-        return output
+
+    def _buffers_digest(self) -> str:
+        """What the base keeps besides parameters; frequencies are computed anew in every pass (see `check_base`)."""
+        own = (".lora_", ".modules_to_save.")
+        buffers = {n: b for n, b in self.model.named_buffers() if not any(part in n for part in own)}
+        return tensors_digest({n: b for n, b in buffers.items() if not n.endswith("inv_freq")})
 
     def _completes(self, key: StageKey) -> bool:
         return key.prefix in self.folder.plan.sequences[key.shard]
@@ -314,7 +371,7 @@ class S3TTrainerMixin:
                 self.folder, HubRepo(self.hub_model_id, token), describe, commit_message=commit_message, merge=merge
             )
         finally:
-            if self._live is not None and self._stage is None:
+            if self._live is not None and self._stack.in_training is None:
                 self._live.refresh()
 
     def _name_repo(self, token: str | None, private: bool | None) -> None:
@@ -355,8 +412,29 @@ class S3TTrainerMixin:
     def _make_room(self, below: Sequence[StageKey]) -> None:
         """Drop stages that neither serve nor are stood on; with several processes all must hold the same tensors."""
         alone = self.accelerator.num_processes == 1
-        serving = self._live._routing.stages if self._live is not None and alone else set()
-        self._stack.drop([k for k in self._stack.loaded if k not in below and k not in serving])
+        serving = self._live._routing.stages if self._live is not None and alone else frozenset()
+        idle = frozenset(self._stack.loaded).difference(below, serving)
+        if self._live is not None:
+            self._live.free(idle)
+        self._stack.drop(idle)
+
+    @contextlib.contextmanager
+    def _occupied(self, key: StageKey) -> Iterator[None]:
+        """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
+        with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
+            self._stack.in_training = key
+        try:
+            yield
+        finally:
+            self._stack.in_training = None
+
+    @contextlib.contextmanager
+    def _dropped_if_refused(self, key: StageKey) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._stack.drop([key])
+            raise
 
     @contextlib.contextmanager
     def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
@@ -365,17 +443,15 @@ class S3TTrainerMixin:
         self.args.seed = stage_seed(self.s3t_config.seed, key)
         self.train_dataset = self._stage_dataset(key)
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
-        self._stack.in_training = key
         self._batches_are_random = self.args.dataloader_num_workers > 0
         paged = len(_paged_tensors())
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
-        self._reset_callbacks()
         try:
-            with self._unprepared():
+            with self._unprepared(), self._fresh_state():
                 yield
         finally:
-            self._stage = self._stage_output_dir = self._stack.in_training = None
+            self._stage = self._stage_output_dir = None
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
             self.accelerator.free_memory()
             for name in ("optimizer", "lr_scheduler", "train_dataloader"):
@@ -420,18 +496,41 @@ class S3TTrainerMixin:
             return super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
         except BaseException:
             self.is_in_train = False
-            self._stack.drop([key])
             raise
 
     def _stage_dataset(self, key: StageKey) -> Any:
         """The dataset a stage trains on, ready for the data loader."""
         return self._stage_rows.select(key, self.folder.table)
 
-    def _reset_callbacks(self) -> None:
-        """Callbacks that keep state (early stopping, say) start every stage as they were given."""
-        for fresh in self._initial_callbacks:
-            position = next(i for i, c in enumerate(self.callback_handler.callbacks) if type(c) is type(fresh))
-            self.callback_handler.callbacks[position] = copy.deepcopy(fresh)
+    @contextlib.contextmanager
+    def _fresh_state(self) -> Iterator[None]:
+        """Callbacks that keep state (early stopping, say) are copies of what was given, which stays as it is."""
+        callbacks, given = self.callback_handler.callbacks, []
+        for position, callback in enumerate(callbacks):
+            if isinstance(callback, ExportableState):
+                callbacks[position] = self._copy(callback)
+                given.append((callbacks[position], callback))
+        try:
+            yield
+        finally:
+            # By what they are, not where: callbacks may have come and gone.
+            for position, callback in enumerate(callbacks):
+                callbacks[position] = next((was for worked, was in given if worked is callback), callback)
+
+    def _get_dataloader(self, *args, **kwargs):
+        """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""
+        given = self.data_collator
+        self.data_collator = self._copy(given)
+        if kwargs.get("is_training"):
+            self._collator = self.data_collator
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = given
+
+    def _copy(self, part: Any) -> Any:
+        """A copy of a collator or callback, state and all; what it shares with the trainer is not copied."""
+        return fresh_copy(part, (self, self.model, self.args, self.processing_class))
 
     def _stage_metrics(self) -> dict[str, float]:
         """The stage's own evaluation, if there is a set to evaluate on and someone asks for the numbers."""
@@ -461,13 +560,35 @@ class S3TTrainerMixin:
         return str(self._stage_output_dir) if self._stage_output_dir is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        # The record is what makes a checkpoint resumable: it comes when every process has written its part.
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            exact = not self._batches_are_random or float(self.state.epoch).is_integer()
-            self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            # The record is what makes a checkpoint resumable: it comes when every process has written its part.
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                at_rest = not self._batches_are_random or float(self.state.epoch).is_integer()
+                exact = at_rest and not self._collator_keeps_state()
+                self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
+        except (OSError, RuntimeError):
+            if self.accelerator.num_processes > 1 or not self._is_condemned():
+                raise
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _is_condemned(self) -> bool:
+        """
+        Whether the stage in training saw what another process deleted since: its checkpoints were removed, also one
+        that was being written, and it will be discarded when it is done.
+        """
+        self.folder.refresh_ledger()
+        return self._stage_origin["slices"] != self.folder.slice_digests(self._stage)
+
+    def _collator_keeps_state(self) -> bool:
+        """Whether the collator draws by itself, or counts: a resume would begin with what it was given as."""
+        given = getattr(self.data_collator, "__dict__", {})
+        return any(
+            isinstance(value, _GENERATORS) or (isinstance(value, (int, float, str)) and value != given.get(name))
+            for name, value in getattr(self._collator, "__dict__", {}).items()
+        )
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
@@ -501,7 +622,11 @@ class S3TTrainerMixin:
         self._stack.train_only(self._stage)
 
     def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        try:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        except OSError:
+            if not self._is_condemned():
+                raise
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Checkpoints of a stage get no model card; the system's is written when it is published."""
@@ -625,7 +750,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         s3t_config: S3TConfig | None = None,
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
-        refuse_shared_state(model, model_init, optimizers)
+        refuse_shared_state(model, model_init, optimizers, data_collator)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
@@ -666,8 +791,29 @@ def checkpoint_without_reentry(model: nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def refuse_shared_state(model, model_init, optimizers) -> None:
+def fresh_copy(part: Any, shared: Sequence[Any]) -> Any:
+    """
+    A copy of a collator or callback, state and all.
+
+    Args:
+        part: What to copy.
+        shared (sequence): What the copy holds as it is: models and tokenizers, which are large and keep no state.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: If it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(part, {id(one): one for one in (*shared, getattr(part, "tokenizer", None))})
+    except Exception as error:
+        raise IsolationError(
+            f"{type(part).__name__} cannot be copied ({error}), and each stage needs its own, so that no state goes "
+            "from one to the next. Give one that `copy.deepcopy` copies."
+        ) from error
+
+
+def refuse_shared_state(model, model_init, optimizers, data_collator) -> None:
     """Refuse arguments that would carry state from one stage into the next."""
+    fresh_copy(data_collator, (model,))
     if model is None or model_init is not None:
         raise ConfigError(
             "S3TTrainer needs `model`, the base that all stages share; `model_init` would make another one for every "

@@ -1,9 +1,10 @@
 """What lets a served model forget: a change of routing, and removing what saw the examples, now or together later."""
 
+import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from transformers.utils import logging
@@ -55,16 +56,41 @@ class Unlearning:
 
     def _follow(self) -> None:
         """Before a call: do what the ledger says since another process wrote to it."""
-        if self._calls.is_inside or self.stack.in_training is not None:
+        if self._calls.is_inside:
             return
         while self._is_behind():
             # Whoever holds this lock is reading the ledger, or writing to it: soon there is no news any more.
             if self._deletion_lock.acquire(timeout=_A_MOMENT):
                 try:
-                    if self._is_behind():
+                    if self._is_behind() and self.stack.in_training is None:
                         self.refresh()
+                    elif self._is_behind():
+                        self._switch_off()
                 finally:
                     self._deletion_lock.release()
+
+    def _switch_off(self) -> None:
+        """Follow the ledger while a stage trains on the same base: condemned stages stop answering, none is loaded."""
+        folder = self.folder
+        folder.refresh_ledger()
+        followed = len(folder.ledger.lines)
+        here = self._routing.stages & folder.valid_stages
+        held = frozenset(key for key in here if self.stack.holds(key, folder.adapter_digest(key)))
+        self._calls.switch(self._routing_of(held))
+        self._followed = followed
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no other thread attaches or drops stages; what is deleted by now answers no more."""
+        with self._deletion_lock:
+            self._wait_for_cleaner()
+            self._switch_off()
+            yield
+
+    def free(self, stages: frozenset[StageKey]) -> None:
+        """Wait until no call uses any of the stages, and stop the calls that take too long."""
+        if not self._calls.wait_for(stages, _PATIENCE):
+            self._calls.stop(stages)
 
     def _is_behind(self) -> bool:
         return self.folder.has_news() or len(self.folder.ledger.lines) != self._followed
@@ -170,7 +196,8 @@ class Unlearning:
             groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
             missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
             include_duplicates (`bool`, defaults to `False`):
-                Delete the examples too whose content equals that of one of these. Otherwise the report names them.
+                Delete the examples too whose content equals that of one of these. Otherwise the report names them. Of
+                ids that were deleted before the content is not known any more.
             on_running (`str`, defaults to `"wait"`):
                 `"wait"` lets running calls on the old stacks end, `"cancel"` stops them.
             timeout (`float`, defaults to 60): Seconds to wait at most for running calls; then they are stopped.

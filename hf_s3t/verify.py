@@ -92,10 +92,12 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     stages that serve; nothing of the system is written.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit, or recipe, device or number of processes are not
-            the recorded ones.
+        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe, device or
+            number of processes are not the recorded ones.
     """
     started = time.perf_counter()
+    if trainer._stage_rows is None:
+        raise ConfigError("There is no `train_dataset` to train stages again on. Give it to the trainer.")
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
@@ -117,16 +119,18 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
         differences.update(found)
     mismatches: dict[str, list[str]] = {}
     try:
-        with preserved_randomness(), tempfile.TemporaryDirectory() as own:
+        with trainer._occupied(closure[0]), preserved_randomness(), tempfile.TemporaryDirectory() as own:
             (scratch,) = broadcast_object_list([own])
-            for key in closure:
-                again = _retrain(trainer, key, Path(scratch))
-                unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
-                if unequal:
-                    mismatches[str(key)] = unequal
-            trainer.accelerator.wait_for_everyone()
+            try:
+                for key in closure:
+                    again = _retrain(trainer, key, Path(scratch))
+                    unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
+                    if unequal:
+                        mismatches[str(key)] = unequal
+                trainer.accelerator.wait_for_everyone()
+            finally:
+                trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
     finally:
-        trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
         trainer.train_dataset = trainer._prepared
         if trainer._live is not None:
             trainer._live.refresh()
@@ -145,6 +149,8 @@ def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[Stage
     if isinstance(stages, str):
         raise ConfigError(f'`stages` must be None, "sample" or a list of stages, got {stages!r}.')
     keys = [StageKey.from_path(f"stages/{s}") if isinstance(s, str) else s for s in stages]
+    if not keys:
+        raise ConfigError("`stages` is empty, and an audit of nothing finds nothing. Name stages, or leave it out.")
     unknown = [str(key) for key in keys if key not in valid]
     if unknown:
         raise ConfigError(

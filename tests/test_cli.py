@@ -273,7 +273,6 @@ def test_names_are_shown_as_they_are_and_not_as_markup(tmp_path):
         (["--from-file", "ids.txt"], None, [7, 8]),
         (["1", "--from-file", "ids.txt", "-"], "2", [1, 2, 7, 8]),
         (["--group", "user-0", "--group", "user-1"], None, [0, 1, 2, 3]),
-        (["-"], "", []),
     ],
     ids=str,
 )
@@ -309,15 +308,24 @@ def test_ids_that_are_texts_are_taken_as_they_are(tmp_path):
         (["--from-file", "no.txt"], USAGE, "does not exist"),
         (["--from-file", "system"], USAGE, "is a directory"),
         ([], USAGE, "Got no ids"),
+        (["--from-file", "empty.txt"], USAGE, "Got no ids"),
         (["-3"], USAGE, "No such option"),
     ],
     ids=str,
 )
 def test_wrong_ids_are_refused_and_nothing_changes(system, command, args, code, message):
     before = files_of(system)
+    Path("empty.txt").write_text("\n\n")
     result = run(command, system, *args, code=code, stdin=b"\xff" if args == ["-"] else None)
     assert message in unboxed(result.stderr) and result.stdout == ""
+    assert ("Nothing was deleted" in result.stderr) <= (command == "unlearn")
     assert files_of(system) == before
+
+
+def test_an_empty_standard_input_names_nobody(system):
+    assert "Got no ids" in unboxed(run("unlearn", system, "-", stdin="\n", code=USAGE).stderr)
+    # A group is enough.
+    assert json_of("unlearn", system, "-", "--group", "user-0", stdin="")["report"]["deleted"] == 2
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "check"])
@@ -348,8 +356,23 @@ def test_unlearn_twice_is_fine_and_leaves_no_second_line(system):
     run("unlearn", system, "3")
     again = json_of("unlearn", system, "3")
     assert again["receipt"] is None and again["report"]["already_deleted"] == 1
-    assert "unlearned 0 examples" in run("unlearn", system, "-", stdin="").stdout
+    assert "unlearned 0 examples" in run("unlearn", system, "3").stdout
     assert len((system / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_deleted_group_is_told_from_one_that_never_was(system):
+    run("unlearn", system, "3")
+    run("unlearn", system, "--group", "user-4")
+    text = run("unlearn", system, "--group", "user-4").stdout
+    assert "group 'user-4' was deleted before" in text
+    assert json_of("unlearn", system, "--group", "user-4", "--dry-run")["preview"]["deleted_groups"] == ["user-4"]
+    assert "was deleted before" in run("unlearn", system, "--group", "user-4", "--dry-run").stdout
+    assert "was deleted before" in run("unlearn", system, "--group", "user-4", "--later").stdout
+    assert run("locate", system, "--group", "user-4").stdout == "group 'user-4' was deleted in line 2 of the ledger\n"
+    text = run("locate", system, "5", "--group", "user-4").stdout
+    assert "in line 2 of the ledger" in text and re.search(r"^5 +\d", text, re.MULTILINE)
+    found = json_of("locate", system, "--group", "user-4", "--group", "user-3")
+    assert found["deleted_groups"] == [{"group": "user-4", "line": 2}] and len(found["examples"]) == 2
 
 
 def test_requests_are_recorded_for_later_and_applied_in_one_go(system):
@@ -358,6 +381,8 @@ def test_requests_are_recorded_for_later_and_applied_in_one_go(system):
     assert "1 example to be forgotten" in said and "when `hf-s3t apply-pending` is run: 1 example" in said
     found = json_of("unlearn", system, "--group", "user-2", "--later", "--max-delay", 60)["pending"]
     assert (found["requested"], found["pending"]) == (2, 3) and found["apply_by"] is not None
+    said = run("unlearn", system, 3, "--later").stdout
+    assert f"or by the first load of the model after {found['apply_by']}: 3 examples" in said
     assert stages_on_disk(system) == before
     assert json_of("status", system)["pending"] == 3
     assert "in until then: 3 examples" in run("status", system).stdout
@@ -385,14 +410,30 @@ def test_options_that_do_not_go_together_are_refused(system, options):
 
 
 def test_unlearn_passes_over_unknown_ids_when_told_to(system):
-    assert json_of("unlearn", system, "3", "99", "--missing", "ignore")["report"]["deleted"] == 1
+    report = json_of("unlearn", system, "3", "99", "--missing", "ignore")["report"]
+    assert (report["deleted"], report["unknown"], report["unknown_groups"]) == (1, 1, 0)
+    text = run("unlearn", system, "99", "98", "--group", "nobody", "--missing", "ignore").stdout
+    assert "2 ids were never trained on, and passed over" in text
+    assert "1 group was never trained on, and passed over" in text
+    assert "1 id was never" in run("unlearn", system, "99", "--missing", "ignore", "--dry-run").stdout
+    assert "1 id was never" in run("unlearn", system, "99", "--missing", "ignore", "--later").stdout
+    assert "never trained on" not in run("unlearn", system, "5", "--missing", "ignore").stdout
     run("unlearn", system, "4", "--missing", "skip", code=USAGE)
 
 
 def test_unlearn_to_exhaustion_does_its_work_and_says_so(system):
     result = run("unlearn", system, *NUMBERS, code=EXHAUSTED)
-    assert "no shard is left to answer" in result.stdout
+    assert "no shard is left to answer, and no example to train on: train a new system" in result.stdout
     assert len(SystemFolder(system).table) == 0
+    assert "no example to train on" in run("status", system, code=EXHAUSTED).stdout
+
+
+def test_unlearn_to_exhaustion_says_how_many_examples_can_be_trained_on(system):
+    folder = SystemFolder(system)
+    firsts = [folder.table.members(shard, slice_)[0] for shard in range(2) for slice_ in range(3)]
+    result = run("unlearn", system, *firsts, code=EXHAUSTED)
+    line = "no shard is left to answer: `train()` grows stages on the 6 examples left\n"
+    assert line in result.stdout and line in run("status", system, code=EXHAUSTED).stdout
 
 
 def test_a_dry_run_shows_what_would_go_and_its_cost_and_changes_nothing(system):
@@ -414,6 +455,9 @@ def test_a_dry_run_shows_what_would_go_and_its_cost_and_changes_nothing(system):
         "would_exhaust",
         "deletions_left_before",
         "deletions_left_after",
+        "deleted_groups",
+        "unknown",
+        "unknown_groups",
     ]
     assert "would unlearn 3 examples" in text and "stages that would go: shard-0/" in text
     assert re.search(r"until all shards are dead: 14\.7 -> \d+\.\d", text)
@@ -520,6 +564,7 @@ def test_purge_lists_and_removes(system):
     assert re.search(r"^removed +checkpoint +\d+ B +system/checkpoints/", text, re.MULTILINE)
     assert not (system / "runs").exists() and list(Path("data").iterdir()) == []
     assert run("purge", system).stdout == "removed 0 B, kept 0 B\n"
+    assert run("purge", system, "--dry-run").stdout == "to remove 0 B, kept 0 B\n"
 
 
 @pytest.mark.parametrize(
@@ -609,7 +654,22 @@ def test_export_is_the_model_s(tmp_path):
     assert (tmp_path / "target" / "adapter_model.safetensors").is_file()
     assert json_of("receipt", tmp_path / "system", "--line", "1")["receipts"][0]["kind"] == "export"
     message = refusal("export", tmp_path / "system", "0", tmp_path / "other", "--base-model", tmp_path / "nowhere")
-    assert "The base model cannot be loaded" in message
+    assert "The base model cannot be loaded" in message and "--base-model" in message
+    assert "\\n" not in message and "`base_model`" not in message and "`token`" not in message
+    assert "the module" not in message
+    # A base that was made in memory has no name to load it by.
+    plant_stages(make_trainer(tmp_path / "nameless", tiny_llama()))
+    message = refusal("export", tmp_path / "nameless", "0", tmp_path / "other")
+    assert "--base-model" in message and "`base_model`" not in message
+
+
+# pull
+
+
+def test_without_the_hub_pull_does_not_advise_itself(tmp_path):
+    message = refusal("pull", "nobody/nothing", tmp_path / "pulled")
+    assert "Go online, then call again" in message and "hf-s3t pull" not in message
+    assert not (tmp_path / "pulled").exists()
 
 
 # Whatever is typed
@@ -744,12 +804,11 @@ def test_plan_draws(tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--num-layers", 0), "--num-layers is 0, expected at least 1"),
-        (("--num-layers", 4, "--hidden-size", -1), "--hidden-size is -1, expected at least 1"),
-        (("--num-layers", 4, "--months", -1), "`goal_months` must be a number above 0, got -1.0"),
-        (("--num-layers", 4, "--epochs", 0), "`epochs` must be an integer of at least 1, got 0"),
-        (("--num-layers", 4, "--max-hours", 0.001), "Allow more hours"),
-        (("--num-layers", 4, "--batch-size", 52_000), "below which a stage does not converge. Lower the batch size"),
+        (("--num-layers", 4, "--max-hours", 0.001), "Error: --max-hours=0.001, but .* Allow more hours"),
+        (
+            ("--num-layers", 4, "--batch-size", 52_000),
+            "Error: --examples=52000 with --batch-size=52000: .* Lower the batch size",
+        ),
         (("--num-layers", 4, "--figure", "plan.pdf"), "drawn as .png or .svg, got 'plan.pdf'"),
         (("--model", "./nowhere"), "nowhere is not there. Give the folder of a model"),
         (("--model", "no/such-model"), "cannot be had from the Hub: .* Give the model's folder, or --num-layers"),
@@ -758,6 +817,20 @@ def test_plan_draws(tmp_path):
 )
 def test_plan_refuses(options, says):
     assert re.search(says, refusal(*PLAN, *options))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--examples", 0), ("--num-layers", 0), ("--hidden-size", -1), ("--rank", 0), ("--num-labels", -1),
+        ("--epochs", 0), ("--batch-size", 0), ("--max-shards", 0), ("--months", -1), ("--months", "nan"),
+        ("--max-hours", 0), ("--deletions-per-month", 0), ("--hours-per-epoch", "inf"),
+    ],
+)  # fmt: skip
+def test_a_number_that_plan_cannot_mean_is_wrong_usage_of_its_option(option, value):
+    given = {"--num-layers": 4, **dict(zip(PLAN[1::2], PLAN[2::2])), option: value}
+    said = unboxed(run("plan", *(f"{name}={number}" for name, number in given.items()), code=USAGE).stderr)
+    assert f"Invalid value for '{option}'" in said or f"Invalid value for {option}" in said, said
 
 
 @pytest.mark.parametrize(

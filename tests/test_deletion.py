@@ -145,6 +145,9 @@ def test_a_group_is_deleted_as_one(system):
     assert report.deleted == 2 and system.ledger.entries[0].groups == (system.key.of_group("user-2"),)
     again = apply(system, groups=["user-2"])
     assert (again.requested, again.deleted, again.stages_removed) == (0, 0, ())
+    assert again.deleted_groups == preview(system, groups=["user-2"]).deleted_groups == ("user-2",)
+    assert system.ledger.line_of_group(system.key.of_group("user-2")) == 1
+    assert system.ledger.line_of_group(system.key.of_group("user-3")) is None
 
 
 def test_ids_deleted_before_are_no_error_and_make_no_line(system):
@@ -163,8 +166,10 @@ def test_deleting_everything_exhausts(system):
 
 
 def test_unknown_ids_can_be_passed_over(system):
-    report = apply(system, [3, 99], ["nobody"], missing="ignore")
+    seen = preview(system, [3, 99, 98], ["nobody"], missing="ignore")
+    report = apply(system, [3, 99, 98], ["nobody"], missing="ignore")
     assert (report.requested, report.deleted) == (1, 1)
+    assert (report.unknown, report.unknown_groups) == (seen.unknown, seen.unknown_groups) == (2, 1)
 
 
 def test_stages_that_a_trainer_added_meanwhile_go_too(grown, tmp_path):
@@ -185,6 +190,18 @@ def test_deletions_by_another_process_meanwhile_are_known(system):
 
 
 # Refused, interrupted
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b'{"sta')])
+def test_a_damaged_record_of_a_stage_says_how_deletions_go_on(system, damage):
+    key = StageKey(0, (0, 1))
+    damage(system.path / key.path / "stage.json")
+    with pytest.raises(
+        FolderError, match=r"Restore it, or remove its folder and call `train\(\)` to grow it again\.$"
+    ):
+        apply(system, [3])
+    shutil.rmtree(system.path / key.path)
+    assert apply(system, [3]).deleted == 1
 
 
 @pytest.mark.parametrize("act", [preview, apply])

@@ -3,14 +3,20 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from launched import launched
 from safetensors.torch import load_file
-from tiny import lm_rows, make_trainer, s3t_config
+from tiny import lm_rows, make_trainer, s3t_config, training_arguments
 from transformers import TrainerCallback
 
+from hf_s3t import S3TTrainer, launch
 from hf_s3t.deletion import apply
+from hf_s3t.errors import ExhaustedError
 from hf_s3t.inspection import inspect
 from hf_s3t.storage import SystemFolder
 
@@ -106,3 +112,140 @@ def test_the_model_of_the_trainer_follows(tmp_path):
     by_another_folder(path, victim_in(trainer.folder, key))
     model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
     assert key not in model.stack.loaded and not any(key in stage.lineage for stage in model.stack.loaded)
+
+
+class AskedFromAThread(TrainerCallback):
+    """At every step: which stages answer a call that another thread begins."""
+
+    def __init__(self, model, at_first):
+        self.model, self.at_first = model, at_first
+        self.answered_by = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Do what comes first, then call."""
+        if not self.answered_by:
+            self.at_first()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(self.call).result()
+
+    def call(self):
+        """Note who answers."""
+        try:
+            self.model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
+            self.answered_by.append({str(key) for key in self.model._routing.stages})
+        except ExhaustedError:
+            self.answered_by.append(set())
+
+
+def test_a_model_that_serves_while_stages_train_follows_a_deletion(tmp_path):
+    path = tmp_path / "system"
+    rows = lm_rows(32)
+    trainer = make_trainer(path, rows=rows, config=s3t_config(num_shards=2, partition="balanced"))
+    trainer.train()
+    model, folder = trainer.s3t_model, trainer.folder
+    # Shard 0 is grown again; an example of shard 1 goes meanwhile.
+    model.unlearn(folder.table.members(0, 0)[:1])
+    victim = folder.table.members(1, 0)[0]
+    asked = AskedFromAThread(model, lambda: by_another_folder(path, victim))
+    saw_it = {str(key) for key in folder.plan.stages() if key.shard == 1 and 0 in key.prefix}
+    trainer.add_callback(asked)
+    trainer.train()
+    assert len(asked.answered_by) > 6 and not any(saw_it & answered for answered in asked.answered_by)
+    # What goes on to answer is what was not hit; all of it is back when training is done.
+    assert all(any(stage.startswith("shard-0") for stage in answered) for answered in asked.answered_by)
+    assert model.status()["depths"] == [2, 2]
+
+
+class DeletesWhileSaving(S3TTrainer):
+    """Another process deletes an example between two files of a checkpoint."""
+
+    victim = None
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.victim is not None and self._stage.depth == 2:
+            victim, self.victim = self.victim, None
+            by_another_folder(self.folder.path, victim)
+            # What was left of the checkpoint that is being written.
+            self.left = Path(output_dir).exists()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+@pytest.mark.parametrize("hit", [True, False], ids=["of the stage", "of another slice"])
+def test_a_deletion_while_a_checkpoint_is_written(hit, tmp_path):
+    path = tmp_path / "system"
+    config = s3t_config(num_slices=3, budget=1, partition="balanced")
+    args = training_arguments(path, save_strategy="steps", save_steps=1)
+    trainer = make_trainer(path, rows=lm_rows(18), cls=DeletesWhileSaving, config=config, args=args)
+    stage = next(key for key in trainer.folder.plan.stages() if key.depth == 2)
+    (other,) = set(range(3)) - set(stage.prefix)
+    trainer.victim = victim = trainer.folder.table.members(0, stage.prefix[-1] if hit else other)[0]
+    trainer.train()
+    assert trainer.left is not hit
+    folder = SystemFolder(path)
+    assert folder.is_deleted(victim) and inspect(path).problems == () and not (path / "checkpoints").exists()
+    without = tmp_path / "without"
+    rows = [row for row in lm_rows(18) if row["id"] != victim]
+    # Places as in the system: a row less would move others.
+    places = {row["id"]: folder.table.rows[row["id"]] for row in rows}
+    rows = [{**row, "shard": 0, "slice": places[row["id"]].slice} for row in rows]
+    columns = s3t_config(num_slices=3, budget=1, partition="column", shard_column="shard", slice_column="slice")
+    oracle = make_trainer(without, rows=rows, config=columns)
+    oracle.train()
+    for key in folder.plan.stages():
+        ours, theirs = (load_file(f / key.path / "adapter_model.safetensors") for f in (path, without))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), key
+
+
+class LosesItsParent(S3TTrainer):
+    """What a stage stands on goes between its being chosen and its being brought in."""
+
+    victim = None
+
+    def _next_stage(self):
+        key = super()._next_stage()
+        if self.victim is not None and key.depth == 2:
+            self._stack.drop(self._stack.loaded)
+            by_another_folder(self.folder.path, self.victim)
+            self.victim = None
+        return key
+
+
+def test_a_deletion_of_what_the_next_stage_stands_on(tmp_path):
+    path = tmp_path / "system"
+    trainer = system(path, cls=LosesItsParent)
+    trainer.victim = victim = victim_in(trainer.folder, trainer.folder.plan.stages()[0])
+    trainer.train()
+    same_bits_as_without(path, victim, tmp_path / "without")
+
+
+def late_deletion(path, moment):
+    """A script of two processes: the first comes to `train` late, or an example is deleted before either does."""
+    trainer = make_trainer(path, rows=ROWS, config=s3t_config(budget=1, partition="balanced"))
+    key = trainer.folder.plan.stages()[0]
+    if trainer.args.process_index == 0:
+        victim = trainer.folder.table.members(0, key.prefix[0])[1]
+        if moment == "late":
+            # The other process has read the folder meanwhile, and waits.
+            time.sleep(3)
+        apply(SystemFolder(path), [victim])
+    if moment == "before":
+        trainer.accelerator.wait_for_everyone()
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_all_processes_train_a_stage_on_the_same_examples(tmp_path):
+    digests = []
+    for moment in ("before", "late"):
+        path = tmp_path / moment
+        run = {"processes": 2, "port": 29617, "environment": {"OMP_NUM_THREADS": "1"}}
+        launched(Path(__file__), str(path), moment, **run)
+        folder = SystemFolder(path)
+        assert folder.ledger.num_deletions == 1 and folder.valid_stages == set(folder.plan.stages())
+        digests.append([folder.adapter_digest(key) for key in folder.plan.stages()])
+    assert digests[0] == digests[1]
+
+
+if __name__ == "__main__":
+    launch.start_cpu_processes()
+    late_deletion(Path(sys.argv[1]), sys.argv[2])

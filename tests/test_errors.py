@@ -189,6 +189,19 @@ def files_of(path: Path) -> dict[str, tuple[str, int]]:
     Refusal(ConfigError, "unknown routing", "got 'best'", "one of longest, metric, all", "one of", select="best"),
     Refusal(ConfigError, "no layer per slice", "got 0", "`layers_per_slice` must be an integer", "at least 1",
         layers_per_slice=0),
+    Refusal(ConfigError, "a text as switch", "got 'no'", "`colocate_duplicates` must be True or False", "must be",
+        colocate_duplicates="no"),
+    Refusal(ConfigError, "a text as permission", "got 'no'", "`base_is_public` must be True or False", "must be",
+        base_is_public="no"),
+    Refusal(ConfigError, "a number as switch", "got 1", "`base_is_public` must be True or False", "must be",
+        base_is_public=1),
+    *(
+        Refusal(ConfigError, f"an empty {column}", "got ''", f"`{column}` must be the name of a column",
+            "Leave it out if there is none", **{column: ""})
+        for column in ("id_column", "group_column", "shard_column", "slice_column")
+    ),
+    Refusal(ConfigError, "a column by its number", "got 3", "`id_column` must be the name of a column", "Leave it out",
+        id_column=3),
     Refusal(ConfigError, "layers for other slices", "has 2 entries", "num_slices=4",
         "Give one number of layers per slice, top first, or a single number", layers_per_slice=[1, 2]),
 )  # fmt: skip
@@ -518,6 +531,16 @@ def test_what_stages_cannot_share_is_refused(case, tmp_path):
     assert not (tmp_path / "system").exists() and digest_of(model) == before
 
 
+def test_a_folder_that_is_something_else_is_no_output_dir(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    tiny_llama(layers=2).save_pretrained(tmp_path / "base")
+    before = files_of(tmp_path)
+    for name, why in (("file", "is a file, expected a folder"), ("base", "holds a model .config.json.")):
+        with pytest.raises(ConfigError, match=rf"{why}.* Choose another `output_dir`"):
+            make_trainer(tmp_path / name, tiny_llama(layers=2))
+    assert files_of(tmp_path) == before
+
+
 # Models
 
 
@@ -530,6 +553,11 @@ def with_batch_norm():
     model = tiny_llama(layers=2)
     model.model.layers[1].norm_of_batches = nn.BatchNorm1d(16)
     return model
+
+
+def with_dynamic_rotary_embeddings():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    return tiny_llama(layers=2, rope_parameters=rope)
 
 
 def resnet():
@@ -598,6 +626,9 @@ def shared(at_most: int) -> Refusal:
 
 
 NORMS = Refusal(IsolationError, "", "batch norms", "shared by all stages", "Use a model with layer norms")
+DYNAMIC = Refusal(
+    IsolationError, "", "has dynamic rotary embeddings", "the longest input that it has seen", "with a fixed scaling"
+)
 TWO_STACKS = Refusal(
     IsolationError, "", "is an encoder-decoder", "order is defined for one", "Use a decoder-only or encoder-only"
 )
@@ -617,6 +648,7 @@ ADAPTED = Refusal(IsolationError, "", *CARRIES)
         pytest.param(one_projection_in_two_layers, TIED, id="one module in two layers"),
         pytest.param(with_batch_norm, NORMS, id="a batch norm in a layer"),
         pytest.param(resnet, NORMS, id="ResNet"),
+        pytest.param(with_dynamic_rotary_embeddings, DYNAMIC, id="dynamic rotary embeddings"),
         pytest.param(t5, TWO_STACKS, id="T5"),
         pytest.param(bart, TWO_STACKS, id="BART"),
         pytest.param(partial(bart, "BartForConditionalGeneration"), TWO_STACKS, id="BART for generation"),
@@ -806,7 +838,7 @@ def no_list(name: str, got: str, remedy: str, **given) -> Refusal:
 
 
 def unknown(name: str, got: str, remedy: str, **given) -> Refusal:
-    return Refusal(UnknownExampleError, name, got, "trained on 16 examples", remedy, **given)
+    return Refusal(UnknownExampleError, name, got, r"are texts\. Name examples by the ids", remedy, **given)
 
 
 @cases(
@@ -820,11 +852,11 @@ def unknown(name: str, got: str, remedy: str, **given) -> Refusal:
     no_list("nothing at all in a list", r"among others None", "must be a list", ids=["example-001", None]),
     no_list("lists in a list", r"among others \['example-001'\]", "must be a list", ids=[["example-001"]]),
     no_list("an array of fractions", "among others 0.5", "must be a list", ids=np.array([0.5])),
-    unknown("an unknown id", "Unknown ids: 'nobody'", "ids such as 'example-000'. Nothing was deleted",
+    unknown("an unknown id", "Unknown ids: 'nobody'", 'at the first training. Nothing was deleted; missing="ignore"',
         ids=["nobody"]),
     unknown("an unknown id among known ones", "Unknown ids: 'nobody'", "Nothing was deleted", ids=["example-001",
         "nobody", "example-002"]),
-    unknown("a row number where ids are texts", "Unknown ids: 3", "ids such as 'example-000'", ids=[3]),
+    unknown("a row number where ids are texts", "Unknown ids: 3", "Nothing was deleted", ids=[3]),
     unknown("an unknown id beside a known group", "Unknown ids: 'nobody'", "Nothing was deleted", ids=["nobody"],
         groups=["person-1"]),
     Refusal(UnknownExampleError, "an unknown group", "Unknown groups: 'nobody'",
@@ -856,11 +888,12 @@ def test_ids_that_were_deleted_before_are_no_error_and_no_second_deletion(model)
 def test_unknown_ids_may_be_passed_over(model):
     report = model.unlearn(["nobody", "example-001"], groups=["nobody"], missing="ignore")
     assert report.deleted == 1 and model.folder.is_deleted("example-001")
+    assert (report.unknown, report.unknown_groups) == (1, 1)
 
 
 @cases(
     no_list("a single text", "`ids` .*got 'example-001'", "A single one", ids="example-001"),
-    unknown("an unknown id", "Unknown ids: 'nobody'", "ids such as", ids=["nobody"]),
+    unknown("an unknown id", "Unknown ids: 'nobody'", r"at the first training\.$", ids=["nobody"]),
 )  # fmt: skip
 def test_a_place_is_told_of_known_examples_only(case, untouched):
     with pytest.raises(S3TError) as caught:
@@ -870,9 +903,7 @@ def test_a_place_is_told_of_known_examples_only(case, untouched):
 
 def test_no_place_is_told_of_a_deleted_example(model):
     model.unlearn(["example-001"])
-    with pytest.raises(
-        UnknownExampleError, match=r"1 of the ids were deleted and are in no slice\. Ask for the others"
-    ):
+    with pytest.raises(UnknownExampleError, match=r"^'example-001': deleted, and in no slice any more\. Ask for the"):
         model.locate(["example-000", "example-001"])
     assert set(model.locate(["example-000"])) == {"example-000"}
 
@@ -1032,6 +1063,37 @@ def test_a_load_that_is_refused_changes_neither_folder_nor_base(case, system):
         assert digest_of(module) == weights
 
 
+def routed_by_a_buffer(bias: float) -> nn.Module:
+    """A base with a buffer in its checkpoint that decides what it computes, as mixtures of experts have."""
+    model = base()
+    model.model.layers[0].mlp.register_buffer("correction_bias", torch.full((4,), bias))
+    return model
+
+
+def test_a_base_with_another_buffer_in_its_checkpoint_is_another_base(tmp_path):
+    trainer = make_trainer(tmp_path / "system", routed_by_a_buffer(0.5), PEOPLE, config=GROUPED)
+    S3TModel.from_pretrained(trainer.folder.path, base_model=routed_by_a_buffer(0.5))
+    with pytest.raises(BaseModelMismatchError, match=r"its persistent buffers differ. Expected 'the model given"):
+        S3TModel.from_pretrained(trainer.folder.path, base_model=routed_by_a_buffer(0.25))
+
+
+def test_a_private_base_is_asked_for_with_the_systems_token(tmp_path, monkeypatch):
+    model = base()
+    model.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path / "system", type(model).from_pretrained(tmp_path / "base"), PEOPLE, config=GROUPED)
+    asked = []
+
+    def gated(name, **kwargs):
+        asked.append(kwargs)
+        raise OSError("401: gated")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    said = r"The base model cannot be loaded from .*: 401: gated Give `token` if it is private, or `base_model`"
+    with pytest.raises(BaseModelMismatchError, match=said):
+        S3TModel.from_pretrained(trainer.folder.path, token="hf_mine", cache_dir=tmp_path / "cache")
+    assert asked == [{"revision": None, "token": "hf_mine", "cache_dir": tmp_path / "cache"}]
+
+
 def nudged(model: nn.Module, name: str) -> nn.Module:
     with torch.no_grad():
         model.get_parameter(name).view(-1)[0] += 0.5
@@ -1055,7 +1117,7 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
 def test_a_system_is_saved_into_an_empty_folder_only(untouched, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
-    with pytest.raises(FolderError, match=r"is not empty. Give a new folder to save the system to"):
+    with pytest.raises(FolderError, match=r"is no empty folder. Give a new one"):
         untouched.save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken" / "file").read_text() == "mine" and len(list((tmp_path / "taken").iterdir())) == 1
 

@@ -231,9 +231,14 @@ def test_a_missing_key_is_an_error_that_names_variable_and_file(tmp_path):
 
 
 @pytest.mark.parametrize("secret", ["", "short", "x" * 15])
-def test_a_short_key_is_refused(tmp_path, secret):
+def test_a_short_key_is_refused(tmp_path, monkeypatch, secret):
     (tmp_path / KEY_FILE).write_text(secret)
-    with pytest.raises(KeyMissingError, match=f"has {len(secret)} bytes, expected at least 16. Make one with"):
+    with pytest.raises(KeyMissingError, match=f"has {len(secret)} bytes, expected at least 16. Restore it"):
+        DigestKey.load(tmp_path)
+    with pytest.raises(KeyMissingError, match="Make one with `openssl rand -hex 32`"):
+        DigestKey.load(tmp_path, create=True)
+    monkeypatch.setenv(KEY_VARIABLE, secret or "x")
+    with pytest.raises(KeyMissingError, match=r"expected at least 16\. Restore it as it was at training"):
         DigestKey.load(tmp_path)
 
 
@@ -382,9 +387,13 @@ def test_ids_and_groups_deleted_before_are_counted_and_are_no_error():
 
 def test_unknown_ids_and_groups_are_named_all_at_once_and_before_anything_else():
     table = small_table().without(["a"])
-    with pytest.raises(UnknownExampleError, match=r"Unknown ids: 'x', 'y'\. .*trained on 4 .*such as 'b'") as caught:
+    with pytest.raises(UnknownExampleError, match=r"Unknown ids: 'x', 'y'\. .* are texts\. Name") as caught:
         resolve(table, ["b", "x", "a", "y"], deleted=["a"])
     assert isinstance(caught.value, KeyError)
+    # Nobody else is named.
+    assert not re.search("'[abcde]'", str(caught.value))
+    with pytest.raises(UnknownExampleError, match=r"Unknown ids: 9\. The ids .* are integers such as 1\."):
+        resolve(table_of({1: Example(0, 0, "d")}), [9])
     with pytest.raises(UnknownExampleError, match=r"Unknown groups: 'dan'\. Groups are the values of `group_column`"):
         resolve(table, ["b"], ["cat", "dan"])
 
@@ -395,6 +404,19 @@ def test_unknown_ids_and_groups_may_be_passed_over():
     assert request == (["b", "d", "e"], 1, ["cat"])
     with pytest.raises(ExampleIdError, match="must be a list"):
         resolve(table, "b", ignore_unknown=True)
+
+
+def test_a_request_counts_what_it_passes_over_and_names_groups_that_are_gone():
+    ledger = Ledger().append("deletion", removed={}, left={}, ids=[], groups=[KEY.of_group("ann")])
+    request = small_table().resolve(
+        ["c", "x", "y"], ["ann", "dan"], ledger, KeptNames(KEY, "plain"), ignore_unknown=True
+    )
+    # A group whose name was deleted and which is in again is in.
+    assert (request.groups, request.deleted_groups) == (["ann"], ())
+    assert (request.unknown, request.unknown_groups) == (2, 1)
+    gone = small_table().without(["a", "b"]).resolve(None, ["ann"], ledger, KeptNames(KEY, "plain"))
+    assert (gone.groups, gone.deleted_groups, gone.unknown_groups) == ([], ("ann",), 0)
+    assert gone.with_ids(["c"]).deleted_groups == ("ann",)
 
 
 def test_a_number_does_not_name_the_example_with_that_text():

@@ -54,6 +54,16 @@ def test_pushing_again_uploads_nothing(system, repo, hub):
     assert not hub.calls("POST", "/commit/") and not hub.calls("PUT") and not hub.calls("POST", "objects/batch")
 
 
+def test_a_push_that_merges_says_what_the_folder_forgot(pushed, repo, tmp_path):
+    other = SystemFolder(shutil.copytree(pushed.path, tmp_path / "other"))
+    report = apply(other, [member(other), member(other, 1, 1)])
+    send(other, repo)
+    done = send(pushed, repo, merge=True)
+    assert (done.forgotten, done.stages_removed) == (2, report.stages_removed)
+    again = send(pushed, repo, merge=True)
+    assert (again.forgotten, again.stages_removed) == (0, ())
+
+
 def test_a_push_after_a_deletion_removes_what_went_and_uploads_no_weights(pushed, repo, hub):
     report = apply(pushed, [member(pushed)])
     hub.requests.clear()
@@ -326,10 +336,18 @@ def test_the_command_line_pushes_pulls_and_erases(pushed, repo, tmp_path):
     run("pull", repo.repo_id, target)
     assert inspect(target).problems == ()
     other = SystemFolder(shutil.copytree(target, tmp_path / "other"))
-    apply(other, [member(other, 1, 1)])
+    removed = apply(other, [member(other, 1, 1)]).stages_removed
     send(other, repo)
     assert "--merge" in run("push", target, repo.repo_id, code=1)
-    run("push", target, repo.repo_id, "--merge")
+    before = files_of(target)
+    said = run("push", target, repo.repo_id, "--merge", "--dry-run")
+    assert f"would forget here what {repo.repo_id} knows as deleted: 1 example\n" in said
+    assert f"stages that would go here: {', '.join(removed)}\n" in said and files_of(target) == before
+    said = run("push", target, repo.repo_id, "--merge")
+    assert f"forgot here what {repo.repo_id} knows as deleted: 1 example\n" in said
+    assert f"stages removed here: {', '.join(removed)}\n" in said and "is up to date" in said
+    assert not set(removed) & {str(key) for key in SystemFolder(target).stages}
+    assert "forgot" not in run("push", target, repo.repo_id, "--merge")
     assert inspect(target).problems == ()
     assert "is not on the Hub" in run("erase", "nobody/nothing", code=1)
     assert "is not empty" in run("pull", repo.repo_id, target, code=1)

@@ -120,7 +120,8 @@ def test_requests_that_wait_are_noted(system):
     assert inspect(system).notes == (f"{system}/pending.jsonl: 2 examples wait to be deleted.",)
     requests.add(NAMES[7:8], [], max_delay=60)
     found = inspect(system)
-    assert "3 examples wait to be deleted, to be applied by 20" in found.notes[0] and found.problems == ()
+    assert "3 examples wait to be deleted by the first load of the model after 20" in found.notes[0]
+    assert found.problems == ()
     (system / "pending.jsonl").write_text("{}\n")
     assert "pending.jsonl line 1 cannot be read" in problem_of(system)
 
@@ -189,10 +190,14 @@ DAMAGES = {
     ),
     "adapter's config edited": (_in_stage(_write("adapter_config.json", b"{}")), "was altered or cut short"),
     "adapter missing": (_in_stage(_drop("adapter_model.safetensors")), "adapter_model.safetensors is missing"),
-    "no stage record": (_in_stage(_drop("stage.json")), "stage.json is missing"),
+    "no stage record": (_in_stage(_drop("stage.json")), "stage.json is missing.*remove its folder and call `train"),
+    "stage record cut": (
+        _in_stage(lambda s: os.truncate(s / "stage.json", 9)),
+        "stage.json is not the JSON.*remove its folder and call `train",
+    ),
     "stage record edited": (
         _in_stage(lambda s: (s / "stage.json").write_text((s / "stage.json").read_text().replace("0", "1"))),
-        "stage.json was altered",
+        "stage.json was altered.*remove its folder and call `train",
     ),
     "file beside an adapter": (_in_stage(_write("model.bin")), "model.bin is no part of a system"),
     "weights at the root": (_write("model.safetensors"), "model.safetensors is no part of a system"),

@@ -6,9 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig
+from tiny import make_trainer, plant_stages, tiny_llama
 
 from hf_s3t import S3TConfig
-from hf_s3t.model_card import render_diagram
+from hf_s3t.model_card import render_card, render_diagram
 from hf_s3t.plan import Plan, StageKey
 
 
@@ -65,6 +67,14 @@ def test_a_picture_has_a_box_for_each_stage_inside_its_frame(config):
     for text in picture.iter(f"{SVG}text"):
         start = float(text.get("x")) - (4 * len(text.text) if text.get("text-anchor") else 0)
         assert start > 0 and start + 7.2 * len(text.text) <= width and float(text.get("y")) < height
+
+
+def test_a_card_says_how_large_the_adapters_are_where_nobody_set_it(tmp_path):
+    model = tiny_llama()
+    trainer = make_trainer(tmp_path / "system", model=model, peft_config=LoraConfig(target_modules=["q_proj"]))
+    plant_stages(trainer)
+    card = render_card(trainer.folder, "me/system")
+    assert "| LoRA | r = 8, alpha = 8, on q_proj |" in card and "None" not in card
 
 
 def test_a_picture_tells_live_from_gone():

@@ -58,7 +58,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_s3t import S3TModel
-from hf_s3t.errors import ExhaustedError, IsolationError, S3TError, StaleCacheError
+from hf_s3t.errors import ConfigError, ExhaustedError, FolderError, IsolationError, S3TError, StaleCacheError
 
 
 # Minutes on two cores: part of `make test-all`.
@@ -897,6 +897,25 @@ def test_an_exported_adapter_is_plain_peft(system, tmp_path, name):
     again = S3TModel.from_pretrained(tmp_path / "copy", base_model=made.fresh())
     assert again.status()["deletions"] == 1
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_an_adapter_is_not_exported_into_the_system_or_over_something(system, tmp_path):
+    model = system("llama").copy(tmp_path / "copy")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    ledger = (tmp_path / "copy" / "ledger.jsonl").read_text()
+    for folder, why in ((tmp_path / "copy" / "out", "inside the system"), (tmp_path / "taken", "no empty folder")):
+        with pytest.raises(FolderError, match=why):
+            model.export_adapter(0, folder)
+    assert (tmp_path / "copy" / "ledger.jsonl").read_text() == ledger and not (tmp_path / "copy" / "out").exists()
+
+
+def test_of_several_stacks_that_answer_together_none_is_exported(tmp_path):
+    trainer = make_trainer(tmp_path / "system", config=s3t_config(select="all"))
+    plant_stages(trainer)
+    with pytest.raises(ConfigError, match=r"2 stacks answer for shard 0 together .* Export from a system that serves"):
+        trainer.s3t_model.export_adapter(0, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and trainer.folder.ledger.lines == ()
 
 
 def test_a_dead_shard_cannot_be_exported(system, tmp_path):

@@ -18,9 +18,10 @@ from folders import forge
 import hf_s3t.files as files
 import hf_s3t.storage as storage
 from hf_s3t import S3TConfig
+from hf_s3t.deletion import apply
 from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
-from hf_s3t.inspection import open_folder
+from hf_s3t.inspection import inspect, open_folder
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import STAGE_FILE, SystemFolder
@@ -889,6 +890,31 @@ def test_a_checkpoint_with_an_altered_record_is_not_resumed_and_goes_with_the_ne
     assert not path.exists()
 
 
+def test_a_checkpoint_that_is_being_written_is_judged_by_what_its_stage_is_trained_on(tmp_path):
+    folder = new_system(tmp_path / "system")
+    hit, other = folder.plan.stages()[0], StageKey(1, (0,))
+    paths = []
+    for key in (hit, other):
+        folder.begin_checkpoints(key, folder.slice_digests(key))
+        paths.append(checkpoint(folder, key, 5))
+    forget(folder, folder.table.members(hit.shard, hit.prefix[0])[:1])
+    assert [path.exists() for path in paths] == [False, True]
+    # The note goes with what it stood for.
+    assert [(path.parent / "stage.json").exists() for path in paths] == [False, True]
+    assert inspect(folder.path).problems == ()
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "notes.txt", "not-a-stage/checkpoint-1"])
+def test_what_others_put_beside_checkpoints_keeps_no_deletion_from_its_end(name, tmp_path):
+    folder = new_system(tmp_path / "system")
+    path = folder.checkpoints(StageKey(0, (0,))).parent / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    victim = folder.table.members(0, 0)[0]
+    forget(folder, [victim])
+    assert SystemFolder(folder.path).is_deleted(victim) and path.read_text() == "mine"
+
+
 def test_a_written_stage_needs_no_checkpoint_any_more(tmp_path):
     folder = new_system(tmp_path / "system")
     key = folder.plan.stages()[0]
@@ -976,11 +1002,52 @@ def test_a_copy_is_the_same_system_without_what_is_unfinished(deleted_system, tm
     assert stat.S_IMODE((copy.path / KEY_FILE).stat().st_mode) == 0o600
 
 
+def test_a_copy_during_which_a_deletion_comes_is_one_of_what_is_left(system, tmp_path, monkeypatch):
+    folder, other = SystemFolder(system), SystemFolder(system)
+    victim = folder.table.members(0, 0)[0]
+    copytree, begun = shutil.copytree, []
+
+    def interrupted(*args, **kwargs):
+        if args[1] != tmp_path / "copy":
+            return copytree(*args, **kwargs)  # of a folder inside
+        begun.append(args)
+        if len(begun) == 1:
+            apply(other, [victim])
+        copied = copytree(*args, **kwargs)
+        if len(begun) == 2:
+            raise shutil.Error([("a stage", "its copy", "went meanwhile")])
+        return copied
+
+    monkeypatch.setattr(shutil, "copytree", interrupted)
+    folder.copy_to(tmp_path / "copy")
+    copy = SystemFolder(tmp_path / "copy")
+    assert len(begun) == 3 and copy.is_deleted(victim)
+    assert files_of(copy.path / "stages") == files_of(system / "stages")
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(system, tmp_path, monkeypatch):
+    def full(source, target, **kwargs):
+        (Path(target) / "half").write_text("of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(FolderError, match=r"could not be copied to .*No space left on device.* Nothing is left there"):
+        SystemFolder(system).copy_to(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_does_not_go_into_the_system_itself(system):
+    before = files_of(system)
+    with pytest.raises(FolderError, match=r"inside the system's folder, where only its own files belong"):
+        SystemFolder(system).copy_to(system / "copy")
+    assert files_of(system) == before
+
+
 def test_a_copy_goes_into_an_empty_folder_only(system, tmp_path):
     target = tmp_path / "taken"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(FolderError, match=r"is not empty. Give a new folder to save the system to"):
+    with pytest.raises(FolderError, match=r"is no empty folder. Give a new one"):
         SystemFolder(system).copy_to(target)
     assert files_of(target) == {"thesis.txt": b"mine"}
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from folders import files_of, forge_stage
 from safetensors.torch import load_file, save_file
-from tiny import lm_rows, make_trainer, s3t_config
+from tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 
+from hf_s3t import S3TTrainer
 from hf_s3t.errors import ConfigError
 from hf_s3t.files import file_digest
 from hf_s3t.verify import AuditKey
@@ -129,3 +131,40 @@ def test_an_audit_that_cannot_tell_is_refused(name, value, system):
     with pytest.raises(ConfigError, match=f"was trained with {name} = .* Run the audit as the training ran"):
         trainer_of(system).verify([STAGE])
     assert files_of(system) == before
+
+
+def test_an_audit_of_nothing_is_refused(system):
+    with pytest.raises(ConfigError, match="`stages` is empty, and an audit of nothing finds nothing"):
+        trainer_of(system).verify([])
+
+
+def test_an_audit_needs_the_data(system):
+    model = tiny_llama()
+    trainer = S3TTrainer(model=model, args=training_arguments(system), peft_config=lora(model))
+    with pytest.raises(ConfigError, match=r"no `train_dataset` to train stages again on. Give it to the trainer"):
+        trainer.verify()
+
+
+def test_where_evaluation_chooses_its_settings_are_part_of_the_recipe(tmp_path):
+    """When it begins decides which step is the best, and its batches the last bits of the loss."""
+    choosing = dict(
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        learning_rate=0.3,
+        num_train_epochs=3,
+    )
+
+    def trainer(**changes):
+        args = training_arguments(tmp_path / "system", **{**choosing, **changes})
+        asked = Dataset.from_list([{k: v for k, v in row.items() if k != "id"} for row in lm_rows(8, seed=9)])
+        config = s3t_config(budget=1)
+        return make_trainer(tmp_path / "system", rows=ROWS, args=args, eval_dataset=asked, config=config)
+
+    trainer().train()
+    assert trainer().verify().ok
+    for changes in ({"eval_delay": 4}, {"per_device_eval_batch_size": 3}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))}.* Give the trainer the recorded arguments"):
+            trainer(**changes).verify()

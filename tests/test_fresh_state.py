@@ -1,0 +1,200 @@
+"""What keeps state (a collator that draws, a callback that counts, a buffer of the base) brings none to a stage."""
+
+import threading
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import lm_rows, make_trainer, s3t_config, tiny_bert, tiny_llama, training_arguments
+from tokenizers import Tokenizer, models
+from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_s3t import S3TTrainer
+from hf_s3t.errors import IsolationError
+from hf_s3t.verify import differing_tensors
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = s3t_config(num_shards=2, budget=1, partition="balanced")
+ROWS = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(16)]
+MORE = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(6, seed=5)])
+
+
+class LastShardFirst(S3TTrainer):
+    """Trains the last shard first."""
+
+    def _stage_order(self, keys):
+        return sorted(keys, key=lambda key: (-key.shard, key.depth))
+
+
+def masking():
+    """A collator that draws from a generator of its own."""
+    special = ("pad", "mask", "unk", "sep", "cls")
+    words = {f"[{name.upper()}]": number for number, name in enumerate(special)} | {f"w{i}": i for i in range(5, 60)}
+    named = {f"{name}_token": f"[{name.upper()}]" for name in special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), **named)
+    return DataCollatorForLanguageModeling(tokenizer, mlm=True, seed=0)
+
+
+def masked_trainer(path, cls=S3TTrainer, args=None, **more):
+    model = BertForMaskedLM(tiny_bert().config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return make_trainer(
+        path,
+        model=model.eval(),
+        rows=ROWS,
+        cls=cls,
+        args=training_arguments(path, per_device_train_batch_size=2, **(args or {})),
+        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"]),
+        config=CONFIG,
+        **{"data_collator": masking(), **more},
+    )
+
+
+def stages_of(trainer):
+    folder = trainer.folder
+    return {str(key): load_file(folder.path / key.path / "adapter_model.safetensors") for key in folder.plan.stages()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and not any(differing_tensors(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    trainer = masked_trainer(tmp_path_factory.mktemp("undisturbed") / "system")
+    trainer.train()
+    return stages_of(trainer)
+
+
+@pytest.mark.parametrize(
+    "disturbed",
+    [
+        {"cls": LastShardFirst},
+        {"eval_dataset": MORE, "args": {"eval_strategy": "steps", "eval_steps": 1}},
+    ],
+    ids=["the order of stages", "evaluation"],
+)
+def test_a_collator_that_draws_begins_every_stage_as_it_was_given(disturbed, undisturbed, tmp_path):
+    trainer = masked_trainer(tmp_path / "system", **disturbed)
+    trainer.train()
+    assert same(stages_of(trainer), undisturbed)
+    assert trainer.verify().ok
+    assert trainer.data_collator.generator is None  # the one that was given has drawn nothing
+
+
+def test_without_a_copy_the_order_of_stages_would_show(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(S3TTrainer, "_copy", lambda self, part: part)
+    trainer = masked_trainer(tmp_path / "system", LastShardFirst)
+    trainer.train()
+    assert not same(stages_of(trainer), undisturbed)
+
+
+class Stops(TrainerCallback):
+    """Ends the process, as it were, after some steps."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count down."""
+        self.after -= 1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Die."""
+        if self.after == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_stage_whose_collator_draws_is_not_resumed_but_begun_again(tmp_path, undisturbed):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = masked_trainer(tmp_path / "system", args=saving, callbacks=[Stops(after=1)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (checkpoint,) = (trainer.folder.path / "checkpoints").glob("*/*/checkpoint-*")
+    assert trainer.folder.read_checkpoint_record(checkpoint)["resumes_exactly"] is False
+    again = masked_trainer(tmp_path / "system", args=saving)
+    again.train()
+    assert same(stages_of(again), undisturbed)
+
+
+def test_a_collator_that_cannot_be_copied_is_refused(tmp_path):
+    collator = masking()
+    collator.lock = threading.Lock()
+    with pytest.raises(IsolationError, match=r"DataCollatorForLanguageModeling cannot be copied .* each stage needs"):
+        masked_trainer(tmp_path / "system", data_collator=collator)
+    assert not (tmp_path / "system").exists()
+
+
+class Counts(TrainerCallback, ExportableState):
+    """Counts steps, in all."""
+
+    def __init__(self, name, begun):
+        self.name, self.begun, self.steps = name, begun, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note how far it has counted."""
+        self.begun.append((self.name, self.steps))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count."""
+        self.steps += 1
+
+    def state(self):
+        """What Trainer keeps in checkpoints."""
+        return {"args": {"name": self.name, "begun": []}, "attributes": {"steps": self.steps}}
+
+    def __deepcopy__(self, memo):
+        """Copies note in the same list."""
+        copied = Counts(self.name, self.begun)
+        copied.steps = self.steps
+        return copied
+
+
+def test_callbacks_begin_every_stage_as_they_were_given(tmp_path):
+    begun = []
+    one, other, late = Counts("one", begun), Counts("other", begun), Counts("late", begun)
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, callbacks=[one, other])
+    trainer.add_callback(late)
+    trainer.train()
+    assert begun == [("one", 0), ("other", 0), ("late", 0)] * 4
+    # What was given can be taken away again, and has counted nothing.
+    assert [one.steps, other.steps, late.steps] == [0, 0, 0]
+    for callback in (one, other, late):
+        trainer.remove_callback(callback)
+    trainer.s3t_model.unlearn(["example-000"])
+    trainer.train()
+    assert len(begun) == 12 and all(trainer.folder.valid_stages)
+
+
+def keeping(model):
+    """Have a layer keep the mean of what it saw."""
+    layer = model.model.layers[0].mlp
+    layer.register_buffer("seen", torch.zeros(()))
+    layer.register_forward_hook(lambda module, inputs, output: module.seen.add_(output.detach().mean()))
+    return model
+
+
+def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tmp_path):
+    trainer = make_trainer(tmp_path / "system", model=keeping(tiny_llama()), rows=lm_rows(16), config=CONFIG)
+    with pytest.raises(IsolationError, match=r"shard-0/0 changed buffers of the base .* Use a model whose forward"):
+        trainer.train()
+    assert trainer.folder.stages == [] and trainer._stack.loaded == []
+
+
+def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path):
+    """One slice at a time, the deeper stage may be the shorter one."""
+    rows = [{**row, "shard": 0, "slice": int(number >= 22)} for number, row in enumerate(lm_rows(24))]
+    config = s3t_config(
+        partition="column", shard_column="shard", slice_column="slice", stage_data="slice", sequence_selection=[[0, 1]]
+    )
+    args = training_arguments(tmp_path / "system", per_device_train_batch_size=1)
+    trainer = make_trainer(tmp_path / "system", rows=rows, config=config, args=args)
+    assert trainer._fewest_steps() == 2
