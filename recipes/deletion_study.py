@@ -25,10 +25,13 @@ from typing import Any
 
 import command_line
 import numpy as np
+import theory_figures
 import torch
 from datasets import Dataset
+from options import known_options
 from peft import LoraConfig, get_peft_model
 from results import hardware
+from theory_figures import stored_data, write_data
 from trained_systems import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -43,6 +46,13 @@ from hf_s3t.errors import ConfigError
 from hf_s3t.plan import Plan, StageKey
 from hf_s3t.storage import ADAPTER_FILE
 from hf_s3t.versions import library_versions
+
+
+# Options of studies of which none, or fewer, would leave nothing to do.
+_COUNTS = (
+    "budgets", "orders", "requests", "retrain_every", "stream", "max_depth", "layers", "slices", "members",
+    "timing_image_size", "timing_batch_size",
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,7 +97,13 @@ def make_parser() -> argparse.ArgumentParser:
     weights.add_argument("--after", type=int, nargs="+", default=[0, 10, 20, 30, 40], help="requests to measure after")
     weights.add_argument("--weights", type=float, nargs="+", default=[i / 10 for i in range(11)], help="from 0 to 1")
     drop = add("drop", "Figure 12: relative drop against deleted slices", trained, several, deep)
-    drop.add_argument("--results", type=Path, nargs="+", default=[], help="results files of recipes, drawn too")
+    drop.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="results files of recipes, drawn too; with --redraw in place of those that were drawn before",
+    )
     slices = add("slices", "Figure 13: layers per slice, number of slices", trained, several)
     slices.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="layers per slice")
     slices.add_argument("--slices", type=int, nargs="+", default=[1, 2, 3, 6], help="numbers of slices")
@@ -109,37 +125,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         theory(options, others)
         return
     figure, study = STUDIES[options.study]
-    options.output.mkdir(parents=True, exist_ok=True)
     data_file, picture = (options.output / f"{figure}.{suffix}" for suffix in ("json", options.format))
-    check_picture(picture)
-    if not options.redraw:
+    if options.redraw:
+        data = stored_data(data_file)
+        check_picture(picture)
+        if getattr(options, "results", []):
+            data["runs"] = [run for run in data["runs"] if "results" not in run] + _earlier(options)
+            write_data(data_file, data)
+    else:
+        check_picture(picture, make_folder=True)
+        check_values(options)
         started = time.perf_counter()
         data = study(options, others)
         data["hardware"], data["versions"] = hardware(), library_versions()
-        data_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_data(data_file, data)
         print(f"{data_file}: {time.perf_counter() - started:.0f} s")
-    elif not data_file.is_file():
-        raise ConfigError(f"There is no {data_file} to draw from. Run the study without --redraw.")
-    draw(figure, json.loads(data_file.read_text(encoding="utf-8")), picture)
+    draw(figure, stored_data(data_file), picture)
     print(picture)
 
 
 def theory(options: argparse.Namespace, others: Sequence[str]) -> None:
     """The figures that need no trained system."""
-    import theory_figures
-
     redraw = ["--redraw"] if options.redraw else []
     theory_figures.main(["--output", str(options.output), "--format", options.format, *redraw, *others])
 
 
+def check_values(options: argparse.Namespace) -> None:
+    """
+    Refuse values that a study would fail at when all is trained.
+
+    Args:
+        options (`Namespace`): The study's own options.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If a count is below 1, or a weight is none of a mean.
+    """
+    for name in _COUNTS:
+        value = getattr(options, name, 1)
+        least = min(value) if isinstance(value, list) else value
+        if least < 1:
+            raise ConfigError(f"`--{name}` is {least}, expected 1 or more. Leave it out for the default.")
+    for request in getattr(options, "after", ()):
+        if request < 0:
+            raise ConfigError(f"`--after` is {request}, expected numbers of requests: 0 or more.")
+    for weight in getattr(options, "weights", ()):
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"`--weights` is {weight:g}, expected weights of a mean: from 0 to 1.")
+
+
 def _bench(options: argparse.Namespace, others: Sequence[str]) -> Workbench:
+    # One of the study's own options may have been meant.
+    known_options(RECIPES[options.recipe].make_parser(), others, vars(options))
     return Workbench(options.recipe, others, options.work_dir)
 
 
-def _about(bench: Workbench) -> dict[str, Any]:
-    """What every study of trained systems says of what it was made with."""
+def _about(bench: Workbench, systems: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What every study of trained systems says of what it was made with: those of `systems`, as a bench takes them."""
     return {
-        "settings": bench.settings,
+        "settings": bench.settings_of_study(systems),
         "metric": bench.metric,
         "train_rows": len(bench.loaded.train),
         "evaluation_rows": len(bench.loaded.evaluation.ids),
@@ -164,7 +207,7 @@ def quality(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any
     )
     config = bench.loaded.config
     return {
-        **_about(bench),
+        **_about(bench, _several_shards(options)),
         "num_shards": config.num_shards,
         "num_slices": config.num_slices,
         "requests": options.requests,
@@ -187,6 +230,11 @@ def quality(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any
 
 def _system_names(options: argparse.Namespace) -> list[str]:
     return [*(f"s3t-{budget}" for budget in sorted(set(options.budgets))), "sisa", "protosisa"]
+
+
+def _several_shards(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """What is trained to delete from, and what it is compared with: S3T's budgets share the stages of the largest."""
+    return [("s3t", {"budget": max(options.budgets)}), ("sisa", {}), ("protosisa", {}), ("full", {"num_shards": 1})]
 
 
 def _budget_of(name: str) -> int:
@@ -234,7 +282,7 @@ def weights(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any
     after, values = sorted({0, *options.after}), sorted(set(options.weights))
     settings = {"after": after, "weights": values}
     return {
-        **_about(bench),
+        **_about(bench, [("protosisa", {})]),
         "num_shards": bench.loaded.config.num_shards,
         "num_slices": bench.loaded.config.num_slices,
         "after": after,
@@ -311,7 +359,7 @@ def lifetimes(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
                 )
     shown = np.unique(np.linspace(0, options.stream, 51).astype(int))
     return {
-        **_about(bench),
+        **_about(bench, _several_shards(options)),
         "num_shards": m,
         "num_slices": size,
         "requests": shown.tolist(),
@@ -372,12 +420,24 @@ def _units(by_depth: dict[int, float], size: int) -> list[float]:
 # Figure 12
 
 
+# Recipe -> what the paper calls its tasks; those of language models are the others.
+_KINDS = {"image": "vision", "text": "text"}
+
+
 def drop(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
     """Relative drop in quality against deleted slices: one example of the last slice, of the one before, and so on."""
-    earlier = [_from_results(path) for path in options.results]
+    earlier = _earlier(options)
     bench = _bench(options, others)
     runs = [
-        {"name": f"{_task_name(bench)}: {label}", "method": name, "seed": seed, "quality": found}
+        {
+            "name": f"{_task_name(bench)}: {label}",
+            "kind": _KINDS[options.recipe],
+            "method": name,
+            "seed": seed,
+            "metric": bench.metric,
+            "evaluation_rows": len(bench.loaded.evaluation.ids),
+            "quality": found,
+        }
         for name, label in (("s3t", "S3T"), ("sisa", "SISA"))
         for seed in options.seeds
         for found in [
@@ -392,7 +452,7 @@ def drop(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
         run["drop"] = _relative_drop(run["quality"])
     runs += earlier
     return {
-        **_about(bench),
+        **_about(bench, [system for name in ("s3t", "sisa") for system in _of_seeds(options, name)]),
         "runs": runs,
         "paper": "Below 5% on vision, small on instruction tuning, larger on some text tasks.",
         "paper_vision": 0.05,
@@ -403,12 +463,13 @@ def _task_name(bench: Workbench) -> str:
     return bench.loaded.task.name
 
 
-def _one_shard(bench: Workbench, name: str, seed: int, **changes: Any) -> Method:
-    return bench.trained(name, **{"num_shards": 1, "layers_per_slice": None, "budget": 1, "seed": seed, **changes})
+def _one_shard(seed: int, **changes: Any) -> dict[str, Any]:
+    """The fields of `S3TConfig` of a system with one shard and one sequence."""
+    return {"num_shards": 1, "layers_per_slice": None, "budget": 1, "seed": seed, **changes}
 
 
 def _dropped(bench: Workbench, name: str, seed: int, depth: int) -> list[float]:
-    source = _one_shard(bench, name, seed, num_slices=depth)
+    source = bench.trained(name, **_one_shard(seed, num_slices=depth))
     method = bench.copy_of(name, source, f"drop-{name}-{seed}")
     table = method.trainer.folder.table
     found = [bench.quality(method)]
@@ -419,23 +480,40 @@ def _dropped(bench: Workbench, name: str, seed: int, depth: int) -> list[float]:
     return found
 
 
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of the results files that are to be drawn too."""
+    return [_from_results(path) for path in options.results]
+
+
 def _from_results(path: Path) -> dict[str, Any]:
     """The run of a results file of a recipe, of a language model its loss."""
     if not path.is_file():
         raise ConfigError(f"{path} is no file. Give the results files of recipes.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        by_depth = next(iter(content["metrics"].values()), {})
+        rows, by_depth = next(iter(content["metrics"].items()), ("", {}))
         script, config = content["settings"]["script"], content["settings"]["s3t"]
-        found = {"method": content["method"], "seed": content["seed"]}
-    except (ValueError, KeyError, TypeError) as error:
+        found = {
+            "kind": _KINDS.get(content["recipe"].removesuffix("_classification"), "instruction tuning"),
+            "method": content["method"],
+            "seed": content["seed"],
+            "evaluation_rows": content.get("data", {}).get("evaluation_rows", {}).get(rows),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} holds no results of a recipe ({error!r}). Give such a file.") from error
     if len(by_depth) < 2:
         raise ConfigError(f"{path} holds one depth at most. Give results of a system with slices.")
     metric = next(iter(by_depth["1"]))
     values = [by_depth[depth][metric] for depth in sorted(by_depth, key=int, reverse=True)]
     name = f"{script.get('task_name') or content['recipe']}: {found['method'].upper()}, m = {config['num_shards']}"
-    return {**found, "name": name, "quality": values, "drop": _relative_drop(values, metric)}
+    return {
+        "name": name,
+        **found,
+        "metric": metric,
+        "results": path.name,
+        "quality": values,
+        "drop": _relative_drop(values, metric),
+    }
 
 
 def _relative_drop(values: Sequence[float], metric: str = "") -> list[float]:
@@ -443,8 +521,7 @@ def _relative_drop(values: Sequence[float], metric: str = "") -> list[float]:
     whole = values[0]
     if whole == 0:
         raise ConfigError(f"The quality before any deletion is 0 ({metric or 'the main metric'}): nothing can drop.")
-    worse = -1 if metric == "loss" else 1
-    return [worse * (whole - value) / abs(whole) for value in values]
+    return [(value - whole if metric == "loss" else whole - value) / abs(whole) for value in values]
 
 
 # Figure 13
@@ -454,22 +531,22 @@ def layers_and_slices(options: argparse.Namespace, others: Sequence[str]) -> dic
     """Quality over layers per slice and number of slices, of one shard with one sequence."""
     bench = _bench(options, others)
     num_layers = bench.loaded.model.config.num_hidden_layers
-    cells = []
+    cells, systems = [], []
     for layers in sorted(set(options.layers)):
         for size in sorted(set(options.slices)):
             if layers * size <= num_layers:
+                changes = [_one_shard(seed, num_slices=size, layers_per_slice=layers) for seed in options.seeds]
                 values = [
                     bench.kept(
-                        f"slices-{layers}-{size}-{seed}",
-                        lambda layers=layers, size=size, seed=seed: bench.quality(
-                            _one_shard(bench, "s3t", seed, num_slices=size, layers_per_slice=layers)
-                        ),
+                        f"slices-{layers}-{size}-{own['seed']}",
+                        lambda own=own: bench.quality(bench.trained("s3t", **own)),
                     )
-                    for seed in options.seeds
+                    for own in changes
                 ]
                 cells.append({"layers_per_slice": layers, "num_slices": size, "quality": values})
+                systems += [("s3t", own) for own in changes]
     return {
-        **_about(bench),
+        **_about(bench, systems),
         "seeds": options.seeds,
         "cells": cells,
         "paper": "RTE: one layer a slice works badly, a sweet spot exists.",
@@ -483,26 +560,33 @@ def sequential(options: argparse.Namespace, others: Sequence[str]) -> dict[str, 
     """Quality of S3T, sequential training and SISA by slices learnt; seconds per step against trained layers."""
     bench = _bench(options, others)
     timing = {"image_size": options.timing_image_size, "batch_size": options.timing_batch_size}
+    methods = ("s3t", "sequential", "sisa")
     return {
-        **_about(bench),
+        **_about(bench, [system for name in methods for system in _of_seeds(options, name)]),
+        "learning_rate": bench.options.training.learning_rate,
         "seeds": options.seeds,
-        "quality": {name: _by_depth(bench, options, name) for name in ("s3t", "sequential", "sisa")},
+        "quality": {name: _by_depth(bench, options, name) for name in methods},
         "timing": {**timing, "rows": bench.kept("step-seconds", lambda: step_seconds(**timing), **timing)},
         "paper": "Comparable quality; time per step linear in the trained layers.",
     }
 
 
+def _of_seeds(options: argparse.Namespace, name: str, **changes: Any) -> list[tuple[str, dict[str, Any]]]:
+    """A method's systems of one shard, one per seed."""
+    return [(name, _one_shard(seed, num_slices=options.max_depth, **changes)) for seed in options.seeds]
+
+
 def _by_depth(bench: Workbench, options: argparse.Namespace, name: str, **changes: Any) -> list[list[float]]:
     """For each seed the quality at every depth."""
 
-    def measure(seed: int) -> list[float]:
-        method = _one_shard(bench, name, seed, num_slices=options.max_depth, **changes)
+    def measure(own: dict[str, Any]) -> list[float]:
+        method = bench.trained(name, **own)
         return [bench.quality(method, depth) for depth in range(1, method.max_depth + 1)]
 
     label = "-".join([name, *map(str, changes.values())])
     return [
-        bench.kept(f"by-depth-{label}-{seed}", lambda seed=seed: measure(seed), max_depth=options.max_depth)
-        for seed in options.seeds
+        bench.kept(f"by-depth-{label}-{own['seed']}", lambda own=own: measure(own), max_depth=options.max_depth)
+        for _, own in _of_seeds(options, name, **changes)
     ]
 
 
@@ -581,7 +665,7 @@ def together(options: argparse.Namespace, others: Sequence[str]) -> dict[str, An
         return bench.quality(bench.copy_of("s3t", source, label, shards=[shard], budget=count, select="all"))
 
     return {
-        **_about(bench),
+        **_about(bench, [("s3t", {"budget": largest})]),
         "num_shards": num_shards,
         "num_slices": bench.loaded.config.num_slices,
         "points": [
@@ -613,7 +697,7 @@ def ablations(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
         "bottom-up, one slice per group": {"growth": "bottom-up", "stage_data": "slice"},
     }
     return {
-        **_about(bench),
+        **_about(bench, [system for changes in variants.values() for system in _of_seeds(options, "s3t", **changes)]),
         "seeds": options.seeds,
         "quality": {name: _by_depth(bench, options, "s3t", **changes) for name, changes in variants.items()},
         "paper": "Bottom-up did not converge; cumulative is better than one slice per group.",

@@ -30,12 +30,12 @@ from classification import (
     run,
     say_it_is_done,
 )
-from datasets import Dataset, Image
-from images import PRETRAINING, ImageSource, Shown, digits
+from datasets import Dataset
+from images import PRETRAINING, ImageSource, Shown, check_images, digits
 from options import Options, read_options
 from options import make_parser as make_recipe_parser
 from results import Results
-from rows import check_columns, label_numbers, split_off
+from rows import label_numbers, split_off
 from tasks import IMAGE_TASKS, ImageTask
 from transformers import (
     AutoImageProcessor,
@@ -195,22 +195,6 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
         check_images(dataset, task, shown, remedy)
         sets[set_name] = with_labels(prepared_eval_ids(dataset, id_column), task, shown)
     return task, train, sets
-
-
-def check_images(dataset: Dataset, task: ImageTask, name: str, remedy: str) -> None:
-    """
-    Refuse rows without the task's columns, or whose images are none.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: With the columns there are.
-    """
-    check_columns(dataset, task.columns, task.name, name, remedy)
-    if not isinstance(dataset.features[task.image_column], Image):
-        images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
-        raise ConfigError(
-            f"The column {task.image_column} of {name} holds no images; those that do: {', '.join(images) or 'none'}. "
-            f"{remedy}"
-        )
 
 
 def with_labels(dataset: Dataset, task: ImageTask, name: str) -> Dataset:

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
-from rows import Source, split_off
+from rows import Source, check_columns, split_off
 from sklearn.datasets import load_digits
 from tasks import ImageTask
 from transformers import BaseImageProcessor
@@ -35,6 +35,8 @@ class ImageSource(Source):
 
     image_column: str = "image"
     label_column: str = "label"
+    endings: tuple[str, ...] = (".npz", ".parquet")
+    remedy: str = "Give a file that does, or a folder with a folder of images for each class."
 
     def _read(self, split: str) -> Dataset:
         path = Path(self.name)
@@ -76,6 +78,22 @@ def as_dataset(images: list, labels: list[int], image_column: str = "image", lab
     """Images and their labels as rows."""
     features = Features({image_column: Image(), label_column: Value("int64")})
     return Dataset.from_dict({image_column: images, label_column: labels}, features=features)
+
+
+def check_images(dataset: Dataset, task: ImageTask, name: str, remedy: str) -> None:
+    """
+    Refuse rows without the task's columns, or whose images are none.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the columns there are.
+    """
+    check_columns(dataset, task.columns, task.name, name, remedy)
+    if not isinstance(dataset.features[task.image_column], Image):
+        images = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+        raise ConfigError(
+            f"The column {task.image_column} of {name} holds no images; those that do: {', '.join(images) or 'none'}. "
+            f"{remedy}"
+        )
 
 
 def digits() -> tuple[Dataset, Dataset]:

@@ -120,7 +120,8 @@ def _manager(names: Sequence[str], task_folder: str | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            f"`--eval lm_eval` needs lm-evaluation-harness ({error}). Install it: `pip install hf_s3t[lm_eval]`."
+            f"`--eval lm_eval` needs lm-evaluation-harness ({error}). Install the extra: "
+            '`pip install -e ".[lm_eval]"` in a checkout.'
         ) from error
     # That a model was made beforehand is what is meant here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -23,6 +26,11 @@ from hf_s3t.errors import ConfigError
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
 _COUNTS = ("max_train_samples", "max_eval_samples", "eval_size", "eval_limit")
 AUDITS = ("sample", "all")
+# What a value in YAML can be, and how that is called.
+_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
+    dict: "a mapping", NoneType: "null",
+}  # fmt: skip
 
 
 @dataclass
@@ -103,10 +111,11 @@ def make_parser(script: type = ScriptArguments, training: type[TrainingArguments
     """A parser with an option for every field of the recipe's arguments, `S3TConfig`, `LoraConfig` and `training`."""
     parser = HfArgumentParser([script, training], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", help="YAML file with options, which the command line overrides.")
+    kinds = _config_kinds()
     for title, names in (("S3TConfig", s3t_options()), ("LoraConfig", lora_options())):
         group = parser.add_argument_group(title)
         for option, (_, help_text) in names.items():
-            group.add_argument(f"--{option}", type=_from_yaml, default=argparse.SUPPRESS, help=help_text)
+            group.add_argument(f"--{option}", type=_reader(kinds[option]), default=argparse.SUPPRESS, help=help_text)
     return parser
 
 
@@ -131,6 +140,20 @@ def _from_yaml(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is no YAML value: {error}") from error
 
 
+def _reader(kinds: set[type]) -> Callable[[str], Any]:
+    """Reads an option's value as YAML; where a text is expected, `1234` is one too."""
+
+    def read(text: str) -> Any:
+        value = _from_yaml(text)
+        if isinstance(value, str) and float in kinds:
+            # YAML takes `1e-4` for a text.
+            with suppress(ValueError):
+                return float(value)
+        return text if str in kinds and not _is_one_of(value, kinds) else value
+
+    return read
+
+
 def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | None = None) -> Options:
     """
     The options of `llama_alpaca.py`, from a command line and its YAML file.
@@ -140,11 +163,12 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
         demo_defaults (`dict`, *optional*): Defaults that hold when neither a model nor a dataset is given.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or only one of model and dataset is given.
+        [`~hf_s3t.errors.ConfigError`]: If an option is unknown, a value in the YAML file is of a wrong type, or only
+            one of model and dataset is given.
     """
     parser = make_parser()
     parser.set_defaults(output_dir="llama-alpaca-s3t")
-    first, _ = parser.parse_known_args(argv)
+    first = known_options(parser, argv)
     from_file = read_config(first.config, parser) if first.config else {}
     given = {name: from_file.get(name) or getattr(first, name) for name in ("model_name_or_path", "dataset_name")}
     if not any(given.values()):
@@ -167,13 +191,14 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
         argv (sequence of `str`, *optional*): The command line; this process's if not given.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the YAML file has an unknown key, or the method or another value is unknown.
+        [`~hf_s3t.errors.ConfigError`]: If an option is unknown, on the command line or in the YAML file, or a value
+            there is of a wrong type, or the method or another value is unknown.
     """
     defaults = {"report_to": "none"}
     if not torch.cuda.is_available():
         defaults.update(use_cpu=True, bf16=False)
     parser.set_defaults(**defaults)
-    first, _ = parser.parse_known_args(argv)
+    first = known_options(parser, argv)
     if first.config:
         parser.set_defaults(**read_config(first.config, parser))
     shared_folder = parser.get_default("output_dir")
@@ -184,9 +209,47 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
     if script.method != "s3t" and training.output_dir == shared_folder:
         training.output_dir = f"{shared_folder}-{script.method}"
     chosen = vars(others)
+    for option, kinds in _config_kinds().items():
+        if option in chosen and not _is_one_of(chosen[option], kinds):
+            raise ConfigError(f"`--{option}` is {chosen[option]!r}, expected {_called(kinds)}. Give such a value.")
     lora = {name: chosen[option] for option, (name, _) in lora_options().items() if option in chosen}
     s3t = {name: chosen[option] for option, (name, _) in s3t_options().items() if option in chosen}
     return Options(script, S3TConfig(seed=training.seed, **s3t), LoraConfig(**lora), training)
+
+
+def known_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, others: Iterable[str] = ()
+) -> argparse.Namespace:
+    """
+    What a command line says, each word of it known to the parser.
+
+    Args:
+        parser (`ArgumentParser`): A recipe's.
+        argv (sequence of `str`, *optional*): The command line; this process's if not given.
+        others (iterable of `str`): Options that the command has beside the recipe's: where one of them is near, it was
+            meant.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the option that is nearest to an unknown one.
+    """
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), None)
+        if name is None:
+            raise ConfigError(f"`{unknown[0]}` is the value of no option. See --help for all options.")
+        name = name.partition("=")[0]
+        own = difflib.get_close_matches(name.lstrip("-"), [*others], n=1, cutoff=0.8)
+        raise ConfigError(f"`{name}` is no option.{_meant(name.lstrip('-'), own or _names(parser), '--')}")
+    return found
+
+
+def _names(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions}
+
+
+def _meant(name: str, known: Iterable[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f" Did you mean `{dashes}{near[0]}`?" if near else " See --help for all options."
 
 
 def check_values(script: Any) -> None:
@@ -213,8 +276,8 @@ def check_values(script: Any) -> None:
         raise ConfigError(f"`--label_set` names {', '.join(twice)} more than once. Name each label once, in order.")
 
 
-def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options in a YAML file, each a known one."""
+def read_config(path: str, parser: HfArgumentParser) -> dict[str, Any]:
+    """The options in a YAML file, each a known one with a value of its type."""
     if not Path(path).is_file():
         raise ConfigError(
             f"`--config {path}` is no file. The configurations that come with the recipes are in configs/."
@@ -226,16 +289,74 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected options as `name: value` lines.")
-    known = {action.dest for action in parser._actions}
+    known = _names(parser) - {"help", "config"}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all options."
-            raise ConfigError(f"{path} sets `{name}`, which is no option.{hint}")
-    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*") and action.type in (None, str)}
-    # As on the command line, where one value is a list of one, and a number is what was typed.
-    return {name: _texts(value) if name in lists and value is not None else value for name, value in values.items()}
+            raise ConfigError(f"{path} sets `{name}`, which is no option.{_meant(str(name), known)}")
+    # An option that can be switched off has two actions; the first one is its own.
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    kinds = {name: _kinds(hint) for own in parser.dataclass_types for name, hint in get_type_hints(own).items()}
+    kinds |= _config_kinds()
+    return {name: _checked(value, actions[name], kinds[name], path) for name, value in values.items()}
 
 
-def _texts(value: Any) -> list[str]:
-    return [str(one) for one in (value if isinstance(value, list) else [value])]
+def _checked(value: Any, action: argparse.Action, kinds: set[type], path: str) -> Any:
+    """A value in a YAML file as an option takes it; refused if it is of another type."""
+    if value is None and action.default is None:
+        return value
+    if action.nargs in ("+", "*") and action.type in (None, str):
+        # As on the command line, where one value is a list of one, and a number is what was typed.
+        values = value if isinstance(value, list) else [value]
+        if all(isinstance(one, (str, int, float)) for one in values):
+            return [str(one) for one in values]
+        expected, fits = "a list of texts", False
+    elif action.choices is not None:
+        expected, fits = f"one of {', '.join(map(str, action.choices))}", value in [*action.choices]
+    else:
+        expected, fits = _called(kinds), _is_one_of(value, kinds) or _reads_as_one_of(value, action, kinds)
+    if fits:
+        return value
+    # `no` and `2024-01-01` are no texts in YAML.
+    remedy = "Write it in quotes." if str in kinds and not isinstance(value, (str, list, dict)) else "Mend this line."
+    raise ConfigError(f"{path} sets `{action.dest}` to {value!r}, expected {expected}. {remedy}")
+
+
+def _reads_as_one_of(value: Any, action: argparse.Action, kinds: set[type]) -> bool:
+    """Whether a text is what one would type on the command line, such as `1e-4`."""
+    if not isinstance(value, str) or action.type is None:
+        return False
+    try:
+        return _is_one_of(action.type(value), kinds)
+    except (argparse.ArgumentTypeError, ValueError, TypeError):
+        return False
+
+
+def _config_kinds() -> dict[str, set[type]]:
+    """The types of the options that are fields of `S3TConfig` and `LoraConfig`."""
+    found = {}
+    for config, options in ((S3TConfig, s3t_options()), (LoraConfig, lora_options())):
+        hints = get_type_hints(config)
+        found.update({option: _kinds(hints[name]) for option, (name, _) in options.items()})
+    return found
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The types in YAML that a type hint stands for."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(hint)))
+    if origin is Literal:
+        return {type(value) for value in get_args(hint)}
+    kind = origin or hint
+    if kind in _KINDS:
+        return {kind}
+    # Anything else is a config of its own.
+    return {str} if issubclass(kind, Enum) else {dict}
+
+
+def _is_one_of(value: Any, kinds: set[type]) -> bool:
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _called(kinds: set[type]) -> str:
+    return " or ".join(name for kind, name in _KINDS.items() if kind in kinds - {NoneType})

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import command_line
 import torch
 from datasets import Dataset
-from images import PRETRAINING, ImageSource, Shown, digits
+from images import PRETRAINING, ImageSource, Shown, check_images, digits
+from options import known_options
 from rows import label_numbers, split_off
 from tasks import IMAGE_TASKS, ImageTask
 from transformers import (
@@ -61,11 +62,18 @@ def main(argv: Sequence[str] | None = None) -> str:
     Returns:
         `str`: Its folder.
     """
-    (settings,) = HfArgumentParser(Settings, allow_abbrev=False).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(Settings, allow_abbrev=False)
+    known_options(parser, argv)
+    (settings,) = parser.parse_args_into_dataclasses(argv)
     if settings.task_name not in IMAGE_TASKS:
         raise ConfigError(f"`--task_name {settings.task_name}` is unknown. Choose of {', '.join(IMAGE_TASKS)}.")
     if not 0 < settings.share < 1:
         raise ConfigError(f"`--share {settings.share}` leaves nothing for one of the two trainings. Give 0.5, say.")
+    if settings.patch_size < 1 or settings.image_size % settings.patch_size:
+        raise ConfigError(
+            f"`--patch_size {settings.patch_size}` does not divide `--image_size {settings.image_size}`: the patches "
+            "would leave a part of every image out. Give a divisor."
+        )
     task = IMAGE_TASKS[settings.task_name]
     rows = training_images(settings, task)
     side = settings.image_size
@@ -119,6 +127,7 @@ def training_images(settings: Settings, task: ImageTask) -> Dataset:
         columns = {"image_column": task.image_column, "label_column": task.label_column}
         source = ImageSource(settings.dataset_name or hub.name, **columns)
         rows = source.read(hub.train_split if hub else "train")
+        check_images(rows, task, source.name, "Give data in the task's layout, or choose another `--task_name`.")
         ids = range(len(rows))
     _, taken = split_off(rows, ids, settings.share, PRETRAINING)
     labels = label_numbers(taken, task.label_column, task.labels, settings.dataset_name or task.name)

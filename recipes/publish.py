@@ -26,7 +26,8 @@ import people_demo
 import text_classification
 import yaml
 from accelerate import PartialState
-from options import Options, parse, read_options
+from options import Options, known_options, parse, read_options
+from options import make_parser as make_llama_parser
 from tasks import IMAGE_TASKS, TEXT_TASKS
 
 from hf_s3t.errors import ConfigError
@@ -48,6 +49,7 @@ class Recipe:
     Args:
         script (`str`): Its file.
         pipeline_tag (`str`): The Hub's name of its tasks.
+        parser (function): Makes the parser of its options.
         main (function): Runs it; from a command line to its results.
         options (function): From a command line to its options.
         evaluation (function): From its results to the numbers on the card.
@@ -55,6 +57,7 @@ class Recipe:
 
     script: str
     pipeline_tag: str
+    parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[list[str]], dict[str, Any]]
     options: Callable[[list[str]], Options]
     evaluation: Callable[[dict[str, Any]], dict[str, float]]
@@ -94,6 +97,7 @@ def train_llama(argv: list[str]) -> dict[str, Any]:
 LLAMA = Recipe(
     "recipes/llama_alpaca.py",
     "text-generation",
+    make_llama_parser,
     train_llama,
     functools.partial(parse, demo_defaults=people_demo.DEMO),
     held_out_losses,
@@ -101,6 +105,7 @@ LLAMA = Recipe(
 TEXT = Recipe(
     "recipes/text_classification.py",
     "text-classification",
+    text_classification.make_parser,
     text_classification.main,
     lambda argv: read_options(text_classification.make_parser(), argv),
     deepest_metrics,
@@ -108,6 +113,7 @@ TEXT = Recipe(
 IMAGES = Recipe(
     "recipes/image_classification.py",
     "image-classification",
+    image_classification.make_parser,
     image_classification.main,
     lambda argv: read_options(image_classification.make_parser(), argv),
     deepest_metrics,
@@ -133,7 +139,9 @@ def settings_in(argv: list[str]) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options that the recipe does not have."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("repo_id", nargs="?", help="the repository on the Hub, such as me/llama-s3t")
     parser.add_argument("--folder", action="store_true", help="write a new folder of that name, and push nothing")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -152,6 +160,7 @@ def main(argv: list[str] | None = None) -> PushReport | list[Path] | None:
     parser = make_parser()
     ours, recipe_options = parser.parse_known_args(argv)
     if ours.cards:
+        known_options(parser, argv)
         return write_cards()
     if ours.repo_id is None:
         parser.error("the following arguments are required: repo_id (or --cards)")
@@ -161,6 +170,7 @@ def main(argv: list[str] | None = None) -> PushReport | list[Path] | None:
             f"`--method {settings['method']}` makes no system that could be served from the Hub. Use s3t."
         )
     recipe = recipe_for(settings)
+    known_options(recipe.parser(), recipe_options, vars(ours))
     results = recipe.main(recipe_options)
     if not PartialState().is_main_process:
         return None

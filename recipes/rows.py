@@ -79,6 +79,8 @@ class Source:
             are the columns.
         column_names (sequence of `str`, *optional*): For a csv or tsv file without a line of column names.
         encoding (`str`): Encoding of a file of text.
+        endings (tuple of `str`): What the names of files can end with.
+        remedy (`str`): What to do about a file that ends otherwise.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Source:
     line_format: str | None = None
     column_names: Sequence[str] | None = None
     encoding: str = "utf-8"
+    endings: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+    remedy: str = "Give a file that does."
 
     @property
     def is_file(self) -> bool:
@@ -163,8 +167,8 @@ class Source:
         if suffix == "parquet":
             return load_dataset("parquet", data_files=self.name, split="train")
         raise ConfigError(
-            f"{self.name} ends with none of .json, .jsonl, .csv, .tsv, .parquet. For a file with a row in each line "
-            r"give `--line_format`, a regular expression such as `(?P<label>\d) (?P<sentence>.*)`."
+            f"{self.name} is a file of an unknown kind: its name ends with none of {', '.join(self.endings)}. "
+            f"{self.remedy}"
         )
 
     def _read_split(self, split: str) -> Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_s3t.analysis.study_figures import quality_at
+from hf_s3t.analysis.study_figures import quality_at, standard_error
 
 
 AFTER = (0, 10, 20, 30, 35, 40)
@@ -86,6 +86,25 @@ def by_depth(data: Mapping[str, Any]) -> str:
     return _table(["accuracy (%) at depth", *map(str, depths)], rows)
 
 
+def by_deleted_slices(data: Mapping[str, Any]) -> str:
+    """Figure 12; one line per run, whatever its seed."""
+    most = max(len(run["drop"]) for run in data["runs"])
+    rows = []
+    for run in data["runs"]:
+        # No drop shows as 0.0, never as -0.0.
+        shown = [f"{round(100 * drop, 1) + 0.0:.1f}" for drop in run["drop"][1:]]
+        error = standard_error(np.array(run["quality"]), run)
+        rows.append(
+            [
+                f"{run['name']}, L = {len(run['drop'])}",
+                *shown,
+                *[""] * (most - len(run["drop"])),
+                "not known" if error is None else f"{100 * max(error[1:]) / run['quality'][0]:.1f}",
+            ]
+        )
+    return _table(["drop (%) after deleted slices", *map(str, range(1, most)), "standard error, at most"], rows)
+
+
 def by_weight(data: Mapping[str, Any]) -> str:
     """Figure 15, right."""
     shown = [place for place, weight in enumerate(data["weights"]) if round(10 * weight) % 2 == 0 or weight == 0.5]
@@ -145,6 +164,7 @@ def deletion_rates_and_storage(data: Mapping[str, Any]) -> str:
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "figure-6-left": quality_against_deletions,
     "figure-9": time_of_deletions,
+    "figure-12": by_deleted_slices,
     "ablations": by_depth,
     "figure-15-weights": by_weight,
     "optimal-gains": gains_of_optimal,

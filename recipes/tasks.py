@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_s3t.errors import ConfigError
 
+
+# What COPA's rows ask for -> how a choice goes on from the premise.
+_CONNECTIVES = {"cause": "because", "effect": "so"}
 # Metric -> what it can score.
 METRICS = {
     "accuracy": "classes",
@@ -129,22 +133,41 @@ def columns_of(templates: tuple[str, ...]) -> list[str]:
 
 
 def copa_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each choice of a question, labelled 1 for the right one."""
+    """
+    A row for each choice of a question, labelled 1 for the right one.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the question is none of COPA's.
+    """
+    if row["question"] not in [*_CONNECTIVES]:
+        raise ConfigError(
+            f"its `question` is {row['question']!r}, expected {' or '.join(_CONNECTIVES)}. Mend or drop such rows."
+        )
     for number, choice in enumerate((row["choice1"], row["choice2"])):
         yield {
             "id": f"{row['id']}-{number}",
             "question_id": str(row["id"]),
             "premise": row["premise"],
-            "connective": "because" if row["question"] == "cause" else "so",
+            "connective": _CONNECTIVES[row["question"]],
             "choice": choice,
             "label": int(row["label"] == number),
         }
 
 
 def multirc_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The row itself, with the ids of its paragraph and question."""
-    place = row["idx"]
-    paragraph, question, answer = (place[name] for name in ("paragraph", "question", "answer"))
+    """
+    The row itself, with the ids of its paragraph and question.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the row does not say which they are.
+    """
+    place = row["idx"] if isinstance(row["idx"], dict) else {}
+    paragraph, question, answer = (place.get(name) for name in ("paragraph", "question", "answer"))
+    if paragraph is None or question is None or answer is None:
+        raise ConfigError(
+            f"its `idx` is {row['idx']!r}, expected the numbers of its paragraph, question and answer, such as "
+            "{'paragraph': 0, 'question': 3, 'answer': 12}. Give data in the layout of SuperGLUE on the Hub."
+        )
     yield {
         **row,
         "id": f"{paragraph}-{question}-{answer}",

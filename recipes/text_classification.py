@@ -54,6 +54,10 @@ from hf_s3t.launch import start_cpu_processes
 
 RECIPE = "text_classification"
 _TEXTS = ("text", "text_pair")
+_LINES = (
+    r"For a file with a row in each line give `--line_format`, a regular expression such as "
+    r"`(?P<label>\d) (?P<sentence>.*)`."
+)
 _TEMPLATES = "Give the name of a column, or a template such as '{word}: {sentence}'."
 
 
@@ -200,7 +204,9 @@ def source_of(options: Options, task: TextTask) -> Source:
         return Source(
             hub.name, script.dataset_config_name or hub.config, hub.data_dir, script.dataset_revision or hub.revision
         )
-    return Source(script.dataset_name, script.dataset_config_name, revision=script.dataset_revision, **how)
+    return Source(
+        script.dataset_name, script.dataset_config_name, revision=script.dataset_revision, remedy=_LINES, **how
+    )
 
 
 # The rows
@@ -276,7 +282,7 @@ def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Da
         found: dict[str, list] = {}
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            for one in task.expand({**row, "id": row[id_column]}) if task.expand else (row,):
+            for one in expanded(row, task, id_column, name):
                 if not asked_for <= one.keys():
                     raise ConfigError(
                         f"`--text_columns` names {', '.join(sorted(asked_for - one.keys()))}, and a row of "
@@ -296,6 +302,21 @@ def as_rows(dataset: Dataset, task: TextTask, options: Options, name: str) -> Da
         return found
 
     return dataset.map(render, batched=True, remove_columns=dataset.column_names)
+
+
+def expanded(row: dict[str, Any], task: TextTask, id_column: str, name: str) -> list[dict[str, Any]]:
+    """
+    The row itself, or of a question's row one for each choice.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If a question's row is not in the benchmark's layout.
+    """
+    if task.expand is None:
+        return [row]
+    try:
+        return [*task.expand({**row, "id": row[id_column]})]
+    except ConfigError as error:
+        raise ConfigError(f"The row {row[id_column]} of {name} is none of {task.name}: {error}") from error
 
 
 def _own_columns(options: Options) -> list[str]:

@@ -9,12 +9,14 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import command_line
 
 from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.paper_theory import STUDIES
 from hf_s3t.analysis.pictures import check_picture
+from hf_s3t.errors import ConfigError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,15 +32,41 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute and draw."""
     options = make_parser().parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name in options.only or STUDIES:
-        data_file, picture = (options.output / f"{name}.{suffix}" for suffix in ("json", options.format))
-        check_picture(picture)
+    files = {
+        name: [options.output / f"{name}.{suffix}" for suffix in ("json", options.format)]
+        for name in options.only or STUDIES
+    }
+    for data_file, picture in files.values():
+        if options.redraw:
+            stored_data(data_file)
+        check_picture(picture, make_folder=not options.redraw)
+    for name, (data_file, picture) in files.items():
         started = time.perf_counter()
         if not options.redraw:
-            data_file.write_text(json.dumps(STUDIES[name](), indent=1) + "\n", encoding="utf-8")
-        draw(name, json.loads(data_file.read_text(encoding="utf-8")), picture)
+            write_data(data_file, STUDIES[name]())
+        draw(name, stored_data(data_file), picture)
         print(f"{picture}: {time.perf_counter() - started:.1f} s")
+
+
+def write_data(path: Path, data: dict[str, Any]) -> None:
+    """Write the numbers of a figure; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def stored_data(path: Path) -> dict[str, Any]:
+    """
+    The numbers of a figure that were written before.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there are none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {path} to draw from. Run the study without --redraw.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}). Run the study without --redraw.") from error
 
 
 if __name__ == "__main__":

@@ -162,6 +162,34 @@ class Workbench:
         served_subset(source.output_dir, target, shards=shards, **changes)
         return self.method(name, target)
 
+    def settings_of_study(self, systems: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        """
+        What decides a study: the recipe's settings, but of the systems that were trained, not of the recipe's own.
+
+        Args:
+            systems (sequence of pairs):
+                Per system its method, a key of `METHODS`, and the fields of `S3TConfig` that differ from the command
+                line's, as in [`Workbench.trained`].
+
+        Returns:
+            `dict[str, Any]`: As the recipe's settings. `s3t` holds the fields that all systems share, and `systems`
+            for each its method and the fields that they do not share.
+        """
+        configs = [
+            METHODS[name]._layout.settings(dataclasses.replace(self.loaded.config, **changes)).to_dict()
+            for name, changes in systems
+        ]
+        shared = {field: value for field, value in configs[0].items() if all(c[field] == value for c in configs)}
+        own = [{field: value for field, value in config.items() if field not in shared} for config in configs]
+        # A study has methods of its own, whatever `--method` says.
+        script = {name: value for name, value in self.settings["script"].items() if name != "method"}
+        return {
+            **self.settings,
+            "script": script,
+            "s3t": shared,
+            "systems": [{"method": name, **fields} for (name, _), fields in zip(systems, own, strict=True)],
+        }
+
     # Measurements
 
     def quality(self, method: Method, depth: int | None = None) -> float:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import classification
 import command_line
+import deletion_study
 import image_classification as images
 import pretrain_vit
 import text_classification as texts
@@ -378,6 +379,42 @@ def test_wrong_data_is_refused_before_a_model_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("idx", "message"),
+    [
+        (7, "its `idx` is 7, expected the numbers of its paragraph, question and answer"),
+        ({"paragraph": 1, "question": 2}, "its `idx` is .*, expected the numbers of its paragraph"),
+        ({"paragraph": 1, "question": 2, "answer": None}, "its `idx` is .*'answer': None.*expected"),
+    ],
+)
+def test_a_row_of_multirc_that_does_not_say_its_question_is_refused(idx, message, tmp_path):
+    row = {"paragraph": "one", "question": "two", "answer": "cat", "label": 1, "idx": idx}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    given = ["--task_name", "multirc", "--dataset_name", path, "--eval_file", path]
+    fails(f"The row 0 of .*rows.jsonl is none of multirc: {message}", *MODEL, *given)
+
+
+@pytest.mark.parametrize("question", ["Cause", "why", 3])
+def test_a_row_of_copa_that_asks_for_neither_cause_nor_effect_is_refused(question, tmp_path):
+    row = {"premise": "one", "choice1": "cat", "choice2": "dog", "question": question, "label": 1, "idx": 5}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    given = ["--task_name", "copa", "--dataset_name", path, "--eval_file", path]
+    fails(f"The row 5 of .* is none of copa: its `question` is {question!r}, expected cause or effect", *MODEL, *given)
+
+
+def test_a_file_of_an_unknown_kind_is_refused_with_what_its_recipe_takes(tmp_path):
+    path = tmp_path / "rows.xyz"
+    path.write_text("0 one\n")
+    given = ["--dataset_name", path, "--eval_file", path]
+    fails(r"ends with none of .json, .jsonl, .csv, .tsv, .parquet\. .*`--line_format`", *MODEL, "--task_name", "sst2",
+          *given)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"none of .npz, .parquet\. .* a folder with a folder of images") as refused:
+        load_images("--task_name", "cifar10", *given)
+    assert "--line_format" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"none of .json, .*, .parquet\. Give a file that does\.$"):
+        Source(str(path)).read("train")
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("rows.jsonl", '{"sentence": "one"}\n{"sentence": ', "cannot be read: JSON parse error"),
@@ -626,6 +663,25 @@ def test_a_folder_called_as_an_option_is_no_other_run(on_the_hub, encoder, tmp_p
     assert texts.main(argv) == texts.main(argv)
 
 
+@pytest.mark.slow
+def test_studies_take_the_options_of_the_text_recipe(encoder, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"sentence": sentence(n), "label": n % 2} for n in range(24)])
+    common = [
+        *("--recipe", "text", "--task_name", "sst2", "--dataset_name", path, "--eval_file", path),
+        *("--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "figures"), *line(encoder, tmp_path)),
+    ]
+    deletion_study.main(["slices", *common, "--layers", "1", "2", "--slices", "1", "2", "--seeds", "1", "2"])
+    data = json.loads((tmp_path / "figures" / "figure-13.json").read_text())
+    sizes = [(cell["layers_per_slice"], cell["num_slices"]) for cell in data["cells"]]
+    assert sizes == [(1, 1), (1, 2), (2, 1)] and data["metric"] == "accuracy" and data["train_rows"] == 24
+    assert all(0 < value <= 1 and len(cell["quality"]) == 2 for cell in data["cells"] for value in cell["quality"])
+    deletion_study.main(["drop", *common, "--max_depth", "2"])
+    runs = json.loads((tmp_path / "figures" / "figure-12.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["sst2: S3T", "sst2: SISA"]
+    assert all(len(run["quality"]) == 2 and run["drop"][0] == 0 for run in runs)
+    assert {file.name for file in (tmp_path / "figures").glob("*.png")} == {"figure-12.png", "figure-13.png"}
+
+
 # Images
 
 
@@ -825,6 +881,19 @@ def test_the_images_of_the_pretraining_are_left_out_by_their_row_numbers(tmp_pat
     given = ["--task_name", "cifar10", "--dataset_name", path, "--eval_file", path, "--leave_out_share", "0.5"]
     _, _, train, _ = load_images(*given, "--id_column", "name")
     assert len(used) == len(train) == 6 and not used & set(train["name"])
+
+
+def test_data_without_the_task_s_images_is_refused_before_a_model_is_pretrained(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"question": "one", "answer": "two"}])
+    argv = ["--task_name", "cifar10", "--output_dir", str(tmp_path / "vit"), "--dataset_name"]
+    with pytest.raises(ConfigError, match=r"lacks img, label, which the task cifar10 needs; its columns are question"):
+        pretrain_vit.main([*argv, rows])
+    words = write_jsonl(tmp_path / "words.jsonl", [{"img": "one", "label": 0}])
+    with pytest.raises(ConfigError, match=r"The column img of .* holds no images"):
+        pretrain_vit.main([*argv, words])
+    with pytest.raises(ConfigError, match=r"`--image_sizes` is no option. Did you mean `--image_size`\?"):
+        pretrain_vit.main([*argv, words, "--image_sizes", "8"])
+    assert not (tmp_path / "vit").exists()
 
 
 def test_an_npz_file_without_images_is_refused(tmp_path):

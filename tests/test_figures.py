@@ -107,12 +107,14 @@ class TestPictures:
             check_picture(tmp_path / "a.pdf")
         with pytest.raises(ConfigError, match="no folder that is there"):
             check_picture(tmp_path / "nowhere" / "a.png")
+        check_picture(tmp_path / "nowhere" / "deeper" / "a.png", make_folder=True)
+        assert not (tmp_path / "nowhere").exists()
         with pytest.raises(ConfigError, match="no figure 'figure-99'; expected one of figure-6-right"):
             draw("figure-99", {}, tmp_path / "a.png")
 
     def test_without_matplotlib(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ConfigError, match=re.escape('pip install "hf_s3t[figures]"')):
+        with pytest.raises(ConfigError, match=re.escape('pip install -e ".[figures]"')):
             check_picture(tmp_path / "a.png")
 
 
@@ -126,3 +128,15 @@ class TestRecipe:
         (tmp_path / "retention.json").write_text((FIGURES / "retention.json").read_text())
         theory_figures.main(["--output", str(tmp_path), "--only", "retention", "--redraw"])
         assert (tmp_path / "retention.png").exists()
+
+    @pytest.mark.parametrize("content", [None, "no JSON"])
+    def test_without_numbers_nothing_is_redrawn(self, content, tmp_path):
+        (tmp_path / "retention.json").write_text((FIGURES / "retention.json").read_text())
+        if content:
+            (tmp_path / "table-3.json").write_text(content)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(ConfigError, match=r"table-3\.json .*Run the study without --redraw"):
+            theory_figures.main(["--redraw", "--only", "retention", "table-3", "--output", str(tmp_path)])
+        with pytest.raises(ConfigError, match=r"There is no .* to draw from"):
+            theory_figures.main(["--redraw", "--output", str(tmp_path / "none")])
+        assert sorted(tmp_path.iterdir()) == before

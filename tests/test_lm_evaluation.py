@@ -18,7 +18,7 @@ from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError
 
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install hf_s3t[lm_eval]")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra `lm_eval`")
 
 TASKS = str(Path(lm_evaluation.__file__).parent / "lm_eval_tasks")
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "people"
@@ -98,5 +98,5 @@ def test_a_wrong_evaluation_is_refused_before_anything_is_made(options, message,
 
 def test_without_the_harness_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"pip install hf_s3t\[lm_eval\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e .\.\[lm_eval\]"):
         lm_evaluation.check_tasks(None, None)

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_s3t.analysis import deletion_rate, expected_depth
+from hf_s3t.analysis.figures import _plan
 from hf_s3t.analysis.paper_theory import VIT_LARGE
 from hf_s3t.analysis.planning import (
     MOST_EPOCHS,
@@ -185,6 +187,27 @@ class TestRecommendation:
     def test_wrong_goals(self, change):
         with pytest.raises(ConfigError, match="must be"):
             recommend(WORKLOAD, LAYERS, **change)
+
+
+class TestPicture:
+    @pytest.mark.parametrize("until", ["first_shard", "exhausted"])
+    @pytest.mark.parametrize(
+        ("workload", "limits"),
+        [
+            (Workload(52_000, deletions_per_month=4, hours_per_epoch=3.0), {"max_hours": 60}),
+            (Workload(52_000, deletions_per_month=4, hours_per_epoch=3.0), {}),
+            (Workload(3000, deletions_per_month=2, hours_per_epoch=0.1), {}),
+            (Workload(52_000, deletions_per_month=4, hours_per_epoch=3.0), {"max_hours": 12.4}),
+        ],
+    )
+    def test_labels_are_within_the_axes(self, workload, limits, until):
+        figure = _plan(recommend(workload, Backbone(num_layers=32), until=until, **limits), workload)
+        FigureCanvasAgg(figure).draw()
+        axes = figure.axes[1]
+        frame, labels = axes.get_window_extent(), [label.get_window_extent() for label in axes.texts]
+        assert labels
+        for box in labels:
+            assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
 
 
 class TestSurvival:

@@ -15,7 +15,9 @@ from hf_s3t.errors import ConfigError
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from options import lora_options, make_parser, parse, s3t_options  # noqa: E402
+import publish  # noqa: E402
+import text_classification  # noqa: E402
+from options import lora_options, make_parser, parse, read_options, s3t_options  # noqa: E402
 
 
 GIVEN = ["--model_name_or_path", "some/model", "--dataset_name", "some/dataset"]
@@ -60,6 +62,96 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path):
     path.write_text("num_slice: 3\n")
     with pytest.raises(ConfigError, match=r"`num_slice`, which is no option. Did you mean `num_slices`\?"):
         parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("max_train_samples: [3]", r"`max_train_samples` to \[3\], expected a whole number"),
+        ("task_name: [trec]", r"`task_name` to \['trec'\], expected a text\. Mend"),
+        ("per_device_train_batch_size: 8.5", "`per_device_train_batch_size` to 8.5, expected a whole number"),
+        ("max_length: 12.5", "`max_length` to 12.5, expected a whole number"),
+        ("max_length:", "`max_length` to None, expected a whole number"),
+        ("encoding: 7", "`encoding` to 7, expected a text. Write it in quotes"),
+        ("validation_share: [0.2]", r"`validation_share` to \[0.2\], expected a number"),
+        ("learning_rate: fast", "`learning_rate` to 'fast', expected a number"),
+        ("overwrite_results: maybe", "`overwrite_results` to 'maybe', expected true or false"),
+        ("seed: true", "`seed` to True, expected a whole number"),
+        ("label_set: [[a], b]", r"`label_set` to \[\['a'\], 'b'\], expected a list of texts"),
+        ("logging_strategy: no", "`logging_strategy` to False, expected one of no, steps, epoch. Write it in quotes"),
+        ("logging_strategy: never", "`logging_strategy` to 'never', expected one of no, steps, epoch. Mend"),
+        ("lora_r: [3]", r"`lora_r` to \[3\], expected a whole number"),
+        ("lora_dropout: little", "`lora_dropout` to 'little', expected a number"),
+        ("id_column: [a]", r"`id_column` to \['a'\], expected a text"),
+        ("colocate_duplicates: maybe", "`colocate_duplicates` to 'maybe', expected true or false"),
+    ],
+)
+def test_a_value_of_a_wrong_type_names_its_file_and_key(line, expected, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=f"options.yaml sets {expected}"):
+        read_options(text_classification.make_parser(), ["--config", str(path)])
+
+
+def test_values_may_be_written_in_a_file_as_on_the_command_line(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "learning_rate: 1e-4\nnum_train_epochs: 3\nmax_steps: '7'\noverwrite_results: 'yes'\nlora_dropout: 1e-1\n"
+        "max_eval_samples:\nid_column: '7'\nlayers_per_slice: [1, 2]\nnum_slices: 2\nlogging_strategy: 'no'\n"
+        "report_to: [none]\noptim_target_modules: [a]\nlr_scheduler_kwargs: {a: 1}\ninit_lora_weights: gaussian\n"
+    )
+    options = read_options(text_classification.make_parser(), ["--config", str(path)])
+    training, script = options.training, options.script
+    assert (training.learning_rate, training.num_train_epochs, training.max_steps) == (1e-4, 3, 7)
+    assert script.overwrite_results is True and script.max_eval_samples is None
+    assert options.lora.lora_dropout == 0.1 and options.lora.init_lora_weights == "gaussian"
+    assert options.s3t.id_column == "7" and options.s3t.layers_per_slice == [1, 2]
+    assert training.lr_scheduler_kwargs == {"a": 1}
+
+
+@pytest.mark.parametrize("given", [["--lora_r", "8.5"], ["--lora_r", "[3]"], ["--colocate_duplicates", "maybe"]])
+def test_a_value_of_a_wrong_type_on_the_command_line_names_its_option(given):
+    with pytest.raises(ConfigError, match=f"`{given[0]}` is .*, expected (a whole number|true or false)"):
+        read_options(text_classification.make_parser(), given)
+    named = read_options(text_classification.make_parser(), ["--id_column", "12", "--lora_dropout", "1e-1"])
+    assert (named.s3t.id_column, named.lora.lora_dropout) == ("12", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--metrik", "f1"], r"`--metrik` is no option. Did you mean `--metrics`\?"),
+        (["--metrik=f1"], r"`--metrik` is no option. Did you mean `--metrics`\?"),
+        (["--bogus"], "`--bogus` is no option. See --help"),
+        (["--max-train-sample", "3"], r"Did you mean `--max_train_samples`\?"),
+        (["--task_name", "sst2", "cola"], "`cola` is the value of no option"),
+    ],
+)
+def test_an_unknown_option_is_an_error_that_names_the_nearest(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        text_classification.main(argv)
+
+
+def test_an_unknown_option_of_instruction_tuning_is_said_first():
+    for argv in (["--columms", "a", "b"], ["--columms", "a", *GIVEN[:2]]):
+        with pytest.raises(ConfigError, match=r"`--columms` is no option. Did you mean `--columns`\?"):
+            parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cards", "--bogus"], "`--bogus` is no option. See --help"),
+        (["--cards", "--licence", "mit"], r"`--licence` is no option. Did you mean `--license`\?"),
+        (["me/x", "--task_name", "sst2", "--licence", "mit"], r"`--licence` is no option. Did you mean `--license`\?"),
+        (["me/x", "--task_name", "sst2", "--metrik", "f1"], r"`--metrik` is no option. Did you mean `--metrics`\?"),
+    ],
+)
+def test_publishing_takes_no_unknown_options(argv, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "CARDS", tmp_path / "cards")
+    with pytest.raises(ConfigError, match=message):
+        publish.main(argv)
+    assert not (tmp_path / "cards").exists()
 
 
 def test_a_file_that_holds_no_options_is_an_error(tmp_path):

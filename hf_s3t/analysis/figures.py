@@ -73,6 +73,10 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
         [`~hf_s3t.errors.ConfigError`]: If no picture can be drawn there.
     """
     check_picture(path)
+    save(_plan(found, workload), path)
+
+
+def _plan(found, workload):
     best = found.chosen
     figure, (life, cost) = new_figure(2, (11, 4.4))
     months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
@@ -115,9 +119,11 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
         xscale="log",
         yscale="log",
     )
+    # Room for the labels: of the last point beside it, of the first one below it.
+    cost.margins(x=0.15, y=0.1)
     plain_numbers(cost.xaxis, cost.yaxis)
     finish(life, cost)
-    save(figure, path)
+    return figure
 
 
 def _short(option: Option) -> str:

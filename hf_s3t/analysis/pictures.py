@@ -12,13 +12,15 @@ OURS, SISA, PAPER, FIRST = "#0072B2", "#D55E00", "#000000", "#009E73"
 MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
 
 
-def check_picture(path: str | Path) -> None:
+def check_picture(path: str | Path, make_folder: bool = False) -> None:
     """
     Check, before anything is computed, that a picture can be drawn into a file.
 
     Args:
         path (`str` or `Path`):
             The file.
+        make_folder (`bool`, defaults to `False`):
+            Whether its folder is made when there is something to write: it is enough then that it can be.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If it is no PNG or SVG file by its name, its folder is not there, or matplotlib
@@ -27,7 +29,12 @@ def check_picture(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"Pictures are drawn as {' or '.join(SUFFIXES)}, got {path.name!r}. Name the file so.")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if make_folder and not folder.exists():
+        folder = next(parent for parent in folder.parents if parent.exists())
+        if not folder.is_dir():
+            raise ConfigError(f"{path.parent} cannot be made: {folder} is no folder. Name another.")
+    if not folder.is_dir():
         raise ConfigError(f"{path.parent} is no folder that is there. Make it first, or name another.")
     new_figure(1, (1, 1))
 
@@ -55,7 +62,8 @@ def new_figure(panels: int, size: tuple[float, float], columns: int | None = Non
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            'Pictures are drawn by matplotlib, which is not installed. Run `pip install "hf_s3t[figures]"`.'
+            "Pictures are drawn by matplotlib, which is not installed. In the checkout of hf_s3t, run "
+            '`pip install -e ".[figures]"`.'
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     columns = columns or panels

@@ -45,21 +45,22 @@ def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float
     return np.asarray(values, dtype=float)[places]
 
 
-def standard_error(quality: np.ndarray, data: Mapping[str, Any]) -> np.ndarray:
+def standard_error(quality: np.ndarray, data: Mapping[str, Any]) -> np.ndarray | None:
     """
-    Standard error of qualities that come from a sample of rows; 0 where the metric is no share of rows.
+    Standard error of qualities that come from a sample of rows, where they are shares of these rows.
 
     Args:
         quality (`numpy.ndarray`):
             The qualities.
         data (mapping):
-            `metric`, and `evaluation_rows`: how many rows they were measured on.
+            `metric`, and `evaluation_rows`: how many rows they were measured on, if that is known.
 
     Returns:
-        `numpy.ndarray`: One error per quality.
+        `numpy.ndarray`, *optional*: One error per quality; none for other metrics, whose error these numbers do not
+        tell.
     """
-    if data["metric"] != "accuracy":
-        return np.zeros_like(quality)
+    if data["metric"] != "accuracy" or data["evaluation_rows"] is None:
+        return None
     return np.sqrt(quality * (1 - quality) / data["evaluation_rows"])
 
 
@@ -76,6 +77,13 @@ def _named(name: str) -> str:
     if name.startswith("s3t-"):
         return f"S3T, B = {name.removeprefix('s3t-')}"
     return {"sisa": "SISA", "protosisa": "ProtoSISA", "full": "full retraining"}[name]
+
+
+def _retrained(points: Sequence[Mapping[str, Any]]) -> str:
+    """What the points of full retraining are."""
+    if len(points) < 2:
+        return "full training"
+    return f"full retraining every {points[1]['request'] - points[0]['request']} requests of the first order"
 
 
 def _quality(data):
@@ -98,7 +106,7 @@ def _quality(data):
             "s--",
             color=FIRST,
             markersize=4,
-            label="full retraining at every request (m = 1)",
+            label=f"{_retrained(data['full'])} (m = 1)",
         )
         panel.set(xlabel="deletion requests", ylabel=f"{data['metric']} (%)", xlim=(0, data["requests"]))
     axes.axvline(data["paper_sisa_dies"], color=PAPER, linestyle=":", label="the paper: SISA dies near 40")
@@ -227,29 +235,50 @@ def _lifetimes(data):
     return figure
 
 
+# Kind of a task -> what the paper says of its drop.
+_DROP_CLAIMS = {
+    "vision": "below 5%",
+    "text": "larger on some tasks",
+    "instruction tuning": "small",
+}
+
+
 def _drop(data):
-    figure, (axes,) = new_figure(1, (8, 5))
+    kinds = [kind for kind in _DROP_CLAIMS if any(run["kind"] == kind for run in data["runs"])]
+    figure, panels = new_figure(len(kinds), (4.6 * len(kinds) if len(kinds) > 1 else 8, 5.2))
     colors = itertools.cycle((OURS, SISA, FIRST, *MORE, *_SHADES))
-    by_name: dict[str, list] = {}
-    for run in data["runs"]:
-        by_name.setdefault(run["name"], []).append(run["drop"])
-    for name, drops in by_name.items():
-        values = 100 * np.array(drops)
-        color = next(colors)
-        x = np.arange(values.shape[1])
-        seeds = f" (mean of {len(values)} seeds)" if len(values) > 1 else ""
-        axes.plot(x, values.mean(axis=0), "o-", color=color, markersize=4, label=f"{name}{seeds}")
-        if len(values) > 1:
-            axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    axes.axhline(100 * data["paper_vision"], color=PAPER, linestyle=":", label="the paper, vision: below 5%")
-    axes.axhline(0, color=MORE[3], linewidth=0.8)
-    axes.set(
-        title="Figure 12: what deleted slices cost, last ones first",
-        xlabel="deleted slices",
-        ylabel="drop in quality (% of the quality before)",
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    finish(axes)
+    for axes, kind in zip(panels, kinds, strict=True):
+        by_name: dict[tuple, list] = {}
+        for run in data["runs"]:
+            if run["kind"] == kind:
+                by_name.setdefault((run["name"], len(run["drop"])), []).append(run)
+        for (name, depths), runs in by_name.items():
+            first = runs[0]
+            quality = np.array(first["quality"])
+            error = standard_error(quality, first)
+            if error is not None:
+                # Of the quality, in the unit of the drop; nothing has dropped before the first deletion.
+                error = np.where(np.arange(depths) > 0, error / quality[0], 0)
+            unit = {"accuracy": "", "loss": " (rise of the loss)"}.get(first["metric"], f" ({first['metric']})")
+            drops = [run["drop"] for run in runs]
+            _with_range(axes, np.arange(depths), drops, error, f"{name}, L = {depths}{unit}", next(colors))
+        axes.axhline(0, color=MORE[3], linewidth=0.8)
+        if kind == "vision":
+            axes.axhline(100 * data["paper_vision"], color=PAPER, linestyle=":", label="the paper: below 5%")
+        axes.set(
+            title=f"{kind.capitalize()}. The paper: {_DROP_CLAIMS[kind]}",
+            xlabel="deleted slices, last ones first",
+            xticks=range(max(depths for _, depths in by_name)),
+        )
+    panels[0].set_ylabel("drop in quality (% of the quality before)")
+    # One scale, so that the panels can be compared, with room for the legends.
+    limits = [limit for axes in panels for limit in axes.get_ylim()]
+    for axes in panels:
+        axes.set_ylim(min(limits), max(limits) + 0.25 * (max(limits) - min(limits)))
+    finish(*panels, legends=False)
+    for axes in panels:
+        axes.legend(fontsize=8, loc="upper left")
+    figure.suptitle("Figure 12: what deleted slices cost", fontsize=11)
     return figure
 
 
@@ -281,15 +310,17 @@ def _layers_and_slices(data):
     for count, color in zip(layers, (OURS, SISA, FIRST, *MORE)):
         own = [cell for cell in data["cells"] if cell["layers_per_slice"] == count]
         means = np.array([np.mean(cell["quality"]) for cell in own])
+        errors = standard_error(means, data)
+        note = _PLUS_MINUS if count == layers[0] and errors is not None else ""
         lines.errorbar(
             # Beside each other, where they have the same number of slices.
             np.array([cell["num_slices"] for cell in own]) + 0.05 * (layers.index(count) - 1),
             100 * means,
-            yerr=100 * standard_error(means, data),
+            yerr=None if errors is None else 100 * errors,
             fmt="o-",
             color=color,
             capsize=2,
-            label=f"{count} layer{'s' if count > 1 else ''} a slice{_PLUS_MINUS if count == layers[0] else ''}",
+            label=f"{count} layer{'s' if count > 1 else ''} a slice{note}",
         )
     lines.set(
         title="The paper, RTE: one layer a slice is bad, a sweet spot exists",
@@ -308,9 +339,9 @@ def _sequential(data):
     figure, (quality, seconds) = new_figure(2, (12, 4.8))
     names = {"s3t": ("S3T", OURS), "sequential": ("sequential training", FIRST), "sisa": ("SISA", SISA)}
     for name, (label, color) in names.items():
-        _with_range(quality, data, data["quality"][name], label, color)
+        _with_range(quality, *_by_depth(data["quality"][name], data), label, color)
     quality.set(
-        title="Figure 14: the paper: comparable quality",
+        title=f"Figure 14, learning rate {data['learning_rate']:g} (the paper claims comparable quality)",
         xlabel="slices learnt",
         ylabel=f"{data['metric']} (%)",
     )
@@ -336,19 +367,23 @@ def _sequential(data):
     return figure
 
 
-def _with_range(axes, data, runs, label, color, style="o-") -> None:
-    """The mean over seeds; around it their range, or of one seed a standard error."""
+def _by_depth(runs, data) -> tuple:
+    """The depths, the qualities of all seeds at each, and the standard error of their mean, where it is known."""
+    return np.arange(1, len(runs[0]) + 1), runs, standard_error(np.mean(runs, axis=0), data)
+
+
+def _with_range(axes, x, runs, error, label, color, style="o-") -> None:
+    """The mean over seeds; around it their range, or of one seed a standard error, where it is known."""
     values = np.array(runs)
-    x = np.arange(1, values.shape[1] + 1)
     mean = values.mean(axis=0)
     if len(values) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
         note = f" (mean and range of {len(values)} seeds)"
     else:
-        error = standard_error(mean, data)
-        low, high, note = mean - error, mean + error, _PLUS_MINUS
-    # Said once, in the first line of the legend.
-    label += "" if axes.lines else note
+        spread = 0 if error is None else error
+        low, high, note = mean - spread, mean + spread, "" if error is None else _PLUS_MINUS
+    # Said once, in the first line of the legend that has it.
+    label += "" if any(note in line.get_label() for line in axes.lines) else note
     axes.plot(x, 100 * mean, style, color=color, markersize=4, label=label)
     axes.fill_between(x, 100 * low, 100 * high, color=color, alpha=0.12, linewidth=0)
     axes.set_xticks(x)
@@ -380,7 +415,7 @@ def _ablations(data):
     figure, (axes,) = new_figure(1, (8, 5))
     styles = ((OURS, "o-"), (SISA, "o-"), (FIRST, "s--"), (MORE[1], "s--"))
     for (name, runs), (color, style) in zip(data["quality"].items(), styles):
-        _with_range(axes, data, runs, name, color, style)
+        _with_range(axes, *_by_depth(runs, data), name, color, style)
     axes.set(
         title="Section C.2. The paper: bottom-up did not converge, cumulative is better",
         xlabel="depth (slices learnt)",
