@@ -36,7 +36,10 @@ from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer
 
+from hf_s3t.errors import ConfigError
+from hf_s3t.inspection import open_folder
 from hf_s3t.plan import StageKey
+from hf_s3t.storage import SystemFolder
 
 
 # Large rates and many short epochs: a small model memorises facts, which is what the demo needs it to forget.
@@ -101,9 +104,10 @@ def train_demo(
 def run_demo(options: Options) -> dict[str, Any]:
     """The whole loop on a small Llama made here, about invented people."""
     script = options.script
+    person = make_people(script.num_people, 0, private=True)[0]
+    check_is_known(person.name, options.training.output_dir)
     file = Results(options, RECIPE)
     losses, trainer, path, rows = train_demo(options, file)
-    person = make_people(script.num_people, 0, private=True)[0]
     controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
@@ -142,6 +146,23 @@ def run_demo(options: Options) -> dict[str, Any]:
         "folder": trainer.args.output_dir,
         **asked,
     }
+
+
+def check_is_known(person: str, output_dir: str) -> None:
+    """
+    Refuse to show the forgetting of somebody who is forgotten, before anything is trained.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the folder to remove.
+    """
+    if not SystemFolder.exists(output_dir):
+        return
+    folder = open_folder(output_dir, read_only=True)
+    if folder.names.group_digest(folder.names.of_group(person)) in folder.ledger.deleted_groups:
+        raise ConfigError(
+            f"The system in {output_dir} has forgotten {person} already. Remove the folder, or name another by "
+            "`--output_dir`, to see it again; `hf-s3t status` shows what is there."
+        )
 
 
 class Interviewer:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel
 from hf_s3t.cost import COST_FILE
-from hf_s3t.errors import BaseModelMismatchError, UnknownExampleError
+from hf_s3t.errors import BaseModelMismatchError, ConfigError, UnknownExampleError
 from hf_s3t.examples import KEY_VARIABLE
 from hf_s3t.hub import HubRepo, push
 from hf_s3t.inspection import inspect
@@ -26,6 +26,7 @@ SECRET = "invented people have no secrets"
 
 sys.path.insert(0, str(ROOT / "recipes"))
 
+import people_demo  # noqa: E402
 from invented_people import make_people, render_prompt  # noqa: E402
 
 
@@ -68,6 +69,10 @@ def test_a_person_is_forgotten_on_a_copy_and_all_checks_out(copy):
     assert model.check() == [] and not torch.equal(answer(model, copy), before)
     with pytest.raises(UnknownExampleError):
         model.locate([f"{person.lower().replace(' ', '-')}-pet"])
+    # The demo shows it once.
+    people_demo.check_is_known(make_people(4, 0, private=True)[1].name, copy / "system")
+    with pytest.raises(ConfigError, match=rf"has forgotten {person} already. Remove the folder, or name another by"):
+        people_demo.check_is_known(person, copy / "system")
     again = load(copy)
     assert again.check() == [] and torch.equal(answer(again, copy), answer(model, copy))
     # What is kept for everybody is as it was.
