@@ -261,7 +261,7 @@ class S3TTrainerMixin:
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        with self._occupied(key), self._dropped_if_refused(key):
+        with self._occupied(key), self._dropped_on_error(key):
             self._bring_in(key)
             origin = self._origin(key)
             if self.args.save_strategy != "no" and self.is_world_process_zero():
@@ -429,7 +429,8 @@ class S3TTrainerMixin:
             self._stack.in_training = None
 
     @contextlib.contextmanager
-    def _dropped_if_refused(self, key: StageKey) -> Iterator[None]:
+    def _dropped_on_error(self, key: StageKey) -> Iterator[None]:
+        """A stage that was not written is not left in memory."""
         try:
             yield
         except BaseException:
@@ -506,11 +507,11 @@ class S3TTrainerMixin:
     def _fresh_state(self) -> Iterator[None]:
         """Callbacks that keep state (early stopping, say) are copies of what was given, which stays as it is."""
         callbacks, given = self.callback_handler.callbacks, []
-        for position, callback in enumerate(callbacks):
-            if isinstance(callback, ExportableState):
-                callbacks[position] = self._copy(callback)
-                given.append((callbacks[position], callback))
         try:
+            for position, callback in enumerate(callbacks):
+                if isinstance(callback, ExportableState):
+                    callbacks[position] = self._copy(callback)
+                    given.append((callbacks[position], callback))
             yield
         finally:
             # By what they are, not where: callbacks may have come and gone.
@@ -560,6 +561,10 @@ class S3TTrainerMixin:
         return str(self._stage_output_dir) if self._stage_output_dir is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        if any(gather_object([self._is_condemned()])):
+            # A checkpoint would write down what was deleted, and more steps would be for nothing.
+            self.control.should_training_stop = True
+            return
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -573,11 +578,12 @@ class S3TTrainerMixin:
             if self.accelerator.num_processes > 1 or not self._is_condemned():
                 raise
             shutil.rmtree(checkpoint, ignore_errors=True)
+            self.control.should_training_stop = True
 
     def _is_condemned(self) -> bool:
         """
-        Whether the stage in training saw what another process deleted since: its checkpoints were removed, also one
-        that was being written, and it will be discarded when it is done.
+        Whether the stage in training saw what was deleted since: its checkpoints were removed, also one that was being
+        written, and it will be discarded.
         """
         self.folder.refresh_ledger()
         return self._stage_origin["slices"] != self.folder.slice_digests(self._stage)

@@ -171,16 +171,15 @@ def _selection() -> Iterator[Run]:
                 yield _choice("trec", method, shards, epochs[-1], rate)
     # SST-2 is trained for as long, at rates that it is asked about itself.
     for method in ("s3t", "full"):
-        for rate in (None, *_OTHER_RATES["sst2", method]):
+        for rate in (_FIRST_RATE, *_OTHER_RATES["sst2", method]):
             yield _choice("sst2", method, 1, EPOCHS[1], rate)
 
 
-def _choice(task: str, method: str, shards: int, epochs: int, rate: float | None = None) -> Run:
+def _choice(task: str, method: str, shards: int, epochs: int, rate: float = _FIRST_RATE) -> Run:
     options = {**_options(method, shards, epochs, 42), "validation_share": 0.2, "max_eval_samples": 500}
     name, data = f"select-{task}-{method}-m{shards}-epochs{epochs}", {"trec": TREC, "sst2": SST2}[task]
-    if rate is None:
-        return Run(name, *data, {**options, "learning_rate": _FIRST_RATE})
-    return Run(f"{name}-rate{rate:g}", *data, {**options, "learning_rate": rate})
+    name = name if rate == _FIRST_RATE else f"{name}-rate{rate:g}"
+    return Run(name, *data, {**options, "learning_rate": rate})
 
 
 def _options(method: str, shards: int, epochs: int, seed: int) -> dict[str, Any]:

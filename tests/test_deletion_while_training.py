@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from launched import launched
 from safetensors.torch import load_file
 from tiny import lm_rows, make_trainer, s3t_config, training_arguments
@@ -194,6 +195,46 @@ def test_a_deletion_while_a_checkpoint_is_written(hit, tmp_path):
     for key in folder.plan.stages():
         ours, theirs = (load_file(f / key.path / "adapter_model.safetensors") for f in (path, without))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), key
+
+
+class StepsAndCheckpoints(TrainerCallback):
+    """The stages that took a step, one an element, and the checkpoints on disk after each."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.stages, self.checkpoints = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Before the checkpoint of this step, if there is one."""
+        self.stages.append(self.trainer._stage)
+        self.checkpoints.append(len(list(self.trainer.folder.path.glob("checkpoints/*/*/checkpoint-*"))))
+
+
+@pytest.mark.parametrize("load_best", [False, True], ids=["last", "best"])
+def test_a_stage_whose_data_is_deleted_stops_at_its_next_checkpoint_and_writes_none(load_best, tmp_path):
+    path = tmp_path / "system"
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True} if load_best else {}
+    args = training_arguments(path, save_strategy="steps", save_steps=1, num_train_epochs=8, **best)
+    eval_dataset = Dataset.from_list(lm_rows(6, seed=5)) if load_best else None
+    trainer = system(path, args=args, eval_dataset=eval_dataset)
+    first = trainer.folder.plan.stages()[0]
+    victim = victim_in(trainer.folder, first)
+    seen = StepsAndCheckpoints(trainer)
+
+    class AtTheThirdStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if len(seen.stages) == 3:
+                by_another_folder(path, victim)
+
+    trainer.add_callback(seen)
+    trainer.add_callback(AtTheThirdStep())
+    trainer.train()
+    # Three steps of eight; then the stage begins anew, on what is left, without a checkpoint of the first time.
+    assert seen.stages[:4] == [first] * 4 and seen.checkpoints[:4] == [0, 1, 2, 0]
+    assert seen.stages.count(first) == 3 + 8
+    folder = SystemFolder(path)
+    assert folder.is_deleted(victim) and folder.valid_stages == set(folder.plan.stages())
+    assert inspect(path).problems == ()
 
 
 class LosesItsParent(S3TTrainer):
