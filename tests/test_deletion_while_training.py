@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from hf_s3t import S3TTrainer, launch
 from hf_s3t.deletion import apply
-from hf_s3t.errors import ExhaustedError
+from hf_s3t.errors import ExhaustedError, S3TError
 from hf_s3t.inspection import inspect
 from hf_s3t.storage import SystemFolder
 
@@ -155,6 +156,94 @@ def test_a_model_that_serves_while_stages_train_follows_a_deletion(tmp_path):
     # What goes on to answer is what was not hit; all of it is back when training is done.
     assert all(any(stage.startswith("shard-0") for stage in answered) for answered in asked.answered_by)
     assert model.status()["depths"] == [2, 2]
+
+
+class AtTheFirstStep(TrainerCallback):
+    """Does something once, in the first step that is taken."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Do it, and keep what comes of it."""
+        if self.do is not None:
+            do, self.do = self.do, None
+            self.outcome = do()
+
+
+def served_and_hit(path, callback_of):
+    """A system whose model serves, and of whose second shard another process deletes an example before training."""
+    trainer = make_trainer(path, rows=lm_rows(32), config=s3t_config(num_shards=2, partition="balanced"))
+    trainer.train()
+    model, folder = trainer.s3t_model, trainer.folder
+    model.refresh()
+    callback = AtTheFirstStep(callback_of(trainer))
+    trainer.add_callback(callback)
+    victim = folder.table.members(1, 0)[0]
+    hit = {key for key in folder.plan.stages() if key.shard == 1 and 0 in key.prefix}
+    assert hit & set(model.stack.loaded)
+    return trainer, callback, victim, hit
+
+
+def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(tmp_path):
+    trainer, seen, victim, hit = served_and_hit(
+        tmp_path, lambda trainer: lambda: (trainer._stage, trainer._stack.loaded)
+    )
+    by_another_folder(tmp_path, victim)
+    trainer.train()
+    stage, loaded = seen.outcome
+    assert hit & set(loaded) <= {stage} and any(key.shard == 0 for key in loaded)
+
+
+def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeypatch):
+    begun, go_on, computed = (threading.Event() for _ in range(3))
+    trainer, _, victim, hit = served_and_hit(tmp_path, lambda trainer: None)
+    model, drop, had_computed = trainer.s3t_model, trainer._stack.drop, []
+
+    def wait_inside(*args):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(20)
+
+    def note_the_end(*args):
+        if threading.current_thread() is not threading.main_thread():
+            computed.set()
+
+    def noted_drop(stages):
+        stages = frozenset(stages)
+        if hit & stages:
+            had_computed.append(computed.is_set())
+        drop(stages)
+
+    model.model.get_input_embeddings().register_forward_pre_hook(wait_inside)
+    model.model.register_forward_hook(note_the_end)
+    monkeypatch.setattr(trainer._stack, "drop", noted_drop)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(lambda: model(input_ids=torch.tensor([ROWS[0]["input_ids"]])))
+        assert begun.wait(20)
+        by_another_folder(tmp_path, victim)
+        threading.Timer(0.5, go_on.set).start()
+        trainer.train()
+        running.result()
+    assert had_computed and all(had_computed)
+
+
+@pytest.mark.parametrize("work", ["train", "verify"])
+def test_a_live_model_attaches_nothing_to_a_base_that_is_a_stages(work, tmp_path):
+    def refresh_beside(trainer):
+        def do():
+            with ThreadPoolExecutor(1) as threads:
+                return threads.submit(trainer.s3t_model.refresh).exception()
+
+        return do
+
+    trainer, refused, victim, _ = served_and_hit(tmp_path, refresh_beside)
+    if work == "train":
+        by_another_folder(tmp_path, victim)
+        trainer.train()
+    else:
+        trainer.verify(["shard-0/0"])
+    assert isinstance(refused.outcome, S3TError) and "in training" in str(refused.outcome)
 
 
 class DeletesWhileSaving(S3TTrainer):
