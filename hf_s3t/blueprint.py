@@ -1,11 +1,13 @@
 """What a trainer knows about its system before anything is changed or written, and the checks that come before."""
 
+import copy
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
@@ -110,7 +112,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
         check_method(recorded, (layout.method,), args.output_dir)
     asked = _merged_config(s3t_config, recorded)
     config = layout.settings(asked)
-    peft_config = _merged_peft_config(peft_config, recorded)
+    peft_config = _merged_peft_config(peft_config, recorded, model)
     check_arguments(args, callbacks)
     check_datasets(train_dataset, eval_dataset, args, config)
     check_base(model, config)
@@ -182,13 +184,14 @@ def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
     return config
 
 
-def _merged_peft_config(given: PeftConfig | None, recorded: dict | None) -> LoraConfig:
+def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: nn.Module) -> LoraConfig:
     if given is None and recorded is None:
         raise ConfigError(
             "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
         )
     if given is not None:
         check_peft_config(given, given.modules_to_save or ())
+        given = _with_targets(given, model)
     if recorded is None:
         return given
     config = LoraConfig(**recorded["peft_config"])
@@ -197,6 +200,21 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None) -> Lora
             "`peft_config` differs from the one this folder's system was made with "
             f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
         )
+    return config
+
+
+def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Settings that name target modules: where the user names none, PEFT's own choice for the architecture."""
+    if config.target_modules is not None:
+        return config
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULT_TARGETS:
+        raise ConfigError(
+            f"`peft_config` names no `target_modules`, and PEFT has no default for {kind or type(model).__name__}. "
+            'Name them, such as LoraConfig(..., target_modules="all-linear").'
+        )
+    config = copy.deepcopy(config)
+    config.target_modules = set(DEFAULT_TARGETS[kind])
     return config
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
@@ -50,6 +51,7 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
 
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming the setting and the way out.
+        [`~hf_s3t.errors.ConfigError`]: If the rank or the dropout is none.
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         name = getattr(config, "peft_type", None) or type(config).__name__
@@ -69,6 +71,15 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
     for field, reason in _REFUSED_LORA_FIELDS.items():
         if getattr(config, field, None):
             raise IsolationError(f"`peft_config.{field}` cannot be used: {reason}.")
+    for rank in (config.r, *dict(config.rank_pattern or {}).values()):
+        if type(rank) is not int or rank < 1:
+            raise ConfigError(
+                f"`peft_config` has the rank {rank!r}, expected 1 or more. Give a whole number such as 16."
+            )
+    if type(config.lora_dropout) not in (int, float) or not 0 <= config.lora_dropout < 1:
+        raise ConfigError(
+            f"`peft_config.lora_dropout` is {config.lora_dropout!r}, expected a share, from 0 to below 1. Give 0.05."
+        )
     extra = sorted(set(config.modules_to_save or ()) - set(head))
     if extra:
         raise IsolationError(
@@ -257,6 +268,22 @@ def check_task(model: nn.Module, aggregation: str) -> None:
         )
 
 
+def _check_numbers(args: TrainingArguments) -> None:
+    """Refuse what an optimizer or a data loader would refuse when the system's folder is written already."""
+    if not 0 <= args.learning_rate < math.inf:
+        raise ConfigError(
+            f"`learning_rate` is {args.learning_rate!r}, expected 0 or more. Give a number such as 1e-4."
+        )
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise ConfigError(
+            f"`num_train_epochs` is {args.num_train_epochs!r}, expected more than 0: a stage would take no step. Give "
+            "a number such as 3."
+        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"`{name}` is {getattr(args, name)!r}, expected 1 or more. Give a whole number.")
+
+
 def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None) -> None:
     """
     Refuse training arguments under which a stage would depend on more than its recipe.
@@ -265,6 +292,7 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
         [`~hf_s3t.errors.IsolationError`]: Naming the argument and the way out.
         [`~hf_s3t.errors.ConfigError`]: If an argument cannot be used with stages.
     """
+    _check_numbers(args)
     early = any(
         isinstance(c, EarlyStoppingCallback) or (isinstance(c, type) and issubclass(c, EarlyStoppingCallback))
         for c in callbacks or ()

@@ -36,6 +36,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a base given by name. In 8 bit the outlier threshold is 0 unless it is set to other than its default.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
+            Without `target_modules` PEFT chooses them, where it has a default for the architecture.
         formatting_func (`Callable`, *optional*): As in `SFTTrainer`.
         s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
 

@@ -713,6 +713,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
         model_init, optimizers: Refused: every stage starts a fresh optimizer on the one base model.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
+            Without `target_modules` PEFT chooses them, where it has a default for the architecture.
         s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
 
     Raises:

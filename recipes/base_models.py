@@ -9,20 +9,20 @@ from transformers import AutoConfig
 from hf_s3t.errors import ConfigError, S3TError
 
 
-def check_model_is_given(name: str | None) -> None:
+def check_model_is_given(name: str | None, example: str) -> None:
     """
     Refuse a run without a base model.
 
     Args:
         name (`str`, *optional*): What `--model_name_or_path` says.
+        example (`str`): A model that would do.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If it says nothing.
     """
     if not name:
         raise ConfigError(
-            "`--model_name_or_path` is missing. Give the base model: a folder, or an id on the Hub such as "
-            "FacebookAI/roberta-large."
+            f"`--model_name_or_path` is missing. Give the base model: a folder, or an id on the Hub such as {example}."
         )
 
 

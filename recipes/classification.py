@@ -393,7 +393,13 @@ def say_it_is_done(results: Results, options: Options) -> dict[str, Any] | None:
 
 def prepared_ids(dataset: Dataset, options: Options, task: Any, name: str) -> Dataset:
     """The dataset with the ids that the system will know its rows by, in the column that its config names."""
-    dataset, options.s3t.id_column = with_ids(dataset, options.s3t.id_column, task.id_column, name)
+    s3t = options.s3t
+    for option in ("group_column", "shard_column", "slice_column"):
+        column = getattr(s3t, option)
+        # A question's group is made with its rows.
+        if column and column not in dataset.column_names and column != getattr(task, "group_column", None):
+            raise ConfigError(f"`--{option} {column}` is no column of {name}, which has {_listed(dataset)}.")
+    dataset, s3t.id_column = with_ids(dataset, s3t.id_column, task.id_column, name)
     return dataset
 
 
@@ -413,7 +419,9 @@ def units_of(dataset: Dataset, s3t: S3TConfig, name: str) -> list:
     """
     group = s3t.group_column
     if group and group not in dataset.column_names:
-        raise ConfigError(
-            f"`--group_column {group}` is no column of {name}, which has {', '.join(dataset.column_names)}."
-        )
+        raise ConfigError(f"`--group_column {group}` is no column of {name}, which has {_listed(dataset)}.")
     return dataset[group or s3t.id_column][:]
+
+
+def _listed(dataset: Dataset) -> str:
+    return ", ".join(dataset.column_names)

@@ -1,8 +1,8 @@
 """
 Fine-tune a vision transformer on images as a system that can forget, and measure it at every depth.
 
-    python recipes/image_classification.py --config recipes/configs/cifar10.yaml                # as in the paper
-    python recipes/image_classification.py --config recipes/configs/cifar10.yaml --method full  # plain LoRA
+    python recipes/image_classification.py --task_name cifar10                 # as in the paper: configs/cifar10.yaml
+    python recipes/image_classification.py --task_name cifar10 --method full   # plain LoRA
     python recipes/image_classification.py --model_name_or_path M --dataset_name folder/ --label_set cat dog
 
 `--dataset_name` is an id on the Hub, a folder with a folder of images for each class, a parquet file or an npz file.
@@ -52,6 +52,7 @@ from hf_s3t.launch import start_cpu_processes
 
 
 RECIPE = "image_classification"
+EXAMPLE_MODEL = "google/vit-base-patch16-224-in21k"
 
 
 @dataclass
@@ -77,6 +78,8 @@ def make_parser() -> HfArgumentParser:
         logging_strategy="no",
         # The column of images is not the model's input: pixels are made of it with the batch.
         remove_unused_columns=False,
+        # PEFT has a choice of its own for some image models only.
+        target_modules="all-linear",
     )
     return parser
 
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     quiet()
     options = read_options(make_parser(), argv)
-    check_model_is_given(options.script.model_name_or_path)
+    check_model_is_given(options.script.model_name_or_path, EXAMPLE_MODEL)
     task = task_of(options)
     results = Results(options, RECIPE)
     if (found := say_it_is_done(results, options)) is not None:

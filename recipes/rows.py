@@ -313,8 +313,9 @@ def label_numbers(dataset: Dataset, column: str, labels: Sequence[str], name: st
     numbers = {label: number for number, label in enumerate(labels)}
     declared = dataset.features.get(column)
     names = list(declared.names) if isinstance(declared, ClassLabel) else None
-    # The same names in another order: the numbers mean other things there.
-    translate = names if names is not None and sorted(names) == sorted(labels) else None
+    # With names in common, numbers mean what the dataset says; with none, the label set renames them.
+    shared = {name.casefold() for name in names or ()} & {label.casefold() for label in labels}
+    translate = names if shared else None
 
     def number_of(value: Any) -> int | None:
         if isinstance(value, str):
@@ -324,19 +325,21 @@ def label_numbers(dataset: Dataset, column: str, labels: Sequence[str], name: st
         if not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
             return None
         value = int(value)
-        if not 0 <= value < len(labels):
+        if not 0 <= value < len(translate or labels):
             return None
-        return numbers[translate[value]] if translate else value
+        return numbers.get(translate[value]) if translate else value
+
+    def shown(value: Any) -> str:
+        return translate[value] if translate and value in range(len(translate)) else repr(value)
 
     values = dataset.with_format(None)[column][:]
     found = [number_of(value) for value in values]
-    wrong = {repr(value) for value, number in zip(values, found, strict=True) if number is None}
+    wrong = {shown(value) for value, number in zip(values, found, strict=True) if number is None}
     if wrong:
-        shown = ", ".join(sorted(wrong)[:_NAMED])
         raise ConfigError(
             f"{sum(number is None for number in found)} rows of {name} have labels outside the label set "
-            f"({', '.join(labels)}): {shown}. Drop these rows, or name the labels by `--label_set`; a benchmark's "
-            "test set comes without labels."
+            f"({', '.join(labels)}): {', '.join(sorted(wrong)[:_NAMED])}. Drop these rows, or name the labels by "
+            "`--label_set`; a benchmark's test set comes without labels."
         )
     return found
 

@@ -1,8 +1,9 @@
 """
 Fine-tune an encoder on a text classification task as a system that can forget, and measure it at every depth.
 
-    python recipes/text_classification.py --config recipes/configs/rte.yaml            # as in the paper
-    python recipes/text_classification.py --config recipes/configs/rte.yaml --method full   # plain LoRA, to compare
+    python recipes/text_classification.py --task_name rte                 # as in the paper: by configs/rte.yaml
+    python recipes/text_classification.py --task_name rte --method full   # plain LoRA, to compare
+    python recipes/text_classification.py --config recipes/configs/minilm_rte.yaml --model_name_or_path M
     python recipes/text_classification.py --model_name_or_path M --dataset_name train.csv --eval_file test.csv
         --text_columns question --label_column topic --label_set sports politics science
 
@@ -53,6 +54,7 @@ from hf_s3t.launch import start_cpu_processes
 
 
 RECIPE = "text_classification"
+EXAMPLE_MODEL = "FacebookAI/roberta-large"
 _TEXTS = ("text", "text_pair")
 _LINES = (
     r"For a file with a row in each line give `--line_format`, a regular expression such as "
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     quiet()
     options = read_options(make_parser(), argv)
-    check_model_is_given(options.script.model_name_or_path)
+    check_model_is_given(options.script.model_name_or_path, EXAMPLE_MODEL)
     task = task_of(options)
     results = Results(options, RECIPE)
     if (found := say_it_is_done(results, options)) is not None:

@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (data_file, picture) in files.items():
         started = time.perf_counter()
         if not options.redraw:
-            write_data(data_file, STUDIES[name]())
+            write_data(
+                data_file, {**STUDIES[name](), "versions": {n: version(n) for n in ("hf_s3t", "numpy", "scipy")}}
+            )
         draw(name, stored_data(data_file), picture)
         print(f"{picture}: {time.perf_counter() - started:.1f} s")
 

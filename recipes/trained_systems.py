@@ -65,7 +65,7 @@ class Workbench:
         self.options: Options = read_options(
             self.recipe.make_parser(), [*argv, "--output_dir", str(self.work_dir / "systems")]
         )
-        check_model_is_given(self.options.script.model_name_or_path)
+        check_model_is_given(self.options.script.model_name_or_path, self.recipe.EXAMPLE_MODEL)
         self.settings = settings_of(self.options)
 
     @cached_property

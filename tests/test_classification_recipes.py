@@ -33,7 +33,7 @@ import text_classification as texts
 import yaml
 from forgetting import named
 from images import Shown
-from options import read_options
+from options import CONFIGS, read_options
 from rows import Source, by_hash, sample, split_off
 from tasks import IMAGE_TASKS, TEXT_TASKS
 
@@ -233,6 +233,42 @@ def test_labels_that_a_dataset_declares_in_another_order_mean_what_they_say(monk
     assert task.labels == ("negative", "positive") and train["label"][:] == [1, 0]
 
 
+def declared_as(monkeypatch, names, labels):
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"sentence": [f"s{n}" for n in range(len(labels))], "label": labels}, features=features)
+    monkeypatch.setattr(Source, "_read_split", lambda source, split: rows)
+
+
+def test_a_declared_label_outside_the_label_set_is_refused_by_its_name(monkeypatch):
+    declared_as(monkeypatch, ["positive", "neg"], [0, 1])
+    with pytest.raises(ConfigError, match=r"labels outside the label set \(negative, positive\): neg\."):
+        load_text("--task_name", "sst2")
+    declared_as(monkeypatch, ["Positive", "Negative"], [0, 1])
+    with pytest.raises(ConfigError, match=r"outside the label set \(negative, positive\): Negative, Positive\."):
+        load_text("--task_name", "sst2")
+
+
+def test_a_label_set_that_shares_no_name_with_the_declared_ones_names_their_numbers(monkeypatch):
+    declared_as(monkeypatch, ["LABEL_0", "LABEL_1"], [1, 0])
+    _, task, train, _ = load_text("--task_name", "sst2")
+    assert task.labels == ("negative", "positive") and train["label"][:] == [1, 0]
+
+
+def test_a_task_alone_is_the_paper_s(monkeypatch):
+    for recipe, name, model in (
+        (texts, "sst2", "FacebookAI/roberta-large"),
+        (images, "tiny_imagenet", "google/vit-large-patch16-224-in21k"),
+    ):
+        alone = read_options(recipe.make_parser(), ["--task_name", name, "--num_train_epochs", "2"])
+        by_file = read_options(recipe.make_parser(), ["--config", str(CONFIGS / f"{name}.yaml")])
+        assert alone.script == by_file.script and alone.script.model_name_or_path == model
+        assert (alone.s3t, alone.lora) == (by_file.s3t, by_file.lora)
+        assert alone.training.learning_rate == by_file.training.learning_rate and alone.training.num_train_epochs == 2
+    # A model of one's own comes with none of it.
+    own = read_options(texts.make_parser(), ["--task_name", "sst2", "--model_name_or_path", "m"])
+    assert own.script.model_name_or_path == "m" and own.lora.r == 8
+
+
 def test_a_part_of_the_training_rows_is_held_out_by_their_ids_alone(on_the_hub):
     _, _, train, evaluation = load_text("--task_name", "sst2", "--validation_share", "0.25", "--seed", "7")
     _, _, again, _ = load_text("--task_name", "sst2", "--validation_share", "0.25", "--seed", "8")
@@ -303,7 +339,8 @@ MODEL = ("--model_name_or_path", "a/model/that/is/nowhere")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--task_name", "sst2"], "`--model_name_or_path` is missing"),
+        (["--dataset_name", "a.csv"], "`--model_name_or_path` is missing. .* such as FacebookAI/roberta-large"),
+        (["--task_name", "trec"], "`--model_name_or_path` is missing"),
         ([*MODEL], "Give `--task_name` .*, or `--dataset_name`"),
         ([*MODEL, "--task_name", "sst3"], "`--task_name sst3` is unknown. Choose of sst2"),
         ([*MODEL, "--task_name", "trec"], "no data on the Hub. Give `--dataset_name`"),

@@ -33,6 +33,7 @@ from tiny import (
     s3t_config,
     tiny_bert,
     tiny_llama,
+    tiny_vit,
     training_arguments,
 )
 from torch import nn
@@ -366,6 +367,12 @@ def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_pat
 @cases(
     Refusal(IsolationError, "a batch size found by trial", "`auto_find_batch_size=True`", "could not be trained again",
         "Set `per_device_train_batch_size`", auto_find_batch_size=True),
+    Refusal(ConfigError, "a rate below 0", "`learning_rate` is -1.0", "expected 0 or more", "such as 1e-4",
+        learning_rate=-1.0),
+    Refusal(ConfigError, "no epochs", "`num_train_epochs` is 0", "expected more than 0", "such as 3",
+        num_train_epochs=0),
+    Refusal(ConfigError, "empty batches", "`per_device_train_batch_size` is 0", "expected 1 or more",
+        "Give a whole number", per_device_train_batch_size=0),
     Refusal(ConfigError, "reentrant checkpointing", "Reentrant gradient checkpointing",
         "needs gradients at the model's input", "Use `use_reentrant=False`", gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": True}),
@@ -476,6 +483,11 @@ def test_peft_methods_other_than_lora_are_refused_by_name(case, tmp_path):
         peft_config=with_lora(init_lora_weights="pissa")),
     Refusal(IsolationError, "a start from data", 'init_lora_weights="eva"', "reads training data", "Use True, False",
         peft_config=with_lora(init_lora_weights="eva")),
+    Refusal(ConfigError, "no rank", "the rank 0", "expected 1 or more", "such as 16", peft_config=with_lora(r=0)),
+    Refusal(ConfigError, "no rank in a pattern", "the rank -1", "expected 1 or more", "such as 16",
+        peft_config=with_lora(rank_pattern={"q_proj": -1})),
+    Refusal(ConfigError, "all dropped", "lora_dropout` is 2.0", "from 0 to below 1", r"Give 0\.05",
+        peft_config=with_lora(lora_dropout=2.0)),
     Refusal(LayersNotFoundError, "targets that are nowhere",
         r"`target_modules=\{'query'\}` matches nothing in layers \(1,\)", "the group of stage 0",
         "Modules there: .*q_proj", peft_config=LoraConfig(target_modules=["query"])),
@@ -490,6 +502,25 @@ def test_peft_methods_other_than_lora_are_refused_by_name(case, tmp_path):
 )  # fmt: skip
 def test_peft_settings_that_would_break_isolation_are_refused(case, tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", case.given)
+
+
+@pytest.mark.parametrize(("make", "chosen"), [(tiny_llama, {"q_proj", "v_proj"}), (tiny_bert, {"query", "value"})])
+def test_without_target_modules_peft_chooses_them_and_they_are_recorded(make, chosen, tmp_path):
+    given = LoraConfig(r=2)
+    trainer = make_trainer(tmp_path, model=make(layers=2), peft_config=given)
+    trainer.train()
+    assert given.target_modules is None
+    for stage in trainer.folder.stages:
+        targets = LoraConfig.from_pretrained(tmp_path / stage.path).target_modules
+        assert {target.rpartition(".")[2] for target in targets} == chosen
+    # The same settings go on with the system.
+    assert make_trainer(tmp_path, model=make(layers=2), peft_config=LoraConfig(r=2)).folder.stages
+
+
+def test_where_peft_has_no_targets_they_are_asked_for(tmp_path):
+    given = {"model": tiny_vit(layers=2), "peft_config": LoraConfig(r=2)}
+    said = ("names no `target_modules`", "PEFT has no default for vit", 'target_modules="all-linear"')
+    assert_trainer_refuses(Refusal(ConfigError, "", *said), tmp_path / "system", given)
 
 
 def test_settings_refused_late_leave_the_head_of_a_classifier_as_it_was(tmp_path):

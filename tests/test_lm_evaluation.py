@@ -56,6 +56,11 @@ def _likelihood(model, tokenizer, prompt, answer):
     return sum(logs[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
 
 
+def test_tasks_whose_questions_are_out_of_reach_are_refused_before_training(monkeypatch):
+    with pytest.raises(ConfigError, match=r"`--eval_tasks piqa`: its questions cannot be read: .*name other tasks"):
+        check_tasks(["piqa"], None)
+
+
 def test_every_question_has_four_choices_of_which_one_is_right(monkeypatch):
     sys.modules.pop("questions", None)
     monkeypatch.syspath_prepend(TASKS)

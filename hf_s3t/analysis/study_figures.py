@@ -443,8 +443,53 @@ def _table_3_files(data):
     return figure
 
 
+def _fine_tuned(data):
+    figure, panels = new_figure(len(data["tasks"]) + 1, (13.5, 4.8))
+    *compared, single = panels
+    ours = {"S3T, m = 1": (OURS, "-"), "S3T, m = 5": (MORE[2], "-")}
+    theirs = {"SISA, m = 1": (SISA, "-"), "SISA, m = 5": (MORE[1], "-")}
+    for axes, task in zip(compared, data["tasks"], strict=True):
+        for curve in task["curves"]:
+            mean, error = 100 * np.array(curve["mean"]), 100 * np.array(curve["standard_deviation"])
+            if len(mean) == 1:
+                color, style = (PAPER, ":") if curve["num_shards"] == 1 else (MORE[0], "--")
+                axes.axhline(mean[0], color=color, linestyle=style, label=curve["name"])
+                if curve["num_shards"] == 1:
+                    axes.axhspan(
+                        mean[0] - 1, mean[0] + 1, color=FIRST, alpha=0.15, label="full LoRA ± 1 point, the aim"
+                    )
+                continue
+            color, style = {**ours, **theirs}[curve["name"]]
+            depths = np.arange(1, len(mean) + 1) + (0.03 if curve["num_shards"] > 1 else -0.03)
+            axes.errorbar(
+                depths, mean, error, fmt=f"o{style}", color=color, markersize=4, capsize=3, label=curve["name"]
+            )
+        axes.set(
+            title=f"{task['title']}, mean and standard deviation of {task['seeds']} seeds",
+            xlabel="depth (slices learnt)",
+            ylabel=f"{task['metric']} (%)",
+            xticks=range(1, task["num_slices"] + 1),
+        )
+    for run, color in zip(data["single"], _shades(len(data["single"])), strict=True):
+        share = np.arange(1, len(run["s3t"]) + 1) / len(run["s3t"])
+        points = 100 * (np.array(run["s3t"]) - run["full"])
+        single.plot(100 * share, points, "o-", color=color, markersize=4, label=f"{run['title']}, {run['metric']}")
+    single.axhline(0, color=PAPER, linestyle=":", label="the paper: as full")
+    single.set(
+        title="One configuration and one seed each",
+        xlabel="slices learnt, of all (%)",
+        ylabel="S3T minus full LoRA (points)",
+    )
+    # Below the lines there is room for the legend.
+    low, high = single.get_ylim()
+    single.set_ylim(low - 0.45 * (high - low), high)
+    finish(*panels)
+    return figure
+
+
 # Name of the figure -> what draws its data.
 DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "figure-5": _fine_tuned,
     "figure-6-left": _quality,
     "figure-15-weights": _weights,
     "figure-9": _lifetimes,
