@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from launched import launched
 from safetensors.torch import load_file
-from tiny import lm_rows, make_trainer, s3t_config, training_arguments
+from tiny import lm_rows, make_trainer, plant_stages, s3t_config, training_arguments
 from transformers import TrainerCallback
 
 from hf_s3t import S3TTrainer, launch
@@ -106,8 +106,9 @@ def test_what_is_left_never_saw_the_example(in_training, hit, delete, tmp_path):
 def test_the_model_of_the_trainer_follows(tmp_path):
     path = tmp_path / "system"
     trainer = system(path)
-    trainer.train()
+    plant_stages(trainer)
     model = trainer.s3t_model
+    model.refresh()
     key = trainer.folder.plan.stages()[0]
     before = model.stack.loaded
     assert key in before
@@ -143,8 +144,9 @@ def test_a_model_that_serves_while_stages_train_follows_a_deletion(tmp_path):
     path = tmp_path / "system"
     rows = lm_rows(32)
     trainer = make_trainer(path, rows=rows, config=s3t_config(num_shards=2, partition="balanced"))
-    trainer.train()
+    plant_stages(trainer)
     model, folder = trainer.s3t_model, trainer.folder
+    model.refresh()
     # Shard 0 is grown again; an example of shard 1 goes meanwhile.
     model.unlearn(folder.table.members(0, 0)[:1])
     victim = folder.table.members(1, 0)[0]
@@ -174,7 +176,7 @@ class AtTheFirstStep(TrainerCallback):
 def served_and_hit(path, callback_of):
     """A system whose model serves, and of whose second shard another process deletes an example before training."""
     trainer = make_trainer(path, rows=lm_rows(32), config=s3t_config(num_shards=2, partition="balanced"))
-    trainer.train()
+    plant_stages(trainer)
     model, folder = trainer.s3t_model, trainer.folder
     model.refresh()
     callback = AtTheFirstStep(callback_of(trainer))
@@ -305,7 +307,9 @@ def test_a_stage_whose_data_is_deleted_stops_at_its_next_checkpoint_and_writes_n
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True} if load_best else {}
     args = training_arguments(path, save_strategy="steps", save_steps=1, num_train_epochs=8, **best)
     eval_dataset = Dataset.from_list(lm_rows(6, seed=5)) if load_best else None
-    trainer = system(path, args=args, eval_dataset=eval_dataset)
+    trainer = make_trainer(
+        path, rows=ROWS, config=s3t_config(num_slices=3, budget=1), args=args, eval_dataset=eval_dataset
+    )
     first = trainer.folder.plan.stages()[0]
     victim = victim_in(trainer.folder, first)
     seen = StepsAndCheckpoints(trainer)

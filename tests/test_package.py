@@ -124,10 +124,9 @@ def test_config_comes_without_torch():
     assert not _loaded_by("from hf_s3t import S3TConfig, S3TError; S3TConfig()") & HEAVY
 
 
-@pytest.mark.parametrize("name", ["S3TModel", "S3TTrainer"])
-def test_only_the_sft_trainer_loads_trl(name):
+def test_only_the_sft_trainer_loads_trl():
     # peft brings bitsandbytes with it wherever that is installed.
-    assert "trl" not in _loaded_by(f"from hf_s3t import {name}")
+    assert "trl" not in _loaded_by("from hf_s3t import S3TModel, S3TTrainer")
 
 
 @pytest.mark.parametrize("library", ONLY_WHERE_USED)

@@ -246,10 +246,6 @@ def plant_stages(trainer, limit: int | None = None) -> None:
         generator = torch.Generator().manual_seed(stage_seed(folder.config.seed, key))
         for tensor in stack.tensors(key).values():
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) / 10)
-        record = {
-            "slices": folder.slice_digests(key),
-            "below": folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None,
-            "metrics": {},
-        }
+        record = {**trainer._origin(key), "metrics": {}}
         folder.write_stage(key, record, lambda path, key=key: stack.save(key, path, None))
     stack.drop(stack.loaded)
