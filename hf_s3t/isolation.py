@@ -340,6 +340,15 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
             "`accelerator_config={'use_seedable_sampler': False}` makes the order of examples depend on what ran "
             "before. Leave it on."
         )
+    if not getattr(args, "dataloader_in_order", True):
+        raise IsolationError(
+            "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ConfigError(
+            "`enable_jit_checkpoint=True` ends the stage in training at a signal, as if it were complete. Leave it "
+            "off: with `save_strategy` a stage is resumed from its last checkpoint."
+        )
     if args.ignore_data_skip:
         raise IsolationError(
             "`ignore_data_skip=True` makes a resumed stage see other batches than an uninterrupted one. Leave it off."
@@ -364,6 +373,11 @@ def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config:
         raise IsolationError(
             f"`train_dataset` is a streaming {type(train_dataset).__name__}: its rows have no ids and no order that "
             "could be repeated. Give a map-style dataset (`load_dataset(..., streaming=False)`)."
+        )
+    if isinstance(train_dataset, dict):
+        raise ConfigError(
+            f"`train_dataset` is a {type(train_dataset).__name__} of {', '.join(map(str, train_dataset))}, expected "
+            "one dataset. Give the split to train on."
         )
     if "seq_lengths" in (getattr(train_dataset, "column_names", None) or ()):
         raise IsolationError(

@@ -227,6 +227,25 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     def generation_config(self, value):
         self.base_model.generation_config = value
 
+    def _get_name(self) -> str:
+        # By this name `Trainer` knows a causal language model, whose labels it shifts for label smoothing.
+        return self.stack.base._get_name()
+
+    def generate_batch(self, *args, **kwargs):
+        """
+        Refused, like the other ways into continuous batching: a request that runs while something is unlearned would
+        go on from the keys and values of a stage that is gone.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: Always.
+        """
+        raise ConfigError(
+            "Continuous batching keeps the keys and values of stages that a deletion may remove while a request runs. "
+            "Use `generate`, which takes batches."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def tie_weights(self) -> None:
         """Does nothing: the base's weights were tied when it was loaded. Evaluation harnesses call it."""
 
@@ -424,7 +443,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
         """
-        folder = self.folder
+        folder, ids = self.folder, list(ids) if isinstance(ids, Iterator) else ids
         request = folder.table.resolve(ids, None, folder.ledger, folder.names)
         found = {i: folder.table.rows.get(folder.table.find(i, folder.ledger, folder.names)) for i in ids}
         if request.already_deleted:

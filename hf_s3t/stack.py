@@ -317,6 +317,10 @@ def _targets(base: nn.Module, config: LoraConfig, layers: LayerGroups, group: in
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         linear = (nn.Linear, Conv1D)
         matched = [n for n in names if isinstance(base.get_submodule(n.rstrip(".")), linear)]
+        # PEFT leaves out what is excluded also of these.
+        named = copy.deepcopy(config)
+        named.target_modules = set(matched)
+        matched = [n for n in matched if _is_match(named, n)]
     else:
         matched = [n for n in names if check_target_module_exists(config, n) is True or _is_match(config, n)]
     if not matched:

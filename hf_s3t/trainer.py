@@ -131,7 +131,7 @@ class S3TTrainerMixin:
     def _fewest_steps(self) -> int | None:
         """Optimizer steps of the shortest stage that is missing, if there is one and they are known beforehand."""
         args, table = self.args, self.folder.table
-        missing = self.folder.plan.missing(self.folder.valid_stages, table.empty)
+        missing = self._missing()
         if not missing or getattr(args, "packing", False):
             return None
         if args.max_steps > 0:
@@ -179,7 +179,7 @@ class S3TTrainerMixin:
             raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
         self.folder.refresh()
         self._refuse_other_recipe()
-        keys = self._stage_order(self.folder.plan.missing(self.folder.valid_stages, self.folder.table.empty))
+        keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         outputs = []
@@ -209,6 +209,8 @@ class S3TTrainerMixin:
             self.train_dataset = self._prepared
         if self._live is not None:
             self._live.refresh()
+            # Requests that became due meanwhile.
+            self._live._apply_in_time()
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
         return _summary(outputs)
@@ -218,9 +220,14 @@ class S3TTrainerMixin:
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
-        missing = self._stage_order(folder.plan.missing(folder.valid_stages, folder.table.empty))
+        missing = self._stage_order(self._missing())
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
+
+    def _missing(self) -> list[StageKey]:
+        """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
+        folder = self.folder
+        return folder.plan.missing(folder.valid_stages, self._stage_rows.empty(folder.table))
 
     def _agree_on_deletions(self) -> None:
         """
@@ -270,6 +277,7 @@ class S3TTrainerMixin:
             frozen, buffers = self._stack.digest(key.lineage[:-1]), self._buffers_digest()
             with self._training(key, self.folder.checkpoints(key), origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
+                self._refuse_half_trained(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
             frozen_after = self._stack.digest(key.lineage[:-1])
             if frozen_after != frozen:
@@ -284,6 +292,17 @@ class S3TTrainerMixin:
                 )
             self._write(key, self._record(key, origin, frozen, frozen_after, metrics))
         return output
+
+    def _refuse_half_trained(self, key: StageKey) -> None:
+        """A stage is trained to its end, or to where an evaluation ends it, or it is none."""
+        done, planned = self.state.global_step, self.state.max_steps
+        if done >= planned or self.args.load_best_model_at_end or any(gather_object([self._is_condemned()])):
+            return
+        raise IsolationError(
+            f"{key} was ended after {done} of {planned} steps, and is discarded: nothing in the recipe says where. A "
+            "callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and call `train()` "
+            "again; an evaluation may end a stage with `load_best_model_at_end=True`."
+        )
 
     def _origin(self, key: StageKey) -> dict[str, Any]:
         """What a stage is made from; by it a checkpoint is told from one of other data or another recipe."""
@@ -458,12 +477,20 @@ class S3TTrainerMixin:
             for name in ("optimizer", "lr_scheduler", "train_dataloader"):
                 setattr(self.callback_handler, name, None)
             del _paged_tensors()[paged:]
+            self._remove_noise()
             if hasattr(self.model, "disable_input_require_grads"):
                 self.model.disable_input_require_grads()
             self.optimizer = self.lr_scheduler = None
             self.model_wrapped = self.model
             self._stack.deactivate()
             self.model.eval()
+
+    def _remove_noise(self) -> None:
+        """NEFTune's hook, which `Trainer` removes only where training came to its end."""
+        handle = self.__dict__.pop("neftune_hook_handle", None)
+        if handle is not None:
+            handle.remove()
+            vars(self.model.get_input_embeddings()).pop("neftune_noise_alpha", None)
 
     @contextlib.contextmanager
     def _unprepared(self) -> Iterator[None]:
@@ -490,6 +517,11 @@ class S3TTrainerMixin:
     def _fit(self, key: StageKey, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """One run of `Trainer.train`: the only place where a stage's randomness begins."""
         self.args.data_seed = self.accelerator.dataloader_config.data_seed = None
+        # Callbacks go on counting where the checkpoint left them.
+        self.args.restore_callback_states_from_checkpoint = checkpoint is not None
+        if self.args.torch_compile:
+            # What was compiled for other stages decides what is compiled for this one.
+            torch.compiler.reset()
         set_seed(self.args.seed)
         self._stack.add(key)
         self._stack.train_only(key)
@@ -506,17 +538,22 @@ class S3TTrainerMixin:
     @contextlib.contextmanager
     def _fresh_state(self) -> Iterator[None]:
         """Callbacks that keep state (early stopping, say) are copies of what was given, which stays as it is."""
-        callbacks, given = self.callback_handler.callbacks, []
+        given = list(self.callback_handler.callbacks)
         try:
-            for position, callback in enumerate(callbacks):
+            for position, callback in enumerate(given):
                 if isinstance(callback, ExportableState):
-                    callbacks[position] = self._copy(callback)
-                    given.append((callbacks[position], callback))
+                    self.callback_handler.callbacks[position] = self._copy(callback)
             yield
         finally:
-            # By what they are, not where: callbacks may have come and gone.
-            for position, callback in enumerate(callbacks):
-                callbacks[position] = next((was for worked, was in given if worked is callback), callback)
+            # Others may have come and gone. A resume puts ones of its own in the place of those that keep state.
+            now = [c for c in self.callback_handler.callbacks if not isinstance(c, ExportableState)]
+            kept = [c for c in given if isinstance(c, ExportableState) or any(c is other for other in now)]
+            kept += [c for c in now if not any(c is other for other in given)]
+            kinds = {type(c) for c in given}
+            kept += [
+                c for c in self.callback_handler.callbacks if isinstance(c, ExportableState) and type(c) not in kinds
+            ]
+            self.callback_handler.callbacks = kept
 
     def _get_dataloader(self, *args, **kwargs):
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets import Audio, Image
+from datasets.table import embed_table_storage
 from torch.utils.data import Sampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -114,9 +117,12 @@ class TrainingRows:
 
     @staticmethod
     def _stored(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
-        # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run.
+        # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run. Of a file that
+        # is named, what it holds counts, wherever it lies.
+        files = [n for n, feature in (dataset.features or {}).items() if isinstance(feature, (Audio, Image))]
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            yield from batch.to_pylist()
+            for row in (embed_table_storage(batch) if files else batch).to_pylist():
+                yield {**row, **{name: (row[name] or {}).get("bytes") for name in files}}
 
     def partition(self, digests: Sequence[str], names: KeptNames | None = None) -> dict[int | str, Example]:
         """
@@ -189,6 +195,17 @@ class StageRows:
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
         return sum(example_id not in self._position for example_id in table.rows)
+
+    def empty(self, table: ExampleTable) -> frozenset[tuple[int, int]]:
+        """The (shard, slice) pairs without an example that preparation left something of."""
+        if not self.dropped(table):
+            return table.empty
+        places = itertools.product(range(table.num_shards), range(table.num_slices))
+        return frozenset(
+            (shard, slice_)
+            for shard, slice_ in places
+            if not any(i in self._position for i in table.members(shard, slice_))
+        )
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""

@@ -22,11 +22,12 @@ from .storage import SystemFolder
 
 logger = logging.get_logger(__name__)
 
-# Seconds: how long running calls are waited for, how long a call waits before it looks at the ledger again, and how
-# long `unlearn` has to return before the id table is written.
+# Seconds: how long running calls are waited for, how long a call waits before it looks at the ledger again, how long
+# `unlearn` has to return before the id table is written, and until requests that could not be applied are tried again.
 _PATIENCE = 60.0
 _A_MOMENT = 0.005
 _HEAD_START = 0.002
+_RETRY = 60.0
 
 
 class Unlearning:
@@ -299,14 +300,14 @@ class Unlearning:
                 pending.clear()
         return report
 
-    def _apply_in_time(self) -> None:
-        """Have the requests that wait applied when the most urgent one is due."""
+    def _apply_in_time(self, at_least: float = 0.0) -> None:
+        """Have the requests that wait applied when the most urgent one is due, at the soonest in so many seconds."""
         if self._timer is not None:
             self._timer.cancel()
         due = PendingRequests(self.folder).apply_by()
         if due is None:
             return
-        seconds = max(0.0, (due - datetime.now(UTC)).total_seconds())
+        seconds = max(at_least, (due - datetime.now(UTC)).total_seconds())
         self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), _apply_due, [weakref.ref(self)])
         self._timer.daemon = True
         self._timer.start()
@@ -341,4 +342,5 @@ def _apply_due(model: "weakref.ref[Unlearning]") -> None:
     try:
         alive.apply_pending()
     except S3TError as error:
-        logger.error(f"Deletion requests are due and could not be applied: {error} Call `apply_pending()` again.")
+        logger.error(f"Deletion requests are due and could not be applied: {error} It is tried again every minute.")
+        alive._apply_in_time(_RETRY)

@@ -13,9 +13,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from .circumstances import differing, recipe_of, threads
-from .errors import ConfigError
+from .errors import ConfigError, S3TError
 from .plan import StageKey
-from .storage import ADAPTER_FILE
+from .storage import ADAPTER_FILE, SystemFolder
 from .training_data import preserved_randomness
 
 
@@ -124,6 +124,7 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
             try:
                 for key in closure:
                     again = _retrain(trainer, key, Path(scratch))
+                    _refuse_deleted_meanwhile(folder, closure)
                     unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
                     if unequal:
                         mismatches[str(key)] = unequal
@@ -135,6 +136,17 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
         if trainer._live is not None:
             trainer._live.refresh()
     return VerificationReport(tuple(map(str, closure)), mismatches, differences, time.perf_counter() - started)
+
+
+def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:
+    if not folder.has_news():
+        return
+    folder.refresh()
+    gone = ", ".join(str(key) for key in stages if key not in folder.valid_stages)
+    if gone:
+        raise S3TError(
+            f"A deletion removed {gone} while the audit ran: nothing is left to compare. Run the audit again."
+        )
 
 
 def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[StageKey]) -> list[StageKey]:

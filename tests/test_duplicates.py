@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+from datasets import Dataset, Image
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 from tiny import lm_rows, make_trainer, plant_stages, s3t_config
 
 from hf_s3t.errors import ConfigError
+from hf_s3t.examples import DigestKey
 from hf_s3t.partition import assign, units_of
+from hf_s3t.training_data import TrainingRows
 
 
 def rows_with_copies():
@@ -97,3 +102,21 @@ def test_units_do_not_depend_on_the_order_of_rows():
     places = assign(ids, num_shards=1, num_slices=3, groups=units_of(ids, None, contents))
     at = dict(zip(ids, places, strict=True))
     assert at["a"] == at["c"] == at["h"] and at["d"] == at["f"]
+
+
+def test_a_picture_is_known_by_what_it_shows_wherever_its_file_lies(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
+
+    def digests(folder, *shown):
+        folder.mkdir()
+        for number, picture in enumerate(shown):
+            PILImage.fromarray(pixels[picture]).save(folder / f"{number}.png")
+        files = [str(folder / f"{number}.png") for number in range(len(shown))]
+        rows = Dataset.from_dict({"id": [*range(len(shown))], "image": files}).cast_column("image", Image())
+        return TrainingRows(rows, s3t_config(num_slices=1, budget=1)).digests(DigestKey(bytes(16)))
+
+    here, moved, replaced = (
+        digests(tmp_path / n, *s) for n, s in (("a", (0, 1, 0)), ("b", (0, 1, 0)), ("c", (0, 2, 0)))
+    )
+    assert here == moved and here[0] == here[2] != here[1]
+    assert here[1] != replaced[1]

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from folders import forge
 from peft import LoraConfig
 from tiny import (
@@ -323,6 +323,8 @@ class Stream(torch.utils.data.IterableDataset):
         'use partition="balanced" or another seed', rows=lm_rows(8), config=s3t_config(num_shards=4)),
     Refusal(ExampleIdError, "no rows", "has no rows", "at least one example per slice", "Give at least one",
         rows=Dataset.from_dict({"id": [], "input_ids": [], "labels": []})),
+    Refusal(ConfigError, "all splits", "`train_dataset` is a DatasetDict of train, test", "expected one dataset",
+        "Give the split", rows=DatasetDict({name: Dataset.from_list(lm_rows(12)) for name in ("train", "test")})),
     Refusal(IsolationError, "a stream of torch", "`train_dataset` is a streaming Stream", "Give a map-style dataset",
         "streaming=False", rows=Stream()),
     Refusal(IsolationError, "a stream of datasets", "`train_dataset` is a streaming IterableDataset",
@@ -367,6 +369,10 @@ def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_pat
 @cases(
     Refusal(IsolationError, "a batch size found by trial", "`auto_find_batch_size=True`", "could not be trained again",
         "Set `per_device_train_batch_size`", auto_find_batch_size=True),
+    Refusal(IsolationError, "batches as workers finish them", "`dataloader_in_order=False`", "decide the order",
+        "Leave it on", dataloader_in_order=False),
+    Refusal(ConfigError, "an end at a signal", "`enable_jit_checkpoint=True`", "as if it were complete",
+        "Leave it off", enable_jit_checkpoint=True),
     Refusal(ConfigError, "a rate below 0", "`learning_rate` is -1.0", "expected 0 or more", "such as 1e-4",
         learning_rate=-1.0),
     Refusal(ConfigError, "no epochs", "`num_train_epochs` is 0", "expected more than 0", "such as 3",
@@ -1254,6 +1260,18 @@ def test_examples_of_which_truncation_leaves_nothing_are_no_error_where_others_r
     rows = text_rows([" ".join(f"w{n}" for n in range(4, 40)) if n == 5 else "w4" for n in range(8)])
     trainer = sft_trainer(tmp_path / "system", rows, s3t_config(partition="balanced"))
     assert len(trainer.folder.table) == 8 and trainer._stage_rows.dropped(trainer.folder.table) == 1
+
+
+def test_a_slice_of_which_a_deletion_leaves_only_what_truncation_dropped_is_grown_no_more(tmp_path):
+    texts = [" ".join(f"w{n}" for n in range(4, 40)), *["w4"] * 7]
+    rows = [{**row, "shard": 0, "slice": int(n > 1)} for n, row in enumerate(text_rows(texts))]
+    trainer = sft_trainer(
+        tmp_path / "system", rows, s3t_config(partition="column", shard_column="shard", slice_column="slice")
+    )
+    plant_stages(trainer)
+    trainer.s3t_model.unlearn([rows[1]["id"]])
+    trainer.train()
+    assert {str(key) for key in trainer.folder.stages} == {"shard-0/1"}
 
 
 def test_a_text_trainer_refuses_what_every_trainer_refuses(tmp_path):

@@ -198,3 +198,102 @@ def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_
     args = training_arguments(tmp_path / "system", per_device_train_batch_size=1)
     trainer = make_trainer(tmp_path / "system", rows=rows, config=config, args=args)
     assert trainer._fewest_steps() == 2
+
+
+class Ends(TrainerCallback):
+    """Ends a stage in its second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """As a signal handler or a clock would."""
+        if state.global_step == 2:
+            control.should_training_stop = True
+
+
+def test_a_stage_that_something_ends_before_its_last_step_is_none(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rows=lm_rows(16), config=CONFIG, callbacks=[Ends()], args=training_arguments(tmp_path, max_steps=3)
+    )
+    with pytest.raises(IsolationError, match=r"shard-0/\d was ended after 2 of 3 steps, and is discarded"):
+        trainer.train()
+    assert not trainer.folder.stages and not trainer._stack.loaded
+    trainer.pop_callback(Ends)
+    trainer.train()
+    assert trainer.verify().ok
+
+
+def test_a_stage_without_a_batch_is_none(tmp_path):
+    args = training_arguments(tmp_path, per_device_train_batch_size=32, dataloader_drop_last=True, max_steps=3)
+    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=CONFIG, args=args)
+    with pytest.raises(
+        IsolationError, match=r"was ended after 0 of 3 steps, and is discarded: .*dataloader_drop_last"
+    ):
+        trainer.train()
+    assert not trainer.folder.stages
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C in the third step of a stage."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Once."""
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path):
+    noisy = {"neftune_noise_alpha": 5.0, "num_train_epochs": 3}
+    trainers = [
+        make_trainer(
+            tmp_path / name, rows=lm_rows(16), config=CONFIG, args=training_arguments(tmp_path / name, **noisy)
+        )
+        for name in ("interrupted", "undisturbed")
+    ]
+    trainers[0].add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainers[0].train()
+    assert not trainers[0].model.get_input_embeddings()._forward_hooks
+    trainers[0].pop_callback(Interrupts)
+    for trainer in trainers:
+        trainer.train()
+    assert same(*map(stages_of, trainers))
+
+
+class HalvesTheRate(TrainerCallback, ExportableState):
+    """Scales every gradient by a half to the power of the steps it has seen; its state is in checkpoints."""
+
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def state(self):
+        """What it is made anew from."""
+        return {"args": {"steps": self.steps}, "attributes": {}}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Count, and scale."""
+        self.steps += 1
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 0.5**self.steps
+
+
+def test_a_callback_that_counts_goes_on_where_its_checkpoint_was_and_begins_anew_with_the_next_stage(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, "optim": "sgd", "learning_rate": 1.0}
+    trainers = [
+        make_trainer(
+            tmp_path / name,
+            rows=lm_rows(16),
+            config=CONFIG,
+            args=training_arguments(tmp_path / name, **args),
+            callbacks=[HalvesTheRate()],
+        )
+        for name in ("interrupted", "undisturbed")
+    ]
+    trainers[0].add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainers[0].train()
+    trainers[0].pop_callback(Interrupts)
+    for trainer in trainers:
+        trainer.train()
+        (counts,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HalvesTheRate))
+        assert counts.steps == 0
+    assert same(*map(stages_of, trainers))

@@ -7,10 +7,12 @@ import time
 
 import pytest
 from tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from transformers import TrainerCallback
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, FolderError, S3TError, UnknownExampleError
 from hf_s3t.pending import PENDING_FILE
+from hf_s3t.storage import SystemFolder
 
 
 IDS = ids_of(12)
@@ -170,3 +172,30 @@ def test_a_crash_between_ledger_and_file_repeats_nothing(model):
 def test_how_long_is_checked(model):
     with pytest.raises(ConfigError, match="seconds"):
         model.apply_pending(timeout="soon")
+
+
+class WaitsUntilDue(TrainerCallback):
+    """Records a request in the first step of a training, and waits there until it is overdue."""
+
+    def __init__(self, model, victim):
+        self.model, self.victim = model, victim
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Once."""
+        if self.victim is not None:
+            self.model.unlearn_later([self.victim], max_delay=0.2)
+            self.victim = None
+            time.sleep(0.6)
+
+
+def test_a_request_that_falls_due_while_stages_train_is_applied_when_they_are_done(tmp_path):
+    trainer = make_trainer(tmp_path, rows=lm_rows(24), config=s3t_config(num_shards=2, partition="balanced"))
+    plant_stages(trainer)
+    model, folder = trainer.s3t_model, trainer.folder
+    model.refresh()
+    model.unlearn(folder.table.members(0, 0)[:1])
+    victim = folder.table.members(1, 0)[0]
+    trainer.add_callback(WaitsUntilDue(model, victim))
+    trainer.train()
+    wait_for(lambda: SystemFolder(tmp_path).is_deleted(victim))
+    assert SystemFolder(tmp_path).ledger.num_deletions == 2

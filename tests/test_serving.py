@@ -1166,3 +1166,27 @@ def test_lora_config_is_what_was_asked_for(system):
     assert {rank for name, rank in by_name.items() if "q_proj" in name} == {3}
     assert {rank for name, rank in by_name.items() if "down_proj" in name} == {1}
     assert {rank for name, rank in by_name.items() if "up_proj" in name} == {2}
+
+
+def test_continuous_batching_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    plant_stages(trainer)
+    model = trainer.s3t_model
+    for way in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        with pytest.raises(ConfigError, match=r"Continuous batching .* Use `generate`"):
+            way([[1, 2, 3]])
+
+
+def test_what_is_excluded_is_excluded_of_all_linear_layers_too(tmp_path):
+    lora_config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["gate_proj", "up_proj", "down_proj"])
+    trainer = make_trainer(tmp_path, peft_config=lora_config)
+    plant_stages(trainer, 1)
+    (stage,) = trainer.folder.stages
+    names = load_file(tmp_path / stage.path / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_examples_are_located_whatever_names_them(tmp_path):
+    model = make_trainer(tmp_path).s3t_model
+    ids = [*model.folder.table.rows][:3]
+    assert model.locate(i for i in ids) == model.locate(ids) == model.locate(set(ids))

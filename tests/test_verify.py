@@ -9,10 +9,13 @@ from datasets import Dataset
 from folders import files_of, forge_stage
 from safetensors.torch import load_file, save_file
 from tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
+from transformers import TrainerCallback
 
 from hf_s3t import S3TTrainer
-from hf_s3t.errors import ConfigError
+from hf_s3t.deletion import apply
+from hf_s3t.errors import ConfigError, S3TError
 from hf_s3t.files import file_digest
+from hf_s3t.storage import SystemFolder
 from hf_s3t.verify import AuditKey
 
 
@@ -168,3 +171,35 @@ def test_where_evaluation_chooses_its_settings_are_part_of_the_recipe(tmp_path):
     for changes in ({"eval_delay": 4}, {"per_device_eval_batch_size": 3}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))}.* Give the trainer the recorded arguments"):
             trainer(**changes).verify()
+
+
+class DeletesWhileAudited(TrainerCallback):
+    """Another process deletes an example in the first step of an audit."""
+
+    def __init__(self, path, victim):
+        self.path, self.victim = path, victim
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Once."""
+        if self.victim is not None:
+            apply(SystemFolder(self.path), [self.victim])
+            self.victim = None
+
+
+def test_a_deletion_while_an_audit_runs_is_named_as_such(tmp_path):
+    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1))
+    trainer.train()
+    first = trainer.folder.plan.stages()[0]
+    trainer.add_callback(DeletesWhileAudited(tmp_path, trainer.folder.table.members(0, first.prefix[0])[0]))
+    with pytest.raises(S3TError, match=f"A deletion removed {first}.* while the audit ran.* Run the audit again"):
+        trainer.verify()
+
+
+def test_an_evaluation_of_a_language_model_with_smoothed_labels_shifts_them(tmp_path):
+    rows = Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in lm_rows(4, seed=9)])
+    args = training_arguments(tmp_path, label_smoothing_factor=1e-7)
+    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1), args=args, eval_dataset=rows)
+    trainer.train()
+    with torch.no_grad():
+        own = trainer.s3t_model(**{name: torch.tensor(rows[name][:]) for name in rows.column_names}).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own, abs=1e-4)
