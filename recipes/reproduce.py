@@ -389,7 +389,13 @@ def figure_5() -> dict[str, Any]:
             if (full := found.get(f"{task}-full-m1-seed1")) and (ours := found.get(f"{task}-s3t-m1-seed1"))
         ],
         "paper": "Slice-wise training is about as good as full fine-tuning on each task.",
+        **{name: _shared([content[name] for content in found.values()]) for name in ("hardware", "versions")},
     }
+
+
+def _shared(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is the same in all of them."""
+    return {name: value for name, value in settings[0].items() if all(one.get(name) == value for one in settings)}
 
 
 def _compared(task: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
