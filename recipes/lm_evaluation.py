@@ -53,6 +53,14 @@ def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[st
     ['invented_facts']
     ```
     """
+    names, manager = known_tasks(tasks, task_folder)
+    for name in names:
+        _read_questions(name, manager)
+    return names
+
+
+def known_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> tuple[list[str], Any]:
+    """As [`check_tasks`], but reads no questions; with the harness' `TaskManager`."""
     names = list(tasks or TABLE_1)
     manager = _manager(names, task_folder)
     unknown = [name for name in names if name not in manager.all_tasks]
@@ -61,9 +69,7 @@ def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[st
             f"`--eval_tasks {unknown[0]}`: lm-evaluation-harness knows no such task. `lm_eval ls tasks` lists its "
             "own; a folder with task files of yours is named by `--eval_task_folder`."
         )
-    for name in names:
-        _read_questions(name, manager)
-    return names
+    return names, manager
 
 
 def evaluate(
@@ -91,9 +97,9 @@ def evaluate(
         standard errors.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: As [`check_tasks`].
+        [`~hf_s3t.errors.ConfigError`]: As [`known_tasks`].
     """
-    names = check_tasks(tasks, task_folder)
+    names, manager = known_tasks(tasks, task_folder)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -103,7 +109,7 @@ def evaluate(
         tasks=names,
         num_fewshot=0,
         limit=limit,
-        task_manager=_manager(names, task_folder),
+        task_manager=manager,
         log_samples=False,
         bootstrap_iters=0 if limit else 1000,
     )["results"]
