@@ -18,7 +18,7 @@ _IRRELEVANT = {
     "log_on_each_node", "logging_dir", "disable_tqdm", "seed", "data_seed", "do_train", "do_eval", "do_predict",
     "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "push_to_hub",
     "resume_from_checkpoint", "skip_memory_metrics", "logging_strategy", "logging_first_step", "logging_steps",
-    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node",
+    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_delay", "eval_on_start", "prediction_loss_only",
     "eval_strategy", "eval_steps", "dataloader_pin_memory", "local_rank",
     "use_cpu", "ddp_timeout", "ddp_backend", "logging_nan_inf_filter", "batch_eval_metrics",
@@ -26,7 +26,7 @@ _IRRELEVANT = {
     "dataloader_prefetch_factor", "torch_empty_cache_steps", "restore_callback_states_from_checkpoint",
 }  # fmt: skip
 # Workers that live on draw on, and each process packs its own part; without either there is nothing to say.
-_ONLY_WHERE_SET = {"dataloader_persistent_workers", "dataset_num_proc", "enable_jit_checkpoint"}
+_ONLY_WHERE_SET = {"dataloader_persistent_workers", "dataset_num_proc"}
 # Which evaluations there are, and what may move the last bits of their losses.
 _CHOOSING = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",

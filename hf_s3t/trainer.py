@@ -545,15 +545,11 @@ class S3TTrainerMixin:
                     self.callback_handler.callbacks[position] = self._copy(callback)
             yield
         finally:
-            # Others may have come and gone. A resume puts ones of its own in the place of those that keep state.
-            now = [c for c in self.callback_handler.callbacks if not isinstance(c, ExportableState)]
-            kept = [c for c in given if isinstance(c, ExportableState) or any(c is other for other in now)]
-            kept += [c for c in now if not any(c is other for other in given)]
-            kinds = {type(c) for c in given}
-            kept += [
-                c for c in self.callback_handler.callbacks if isinstance(c, ExportableState) and type(c) not in kinds
-            ]
-            self.callback_handler.callbacks = kept
+            # Others may have come and gone. In the place of those that keep state a resume has put ones of its own.
+            kinds = {type(callback) for callback in given if isinstance(callback, ExportableState)}
+            now = [callback for callback in self.callback_handler.callbacks if type(callback) not in kinds]
+            kept = [callback for callback in given if type(callback) in kinds or callback in now]
+            self.callback_handler.callbacks = kept + [callback for callback in now if callback not in kept]
 
     def _get_dataloader(self, *args, **kwargs):
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""

@@ -300,15 +300,17 @@ class Unlearning:
                 pending.clear()
         return report
 
-    def _apply_in_time(self, at_least: float = 0.0) -> None:
-        """Have the requests that wait applied when the most urgent one is due, at the soonest in so many seconds."""
+    def _apply_in_time(self) -> None:
+        """Have the requests that wait applied when the most urgent one is due."""
         if self._timer is not None:
             self._timer.cancel()
         due = PendingRequests(self.folder).apply_by()
-        if due is None:
-            return
-        seconds = max(at_least, (due - datetime.now(UTC)).total_seconds())
-        self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), _apply_due, [weakref.ref(self)])
+        if due is not None:
+            self._apply_in((due - datetime.now(UTC)).total_seconds())
+
+    def _apply_in(self, seconds: float) -> None:
+        seconds = min(max(0.0, seconds), threading.TIMEOUT_MAX)
+        self._timer = threading.Timer(seconds, _apply_due, [weakref.ref(self)])
         self._timer.daemon = True
         self._timer.start()
 
@@ -343,4 +345,4 @@ def _apply_due(model: "weakref.ref[Unlearning]") -> None:
         alive.apply_pending()
     except S3TError as error:
         logger.error(f"Deletion requests are due and could not be applied: {error} It is tried again every minute.")
-        alive._apply_in_time(_RETRY)
+        alive._apply_in(_RETRY)

@@ -139,8 +139,6 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
 
 
 def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:
-    if not folder.has_news():
-        return
     folder.refresh()
     gone = ", ".join(str(key) for key in stages if key not in folder.valid_stages)
     if gone:

@@ -16,7 +16,7 @@ from forgetting import is_asked_for, must_train, named
 from options import Options
 from results import Results, cost_of, on_hub, write_run_card
 from rich.table import Table
-from rows import Source, label_set, sample, split_off, with_ids
+from rows import Source, check_placing_columns, label_set, sample, split_off, with_ids
 from tasks import METRICS
 from transformers import EvalPrediction
 
@@ -134,14 +134,14 @@ def read_sets(options: Options, task: Any, source: Source) -> tuple[Dataset, dic
     return train, {split: source.read(split) for split in splits}
 
 
-def choose_rows(options: Options, train: Dataset, name: str) -> tuple[Dataset, Dataset | None]:
+def choose_rows(options: Options, train: Dataset) -> tuple[Dataset, Dataset | None]:
     """The rows of a data set to train on, and those that are left out of training to evaluate on them."""
     script = options.script
-    held_out, units = None, units_of(train, options.s3t, name)
+    held_out, units = None, units_of(train, options.s3t)
     if script.validation_share:
         train, held_out = split_off(train, units, script.validation_share, HELD_OUT)
     if script.max_train_samples:
-        train = sample(train, units_of(train, options.s3t, name), script.max_train_samples)
+        train = sample(train, units_of(train, options.s3t), script.max_train_samples)
     if len(train) == 0:
         raise ConfigError(
             f"`--max_train_samples {script.max_train_samples}` and `--validation_share {script.validation_share}` "
@@ -393,13 +393,9 @@ def say_it_is_done(results: Results, options: Options) -> dict[str, Any] | None:
 
 def prepared_ids(dataset: Dataset, options: Options, task: Any, name: str) -> Dataset:
     """The dataset with the ids that the system will know its rows by, in the column that its config names."""
-    s3t = options.s3t
-    for option in ("group_column", "shard_column", "slice_column"):
-        column = getattr(s3t, option)
-        # A question's group is made with its rows.
-        if column and column not in dataset.column_names and column != getattr(task, "group_column", None):
-            raise ConfigError(f"`--{option} {column}` is no column of {name}, which has {_listed(dataset)}.")
-    dataset, s3t.id_column = with_ids(dataset, s3t.id_column, task.id_column, name)
+    # A question's group is made with its rows.
+    check_placing_columns(dataset, options.s3t, name, made=getattr(task, "group_column", None))
+    dataset, options.s3t.id_column = with_ids(dataset, options.s3t.id_column, task.id_column)
     return dataset
 
 
@@ -410,18 +406,6 @@ def prepared_eval_ids(dataset: Dataset, id_column: str) -> Dataset:
     return dataset.add_column(id_column, list(range(len(dataset))))
 
 
-def units_of(dataset: Dataset, s3t: S3TConfig, name: str) -> list:
-    """
-    For each row the id, or the group, that it stays or goes with.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the rows have no such column of groups.
-    """
-    group = s3t.group_column
-    if group and group not in dataset.column_names:
-        raise ConfigError(f"`--group_column {group}` is no column of {name}, which has {_listed(dataset)}.")
-    return dataset[group or s3t.id_column][:]
-
-
-def _listed(dataset: Dataset) -> str:
-    return ", ".join(dataset.column_names)
+def units_of(dataset: Dataset, s3t: S3TConfig) -> list:
+    """For each row the id, or the group, that it stays or goes with."""
+    return dataset[s3t.group_column or s3t.id_column][:]

@@ -191,7 +191,7 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
     if script.leave_out_share:
         # By row numbers, whatever the ids are: `pretrain_vit.py` knows no others.
         train, _ = split_off(train, numbers, script.leave_out_share, PRETRAINING)
-    train, held_out = choose_rows(options, train, name)
+    train, held_out = choose_rows(options, train)
     sets = {} if held_out is None else {HELD_OUT: held_out}
     for set_name, dataset in others.items():
         shown = f"the evaluation rows ({set_name})"

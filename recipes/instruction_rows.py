@@ -6,7 +6,7 @@ from command_line import console
 from datasets import Dataset
 from invented_people import render_prompt
 from options import Options
-from rows import Source
+from rows import Source, check_placing_columns
 
 from hf_s3t.errors import ConfigError
 
@@ -25,12 +25,7 @@ def load_data(options: Options) -> tuple[Dataset, Dataset]:
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", list(range(len(dataset))))
             console.print(f"No --id_column: ids are the row numbers of {name}.")
-    for option in ("id_column", "group_column", "shard_column", "slice_column"):
-        column = getattr(s3t, option)
-        if column and column not in dataset.column_names:
-            raise ConfigError(
-                f"`--{option} {column}` is no column of {name}, which has {', '.join(dataset.column_names)}."
-            )
+    check_placing_columns(dataset, s3t, name)
     train_size = min(script.max_train_samples or len(dataset), len(dataset) - script.eval_size)
     if train_size < 1:
         raise ConfigError(

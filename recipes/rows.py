@@ -15,6 +15,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from hf_s3t import S3TConfig
 from hf_s3t.errors import ConfigError
 
 
@@ -196,7 +197,29 @@ class Source:
 # Ids
 
 
-def with_ids(dataset: Dataset, id_column: str | None, suggested: str | None, name: str) -> tuple[Dataset, str]:
+def check_placing_columns(dataset: Dataset, s3t: S3TConfig, name: str, made: str | None = None) -> None:
+    """
+    Refuse options that say by which column rows are named or placed, where there is none.
+
+    Args:
+        dataset (`Dataset`): The rows as they were read.
+        s3t ([`~hf_s3t.S3TConfig`]): What was asked for.
+        name (`str`): What to call the dataset in an error.
+        made (`str`, *optional*): A column that the recipe makes.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the columns there are.
+    """
+    for option in ("id_column", "group_column", "shard_column", "slice_column"):
+        column = getattr(s3t, option)
+        if column not in (None, made, *dataset.column_names):
+            raise ConfigError(
+                f"`--{option} {column}` is no column of {name}, which has {', '.join(dataset.column_names)}. Name one "
+                "of these."
+            )
+
+
+def with_ids(dataset: Dataset, id_column: str | None, suggested: str | None) -> tuple[Dataset, str]:
     """
     A dataset with ids: those of the column asked for, suggested or called `id`, or row numbers in a new one.
 
@@ -206,14 +229,11 @@ def with_ids(dataset: Dataset, id_column: str | None, suggested: str | None, nam
         dataset (`Dataset`): The rows.
         id_column (`str`, *optional*): The column that was asked for.
         suggested (`str`, *optional*): A column that is taken if it is there.
-        name (`str`): What to call the dataset in an error.
 
     Returns:
         `tuple[Dataset, str]`: The dataset and the column of ids.
     """
     columns = dataset.column_names
-    if id_column is not None and id_column not in columns:
-        raise ConfigError(f"`--id_column {id_column}` is no column of {name}, which has {', '.join(columns)}.")
     if id_column is not None:
         return dataset, id_column
     for column in (suggested, "id"):

@@ -231,7 +231,7 @@ def load_rows(options: Options, task: TextTask) -> tuple[TextTask, Dataset, dict
     train = as_rows(prepared_ids(train, options, task, name), task, options, name)
     if task.group_column and options.s3t.group_column is None:
         options.s3t.group_column = task.group_column
-    train, held_out = choose_rows(options, train, name)
+    train, held_out = choose_rows(options, train)
     sets = {} if held_out is None else {HELD_OUT: held_out}
     for set_name, dataset in others.items():
         check_task_columns(dataset, task, f"the evaluation rows ({set_name})")

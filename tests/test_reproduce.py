@@ -104,7 +104,7 @@ def test_the_docs_show_the_tables_of_the_results_that_are_kept():
 
 
 def test_figure_5_is_that_of_the_results(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `figures`")
     reproduce.main(["figure", "--output", str(tmp_path)])
     assert (tmp_path / "figure-5.json").read_text() == (reproduce.FIGURES / "figure-5.json").read_text()
     assert (tmp_path / "figure-5.png").read_bytes().startswith(b"\x89PNG")

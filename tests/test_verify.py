@@ -10,8 +10,10 @@ from folders import files_of, forge_stage
 from safetensors.torch import load_file, save_file
 from tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
+from trl import SFTConfig
 
 from hf_s3t import S3TTrainer
+from hf_s3t.circumstances import differing, recipe_of
 from hf_s3t.deletion import apply
 from hf_s3t.errors import ConfigError, S3TError
 from hf_s3t.files import file_digest
@@ -186,8 +188,12 @@ class DeletesWhileAudited(TrainerCallback):
             self.victim = None
 
 
-def test_a_deletion_while_an_audit_runs_is_named_as_such(tmp_path):
-    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1))
+@pytest.mark.parametrize(
+    "saving", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["plain", "with checkpoints"]
+)
+def test_a_deletion_while_an_audit_runs_is_named_as_such(saving, tmp_path):
+    args = training_arguments(tmp_path, **saving)
+    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1), args=args)
     trainer.train()
     first = trainer.folder.plan.stages()[0]
     trainer.add_callback(DeletesWhileAudited(tmp_path, trainer.folder.table.members(0, first.prefix[0])[0]))
@@ -203,3 +209,20 @@ def test_an_evaluation_of_a_language_model_with_smoothed_labels_shifts_them(tmp_
     with torch.no_grad():
         own = trainer.s3t_model(**{name: torch.tensor(rows[name][:]) for name in rows.column_names}).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {"dataset_num_proc": 2}], ids=str
+)
+def test_what_decides_how_batches_come_about_is_part_of_the_recipe(changed, tmp_path):
+    plain = recipe_of(training_arguments(tmp_path, SFTConfig))
+    assert {*differing(plain, recipe_of(training_arguments(tmp_path, SFTConfig, **changed)))} == {*changed}
+
+
+def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
+    resets, reset = [], torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
+    args = training_arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=s3t_config(budget=1), args=args)
+    trainer.train()
+    assert len(resets) == len(trainer.folder.stages) == 2

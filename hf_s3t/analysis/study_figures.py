@@ -446,8 +446,7 @@ def _table_3_files(data):
 def _fine_tuned(data):
     figure, panels = new_figure(len(data["tasks"]) + 1, (13.5, 4.8))
     *compared, single = panels
-    ours = {"S3T, m = 1": (OURS, "-"), "S3T, m = 5": (MORE[2], "-")}
-    theirs = {"SISA, m = 1": (SISA, "-"), "SISA, m = 5": (MORE[1], "-")}
+    colors = {"S3T, m = 1": OURS, "S3T, m = 5": MORE[2], "SISA, m = 1": SISA, "SISA, m = 5": MORE[1]}
     for axes, task in zip(compared, data["tasks"], strict=True):
         for curve in task["curves"]:
             mean, error = 100 * np.array(curve["mean"]), 100 * np.array(curve["standard_deviation"])
@@ -459,11 +458,9 @@ def _fine_tuned(data):
                         mean[0] - 1, mean[0] + 1, color=FIRST, alpha=0.15, label="full LoRA ± 1 point, the aim"
                     )
                 continue
-            color, style = {**ours, **theirs}[curve["name"]]
+            color = colors[curve["name"]]
             depths = np.arange(1, len(mean) + 1) + (0.03 if curve["num_shards"] > 1 else -0.03)
-            axes.errorbar(
-                depths, mean, error, fmt=f"o{style}", color=color, markersize=4, capsize=3, label=curve["name"]
-            )
+            axes.errorbar(depths, mean, error, fmt="o-", color=color, markersize=4, capsize=3, label=curve["name"])
         axes.set(
             title=f"{task['title']}, mean and standard deviation of {task['seeds']} seeds",
             xlabel="depth (slices learnt)",
