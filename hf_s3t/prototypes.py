@@ -147,7 +147,8 @@ class ClassPrototypes:
             for (shard, slice_), s in self._sums.items():
                 tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
                 digests[f"{shard}.{slice_}"] = s.digest
-            write_atomically(self.path, save(tensors, metadata=digests))
+            # Of no tensors and empty metadata safetensors writes what it cannot read.
+            write_atomically(self.path, save(tensors, metadata=digests or None))
         self._average()
 
     def _average(self) -> None:

@@ -404,7 +404,7 @@ def test_prototypes_are_those_of_the_examples_that_are_left(copy_of, tmp_path):
                 never.trainer.get_test_dataloader(
                     never.trainer._stage_rows.select(StageKey(shard, (slice_,)), never.trainer.folder.table)
                 ),
-                "",
+                never.trainer.folder.table.slice_digest(shard, slice_),
             )
             for shard in range(2)
             for slice_ in range(2)
@@ -424,6 +424,11 @@ def test_prototypes_of_what_another_process_deleted_meanwhile_are_not_written(co
     prototypes.add({})
     assert {name.rpartition(".")[0] for name in load_file(folder.path / PROTOTYPES_FILE)} == {"0.1", "1.0", "1.1"}
     assert folder.is_deleted(gone)
+    # Also of none there is a file that can be read.
+    apply(SystemFolder(folder.path), [id_at(0, 1), id_at(1, 0), id_at(1, 1)])
+    folder.refresh_ledger()
+    prototypes.drop_stale(folder.table)
+    assert prototypes.is_empty and load_file(folder.path / PROTOTYPES_FILE) == {}
 
 
 def test_prototypes_answer_when_every_shard_is_dead(copy_of):
