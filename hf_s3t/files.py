@@ -1,6 +1,7 @@
 """Files that last through a crash and show when they were altered: writes synced and atomic, reads checked."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -87,6 +88,11 @@ def explained(what: str, advice: str) -> Iterator[None]:
         raise FolderError(f"{what} ({error}). {advice}") from error
 
 
+def is_read_only(error: Exception) -> bool:
+    """Whether an error that was `explained` says that one may read there and not write."""
+    return getattr(error.__cause__, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 @contextlib.contextmanager
 def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
     """
@@ -140,7 +146,7 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
     """
-    Write a file that is there whole or not at all, whenever this process dies.
+    Write a file that is there whole or not at all, whenever this process dies. Its permissions stay what they were.
 
     Args:
         path (`Path`): The file.
@@ -155,6 +161,8 @@ def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
             file.flush()
             if synced:
                 os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
         if synced:
             sync(path.parent)

@@ -168,8 +168,15 @@ class HubFolder(SystemFolder):
     def _read_ledger(self) -> Ledger:
         if may_remember(self.path):
             return super()._read_ledger()
-        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
-        return remember(self.repo.repo_id, self.record, self._published)
+        found = stamp(self.path / LEDGER_FILE)
+        ledger = remember(self.repo.repo_id, self.record, self._published)
+        if not ledger.deleted >= self.ledger.deleted:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} lacks deletions that it had: they would be forgotten. Restore it from a "
+                "backup."
+            )
+        self._ledger_stamp = found
+        return ledger
 
     def _read_index(self) -> dict[str, Any]:
         file = self._download(INDEX_FILE)
@@ -290,6 +297,9 @@ class HubFolder(SystemFolder):
         """
         Pull the system into an empty folder, every valid stage of it: one that can be trained on and pushed from.
 
+        No ledger notes it, unlike the copy of a folder: whoever may read the repository can make one. It learns of
+        deletions when it is pushed from, with `merge`, or pulled again.
+
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the folder is not empty.
             [`~hf_s3t.errors.KeyMissingError`]: If the system's secret is not here.
@@ -298,6 +308,8 @@ class HubFolder(SystemFolder):
         if target.exists() and any(target.iterdir()):
             raise FolderError(f"{target} is not empty. Give a new folder to pull the system to.")
         _ = self.key
+        # What another process of this machine deleted meanwhile.
+        self.refresh_ledger()
         patterns = [f"{key.path}/*" for key in self.valid_stages]
         companions = sorted(COMPANIONS - {".gitattributes", ".gitignore", ".cache"})
         with told(self.repo.repo_id, "The pull ended"):

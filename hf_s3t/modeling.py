@@ -355,6 +355,12 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         )
 
     def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
+        if self.stack.in_training is not None and self.folder.valid_stages:
+            raise S3TError(
+                f"What {self.folder.path} holds is not in memory, and nothing is attached to the base while "
+                f"{self.stack.in_training} trains on it. Call again after `train()`, or serve the folder by another "
+                "process."
+            )
         if self.when_exhausted == "error":
             if not self.folder.ledger.num_deletions:
                 raise ExhaustedError(
@@ -416,7 +422,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     def is_exhausted(self) -> bool:
         """Whether no shard is left to answer, as the folder says now: a system that was grown again is not."""
         self._catch_up()
-        return self._routing.route is None
+        return self._calls.is_exhausted
 
     def status(self) -> dict[str, Any]:
         """
@@ -475,7 +481,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
         The copy is a second system, with the secret of this one: no deletion here reaches it, and what is forgotten
         here must be forgotten there too. The ledger notes it with the stages that were handed out, as it notes
-        exported adapters. A deletion that is under way is waited for.
+        exported adapters. (Of a model that is served from the Hub it is a pull, which nothing notes.) A deletion that
+        is under way is waited for.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
@@ -578,28 +585,21 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
         self.folder.check_target(Path(folder))
         self._calls.refuse_inside("export_adapter")
-        with self._deletion_lock:
+        # Nobody deletes between the look at what serves and its writing.
+        with self._deletion_lock, self.folder.lock():
             self.refresh()
-            with self.folder.lock():
-                self.folder.refresh_ledger()
-                tips = self._routing.served[shard]
-                if not tips:
-                    raise ExhaustedError(
-                        f"Shard {shard} has no stage left to export. Call `train()` to grow it again."
-                    )
-                if len(tips) > 1:
-                    raise ConfigError(
-                        f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
-                        "one. Export from a system that serves one stack a shard."
-                    )
-                if not self.folder.is_valid(tips[0]):
-                    raise S3TError(
-                        f"Another process just deleted examples that {tips[0]} saw. Call again to export what is left."
-                    )
-                self.folder.record_export(tips[0], library_versions())
-                # This line changes nothing that serves.
-                self._has_followed(self._state())
-                self.stack.export(tips[0], Path(folder), self.folder.base_id)
+            tips = self._routing.served[shard]
+            if not tips:
+                raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
+            if len(tips) > 1:
+                raise ConfigError(
+                    f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
+                    "one. Export from a system that serves one stack a shard."
+                )
+            self.folder.record_export(tips[0], library_versions())
+            # This line changes nothing that serves.
+            self._has_followed(self._state())
+            self.stack.export(tips[0], Path(folder), self.folder.base_id)
 
 
 def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:
