@@ -45,7 +45,8 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     key = DigestKey.load(path, create=True)
-    places = assign(ids, num_shards=config.num_shards, num_slices=config.num_slices, seed=config.seed, groups=groups)
+    shape = {"num_shards": config.num_shards, "num_slices": config.num_slices}
+    places = assign(ids, **shape, seed=config.seed, groups=groups, key=key.for_places)
     groups = [None] * len(ids) if groups is None else groups
     rows = {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
     return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, rows, key)

@@ -152,7 +152,8 @@ def copy_of(trained, tmp_path):
 
 
 @pytest.mark.parametrize("partition", ["hashed", "balanced"])
-def test_every_method_partitions_as_s3t_does(tmp_path, partition):
+def test_under_one_secret_every_method_partitions_as_s3t_does(tmp_path, partition, monkeypatch):
+    monkeypatch.setenv("HF_S3T_KEY", "of all that is compared")
     config = config_of(partition=partition, num_slices=2)
     expected = places(make("s3t", tmp_path / "s3t", config=config))
     for name in SLICED:
