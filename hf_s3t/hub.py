@@ -630,7 +630,8 @@ def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[
     folders = {folder for path in paths for folder in PurePosixPath(path).parents}
     names = state.tree.keys() & {str(folder / ATTRIBUTES_FILE) for folder in folders}
     rules = {name: repo.download(name, state.commit).read_bytes().decode(errors="surrogateescape") for name in names}
-    kept = [path for path in paths if state_of("filter", path, rules) != "lfs"]
+    top = rules.pop(ATTRIBUTES_FILE, "")
+    kept = [path for path in paths if not _is_large(path, top, rules)]
     if kept:
         wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
         raise HubError(
@@ -639,6 +640,11 @@ def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[
             f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}, as its last lines, and remove files of "
             "that name from the folders below. Then push again. Nothing was pushed."
         )
+
+
+def _is_large(path: str, rules: str, below: Mapping[str, str] | None = None) -> bool:
+    """Whether a `.gitattributes` makes a file a large one, with those in folders below by their paths."""
+    return state_of("filter", path, {**(below or {}), ATTRIBUTES_FILE: rules}) == "lfs"
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:
