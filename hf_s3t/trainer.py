@@ -33,7 +33,7 @@ from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
-from .examples import DigestKey, ExampleTable, KeptNames
+from .examples import KeptNames
 from .hub import HubRepo, PushReport, push, told
 from .model_card import description
 from .modeling import S3TModel
@@ -73,18 +73,15 @@ class S3TTrainerMixin:
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
-        if blueprint.planned is not None:
+        planned, key = blueprint.planned, blueprint.key
+        if planned is not None:
             # Before anything is written: truncation and filtering may have emptied a slice.
-            StageRows(self.train_dataset, blueprint.rows).check_slices(blueprint.planned)
-        if self.is_world_process_zero() and not SystemFolder.exists(output_dir):
+            names = KeptNames(key, blueprint.config.keep_ids)
+            StageRows(self.train_dataset, blueprint.rows, names).check_slices(planned)
+        if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
-            rows, config = blueprint.rows, blueprint.config
-            key = DigestKey.load(output_dir, create=True)
-            names = KeptNames(key, config.keep_ids)
-            placed = rows.partition(rows.digests(key), names)
-            table = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
-            StageRows(self.train_dataset, rows, names).check_slices(table)
-            SystemFolder.create(output_dir, blueprint.record(self.model), placed, key)
+            key.write(output_dir)
+            SystemFolder.create(output_dir, blueprint.record(self.model), planned.rows, key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()

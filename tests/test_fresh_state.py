@@ -17,7 +17,7 @@ from hf_s3t.errors import IsolationError
 from hf_s3t.verify import differing_tensors
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
 
 CONFIG = s3t_config(num_shards=2, budget=1, partition="balanced")
 ROWS = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(16)]
