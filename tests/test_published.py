@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import json
 import random
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -176,8 +177,7 @@ def test_whoever_of_a_slice_is_deleted_the_rest_that_is_published_is_the_same(tm
     folder = system(tmp_path / "system", ids)
     shown = []
     for number, victim in enumerate(folder.table.members(1, 2)):
-        folder.copy_to(tmp_path / f"copy-{number}")
-        copy = SystemFolder(tmp_path / f"copy-{number}")
+        copy = SystemFolder(shutil.copytree(folder.path, tmp_path / f"copy-{number}"))
         apply(copy, [victim])
         published = Published(copy, tmp_path / f"published-{number}")
         (entry,) = published.ledger.entries
