@@ -288,12 +288,16 @@ class S3TModel(Unlearning, nn.Module):
             return super()._prepare_static_cache(*args, batch_size=batch_size * _members(routing), **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        with noting_lengths() as adapted:
-            prepared = self.base_model._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        if adapted:
+        if self.base_model.training:
+            self.eval()
+        with self._calls.call() as routing, self._calls.computing(routing), noting_lengths() as adapted:
+            several = _members(routing) > 1
+            with routed(None if several else routing.route):
+                prepared = self.base_model._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        if adapted and several:
             raise S3TError(
-                "`generate` encodes images before the stages answer, and these adapt the encoder. Call the model "
-                "itself, or export a shard with `export_adapter` and use plain PEFT."
+                "`generate` encodes images once, and the stages of the members adapt the encoder, each its own way. "
+                "Call the model itself, or export a shard with `export_adapter` and use plain PEFT."
             )
         return prepared
 
@@ -305,7 +309,11 @@ class S3TModel(Unlearning, nn.Module):
                     f"{type(self).__name__} keeps its state in a form that an ensemble cannot carry from token to "
                     "token, and without it `inputs_embeds` reach the first alone. Call `generate` with `input_ids`."
                 )
-            # Every step reads the whole text.
+            logger.warning_once(
+                f"{type(self).__name__} keeps its state in a form that an ensemble cannot carry from token to token: "
+                "every step reads the whole text. Where that takes too long, export a shard with `export_adapter` and "
+                "use plain PEFT."
+            )
             updated["use_cache"] = False
         return updated
 
@@ -368,7 +376,7 @@ class S3TModel(Unlearning, nn.Module):
         if routing.route is None:
             return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
         members = len(routing.route)
-        rows = num_rows(inputs, self.main_input_name)
+        rows = num_rows(inputs, self.base_model.main_input_name)
         if members > 1 and not self._answers_in_one_pass(inputs, rows):
             return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
         with routed(routing.route):
