@@ -68,14 +68,13 @@ def model_class(served: type, base: type) -> type:
     brings is inherited or read from the base if it is listed above, or is plain data; anything else is refused.
 
     Args:
-        served (`type`): [`~hf_s3t.S3TModel`] or a subclass.
+        served (`type`): [`~hf_s3t.S3TModel`], a subclass, or a class made of one.
         base (`type`): The class of the base model.
 
     Returns:
         `type`: The same one while any model of it lives.
     """
-    if issubclass(served, base):
-        return served
+    served = getattr(served, "_served_as", served)
     with _making:
         made = _made.get((served, base))
         if made is None:
@@ -89,6 +88,8 @@ def _make(served: type, base: type) -> type:
         "__module__": base.__module__,
         "__qualname__": f"{served.__name__}[{base.__name__}]",
         "__doc__": served.__doc__,
+        # A model of another base's class is made from this one.
+        "_served_as": served,
         "forward": _with_signature(served, base),
     }
     for name in dir(base):

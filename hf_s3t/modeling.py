@@ -191,7 +191,8 @@ class S3TModel(Unlearning, nn.Module):
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)
-        return cls(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
+        served = getattr(cls, "_served_as", cls)
+        return served(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
 
     # A Transformers model of its task
 
