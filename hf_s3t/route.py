@@ -88,8 +88,8 @@ def hook(module: nn.Module, group: int) -> None:
 
 
 @contextlib.contextmanager
-def routed(route: Route) -> Iterator[None]:
-    """Inside, calls of the base in this thread go through the route."""
+def routed(route: Route | None) -> Iterator[None]:
+    """Inside, calls of the base in this thread go through the route; `None` for the base as it is."""
     with _ROUTE.holding(route):
         yield
 
