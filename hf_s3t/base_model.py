@@ -281,6 +281,17 @@ def log_casts_once(model: nn.Module) -> None:
         casts.addFilter(_Once())
 
 
+def unpack_weights(model: nn.Module) -> None:
+    """
+    Have a base in 4 bit hold its weights as training reads them.
+
+    On CPUs that compute in bfloat16, bitsandbytes packs them when the model answers, and no gradient passes through
+    packed ones; for a state dict it puts them back.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        model.state_dict()
+
+
 class _quietly:
     """Holds back Transformers' load report."""
 

@@ -149,10 +149,8 @@ class Unlearning:
         stack.drop(gone)
         wanted = set(valid) if self.preload == "all" else routing.stages
         new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
-        # All files are checked before any is attached.
-        files = [(key, folder.adapter_path(key)) for key in new]
-        for key, path in files:
-            stack.load(key, path, folder.adapter_digest(key))
+        # All files are read, and so checked, before any is attached.
+        stack.load_all([(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in new])
         lock_seconds = max(lock_seconds, calls.switch(routing))
         spare = frozenset(stack.loaded) - wanted
         # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
