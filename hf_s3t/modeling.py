@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .base_model import check_base_is, load_base, log_casts_once
+from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once
 from .calls import Routing
 from .config import require_choice, require_int
 from .ensemble import (
@@ -183,6 +183,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
             )
         check_base_is(base, record["base_model"], layers.path, head)
+        keep_4_bit_weights(base)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)

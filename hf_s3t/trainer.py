@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from . import launch
-from .base_model import log_casts_once, unpack_weights
+from .base_model import keep_4_bit_weights, log_casts_once
 from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
@@ -522,7 +522,6 @@ class S3TTrainerMixin:
         if self.args.torch_compile:
             # What was compiled for other stages decides what is compiled for this one.
             torch.compiler.reset()
-        unpack_weights(self.model)
         set_seed(self.args.seed)
         self._stack.add(key)
         self._stack.train_only(key)
@@ -688,12 +687,8 @@ class S3TTrainerMixin:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        try:
-            with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
-                yield
-        finally:
-            if self._stage is not None:
-                unpack_weights(self.model)
+        with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
+            yield
 
     def evaluate(self, *args, **kwargs):
         """
@@ -824,6 +819,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
     # First what may be refused: nothing of the base has changed then.
+    keep_4_bit_weights(model)
     stack = stack_type(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
     checkpoint_without_reentry(model)

@@ -37,7 +37,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from hf_s3t import S3TModel
 from hf_s3t.baselines import ProtoSISA
 from hf_s3t.ensemble import aggregate
-from hf_s3t.errors import FolderError, LayersNotFoundError
+from hf_s3t.errors import FolderError, IsolationError, LayersNotFoundError
 from hf_s3t.layers import LayerGroups
 from hf_s3t.plan import StageKey
 from hf_s3t.route import Route, routed
@@ -49,6 +49,8 @@ from hf_s3t.tensor_files import differing_tensors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ADAPTER = "adapter_model.safetensors"
+# The stages of the systems of the matrix.
+BOTH = ["shard-0/0", "shard-0/0-1"]
 HALF = torch.bfloat16
 
 
@@ -103,19 +105,11 @@ class Made:
         """The base, loaded again."""
         return PRECISIONS[self.precision].load(self.model, self.folder / "base")
 
-    def new(self, path: Path, rows=None, callbacks=None):
-        """A trainer with a base of its own: two slices in both orders, checkpoints after every step."""
-        args = training_arguments(path, save_strategy="steps", save_steps=1)
-        config = s3t_config(partition="hashed")
-        return make_trainer(
-            path,
-            self.base(),
-            rows or self.rows,
-            args=args,
-            config=config,
-            callbacks=callbacks,
-            peft_config=self.lora(),
-        )
+    def new(self, path: Path, rows=None, callbacks=None, save_strategy: str = "no"):
+        """A trainer of two stages with a base of its own."""
+        args = training_arguments(path, save_strategy=save_strategy, save_steps=1)
+        settings = {"config": s3t_config(budget=1), "peft_config": self.lora(), "callbacks": callbacks}
+        return make_trainer(path, self.base(), rows or self.rows, args=args, **settings)
 
     def lora(self) -> LoraConfig:
         targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "value"]}[self.model]
@@ -201,7 +195,7 @@ class Stop(TrainerCallback):
 
 def test_a_system_that_is_loaded_is_the_one_that_was_trained(made, tmp_path):
     model = S3TModel.from_pretrained(made.copy(tmp_path / "copy"), base_model=made.base(), preload="all")
-    assert len(model.stack.loaded) == 4
+    assert sorted(map(str, model.stack.loaded)) == BOTH
     check_memory(model.stack, made.path)
     check_memory(made.trainer._stack, made.path)
     assert torch.equal(answer(model, made.inputs), answer(made.trainer.s3t_model, made.inputs))
@@ -209,22 +203,21 @@ def test_a_system_that_is_loaded_is_the_one_that_was_trained(made, tmp_path):
 
 def test_stages_grown_after_a_restart_are_those_grown_in_one_go(made, tmp_path):
     path = made.copy(tmp_path / "copy")
-    # The second stage of each sequence, then the whole other one; both times in a trainer and on a base of their own.
-    for gone in (("0-1", "1-0"), ("1", "1-0")):
-        for stage in gone:
-            shutil.rmtree(path / "stages/shard-0" / stage)
-        made.new(path).train()
-        assert differing(files_of(path), files_of(made.path)) == {}
-        assert len(files_of(path)) == 4
+    shutil.rmtree(path / "stages" / BOTH[1])
+    made.new(path).train()
+    assert list(files_of(path)) == BOTH
+    assert differing(files_of(path), files_of(made.path)) == {}
 
 
 def test_a_stage_resumed_from_a_checkpoint_is_the_one_trained_in_one_go(made, tmp_path):
     with contextlib.suppress(KeyboardInterrupt):
-        made.new(tmp_path / "again", callbacks=[Stop(2)]).train()
+        made.new(tmp_path / "again", callbacks=[Stop(2)], save_strategy="steps").train()
     assert list(tmp_path.glob("again/checkpoints/*/*/checkpoint-1"))
     assert len(files_of(tmp_path / "again")) == 1
-    made.new(tmp_path / "again").train()
-    assert len(files_of(tmp_path / "again")) == 4
+    resumed = made.new(tmp_path / "again", save_strategy="steps")
+    resumed.train()
+    assert resumed.state.global_step > 1
+    assert list(files_of(tmp_path / "again")) == BOTH
     assert differing(files_of(tmp_path / "again"), files_of(made.path)) == {}
 
 
@@ -239,16 +232,16 @@ def test_what_is_regrown_is_what_was_never_trained_on_the_deleted(made, tmp_path
     answer(live.s3t_model, made.inputs)
     live.s3t_model.unlearn([victim])
     live.s3t_model._wait_for_cleaner()
-    assert set(files_of(path)) == {"shard-0/0"}
+    assert list(files_of(path)) == BOTH[:1]
     shutil.copytree(path, fresh)
     answer(live.s3t_model, made.inputs)
     live.train()
     made.new(fresh).train()
     for grown in (path, fresh):
-        assert len(files_of(grown)) == 4
+        assert list(files_of(grown)) == BOTH
         assert differing(files_of(grown), files_of(never.folder.path)) == {}
     report = made.new(path).verify()
-    assert report.ok and len(report.stages) == 4, str(report)
+    assert report.ok and len(report.stages) == 2, str(report)
     again = S3TModel.from_pretrained(fresh, base_model=made.base())
     assert torch.equal(answer(live.s3t_model, made.inputs), answer(again, made.inputs))
 
@@ -276,7 +269,12 @@ def test_what_is_exported_is_what_serves(made, tmp_path):
     plain = PeftModel.from_pretrained(made.base(), tmp_path / "plain").eval()
     with torch.no_grad():
         expected = aggregate(plain(**made.inputs).logits, torch.ones(1), model.aggregation)
-    assert torch.equal(answer(model, made.inputs), expected)
+    answered = answer(model, made.inputs)
+    if made.precision in ("bf16", "fp16"):
+        assert torch.equal(answered, expected)
+    # In single precision we add otherwise than PEFT; on quantised bases it rounds once more.
+    tolerance = {"8 bit": 0.02, "4 bit": 0.02}.get(made.precision, 1e-5)
+    assert (answered - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 STEP = """
@@ -301,7 +299,7 @@ except Enough: pass
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [("llama", "bf16"), ("bert", "bf16"), ("llama", "4 bit")], ids=", ".join)
 def test_each_stage_may_be_grown_by_a_process_of_its_own(systems, cell, tmp_path):
-    for number in range(4):
+    for stages in (BOTH[:1], BOTH):
         done = subprocess.run(
             [sys.executable, "-c", STEP, str(tmp_path), *cell],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -310,7 +308,7 @@ def test_each_stage_may_be_grown_by_a_process_of_its_own(systems, cell, tmp_path
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert len(files_of(tmp_path / "system")) == number + 1
+        assert list(files_of(tmp_path / "system")) == stages
     assert differing(files_of(tmp_path / "system"), files_of(systems(cell).path)) == {}
 
 
@@ -332,7 +330,7 @@ def test_a_head_is_trained_stored_and_loaded_in_the_precision_of_the_base(system
 
 def test_initial_values_do_not_depend_on_what_the_process_has_set_before(tmp_path):
     trainers = [make_trainer(tmp_path / name, tiny_bert(2).to(HALF), classification_rows()) for name in "ab"]
-    trainers[0].train()
+    plant_stages(trainers[0])
     torch.set_default_dtype(HALF)
     try:
         drawn = []
@@ -353,40 +351,60 @@ def test_what_an_optimizer_keeps_is_resumed_in_its_own_precision(tmp_path, optim
     """Adafactor keeps single precision for a head in half precision, to which PyTorch rounds it in loading."""
 
     def new(path, callbacks=None):
-        args = training_arguments(path, save_strategy="steps", save_steps=1, num_train_epochs=2, optim=optim)
+        args = training_arguments(path, save_strategy="steps", save_steps=1, optim=optim)
         config = s3t_config(num_slices=1, budget=1)
         model = tiny_bert(2).to(HALF)
         return make_trainer(path, model, classification_rows(16), args=args, config=config, callbacks=callbacks)
 
     class End(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
+            if state.global_step == 3:
                 raise KeyboardInterrupt
 
     new(tmp_path / "one").train()
     with contextlib.suppress(KeyboardInterrupt):
         new(tmp_path / "two", [End()]).train()
-    assert list(tmp_path.glob("two/checkpoints/*/*/checkpoint-3"))
+    assert list(tmp_path.glob("two/checkpoints/*/*/checkpoint-2"))
     new(tmp_path / "two").train()
     assert differing(files_of(tmp_path / "one"), files_of(tmp_path / "two")) == {}
 
 
+# On CPUs that compute in bfloat16, bitsandbytes packs 4-bit weights when a model answers, and rounds what scales them.
+
+
+def test_a_base_in_4_bit_is_what_it_was_after_it_has_answered(tmp_path):
+    base = PRECISIONS["4 bit"].load("llama", tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    trainer = make_trainer(tmp_path / "system", base, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    plant_stages(trainer)
+    answer(trainer.s3t_model, {"input_ids": torch.tensor([[5, 6, 7, 8]])})
+    trainer._stack.drop(trainer._stack.loaded)
+    after = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
+    assert len(after) > 40 and differing_tensors(before, after) == []
+
+
+def test_a_base_in_4_bit_that_has_answered_before_is_refused_if_that_has_changed_it(tmp_path):
+    base = PRECISIONS["4 bit"].load("llama", tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with torch.no_grad():
+        base(torch.tensor([[5, 6, 7, 8]]))
+    changed = differing_tensors(before, base.state_dict())
+    refusal = pytest.raises(IsolationError, match=r"4-bit base has answered before.*Load it again")
+    with refusal if changed else contextlib.nullcontext():
+        make_trainer(tmp_path / "system", base, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert changed == [] or not (tmp_path / "system").exists()
+
+
 @pytest.mark.slow
-def test_in_4_bit_an_evaluation_does_not_stop_gradients(systems, tmp_path):
-    """On CPUs that compute in bfloat16, bitsandbytes packs the weights when a model answers."""
-    made = systems(("llama", "4 bit"))
-    args = training_arguments(tmp_path / "evaluated", eval_strategy="steps", eval_steps=1)
-    evaluated = make_trainer(
-        tmp_path / "evaluated",
-        made.base(),
-        made.rows,
-        args=args,
-        config=s3t_config(partition="hashed"),
-        peft_config=made.lora(),
-        eval_dataset=made.trainer._prepared.select(range(4)),
-    )
+def test_in_4_bit_evaluations_change_no_stage(systems, tmp_path):
+    made, path = systems(("llama", "4 bit")), tmp_path / "evaluated"
+    args = training_arguments(path, eval_strategy="steps", eval_steps=1)
+    settings = {"config": s3t_config(budget=1), "peft_config": made.lora()}
+    held_out = Dataset.from_list(rows_for(made.base(), 4, seed=9))
+    evaluated = make_trainer(path, made.base(), made.rows, args=args, eval_dataset=held_out, **settings)
     evaluated.train()
-    assert differing(files_of(tmp_path / "evaluated"), files_of(made.path)) == {}
+    assert list(files_of(path)) == BOTH
+    assert differing(files_of(path), files_of(made.path)) == {}
 
 
 # How a stage is attached
