@@ -551,8 +551,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         Write the stack that serves a shard as one plain PEFT adapter, for use without hf_s3t.
 
-        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand. The note comes first,
-        and stays if the export fails. What PEFT makes of the files is compared with what serves before this returns.
+        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand. The note comes
+        first, and stays if the export fails. What PEFT makes of the files is compared with what serves.
 
         Args:
             shard (`int`): Number of the shard.
@@ -562,7 +562,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
             [`~hf_s3t.errors.ConfigError`]: If there is no such shard, or several stacks answer for it together.
             [`~hf_s3t.errors.FolderError`]: If something is in the folder, or it is inside the system's.
-            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT would make something else of it. Nothing is left there then.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT would make something else of it; nothing is left then.
         """
         if not 0 <= shard < self.folder.plan.num_shards:
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")

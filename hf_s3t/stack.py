@@ -450,8 +450,8 @@ class StageStack:
         if problems:
             raise LayersNotFoundError(
                 f"PEFT would make something else of the files of {what} than is in memory: {'; '.join(problems[:3])} "
-                f"({len(problems)} in all). Nothing is written. Target modules of {type(self.base).__name__} whose "
-                "names say where they are, and please report this."
+                f"({len(problems)} in all). Nothing is written. Name the modules in `target_modules` in full, and "
+                "please report this."
             )
 
     def _hook(self, module: nn.Module, group: int) -> None:

@@ -41,7 +41,7 @@ from hf_s3t.errors import FolderError, IsolationError, LayersNotFoundError
 from hf_s3t.layers import LayerGroups
 from hf_s3t.plan import StageKey
 from hf_s3t.route import Route, routed
-from hf_s3t.stack import StageStack
+from hf_s3t.stack import StageStack, _matching, _Slot
 from hf_s3t.storage import SystemFolder
 from hf_s3t.tensor_files import differing_tensors
 
@@ -329,7 +329,7 @@ def test_a_head_is_trained_stored_and_loaded_in_the_precision_of_the_base(system
 
 
 def test_initial_values_do_not_depend_on_what_the_process_has_set_before(tmp_path):
-    trainers = [make_trainer(tmp_path / name, tiny_bert(2).to(HALF), classification_rows()) for name in "ab"]
+    trainers = [make_trainer(tmp_path / name, tiny_bert(2), classification_rows()) for name in "ab"]
     plant_stages(trainers[0])
     torch.set_default_dtype(HALF)
     try:
@@ -481,12 +481,11 @@ def test_a_stage_is_attached_as_peft_attaches_it(kind, tmp_path):
 def test_a_stage_that_memory_does_not_hold_as_its_file_says_is_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "system")
     plant_stages(trainer)
-    rounded = "hf_s3t.stack._Slot.set"
 
-    def rounding(slot, adapter, tensor, real=StageStack.load.__globals__["_Slot"].set):
+    def rounding(slot, adapter, tensor, real=_Slot.set):
         real(slot, adapter, tensor.bfloat16().float())
 
-    monkeypatch.setattr(rounded, rounding)
+    monkeypatch.setattr(_Slot, "set", rounding)
     with pytest.raises(FolderError, match=r"would not serve what its file says: .* are others in memory"):
         trainer.s3t_model.refresh()
     assert trainer._stack.loaded == []
@@ -726,17 +725,17 @@ def test_an_export_holds_every_adapted_module_whatever_it_is_called(made, tmp_pa
         assert adapted == set(model.stack._targets[key.group])
 
 
-def lose_a_module(config, targets, names, real=StageStack.load.__globals__["_matching"]):
+def lose_a_module(config, targets, names, real=_matching):
     return real(config, sorted(targets)[1:], names)
 
 
-def change_alpha(config, targets, names, real=StageStack.load.__globals__["_matching"]):
+def change_alpha(config, targets, names, real=_matching):
     config = real(config, targets, names)
     config.alpha_pattern = {"q_proj": 5}
     return config
 
 
-def claim_dora(config, targets, names, real=StageStack.load.__globals__["_matching"]):
+def claim_dora(config, targets, names, real=_matching):
     config = real(config, targets, names)
     config.use_dora = True
     return config
