@@ -44,9 +44,38 @@ REGROW = "Restore it, or remove its folder and call `train()` to grow it again."
 
 def check_digest(path: Path, expected: str) -> None:
     """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
+    _require_file(path)
+    _require_digest(path, file_digest(path), expected)
+
+
+def read_checked(path: Path, expected: str) -> bytes:
+    """
+    The bytes of a file, read once: they are those that were written, whatever becomes of the file meanwhile or later.
+
+    Args:
+        path (`Path`): The file.
+        expected (`str`): Its digest.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the file is missing, or its bytes are not what was written.
+    """
+    _require_file(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. {REGROW}") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    _require_digest(path, hashlib.sha256(data).hexdigest(), expected)
+    return data
+
+
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FolderError(f"{path} is missing. {REGROW}")
-    found = file_digest(path)
+
+
+def _require_digest(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise FolderError(
             f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. {REGROW}"

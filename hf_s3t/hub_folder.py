@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .errors import FolderError, HubError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
+from .files import forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
 from .hub import (
     INDEX_FILE,
     HubRepo,
@@ -27,8 +27,6 @@ from .hub import (
 from .ledger import Ledger
 from .plan import StageKey
 from .storage import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
     COMPANIONS,
     CONFIG_FILE,
     LEDGER_FILE,
@@ -254,12 +252,8 @@ class HubFolder(SystemFolder):
             return [self._slices[key.shard, s] for s in key.prefix]
         return super().slice_digests(key)
 
-    def adapter_path(self, key: StageKey) -> Path:
-        """The folder of a stage in the Hub's cache, downloaded where it is not there, as it was written."""
-        for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            file = self._download(f"{key.path}/{name}")
-            check_digest(file, self._stages[key]["files"][name])
-        return file.parent
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self._download(f"{key.path}/{name}")
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
         """Take in what another copy of the system recorded; its deletions are in force on return."""

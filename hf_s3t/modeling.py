@@ -14,7 +14,7 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .base_model import check_base_is, load_base, log_casts_once
+from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once
 from .calls import Routing
 from .config import require_choice, require_int
 from .ensemble import (
@@ -188,6 +188,7 @@ class S3TModel(Unlearning, nn.Module):
                 f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
             )
         check_base_is(base, record["base_model"], layers.path, head)
+        keep_4_bit_weights(base)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)
@@ -637,7 +638,8 @@ class S3TModel(Unlearning, nn.Module):
         """
         Write the stack that serves a shard as one plain PEFT adapter, for use without hf_s3t.
 
-        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand.
+        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand. The note comes
+        first, and stays if the export fails. What PEFT makes of the files is compared with what serves.
 
         Args:
             shard (`int`): Number of the shard.
@@ -647,6 +649,7 @@ class S3TModel(Unlearning, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
             [`~hf_s3t.errors.ConfigError`]: If there is no such shard, or several stacks answer for it together.
             [`~hf_s3t.errors.FolderError`]: If something is in the folder, or it is inside the system's.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT would make something else of it; nothing is left then.
         """
         if not 0 <= shard < self.folder.plan.num_shards:
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from .calls import Routing
@@ -20,6 +20,7 @@ from .files import is_read_only, write_atomically
 from .layers import find_head, find_layers
 from .stack import StageStack
 from .storage import PROTOTYPES_FILE, SystemFolder
+from .tensor_files import metadata_of
 from .whole_adapter import WholeAdapterModel
 
 
@@ -179,14 +180,13 @@ def _read(path: Path) -> dict[tuple[int, int], _Sums]:
     if not path.exists():
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                tuple(map(int, name.split("."))): _Sums(
-                    digest, file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.counts")
-                )
-                for name, digest in (file.metadata() or {}).items()
-            }
-    except (SafetensorError, ValueError) as error:
+        data = path.read_bytes()
+        tensors = load(data)
+        return {
+            tuple(map(int, name.split("."))): _Sums(digest, tensors[f"{name}.features"], tensors[f"{name}.counts"])
+            for name, digest in metadata_of(data).items()
+        }
+    except (SafetensorError, LookupError, ValueError) as error:
         raise FolderError(f"{path} is damaged: {error}. Remove it; training makes it again.") from error
 
 

@@ -28,6 +28,7 @@ from .files import (
     is_foreign,
     is_read_only,
     make_folders,
+    read_checked,
     read_checked_json,
     remove,
     stamp,
@@ -287,11 +288,13 @@ class SystemFolder:
         """
         The folder of a stage whose files are as they were written.
 
+        What is loaded from it by name may have changed since: load what `read_adapter` returns.
+
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
         """
         self.check_files(key, self._stages[key])
-        return self.path / key.path
+        return self._stage_file(key, ADAPTER_FILE).parent
 
     def check_files(self, key: StageKey, record: Mapping[str, Any]) -> None:
         """
@@ -301,7 +304,21 @@ class SystemFolder:
             [`~hf_s3t.errors.FolderError`]: If one is missing, truncated or altered.
         """
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            check_digest(self.path / key.path / name, record["files"][name])
+            check_digest(self._stage_file(key, name), record["files"][name])
+
+    def read_adapter(self, key: StageKey) -> bytes:
+        """
+        The bytes of a stage's adapter file, as it was written, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file of the stage is missing, truncated or altered.
+        """
+        files = self._stages[key]["files"]
+        check_digest(self._stage_file(key, ADAPTER_CONFIG_FILE), files[ADAPTER_CONFIG_FILE])
+        return read_checked(self._stage_file(key, ADAPTER_FILE), files[ADAPTER_FILE])
+
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self.path / key.path / name
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
         """The files of a stage by their names."""
@@ -859,13 +876,27 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
         """
+        record, files = self._checkpoint_record(folder)
+        for name, digest in files.items():
+            check_digest(folder / name, digest)
+        return record
+
+    def read_checkpoint_adapter(self, folder: Path) -> bytes:
+        """
+        The bytes of the adapter file of a checkpoint, as `write_checkpoint_record` found it, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
+        """
+        _, files = self._checkpoint_record(folder)
+        return read_checked(folder / ADAPTER_FILE, files.get(ADAPTER_FILE, ""))
+
+    def _checkpoint_record(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         record = read_checked_json(folder / STAGE_FILE)
         files = record.pop("files", None)
         if not isinstance(files, dict):
             raise FolderError(f"{folder / STAGE_FILE} names no files. Remove the checkpoint.")
-        for name, digest in files.items():
-            check_digest(folder / name, digest)
-        return record
+        return record, files
 
 
 def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:

@@ -224,10 +224,8 @@ class Unlearning:
                     self._has_followed(followed)
                 # Of two stages under one name only one can be in memory.
                 self._let_go(gone.intersection(new), on_running, timeout)
-                # All files are checked before any is attached.
-                files = [(key, folder.adapter_path(key)) for key in new]
-                for key, path in files:
-                    stack.load(key, path, folder.adapter_digest(key))
+                # All files are read, and so checked, before any is attached.
+                stack.load_all([(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in new])
                 lock_seconds = max(lock_seconds, calls.switch(routing))
                 self._has_followed(followed)
         finally:

@@ -598,14 +598,14 @@ def test_a_deletion_by_another_process_that_gets_in_before_an_export_is_followed
 
 def test_a_deletion_that_arrives_while_the_stacks_left_by_another_are_loaded_is_followed_too(model, monkeypatch):
     by_another_process(model, model.folder.table.members(0, model._routing.served[0][0].prefix[0])[:1])
-    adapter_path = model.folder.adapter_path
+    read_adapter = model.folder.read_adapter
 
     def overtaken(key):
         monkeypatch.undo()
         by_another_process(model, model.folder.table.members(key.shard, key.prefix[0])[:1])
-        return adapter_path(key)
+        return read_adapter(key)
 
-    monkeypatch.setattr(model.folder, "adapter_path", overtaken)
+    monkeypatch.setattr(model.folder, "read_adapter", overtaken)
     assert answers_of(model, {"input_ids": batch_of(lm_rows(1))["input_ids"]}) is not None
     assert model.folder.ledger.num_deletions == 2 and set(model.stack.loaded) == model._routing.stages
     assert model._routing.stages <= SystemFolder(model.folder.path).valid_stages
