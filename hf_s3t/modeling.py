@@ -280,9 +280,10 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
-        self._follow()
-        with self._calls.call() as routing, self._calls.computing(routing):
-            return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
+        with self.stack.turns.call():
+            self._follow()
+            with self._calls.call() as routing, self._calls.computing(routing):
+                return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
 
     def generate(self, *args, **kwargs):
         """
@@ -292,9 +293,10 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
         """
-        self._follow()
-        with self._calls.call():
-            return super().generate(*args, **kwargs)
+        with self.stack.turns.call():
+            self._follow()
+            with self._calls.call():
+                return super().generate(*args, **kwargs)
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
@@ -367,7 +369,9 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 "shard. Call `train()` of its trainer to grow stages on the remaining data, or load it with "
                 'when_exhausted="base" to let a language model answer as its base.'
             )
-        outputs = self.base_model(**inputs, return_dict=True)
+        # By a route of no members: the adapters of a stage in training must not act.
+        with routed(_BASE_ALONE):
+            outputs = self.base_model(**inputs, return_dict=True)
         stamp_cache(inputs.get("past_key_values"), _BASE_ALONE)
         stamp_cache(outputs.get("past_key_values"), _BASE_ALONE)
         return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)

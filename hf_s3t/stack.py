@@ -29,6 +29,7 @@ from .layers import LayerGroups, is_norm
 from .plan import StageKey
 from .route import cut_graph, hook
 from .storage import ADAPTER_FILE
+from .turns import Turns
 
 
 # What PEFT puts before a module's name in the files of an adapter.
@@ -67,6 +68,7 @@ class StageStack:
         # The digest of each stage's file, by which a stage is told from another one grown under the same name.
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
+        self.turns = Turns(base)
         self._hooked: set[nn.Module] = set()
         self._is_wrapped = False
         base.requires_grad_(False)

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,14 +42,14 @@ from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .stack import StageStack, seed_head, tensors_digest
 from .storage import ADAPTER_FILE, SystemFolder
-from .training_data import EpochSeededSampler, StageRows, preserved_randomness
+from .randomness import preserved_randomness
+from .training_data import EpochSeededSampler, StageRows
+from .turns import PREPARED, TurnTakingHandler, set_attributes
 from .verify import VerificationReport, verify_stages
 
 
 logger = logging.get_logger(__name__)
 
-# What `Accelerator.prepare` leaves on a model.
-_PREPARED = ("forward", "_original_forward")
 # Seconds between two looks at the ledger of processes that have not read equally far, and how many there are.
 _A_MOMENT = 0.1
 _ATTEMPTS = 600
@@ -96,12 +97,14 @@ class S3TTrainerMixin:
         self._stage: StageKey | None = None
         self._stage_output_dir: Path | None = None
         self._live: S3TModel | None = None
+        self._making_live = threading.RLock()
         self._prepared = self.train_dataset
         if self._stage_rows is not None:
             self._say_what_is_suboptimal()
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
+        self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
 
     def _say_what_is_suboptimal(self) -> None:
         dropped = self._stage_rows.dropped(self.folder.table)
@@ -440,10 +443,19 @@ class S3TTrainerMixin:
     @contextlib.contextmanager
     def _occupied(self, key: StageKey) -> Iterator[None]:
         """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
-        with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
-            self._stack.in_training = key
+        self._stack.turns.refuse_inside("train")
+        with self._making_live:
+            if self._stack.in_training is not None:
+                raise S3TError(
+                    f"The stage {self._stack.in_training} is in training on the same base. Let its `train()` come to "
+                    "its end first."
+                )
+            with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
+                self._stack.in_training = key
         try:
-            yield
+            # Not before: whoever holds the live model's lock may wait for a call.
+            with self._stack.turns.taken():
+                yield
         finally:
             self._stack.in_training = None
 
@@ -500,18 +512,14 @@ class S3TTrainerMixin:
         For mixed precision it wraps the forward of the model it prepares and marks the model, so that the next stage
         would train without; and a base that serves must not stay wrapped.
         """
-        before = {name: self.model.__dict__.get(name) for name in _PREPARED}
+        before = {name: vars(self.model).get(name) for name in PREPARED}
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.accelerator._models.clear()
         try:
             yield
         finally:
             self.accelerator._models.clear()
-            for name, value in before.items():
-                if value is None:
-                    self.model.__dict__.pop(name, None)
-                else:
-                    self.model.__dict__[name] = value
+            set_attributes(self.model, before)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def _fit(self, key: StageKey, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
@@ -564,7 +572,7 @@ class S3TTrainerMixin:
 
     def _copy(self, part: Any) -> Any:
         """A copy of a collator or callback, state and all; what it shares with the trainer is not copied."""
-        return fresh_copy(part, (self, self.model, self.args, self.processing_class))
+        return fresh_copy(part, (self, self.model, self.args, self.processing_class, self._live, self._stack))
 
     def _stage_metrics(self) -> dict[str, float]:
         """The stage's own evaluation, if there is a set to evaluate on and someone asks for the numbers."""
@@ -675,12 +683,19 @@ class S3TTrainerMixin:
     @property
     def s3t_model(self) -> S3TModel:
         """The live [`S3TModel`], which shares the trainer's base and folder."""
-        if self._live is None:
-            self._live = self._model_type(self._stack, self.folder)
+        with self._making_live:
+            if self._live is None and self._stack.in_training is not None:
+                raise S3TError(
+                    f"The stage {self._stack.in_training} is in training, and a model that serves beside it must be "
+                    "there before. Ask for `trainer.s3t_model` once before `train()`."
+                )
+            if self._live is None:
+                self._live = self._model_type(self._stack, self.folder)
         return self._live
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._stack.turns.refuse_beside("evaluate")
         with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
             yield
 

@@ -1,15 +1,12 @@
 """The rows of a training dataset: their ids, groups and digests, and the selection a stage trains on."""
 
-import contextlib
 import hashlib
 import itertools
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from datasets import Audio, Image
 from datasets.table import embed_table_storage
@@ -21,6 +18,7 @@ from .errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
 from .examples import DigestKey, Example, ExampleTable, KeptNames, encode
 from .partition import assign, check_ids, units_of
 from .plan import StageKey
+from .randomness import preserved_randomness, seed_all
 
 
 # Carries the number of a row through tokenisation and filtering.
@@ -88,7 +86,7 @@ class TrainingRows:
         with preserved_randomness():
             for index in range(len(self.dataset)):
                 # A dataset that augments at random shows the same content for the same seed.
-                _seed_all(0)
+                seed_all(0)
                 row = self.dataset[index]
                 yield dict(row) if hasattr(row, "keys") else {"row": row}
 
@@ -278,21 +276,3 @@ class EpochSeededSampler(Sampler):
     def __iter__(self):
         self.sampler.generator.manual_seed(self.seed + self.epoch)
         return iter(self.sampler)
-
-
-@contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Leave every random state as it was: evaluation and audits must not change what training draws next."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

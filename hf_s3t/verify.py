@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from .circumstances import differing, recipe_of, threads
 from .errors import ConfigError, S3TError
 from .plan import StageKey
+from .randomness import preserved_randomness
 from .storage import ADAPTER_FILE, SystemFolder
-from .training_data import preserved_randomness
 
 
 if TYPE_CHECKING:
