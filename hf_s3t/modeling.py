@@ -36,7 +36,7 @@ from .hub import HubRepo, PushReport, is_repo_id, push
 from .hub_folder import HubFolder
 from .inspection import check_method, open_folder
 from .inspection import inspect as inspect_folder
-from .isolation import check_has_no_adapters
+from .isolation import check_has_no_adapters, check_keeps_no_state
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
 from .pending import PendingRequests
@@ -183,6 +183,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
             )
         check_base_is(base, record["base_model"], layers.path, head)
+        check_keeps_no_state(base)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)
@@ -280,7 +281,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
-        with self.stack.turns.call():
+        with self.stack.call():
             self._follow()
             with self._calls.call() as routing, self._calls.computing(routing):
                 return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
@@ -293,7 +294,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
         """
-        with self.stack.turns.call():
+        with self.stack.call():
             self._follow()
             with self._calls.call():
                 return super().generate(*args, **kwargs)

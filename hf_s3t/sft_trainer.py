@@ -81,7 +81,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         formatting_func: Callable | None = None,
         s3t_config: S3TConfig | None = None,
     ):
-        refuse_shared_state(model, None, optimizers, data_collator)
+        refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)

@@ -1,8 +1,9 @@
 """Stage adapters on one base model, over PEFT: attach, train one with the rest frozen, route per call, drop."""
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from .isolation import check_peft_config
 from .layers import LayerGroups, is_norm
 from .plan import StageKey
 from .route import cut_graph, hook
+from .state import CallWatch
 from .storage import ADAPTER_FILE
 from .turns import Turns
 
@@ -69,6 +71,7 @@ class StageStack:
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
         self.turns = Turns(base)
+        self.watch = CallWatch(base, self.turns)
         self._hooked: set[nn.Module] = set()
         self._is_wrapped = False
         base.requires_grad_(False)
@@ -87,6 +90,13 @@ class StageStack:
 
     def __contains__(self, key: StageKey) -> bool:
         return key in self._modules
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call of what serves: takes turns with a stage in training, and is watched for what it leaves."""
+        outermost = not self.turns.is_inside
+        with self.turns.call(), self.watch.call() if outermost else contextlib.nullcontext():
+            yield
 
     def holds(self, key: StageKey, digest: str) -> bool:
         """Whether the stage in memory is the one whose adapter file has this digest."""

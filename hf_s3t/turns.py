@@ -22,9 +22,9 @@ _INSIDE: ContextVar[dict[int, object] | None] = ContextVar("hf_s3t_turns", defau
 PREPARED = ("forward", "_original_forward")
 # Before each of these the training thread stands between two steps.
 _BETWEEN_STEPS = ("on_step_begin", "on_substep_end", "on_prediction_step")
-# Seconds: how soon a waiting call looks whether training waits for it, how seldom at last, and how long calls that were
-# let in may take until others, for which they may wait, are let in too. A thread that does not wait for a lock stands
-# still only if it does for long: it may be out of luck with the processor.
+# Seconds: how soon a waiting call looks whether training waits for it, how seldom at last, and how long calls that
+# were let in may take until others, for which they may wait, are let in too. A thread that does not wait for a lock
+# stands still only if it does for long: it may be out of luck with the processor.
 _A_MOMENT = 0.01
 _SELDOM = 0.2
 _PATIENCE = 1.0
@@ -67,8 +67,7 @@ class Turns:
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """Inside, the base is in the hands of calls; a call that a running one makes is part of it."""
-        inside = _INSIDE.get() or {}
-        turn = object()
+        inside, turn = _INSIDE.get() or {}, object()
         self._under_way.add(turn)
         # In this order: who takes the base says so first, and then looks who is under way.
         if self._trainer is not None:
@@ -140,11 +139,17 @@ class Turns:
                 self._aside = None
             self._changed.notify_all()
 
-    # For training
+    @property
+    def is_inside(self) -> bool:
+        """Whether this code is inside of a call."""
+        return (_INSIDE.get() or {}).get(id(self)) in self._under_way
 
     @property
-    def _is_inside(self) -> bool:
-        return (_INSIDE.get() or {}).get(id(self)) in self._under_way
+    def is_alone(self) -> bool:
+        """Whether one call is under way at most, and no stage trains."""
+        return self._trainer is None and len(self._under_way) < 2
+
+    # For training
 
     def refuse_inside(self, what: str) -> None:
         """
@@ -153,7 +158,7 @@ class Turns:
         Raises:
             [`~hf_s3t.errors.S3TError`]: With the way out.
         """
-        if self._is_inside:
+        if self.is_inside:
             raise S3TError(
                 f"`{what}` was called from inside a running call of the model, which it would wait for. Call it when "
                 "that call has returned."
@@ -196,7 +201,7 @@ class Turns:
     def _give_way(self) -> None:
         """Let the calls run that wait by now, and wait for them."""
         with self._changed:
-            if self._waiting and not self._is_inside:
+            if self._waiting and not self.is_inside:
                 self._let_in(set(self._waiting))
                 self._wait_for_calls()
 
@@ -223,12 +228,12 @@ class Turns:
         finally:
             with self._changed:
                 self._in_callbacks -= 1
-                if not self._is_inside:
+                if not self.is_inside:
                     self._wait_for_calls()
 
 
 class _Place(NamedTuple):
-    """Where a thread is: in which event, at which instruction, after how much work; and whether it waits for a lock."""
+    """Where a thread is: in which event, at which instruction, after how much work; whether it waits for a lock."""
 
     event: int
     frame: int
