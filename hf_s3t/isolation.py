@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .config import S3TConfig
 from .errors import ConfigError, IsolationError
 from .randomness import preserved_randomness
-from .state import Look, Mark, shown
+from .state import Derived, Look, Mark, shown
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +48,8 @@ _REFUSED_LORA_FIELDS = {
 }
 
 
-# The kinds of models that were tried out and found to keep no state.
-_KEEP_NO_STATE: set[tuple] = set()
+# The kinds of models that were tried out and found to keep no state, and what each pass makes for itself.
+_KNOWN_KINDS: dict[tuple, Derived] = {}
 
 
 def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
@@ -150,7 +150,10 @@ def check_keeps_no_state(model: nn.Module) -> None:
         [`~hf_s3t.errors.IsolationError`]: Naming what changed and the way out.
     """
     kind = _kind_of(model)
-    if kind is None or kind in _KEEP_NO_STATE:
+    if kind is None:
+        return
+    if kind in _KNOWN_KINDS:
+        _KNOWN_KINDS[kind].hold_for(model)
         return
     words = getattr(model.config.get_text_config(), "vocab_size", 0)
     one, other = [words // 5, words // 3, words // 2], [words // 2, words // 5, words // 3]
@@ -158,11 +161,8 @@ def check_keeps_no_state(model: nn.Module) -> None:
     before = Look(model)
     try:
         with preserved_randomness():
-            read(model, one)
-            between = Look(model)
-            read(model, other)
-            after = Look(model)
-            left = {**after.changed(between), **after.moved(between)} or changed_for_good(model, before, after)
+            looks = [_look_after(model, read) for read in (one, other, [*one, *other], one)]
+            left = looks[1].changed(looks[0]) or changed_for_good(model, before, looks[1])
     except Exception as error:
         # It needs something else than words.
         logger.debug(f"{type(model).__name__} cannot be tried out on words alone: {error}")
@@ -177,7 +177,13 @@ def check_keeps_no_state(model: nn.Module) -> None:
             "would reach into the next, from stage to stage and from answer to answer. Use a model whose forward pass "
             "leaves nothing behind; if it is a setting, load the model with what it changes to."
         )
-    _KEEP_NO_STATE.add(kind)
+    _KNOWN_KINDS[kind] = Derived.of(looks[0], looks[2], looks[3])
+    _KNOWN_KINDS[kind].hold_for(model)
+
+
+def _look_after(model: nn.Module, words: Sequence[int]) -> Look:
+    read(model, words)
+    return Look(model)
 
 
 def changed_for_good(model: nn.Module, before: Look, after: Look) -> dict[str, tuple[Mark, Mark]]:

@@ -9,7 +9,8 @@ import inspect
 import logging
 import random
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -311,6 +312,10 @@ def fresh_dataset(dataset: Any, shared: Sequence[Any] = ()) -> Any:
 # Modules
 
 
+# By this name buffers are seen, which are never put back.
+BUFFERS = "buffers"
+
+
 class Look:
     """
     What the modules of a model hold besides parameters, and its configs: seen when this is made.
@@ -321,51 +326,86 @@ class Look:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        # Modules and configs that are held have attributes of their own here.
-        self.marks = {
-            (name, attribute): mark(value, opaque=(nn.Module, PreTrainedConfig))
-            for name, attribute, _, value in _attributes(model)
-        }
+        self._tensors: dict[tuple[str, str], torch.Tensor] = {}
+        derived = _DERIVED.get(model, ())
+        self.marks: dict[tuple[str, str], Mark] = {}
+        for name, attribute, _, value in _attributes(model):
+            place = name, attribute
+            if place in derived:
+                continue
+            if isinstance(value, torch.Tensor):
+                self._tensors[place] = value
+            # Modules and configs that are held have attributes of their own here.
+            self.marks[place] = mark(value, opaque=(nn.Module, PreTrainedConfig))
 
     def changed(self, since: "Look") -> dict[str, tuple[Mark, Mark]]:
-        """The attributes that were set, and are not the same any more: what they were and what they are."""
-        return self._compare(since, lambda before, now: not before.is_unset and now != before)
+        """
+        What was set and is not the same any more: what it was and what it is.
 
-    def moved(self, since: "Look") -> dict[str, tuple[Mark, Mark]]:
-        """The attributes in which a tensor of the same shape holds something else."""
-        return self._compare(since, _holds_other_values)
+        A tensor counts if it was written to, or is another one of the same shape with other fractions in it: what is
+        computed with weights. Positions and the like are made by every pass for itself.
+        """
+        found = {}
+        for place, before in since.marks.items():
+            now = self.marks.get(place, _UNSET)
+            if before.is_unset or now == before:
+                continue
+            is_other = place in since._tensors and self._tensors.get(place) is not since._tensors[place]
+            if not is_other or _holds_other_fractions(before, now):
+                found[f"{place[0]}.{place[1]}" if place[0] else place[1]] = before, now
+        return found
 
-    def _compare(self, since: "Look", counts: Callable[[Mark, Mark], bool]) -> dict[str, tuple[Mark, Mark]]:
-        pairs = {_named(place): (mark, self.marks.get(place, _UNSET)) for place, mark in since.marks.items()}
-        return {name: pair for name, pair in pairs.items() if counts(*pair)}
+    def differs(self, other: "Look") -> bool:
+        """Whether anything is not the same."""
+        return self.marks != other.marks
 
     def put_back(self) -> None:
-        """Take from the modules what was not set, and is now: what each pass makes for itself, as it needs it."""
+        """
+        Take from the modules what was not set, and is now, and give them the tensors they had: what each pass makes
+        for itself, as it needs it.
+        """
         for name, attribute, owner, value in list(_attributes(self._model)):
-            if value is None or attribute == BUFFERS:
+            place = name, attribute
+            if attribute == BUFFERS or place in _DERIVED.get(self._model, ()):
                 continue
-            before = self.marks.get((name, attribute))
-            if before is None:
-                vars(owner).pop(attribute, None)
-            elif before.is_unset:
+            if place in self._tensors:
+                vars(owner)[attribute] = self._tensors[place]
+            elif place not in self.marks:
+                vars(owner).pop(attribute)
+            elif self.marks[place].is_unset and value is not None:
                 vars(owner)[attribute] = None
 
 
-# By this name buffers are seen, which are never put back.
-BUFFERS = "buffers"
+class Derived(frozenset):
+    """The attributes, as owner and name, that a pass makes from the shape of its own input, whatever came before."""
+
+    @classmethod
+    def of(cls, first: Look, between: Look, again: Look) -> "Derived":
+        """
+        What changes with the shape of an input, and is the same again for the same input.
+
+        Args:
+            first ([`Look`]): After a pass over some input.
+            between ([`Look`]): After a pass over an input of another shape.
+            again ([`Look`]): After a pass over the first input again.
+        """
+        places = first.marks.keys() | between.marks.keys()
+        changed = {place for place in places if first.marks.get(place) != between.marks.get(place)}
+        return cls(place for place in changed if first.marks.get(place) == again.marks.get(place))
+
+    def hold_for(self, model: nn.Module) -> None:
+        """Have looks at a model pass over these."""
+        _DERIVED[model] = self
 
 
-def _named(place: tuple[str, str]) -> str:
-    return f"{place[0]}.{place[1]}" if place[0] else place[1]
+# Per model what looks pass over.
+_DERIVED: "weakref.WeakKeyDictionary[nn.Module, Derived]" = weakref.WeakKeyDictionary()
 
 
-def _holds_other_values(one: Mark, other: Mark) -> bool:
-    if one == other or one.kind != other.kind:
+def _holds_other_fractions(one: Mark, other: Mark) -> bool:
+    if not (isinstance(one.content, tuple) and isinstance(other.content, tuple)):
         return False
-    if isinstance(one.content, tuple) and isinstance(other.content, tuple):
-        return one.content[:2] == other.content[:2]
-    theirs = dict(other.parts)
-    return any(_holds_other_values(part, theirs[name]) for name, part in one.parts if name in theirs)
+    return one.content[:2] == other.content[:2] and any(kind in one.content[0] for kind in ("float", "complex"))
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
@@ -440,7 +480,7 @@ class CallWatch:
             return
         self._next = 2 * self._calls
         after = Look(self._model)
-        left = {**after.changed(before), **after.moved(before)}
+        left = after.changed(before)
         # What another thread's call has in hand right now may only seem to be left behind.
         self._suspicions = self._suspicions + 1 if left else 0
         if left and ((alone and self._turns.is_alone) or self._suspicions > _DOUBTS):

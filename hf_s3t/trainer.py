@@ -47,7 +47,7 @@ from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, m
 from .storage import ADAPTER_FILE, SystemFolder
 from .training_data import EpochSeededSampler, FedRows, StageRows
 from .turns import PREPARED, TurnTakingHandler, set_attributes
-from .verify import VerificationReport, verify_stages
+from .verify import VerificationReport, note_trained, verify_stages
 
 
 logger = logging.get_logger(__name__)
@@ -331,7 +331,7 @@ class S3TTrainerMixin:
         if self._set_up_model is None:
             return
         now = Look(self.model)
-        left = {**now.moved(self._settled_model), **changed_for_good(self.model, self._set_up_model, now)}
+        left = {**now.changed(self._settled_model), **changed_for_good(self.model, self._set_up_model, now)}
         # Buffers are compared by themselves.
         left = {name: marks for name, marks in left.items() if not name.endswith(BUFFERS)}
         if left:
@@ -447,6 +447,8 @@ class S3TTrainerMixin:
             self.folder.refresh()
             if key in self.folder.stages:
                 self._stack.mark(key, self.folder.adapter_digest(key))
+        if key in self.folder.stages:
+            note_trained(self.folder.adapter_digest(key))
 
     def _circumstances(self, key: StageKey) -> dict[str, Any]:
         fed = self._stage_rows.digest(key, self.folder.table, self.folder.key)
@@ -722,7 +724,7 @@ class S3TTrainerMixin:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""
         if any(mark(copied, self._shared) != begun for copied, begun in self._copies):
             return True
-        return self._settled_model is not None and Look(self.model).marks != self._settled_model.marks
+        return self._settled_model is not None and Look(self.model).differs(self._settled_model)
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
@@ -820,6 +822,10 @@ class S3TTrainerMixin:
     def verify(self, stages: str | Sequence[StageKey | str] | None = None) -> VerificationReport:
         """
         Train surviving stages again, from their first stage up, on the data left, and compare bit for bit (E3).
+
+        Do it in a fresh process: in the one that trained the stages, state that a stage left there (in a global, a
+        closure, a library) acts on the audit too, and is not found. The report says which stages that is so for, and a
+        warning says so once.
 
         Args:
             stages (`"sample"` or a list of stages, *optional*):
