@@ -23,6 +23,19 @@ class RandomStates:
         self._torch = torch.get_rng_state()
         self._accelerator = _accelerator_states()
 
+    def __eq__(self, other):
+        if not isinstance(other, RandomStates):
+            return NotImplemented
+        return self._key() == other._key()
+
+    __hash__ = None
+
+    def _key(self) -> tuple:
+        states = self._accelerator if isinstance(self._accelerator, (list, tuple)) else [self._accelerator]
+        numbers = [None if state is None else state.cpu().numpy().tobytes() for state in (self._torch, *states)]
+        kind, words, *others = self._numpy
+        return self._python, kind, words.tobytes(), others, numbers
+
     def restore(self) -> None:
         """Make them what they were."""
         random.setstate(self._python)

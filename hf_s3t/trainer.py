@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import threading
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
@@ -41,7 +39,7 @@ from .model_card import description
 from .modeling import S3TModel
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
-from .randomness import preserved_randomness
+from .randomness import RandomStates, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, SystemFolder
@@ -514,6 +512,8 @@ class S3TTrainerMixin:
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
         self._batches_are_random = self.args.dataloader_num_workers > 0
         self._settled_model: Look | None = None
+        # Loaders of evaluations that keep their workers keep what these have drawn.
+        vars(self).pop("_eval_dataloaders", None)
         paged = len(_paged_tensors())
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
@@ -667,9 +667,9 @@ class S3TTrainerMixin:
         # An epoch's first batch always draws: the data loader seeds its workers with it.
         begun = epoch_iterator is getattr(self, "_epoch_iterator", None)
         self._epoch_iterator = epoch_iterator
-        before = _random_states()
+        before = RandomStates()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches_are_random |= begun and _random_states() != before
+        self._batches_are_random |= begun and RandomStates() != before
         return batches
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -703,7 +703,9 @@ class S3TTrainerMixin:
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                at_rest = not self._batches_are_random or float(self.state.epoch).is_integer()
+                # Between epochs there are no workers, unless they live on.
+                between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
+                at_rest = not self._batches_are_random or between
                 exact = at_rest and not self._has_moved()
                 self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
         except (OSError, RuntimeError):
@@ -963,10 +965,6 @@ def default_ddp_arguments(args: TrainingArguments) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _random_states() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
 
 
 def _paged_tensors() -> list:
