@@ -219,11 +219,12 @@ def fresh_copy(part: Any, shared: Sequence[Any]) -> Any:
     """
     memo = {id(one): one for one in shared if one is not None}
     try:
-        for one in list(_walk(part, memo)):
+        found = list(_walk(part, memo))
+        memo |= {id(one): one for one in found if not isinstance(one, types.FunctionType)}
+        # After what they share.
+        for one in found:
             if isinstance(one, types.FunctionType):
-                memo[id(one)] = _copy_function(one, memo)
-            else:
-                memo[id(one)] = one
+                _copy_function(one, memo)
         return memo[id(part)] if id(part) in memo else copy.deepcopy(part, memo)
     except Exception as error:
         raise IsolationError(
