@@ -340,8 +340,10 @@ class FailsInTheThirdUnit(TrainerCallback):
 
 def test_a_killed_run_goes_on_at_the_last_finished_unit(trained, tmp_path):
     """It ends with the bits of one that was not, and every unit is counted once."""
+    killed = make("sisa", tmp_path / "system")
+    killed.trainer.add_callback(FailsInTheThirdUnit())
     with pytest.raises(KeyboardInterrupt):
-        make("sisa", tmp_path / "system", callbacks=[FailsInTheThirdUnit()]).train()
+        killed.train()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "system").glob(f"stages/*/*/{ADAPTER_FILE}")}
     assert 0 < len(finished) < 4
     method = make("sisa", tmp_path / "system")
