@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from launched import launched
 from safetensors.torch import load_file
 from tiny import (
     batch_of,
@@ -26,9 +29,11 @@ from tiny import (
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_s3t import launch
 from hf_s3t import turns as turns_module
-from hf_s3t.errors import S3TError
+from hf_s3t.errors import ExhaustedError, S3TError
 from hf_s3t.randomness import RandomStates
+from hf_s3t.storage import SystemFolder
 from hf_s3t.turns import Turns
 from hf_s3t.verify import differing_tensors
 
@@ -536,3 +541,40 @@ def test_what_else_another_thread_might_do_with_a_trainer_at_work_is_refused(tmp
     trainer.train()
     assert "Call `trainer.s3t_model`" in str(refused["evaluate"]) and isinstance(refused["train"], S3TError)
     assert "s3t_model" not in refused and trainer.s3t_model.status()["depths"] == [2]
+
+
+def with_processes(path, mode):
+    """A script of two processes, of which each serves the live model of its trainer, or none does."""
+
+    def answer_or_none(model):
+        with contextlib.suppress(ExhaustedError):
+            return answer(model)
+
+    model = tiny_bert(2)
+    trainer = make_trainer(
+        path,
+        model,
+        classification_rows(16),
+        config=s3t_config(num_shards=2, budget=1, partition="balanced"),
+        peft_config=lora(model, lora_dropout=0.1),
+        args=training_arguments(path, per_device_train_batch_size=2),
+    )
+    if mode == "served":
+        trainer.add_callback(Serves(trainer, answer_or_none))
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_serve_meanwhile(tmp_path):
+    bits = []
+    for mode in ("quiet", "served"):
+        run = {"processes": 2, "port": 29643, "environment": {"OMP_NUM_THREADS": "1"}}
+        launched(Path(__file__), str(tmp_path / mode), mode, **run)
+        folder = SystemFolder(tmp_path / mode)
+        bits.append({str(key): folder.adapter_digest(key) for key in folder.stages})
+    assert len(bits[0]) == 4 and bits[0] == bits[1]
+
+
+if __name__ == "__main__":
+    launch.start_cpu_processes()
+    with_processes(Path(sys.argv[1]), sys.argv[2])
