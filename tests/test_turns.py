@@ -143,7 +143,9 @@ def test_calls_draw_from_random_states_of_their_own_and_training_from_its_own(tu
     assert answers == own
 
 
-def test_all_that_wait_run_together_and_who_comes_later_waits_for_the_next_step(turns, pool):
+def test_all_that_wait_run_together_and_who_comes_later_waits_for_the_next_step(turns, pool, monkeypatch):
+    # Where calls take long, those behind them are let in: they may be what the first wait for.
+    monkeypatch.setattr(turns_module, "_PATIENCE", 10 * SOON)
     order, go_on = [], threading.Event()
 
     def call(name):
@@ -374,7 +376,7 @@ class Serves(TrainerCallback):
     """
 
     def __init__(self, trainer, call):
-        self.trainer, self.call = trainer, call
+        self.trainer, self.call, self.model = trainer, call, trainer.s3t_model
         self.pool, self.futures, self.left = ThreadPoolExecutor(2), [], 0
         trainer.model.get_input_embeddings().register_forward_pre_hook(self.request)
 
@@ -386,7 +388,7 @@ class Serves(TrainerCallback):
         """Only of the training thread's own passes."""
         if module.training and self.left and threading.current_thread() is threading.main_thread():
             self.left -= 1
-            self.futures.append(self.pool.submit(self.call, self.trainer.s3t_model))
+            self.futures.append(self.pool.submit(self.call, self.model))
             wait(self.futures, timeout=0.1)
 
 
