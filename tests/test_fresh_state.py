@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTr
 from transformers.trainer_callback import ExportableState
 
 from hf_s3t import S3TTrainer
-from hf_s3t.errors import IsolationError
+from hf_s3t.errors import IsolationError, S3TError
 from hf_s3t.verify import differing_tensors
 
 
@@ -187,6 +188,55 @@ def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tm
     with pytest.raises(IsolationError, match=r"shard-0/0 changed buffers of the base .* Use a model whose forward"):
         trainer.train()
     assert trainer.folder.stages == [] and trainer._stack.loaded == []
+
+
+class WritesBelow(TrainerCallback):
+    """Changes a tensor of the stage that the one in training stands on."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """By one element."""
+        parent = self.trainer._stage.parent
+        if parent is not None:
+            next(iter(self.trainer._stack.tensors(parent).values())).data.view(-1)[0] += 1
+
+
+def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_upon_it(tmp_path):
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG)
+    trainer.add_callback(WritesBelow(trainer))
+    with pytest.raises(S3TError, match=r"Training shard-\d/\d-\d changed a stage below it, which must be frozen"):
+        trainer.train()
+    assert {key.depth for key in trainer.folder.stages} == {1}
+    trainer.pop_callback(WritesBelow)
+    trainer.train()
+    assert trainer.verify().ok
+
+
+class PagedSGD(torch.optim.SGD):
+    """Keeps its state where bitsandbytes keeps that of paged optimizers: for as long as the process lives."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.state_of_a_stage = torch.zeros(3)
+        GlobalPageManager.get_instance().paged_tensors.append(self.state_of_a_stage)
+
+
+def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_path, monkeypatch):
+    of_another_model, seen = torch.zeros(2), []
+    monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", [of_another_model])
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(len(GlobalPageManager.get_instance().paged_tensors))
+
+    paged = {"optimizer_cls_and_kwargs": (PagedSGD, {"lr": 0.1}), "callbacks": [Looks()]}
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, **paged)
+    trainer.train()
+    assert set(seen) == {2}, "one stage's at a time"
+    (kept,) = GlobalPageManager.get_instance().paged_tensors
+    assert kept is of_another_model
 
 
 def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path):

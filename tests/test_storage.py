@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from folders import forge
+from folders import delete_and_die, forge
 
 import hf_s3t.files as files
 import hf_s3t.storage as storage
 from hf_s3t import S3TConfig
-from hf_s3t.deletion import apply
+from hf_s3t.deletion import apply, preview
 from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
 from hf_s3t.inspection import inspect, open_folder
@@ -32,11 +32,6 @@ ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.key
 STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
 IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
 CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
-
-
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -691,6 +686,27 @@ def test_an_interrupted_unlearning_of_which_only_the_ledger_was_written_is_finis
     assert IDS[0].encode() not in b"".join(files_of(system).values())
 
 
+def at_the_lock(monkeypatch, act) -> None:
+    """Have another process do something just before a folder's lock is taken for the next time."""
+    lock = SystemFolder.lock
+
+    def late(self):
+        monkeypatch.setattr(SystemFolder, "lock", lock)
+        act()
+        return lock(self)
+
+    monkeypatch.setattr(SystemFolder, "lock", late)
+
+
+def test_a_removal_that_waited_for_the_lock_spares_what_was_grown_anew_meanwhile(system, monkeypatch):
+    delete_and_die(SystemFolder(system), IDS[:1])
+    at_the_lock(monkeypatch, lambda: grow(SystemFolder(system)))
+    folder = SystemFolder(system)
+    assert folder.is_deleted(IDS[0]) and folder.valid_stages == set(folder.plan.stages())
+    assert stages_on_disk(system) == {str(key) for key in folder.plan.stages()}
+    assert SystemFolder(system).valid_stages == folder.valid_stages
+
+
 def test_a_torn_ledger_line_is_no_deletion_and_the_next_one_takes_its_place(system):
     ledger = system / "ledger.jsonl"
     forget(SystemFolder(system), [IDS[0]])
@@ -1111,6 +1127,36 @@ def test_unlearn_removes_what_another_process_grew_on_the_example_since_the_mode
     entry = SystemFolder(path).ledger.entries[-1]
     assert str(late) in entry.removed, "the ledger says what went"
     assert stages_on_disk(path) == {"shard-0/0", *(str(key) for key in served.folder.plan.stages() if key.shard == 1)}
+
+
+def saw(folder: SystemFolder, shard: int, slice_: int) -> set[str]:
+    """The planned stages that are trained on a slice."""
+    return {str(key) for key in folder.plan.stages() if key.shard == shard and slice_ in key.prefix}
+
+
+def removed_by_line(path) -> list[set[str]]:
+    return [set(entry.removed) for entry in SystemFolder(path).ledger.entries]
+
+
+def test_unlearn_also_removes_what_a_deletion_condemned_whose_process_died(served):
+    path, first, second = served.folder.path, *(served.folder.table.members(0, s)[:1] for s in (0, 1))
+    delete_and_die(SystemFolder(path), first)
+    condemned, touched = saw(served.folder, 0, 0), saw(served.folder, 0, 1) - saw(served.folder, 0, 0)
+    assert set(preview(served.folder, second).stages_removed) == touched, "what goes in the name of this deletion"
+    report = served.unlearn(second)
+    assert set(report.stages_removed) == condemned | touched and report.depths_after == [0, 2]
+    assert not stages_on_disk(path) & (condemned | touched)
+    assert removed_by_line(path) == [condemned, touched], "the ledger says which deletion took what"
+
+
+def test_unlearning_again_removes_what_the_process_that_unlearned_did_not_live_to_remove(served):
+    path, victim = served.folder.path, served.folder.table.members(0, 0)[:1]
+    delete_and_die(SystemFolder(path), victim)
+    report = served.unlearn(victim)
+    assert (report.deleted, report.already_deleted) == (0, 1)
+    assert set(report.stages_removed) == saw(served.folder, 0, 0) and report.depths_after == [1, 2]
+    assert not stages_on_disk(path) & saw(served.folder, 0, 0)
+    assert removed_by_line(path) == [saw(served.folder, 0, 0)]
 
 
 @pytest.mark.parametrize("what", ["ledger.jsonl", ""], ids=["the ledger", "the folder"])
