@@ -1,6 +1,7 @@
 """A system's folder: whole or refused, its deletions never forgotten, nothing of a deleted example left in it."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissi
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
 from hf_s3t.inspection import inspect, open_folder
 from hf_s3t.partition import assign
+from hf_s3t.pending import apply_pending, request_later
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import STAGE_FILE, SystemFolder
 from hf_s3t.table_file import read_table, write_table
@@ -756,6 +758,76 @@ def test_a_stage_is_synced_file_by_file_before_it_is_renamed_into_place(tmp_path
     assert ("fsync", str(Path(temporary).parent)) in done[renamed:]
 
 
+def done_without_the_lock(monkeypatch, system, act) -> tuple[int, list[str]]:
+    """How many steps `act` takes on the disk, and those that it takes while anybody might have the system's lock."""
+    number, unlocked = 0, []
+
+    def watched(name, operation):
+        def operate(target, *args, **kwargs):
+            nonlocal number
+            number += 1
+            if f"{system}/checkpoints/" in str(target):
+                # A trainer's own, as long as its stage is unfinished.
+                return operation(target, *args, **kwargs)
+            with open(system / "stages/.lock", "a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unlocked.append(f"{name} {target}")
+            return operation(target, *args, **kwargs)
+
+        return operate
+
+    with monkeypatch.context() as patch:
+        steps = ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink"))
+        for owner, name in steps:
+            patch.setattr(owner, name, watched(name, getattr(owner, name)))
+        act()
+    return number, unlocked
+
+
+def apply_what_waits(system):
+    request_later(SystemFolder(system), IDS[:1])
+    return lambda: apply_pending(SystemFolder(system))
+
+
+def compact(system):
+    folder = SystemFolder(system)
+    folder.record_deletion(IDS[:1], [], {})
+    return folder.compact
+
+
+def merge(system):
+    forget(SystemFolder(shutil.copytree(system, system.parent / "other")), IDS[:1])
+    other = SystemFolder(system.parent / "other")
+    return lambda: SystemFolder(system).merge_ledger(other.ledger)
+
+
+def finish_what_another_began(system):
+    delete_and_die(SystemFolder(system), IDS[:1])
+    return lambda: SystemFolder(system)
+
+
+def grow_anew(system):
+    forget(SystemFolder(system), IDS[:1])
+    return lambda: grow(SystemFolder(system))
+
+
+CHANGES = {
+    "a deletion": lambda system: lambda: apply(SystemFolder(system), IDS[:1]),
+    "a request": lambda system: lambda: request_later(SystemFolder(system), IDS[:1], max_delay=60),
+    "what waits": apply_what_waits,
+    "compaction": compact,
+    "another ledger": merge,
+    "the end of a removal": finish_what_another_began,
+    "growth": grow_anew,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_system_holds_its_lock(change, system, monkeypatch):
+    number, unlocked = done_without_the_lock(monkeypatch, system, CHANGES[change](system))
+    assert number and not unlocked
+
+
 @pytest.mark.parametrize(
     "leftover",
     [
@@ -1157,6 +1229,20 @@ def test_unlearning_again_removes_what_the_process_that_unlearned_did_not_live_t
     assert set(report.stages_removed) == saw(served.folder, 0, 0) and report.depths_after == [1, 2]
     assert not stages_on_disk(path) & saw(served.folder, 0, 0)
     assert removed_by_line(path) == [saw(served.folder, 0, 0)]
+
+
+def test_a_model_that_changes_its_system_holds_the_lock(served, monkeypatch):
+    one, other, last = (served.folder.table.members(shard, s)[:1] for shard, s in ((0, 0), (0, 1), (1, 0)))
+
+    def act():
+        served.unlearn(one)
+        served.unlearn_later(other, max_delay=600)
+        served.apply_pending()
+        served.unlearn(last)
+        served._wait_for_cleaner()
+
+    number, unlocked = done_without_the_lock(monkeypatch, served.folder.path, act)
+    assert number and not unlocked
 
 
 @pytest.mark.parametrize("what", ["ledger.jsonl", ""], ids=["the ledger", "the folder"])
