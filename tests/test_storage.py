@@ -1064,6 +1064,64 @@ def test_no_line_of_another_process_is_lost(system):
     assert all(again.is_deleted(i) for i in IDS[:2])
 
 
+def test_a_merge_takes_along_what_another_process_recorded_since_the_folder_was_read(system, tmp_path):
+    elsewhere = SystemFolder(shutil.copytree(system, tmp_path / "elsewhere"))
+    forget(elsewhere, IDS[:1])
+    folder = SystemFolder(system)
+    here = forget(SystemFolder(system), IDS[1:2])
+    folder.merge_ledger(elsewhere.ledger)
+    assert all(map(folder.is_deleted, IDS[:2])) and folder.ledger.num_deletions == 2
+    again = SystemFolder(system)
+    assert all(map(again.is_deleted, IDS[:2])) and not set(here) & set(again.stages)
+
+
+def test_a_merge_is_in_the_ledger_before_a_stage_goes_because_of_it(system, tmp_path, monkeypatch):
+    elsewhere = SystemFolder(shutil.copytree(system, tmp_path / "elsewhere"))
+    removed = forget(elsewhere, IDS[:1])
+    folder = SystemFolder(system)
+    done = operations(monkeypatch, lambda: folder.merge_ledger(elsewhere.ledger))
+    names = [(name, Path(path).name) for name, path in done]
+    replaced = next(n for n, (name, file) in enumerate(names) if name == "replace" and "ledger.jsonl" in file)
+    renamed = [n for n, (name, file) in enumerate(names) if name == "rename"]
+    assert len(renamed) == len(removed) and replaced < min(renamed)
+    assert any(name == "fsync" and "ledger.jsonl" in file for name, file in names[:replaced])
+
+
+def test_a_merge_removes_what_was_left_unfinished_by_a_stage_that_saw_the_example(tmp_path):
+    folder = new_system(tmp_path / "system")
+    elsewhere = SystemFolder(shutil.copytree(folder.path, tmp_path / "elsewhere"))
+    hit, other = StageKey(0, (0,)), StageKey(0, (1,))
+    forget(elsewhere, elsewhere.table.members(0, 0)[:1])
+    stale, current = (checkpoint(folder, key, 1, folder.slice_digests(key)) for key in (hit, other))
+    folder.merge_ledger(elsewhere.ledger)
+    assert not stale.exists() and current.exists()
+
+
+def test_compaction_does_not_bring_back_rows_that_another_process_took_out(system):
+    folder = SystemFolder(system)
+    forget(SystemFolder(system), IDS[:1])
+    folder.compact()
+    assert IDS[0] not in pq.read_table(system / "examples.parquet")["id"].to_pylist()
+
+
+def test_a_line_that_comes_while_the_ledger_is_read_is_news_again(system, monkeypatch):
+    folder, read = SystemFolder(system), Path.read_bytes
+    forget(SystemFolder(system), IDS[:1])
+
+    def overtaken(self):
+        content = read(self)
+        if self.name == "ledger.jsonl":
+            monkeypatch.setattr(Path, "read_bytes", read)
+            forget(SystemFolder(system), IDS[1:2])
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    folder.refresh_ledger()
+    assert [folder.is_deleted(i) for i in IDS[:2]] == [True, False] and folder.has_news()
+    folder.refresh_ledger()
+    assert folder.is_deleted(IDS[1]) and not folder.has_news()
+
+
 def test_an_export_is_noted_and_deletes_nothing(system):
     folder = SystemFolder(system)
     before = files_of(system / "stages")
