@@ -225,6 +225,14 @@ def test_a_missing_ledger_is_told(system):
         Receipts.read(system)
 
 
+@pytest.mark.parametrize("part", ["ledger.jsonl", "examples.parquet"])
+def test_a_link_in_the_place_of_what_is_read_is_refused_and_not_followed(part, system):
+    (system / part).rename(system.parent / part)
+    (system / part).symlink_to(system.parent / part)
+    with pytest.raises(FolderError, match=part):
+        Receipts.read(system)
+
+
 def test_without_the_table_the_end_of_the_ledger_is_not_verified(system):
     (system / "examples.parquet").write_bytes(b"")
     receipts = Receipts.read(system)
