@@ -187,6 +187,14 @@ def served_and_hit(path, callback_of):
     return trainer, callback, victim, hit
 
 
+def test_what_another_process_trained_meanwhile_is_not_trained_again(tmp_path):
+    trainer, other = system(tmp_path), system(tmp_path)
+    trainer.add_callback(AtTheFirstStep(other.train))
+    assert trainer.train().metrics["stages_trained"] == 1
+    assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+    assert trainer.verify([max(trainer.folder.valid_stages, key=lambda key: key.depth)]).ok
+
+
 def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(tmp_path):
     trainer, seen, victim, hit = served_and_hit(
         tmp_path, lambda trainer: lambda: (trainer._stage, trainer._stack.loaded)

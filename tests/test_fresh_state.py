@@ -1,6 +1,8 @@
 """What keeps state (a collator that draws, a callback that counts, a buffer of the base) brings none to a stage."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import lm_rows, make_trainer, s3t_config, tiny_bert, tiny_llama, training_arguments
+from tiny import batch_of, lm_rows, make_trainer, s3t_config, tiny_bert, tiny_llama, training_arguments
 from tokenizers import Tokenizer, models
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -190,6 +192,40 @@ def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tm
     assert trainer.folder.stages == [] and trainer._stack.loaded == []
 
 
+class Remembers(TrainerCallback):
+    """Asks for gradients at the input, as TRL does, and keeps weak references to what optimizes each stage."""
+
+    def __init__(self):
+        self.optimizers, self.gradients = [], []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Ask, and keep."""
+        model.enable_input_require_grads()
+        self.optimizers.append(weakref.ref(optimizer))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """What an optimizer steps on."""
+        self.gradients += [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def test_training_leaves_the_base_as_it_was_and_keeps_nothing_of_what_it_trained_with(tmp_path):
+    def answers():
+        with torch.no_grad():
+            return trainer.model(**batch_of(lm_rows(2))).logits
+
+    remembers, args = Remembers(), training_arguments(tmp_path / "system", bf16=True)
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, args=args, callbacks=[remembers])
+    before = answers()
+    trainer.train()
+    assert torch.equal(answers(), before)
+    assert "forward" not in vars(trainer.model), "mixed precision wraps it"
+    assert not trainer.model.training and not trainer.model.get_input_embeddings()._forward_hooks
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+    gc.collect()
+    assert len(remembers.optimizers) == 4 and not any(optimizer() for optimizer in remembers.optimizers)
+    assert remembers.gradients and not any(gradient() is not None for gradient in remembers.gradients)
+
+
 class WritesBelow(TrainerCallback):
     """Changes a tensor of the stage that the one in training stands on."""
 
@@ -303,6 +339,23 @@ def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path
         trainers[0].train()
     assert not trainers[0].model.get_input_embeddings()._forward_hooks
     trainers[0].pop_callback(Interrupts)
+    for trainer in trainers:
+        trainer.train()
+    assert same(*map(stages_of, trainers))
+
+
+def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
+    def trainer_of(name, **recipe):
+        saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, **recipe}
+        args = training_arguments(tmp_path / name, **saving)
+        return make_trainer(tmp_path / name, rows=lm_rows(16), config=CONFIG, args=args)
+
+    interrupted = trainer_of("system", learning_rate=1e-2)
+    interrupted.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert list((tmp_path / "system").glob("checkpoints/*/*/checkpoint-2"))
+    trainers = [trainer_of(name, learning_rate=1e-3) for name in ("system", "undisturbed")]
     for trainer in trainers:
         trainer.train()
     assert same(*map(stages_of, trainers))
