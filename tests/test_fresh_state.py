@@ -23,6 +23,7 @@ from hf_s3t.verify import differing_tensors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = s3t_config(num_shards=2, budget=1, partition="balanced")
+ONE_SHARD = s3t_config(budget=1, partition="balanced")
 ROWS = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(16)]
 MORE = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(6, seed=5)])
 
@@ -240,7 +241,7 @@ class WritesBelow(TrainerCallback):
 
 
 def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_upon_it(tmp_path):
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG)
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=ONE_SHARD)
     trainer.add_callback(WritesBelow(trainer))
     with pytest.raises(S3TError, match=r"Training shard-\d/\d-\d changed a stage below it, which must be frozen"):
         trainer.train()
@@ -348,7 +349,7 @@ def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
     def trainer_of(name, **recipe):
         saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, **recipe}
         args = training_arguments(tmp_path / name, **saving)
-        return make_trainer(tmp_path / name, rows=lm_rows(16), config=CONFIG, args=args)
+        return make_trainer(tmp_path / name, rows=lm_rows(16), config=ONE_SHARD, args=args)
 
     interrupted = trainer_of("system", learning_rate=1e-2)
     interrupted.add_callback(Interrupts())
