@@ -10,13 +10,19 @@ from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import batch_of, lm_rows, make_trainer, s3t_config, tiny_bert, tiny_llama, training_arguments
+from tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_bert, tiny_llama, training_arguments
 from tokenizers import Tokenizer, models
-from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from transformers.trainer_callback import ExportableState
 
 from hf_s3t import S3TTrainer
-from hf_s3t.errors import IsolationError, S3TError
+from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.verify import differing_tensors
 
 
@@ -308,6 +314,17 @@ def test_a_stage_that_something_ends_before_its_last_step_is_none(tmp_path):
     assert trainer.verify().ok
 
 
+def test_a_stage_that_an_evaluation_ends_is_one_and_comes_out_again(tmp_path):
+    at_every_step = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    args = training_arguments(tmp_path, load_best_model_at_end=True, learning_rate=1.0, max_steps=12, **at_every_step)
+    rows = [{name: value for name, value in row.items() if name != "id"} for row in lm_rows(6, seed=5)]
+    patience = {"eval_dataset": Dataset.from_list(rows), "callbacks": [EarlyStoppingCallback(1)]}
+    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=args, **patience)
+    steps = trainer.train().global_step
+    assert 2 <= steps < 24 and trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+    assert trainer.verify().ok
+
+
 def test_a_stage_without_a_batch_is_none(tmp_path):
     args = training_arguments(tmp_path, per_device_train_batch_size=32, dataloader_drop_last=True, max_steps=3)
     trainer = make_trainer(tmp_path, rows=lm_rows(16), config=CONFIG, args=args)
@@ -343,6 +360,19 @@ def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path
     for trainer in trainers:
         trainer.train()
     assert same(*map(stages_of, trainers))
+
+
+def test_training_does_not_go_on_by_another_recipe(tmp_path):
+    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD)
+    plant_stages(trainer, limit=1)
+    other = make_trainer(
+        tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=training_arguments(tmp_path, learning_rate=0.5)
+    )
+    with pytest.raises(ConfigError, match=r"by another recipe: learning_rate=0.5 \(was 0.01\)"):
+        other.train()
+    assert len(other.folder.stages) == 1 and other._stack.loaded == []
+    trainer.train()
+    assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
 
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):

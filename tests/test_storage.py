@@ -1,6 +1,7 @@
 """A system's folder: whole or refused, its deletions never forgotten, nothing of a deleted example left in it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from folders import delete_and_die, forge
+from folders import delete_and_die, forge, forge_stage
 
 import hf_s3t.files as files
 import hf_s3t.storage as storage
@@ -560,6 +561,14 @@ def test_a_stage_is_not_valid_without_the_stages_it_stands_on(system):
     folder = SystemFolder(system)
     family = {key for key in folder.plan.stages() if key.shard == 0 and key.prefix[0] == 0}
     assert set(folder.plan.stages()) - folder.valid_stages == family
+
+
+def test_a_stage_of_other_examples_is_left_to_be_looked_at_where_nothing_was_deleted(system):
+    stage = StageKey(0, (0,))
+    forge_stage(system, str(stage), slices=["0" * 64])
+    folder = SystemFolder(system)
+    assert stage in folder.stages and not {stage, StageKey(0, (0, 1))} & folder.valid_stages
+    assert (system / stage.path).exists()
 
 
 def test_a_stage_is_not_valid_on_another_parent_than_it_was_trained_on(system):
@@ -1287,6 +1296,23 @@ def test_unlearning_again_removes_what_the_process_that_unlearned_did_not_live_t
     assert set(report.stages_removed) == saw(served.folder, 0, 0) and report.depths_after == [1, 2]
     assert not stages_on_disk(path) & saw(served.folder, 0, 0)
     assert removed_by_line(path) == [saw(served.folder, 0, 0)]
+
+
+def test_a_model_goes_on_without_what_was_deleted_although_the_folders_cannot_be_removed(served, monkeypatch):
+    import torch
+
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "not yours", str(source))
+
+    victim, gone = served.folder.table.members(0, 0)[:1], saw(served.folder, 0, 0)
+    monkeypatch.setattr(storage.os, "rename", refuse)
+    with pytest.raises(FolderError, match=r"could not be removed.*The deletions in the ledger are in force"):
+        served.unlearn(victim)
+    assert served(torch.tensor([[5, 6, 7]])).logits is not None
+    assert not gone & {str(key) for key in (*served.stack.loaded, *served._routing.stages)}
+    assert all(map(served.folder.is_deleted, victim)) and served.status()["depths"] == [1, 2]
+    monkeypatch.undo()
+    assert not gone & stages_on_disk(SystemFolder(served.folder.path).path)
 
 
 def test_a_model_that_changes_its_system_holds_the_lock(served, monkeypatch):
