@@ -5,20 +5,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 
 import torch
 
 from .errors import S3TError
 from .plan import StageKey
 from .route import Route
+from .scope import Scope
 
 
-# Per model the routing of the call that this thread is inside of.
-_INSIDE: ContextVar[dict[int, "Routing"] | None] = ContextVar("hf_s3t_inside", default=None)
+# Per model the routing of the call that this code is inside of.
+_INSIDE = Scope("hf_s3t_inside")
 
-# Per model the depth that stacks are cut to for the calls that this thread begins.
-_LIMITS: ContextVar[dict[int, int] | None] = ContextVar("hf_s3t_limits", default=None)
+# Per model the depth that stacks are cut to for the calls that begin here.
+_LIMITS = Scope("hf_s3t_limits")
 
 
 class Routing:
@@ -78,10 +78,11 @@ class Calls:
         self._changed = threading.Condition(threading.Lock())
         self._calls: Counter[Routing] = Counter()
         self._passes: Counter[Routing] = Counter()
+        self._is_awaited = False
 
     @property
     def is_inside(self) -> bool:
-        """Whether this thread is inside a call, in a streamer's callback for example."""
+        """Whether this code is inside a call that runs: in a streamer's callback, say, or in a task that it made."""
         return id(self) in (_INSIDE.get() or {})
 
     def refuse_inside(self, what: str) -> None:
@@ -93,41 +94,68 @@ class Calls:
         """
         if self.is_inside:
             raise S3TError(
-                f"`{what}` was called from inside a running call of the same model, which it would wait for. Call it "
-                "when that call has returned, or from another thread."
+                f"`{what}` was called from inside a running call of the same model, or from a task that was made "
+                "there, and it would wait for that call. Call it when that call has returned, or from another thread."
             )
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[Routing]:
+    def call(self, follow: Callable[[], None] = lambda: None) -> Iterator[Routing]:
         """
         Inside, everything works on one routing, which is what is yielded; a call inside a call joins it.
+
+        Each is counted by itself: one that joins may be a task that outlives the call it was made in.
+
+        Args:
+            follow (callable): Called before a call takes the routing of now: what brings that up to date.
 
         Raises:
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call, instead of letting it return.
         """
         inside = _INSIDE.get() or {}
-        if id(self) in inside:
-            yield inside[id(self)]
-            return
-        with self._changed:
-            routing = self.routing.cut((_LIMITS.get() or {}).get(id(self)))
-            self._calls[routing] += 1
-        token = _INSIDE.set({**inside, id(self): routing})
+        routing = self._join(inside.get(id(self)))
+        if routing is None:
+            follow()
+            routing = self._begin()
         try:
-            yield routing
+            with _INSIDE.holding({**inside, id(self): routing}):
+                yield routing
             _refuse_stopped(routing)
         finally:
-            _INSIDE.reset(token)
             self._leave(self._calls, routing)
 
+    def _join(self, outer: Routing | None) -> Routing | None:
+        """Count one more call on the routing of the call around it, unless that has ended meanwhile."""
+        with self._changed:
+            if outer is None or not self._calls[outer]:
+                return None
+            self._calls[outer] += 1
+            return outer
+
+    def _begin(self) -> Routing:
+        """Count one more call on what answers now, as soon as that is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_awaited)
+            routing = self.routing.cut((_LIMITS.get() or {}).get(id(self)))
+            self._calls[routing] += 1
+            return routing
+
     @contextlib.contextmanager
-    def limited_to(self, depth: int) -> Iterator[None]:
-        """Inside, calls that this thread begins work on stacks of at most so many stages."""
-        token = _LIMITS.set({**(_LIMITS.get() or {}), id(self): depth})
+    def awaited(self) -> Iterator[None]:
+        """Around the loading of the only stacks that will answer: calls that begin meanwhile wait for them."""
+        with self._changed:
+            self._is_awaited = True
         try:
             yield
         finally:
-            _LIMITS.reset(token)
+            with self._changed:
+                self._is_awaited = False
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def limited_to(self, depth: int) -> Iterator[None]:
+        """Inside, calls that begin here work on stacks of at most so many stages."""
+        with _LIMITS.holding({**(_LIMITS.get() or {}), id(self): depth}):
+            yield
 
     @contextlib.contextmanager
     def computing(self, routing: Routing) -> Iterator[None]:

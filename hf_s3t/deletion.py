@@ -84,6 +84,7 @@ def preview(
         [`~hf_s3t.errors.ConfigError`]: If neither is given.
     """
     folder.refresh_ledger()
+    folder.refresh_stages()
     request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
     removed = _touched(folder, request, folder.condemned_stages())
     before = folder.valid_stages

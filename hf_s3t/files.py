@@ -9,18 +9,26 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import FolderError, S3TError
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file does, at one look: its size and time; `None` if it cannot be seen."""
+class Stamp(NamedTuple):
+    """What changes when a file, or what lies in a folder, does."""
+
+    number: int
+    size: int
+    time: int
+
+
+def stamp(path: str | os.PathLike) -> Stamp | None:
+    """The stamp of a file or folder, at one look; `None` if it cannot be seen."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def file_digest(path: Path) -> str:
@@ -130,16 +138,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, and lasts through a crash when this returns."""
+def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
+    """
+    Write a file that is there whole or not at all, whenever this process dies.
+
+    Args:
+        path (`Path`): The file.
+        data (`bytes`): What it shall hold.
+        synced (`bool`, defaults to `True`):
+            Make it last through a crash of the machine when this returns; otherwise it may be empty after one.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync(path.parent)
+        if synced:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -676,14 +676,26 @@ def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
         ledger ([`~hf_s3t.ledger.Ledger`]): What was recorded.
 
     Returns:
-        [`~hf_s3t.ledger.Ledger`]: What this machine knows now.
+        [`~hf_s3t.ledger.Ledger`]: What this machine knows now. Where it may write nothing, that is not kept.
     """
     path = state_folder(repo_id, record)
+    file = path / LEDGER_FILE
+    if not may_remember(path):
+        return read_ledger(file).merge(ledger) if file.exists() else ledger
     make_folders(path / STAGES)
     with FileLock(path / STAGES / ".lock", is_singleton=True):
-        file = path / LEDGER_FILE
         known = read_ledger(file) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
             write_atomically(file, merged.text.encode())
     return merged
+
+
+def may_remember(state: Path) -> bool:
+    """
+    Whether deletions can be written down in a state folder.
+
+    A server whose home is read-only serves what is valid by what it reads, and refuses to delete.
+    """
+    there = next(folder for folder in (state / STAGES, state, *state.parents) if folder.exists())
+    return os.access(there, os.W_OK)

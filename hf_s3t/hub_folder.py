@@ -10,11 +10,12 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .errors import FolderError, HubError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, forgeries_told, make_folders, read_checked_json, sync, write_atomically
+from .files import check_digest, forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
 from .hub import (
     INDEX_FILE,
     HubRepo,
     differing_parts,
+    may_remember,
     patiently,
     read_index,
     read_ledger,
@@ -80,7 +81,6 @@ class HubFolder(SystemFolder):
         with self._forgeries_told():
             self._begin(self._resolve())
         self.path = state_folder(repo_id, self.record)
-        make_folders(self.path / STAGES)
         warn_of_other_systems(repo_id, self.record)
         self.refresh()
 
@@ -164,6 +164,12 @@ class HubFolder(SystemFolder):
         self.ledger = self._read_ledger()
         self._slices, self._stages, self._table = index["slices"], index["stages"], table
         self._condemned = {}
+
+    def _read_ledger(self) -> Ledger:
+        if may_remember(self.path):
+            return super()._read_ledger()
+        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
+        return remember(self.repo.repo_id, self.record, self._published)
 
     def _read_index(self) -> dict[str, Any]:
         file = self._download(INDEX_FILE)

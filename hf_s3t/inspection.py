@@ -23,6 +23,7 @@ from .storage import (
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
+    HEAD_FILE,
     LEDGER_FILE,
     PROTOTYPES_FILE,
     STAGE_FILE,
@@ -32,6 +33,7 @@ from .storage import (
     check_rows,
     checked_stage,
     is_checkpoint_current,
+    read_head,
 )
 from .table_file import pin_of, read_table
 
@@ -40,7 +42,7 @@ LEFTOVER_PREFIXES = (".tmp-", ".gone-")
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 _SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-_PARTS = (*_SYSTEM_FILES, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
+_PARTS = (*_SYSTEM_FILES, HEAD_FILE, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 _ATTEMPTS = 3
 
@@ -85,7 +87,7 @@ class ReadOnlyFolder(SystemFolder):
     after the removal. It can be read where nothing may be written.
     """
 
-    def _finish_removal(self, behind: bool) -> None:
+    def _finish_removal(self) -> None:
         """Nothing: finishing writes."""
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
@@ -306,15 +308,17 @@ class _Inspector:
             self.key = load_key(self.path)
 
     def _read_table_and_ledger(self) -> None:
-        # In the order of SystemFolder: the ledger is never behind the table.
-        rows = pin = None
+        # In the order of SystemFolder: the ledger is never behind the table, nor behind its head.
+        rows = pin = head = None
         with self._reading(self.path / TABLE_FILE):
             _require_file(self.path / TABLE_FILE)
             rows, pin = read_table(self.path / TABLE_FILE)
+        with self._reading(self.path / HEAD_FILE):
+            head = read_head(self.path)
         with self._reading(self.path / LEDGER_FILE):
             self._read_ledger()
-        if self.ledger is not None and pin is not None:
-            problem = pin_problem(self.ledger, pin)
+        for file, known in ((TABLE_FILE, pin), (HEAD_FILE, head)):
+            problem = None if self.ledger is None or known is None else pin_problem(self.ledger, known, file)
             if problem is not None:
                 self.ledger = None
                 raise FolderError(problem)

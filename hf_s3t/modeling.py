@@ -280,8 +280,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
-        self._follow()
-        with self._calls.call() as routing, self._calls.computing(routing):
+        with self._call() as routing, self._calls.computing(routing):
             return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
 
     def generate(self, *args, **kwargs):
@@ -292,8 +291,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
         """
-        self._follow()
-        with self._calls.call():
+        with self._call():
             return super().generate(*args, **kwargs)
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
@@ -416,7 +414,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no shard is left to answer."""
+        """Whether no shard is left to answer, as the folder says now: a system that was grown again is not."""
+        self._catch_up()
         return self._routing.route is None
 
     def status(self) -> dict[str, Any]:
@@ -428,12 +427,16 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             whose deletion waits for `apply_pending`), `depths` (per shard the depth that
             serves), `sequence_depths` (per shard and sequence), `stages` (valid, planned),
             `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by
-            the prior, uniform if none is given; Lemma 1 from the present state).
+            the prior, uniform if none is given; Lemma 1 from the present state), and `failures`: one sentence for each
+            thing that could not be done yet beside the calls, and is tried again: requests that are due, the table
+            without the deleted rows.
         """
+        self._catch_up()
         return {
             **system_status(self.folder),
             "depths": self._routing.depths,
             "pending": len(PendingRequests(self.folder).ids()),
+            "failures": self._failures,
         }
 
     def locate(self, ids: Sequence[int | str]) -> dict[int | str, tuple[int, int]]:
@@ -468,14 +471,24 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Copy the system into another, empty folder (into its own, only make sure that all is written).
+        Copy what is valid of the system into another, empty folder (into its own, only make sure that all is written).
+
+        The copy is a second system, with the secret of this one: no deletion here reaches it, and what is forgotten
+        here must be forgotten there too. The ledger notes it with the stages that were handed out, as it notes
+        exported adapters. A deletion that is under way is waited for.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder is not empty, or the copy cannot be noted in the ledger.
+            [`~hf_s3t.errors.S3TError`]: If called from inside a running call of this model.
         """
-        self._wait_for_cleaner()
-        if Path(save_directory).resolve() != self.folder.path.resolve():
-            self.folder.copy_to(save_directory)
+        self._calls.refuse_inside("save_pretrained")
+        with self._deletion_lock:
+            self._wait_for_cleaner()
+            if Path(save_directory).resolve() != self.folder.path.resolve():
+                self.folder.copy_to(save_directory)
 
     def push_to_hub(
         self,
@@ -585,7 +598,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                     )
                 self.folder.record_export(tips[0], library_versions())
                 # This line changes nothing that serves.
-                self._followed = len(self.folder.ledger.lines)
+                self._has_followed(self._state())
                 self.stack.export(tips[0], Path(folder), self.folder.base_id)
 
 

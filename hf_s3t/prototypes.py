@@ -137,15 +137,19 @@ class ClassPrototypes:
         return outputs, _pooled(given[0].float(), inputs.get("attention_mask"))
 
     def _replace(self, sums: dict[tuple[int, int], _Sums]) -> None:
-        self._sums = sums
-        self._average()
-        tensors, digests = {}, {}
-        for (shard, slice_), s in sorted(sums.items()):
-            tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
-            digests[f"{shard}.{slice_}"] = s.digest
         # Without the lock, another process that tidies the folder up would take the new file for a dead one's.
         with self.folder.lock():
-            write_atomically(self.path, save(tensors, metadata=digests))
+            # Another process may have deleted what some were made of.
+            self.folder.refresh_ledger()
+            table = self.folder.table
+            self._sums = {place: s for place, s in sorted(sums.items()) if s.digest == table.slice_digest(*place)}
+            tensors, digests = {}, {}
+            for (shard, slice_), s in self._sums.items():
+                tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
+                digests[f"{shard}.{slice_}"] = s.digest
+            # Of no tensors and empty metadata safetensors writes what it cannot read.
+            write_atomically(self.path, save(tensors, metadata=digests or None))
+        self._average()
 
     def _average(self) -> None:
         # In one order whatever order they came in: sums of floats depend on it.

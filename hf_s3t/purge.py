@@ -154,6 +154,8 @@ def purge(
     # Opening finishes the removals that the ledger asks for.
     folder = open_folder(path)
     with folder.lock():
+        # A stage that was there may be in training again.
+        folder.refresh()
         for key in _finished(folder):
             folder.remove_checkpoints(key)
     problems = list(inventory.problems)

@@ -1,7 +1,7 @@
 """Receipts of deletions: what a line of the ledger proves, in words and in a schema that machines can rely on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from .examples import KEY_FILE, KEY_VARIABLE, DigestKey
 from .files import foreign_problem, is_foreign, read_checked_json, unreadable
 from .ledger import Ledger, LedgerEntry, line_hash
 from .plan import StageKey
-from .storage import CONFIG_FILE, LEDGER_FILE, TABLE_FILE
-from .table_file import pin_of, read_table
+from .storage import CONFIG_FILE, HEAD_FILE, LEDGER_FILE, TABLE_FILE, read_head
+from .table_file import holds, read_table
 
 
 RECEIPT_VERSION = 1
@@ -83,13 +83,13 @@ class Receipts:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If there is no ledger, it is not text, or a link or pipe.
         """
-        for part in (Path(path) / TABLE_FILE, Path(path) / LEDGER_FILE):
+        for part in (Path(path) / name for name in (TABLE_FILE, HEAD_FILE, LEDGER_FILE)):
             if is_foreign(part):
                 raise FolderError(foreign_problem(part))
-        # The table first: whatever another process deletes between the two reads, the ledger is never behind it.
-        pin = _read_pin(Path(path) / TABLE_FILE)
+        # The ledger last: whatever another process deletes between two reads, it is never behind the others.
+        pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
         text = _read_ledger_text(Path(path) / LEDGER_FILE)
-        problem = _chain_problem(text, pin)
+        problem = _chain_problem(text, pins)
         receipts = []
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
@@ -167,44 +167,52 @@ def _read_ledger_text(path: Path) -> str:
         raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
 
 
-def _read_pin(path: Path) -> str | FolderError:
+def _table_pin(path: Path) -> str:
+    return read_table(path / TABLE_FILE)[1]
+
+
+def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike) -> str | FolderError | None:
     try:
-        return read_table(path)[1]
+        return read(Path(path))
     except FolderError as error:
         return error
 
 
-def _chain_problem(text: str, pin: str | FolderError) -> str | None:
-    """What is wrong with the ledger: a broken chain, or lines missing that the table was written with."""
+def _chain_problem(text: str, pins: Mapping[str, str | FolderError | None]) -> str | None:
+    """What is wrong with the ledger: a broken chain, or lines missing that other files were written with."""
     try:
         ledger = Ledger.parse(text)
     except FolderError as error:
         return str(error)
-    if isinstance(pin, FolderError):
-        return f"Whether the ledger lost its last lines cannot be told, because the table cannot be read: {pin}"
-    return pin_problem(ledger, pin)
+    for file, pin in pins.items():
+        if isinstance(pin, FolderError):
+            return f"Whether the ledger lost its last lines cannot be told, because {file} cannot be read: {pin}"
+        problem = None if pin is None else pin_problem(ledger, pin, file)
+        if problem is not None:
+            return problem
+    return None
 
 
-def pin_problem(ledger: Ledger, pin: str) -> str | None:
+def pin_problem(ledger: Ledger, pin: str, file: str = TABLE_FILE) -> str | None:
     """
-    What is wrong between a ledger and the lines that the table of examples was written with.
+    What is wrong between a ledger and the lines that another file was written with.
 
-    The chain alone cannot show that its last lines were cut off; the table remembers how many there were.
+    The chain alone cannot show that its last lines were cut off; the table and the head remember how many there were.
 
     Args:
         ledger ([`~hf_s3t.ledger.Ledger`]): The ledger.
-        pin (`str`): What the table recorded: the number of lines and the hash of the last.
+        pin (`str`): What was recorded: the number of lines and the hash of the last.
+        file (`str`, *optional*): Where.
 
     Returns:
         `str` or `None`: One sentence and the remedy.
     """
-    count = pin.partition(" ")[0]
-    if count.isascii() and count.isdigit() and len(count) < 19 and pin == pin_of(ledger, int(count)):
+    if holds(ledger, pin):
         return None
     return (
-        f"{LEDGER_FILE} does not hold the lines with which {TABLE_FILE} was written (expected {count[:19]}, found "
-        f"{len(ledger.lines)}): lines were cut off or edited, and deletions would be forgotten. Restore it from a "
-        "backup."
+        f"{LEDGER_FILE} does not hold the lines with which {file} was written (expected "
+        f"{pin.partition(' ')[0][:19]}, found {len(ledger.lines)}): lines were cut off or edited, and deletions would "
+        "be forgotten. Restore it from a backup."
     )
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from .errors import CallStoppedError, S3TError
 from .plan import StageKey
+from .scope import Scope
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Route:
 
 
 # The route of the call under way; unset, the base behaves as PEFT's active adapters say (which is how stages train).
-_ROUTE: ContextVar[Route | None] = ContextVar("hf_s3t_route", default=None)
+_ROUTE = Scope("hf_s3t_route")
 
 # While set, the length of what each adapted module and head is given is noted here, call by call.
-_LENGTHS: ContextVar[list[int] | None] = ContextVar("hf_s3t_lengths", default=None)
+_LENGTHS = Scope("hf_s3t_lengths")
 
 
 def hook(module: nn.Module, group: int) -> None:
@@ -90,22 +90,16 @@ def hook(module: nn.Module, group: int) -> None:
 @contextlib.contextmanager
 def routed(route: Route) -> Iterator[None]:
     """Inside, calls of the base in this thread go through the route."""
-    token = _ROUTE.set(route)
-    try:
+    with _ROUTE.holding(route):
         yield
-    finally:
-        _ROUTE.reset(token)
 
 
 @contextlib.contextmanager
 def noting_lengths() -> Iterator[list[int]]:
     """Inside, calls of the base in this thread note the length of what each adapted module and head is given."""
     lengths: list[int] = []
-    token = _LENGTHS.set(lengths)
-    try:
+    with _LENGTHS.holding(lengths):
         yield lengths
-    finally:
-        _LENGTHS.reset(token)
 
 
 def cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -18,6 +18,7 @@ from .errors import FolderError, FormatVersionError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames
 from .files import (
     REGROW,
+    Stamp,
     check_digest,
     digested_json,
     explained,
@@ -36,12 +37,14 @@ from .files import (
 )
 from .ledger import Ledger
 from .plan import Plan, StageKey
-from .table_file import pin_of, read_table, write_table
+from .table_file import holds, pin_of, read_table, write_table
+from .versions import library_versions
 
 
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
 LEDGER_FILE = "ledger.jsonl"
+HEAD_FILE = "ledger.head"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
@@ -64,6 +67,10 @@ COMPANIONS = frozenset(
 )
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _COPIES = 5
+# What a copy is given anew, or has no use for.
+_NOT_COPIED = (CHECKPOINTS, CONFIG_FILE, TABLE_FILE, LEDGER_FILE, HEAD_FILE, ".tmp-*")
+# What the operating system says where one may read and not write.
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
@@ -104,6 +111,8 @@ class SystemFolder:
         self.plan = Plan.from_config(self.config)
         self.ledger = Ledger()
         self._stages: dict[StageKey, dict[str, Any]] = {}
+        # By which the record of a stage that was read is told from one that was written since.
+        self._stage_stamps: dict[StageKey, Stamp | None] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
         self._condemned: dict[StageKey, dict[str, Any]] = {}
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
@@ -144,6 +153,7 @@ class SystemFolder:
         table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
         write_table(path / TABLE_FILE, table, Ledger())
         write_atomically(path / LEDGER_FILE, b"")
+        write_head(path, Ledger())
         write_checked_json(path / CONFIG_FILE, {"format_version": FORMAT_VERSION, "key_check": key.check, **record})
         return cls(path)
 
@@ -191,6 +201,10 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is damaged, or the ledger no longer holds what was read before.
         """
+        self._read_all()
+        self._finish_removal()
+
+    def _read_all(self) -> None:
         with self._reading:
             # The table first: the ledger is never behind it, whatever another process does between the two reads.
             rows, pin = self._read_rows()
@@ -199,9 +213,7 @@ class SystemFolder:
             self.table = self._table_of(rows, pin, ledger)
             self.ledger = ledger
             self._table_pin = pin
-        self._condemned = {}
-        self._stages = self._scan_stages()
-        self._finish_removal(behind=self.is_table_behind)
+        self.refresh_stages()
 
     @property
     def is_table_behind(self) -> bool:
@@ -220,6 +232,10 @@ class SystemFolder:
     def stage_record(self, key: StageKey) -> dict[str, Any]:
         """What `stage.json` says."""
         return self._stages[key]
+
+    def stages_stamp(self) -> tuple[Stamp | None, ...]:
+        """What changes when a stage comes or goes, at one look at the folder of each shard."""
+        return tuple(stamp(self.path / STAGES / f"shard-{shard}") for shard in range(self.plan.num_shards))
 
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
@@ -268,10 +284,18 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
         """
-        folder = self.path / key.path
+        self.check_files(key, self._stages[key])
+        return self.path / key.path
+
+    def check_files(self, key: StageKey, record: Mapping[str, Any]) -> None:
+        """
+        Check that the files of a stage are those that a record of it names.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If one is missing, truncated or altered.
+        """
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            check_digest(folder / name, self._stages[key]["files"][name])
-        return folder
+            check_digest(self.path / key.path / name, record["files"][name])
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
         """The files of a stage by their names."""
@@ -318,7 +342,8 @@ class SystemFolder:
             fill (callable): Called with the temporary folder to write the adapter into.
 
         Returns:
-            `bool`: False if a deletion that came meanwhile touches the stage, which is then discarded.
+            `bool`: False if a deletion that came meanwhile touches the stage, which is then discarded. Where another
+                process made the same stage first, that one stays; `stage_record` says what is there.
         """
         target = self.path / key.path
         temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
@@ -338,14 +363,34 @@ class SystemFolder:
                 if record["slices"] != self.slice_digests(key):
                     self.remove_checkpoints(key)
                     return False
-                self._discard([target])
-                os.rename(temporary, target)
-                sync(target.parent)
+                there = self._record_there(key)
+                if there is None or any(there[part] != record[part] for part in ("slices", "below")):
+                    self._discard([target])
+                    os.rename(temporary, target)
+                    sync(target.parent)
+                else:
+                    # Another process made the same stage meanwhile, and others may stand on it.
+                    record = there
+                self._note(key, record)
+                self.remove_checkpoints(key)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-        self._stages[key] = record
-        self.remove_checkpoints(key)
         return True
+
+    def _record_there(self, key: StageKey) -> dict[str, Any] | None:
+        """What lies in a stage's folder now; `None` if that is no intact stage."""
+        try:
+            record = self._read_stage(key)
+            self.check_files(key, record)
+        except FolderError:
+            return None
+        return record
+
+    def _note(self, key: StageKey, record: dict[str, Any]) -> None:
+        self._stages[key], self._stage_stamps[key] = record, self._stamp_of(key)
+
+    def _stamp_of(self, key: StageKey) -> Stamp | None:
+        return stamp(self.path / key.path / STAGE_FILE)
 
     def record_deletion(self, ids, removed: list[StageKey], versions: Mapping[str, str], groups=()) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
@@ -396,29 +441,57 @@ class SystemFolder:
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
+        self._write_head()
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
+        self._record_handing_out(key.lineage, versions)
+
+    def _record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
         self.refresh_ledger()
-        digests = {str(k): self._stages[k]["files"][ADAPTER_FILE] for k in key.lineage}
+        digests = {str(k): self._stages[k]["files"][ADAPTER_FILE] for k in keys}
         self._append(self.ledger.append("export", ids=(), removed=digests, left={}, versions=dict(versions)))
 
-    def remove_stages(self, keys) -> None:
-        """Remove stages; each goes by one rename first."""
+    def remove_stages(self, keys: Iterable[StageKey]) -> None:
+        """
+        Remove stages that a deletion condemned; each goes by one rename first. The folder's lock must be held.
+
+        What another process grew again under a condemned name, on what is left, stays.
+        """
         keys = list(keys)
+        grown = {key: record for key in keys if (record := self._grown_again(key)) is not None}
         with explained(f"Stages of {self.path} could not be removed", _IN_FORCE):
-            self._discard([self.path / key.path for key in keys])
+            self._discard([self.path / key.path for key in keys if key not in grown])
         for key in keys:
             self._stages.pop(key, None)
             self._condemned.pop(key, None)
+        for key, record in grown.items():
+            self._note(key, record)
+
+    def _grown_again(self, key: StageKey) -> dict[str, Any] | None:
+        """The record of what lies under the name of a condemned stage, if that saw nothing that was deleted."""
+        with contextlib.suppress(FolderError):
+            record = self._read_stage(key)
+            return record if record["slices"] == self.slice_digests(key) else None
+        return None
 
     def remove_stale_checkpoints(self) -> None:
-        """Remove unfinished checkpoints of stages whose slices are no longer what they saw."""
+        """
+        Remove unfinished checkpoints of stages whose slices are no longer what they saw. The folder's lock must be
+        held, and what the folder says be as it is on the disk.
+        """
+        for checkpoint in self._stale_checkpoints():
+            remove(checkpoint)
+
+    def _stale_checkpoints(self) -> list[Path]:
+        stale = []
         for folder in self.path.glob(f"{CHECKPOINTS}/shard-*/*"):
             # What others put there is not ours to judge, and no reason to leave a deletion half done.
             with contextlib.suppress(FolderError):
-                key = StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}")
-                self._drop_stale_checkpoints(folder, key)
+                slices = self.slice_digests(StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}"))
+                found = (*folder.glob("checkpoint-*"), *folder.glob(STAGE_FILE))
+                stale += [c for c in found if not is_checkpoint_current(c, slices, self.ledger)]
+        return stale
 
     def begin_checkpoints(self, key: StageKey, slices: list[str]) -> None:
         """Note what a stage is trained on, before its first checkpoint: by this one without a record is judged."""
@@ -467,9 +540,24 @@ class SystemFolder:
             )
 
     def copy_to(self, path: str | os.PathLike) -> None:
-        """Copy the system, without checkpoints, into another folder; the config goes last, when the rest is synced."""
+        """
+        Copy what is valid of the system into another folder; the config goes last, when the rest is synced.
+
+        The copy is a second system with the same secret, which no deletion here reaches. The ledger notes it, as it
+        notes exported adapters: with every stage that was handed out.
+
+        Args:
+            path (`str` or `os.PathLike`): A folder that is empty or not there.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If something is in the folder, or the system cannot be copied or noted.
+        """
         target = Path(path)
         self.check_target(target)
+        with self.lock():
+            self.refresh_ledger()
+            self.refresh_stages()
+            self._record_handing_out(sorted(self.valid_stages), library_versions())
         # Not under the lock, for which deletions would have to wait: where one came meanwhile, it is copied again.
         for attempt in range(_COPIES):
             seen = stamp(self.path / LEDGER_FILE)
@@ -493,12 +581,29 @@ class SystemFolder:
         write_atomically(target / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
 
     def _copy_files(self, target: Path) -> None:
+        self.refresh_ledger()
+        self.refresh_stages()
+        with self._reading:
+            table, ledger = self.table, self.ledger
         make_folders(target)
-        others = shutil.ignore_patterns(CHECKPOINTS, CONFIG_FILE, ".tmp-*", ".gone-*", ".lock")
-        shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
+        shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=self._left_out_of_copies)
+        # As they were read: a deletion that is under way may not have come to its files.
+        write_table(target / TABLE_FILE, table, ledger)
+        write_atomically(target / LEDGER_FILE, ledger.text.encode())
+        write_head(target, ledger)
         # A system whose ledger a crash cut off would have forgotten deletions.
         for file in (*target.rglob("*"), target):
             sync(file)
+
+    def _left_out_of_copies(self, folder: str, names: list[str]) -> set[str]:
+        here = Path(folder).relative_to(self.path)
+        if here.parts == ():
+            return set(shutil.ignore_patterns(*_NOT_COPIED)(folder, names))
+        if here.parts[0] != STAGES or len(here.parts) > 2:
+            return set()
+        valid = {Path(key.path) for key in self.valid_stages}
+        kept = valid.union(*(path.parents for path in valid))
+        return {name for name in names if here / name not in kept}
 
     # Inside
 
@@ -518,6 +623,11 @@ class SystemFolder:
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
+        self._write_head()
+
+    def _write_head(self) -> None:
+        with explained(f"{self.path / HEAD_FILE} could not be written", _IN_FORCE):
+            write_head(self.path, self.ledger)
 
     def _settle(self) -> None:
         """
@@ -564,15 +674,28 @@ class SystemFolder:
                 self._settle()
 
     def refresh_stages(self) -> None:
-        """Take in stages that another process added or removed; those known are not read again."""
-        self._stages = dict(self._read_stages(self._stages))
+        """Take in stages that another process added, removed or grew again; records that did not change are kept."""
+        stages, stamps = {}, {}
+        for key in self._stage_folders(self.path / STAGES):
+            # Before reading: a record that is replaced meanwhile is read again.
+            stamps[key] = self._stamp_of(key)
+            try:
+                is_known = key in self._stages and stamps[key] == self._stage_stamps.get(key)
+                stages[key] = self._stages[key] if is_known else self._read_stage(key)
+            except FolderError:
+                # Between the look at the folder and at its file, another process may have removed the stage.
+                if (self.path / key.path).exists():
+                    raise
+        self._stages, self._stage_stamps, self._condemned = stages, stamps, {}
 
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
         return stamp(self.path / LEDGER_FILE) != self._ledger_stamp
 
     def _read_ledger(self) -> Ledger:
-        # Before reading: a line that comes while the file is read is news again.
+        # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
+        # meanwhile is news again.
+        head = read_head(self.path)
         found = stamp(self.path / LEDGER_FILE)
         try:
             ledger = Ledger.parse((self.path / LEDGER_FILE).read_bytes().decode(), known=self.ledger)
@@ -592,6 +715,8 @@ class SystemFolder:
                 f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
                 "Restore it from a backup."
             )
+        if head is not None and not holds(ledger, head):
+            raise _lines_lost(self.path / LEDGER_FILE, HEAD_FILE, head)
         self._ledger_stamp = found
         return ledger
 
@@ -601,30 +726,14 @@ class SystemFolder:
         return rows, pin
 
     def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
-        count = int(pin.partition(" ")[0])
-        if pin != pin_of(ledger, count):
-            raise FolderError(
-                f"{self.path / LEDGER_FILE} does not hold the {count} lines with which {TABLE_FILE} was written: "
-                "lines were cut off or edited, and deletions would be forgotten. Restore it from a backup."
-            )
+        if not holds(ledger, pin):
+            raise _lines_lost(self.path / LEDGER_FILE, TABLE_FILE, pin)
         config = self.config
         table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-        return table if count == len(ledger.lines) else self._masked(table, ledger)
+        return table if pin == pin_of(ledger) else self._masked(table, ledger)
 
     def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
         return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
-
-    def _scan_stages(self) -> dict[StageKey, dict[str, Any]]:
-        return dict(self._read_stages(()))
-
-    def _read_stages(self, known: Mapping[StageKey, Any] | tuple) -> Iterator[tuple[StageKey, dict[str, Any]]]:
-        for key in self._stage_folders(self.path / STAGES):
-            try:
-                yield key, known[key] if key in known else self._read_stage(key)
-            except FolderError:
-                # Between the look at the folder and at its file, another process may have removed the stage.
-                if (self.path / key.path).exists():
-                    raise
 
     def _stage_folders(self, root: Path) -> Iterator[StageKey]:
         # Not by glob, which looks at every file's type: a deletion waits for this.
@@ -642,25 +751,43 @@ class SystemFolder:
         folder = self.path / key.path
         return checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW))
 
-    def _finish_removal(self, behind: bool) -> None:
-        """Remove what a deletion condemned and what an interrupted write or removal left behind."""
-        leftovers = [path for pattern in _LEFTOVERS for path in self.path.glob(pattern)]
-        stale = self.condemned_stages()
-        self.remove_stale_checkpoints()
-        if not (leftovers or stale or behind):
+    def _finish_removal(self) -> None:
+        """
+        Remove what a deletion condemned and what an interrupted write or removal left behind.
+
+        Who may not write here serves what is valid, and leaves the removal to the next load that may.
+        """
+        if not self._has_remains():
             return
-        with self.lock(), explained(f"An interrupted removal in {self.path} could not be finished", _IN_FORCE):
-            self._settle()
-            for parent in sorted({leftover.parent for leftover in leftovers} - {self.path}):
-                sync(parent)
-            for leftover in leftovers:
-                remove(leftover)
-            # Again: while this waited for the lock, a stage may have been grown anew under its old name.
-            self._condemned = {}
-            self._stages = self._scan_stages()
-            self.remove_stages(self.condemned_stages())
-            if behind:
-                self._compact()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self.lock())
+            except FolderError as error:
+                if getattr(error.__cause__, "errno", None) in _READ_ONLY:
+                    return
+                raise
+            with explained(f"An interrupted removal in {self.path} could not be finished", _IN_FORCE):
+                self._remove_remains()
+
+    def _has_remains(self) -> bool:
+        return bool(self.is_table_behind or self._leftovers() or self.condemned_stages() or self._stale_checkpoints())
+
+    def _leftovers(self) -> list[Path]:
+        return [path for pattern in _LEFTOVERS for path in self.path.glob(pattern)]
+
+    def _remove_remains(self) -> None:
+        # Again: while this waited for the lock, a stage may have been grown anew under its old name.
+        self._read_all()
+        self._settle()
+        leftovers = self._leftovers()
+        for parent in sorted({leftover.parent for leftover in leftovers} - {self.path}):
+            sync(parent)
+        for leftover in leftovers:
+            remove(leftover)
+        self.remove_stages(self.condemned_stages())
+        self.remove_stale_checkpoints()
+        if self.is_table_behind:
+            self._compact()
 
     def condemned_stages(self) -> list[StageKey]:
         """The stages that saw an example which was deleted since."""
@@ -670,11 +797,6 @@ class SystemFolder:
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
         return bool(self.ledger.num_deletions) and record["slices"] != self.slice_digests(key)
-
-    def _drop_stale_checkpoints(self, folder: Path, key: StageKey) -> None:
-        for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob(STAGE_FILE)):
-            if not is_checkpoint_current(checkpoint, self.slice_digests(key), self.ledger):
-                remove(checkpoint)
 
     def write_checkpoint_record(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Mark a checkpoint, synced, with the slices it saw and its files' digests; without, it is not resumed."""
@@ -720,6 +842,34 @@ def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool
 
 
 # What is read may come from anywhere
+
+
+def write_head(path: Path, ledger: Ledger) -> None:
+    """
+    Write down, beside a ledger, which line is its last.
+
+    The chain cannot show that its last lines were cut off, and the table does only once it was written without the
+    deleted rows. A line is synced before; this need not be: a part, as a crash of the machine leaves, does not count.
+    """
+    write_atomically(path / HEAD_FILE, f"{pin_of(ledger)}\n".encode(), synced=False)
+
+
+def read_head(path: Path) -> str | None:
+    """The pin of the last line, as `write_head` wrote it; `None` where it wrote none, or a crash left a part of it."""
+    try:
+        head = (path / HEAD_FILE).read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path / HEAD_FILE, error) from error
+    return head.removesuffix("\n") if head.endswith("\n") else None
+
+
+def _lines_lost(ledger: Path, by: str, pin: str) -> FolderError:
+    return FolderError(
+        f"{ledger} does not hold the {pin.partition(' ')[0][:19]} lines with which {by} was written: lines were cut "
+        "off or edited, and deletions would be forgotten. Restore it from a backup."
+    )
 
 
 def check_rows(file: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:

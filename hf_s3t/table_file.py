@@ -23,6 +23,12 @@ def pin_of(ledger: Ledger, count: int | None = None) -> str:
     return f"{len(lines)} {line_hash(lines[-1])}" if lines else "0 "
 
 
+def holds(ledger: Ledger, pin: str) -> bool:
+    """Whether a ledger still has the lines of a pin, whatever came after them."""
+    count = pin.partition(" ")[0]
+    return count.isascii() and count.isdigit() and len(count) < 19 and pin == pin_of(ledger, int(count))
+
+
 def write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
     """
     Write the table of examples, with its own digest and the lines of the ledger it goes by.

@@ -1,13 +1,13 @@
 """What lets a served model forget: a change of routing, and removing what saw the examples, now or together later."""
 
 import contextlib
+import functools
+import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-
-from transformers.utils import logging
 
 from .calls import Calls, Routing
 from .config import require_choice
@@ -16,18 +16,17 @@ from .errors import ConfigError, S3TError
 from .ledger import UnlearningReport
 from .pending import PendingReceipt, PendingRequests, request_later
 from .plan import StageKey
+from .retrying import Retrying
 from .stack import StageStack
 from .storage import SystemFolder
 
 
-logger = logging.get_logger(__name__)
-
 # Seconds: how long running calls are waited for, how long a call waits before it looks at the ledger again, how long
-# `unlearn` has to return before the id table is written, and until requests that could not be applied are tried again.
+# `unlearn` has to return before the id table is written, and within which two changes of a folder may bear one time.
 _PATIENCE = 60.0
 _A_MOMENT = 0.005
 _HEAD_START = 0.002
-_RETRY = 60.0
+_GRAIN = 0.1
 
 
 class Unlearning:
@@ -45,28 +44,45 @@ class Unlearning:
         self.folder = folder
         self.preload = preload
         self._calls = Calls(Routing(()))
-        # How many lines of the ledger what serves goes by: others than this model read them too.
-        self._followed = 0
+        # What serves goes by so many lines of the ledger, and by the stages that were there then: others than this
+        # model read the folder too, and write to it.
+        self._followed: tuple[int, tuple] | None = None
+        self._look_again = math.inf
         self._deletion_lock = threading.RLock()
-        self._cleaner: threading.Thread | None = None
-        self._timer: threading.Timer | None = None
+        compact = functools.partial(_compact, folder)
+        apply_due = functools.partial(_apply_due, weakref.ref(self))
+        self._cleaner = Retrying(compact, "The table of examples still holds deleted rows")
+        self._due = Retrying(apply_due, "Deletion requests are due and could not be applied")
         self.refresh()
         # Before there are calls, also where no stage serves yet: what is attached later must replace no module.
         stack.wrap()
         self._apply_in_time()
 
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[Routing]:
+        """A call: it works on what the folder says when it begins, from start to end."""
+        with self._calls.call(self._follow) as routing:
+            yield routing
+
+    def _catch_up(self) -> None:
+        """Follow the folder, unless inside of a call, which goes on with what it began with."""
+        if not self._calls.is_inside:
+            self._follow()
+
     def _follow(self) -> None:
-        """Before a call: do what the ledger says since another process wrote to it."""
-        if self._calls.is_inside:
-            return
+        """Before a call: do what the folder says since another process wrote to it, deletions and new stages."""
         while self._is_behind():
-            # Whoever holds this lock is reading the ledger, or writing to it: soon there is no news any more.
+            # Whoever holds this lock is reading the folder, or writing to it: soon there is no news any more.
             if self._deletion_lock.acquire(timeout=_A_MOMENT):
                 try:
-                    if self._is_behind() and self.stack.in_training is None:
-                        self.refresh()
-                    elif self._is_behind():
+                    if not self._is_behind():
+                        continue
+                    if self.stack.in_training is not None:
                         self._switch_off()
+                    elif self._knows_all_deletions():
+                        self._take_in(self.folder.refresh_stages)
+                    else:
+                        self.refresh()
                 finally:
                     self._deletion_lock.release()
 
@@ -74,11 +90,11 @@ class Unlearning:
         """Follow the ledger while a stage trains on the same base: condemned stages stop answering, none is loaded."""
         folder = self.folder
         folder.refresh_ledger()
-        followed = len(folder.ledger.lines)
+        followed = self._state()
         here = self._routing.stages & folder.valid_stages
         held = frozenset(key for key in here if self.stack.holds(key, folder.adapter_digest(key)))
         self._calls.switch(self._routing_of(held))
-        self._followed = followed
+        self._has_followed(followed)
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -94,14 +110,30 @@ class Unlearning:
             self._calls.stop(stages)
 
     def _is_behind(self) -> bool:
-        return self.folder.has_news() or len(self.folder.ledger.lines) != self._followed
+        return self.folder.has_news() or self._followed != self._state() or time.monotonic() >= self._look_again
+
+    def _knows_all_deletions(self) -> bool:
+        known = self._followed is not None and self._followed[0] == len(self.folder.ledger.lines)
+        return known and not self.folder.has_news()
+
+    def _state(self) -> tuple[int, tuple]:
+        """What is known of the folder, before stages are looked at: what comes meanwhile is news again."""
+        return len(self.folder.ledger.lines), self.folder.stages_stamp()
+
+    def _has_followed(self, state: tuple[int, tuple]) -> None:
+        self._followed = state
+        # A change that came right after may bear the same time as the one that was seen.
+        newest = max((stamp.time for stamp in state[1] if stamp is not None), default=0)
+        is_recent = abs(time.time_ns() - newest) < _GRAIN * 1e9
+        self._look_again = time.monotonic() + _GRAIN if is_recent else math.inf
 
     def refresh(self) -> None:
         """
         Follow what is in the folder now: deletions by other processes, stages a trainer added.
 
-        Calls notice deletions by other processes by themselves when they begin; this is for not waiting for one. Calls
-        under way on a stage that has gone are waited for, as in [`~S3TModel.unlearn`].
+        Calls notice what other processes deleted or grew by themselves when they begin; this is for not waiting for
+        one, and for what only the Hub knows. Calls under way on a stage that has gone are waited for, as in
+        [`~S3TModel.unlearn`].
 
         Raises:
             [`~hf_s3t.errors.S3TError`]: If called while a stage trains, or from inside a running call of this model.
@@ -110,16 +142,21 @@ class Unlearning:
         with self._deletion_lock:
             self._refuse_while_training()
             self._wait_for_cleaner()
-            while True:
-                self.folder.refresh()
-                self.folder.prepare()
-                try:
-                    self._serve()
-                    return
-                except OSError:
-                    # What another process removes while it is loaded here: a line in the ledger says so before.
-                    if not self.folder.has_news():
-                        raise
+            self._take_in(self.folder.refresh)
+
+    def _take_in(self, read: Callable[[], None]) -> None:
+        """Read what is in the folder, and serve it."""
+        while True:
+            seen = self.folder.stages_stamp()
+            read()
+            self.folder.prepare()
+            try:
+                self._serve()
+                return
+            except OSError:
+                # What another process removes or replaces while it is loaded here.
+                if not self.folder.has_news() and self.folder.stages_stamp() == seen:
+                    raise
 
     def _refuse_while_training(self) -> None:
         if self.stack.in_training is not None:
@@ -131,29 +168,37 @@ class Unlearning:
     def _serve(self, on_running: str = "wait", timeout: float = _PATIENCE) -> float:
         """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
         folder, stack, calls = self.folder, self.stack, self._calls
-        # In this order: a line that comes in between is followed before the next call.
-        followed = len(folder.ledger.lines)
+        # In this order: what comes in between is followed before the next call.
+        followed = self._state()
         valid = folder.valid_stages
         present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
         routing = self._routing_of(valid)
         # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
         # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
-        lock_seconds = 0.0
-        if not self._routing.stages <= present:
-            lock_seconds = calls.switch(routing if routing.stages <= present else self._routing_of(present))
-        # What serves from here on is valid; new calls need not wait for what follows.
-        self._followed = followed
-        gone = frozenset(stack.loaded) - present
-        if on_running == "cancel" or not calls.wait_for(gone, timeout):
-            calls.stop(gone)
-        stack.drop(gone)
-        wanted = set(valid) if self.preload == "all" else routing.stages
-        new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
-        # All files are checked before any is attached.
-        files = [(key, folder.adapter_path(key)) for key in new]
-        for key, path in files:
-            stack.load(key, path, folder.adapter_digest(key))
-        lock_seconds = max(lock_seconds, calls.switch(routing))
+        first = routing if routing.stages <= present else self._routing_of(present)
+        # A system of which a stack is left is not exhausted while that is loaded: calls wait for it.
+        is_awaited = first.route is None and routing.route is not None
+        with calls.awaited() if is_awaited else contextlib.nullcontext():
+            lock_seconds = 0.0
+            if not self._routing.stages <= present:
+                lock_seconds = calls.switch(first)
+            # What serves from here on is valid; new calls need not wait for what follows. Where nothing serves they
+            # do, and if it fails the next one tries it again.
+            self._followed = None
+            if not is_awaited:
+                self._has_followed(followed)
+            gone = frozenset(stack.loaded) - present
+            if on_running == "cancel" or not calls.wait_for(gone, timeout):
+                calls.stop(gone)
+            stack.drop(gone)
+            wanted = set(valid) if self.preload == "all" else routing.stages
+            new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
+            # All files are checked before any is attached.
+            files = [(key, folder.adapter_path(key)) for key in new]
+            for key, path in files:
+                stack.load(key, path, folder.adapter_digest(key))
+            lock_seconds = max(lock_seconds, calls.switch(routing))
+            self._has_followed(followed)
         spare = frozenset(stack.loaded) - wanted
         # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
         if calls.wait_for(spare, timeout):
@@ -233,7 +278,6 @@ class Unlearning:
         folder.remove_stale_checkpoints()
         # Also what an earlier call could not write for want of room.
         if folder.is_table_behind:
-            self._cleaner = threading.Thread(target=_compact, args=[folder], name="hf_s3t-compact")
             self._cleaner.start()
         return deletion.report(before, self._routing.depths, time.perf_counter() - started, lock_seconds)
 
@@ -302,47 +346,35 @@ class Unlearning:
 
     def _apply_in_time(self) -> None:
         """Have the requests that wait applied when the most urgent one is due."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._due.cancel()
         due = PendingRequests(self.folder).apply_by()
         if due is not None:
-            self._apply_in((due - datetime.now(UTC)).total_seconds())
-
-    def _apply_in(self, seconds: float) -> None:
-        seconds = min(max(0.0, seconds), threading.TIMEOUT_MAX)
-        self._timer = threading.Timer(seconds, _apply_due, [weakref.ref(self)])
-        self._timer.daemon = True
-        self._timer.start()
+            self._due.start_in((due - datetime.now(UTC)).total_seconds())
 
     def _wait_for_cleaner(self) -> None:
         """The id table is written without the deleted rows a moment after `unlearn` returned."""
-        if self._cleaner is not None:
-            self._cleaner.join()
-            self._cleaner = None
+        self._cleaner.wait()
+
+    @property
+    def _failures(self) -> list[str]:
+        """One sentence for each thing that could not be done yet, and is tried again."""
+        return [task.problem for task in (self._cleaner, self._due) if task.problem is not None]
 
 
 def _compact(folder: SystemFolder) -> None:
     # Else this thread would hold the interpreter, and the folder's lock, before `unlearn` could return.
     time.sleep(_HEAD_START)
-    try:
-        folder.compact()
-        folder.prepare()
-    except OSError as error:
-        logger.error(str(error))
-
-
-def _require_seconds(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ConfigError(f"`{name}` must be a number of seconds, got {value!r}.")
+    folder.compact()
+    folder.prepare()
 
 
 def _apply_due(model: "weakref.ref[Unlearning]") -> None:
     """Apply what waits, unless the model is gone; another process will then when it loads the folder."""
     alive = model()
-    if alive is None:
-        return
-    try:
+    if alive is not None:
         alive.apply_pending()
-    except S3TError as error:
-        logger.error(f"Deletion requests are due and could not be applied: {error} It is tried again every minute.")
-        alive._apply_in(_RETRY)
+
+
+def _require_seconds(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ConfigError(f"`{name}` must be a number of seconds, got {value!r}.")

@@ -49,12 +49,13 @@ from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.calls import Routing
 from hf_s3t.cost import COST_FILE
+from hf_s3t.deletion import apply
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCacheError, UnknownExampleError
 from hf_s3t.layers import find_head, group_layers
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.stack import seed_head
-from hf_s3t.storage import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
+from hf_s3t.storage import ADAPTER_FILE, PROTOTYPES_FILE, STAGES, SystemFolder
 from hf_s3t.verify import differing_tensors
 from hf_s3t.whole_adapter import WholeAdapterModel
 
@@ -403,7 +404,7 @@ def test_prototypes_are_those_of_the_examples_that_are_left(copy_of, tmp_path):
                 never.trainer.get_test_dataloader(
                     never.trainer._stage_rows.select(StageKey(shard, (slice_,)), never.trainer.folder.table)
                 ),
-                "",
+                never.trainer.folder.table.slice_digest(shard, slice_),
             )
             for shard in range(2)
             for slice_ in range(2)
@@ -412,6 +413,22 @@ def test_prototypes_are_those_of_the_examples_that_are_left(copy_of, tmp_path):
     left, expected = (load_file(m.output_dir / PROTOTYPES_FILE) for m in (method, never))
     assert not differing_tensors(left, expected)
     assert {name.rpartition(".")[0] for name in differing_tensors(left, sums)} == {"0.0", "1.1"}
+
+
+def test_prototypes_of_what_another_process_deleted_meanwhile_are_not_written(copy_of):
+    method = copy_of("protosisa")
+    prototypes, folder = method.model.prototypes, method.trainer.folder
+    gone = id_at(0, 0)
+    apply(SystemFolder(folder.path), [gone])
+    # Whoever summed the slice up before knows nothing of it.
+    prototypes.add({})
+    assert {name.rpartition(".")[0] for name in load_file(folder.path / PROTOTYPES_FILE)} == {"0.1", "1.0", "1.1"}
+    assert folder.is_deleted(gone)
+    # Also of none there is a file that can be read.
+    apply(SystemFolder(folder.path), [id_at(0, 1), id_at(1, 0), id_at(1, 1)])
+    folder.refresh_ledger()
+    prototypes.drop_stale(folder.table)
+    assert prototypes.is_empty and load_file(folder.path / PROTOTYPES_FILE) == {}
 
 
 def test_prototypes_answer_when_every_shard_is_dead(copy_of):

@@ -1,5 +1,6 @@
 """Calls while a deletion arrives: each works on one snapshot; those on the old are waited for or stopped."""
 
+import asyncio
 import contextlib
 import copy
 import random
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hf_s3t.deletion import apply
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError
 from hf_s3t.pending import PENDING_FILE
 from hf_s3t.plan import StageKey
+from hf_s3t.route import _LENGTHS, _ROUTE, Route, noting_lengths, routed
 from hf_s3t.storage import SystemFolder
 
 
@@ -181,6 +184,96 @@ def test_a_limit_cuts_what_is_deeper_and_leaves_what_is_not():
     assert deep.cut(None) is deep.cut(3) is deep.cut(4) is deep
 
 
+# What was started inside of a call and outlives it
+
+
+@contextlib.contextmanager
+def started_inside(calls):
+    """The context of a call on the old stacks, as a task that it starts is given it."""
+    with calls.call():
+        yield copy_context()
+
+
+def test_a_call_begun_in_a_task_of_a_call_that_has_ended_is_one_of_its_own():
+    calls = Calls(OLD)
+    with started_inside(calls) as context:
+        assert context.run(lambda: calls.is_inside)
+    assert not context.run(lambda: calls.is_inside)
+    calls.switch(NEW)
+    call = Blocked(calls)
+    with in_thread(lambda: context.run(call)) as outcome:
+        assert call.begun.wait(PATIENCE)
+        assert list(calls._calls) == [NEW]
+        # It is waited for like any other.
+        assert not calls.wait_for(NEW.stages, 0) and calls.wait_for(GONE, 0)
+        call.go_on.set()
+    assert outcome == [NEW]
+
+
+def test_a_call_that_joins_the_one_it_was_started_in_and_outlives_it_is_waited_for():
+    calls = Calls(OLD)
+    with calls.call():
+        context = copy_context()
+        call = Blocked(calls)
+        beside = in_thread(lambda: context.run(call))
+        outcome = beside.__enter__()
+        assert call.begun.wait(PATIENCE)
+    calls.switch(NEW)
+    assert not calls.wait_for(GONE, 0), "it computes on the old stacks"
+    call.go_on.set()
+    beside.__exit__(None, None, None)
+    assert outcome == [OLD] and calls.wait_for(GONE, 0)
+
+
+def test_a_call_brings_the_routing_up_to_date_unless_it_joins_one():
+    calls, followed = Calls(OLD), []
+    with calls.call(lambda: followed.append(1)):
+        context = copy_context()
+        with calls.call(lambda: followed.append(2)):
+            pass
+
+    def later():
+        with calls.call(lambda: (followed.append(3), calls.switch(NEW))) as routing:
+            return routing
+
+    assert context.run(later) is NEW and followed == [1, 3]
+
+
+def test_a_limit_ends_with_its_block_also_in_what_was_started_there():
+    calls = Calls(OLD)
+
+    def depths():
+        with calls.call() as routing:
+            return routing.depths
+
+    with calls.limited_to(1):
+        inside = copy_context()
+        assert inside.run(depths) == [1, 1]
+    assert inside.run(depths) == depths() == [2, 1]
+
+
+def test_a_limit_around_counts_again_when_the_one_in_it_has_ended():
+    calls = Calls(Routing([[StageKey(0, (0, 1, 2))]]))
+
+    def depths():
+        with calls.call() as routing:
+            return routing.depths
+
+    with calls.limited_to(2):
+        with calls.limited_to(1):
+            inside = copy_context()
+        assert inside.run(depths) == [2]
+    assert inside.run(depths) == [3]
+
+
+def test_a_pass_of_the_base_begun_in_what_outlives_a_call_goes_through_no_route():
+    route = Route((StageKey(0, (0,)),))
+    with routed(route), noting_lengths():
+        inside = copy_context()
+        assert _ROUTE.get() is route and inside.run(_ROUTE.get) is route
+    assert inside.run(_ROUTE.get) is None and inside.run(_LENGTHS.get) is None
+
+
 # A model
 
 
@@ -312,6 +405,61 @@ def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
         model.unlearn([last_of(model, 0)], on_running="cancel")
         assert not any(tensor() is not None for tensor in tensors)
         pause.go_on.set()
+
+
+class Leaving(Streamer):
+    """A streamer that leaves the context of the call it is in to what outlives it: a queue's consumer, say."""
+
+    def __init__(self):
+        super().__init__(lambda: None)
+
+    def end(self):
+        self.context = copy_context()
+
+
+@pytest.mark.parametrize("how", ["copied context", "asyncio.to_thread", "create_task"])
+def test_what_a_call_left_behind_answers_by_what_is_left(model, how):
+    batch, streamer = batch_of(lm_rows(1)), Leaving()
+    model.generate(batch["input_ids"], max_new_tokens=1, min_new_tokens=1, do_sample=False, streamer=streamer)
+    (tip,) = model._routing.served[0]
+    before, path = model(**batch).logits, model.folder.path
+
+    def left_behind():
+        if how == "copied context":
+            return model(**batch).logits
+        if how == "asyncio.to_thread":
+            return asyncio.run(call_in_thread(model, batch))
+        return asyncio.run(call_in_task(model, batch))
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def pause(module, args):
+        if threading.current_thread() is not threading.main_thread() and not begun.is_set():
+            begun.set()
+            assert go_on.wait(PATIENCE)
+
+    handle = model.base_model.lm_head.register_forward_pre_hook(pause)
+    with in_thread(lambda: streamer.context.run(left_behind)) as answered:
+        assert begun.wait(PATIENCE)
+        with in_thread(lambda: model.unlearn([last_of(model, 0)])) as unlearned:
+            while model._routing.depths == [3, 3]:
+                time.sleep(0.001)
+            assert not unlearned and tip in model.stack.loaded, "the call is waited for"
+            go_on.set()
+    handle.remove()
+    assert torch.equal(answered[0], before) and unlearned[0].depths_after == [2, 3]
+    assert torch.equal(streamer.context.run(left_behind), load(path)(**batch).logits)
+
+
+async def call_in_thread(model, batch):
+    return await asyncio.to_thread(lambda: model(**batch).logits)
+
+
+async def call_in_task(model, batch):
+    async def call():
+        return model(**batch).logits
+
+    return await asyncio.create_task(call())
 
 
 ON_ITSELF = {

@@ -903,7 +903,8 @@ def test_an_unlearn_that_is_refused_changes_nothing(case, untouched):
     with pytest.raises(S3TError) as caught:
         untouched.unlearn(**case.given)
     case.check(caught)
-    assert untouched._cleaner is None and state_of(untouched) == before
+    untouched._wait_for_cleaner()
+    assert state_of(untouched) == before
 
 
 def test_ids_that_were_deleted_before_are_no_error_and_no_second_deletion(model):

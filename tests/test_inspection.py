@@ -254,6 +254,8 @@ def test_a_stage_on_another_one_is_named(untouched):
         (path / "adapter_model.safetensors").write_bytes(b"trained another way")
         (path / "adapter_config.json").write_text("{}")
 
+    # A valid stage is not written over.
+    shutil.rmtree(untouched / parent.path)
     folder.write_stage(parent, record, fill)
     assert "was trained on another stage shard-0/0 than the one that is there" in problem_of(untouched)
 

@@ -99,7 +99,7 @@ def test_a_request_is_applied_by_itself_when_it_is_due(model):
 def test_a_request_that_fell_due_while_nothing_ran_is_applied_at_the_next_load(model):
     folder = model.folder.path
     model.unlearn_later(IDS[:1], max_delay=0)
-    model._timer.cancel()
+    model._due.cancel()
     del model
     gc.collect()
     loaded = load(folder)
@@ -112,7 +112,7 @@ def test_the_most_urgent_request_decides(model):
     assert soon < late
     assert model.unlearn_later(IDS[2:3], max_delay=2000).apply_by == soon
     assert model.unlearn_later(IDS[3:4]).apply_by == soon
-    model._timer.cancel()
+    model._due.cancel()
 
 
 def test_unknown_ids_are_refused_and_nothing_is_recorded(model):

@@ -31,7 +31,7 @@ from hf_s3t.storage import STAGE_FILE, SystemFolder
 from hf_s3t.table_file import read_table, write_table
 
 
-ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.key", "stages"}
+ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.head", "ledger.key", "stages"}
 STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
 IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
 CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
@@ -337,6 +337,11 @@ def test_a_ledger_that_lost_its_last_lines_is_refused(deleted_system, lines):
     file = deleted_system / "ledger.jsonl"
     kept = file.read_text().splitlines(keepends=True)[:lines]
     file.write_text("".join(kept))
+    with pytest.raises(FolderError, match=r"does not hold the 2 lines with which ledger.head was written"):
+        SystemFolder(deleted_system)
+    assert_refused(deleted_system, file)
+    # A folder that was written before there was a head shows it by its table.
+    (deleted_system / "ledger.head").unlink()
     with pytest.raises(FolderError, match=r"does not hold the 2 lines with which examples.parquet was written"):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
@@ -576,6 +581,8 @@ def test_a_stage_is_not_valid_on_another_parent_than_it_was_trained_on(system):
     key = next(key for key in folder.plan.stages() if key.depth == 2)
     record = record_of(folder, key.parent)
     other = {**record, "below": "another"}
+    # A valid stage is not written over.
+    shutil.rmtree(system / key.parent.path)
     folder.write_stage(key.parent, record, fill_with(other, key.parent))
     assert key.parent in folder.valid_stages and key not in folder.valid_stages
 

@@ -232,10 +232,10 @@ def make_trainer(
     )
 
 
-def plant_stages(trainer, limit: int | None = None) -> None:
+def plant_stages(trainer, limit: int | None = None, seed: int = 0) -> None:
     """
-    Make missing stages exist without training: adapters of random numbers that differ from stage to stage, written as
-    training writes them. A hundred times faster than training, for tests of everything that comes after it.
+    Make missing stages exist without training: adapters of random numbers that differ from stage to stage (and seed to
+    seed), written as training writes them. A hundred times faster, for tests of everything that comes after it.
     """
     folder, stack = trainer.folder, trainer._stack
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
@@ -243,7 +243,7 @@ def plant_stages(trainer, limit: int | None = None) -> None:
             if stage not in stack:
                 stack.load(stage, folder.adapter_path(stage), folder.adapter_digest(stage))
         stack.add(key)
-        generator = torch.Generator().manual_seed(stage_seed(folder.config.seed, key))
+        generator = torch.Generator().manual_seed(stage_seed(folder.config.seed, key) + seed)
         for tensor in stack.tensors(key).values():
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) / 10)
         record = {**trainer._origin(key), "metrics": {}}
