@@ -141,6 +141,18 @@ def test_a_stopped_call_raises_instead_of_returning():
     assert "Call again" in str(outcome[0])
 
 
+def test_a_call_that_is_stopped_when_it_has_computed_all_does_not_return_it():
+    calls, returned = Calls(Routing(OLD.served)), []
+    with pytest.raises(CallStoppedError):
+        with calls.call() as routing:
+            with calls.computing(routing):
+                answer = routing
+            calls.switch(NEW)
+            calls.stop(GONE)
+        returned.append(answer)
+    assert not returned
+
+
 def test_a_stopped_call_begins_to_compute_nothing_more():
     calls, computed = Calls(Routing(OLD.served)), []
     with pytest.raises(CallStoppedError), calls.call() as routing:

@@ -961,6 +961,17 @@ def test_checkpoints_go_with_the_slices_they_saw_and_others_stay(tmp_path):
     assert kept.exists()
 
 
+def test_a_checkpoint_that_was_put_back_after_its_example_was_deleted_is_removed_by_the_next_load(tmp_path):
+    folder = new_system(tmp_path / "system")
+    hit, other = StageKey(0, (0,)), StageKey(0, (1,))
+    stale, current = (checkpoint(folder, key, 1, folder.slice_digests(key)) for key in (hit, other))
+    shutil.copytree(stale, tmp_path / "aside")
+    forget(folder, folder.table.members(0, 0)[:1])
+    shutil.copytree(tmp_path / "aside", stale)
+    SystemFolder(folder.path)
+    assert not stale.exists() and current.exists()
+
+
 def test_checkpoints_of_a_deletion_that_died_are_removed_by_the_next_load(tmp_path):
     folder = new_system(tmp_path / "system")
     key = folder.plan.stages()[0]
