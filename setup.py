@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "huggingface-hub>=2.4",
     "jinja2>=3.1",
     "numpy>=2.4",
+    "pathspec>=1.1",
     "peft>=0.21",
     "pyarrow>=26.0",
     "pyyaml>=6.0",

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, logging
 
 from hf_s3t import S3TConfig, S3TTrainer
+from hf_s3t.baselines import use_public_secret
 from hf_s3t.plan import stage_seed
 from hf_s3t.storage import SystemFolder
 
@@ -54,6 +55,8 @@ def make_system(path: Path, base: nn.Module, config: S3TConfig, examples: int, r
         rank (`int`, defaults to 16): Rank of the adapters.
     """
     rows = Dataset.from_dict({"input_ids": [[number % 100] for number in range(examples)]})
+    # Every run deletes from the same places.
+    use_public_secret(path)
     trainer = S3TTrainer(
         model=copy.deepcopy(base),
         args=TrainingArguments(output_dir=str(path), report_to="none", use_cpu=True, disable_tqdm=True),

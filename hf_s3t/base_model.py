@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from .errors import BaseModelMismatchError, LayersNotFoundError
+from .errors import BaseModelMismatchError, IsolationError, LayersNotFoundError
 
 
 _HALVES = ("bfloat16", "float16")
@@ -279,6 +279,28 @@ def log_casts_once(model: nn.Module) -> None:
     casts = logging.getLogger("bitsandbytes.autograd._functions")
     if getattr(model, "is_loaded_in_8bit", False) and not any(isinstance(f, _Once) for f in casts.filters):
         casts.addFilter(_Once())
+
+
+def keep_4_bit_weights(model: nn.Module) -> None:
+    """
+    Have bitsandbytes leave the weights of a 4-bit base as they are.
+
+    On CPUs that compute in bfloat16, it packs them when the model first answers: it rounds what they are scaled by,
+    which it cannot undo, and passes no gradients through them. A stage trained then would stand on another base than
+    one that is trained in a fresh process.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: If the model has answered before, and its weights are packed.
+    """
+    for name, module in model.named_modules():
+        if hasattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu"):
+            raise IsolationError(
+                f"The 4-bit base has answered before, and bitsandbytes has rounded its weights for this CPU ({name} "
+                "and others): it is not what its checkpoint says any more. Load it again, and give it before it is "
+                "called."
+            )
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 class _quietly:

@@ -1,10 +1,12 @@
 """
 The paper's baselines, and S3T itself, under one interface: train, serve, delete, train again, and what it cost.
 
-Every method takes the same arguments and partitions the data alike, so that one driver can measure them all.
+Every method takes the same arguments and, under one secret, partitions the data alike, so that one driver can measure
+them all.
 """
 
 import contextlib
+import os
 import time
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from .blueprint import Layout
 from .config import S3TConfig
 from .cost import Cost, UnitCost, add_cost, read_cost
 from .errors import ConfigError
+from .examples import PUBLIC_SECRET, DigestKey
+from .files import make_folders
 from .modeling import S3TModel
 from .plan import StageKey, stage_seed
 from .prototypes import ProtoSISAModel, check_is_classifier
@@ -50,14 +54,42 @@ class Deletion:
     depths_after: list[int]
 
 
+def use_public_secret(output_dir: str | os.PathLike) -> None:
+    """
+    Give a system that is to be made in a folder the secret that everybody knows, `hf_s3t.examples.PUBLIC_SECRET`.
+
+    All such systems place the same ids alike by the seed alone, whatever the method, folder and machine: for comparing
+    on public or invented data. Of other data everybody could test who was deleted; there, set `HF_S3T_KEY` to one
+    secret for all that is compared. A folder in which something is stays as it is, and `HF_S3T_KEY` goes before it.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder, which need not be there.
+
+    Example:
+
+    ```python
+    from hf_s3t.baselines import METHODS, use_public_secret
+
+    for name in METHODS:
+        use_public_secret(f"runs/{name}")
+    ```
+    """
+    folder = Path(output_dir)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        return
+    make_folders(folder)
+    DigestKey(PUBLIC_SECRET.encode()).write(output_dir)
+
+
 class Method(ABC):
     """
     One way to fine-tune a model on data that may have to be forgotten; all ways take the same arguments.
 
-    The same ids land in the same shard and slice, whatever the method, and a classification head starts from the same
-    seed. What training makes is in `args.output_dir`: a second object on the same folder goes on where the first one,
-    or its process, ended. Deletions are exact for every method: what answers afterwards is to the bit what training
-    without the examples would have made of the same units.
+    The same ids land in the same shard and slice, whatever the method, under the same secret: a balanced partition
+    follows from it, so set `HF_S3T_KEY` for all that is compared, or see [`use_public_secret`]. A classification head
+    starts from the same seed. What training makes is in `args.output_dir`: a second object on the same folder goes on
+    where the first one, or its process, ended. Deletions are exact for every method: what answers afterwards is to the
+    bit what training without the examples would have made of the same units.
 
     A slice that deletions have emptied ends a sequence before it, for every method: nothing after it is trained again.
 

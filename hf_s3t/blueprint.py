@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
@@ -15,7 +16,7 @@ from .base_model import check_base_is, config_of, describe_base
 from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
-from .examples import DigestKey, ExampleTable
+from .examples import DigestKey, ExampleTable, KeptNames
 from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
@@ -67,6 +68,8 @@ class Blueprint:
     head: tuple[str, ...]
     base: dict[str, Any]
     rows: TrainingRows | None
+    # Of a system that is to be made: its secret, and its table.
+    key: DigestKey | None
     planned: ExampleTable | None
     task: str
 
@@ -86,6 +89,7 @@ class Blueprint:
                 "groups": [list(group) for group in self.layers.groups],
             },
             "head": list(self.head),
+            "keyed_places": self.config.partition == "balanced" and self.key.for_places is not None,
             "versions": circumstances(model)["versions"],
         }
 
@@ -107,7 +111,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
-    recorded = _recorded(args.output_dir)
+    recorded, key = _agreed(args)
     if recorded is not None:
         check_method(recorded, (layout.method,), args.output_dir)
     asked = _merged_config(s3t_config, recorded)
@@ -132,24 +136,29 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
         base = describe_base(model, path, head)
     if rows is not None and evaluation_chooses(args, config):
         rows.refuse_shared(eval_dataset)
-    planned = _match(rows, args.output_dir, recorded) if rows is not None else None
-    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, planned, find_task(model))
+    planned = None
+    if key is not None:
+        placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
+        planned = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+    elif rows is not None:
+        _match(rows, args.output_dir)
+    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, key, planned, find_task(model))
 
 
-def _match(rows: TrainingRows, output_dir: str, recorded: dict | None) -> ExampleTable | None:
-    """
-    Refuse a dataset that does not fit the system, before the trainer spends time on preparing it; for a new system
-    returns its table, without digests.
-    """
-    if recorded is None:
-        config = rows.config
-        # Contents matter for where equal ones go; the system's own key is not made yet, and any will do.
-        contents = rows.digests(DigestKey(bytes(16))) if config.colocate_duplicates else [""] * len(rows.ids)
-        table = rows.partition(contents)
-        return ExampleTable(table, config.num_shards, config.num_slices, config.seed)
+def _match(rows: TrainingRows, output_dir: str) -> None:
+    """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
     folder = SystemFolder(output_dir)
     folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
-    return None
+
+
+def _agreed(args) -> tuple[dict[str, Any] | None, DigestKey | None]:
+    """What is recorded of the system; where none is there yet, the secret that it will have."""
+    recorded = _recorded(args.output_dir)
+    key = DigestKey.draw(args.output_dir) if recorded is None else None
+    if args.world_size > 1:
+        # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
+        (key,) = broadcast_object_list([key])
+    return (recorded if key is None else None), key
 
 
 def _recorded(output_dir: str) -> dict[str, Any] | None:

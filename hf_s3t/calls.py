@@ -14,13 +14,6 @@ from .route import Route
 from .scope import Scope
 
 
-# Per model the routing of the call that this code is inside of.
-_INSIDE = Scope("hf_s3t_inside")
-
-# Per model the depth that stacks are cut to for the calls that begin here.
-_LIMITS = Scope("hf_s3t_limits")
-
-
 class Routing:
     """
     A snapshot of which stacks answer. Never changed: a deletion puts another in its place.
@@ -79,11 +72,20 @@ class Calls:
         self._calls: Counter[Routing] = Counter()
         self._passes: Counter[Routing] = Counter()
         self._is_awaited = False
+        # The routing of the call that code is inside of, and the depth that stacks are cut to for calls that begin.
+        self._inside = Scope("hf_s3t_inside")
+        self._limit = Scope("hf_s3t_limit")
 
     @property
     def is_inside(self) -> bool:
         """Whether this code is inside a call that runs: in a streamer's callback, say, or in a task that it made."""
-        return id(self) in (_INSIDE.get() or {})
+        return self._inside.get() is not None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no stack answers, and none is being loaded."""
+        with self._changed:
+            return self.routing.route is None and not self._is_awaited
 
     def refuse_inside(self, what: str) -> None:
         """
@@ -111,13 +113,12 @@ class Calls:
         Raises:
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call, instead of letting it return.
         """
-        inside = _INSIDE.get() or {}
-        routing = self._join(inside.get(id(self)))
-        if routing is None:
+        routing = self._join(self._inside.get())
+        while routing is None:
             follow()
             routing = self._begin()
         try:
-            with _INSIDE.holding({**inside, id(self): routing}):
+            with self._inside.holding(routing):
                 yield routing
             _refuse_stopped(routing)
         finally:
@@ -131,11 +132,13 @@ class Calls:
             self._calls[outer] += 1
             return outer
 
-    def _begin(self) -> Routing:
-        """Count one more call on what answers now, as soon as that is there."""
+    def _begin(self) -> Routing | None:
+        """Count one more call on what answers now; `None` after a wait for it to be loaded, which may have failed."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_awaited)
-            routing = self.routing.cut((_LIMITS.get() or {}).get(id(self)))
+            if self._is_awaited:
+                self._changed.wait_for(lambda: not self._is_awaited)
+                return None
+            routing = self.routing.cut(self._limit.get())
             self._calls[routing] += 1
             return routing
 
@@ -154,7 +157,7 @@ class Calls:
     @contextlib.contextmanager
     def limited_to(self, depth: int) -> Iterator[None]:
         """Inside, calls that begin here work on stacks of at most so many stages."""
-        with _LIMITS.holding({**(_LIMITS.get() or {}), id(self): depth}):
+        with self._limit.holding(depth):
             yield
 
     @contextlib.contextmanager

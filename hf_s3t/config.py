@@ -61,8 +61,8 @@ class S3TConfig:
             Column naming the group (a person, say) of each example; a group lies in one slice and can be unlearned as
             one.
         partition (`str`, defaults to `"balanced"`):
-            `"balanced"` (random by ids and seed, sizes within one of each other), `"hashed"` (an example's place is a
-            keyed hash of its own id or group alone) or `"column"`.
+            `"balanced"` (random by ids, seed and the folder's secret, sizes within one of each other), `"hashed"` (an
+            example's place is a hash of seed and its own id or group alone, which anybody can compute) or `"column"`.
         shard_column (`str`, *optional*):
             Column with the shard number of each example, for `partition="column"`.
         slice_column (`str`, *optional*):
@@ -71,8 +71,9 @@ class S3TConfig:
             Put examples of equal content into one slice (and groups that share one), so that deleting all copies costs
             no more than deleting one.
         keep_ids (`str`, defaults to `"plain"`):
-            How the system's folder keeps ids and groups: as they are, or, where they are personal themselves, as keyed
-            digests (`"digest"`). Calls take the ids as they are either way; what is trained is the same bit for bit.
+            How the system's folder keeps ids and groups: as they are, or as keyed digests (`"digest"`): where they are
+            personal themselves, or dense, as row numbers are, so that a missing one names who was deleted. Calls take
+            the ids as they are either way; what is trained is the same bit for bit.
         aggregation (`str`, *optional*):
             `"mean_logits"`, `"mean_probabilities"` or `"majority_vote"`. Defaults to the mean of token probabilities
             for causal language models and to the mean of logits otherwise.
@@ -88,7 +89,9 @@ class S3TConfig:
             What a stage is trained on: all slices of its prefix (`"cumulative"`, the paper's method), or the last one
             only (`"slice"`, its ablation of one slice per layer group, section C.2).
         seed (`int`, defaults to 42):
-            The one seed of the system: partition, sequences, and every stage's randomness are hashed from it.
+            The one seed of the system: sequences and every stage's randomness are hashed from it. So are the places of
+            a balanced partition, with the folder's secret: systems that are to be compared need one secret
+            (`HF_S3T_KEY`), or the same seed places examples otherwise in each.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If a value is out of range, unknown, or contradicts another.
@@ -137,7 +140,8 @@ class S3TConfig:
         default=False, metadata={"help": "Put examples of equal content into one slice: deleting all costs as one."}
     )
     keep_ids: str = field(
-        default="plain", metadata={"help": "plain or digest: the folder holds ids, or keyed digests of them only."}
+        default="plain",
+        metadata={"help": "plain, or digest where ids are personal or row numbers: the folder holds keyed digests."},
     )
     aggregation: str | None = field(
         default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
@@ -152,7 +156,9 @@ class S3TConfig:
     stage_data: str = field(
         default="cumulative", metadata={"help": "cumulative, or slice: a stage trains on its last slice only."}
     )
-    seed: int = field(default=42, metadata={"help": "The one seed of the system; overrides seed and data_seed."})
+    seed: int = field(
+        default=42, metadata={"help": "The one seed of the system; what is to be compared needs one HF_S3T_KEY, too."}
+    )
 
     def __post_init__(self):
         require_int("num_shards", self.num_shards, 1)

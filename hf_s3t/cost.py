@@ -6,10 +6,7 @@ from pathlib import Path
 
 from .errors import FolderError
 from .files import read_checked_json, write_checked_json
-from .storage import SystemFolder
-
-
-COST_FILE = "cost.json"
+from .storage import COST_FILE, SystemFolder
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,42 @@
 """One batched pass for all members of the ensemble, and how their answers become one."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from .errors import S3TError, StaleCacheError
 from .route import Route
 
 
+# The names under which models take and return a `Cache`.
+CACHES = ("past_key_values", "cache_params")
 # Inputs that are not one row per example even if their length says so.
-_NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", "past_key_values"}
-_WITH_A_CACHE = {"past_key_values", "use_cache", "cache_position", "attention_mask", "position_ids"}
+_NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
+_WITH_A_CACHE = {"use_cache", "cache_position", "attention_mask", "position_ids", *CACHES}
 # How many numbers of the answer to make at once: on a CPU what its caches hold, elsewhere few kernels.
 _AT_ONCE = {"cpu": 2**18, "other": 2**26}
 _VANISHING = 1e-30
 _DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
+
+
+def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Tensor:
+    """
+    The answer of a route: that of its members together, or of the one there is, as it gave it.
+
+    Some of what chooses the next token looks at a logit's sign: one member shall answer as its adapter in plain PEFT.
+
+    Args:
+        logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): As for `aggregate`.
+        weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
+        how (`str`): As for `aggregate`; a vote is a vote also where only one votes.
+    """
+    if len(weights) == 1 and how != "majority_vote":
+        return logits.to(_precision(logits))
+    return aggregate(logits, weights, how)
 
 
 def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Tensor:
@@ -141,8 +161,24 @@ def _repeat(value: Any, rows: int, members: int) -> Any:
     return value
 
 
-def stamp_cache(cache: Any, route: Route) -> None:
-    """Remember which stacks filled a cache of keys and values."""
+def caches_in(values: Mapping[str, Any]) -> dict[str, Cache]:
+    """What of a call's inputs or outputs is a cache of keys and values, or of states, by name."""
+    return {name: values[name] for name in CACHES if isinstance(values.get(name), Cache)}
+
+
+def cache_of(values: Mapping[str, Any]) -> Cache | None:
+    """The cache among a call's inputs or outputs."""
+    return next(iter(caches_in(values).values()), None)
+
+
+def has_cache(values: Mapping[str, Any]) -> bool:
+    """Whether there is one with something in it."""
+    cache = cache_of(values)
+    return cache is not None and not _is_empty(cache)
+
+
+def stamp_cache(cache: Cache | None, route: Route) -> None:
+    """Remember which stacks filled a cache."""
     if cache is not None:
         cache._s3t_route = route
 
@@ -163,11 +199,23 @@ def check_cache(cache: Any, route: Route) -> None:
         )
 
 
-def _is_empty(cache: Any) -> bool:
-    try:
-        return cache.get_seq_length() == 0
-    except ValueError:  # of linear attention alone, which counts no positions
-        return not cache.has_previous_state()
+def _is_empty(cache: Cache) -> bool:
+    # Some models add a store of their own, beside layers that stay empty.
+    stores = [value for name, value in vars(cache).items() if name != "layers"]
+    return not any(map(_is_filled, cache.layers)) and not any(map(_holds_tensors, stores))
+
+
+def _is_filled(layer: Any) -> bool:
+    states = getattr(layer, "has_previous_state", {})
+    return any(states.values()) or (hasattr(layer, "get_seq_length") and bool(layer.get_seq_length() > 0))
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor) and value.numel() > 0
 
 
 def refuse_other_state(inputs: dict[str, Any]) -> None:
@@ -177,7 +225,8 @@ def refuse_other_state(inputs: dict[str, Any]) -> None:
     Raises:
         [`~hf_s3t.errors.S3TError`]: Naming it.
     """
-    given = [name for name in ("cache_params", "mems", "state") if inputs.get(name) is not None]
+    names = [*(name for name in CACHES if not isinstance(inputs.get(name), Cache)), "mems", "state"]
+    given = [name for name in names if inputs.get(name) is not None]
     if given:
         raise S3TError(
             f"`{given[0]}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "

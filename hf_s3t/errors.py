@@ -65,6 +65,10 @@ class StaleCacheError(S3TError, RuntimeError):
     """A key/value cache was made with stages that have been unlearned since."""
 
 
+class NotServedError(S3TError, AttributeError):
+    """Something of the base model that would pass by the stages that serve, or change what they stand on."""
+
+
 class HubError(S3TError, OSError):
     """The Hub refuses, cannot be reached, or does not hold what was asked for."""
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
+from .errors import ContentChangedError, ExampleIdError, FolderError, KeyMissingError, UnknownExampleError
 from .ledger import Ledger
 from .partition import order_key
 
 
 KEY_VARIABLE = "HF_S3T_KEY"
 KEY_FILE = "ledger.key"
+# For systems that are compared with each other, on data that is public or invented.
+PUBLIC_SECRET = "hf_s3t: known to all, hides nothing"
 
 
 class DigestKey:
@@ -66,6 +68,50 @@ class DigestKey:
         except OSError as error:
             raise KeyMissingError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
         return cls(secret, is_new=create)
+
+    @classmethod
+    def draw(cls, folder: str | os.PathLike) -> "DigestKey":
+        """
+        The secret of a system that is to be made in the folder: the one that is there for it already, else a new one,
+        in memory until [`DigestKey.write`].
+
+        Raises:
+            [`~hf_s3t.errors.KeyMissingError`]: If the one that is there is too short or cannot be read.
+        """
+        if os.environ.get(KEY_VARIABLE) or (Path(folder) / KEY_FILE).exists():
+            return cls.load(folder, create=True)
+        return cls(secrets.token_hex(32).encode())
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """
+        Put the secret into the folder of a system that is made with it, unless the environment holds it.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If another secret came there meanwhile.
+        """
+        if os.environ.get(KEY_VARIABLE):
+            return
+        path = Path(folder) / KEY_FILE
+        if not path.exists():
+            _write_secret(path, self._secret.decode())
+        if DigestKey.load(folder).check != self.check:
+            raise FolderError(
+                f"{path} holds another secret than a moment ago: another process makes a system there. Choose another "
+                "`output_dir`, or call again to go on with that one."
+            )
+
+    @property
+    def is_public(self) -> bool:
+        """Whether this is `PUBLIC_SECRET`, with which everybody can test who was deleted."""
+        return hmac.compare_digest(self._secret, PUBLIC_SECRET.encode())
+
+    @property
+    def for_places(self) -> bytes | None:
+        """
+        The key of [`~hf_s3t.partition.assign`], from which nobody learns the secret. `None` for `PUBLIC_SECRET`: what
+        everybody knows hides nothing, and ids and seed alone decide.
+        """
+        return None if self.is_public else bytes.fromhex(self._digest(b"places", b""))
 
     def of_id(self, example_id: int | str) -> str:
         """Keyed digest of an id; 1 and "1" differ."""

@@ -1,6 +1,7 @@
 """Files that last through a crash and show when they were altered: writes synced and atomic, reads checked."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -43,9 +44,38 @@ REGROW = "Restore it, or remove its folder and call `train()` to grow it again."
 
 def check_digest(path: Path, expected: str) -> None:
     """Raise [`~hf_s3t.errors.FolderError`] if a file is missing or not what it was when it was written."""
+    _require_file(path)
+    _require_digest(path, file_digest(path), expected)
+
+
+def read_checked(path: Path, expected: str) -> bytes:
+    """
+    The bytes of a file, read once: they are those that were written, whatever becomes of the file meanwhile or later.
+
+    Args:
+        path (`Path`): The file.
+        expected (`str`): Its digest.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the file is missing, or its bytes are not what was written.
+    """
+    _require_file(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. {REGROW}") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    _require_digest(path, hashlib.sha256(data).hexdigest(), expected)
+    return data
+
+
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise FolderError(f"{path} is missing. {REGROW}")
-    found = file_digest(path)
+
+
+def _require_digest(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise FolderError(
             f"{path} was altered or cut short: its digest is {found[:12]}…, expected {expected[:12]}…. {REGROW}"
@@ -85,6 +115,11 @@ def explained(what: str, advice: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise FolderError(f"{what} ({error}). {advice}") from error
+
+
+def is_read_only(error: Exception) -> bool:
+    """Whether an error that was `explained` says that one may read there and not write."""
+    return getattr(error.__cause__, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -140,7 +175,7 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
     """
-    Write a file that is there whole or not at all, whenever this process dies.
+    Write a file that is there whole or not at all, whenever this process dies. Its permissions stay what they were.
 
     Args:
         path (`Path`): The file.
@@ -155,6 +190,8 @@ def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
             file.flush()
             if synced:
                 os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
         if synced:
             sync(path.parent)

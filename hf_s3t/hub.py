@@ -1,13 +1,12 @@
 """The repository of a system on the Hub: reading it, and bringing a system there in one commit."""
 
 import contextlib
-import fnmatch
 import hashlib
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -41,7 +40,9 @@ from huggingface_hub.utils.sha import git_hash
 from yaml import YAMLError
 
 from .errors import ConfigError, FolderError, HubError, MergeNeededError, S3TError, TransferError
+from .examples import PUBLIC_SECRET, DigestKey
 from .files import digested_json, make_folders, read_checked_json, write_atomically
+from .git_attributes import ATTRIBUTES_FILE, state_of
 from .ledger import Ledger
 from .plan import StageKey
 from .storage import (
@@ -60,7 +61,6 @@ from .table_file import pin_of, write_table
 
 INDEX_FILE = f"{STAGES}/index.json"
 CARD_FILE = "README.md"
-ATTRIBUTES_FILE = ".gitattributes"
 _LARGE = "filter=lfs diff=lfs merge=lfs -text"
 _STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
@@ -438,6 +438,7 @@ def push(
             "the folder's name alone. Push the base to the Hub and train on it by its id to spare them that.",
             stacklevel=2,
         )
+    _warn_of_what_tells_who(folder, repo.repo_id)
     with told(repo.repo_id, "The push ended"):
         if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
             return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, None), _Merged())
@@ -473,6 +474,30 @@ def push(
         f"{repo.repo_id} changed, or failed, at each of {_ATTEMPTS} attempts to push. Call again; what was uploaded "
         "is not uploaded twice."
     )
+
+
+def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
+    """Say where somebody without the secret can tell from a system's files who was deleted from it."""
+    public = folder.record.get("key_check") == DigestKey(PUBLIC_SECRET.encode()).check
+    plain = folder.config.keep_ids == "plain" and bool(folder.ledger.deleted)
+    if public:
+        why = "its secret is the one for comparisons, which everybody knows"
+        remedy = "Unless its data is public or invented, train a system with a secret of its own"
+    elif plain and _is_dense(folder.table.rows, len(folder.ledger.deleted)):
+        why = "its ids are numbers in a row, and each that is missing names a deleted one"
+        remedy = 'Where nobody shall know, train a system with `keep_ids="digest"`'
+    elif plain and folder.config.partition == "balanced" and not folder.record.get("keyed_places"):
+        why = "it was made when places were dealt without the secret, and gaps show where deleted ids were"
+        remedy = "Where nobody shall know, train a new system in another `output_dir`"
+    else:
+        return
+    warnings.warn(f"Who reads {repo_id} can tell who was deleted: {why}. {remedy}.", stacklevel=3)
+
+
+def _is_dense(ids: Collection[int | str], deleted: int) -> bool:
+    """Whether ids are numbers among which none is missing that was not deleted."""
+    numbers = [i for i in ids if isinstance(i, int)]
+    return bool(numbers) and max(numbers) - min(numbers) + 1 - len(numbers) <= deleted
 
 
 def _message(folder: SystemFolder) -> str:
@@ -601,31 +626,25 @@ def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[
     if not state.commit:
         # Of a repository that is not made yet; a new one has the Hub's own rules, under which these files are large.
         return
-    rules = ""
-    if ATTRIBUTES_FILE in state.tree:
-        rules = repo.download(ATTRIBUTES_FILE, state.commit).read_bytes().decode(errors="replace")
-    kept = sorted(path for path in added if must_be_erasable(path) and not _is_large(path, rules))
+    paths = sorted(filter(must_be_erasable, added))
+    folders = {folder for path in paths for folder in PurePosixPath(path).parents}
+    names = state.tree.keys() & {str(folder / ATTRIBUTES_FILE) for folder in folders}
+    rules = {name: repo.download(name, state.commit).read_bytes().decode(errors="surrogateescape") for name in names}
+    top = rules.pop(ATTRIBUTES_FILE, "")
+    kept = [path for path in paths if not _is_large(path, top, rules)]
     if kept:
         wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
         raise HubError(
             f"By the {ATTRIBUTES_FILE} of {repo.repo_id}, {kept[0]}{' and others' if len(kept) > 1 else ''} would lie "
             "in git itself, where a deletion could not be erased from old commits; expected are rules that make it a "
-            f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}. Then push again. Nothing was pushed."
+            f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}, as its last lines, and remove files of "
+            "that name from the folders below. Then push again. Nothing was pushed."
         )
 
 
-def _is_large(path: str, rules: str) -> bool:
-    """Whether the rules of a `.gitattributes` make a file a large one; the last that fits counts."""
-    large = False
-    for line in rules.splitlines():
-        pattern, *attributes = line.split() or ("#",)
-        name = path if "/" in pattern else PurePosixPath(path).name
-        if pattern.startswith("#") or not fnmatch.fnmatchcase(name, pattern.removeprefix("/")):
-            continue
-        for attribute in attributes:
-            if attribute.lstrip("-!").partition("=")[0] == "filter":
-                large = attribute == "filter=lfs"
-    return large
+def _is_large(path: str, rules: str, below: Mapping[str, str] | None = None) -> bool:
+    """Whether a `.gitattributes` makes a file a large one, with those in folders below by their paths."""
+    return state_of("filter", path, {**(below or {}), ATTRIBUTES_FILE: rules}) == "lfs"
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:

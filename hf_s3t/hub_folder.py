@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .errors import FolderError, HubError, KeyMissingError
 from .examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
-from .files import check_digest, forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
+from .files import forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
 from .hub import (
     INDEX_FILE,
     HubRepo,
@@ -27,8 +27,6 @@ from .hub import (
 from .ledger import Ledger
 from .plan import StageKey
 from .storage import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
     COMPANIONS,
     CONFIG_FILE,
     LEDGER_FILE,
@@ -168,8 +166,15 @@ class HubFolder(SystemFolder):
     def _read_ledger(self) -> Ledger:
         if may_remember(self.path):
             return super()._read_ledger()
-        self._ledger_stamp = stamp(self.path / LEDGER_FILE)
-        return remember(self.repo.repo_id, self.record, self._published)
+        found = stamp(self.path / LEDGER_FILE)
+        ledger = remember(self.repo.repo_id, self.record, self._published)
+        if not ledger.deleted >= self.ledger.deleted:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} lacks deletions that it had: they would be forgotten. Restore it from a "
+                "backup."
+            )
+        self._ledger_stamp = found
+        return ledger
 
     def _read_index(self) -> dict[str, Any]:
         file = self._download(INDEX_FILE)
@@ -247,12 +252,8 @@ class HubFolder(SystemFolder):
             return [self._slices[key.shard, s] for s in key.prefix]
         return super().slice_digests(key)
 
-    def adapter_path(self, key: StageKey) -> Path:
-        """The folder of a stage in the Hub's cache, downloaded where it is not there, as it was written."""
-        for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            file = self._download(f"{key.path}/{name}")
-            check_digest(file, self._stages[key]["files"][name])
-        return file.parent
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self._download(f"{key.path}/{name}")
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
         """Take in what another copy of the system recorded; its deletions are in force on return."""
@@ -290,6 +291,9 @@ class HubFolder(SystemFolder):
         """
         Pull the system into an empty folder, every valid stage of it: one that can be trained on and pushed from.
 
+        No ledger notes it, unlike the copy of a folder: whoever may read the repository can make one. It learns of
+        deletions when it is pushed from, with `merge`, or pulled again.
+
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the folder is not empty.
             [`~hf_s3t.errors.KeyMissingError`]: If the system's secret is not here.
@@ -298,6 +302,8 @@ class HubFolder(SystemFolder):
         if target.exists() and any(target.iterdir()):
             raise FolderError(f"{target} is not empty. Give a new folder to pull the system to.")
         _ = self.key
+        # What another process of this machine deleted meanwhile.
+        self.refresh_ledger()
         patterns = [f"{key.path}/*" for key in self.valid_stages]
         companions = sorted(COMPANIONS - {".gitattributes", ".gitignore", ".cache"})
         with told(self.repo.repo_id, "The pull ended"):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import FORMAT_VERSION, S3TConfig
-from .cost import COST_FILE
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
 from .files import REGROW, check_digest, foreign_problem, is_foreign, read_checked_json, stamp
 from .ledger import Ledger
-from .pending import PENDING_FILE, PendingRequests
+from .pending import PendingRequests
 from .plan import Plan, StageKey
 from .receipt import load_key, pin_problem
 from .storage import (
@@ -23,8 +22,10 @@ from .storage import (
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
+    COST_FILE,
     HEAD_FILE,
     LEDGER_FILE,
+    PENDING_FILE,
     PROTOTYPES_FILE,
     STAGE_FILE,
     STAGES,

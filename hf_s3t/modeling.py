@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .base_model import check_base_is, load_base, log_casts_once
+from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once
 from .calls import Routing
 from .config import require_choice, require_int
 from .ensemble import (
-    aggregate,
+    answer_of,
     bind,
+    cache_of,
+    caches_in,
     check_aggregation,
     check_cache,
     first_row,
+    has_cache,
     num_rows,
     refuse_other_state,
     reorder_cache,
@@ -39,6 +41,7 @@ from .inspection import inspect as inspect_folder
 from .isolation import check_has_no_adapters
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
+from .model_class import AttachedConfigs, model_class, read
 from .pending import PendingRequests
 from .route import Route, noting_lengths, routed
 from .stack import StageStack, seed_head
@@ -53,21 +56,20 @@ logger = logging.get_logger(__name__)
 _PRELOADS = ("best", "all")
 # Marks caches of the base by itself, which answers when no shard is left.
 _BASE_ALONE = Route(())
-# Methods of the base that would change what all stages stand on, or publish it in the system's place.
-_NOT_DELEGATED = {
-    "resize_token_embeddings", "init_weights", "load_adapter", "add_adapter",
-    "set_adapter", "enable_adapters", "disable_adapters", "delete_adapter", "enable_input_require_grads",
-}  # fmt: skip
 _WHEN_EXHAUSTED = ("error", "base")
 
 
-class S3TModel(Unlearning, GenerationMixin, nn.Module):
+class S3TModel(Unlearning, nn.Module):
     """
     The ensemble of an S3T system on one base model, which behaves as a Transformers model of its task.
 
     One member per shard answers: the longest stack of stages that survived the deletions so far. All members run in
     one batched pass over one base. Load it with [`S3TModel.from_pretrained`]; a trainer's live model is
     `trainer.s3t_model`.
+
+    A model is an instance of its base's class too, so that Transformers decodes with it as with the base. What would
+    compute with parts of the base alone, past the stages, raises [`~hf_s3t.errors.NotServedError`]; the base itself is
+    `model.base_model`. A model is neither copied nor pickled: a deletion would not reach the copy.
 
     What voids the guarantee of [`~S3TModel.unlearn`]: copies of the folder or of its tensors made elsewhere (other
     processes that do not read the folder again, exported adapters, backups), a base model that was itself trained on
@@ -98,16 +100,19 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     stack_type = StageStack
     methods = ("s3t",)
 
+    def __new__(cls, stack: StageStack | None = None, *args, **kwargs):
+        """An instance of the class made for the base's; see [`~hf_s3t.model_class.model_class`]."""
+        return super().__new__(cls if stack is None else model_class(cls, type(stack.base)))
+
     def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
-        super().__init__()
+        # Not the base class's, which would build another base.
+        nn.Module.__init__(self)
         _check_options(preload, when_exhausted, stack.head)
         check_method(folder.record, self.methods, folder.path)
         self.base_model = stack.base
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
         check_aggregation(self.aggregation, self.base_model.config)
-        # Trainer, pipelines and `generate` look at the signature of an instance's forward.
-        self.forward = functools.wraps(self.base_model.forward)(functools.partial(S3TModel.forward, self))
         self._one_pass: bool | None = None
         self._begin_serving(stack, folder, preload)
 
@@ -183,10 +188,12 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
             )
         check_base_is(base, record["base_model"], layers.path, head)
+        keep_4_bit_weights(base)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)
-        return cls(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
+        served = getattr(cls, "_served_as", cls)
+        return served(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
 
     # A Transformers model of its task
 
@@ -196,12 +203,23 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            if name in _NOT_DELEGATED:
-                raise AttributeError(
-                    f"S3TModel has no `{name}`: the base model's would change or publish the base, which all stages "
-                    "stand on. Use the base model by itself."
-                ) from None
-            return getattr(self.base_model, name)
+        return read(self.base_model, name)
+
+    def __reduce_ex__(self, protocol):
+        raise S3TError(
+            "A served model is neither copied nor pickled: a deletion would not reach the copy. `save_pretrained` "
+            "copies the system, and `S3TModel.from_pretrained` loads it, in another process too."
+        )
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base model, without any stage."""
+        return nn.Module.__getattr__(self, "base_model")
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configs of the adapters in memory by name. No others can be added."""
+        return AttachedConfigs(self.base_model.peft_config)
 
     @property
     def config(self):
@@ -227,10 +245,6 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     def generation_config(self, value):
         self.base_model.generation_config = value
 
-    def _get_name(self) -> str:
-        # By this name `Trainer` knows a causal language model, whose labels it shifts for label smoothing.
-        return self.stack.base._get_name()
-
     def generate_batch(self, *args, **kwargs):
         """
         Refused, like the other ways into continuous batching: a request that runs while something is unlearned would
@@ -253,9 +267,57 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """Whether the base model can."""
         return self.base_model.can_generate()
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As the base model does."""
-        return self.base_model.prepare_inputs_for_generation(*args, **kwargs)
+    # What `generate` asks on its way
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """
+        The model itself, not compiled: a compiled step keeps what it computed, with stages that a deletion must remove
+        from memory, and does not look at the routing again.
+        """
+        logger.warning_once(
+            "The ensemble's decoding steps are not compiled, so that a static cache brings no speed. Leave out "
+            "`cache_implementation` and `compile_config`."
+        )
+        return self.__call__
+
+    def _optimize_model_for_decode(self) -> contextlib.AbstractContextManager[None]:
+        # It would change the base's config under the calls of other threads.
+        return contextlib.nullcontext()
+
+    def _prepare_static_cache(self, *args, batch_size: int, **kwargs):
+        with self._calls.call() as routing:
+            # What is made before the first pass is made for the rows of all members.
+            return super()._prepare_static_cache(*args, batch_size=batch_size * _members(routing), **kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.base_model.training:
+            self.eval()
+        with self._calls.call() as routing, self._calls.computing(routing), noting_lengths() as adapted:
+            several = _members(routing) > 1
+            with routed(None if several else routing.route):
+                prepared = self.base_model._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        if adapted and several:
+            raise S3TError(
+                "`generate` encodes images once, and the stages of the members adapt the encoder, each its own way. "
+                "Call the model itself, or export a shard with `export_adapter` and use plain PEFT."
+            )
+        return prepared
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
+        updated = self.base_model._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if updated.get("use_cache") and not has_cache(updated):
+            if updated.get("inputs_embeds") is not None:
+                raise S3TError(
+                    f"{type(self).__name__} keeps its state in a form that an ensemble cannot carry from token to "
+                    "token, and without it `inputs_embeds` reach the first alone. Call `generate` with `input_ids`."
+                )
+            logger.warning_once(
+                f"{type(self).__name__} keeps its state in a form that an ensemble cannot carry from token to token: "
+                "every step reads the whole text. Where that takes too long, export a shard with `export_adapter` and "
+                "use plain PEFT."
+            )
+            updated["use_cache"] = False
+        return updated
 
     def _reorder_cache(self, past_key_values, beam_idx):
         members = max(1, len(getattr(past_key_values, "_s3t_route", _BASE_ALONE)))
@@ -273,8 +335,9 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
         Returns:
             The output class of the base model with `logits` of shape `(rows, ..., classes)`, `loss` if there are
-            labels, and `past_key_values` where the base returns them. With mean probabilities, `logits` is the
-            logarithm of the mean.
+            labels, and the cache where the base returns one. With mean probabilities, `logits` is the logarithm of
+            the mean where several members answer, and the member's own logits where one does: the same distribution,
+            shifted by a constant per position. When deletions leave one shard alive, the scale changes so.
 
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
@@ -290,7 +353,11 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
+            [`~hf_s3t.errors.ConfigError`]: If the base model does not generate.
+            [`~hf_s3t.errors.NotServedError`]: If the base's own way to generate would compute with the base alone.
         """
+        if not self.can_generate():
+            raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
         with self._call():
             return super().generate(*args, **kwargs)
 
@@ -303,21 +370,20 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
                 "and look at it with plain PEFT."
             )
-        cache = inputs.get("past_key_values")
         refuse_other_state(inputs)
+        cache = cache_of(inputs)
         check_cache(cache, routing.route or _BASE_ALONE)
         if routing.route is None:
             return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
         members = len(routing.route)
-        rows = num_rows(inputs, self.main_input_name)
+        rows = num_rows(inputs, self.base_model.main_input_name)
         if members > 1 and not self._answers_in_one_pass(inputs, rows):
             return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
         with routed(routing.route):
             outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
-        if cache is not None and outputs.get("past_key_values") is None:
-            stamp_cache(cache, routing.route)
-        stamp_cache(outputs.get("past_key_values"), routing.route)
-        logits = aggregate(outputs.logits, routing.weights, self.aggregation)
+        stamp_cache(cache, routing.route)
+        stamp_cache(cache_of(outputs), routing.route)
+        logits = answer_of(outputs.logits, routing.weights, self.aggregation)
         return self._output(outputs, logits, labels, return_dict, loss_kwargs)
 
     @torch.no_grad()
@@ -339,22 +405,30 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
     def _answer_in_turn(self, routing: Routing, inputs, labels, return_dict, loss_kwargs):
         """One pass per member."""
-        if inputs.get("past_key_values") is not None:
+        if caches_in(inputs):
             raise S3TError(
                 f"{type(self.base_model).__name__} does not keep rows in the first dimension, so the members of the "
-                "ensemble answer one after the other and cannot share `past_key_values`. Call with use_cache=False."
+                f"ensemble answer one after the other and cannot share `{next(iter(caches_in(inputs)))}`. Call with "
+                "use_cache=False."
             )
         logits = []
         for tip in routing.route.members:
             with routed(replace(routing.route, members=(tip,))):
                 outputs = self.base_model(**inputs, return_dict=True)
             logits.append(outputs.logits)
-            outputs["past_key_values"] = None
+        for name in caches_in(outputs):
+            outputs[name] = None
         return self._output(
-            outputs, aggregate(torch.cat(logits), routing.weights, self.aggregation), labels, return_dict, loss_kwargs
+            outputs, answer_of(torch.cat(logits), routing.weights, self.aggregation), labels, return_dict, loss_kwargs
         )
 
     def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
+        if self.stack.in_training is not None and self.folder.valid_stages:
+            raise S3TError(
+                f"What {self.folder.path} holds is not in memory, and nothing is attached to the base while "
+                f"{self.stack.in_training} trains on it. Call again after `train()`, or serve the folder by another "
+                "process."
+            )
         if self.when_exhausted == "error":
             if not self.folder.ledger.num_deletions:
                 raise ExhaustedError(
@@ -366,13 +440,13 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
                 'when_exhausted="base" to let a language model answer as its base.'
             )
         outputs = self.base_model(**inputs, return_dict=True)
-        stamp_cache(inputs.get("past_key_values"), _BASE_ALONE)
-        stamp_cache(outputs.get("past_key_values"), _BASE_ALONE)
+        stamp_cache(cache_of(inputs), _BASE_ALONE)
+        stamp_cache(cache_of(outputs), _BASE_ALONE)
         return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)
 
     def _output(self, outputs, logits, labels, return_dict, loss_kwargs):
         loss = None if labels is None else self._loss(logits, labels, loss_kwargs)
-        kept = {"loss": loss, "logits": logits, "past_key_values": outputs.get("past_key_values")}
+        kept = {"loss": loss, "logits": logits, **caches_in(outputs)}
         answer = type(outputs)(**{k: v for k, v in kept.items() if v is not None})
         return answer.to_tuple() if return_dict is False else answer
 
@@ -416,7 +490,7 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
     def is_exhausted(self) -> bool:
         """Whether no shard is left to answer, as the folder says now: a system that was grown again is not."""
         self._catch_up()
-        return self._routing.route is None
+        return self._calls.is_exhausted
 
     def status(self) -> dict[str, Any]:
         """
@@ -475,7 +549,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
 
         The copy is a second system, with the secret of this one: no deletion here reaches it, and what is forgotten
         here must be forgotten there too. The ledger notes it with the stages that were handed out, as it notes
-        exported adapters. A deletion that is under way is waited for.
+        exported adapters. (Of a model that is served from the Hub it is a pull, which nothing notes.) A deletion that
+        is under way is waited for.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
@@ -563,7 +638,8 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
         """
         Write the stack that serves a shard as one plain PEFT adapter, for use without hf_s3t.
 
-        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand.
+        The ledger notes it: a later deletion cannot reach the copy, which must be revoked by hand. The note comes
+        first, and stays if the export fails. What PEFT makes of the files is compared with what serves.
 
         Args:
             shard (`int`): Number of the shard.
@@ -573,33 +649,31 @@ class S3TModel(Unlearning, GenerationMixin, nn.Module):
             [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
             [`~hf_s3t.errors.ConfigError`]: If there is no such shard, or several stacks answer for it together.
             [`~hf_s3t.errors.FolderError`]: If something is in the folder, or it is inside the system's.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT would make something else of it; nothing is left then.
         """
         if not 0 <= shard < self.folder.plan.num_shards:
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
         self.folder.check_target(Path(folder))
         self._calls.refuse_inside("export_adapter")
-        with self._deletion_lock:
+        # Nobody deletes between the look at what serves and its writing.
+        with self._deletion_lock, self.folder.lock():
             self.refresh()
-            with self.folder.lock():
-                self.folder.refresh_ledger()
-                tips = self._routing.served[shard]
-                if not tips:
-                    raise ExhaustedError(
-                        f"Shard {shard} has no stage left to export. Call `train()` to grow it again."
-                    )
-                if len(tips) > 1:
-                    raise ConfigError(
-                        f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
-                        "one. Export from a system that serves one stack a shard."
-                    )
-                if not self.folder.is_valid(tips[0]):
-                    raise S3TError(
-                        f"Another process just deleted examples that {tips[0]} saw. Call again to export what is left."
-                    )
-                self.folder.record_export(tips[0], library_versions())
-                # This line changes nothing that serves.
-                self._has_followed(self._state())
-                self.stack.export(tips[0], Path(folder), self.folder.base_id)
+            tips = self._routing.served[shard]
+            if not tips:
+                raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
+            if len(tips) > 1:
+                raise ConfigError(
+                    f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
+                    "one. Export from a system that serves one stack a shard."
+                )
+            self.folder.record_export(tips[0], library_versions())
+            # This line changes nothing that serves.
+            self._has_followed(self._state())
+            self.stack.export(tips[0], Path(folder), self.folder.base_id)
+
+
+def _members(routing: Routing) -> int:
+    return max(1, len(routing.route or ()))
 
 
 def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:

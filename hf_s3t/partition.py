@@ -1,7 +1,8 @@
-"""Where an example goes: from its id (or group) and the seed to its shard, its slice, and its rank in the slice."""
+"""Where an example goes: from its id (or group), the seed and a secret to its shard, its slice, and its rank there."""
 
 import hashlib
 import heapq
+import hmac
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -13,6 +14,7 @@ from .errors import ConfigError, EmptySliceError, ExampleIdError
 
 
 _NAMED = 5
+_SHORTEST_KEY = 16
 
 
 def check_ids(ids) -> list[int | str]:
@@ -100,6 +102,7 @@ def assign(
     groups=None,
     shards: list[int] | None = None,
     slices: list[int] | None = None,
+    key: bytes | None = None,
 ) -> list[tuple[int, int]]:
     """
     Assign every example to a slice of a shard.
@@ -114,18 +117,25 @@ def assign(
         num_slices (`int`):
             Number of slices `L` per shard.
         method (`str`, defaults to `"balanced"`):
-            - `"balanced"`: ids are ordered by a keyed hash and dealt out, so that sizes of slices, and of shards, are
-              within one of each other. Groups go to the emptiest slice, large ones first.
-            - `"hashed"`: a keyed hash of the id (or group) is the place. It holds whatever other rows come or leave.
+            - `"balanced"`: ids are ordered by a hash of seed and `key` and dealt out, so that sizes of slices, and of
+              shards, are within one of each other. A group goes to the emptiest slice when its first row comes, so
+              that large ones tend to come first and sizes are as near as groups allow.
+            - `"hashed"`: a hash of seed and id (or group) is the place. It holds whatever other rows come or leave,
+              and anybody can compute it.
             - `"column"`: `shards` and `slices` say it.
         seed (`int`, defaults to 42):
-            Key of the hash.
+            Seed of the hash.
         groups (`list[int]`, `list[str]` or array, *optional*):
             The group of each row (a person, say). The rows of a group go to one slice.
         shards (`list[int]`, *optional*):
             The shard of each row, for `method="column"`.
         slices (`list[int]`, *optional*):
             The slice of each row, for `method="column"`.
+        key (`bytes`, *optional*):
+            A secret of at least 16 bytes, which has a say in `"balanced"` alone: without it nobody can tell where an
+            id that is not there would have been dealt. Systems that are compared need one key. Without one, ids and
+            seed decide, groups are dealt in the order of their sizes, and whoever reads the places of those that are
+            left can tell who is gone: for public data, and for places that were dealt before there were keys.
 
     Returns:
         `list[tuple[int, int]]`: Shard and slice of each row, counted from 0.
@@ -150,6 +160,9 @@ def assign(
     require_int("num_slices", num_slices, 1)
     require_int("seed", seed, None)
     require_choice("method", method, PARTITIONS)
+    if key is not None and (not isinstance(key, bytes) or len(key) < _SHORTEST_KEY):
+        got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise ConfigError(f"`key` must be at least {_SHORTEST_KEY} bytes, got {got}. Leave it out to have none.")
     if (method == "column") != (shards is not None and slices is not None) or (shards is None) != (slices is None):
         raise ConfigError(
             f'method="{method}" got {"no" if shards is None else "a"} shard and {"no" if slices is None else "a"} '
@@ -165,7 +178,7 @@ def assign(
             _check_groups_whole(units, places)
     else:
         cells = num_shards * num_slices
-        cell_of = _balanced(units, cells, seed) if method == "balanced" else _hashed(units, cells, seed)
+        cell_of = _balanced(ids, units, cells, seed, key) if method == "balanced" else _hashed(units, cells, seed)
         # Neighbouring cells lie in different shards, so that what is left over by the division spreads over them.
         places = [(cell_of[unit] % num_shards, cell_of[unit] // num_shards) for unit in units]
     _check_filled(places, num_shards, num_slices, method)
@@ -194,33 +207,39 @@ def order_key(example_id: int | str, seed: int) -> bytes:
     [5, 4, 1, 0, 3, 2]
     ```
     """
-    return _digest(example_id, seed, b"hf_s3t order")
+    return _digest(example_id, _hasher(seed, b"hf_s3t order"))
 
 
 # Python's own hash() of strings differs between processes.
 @cache
 def _hasher(seed: int, purpose: bytes):
-    key = hashlib.blake2b(str(seed).encode()).digest()
+    return _hasher_of(hashlib.blake2b(str(seed).encode()).digest(), purpose)
+
+
+def _hasher_of(key: bytes, purpose: bytes):
     return hashlib.blake2b(key=key, person=purpose, digest_size=16)
 
 
-def _digest(value: int | str, seed: int, purpose: bytes) -> bytes:
-    hasher = _hasher(seed, purpose).copy()
+def _digest(value: int | str, hasher) -> bytes:
+    hasher = hasher.copy()
     hasher.update((b"s" if isinstance(value, str) else b"i") + str(value).encode("utf-8", "surrogatepass"))
     return hasher.digest()
 
 
 def _place_hash(unit: int | str, seed: int) -> bytes:
-    return _digest(unit, seed, b"hf_s3t place")
+    return _digest(unit, _hasher(seed, b"hf_s3t place"))
 
 
 def _hashed(units, cells, seed) -> dict:
     return {unit: int.from_bytes(_place_hash(unit, seed), "big") % cells for unit in set(units)}
 
 
-def _balanced(units, cells, seed) -> dict:
+def _balanced(ids, units, cells, seed, key) -> dict:
     sizes = Counter(units)
-    order = sorted(sizes, key=lambda unit: (-sizes[unit], _place_hash(unit, seed)))
+    if key is None:
+        order = sorted(sizes, key=lambda unit: (-sizes[unit], _place_hash(unit, seed)))
+    else:
+        order = _by_first_row(ids, units, seed, key)
     # Filling the emptiest cell, the lowest among equals, deals units of one size out in turn.
     emptiest = [(0, cell) for cell in range(cells)]
     cell_of = {}
@@ -229,6 +248,17 @@ def _balanced(units, cells, seed) -> dict:
         cell_of[unit] = cell
         heapq.heapreplace(emptiest, (load + sizes[unit], cell))
     return cell_of
+
+
+def _by_first_row(ids, units, seed, key) -> list:
+    """
+    Units in the order in which their first rows come, where rows come in the order of a hash under a key.
+
+    Not in the order of their sizes: by that, who reads the places can tell which group lost a row.
+    """
+    hasher = _hasher_of(hmac.digest(key, str(seed).encode(), "sha512"), b"hf_s3t place")
+    rows = sorted(zip((_digest(i, hasher) for i in ids), units, strict=True), key=lambda row: row[0])
+    return list(dict.fromkeys(unit for _, unit in rows))
 
 
 def _checked_groups(groups, rows) -> list[int | str]:

@@ -10,10 +10,9 @@ from .deletion import apply, resolve
 from .errors import ConfigError, FolderError
 from .files import explained, sync, unreadable
 from .ledger import UnlearningReport
-from .storage import SystemFolder
+from .storage import PENDING_FILE, SystemFolder
 
 
-PENDING_FILE = "pending.jsonl"
 _VERSION = 1
 
 

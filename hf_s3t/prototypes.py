@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from .calls import Routing
 from .ensemble import aggregate
 from .errors import ConfigError, FolderError
 from .examples import ExampleTable
-from .files import write_atomically
+from .files import is_read_only, write_atomically
 from .layers import find_head, find_layers
 from .stack import StageStack
 from .storage import PROTOTYPES_FILE, SystemFolder
+from .tensor_files import metadata_of
 from .whole_adapter import WholeAdapterModel
 
 
@@ -70,6 +71,7 @@ class ClassPrototypes:
         current = {place: s for place, s in self._sums.items() if s.digest == table.slice_digest(*place)}
         if len(current) < len(self._sums):
             self._replace(current)
+            self._write()
 
     def missing(self, table: ExampleTable) -> list[tuple[int, int]]:
         """The (shard, slice) pairs that hold examples and have no sums."""
@@ -79,6 +81,7 @@ class ClassPrototypes:
     def add(self, sums: Mapping[tuple[int, int], _Sums]) -> None:
         """Take slices in; see [`ClassPrototypes.sum_up`]."""
         self._replace({**self._sums, **sums})
+        self._write()
 
     def sum_up(self, batches: Iterable[Mapping[str, Any]], digest: str) -> _Sums:
         """
@@ -137,19 +140,30 @@ class ClassPrototypes:
         return outputs, _pooled(given[0].float(), inputs.get("attention_mask"))
 
     def _replace(self, sums: dict[tuple[int, int], _Sums]) -> None:
-        # Without the lock, another process that tidies the folder up would take the new file for a dead one's.
-        with self.folder.lock():
-            # Another process may have deleted what some were made of.
-            self.folder.refresh_ledger()
-            table = self.folder.table
-            self._sums = {place: s for place, s in sorted(sums.items()) if s.digest == table.slice_digest(*place)}
-            tensors, digests = {}, {}
-            for (shard, slice_), s in self._sums.items():
-                tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
-                digests[f"{shard}.{slice_}"] = s.digest
-            # Of no tensors and empty metadata safetensors writes what it cannot read.
-            write_atomically(self.path, save(tensors, metadata=digests or None))
+        self._sums = dict(sorted(sums.items()))
         self._average()
+
+    def _write(self) -> None:
+        try:
+            # Without the lock, another process that tidies the folder up would take the new file for a dead one's.
+            with self.folder.lock():
+                # Another process may have deleted what some were made of.
+                self.folder.refresh_ledger()
+                table = self.folder.table
+                self._replace({p: s for p, s in self._sums.items() if s.digest == table.slice_digest(*p)})
+                self._write_file()
+        except FolderError as error:
+            # The file is for who may write; what is left out here answers no more.
+            if not is_read_only(error):
+                raise
+
+    def _write_file(self) -> None:
+        tensors, digests = {}, {}
+        for (shard, slice_), s in self._sums.items():
+            tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
+            digests[f"{shard}.{slice_}"] = s.digest
+        # Of no tensors and empty metadata safetensors writes what it cannot read.
+        write_atomically(self.path, save(tensors, metadata=digests or None))
 
     def _average(self) -> None:
         # In one order whatever order they came in: sums of floats depend on it.
@@ -166,14 +180,13 @@ def _read(path: Path) -> dict[tuple[int, int], _Sums]:
     if not path.exists():
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                tuple(map(int, name.split("."))): _Sums(
-                    digest, file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.counts")
-                )
-                for name, digest in (file.metadata() or {}).items()
-            }
-    except (SafetensorError, ValueError) as error:
+        data = path.read_bytes()
+        tensors = load(data)
+        return {
+            tuple(map(int, name.split("."))): _Sums(digest, tensors[f"{name}.features"], tensors[f"{name}.counts"])
+            for name, digest in metadata_of(data).items()
+        }
+    except (SafetensorError, LookupError, ValueError) as error:
         raise FolderError(f"{path} is damaged: {error}. Remove it; training makes it again.") from error
 
 

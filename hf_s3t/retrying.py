@@ -60,6 +60,7 @@ class Retrying:
 
     def cancel(self) -> None:
         """Let go of an attempt that has not begun."""
+        self.problem = None
         if self._next is not None:
             self._next.cancel()
 
@@ -82,6 +83,6 @@ class Retrying:
         problem = f"{self._sentence}: {said} It is tried again, every {_AT_THE_LATEST:.0f} seconds at the latest."
         if problem != self.problem:
             logger.error(problem)
-        self.problem = problem
         self.start_in(self._pause)
+        self.problem = problem
         self._pause = min(2 * self._pause, _AT_THE_LATEST)

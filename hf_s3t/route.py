@@ -88,8 +88,8 @@ def hook(module: nn.Module, group: int) -> None:
 
 
 @contextlib.contextmanager
-def routed(route: Route) -> Iterator[None]:
-    """Inside, calls of the base in this thread go through the route."""
+def routed(route: Route | None) -> Iterator[None]:
+    """Inside, calls of the base in this thread go through the route; `None` for the base as it is."""
     with _ROUTE.holding(route):
         yield
 
@@ -208,18 +208,20 @@ def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict,
         return None
     rows = _length(args, kwargs)
 
-    def block(value, member: int):
-        of_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
-        return value.chunk(len(route))[member] if of_rows else value
+    def answer(member: int, head: nn.Module):
+        dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), None)
 
-    return torch.cat(
-        [
-            wrapper.modules_to_save[name](
-                *(block(value, member) for value in args), **{k: block(value, member) for k, value in kwargs.items()}
-            )
-            for member, name in enumerate(route.heads)
-        ]
-    )
+        def block(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            if value.dim() > 0 and len(value) == rows:
+                value = value.chunk(len(route))[member]
+            # On a base of another precision than at training; as adapters, a head is what its file says.
+            return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+        return head(*map(block, args), **{name: block(value) for name, value in kwargs.items()})
+
+    return torch.cat([answer(member, wrapper.modules_to_save[name]) for member, name in enumerate(route.heads)])
 
 
 def _length(args: tuple, kwargs: dict) -> int:

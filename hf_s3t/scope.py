@@ -47,18 +47,28 @@ class Scope:
 
     def get(self) -> Any:
         """The value of the innermost block that still runs; `None` outside of all."""
-        block = self._innermost.get()
-        while block is not None and not block.is_open:
-            block = block.outer
+        block = _first_open(self._innermost.get())
         return None if block is None else block.value
 
     @contextlib.contextmanager
     def holding(self, value: Any) -> Iterator[None]:
         """Inside, `get` gives the value, here and in what is started here."""
-        block = _Block(value, self._innermost.get())
+        outer = _first_open(self._innermost.get())
+        if outer is not None:
+            # Where each task is started by the one before, blocks that have ended must not pile up behind this one.
+            outer.outer = _first_open(outer.outer)
+        block = _Block(value, outer)
         token = self._innermost.set(block)
         try:
             yield
         finally:
-            block.is_open = False
-            self._innermost.reset(token)
+            block.is_open, block.value = False, None
+            # A generator may be ended in another context than it was begun in; there is nothing to put back there.
+            with contextlib.suppress(ValueError):
+                self._innermost.reset(token)
+
+
+def _first_open(block: _Block | None) -> _Block | None:
+    while block is not None and not block.is_open:
+        block = block.outer
+    return block

@@ -1,38 +1,91 @@
 """Stage adapters on one base model, over PEFT: attach, train one with the rest frozen, route per call, drop."""
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig
-from peft.functional import (
-    cast_adapter_dtype,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
+from peft.functional import cast_adapter_dtype, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import FolderError, LayersNotFoundError
 from .isolation import check_peft_config
 from .layers import LayerGroups, is_norm
+from .plain_adapter import differences
 from .plan import StageKey
 from .route import cut_graph, hook
 from .storage import ADAPTER_FILE
+from .tensor_files import differing_tensors, read_tensors
 
 
 # What PEFT puts before a module's name in the files of an adapter.
 _PREFIX = "base_model.model."
+
+# Kinds of models and configs of which PEFT was seen to make, from a stage's files, what was in memory.
+_KNOWN_AS_PLAIN: set[str] = set()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """
+    Where a tensor of an adapter lies: at a path from an adapted module, or the wrapper of a head, that leads through
+    the adapter's name.
+    """
+
+    module: nn.Module
+    before: str
+    after: str
+
+    def tensor(self, adapter: str) -> torch.Tensor:
+        owner, name = self._place(adapter)
+        return getattr(owner, name)
+
+    def set(self, adapter: str, tensor: torch.Tensor) -> None:
+        """Put a copy there as it is, on the device of the module; PEFT would round it to the base's precision."""
+        owner, name = self._place(adapter)
+        # Memory of torch's own, aligned as what is trained: products may be summed in another order elsewhere.
+        own = tensor.to(_device_of(self.module), copy=True)
+        is_parameter = isinstance(getattr(owner, name), nn.Parameter)
+        setattr(owner, name, nn.Parameter(own, requires_grad=False) if is_parameter else own)
+
+    def _place(self, adapter: str) -> tuple[nn.Module, str]:
+        path, _, name = f"{self.before}{adapter}{self.after}".rpartition(".")
+        return self.module.get_submodule(path), name
+
+
+@dataclass(frozen=True)
+class _Places:
+    """
+    What PEFT makes of the config of a group: where its stages lie.
+
+    Args:
+        layers (mapping from `str` to `LoraLayer`): By their names, the adapted modules.
+        heads (mapping from `str` to `ModulesToSaveWrapper`): By their names, the wrappers of heads.
+        blanks (mapping from `str` to mapping): By the names of adapted modules, what an adapter without tensors is.
+        slots (mapping from `str` to `_Slot`): By the names that they have in a file, the tensors.
+    """
+
+    layers: Mapping[str, LoraLayer]
+    heads: Mapping[str, ModulesToSaveWrapper]
+    blanks: Mapping[str, Mapping[str, Any]]
+    slots: Mapping[str, _Slot]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [*self.layers.values(), *self.heads.values()]
 
 
 class StageStack:
@@ -59,16 +112,20 @@ class StageStack:
         self.base = base
         self.layers = layers
         self.head = tuple(head)
+        # Full names, on the bare model: what PEFT shall adapt, whatever its config calls it.
+        self._names = [name for name, _ in base.named_modules()]
+        self._targets = [_targets(base, peft_config, layers, group) for group in range(len(layers.groups))]
         self._configs = [
-            _stage_config(peft_config, layers, group, _targets(base, peft_config, layers, group), self.head, base)
+            _stage_config(peft_config, layers, group, self._targets[group], self.head, base, self._names)
             for group in range(len(layers.groups))
         ]
+        self._places: dict[int, _Places] = {}
+        self._kind = hash(tuple((name, type(module)) for name, module in base.named_modules()))
         self._modules: dict[StageKey, list[nn.Module]] = {}
         # The digest of each stage's file, by which a stage is told from another one grown under the same name.
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
         self._hooked: set[nn.Module] = set()
-        self._is_wrapped = False
         base.requires_grad_(False)
         # Trainer refuses to train a quantised base unless adapters are known to live on it.
         base._hf_peft_config_loaded = True
@@ -96,8 +153,8 @@ class StageStack:
 
     def tensors(self, key: StageKey) -> dict[str, torch.Tensor]:
         """The tensors of a stage by the names they have in its file, head included; they share memory."""
-        state = get_peft_model_state_dict(self.base, adapter_name=key.adapter_name, save_embedding_layers=False)
-        return {_PREFIX + name: tensor for name, tensor in sorted(state.items())}
+        slots = self._places[key.group].slots
+        return {name: slot.tensor(key.adapter_name).detach() for name, slot in slots.items()}
 
     def digest(self, keys: Iterable[StageKey]) -> str:
         """A digest of the tensors of some stages, to show that frozen ones stay what they are."""
@@ -115,43 +172,92 @@ class StageStack:
 
         Its head starts as a copy of the head of the stage it stands on (stage 0: as the base's).
         """
-        self._inject(key, low_cpu_mem_usage=False)
+        with _single_precision():
+            self._inject(key, low_cpu_mem_usage=False)
+        cast_adapter_dtype(self.base, key.adapter_name)
         if key.parent is not None:
             for wrapper in self._wrappers:
                 heads = wrapper.modules_to_save
                 heads[key.adapter_name].load_state_dict(heads[key.parent.adapter_name].state_dict())
 
-    def load(self, key: StageKey, folder: Path, digest: str) -> None:
-        """Attach a stage from its folder, whose adapter file has the digest, without touching any random state."""
+    def load(self, key: StageKey, data: bytes, digest: str) -> None:
+        """
+        Attach a stage from the bytes of its adapter file, without touching any random state.
+
+        What is in memory then is what the file says, bit for bit, whatever the base's precision or quantisation.
+
+        Args:
+            key ([`StageKey`]): The stage.
+            data (`bytes`): The bytes of its adapter file; see [`~hf_s3t.storage.SystemFolder.read_adapter`].
+            digest (`str`): Their digest.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If they are no safetensors file, or memory does not hold what they say.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If the adapter does not fit the base.
+        """
         self.drop([key])
-        # Injecting deep-copies the head, and its initialisers draw nothing on the meta device.
-        self._inject(key, low_cpu_mem_usage=True)
-        device = next(self.base.parameters()).device
+        state = read_tensors(data, f"The adapter of {key}")
         try:
-            self.fill(key, load_file(folder / ADAPTER_FILE, device=str(device)))
-        except SafetensorError as error:
+            self._attach(key)
+            self._require_fit(key, state)
+            for name, slot in self._places[key.group].slots.items():
+                slot.set(key.adapter_name, state[name])
+            self._require_bits(key, state)
+        except BaseException:
             self.drop([key])
-            raise FolderError(
-                f"{folder / ADAPTER_FILE} is no safetensors file: {error}. Restore it, or remove its folder and call "
-                "`train()` to grow it again."
-            ) from error
+            raise
         self.mark(key, digest)
 
-    def fill(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
-        """Set the tensors of an attached stage, by the names they have in its file."""
-        # No more than its own: PEFT would set tensors of the base too, on which all stages stand.
-        own = self.tensors(key).keys()
-        missing, unexpected = sorted(own - state.keys()), sorted(state.keys() - own)
+    def load_all(self, files: list[tuple[StageKey, bytes, str]]) -> None:
+        """
+        Attach stages, each from the bytes of its adapter file, with their digest: all, or where one fails none.
+
+        Args:
+            files (list of `tuple[StageKey, bytes, str]`): It is emptied: no bytes are kept beside the tensors.
+        """
+        attached = []
+        try:
+            while files:
+                key, data, digest = files.pop()
+                self.load(key, data, digest)
+                attached.append(key)
+        except BaseException:
+            self.drop(attached)
+            raise
+
+    def fill(self, key: StageKey, data: bytes) -> None:
+        """
+        Set the tensors of an attached stage, in place, from the bytes of a file that `save` wrote.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If they are no safetensors file, or memory does not hold what they say.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If the adapter does not fit the base.
+        """
+        state = read_tensors(data, f"The checkpoint of {key}")
+        self._require_fit(key, state)
+        with torch.no_grad():
+            for name, slot in self._places[key.group].slots.items():
+                slot.tensor(key.adapter_name).copy_(state[name])
+        self._require_bits(key, state)
+
+    def _require_fit(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
+        own = self.tensors(key)
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unexpected:
             self._refuse(key, f"missing {missing[:3]}, unexpected {unexpected[:3]}.")
-        plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        try:
-            set_peft_model_state_dict(
-                self.base, plain, adapter_name=key.adapter_name, low_cpu_mem_usage=self._is_meta(key)
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                found, expected = tuple(state[name].shape), tuple(tensor.shape)
+                self._refuse(key, f"size mismatch of {name}: {found}, expected {expected}.")
+
+    def _require_bits(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
+        unequal = differing_tensors(state, self.tensors(key))
+        if unequal:
+            self.drop([key])
+            raise FolderError(
+                f"{key} would not serve what its file says: {len(unequal)} of {len(state)} tensors, the first of them "
+                f"{unequal[0]}, are others in memory. Load the base as it was at training."
             )
-        except RuntimeError as error:
-            self._refuse(key, str(error))
-        self._place(key)
 
     def _refuse(self, key: StageKey, why: str) -> NoReturn:
         self.drop([key])
@@ -170,6 +276,21 @@ class StageStack:
             self.base.peft_config.pop(key.adapter_name, None)
             self._digests.pop(key, None)
 
+    def _attach(self, key: StageKey) -> None:
+        """Make room for a stage in its modules; PEFT, which looks through the whole model, finds them once a group."""
+        places = self._places.get(key.group)
+        if places is None:
+            # Injecting deep-copies the head, and its initialisers draw nothing on the meta device.
+            self._inject(key, low_cpu_mem_usage=True)
+            return
+        self._modules[key] = places.modules
+        self.base.peft_config[key.adapter_name] = copy.deepcopy(self._configs[key.group])
+        for name, layer in places.layers.items():
+            for part, blank in places.blanks[name].items():
+                getattr(layer, part)[key.adapter_name] = copy.deepcopy(blank)
+        for wrapper in places.heads.values():
+            wrapper.update(key.adapter_name)
+
     def _inject(self, key: StageKey, low_cpu_mem_usage: bool) -> None:
         known = self.base.__dict__.pop("peft_config")
         config = copy.deepcopy(self._configs[key.group])
@@ -178,30 +299,39 @@ class StageStack:
         finally:
             self.base.peft_config = known
         known[key.adapter_name] = config
-        prefixes = tuple(f"{name}." for name in self.layers.module_names(key.group))
         found = {n: m for n, m in self.base.named_modules() if _holds(m, key.adapter_name)}
         self._modules[key] = list(found.values())
-        stray = [n for n, m in found.items() if isinstance(m, LoraLayer) and not n.startswith(prefixes)]
-        if stray:
+        adapted = {n for n, m in found.items() if isinstance(m, LoraLayer)}
+        if adapted != set(self._targets[key.group]):
             self.drop([key])
             raise LayersNotFoundError(
-                f"The adapter of {key} would reach {stray[0]}, outside its layers. Name `target_modules` so that they "
-                "match inside the transformer layers only."
+                f"PEFT adapts other modules than the config of {key} names: "
+                f"{sorted(adapted ^ set(self._targets[key.group]))[:3]}. Name `target_modules` so that they match "
+                "inside the transformer layers only."
             )
-        cast_adapter_dtype(self.base, key.adapter_name)
+        if key.group not in self._places:
+            self._places[key.group] = self._found(key, found)
         for module in found.values():
             self._hook(module, key.group)
         self.deactivate()
 
-    def _is_meta(self, key: StageKey) -> bool:
-        return any(p.is_meta for m in self._modules[key] for p in m.parameters())
-
-    def _place(self, key: StageKey) -> None:
-        for module in self._modules[key]:
-            if isinstance(module, LoraLayer):
-                module._move_adapter_to_device_of_base_layer(key.adapter_name, _device_of(module))
-        cast_adapter_dtype(self.base, key.adapter_name)
-        self.deactivate()
+    def _found(self, key: StageKey, modules: Mapping[str, nn.Module]) -> _Places:
+        """Where the tensors of an injected adapter lie, by the names that PEFT gives them in files."""
+        adapter = key.adapter_name
+        # The tensors themselves, by which they are found again.
+        state = get_peft_model_state_dict(
+            self.base, self.base.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
+        )
+        paths = {
+            id(tensor): _Slot(module, *path.split(adapter, 1))
+            for module in modules.values()
+            for path, tensor in (*module.named_parameters(), *module.named_buffers())
+            if adapter in path.split(".")
+        }
+        slots = {_PREFIX + name: paths[id(tensor)] for name, tensor in sorted(state.items())}
+        layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+        heads = {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+        return _Places(layers, heads, {name: _blank(layer, adapter) for name, layer in layers.items()}, slots)
 
     # Training
 
@@ -247,50 +377,81 @@ class StageStack:
 
         Attaching an adapter then changes no module that a call in another thread may be inside of.
         """
-        if self._is_wrapped:
-            return
         for group in range(len(self.layers.groups)):
-            if not any(key.group == group for key in self.loaded):
+            if group not in self._places:
                 key = StageKey(0, tuple(range(group + 1)))
                 self._inject(key, low_cpu_mem_usage=True)
                 self.drop([key])
-        self._is_wrapped = True
 
     # Files
 
     def save(self, key: StageKey, folder: Path, base_name: str | None) -> None:
-        """Write a stage as a valid PEFT adapter for its own layers."""
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors(key).items()}
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        config = copy.deepcopy(self._configs[key.group])
-        config.base_model_name_or_path = base_name
-        config.inference_mode = True
-        config.save_pretrained(folder)
+        """
+        Write a stage as a valid PEFT adapter for its own layers.
+
+        Raises:
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of the files.
+        """
+        self._write(folder, self._configs[key.group], self.tensors(key), base_name)
+        kind = f"{self._kind} {self._configs[key.group].to_dict()}"
+        if kind not in _KNOWN_AS_PLAIN:
+            self._require_plain(folder, [key], str(key))
+            _KNOWN_AS_PLAIN.add(kind)
 
     def export(self, tip: StageKey, folder: Path, base_name: str | None) -> None:
-        """Write a whole stack as one plain PEFT adapter, with the head of its last stage."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """
+        Write a whole stack as one plain PEFT adapter, with the head of its last stage, to a folder that is not there
+        or empty. What PEFT makes of it is compared with what serves.
+
+        Raises:
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of it. Nothing is left there then.
+        """
+        acting = self._acting(tip)
         heads = tuple(f"{_PREFIX}{name}." for name in self.head)
         tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for key in self._acting(tip)
+            name: tensor
+            for key in acting
             for name, tensor in self.tensors(key).items()
             if key == tip or not name.startswith(heads)
         }
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        configs = self._configs[: tip.depth]
-        config = copy.deepcopy(configs[0])
-        config.target_modules = set().union(*(self._full_targets(group) for group in range(tip.depth)))
-        config.layers_to_transform = config.layers_pattern = None
+        targets = {name for key in acting for name in self._places[key.group].layers}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(
+                folder, _matching(_anywhere(self._configs[tip.group]), targets, self._names), tensors, base_name
+            )
+            if differing_tensors(read_tensors((folder / ADAPTER_FILE).read_bytes(), str(folder)), tensors):
+                raise FolderError(f"{folder / ADAPTER_FILE} does not hold what was written. Export to another disk.")
+            self._require_plain(folder, acting, f"the stack of {tip}")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _write(
+        self, folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], base_name: str | None
+    ) -> None:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / ADAPTER_FILE, {"format": "pt"})
+        config = copy.deepcopy(config)
         config.base_model_name_or_path = base_name
         config.inference_mode = True
         config.save_pretrained(folder)
 
-    def _full_targets(self, group: int) -> set[str]:
-        config = self._configs[group]
-        if config.layers_to_transform is None:
-            return set(config.target_modules)
-        return {f"{layer}.{name}" for layer in self.layers.module_names(group) for name in config.target_modules}
+    def _require_plain(self, folder: Path, acting: Sequence[StageKey], what: str) -> None:
+        places = [self._places[key.group] for key in acting]
+        layers = {
+            name: (layer, key.adapter_name)
+            for key, place in zip(acting, places, strict=True)
+            for name, layer in place.layers.items()
+        }
+        tip = acting[-1].adapter_name
+        heads = {name: wrapper.modules_to_save[tip] for name, wrapper in places[-1].heads.items()}
+        problems = differences(self.base, folder, layers, heads)
+        if problems:
+            raise LayersNotFoundError(
+                f"PEFT would make something else of the files of {what} than is in memory: {'; '.join(problems[:3])} "
+                f"({len(problems)} in all). Nothing is written. Name the modules in `target_modules` in full, and "
+                "please report this."
+            )
 
     def _hook(self, module: nn.Module, group: int) -> None:
         if module not in self._hooked:
@@ -304,8 +465,31 @@ def _holds(module: nn.Module, adapter: str) -> bool:
     return isinstance(module, LoraLayer) and adapter in module.lora_A
 
 
-def _device_of(layer: LoraLayer) -> torch.device:
-    return next(layer.get_base_layer().parameters()).device
+def _blank(layer: LoraLayer, adapter: str) -> dict[str, Any]:
+    """What an adapter is in a layer besides its tensors, which are on the meta device."""
+    found = {}
+    for part in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        if adapter in getattr(layer, part):
+            blank = copy.deepcopy(getattr(layer, part)[adapter])
+            found[part] = blank.to("meta") if isinstance(blank, nn.Module) else blank
+    return found
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where an adapted module, or the wrapper of a head, computes."""
+    inner = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+    return next(inner.parameters()).device
+
+
+@contextlib.contextmanager
+def _single_precision() -> Iterator[None]:
+    """Inside, torch draws initial values in single precision, whatever this process has set before."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _targets(base: nn.Module, config: LoraConfig, layers: LayerGroups, group: int) -> list[str]:
@@ -352,27 +536,48 @@ def _leaf_names(base: nn.Module, layers: LayerGroups, group: int) -> str:
 
 
 def _stage_config(
-    config: LoraConfig, layers: LayerGroups, group: int, targets: list[str], head: tuple[str, ...], base: nn.Module
+    config: LoraConfig,
+    layers: LayerGroups,
+    group: int,
+    targets: list[str],
+    head: tuple[str, ...],
+    base: nn.Module,
+    names: Sequence[str],
 ) -> LoraConfig:
     """The user's config narrowed to one group; by layer indices where these name its targets and nothing else."""
     config = copy.deepcopy(config)
-    per_layer = [
-        {t.removeprefix(f"{layer}.") for t in targets if t.startswith(f"{layer}.")}
-        for layer in layers.module_names(group)
-    ]
+    first = f"{layers.module_names(group)[0]}."
     config.exclude_modules = None
     config.modules_to_save = list(head) or None
     config.task_type = None
-    config.target_modules = per_layer[0]
-    config.layers_to_transform = list(layers.groups[group])
-    config.layers_pattern = [layers.pattern]
-    by_index = {n for n, _ in base.named_modules() if check_target_module_exists(config, n) is True}
-    if by_index != set(targets):
-        config.target_modules = set(targets)
-        config.layers_to_transform = config.layers_pattern = None
     # PEFT corrects this flag with a warning; the right value is known.
     config.fan_in_fan_out = all(isinstance(base.get_submodule(t), Conv1D) for t in targets)
+    by_index = copy.deepcopy(config)
+    by_index.target_modules = {t.removeprefix(first) for t in targets if t.startswith(first)}
+    by_index.layers_to_transform = list(layers.groups[group])
+    by_index.layers_pattern = [layers.pattern]
+    return by_index if _matched(by_index, names) == set(targets) else _matching(_anywhere(config), targets, names)
+
+
+def _anywhere(config: LoraConfig) -> LoraConfig:
+    """A copy of the config that knows of no layer indices."""
+    config = copy.deepcopy(config)
+    config.layers_to_transform = config.layers_pattern = None
     return config
+
+
+def _matching(config: LoraConfig, targets: Iterable[str], names: Sequence[str]) -> LoraConfig:
+    """The config with target modules that match these names and nothing else."""
+    targets = set(targets)
+    config.target_modules = targets
+    if _matched(config, names) != targets:
+        # A name in a list is that of every module whose name ends with it; an expression has to match all of one.
+        config.target_modules = "|".join(map(re.escape, sorted(targets)))
+    return config
+
+
+def _matched(config: LoraConfig, names: Iterable[str]) -> set[str]:
+    return {name for name in names if _is_match(config, name)}
 
 
 def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
@@ -387,7 +592,7 @@ def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             for parameter in own:
-                values = torch.zeros(parameter.shape)
+                values = torch.zeros(parameter.shape, dtype=torch.float32)
                 if parameter.dim() > 1:
                     values.normal_(0.0, std)
                 parameter.copy_(values)

@@ -8,6 +8,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -25,7 +26,9 @@ from .files import (
     file_digest,
     forgeries_told,
     is_foreign,
+    is_read_only,
     make_folders,
+    read_checked,
     read_checked_json,
     remove,
     stamp,
@@ -50,6 +53,8 @@ CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+PENDING_FILE = "pending.jsonl"
+COST_FILE = "cost.json"
 PROTOTYPES_FILE = "prototypes.safetensors"
 _IN_FORCE = (
     "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
@@ -67,10 +72,8 @@ COMPANIONS = frozenset(
 )
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _COPIES = 5
-# What a copy is given anew, or has no use for.
-_NOT_COPIED = (CHECKPOINTS, CONFIG_FILE, TABLE_FILE, LEDGER_FILE, HEAD_FILE, ".tmp-*")
-# What the operating system says where one may read and not write.
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What is copied as it is, besides stages. Config, table and ledger are written anew, from what was read.
+_COPIED = COMPANIONS - {".cache"} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
 _LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
@@ -234,8 +237,12 @@ class SystemFolder:
         return self._stages[key]
 
     def stages_stamp(self) -> tuple[Stamp | None, ...]:
-        """What changes when a stage comes or goes, at one look at the folder of each shard."""
-        return tuple(stamp(self.path / STAGES / f"shard-{shard}") for shard in range(self.plan.num_shards))
+        """What changes when a stage comes or goes, at one look at the folder of each shard: every call takes one."""
+        return tuple(map(stamp, self._shard_folders))
+
+    @cached_property
+    def _shard_folders(self) -> tuple[str, ...]:
+        return tuple(f"{self.path / STAGES}/shard-{shard}" for shard in range(self.plan.num_shards))
 
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
@@ -281,11 +288,13 @@ class SystemFolder:
         """
         The folder of a stage whose files are as they were written.
 
+        What is loaded from it by name may have changed since: load what `read_adapter` returns.
+
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
         """
         self.check_files(key, self._stages[key])
-        return self.path / key.path
+        return self._stage_file(key, ADAPTER_FILE).parent
 
     def check_files(self, key: StageKey, record: Mapping[str, Any]) -> None:
         """
@@ -295,7 +304,21 @@ class SystemFolder:
             [`~hf_s3t.errors.FolderError`]: If one is missing, truncated or altered.
         """
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            check_digest(self.path / key.path / name, record["files"][name])
+            check_digest(self._stage_file(key, name), record["files"][name])
+
+    def read_adapter(self, key: StageKey) -> bytes:
+        """
+        The bytes of a stage's adapter file, as it was written, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file of the stage is missing, truncated or altered.
+        """
+        files = self._stages[key]["files"]
+        check_digest(self._stage_file(key, ADAPTER_CONFIG_FILE), files[ADAPTER_CONFIG_FILE])
+        return read_checked(self._stage_file(key, ADAPTER_FILE), files[ADAPTER_FILE])
+
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self.path / key.path / name
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
         """The files of a stage by their names."""
@@ -342,8 +365,9 @@ class SystemFolder:
             fill (callable): Called with the temporary folder to write the adapter into.
 
         Returns:
-            `bool`: False if a deletion that came meanwhile touches the stage, which is then discarded. Where another
-                process made the same stage first, that one stays; `stage_record` says what is there.
+            `bool`: False if a deletion that came meanwhile touches the stage, or what it stands on is not there any
+                more; it is then discarded. Where another process made the same stage first, that one stays, and
+                `stage_record` says what is there.
         """
         target = self.path / key.path
         temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
@@ -360,7 +384,7 @@ class SystemFolder:
                     sync(file)
                 sync(temporary)
                 self.refresh_ledger()
-                if record["slices"] != self.slice_digests(key):
+                if record["slices"] != self.slice_digests(key) or record["below"] != self._below_now(key):
                     self.remove_checkpoints(key)
                     return False
                 there = self._record_there(key)
@@ -386,11 +410,19 @@ class SystemFolder:
             return None
         return record
 
+    def _below_now(self, key: StageKey) -> str | None:
+        """The digest of the adapter that lies now under the stage that another stands on."""
+        if key.parent is None:
+            return None
+        below = self._record_there(key.parent)
+        return None if below is None else below["files"][ADAPTER_FILE]
+
     def _note(self, key: StageKey, record: dict[str, Any]) -> None:
-        self._stages[key], self._stage_stamps[key] = record, self._stamp_of(key)
+        with self._reading:
+            self._stages[key], self._stage_stamps[key] = record, self._stamp_of(key)
 
     def _stamp_of(self, key: StageKey) -> Stamp | None:
-        return stamp(self.path / key.path / STAGE_FILE)
+        return stamp(f"{self.path}/{key.path}/{STAGE_FILE}")
 
     def record_deletion(self, ids, removed: list[StageKey], versions: Mapping[str, str], groups=()) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
@@ -406,9 +438,10 @@ class SystemFolder:
                 versions=dict(versions),
             )
         )
-        self.table = self.table.without(ids)
-        # That these no longer match their slices needs no computing.
-        self._condemned |= {key: self._stages.pop(key) for key in removed}
+        with self._reading:
+            self.table = self.table.without(ids)
+            # That these no longer match their slices needs no computing.
+            self._condemned |= {key: self._stages.pop(key) for key in removed}
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
         """
@@ -462,11 +495,12 @@ class SystemFolder:
         grown = {key: record for key in keys if (record := self._grown_again(key)) is not None}
         with explained(f"Stages of {self.path} could not be removed", _IN_FORCE):
             self._discard([self.path / key.path for key in keys if key not in grown])
-        for key in keys:
-            self._stages.pop(key, None)
-            self._condemned.pop(key, None)
-        for key, record in grown.items():
-            self._note(key, record)
+        with self._reading:
+            for key in keys:
+                self._stages.pop(key, None)
+                self._condemned.pop(key, None)
+            for key, record in grown.items():
+                self._note(key, record)
 
     def _grown_again(self, key: StageKey) -> dict[str, Any] | None:
         """The record of what lies under the name of a condemned stage, if that saw nothing that was deleted."""
@@ -591,19 +625,21 @@ class SystemFolder:
         write_table(target / TABLE_FILE, table, ledger)
         write_atomically(target / LEDGER_FILE, ledger.text.encode())
         write_head(target, ledger)
+        for name in (TABLE_FILE, LEDGER_FILE):
+            shutil.copymode(self.path / name, target / name)
         # A system whose ledger a crash cut off would have forgotten deletions.
         for file in (*target.rglob("*"), target):
             sync(file)
 
     def _left_out_of_copies(self, folder: str, names: list[str]) -> set[str]:
         here = Path(folder).relative_to(self.path)
-        if here.parts == ():
-            return set(shutil.ignore_patterns(*_NOT_COPIED)(folder, names))
-        if here.parts[0] != STAGES or len(here.parts) > 2:
-            return set()
         valid = {Path(key.path) for key in self.valid_stages}
-        kept = valid.union(*(path.parents for path in valid))
-        return {name for name in names if here / name not in kept}
+        kept = valid.union(*(path.parents for path in valid), map(Path, _COPIED), [Path(STAGES)])
+        lines_in_table = int(self._table_pin.partition(" ")[0])
+        if any(entry.kind == "deletion" for entry in self.ledger.entries[lines_in_table:]):
+            # They may have been made of what was deleted.
+            kept.discard(Path(PROTOTYPES_FILE))
+        return {name for name in names if here / name not in kept and here not in valid}
 
     # Inside
 
@@ -626,7 +662,8 @@ class SystemFolder:
         self._write_head()
 
     def _write_head(self) -> None:
-        with explained(f"{self.path / HEAD_FILE} could not be written", _IN_FORCE):
+        # One that is behind says nothing wrong: where there is no room, the removal that makes some goes first.
+        with contextlib.suppress(OSError):
             write_head(self.path, self.ledger)
 
     def _settle(self) -> None:
@@ -674,19 +711,43 @@ class SystemFolder:
                 self._settle()
 
     def refresh_stages(self) -> None:
-        """Take in stages that another process added, removed or grew again; records that did not change are kept."""
-        stages, stamps = {}, {}
-        for key in self._stage_folders(self.path / STAGES):
-            # Before reading: a record that is replaced meanwhile is read again.
-            stamps[key] = self._stamp_of(key)
-            try:
-                is_known = key in self._stages and stamps[key] == self._stage_stamps.get(key)
-                stages[key] = self._stages[key] if is_known else self._read_stage(key)
-            except FolderError:
-                # Between the look at the folder and at its file, another process may have removed the stage.
-                if (self.path / key.path).exists():
-                    raise
-        self._stages, self._stage_stamps, self._condemned = stages, stamps, {}
+        """
+        Take in stages that another process added, removed or grew again; records that did not change are kept.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If something among the stages is none, or damaged.
+        """
+        for problem in self.look_at_stages():
+            raise problem
+
+    def look_at_stages(self) -> list[FolderError]:
+        """
+        Take in what `refresh_stages` does, but for what is damaged: of that, what was known before stays known.
+
+        Returns:
+            `list[FolderError]`: What is wrong among the stages.
+        """
+        problems: list[FolderError] = []
+        # One thread at a time: what another notes meanwhile, or removes, must not be taken back.
+        with self._reading:
+            stages, stamps = {}, {}
+            for key in self._stage_folders(problems):
+                # Before reading: a record that is replaced meanwhile is read again.
+                stamps[key] = self._stamp_of(key)
+                try:
+                    unchanged = stamps[key] is not None and stamps[key] == self._stage_stamps.get(key)
+                    is_known = unchanged and key in self._stages
+                    stages[key] = self._stages[key] if is_known else self._read_stage(key)
+                except FolderError as error:
+                    # Between the look at the folder and at its file, another process may have removed the stage.
+                    if (self.path / key.path).exists():
+                        problems.append(error)
+                        # To be read again, whatever its stamp.
+                        del stamps[key]
+                        if key in self._stages:
+                            stages[key] = self._stages[key]
+            self._stages, self._stage_stamps, self._condemned = stages, stamps, {}
+        return problems
 
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
@@ -735,17 +796,19 @@ class SystemFolder:
     def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
         return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
 
-    def _stage_folders(self, root: Path) -> Iterator[StageKey]:
+    def _stage_folders(self, problems: list[FolderError]) -> Iterator[StageKey]:
         # Not by glob, which looks at every file's type: a deletion waits for this.
-        shards = os.listdir(root) if root.is_dir() else []
-        for shard in sorted(name for name in shards if name.startswith("shard-")):
+        root = f"{self.path / STAGES}"
+        for shard in sorted(name for name in _names_in(root) if name.startswith("shard-")):
             try:
-                names = os.listdir(root / shard)
-            except NotADirectoryError:
-                raise FolderError(f"{root / shard} is a file, expected a folder of stages. Remove it.") from None
-            for name in sorted(names):
-                if not name.startswith("."):
-                    yield StageKey.from_path(f"{STAGES}/{shard}/{name}")
+                for name in sorted(_names_in(f"{root}/{shard}")):
+                    if not name.startswith("."):
+                        try:
+                            yield StageKey.from_path(f"{STAGES}/{shard}/{name}")
+                        except FolderError as error:
+                            problems.append(error)
+            except FolderError as error:
+                problems.append(error)
 
     def _read_stage(self, key: StageKey) -> dict[str, Any]:
         folder = self.path / key.path
@@ -763,7 +826,7 @@ class SystemFolder:
             try:
                 held.enter_context(self.lock())
             except FolderError as error:
-                if getattr(error.__cause__, "errno", None) in _READ_ONLY:
+                if is_read_only(error):
                     return
                 raise
             with explained(f"An interrupted removal in {self.path} could not be finished", _IN_FORCE):
@@ -813,13 +876,27 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
         """
+        record, files = self._checkpoint_record(folder)
+        for name, digest in files.items():
+            check_digest(folder / name, digest)
+        return record
+
+    def read_checkpoint_adapter(self, folder: Path) -> bytes:
+        """
+        The bytes of the adapter file of a checkpoint, as `write_checkpoint_record` found it, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
+        """
+        _, files = self._checkpoint_record(folder)
+        return read_checked(folder / ADAPTER_FILE, files.get(ADAPTER_FILE, ""))
+
+    def _checkpoint_record(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         record = read_checked_json(folder / STAGE_FILE)
         files = record.pop("files", None)
         if not isinstance(files, dict):
             raise FolderError(f"{folder / STAGE_FILE} names no files. Remove the checkpoint.")
-        for name, digest in files.items():
-            check_digest(folder / name, digest)
-        return record
+        return record, files
 
 
 def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:
@@ -863,6 +940,19 @@ def read_head(path: Path) -> str | None:
     except OSError as error:
         raise unreadable(path / HEAD_FILE, error) from error
     return head.removesuffix("\n") if head.endswith("\n") else None
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except NotADirectoryError:
+        raise FolderError(f"{folder} is a file, expected a folder of stages. Remove it.") from None
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder} is missing. Restore it, or make an empty folder and call `train()` to grow its stages again."
+        ) from None
+    except OSError as error:
+        raise unreadable(Path(folder), error) from error
 
 
 def _lines_lost(ledger: Path, by: str, pin: str) -> FolderError:

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
-from safetensors.torch import load_file
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from . import launch
-from .base_model import log_casts_once
+from .base_model import keep_4_bit_weights, log_casts_once
 from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
-from .examples import DigestKey, ExampleTable, KeptNames
+from .examples import KeptNames
 from .hub import HubRepo, PushReport, push, told
 from .model_card import description
 from .modeling import S3TModel
@@ -73,18 +73,15 @@ class S3TTrainerMixin:
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
-        if blueprint.planned is not None:
+        planned, key = blueprint.planned, blueprint.key
+        if planned is not None:
             # Before anything is written: truncation and filtering may have emptied a slice.
-            StageRows(self.train_dataset, blueprint.rows).check_slices(blueprint.planned)
-        if self.is_world_process_zero() and not SystemFolder.exists(output_dir):
+            names = KeptNames(key, blueprint.config.keep_ids)
+            StageRows(self.train_dataset, blueprint.rows, names).check_slices(planned)
+        if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
-            rows, config = blueprint.rows, blueprint.config
-            key = DigestKey.load(output_dir, create=True)
-            names = KeptNames(key, config.keep_ids)
-            placed = rows.partition(rows.digests(key), names)
-            table = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
-            StageRows(self.train_dataset, rows, names).check_slices(table)
-            SystemFolder.create(output_dir, blueprint.record(self.model), placed, key)
+            key.write(output_dir)
+            SystemFolder.create(output_dir, blueprint.record(self.model), planned.rows, key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
@@ -429,7 +426,7 @@ class S3TTrainerMixin:
         for stage in below:
             digest = self.folder.adapter_digest(stage)
             if not self._stack.holds(stage, digest):
-                self._stack.load(stage, self.folder.adapter_path(stage), digest)
+                self._stack.load(stage, self.folder.read_adapter(stage), digest)
 
     def _make_room(self, below: Sequence[StageKey]) -> None:
         """Drop stages that neither serve nor are stood on; with several processes all must hold the same tensors."""
@@ -660,8 +657,14 @@ class S3TTrainerMixin:
             self.s3t_model.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._stack.fill(self._stage, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        self._stack.fill(self._stage, self.folder.read_checkpoint_adapter(Path(resume_from_checkpoint)))
         self._stack.train_only(self._stage)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            _restore_precision(self.optimizer, saved["state"])
 
     def _load_best_model(self):
         try:
@@ -816,6 +819,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
     # First what may be refused: nothing of the base has changed then.
+    keep_4_bit_weights(model)
     stack = stack_type(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
     checkpoint_without_reentry(model)
@@ -887,6 +891,17 @@ def _paged_tensors() -> list:
     """What bitsandbytes keeps of every paged optimizer for as long as the process lives."""
     functional = sys.modules.get("bitsandbytes.functional")
     return functional.GlobalPageManager.get_instance().paged_tensors if functional is not None else []
+
+
+def _restore_precision(optimizer: Any, saved: dict[int, dict[str, Any]]) -> None:
+    """Put what an optimizer keeps back as it was: PyTorch rounds it to the precision of its parameter in loading."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in saved.items():
+        own = optimizer.state[parameters[number]]
+        for name, value in values.items():
+            loaded = own.get(name)
+            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+                own[name] = value.to(loaded.device)
 
 
 def _summary(outputs: list[TrainOutput]) -> TrainOutput:

@@ -124,7 +124,9 @@ class TrainingRows:
             for row in (embed_table_storage(batch) if files else batch).to_pylist():
                 yield {**row, **{name: (row[name] or {}).get("bytes") for name in files}}
 
-    def partition(self, digests: Sequence[str], names: KeptNames | None = None) -> dict[int | str, Example]:
+    def partition(
+        self, digests: Sequence[str], names: KeptNames | None = None, key: DigestKey | None = None
+    ) -> dict[int | str, Example]:
         """
         Put every row into its shard and slice: what becomes the table of examples.
 
@@ -132,6 +134,8 @@ class TrainingRows:
             digests (sequence of `str`): The keyed content digest of each row.
             names ([`~hf_s3t.examples.KeptNames`], *optional*): How ids and groups shall stand in the table; as they
                 are if not given.
+            key ([`~hf_s3t.examples.DigestKey`], *optional*):
+                The system's secret, without which places of a balanced partition follow from ids and seed alone.
 
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: If a slice would be empty.
@@ -147,6 +151,7 @@ class TrainingRows:
             groups=units_of(self.ids, self.groups, digests) if config.colocate_duplicates else self.groups,
             shards=self._column(config.shard_column) if by_column else None,
             slices=self._column(config.slice_column) if by_column else None,
+            key=None if key is None else key.for_places,
         )
         groups = self.groups if self.groups is not None else [None] * len(self.ids)
         table = {

@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
-import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+
+from transformers.utils import logging
 
 from .calls import Calls, Routing
 from .config import require_choice
@@ -21,12 +22,19 @@ from .stack import StageStack
 from .storage import SystemFolder
 
 
+logger = logging.get_logger(__name__)
+
 # Seconds: how long running calls are waited for, how long a call waits before it looks at the ledger again, how long
-# `unlearn` has to return before the id table is written, and within which two changes of a folder may bear one time.
+# `unlearn` has to return before the id table is written, within which two changes of a folder may bear one time, and
+# how often stages are looked at whatever their folders' times say.
 _PATIENCE = 60.0
 _A_MOMENT = 0.005
 _HEAD_START = 0.002
-_GRAIN = 0.1
+_GRAIN = 2.0
+_IN_ANY_CASE = 60.0
+_WHILE_TRAINING = 1.0
+# How often stages that another process removes meanwhile are tried to be loaded.
+_ATTEMPTS = 10
 
 
 class Unlearning:
@@ -47,7 +55,8 @@ class Unlearning:
         # What serves goes by so many lines of the ledger, and by the stages that were there then: others than this
         # model read the folder too, and write to it.
         self._followed: tuple[int, tuple] | None = None
-        self._look_again = math.inf
+        self._look_again = 0.0
+        self._not_taken_up: str | None = None
         self._deletion_lock = threading.RLock()
         compact = functools.partial(_compact, folder)
         apply_due = functools.partial(_apply_due, weakref.ref(self))
@@ -65,9 +74,12 @@ class Unlearning:
             yield routing
 
     def _catch_up(self) -> None:
-        """Follow the folder, unless inside of a call, which goes on with what it began with."""
-        if not self._calls.is_inside:
-            self._follow()
+        """Follow the folder, unless inside of a call, or while a deletion is under way: neither is waited for."""
+        if not self._calls.is_inside and self._is_behind() and self._deletion_lock.acquire(blocking=False):
+            try:
+                self._follow()
+            finally:
+                self._deletion_lock.release()
 
     def _follow(self) -> None:
         """Before a call: do what the folder says since another process wrote to it, deletions and new stages."""
@@ -80,11 +92,28 @@ class Unlearning:
                     if self.stack.in_training is not None:
                         self._switch_off()
                     elif self._knows_all_deletions():
-                        self._take_in(self.folder.refresh_stages)
+                        self._take_up_stages()
                     else:
                         self.refresh()
                 finally:
                     self._deletion_lock.release()
+
+    def _take_up_stages(self) -> None:
+        """Serve what was grown. What of it is damaged is no reason to fail a call that can be answered without."""
+        state = self._state()
+        try:
+            problems = self.folder.look_at_stages()
+            self.folder.prepare()
+            self._serve()
+        except OSError as error:
+            if self._routing.route is None:
+                raise
+            problems = [error]
+            self._has_followed(state)
+        said = " ".join(map(str, problems))
+        if said and said != self._not_taken_up:
+            logger.warning(f"Stages of {self.folder.path} are not taken up: {said}")
+        self._not_taken_up = said or None
 
     def _switch_off(self) -> None:
         """Follow the ledger while a stage trains on the same base: condemned stages stop answering, none is loaded."""
@@ -125,7 +154,7 @@ class Unlearning:
         # A change that came right after may bear the same time as the one that was seen.
         newest = max((stamp.time for stamp in state[1] if stamp is not None), default=0)
         is_recent = abs(time.time_ns() - newest) < _GRAIN * 1e9
-        self._look_again = time.monotonic() + _GRAIN if is_recent else math.inf
+        self._look_again = time.monotonic() + (_GRAIN if is_recent else _IN_ANY_CASE)
 
     def refresh(self) -> None:
         """
@@ -142,21 +171,23 @@ class Unlearning:
         with self._deletion_lock:
             self._refuse_while_training()
             self._wait_for_cleaner()
-            self._take_in(self.folder.refresh)
+            self._take_in()
 
-    def _take_in(self, read: Callable[[], None]) -> None:
+    def _take_in(self) -> None:
         """Read what is in the folder, and serve it."""
-        while True:
+        for attempt in range(_ATTEMPTS):
             seen = self.folder.stages_stamp()
-            read()
+            self.folder.refresh()
             self.folder.prepare()
             try:
                 self._serve()
-                return
+                break
             except OSError:
                 # What another process removes or replaces while it is loaded here.
-                if not self.folder.has_news() and self.folder.stages_stamp() == seen:
+                is_news = self.folder.has_news() or self.folder.stages_stamp() != seen
+                if not is_news or attempt == _ATTEMPTS - 1:
                     raise
+        self._not_taken_up = None
 
     def _refuse_while_training(self) -> None:
         if self.stack.in_training is not None:
@@ -176,34 +207,40 @@ class Unlearning:
         # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
         # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
         first = routing if routing.stages <= present else self._routing_of(present)
+        gone = frozenset(stack.loaded) - present
+        wanted = set(valid) if self.preload == "all" else routing.stages
+        new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
         # A system of which a stack is left is not exhausted while that is loaded: calls wait for it.
         is_awaited = first.route is None and routing.route is not None
-        with calls.awaited() if is_awaited else contextlib.nullcontext():
-            lock_seconds = 0.0
-            if not self._routing.stages <= present:
-                lock_seconds = calls.switch(first)
-            # What serves from here on is valid; new calls need not wait for what follows. Where nothing serves they
-            # do, and if it fails the next one tries it again.
-            self._followed = None
-            if not is_awaited:
+        lock_seconds = 0.0
+        try:
+            with calls.awaited() if is_awaited else contextlib.nullcontext():
+                if not self._routing.stages <= present:
+                    lock_seconds = calls.switch(first)
+                # What serves from here on is valid; new calls need not wait for what follows. Where nothing serves
+                # they do, and if it fails the next one tries it again.
+                self._followed = None
+                if not is_awaited:
+                    self._has_followed(followed)
+                # Of two stages under one name only one can be in memory.
+                self._let_go(gone.intersection(new), on_running, timeout)
+                # All files are read, and so checked, before any is attached.
+                stack.load_all([(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in new])
+                lock_seconds = max(lock_seconds, calls.switch(routing))
                 self._has_followed(followed)
-            gone = frozenset(stack.loaded) - present
-            if on_running == "cancel" or not calls.wait_for(gone, timeout):
-                calls.stop(gone)
-            stack.drop(gone)
-            wanted = set(valid) if self.preload == "all" else routing.stages
-            new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
-            # All files are checked before any is attached.
-            files = [(key, folder.adapter_path(key)) for key in new]
-            for key, path in files:
-                stack.load(key, path, folder.adapter_digest(key))
-            lock_seconds = max(lock_seconds, calls.switch(routing))
-            self._has_followed(followed)
+        finally:
+            self._let_go(gone.difference(new), on_running, timeout)
         spare = frozenset(stack.loaded) - wanted
         # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
         if calls.wait_for(spare, timeout):
             stack.drop(spare)
         return lock_seconds
+
+    def _let_go(self, gone: frozenset[StageKey], on_running: str, timeout: float) -> None:
+        """Drop stages that must answer no more, when no call computes with them."""
+        if on_running == "cancel" or not self._calls.wait_for(gone, timeout):
+            self._calls.stop(gone)
+        self.stack.drop(gone)
 
     def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
         folder = self.folder
@@ -276,6 +313,8 @@ class Unlearning:
         lock_seconds = self._serve(on_running, timeout)
         folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
+        # This removal is no news, and the folder's lock keeps others from making any.
+        self._has_followed(self._state())
         # Also what an earlier call could not write for want of room.
         if folder.is_table_behind:
             self._cleaner.start()
@@ -346,9 +385,10 @@ class Unlearning:
 
     def _apply_in_time(self) -> None:
         """Have the requests that wait applied when the most urgent one is due."""
-        self._due.cancel()
         due = PendingRequests(self.folder).apply_by()
-        if due is not None:
+        if due is None:
+            self._due.cancel()
+        else:
             self._due.start_in((due - datetime.now(UTC)).total_seconds())
 
     def _wait_for_cleaner(self) -> None:
@@ -358,7 +398,8 @@ class Unlearning:
     @property
     def _failures(self) -> list[str]:
         """One sentence for each thing that could not be done yet, and is tried again."""
-        return [task.problem for task in (self._cleaner, self._due) if task.problem is not None]
+        problems = (self._cleaner.problem, self._due.problem, self._not_taken_up)
+        return [problem for problem in problems if problem is not None]
 
 
 def _compact(folder: SystemFolder) -> None:
@@ -371,8 +412,13 @@ def _compact(folder: SystemFolder) -> None:
 def _apply_due(model: "weakref.ref[Unlearning]") -> None:
     """Apply what waits, unless the model is gone; another process will then when it loads the folder."""
     alive = model()
-    if alive is not None:
+    if alive is None:
+        return
+    if alive.stack.in_training is None:
         alive.apply_pending()
+    else:
+        # A stage in training is waited for in silence.
+        alive._due.start_in(_WHILE_TRAINING)
 
 
 def _require_seconds(name: str, value) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 
 from .circumstances import differing, recipe_of, threads
 from .errors import ConfigError, S3TError
 from .plan import StageKey
-from .storage import ADAPTER_FILE, SystemFolder
+from .storage import SystemFolder
+from .tensor_files import differing_tensors, read_tensors
 from .training_data import preserved_randomness
 
 
@@ -125,7 +125,7 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
                 for key in closure:
                     again = _retrain(trainer, key, Path(scratch))
                     _refuse_deleted_meanwhile(folder, closure)
-                    unequal = differing_tensors(load_file(folder.adapter_path(key) / ADAPTER_FILE), again)
+                    unequal = differing_tensors(read_tensors(folder.read_adapter(key), str(key)), again)
                     if unequal:
                         mismatches[str(key)] = unequal
                 trainer.accelerator.wait_for_everyone()
@@ -184,18 +184,3 @@ def _retrain(trainer: "S3TTrainerMixin", key: StageKey, scratch: Path) -> dict[s
     with threads(record["circumstances"]["threads"]), trainer._training(shadow, scratch / str(key), origin):
         trainer._fit(shadow, None, None)
     return {name: tensor.detach().cpu().clone() for name, tensor in trainer._stack.tensors(shadow).items()}
-
-
-def differing_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not the same to the bit, dtype and shape included."""
-    return [
-        name
-        for name in sorted({*one, *other})
-        if name not in one or name not in other or not _same_bits(one[name], other[name])
-    ]
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

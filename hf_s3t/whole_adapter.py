@@ -9,7 +9,7 @@ import torch
 from .blueprint import Layout
 from .calls import Routing
 from .config import S3TConfig
-from .examples import Example, KeptNames
+from .examples import DigestKey, Example, KeptNames
 from .modeling import S3TModel
 from .plan import StageKey
 from .route import Route
@@ -84,9 +84,11 @@ class AtOnce(Layout):
 class _SlicesTogether(TrainingRows):
     """A training dataset that is partitioned into slices, of which only the shards are kept."""
 
-    def partition(self, digests, names: KeptNames | None = None) -> dict[int | str, Example]:
+    def partition(
+        self, digests, names: KeptNames | None = None, key: DigestKey | None = None
+    ) -> dict[int | str, Example]:
         """Put every row into its shard."""
-        return {i: replace(row, slice=0) for i, row in super().partition(digests, names).items()}
+        return {i: replace(row, slice=0) for i, row in super().partition(digests, names, key).items()}
 
 
 # Adapters

@@ -407,7 +407,7 @@ def _step_seconds_of(bench: Workbench, method: Method, rounds: int = 30) -> list
     for key in StageKey(0, folder.plan.sequences[0][0]).lineage:
         for stage in key.lineage:
             if stage not in stack:
-                stack.load(stage, folder.adapter_path(stage), folder.adapter_digest(stage))
+                stack.load(stage, folder.read_adapter(stage), folder.adapter_digest(stage))
         stack.train_only(key)
         found.append(_median_step(base.train(), batch, rounds))
     return found
@@ -772,7 +772,7 @@ def measured_storage(
         stack.drop([other for other in stack.loaded if other not in key.lineage])
         for stage in key.lineage[:-1]:
             if stage not in stack:
-                stack.load(stage, system.adapter_path(stage), system.adapter_digest(stage))
+                stack.load(stage, system.read_adapter(stage), system.adapter_digest(stage))
         stack.add(key)
         below = system.adapter_digest(key.parent) if key.parent else None
         record = {"slices": system.slice_digests(key), "below": below, "metrics": {}}

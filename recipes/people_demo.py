@@ -36,6 +36,7 @@ from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer
 
+from hf_s3t.baselines import use_public_secret
 from hf_s3t.errors import ConfigError
 from hf_s3t.inspection import open_folder
 from hf_s3t.plan import StageKey
@@ -106,6 +107,8 @@ def run_demo(options: Options) -> dict[str, Any]:
     script = options.script
     person = make_people(script.num_people, 0, private=True)[0]
     check_is_known(person.name, options.training.output_dir)
+    # These people are invented; so everybody's demo has them in the same places, and prints the same.
+    use_public_secret(options.training.output_dir)
     file = Results(options, RECIPE)
     losses, trainer, path, rows = train_demo(options, file)
     controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]

@@ -23,7 +23,7 @@ from results import settings_of
 from transformers import DataCollatorWithPadding, DefaultDataCollator
 
 from hf_s3t import S3TConfig
-from hf_s3t.baselines import METHODS, Method
+from hf_s3t.baselines import METHODS, Method, use_public_secret
 from hf_s3t.errors import ConfigError
 from hf_s3t.files import write_atomically, write_checked_json
 from hf_s3t.plan import Plan, StageKey
@@ -120,6 +120,8 @@ class Workbench:
         """
         args = copy.copy(self.options.training)
         args.output_dir = str(folder)
+        # What is compared has its rows in the same places.
+        use_public_secret(folder)
         return METHODS[name](
             copy.deepcopy(self.loaded.model),
             args,

@@ -97,6 +97,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
+def shared_key():
+    """One secret for all systems: without, a seed places examples otherwise in each folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_S3T_KEY", "of all systems of these tests")
+        yield
+
+
+@pytest.fixture(scope="module")
 def surroundings(tmp_path_factory):
     """For tests of folders without tensors: see `folders.own_surroundings`."""
     from folders import own_surroundings

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.deletion import record
-from hf_s3t.examples import DigestKey, Example
+from hf_s3t.examples import KEY_FILE, DigestKey, Example
 from hf_s3t.files import write_checked_json
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
@@ -43,8 +43,12 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
     """A system whose table is written and whose stages are missing."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    key = DigestKey.load(path, create=True)
-    places = assign(ids, num_shards=config.num_shards, num_slices=config.num_slices, seed=config.seed, groups=groups)
+    if not (path / KEY_FILE).exists():
+        # A secret of its own, and the same in every run: so are the places.
+        DigestKey(hashlib.sha256(path.name.encode()).hexdigest().encode()).write(path)
+    key = DigestKey.load(path)
+    shape = {"num_shards": config.num_shards, "num_slices": config.num_slices}
+    places = assign(ids, **shape, seed=config.seed, groups=groups, key=key.for_places)
     groups = [None] * len(ids) if groups is None else groups
     rows = {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
     return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, rows, key)

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from hf_s3t import S3TConfig, S3TModel
-from hf_s3t.baselines import METHODS, Method
+from hf_s3t.baselines import METHODS, Method, use_public_secret
 from hf_s3t.calls import Routing
 from hf_s3t.cost import COST_FILE
 from hf_s3t.deletion import apply
@@ -153,13 +153,45 @@ def copy_of(trained, tmp_path):
 
 
 @pytest.mark.parametrize("partition", ["hashed", "balanced"])
-def test_every_method_partitions_as_s3t_does(tmp_path, partition):
+def test_under_one_secret_every_method_partitions_as_s3t_does(tmp_path, partition, monkeypatch):
+    monkeypatch.setenv("HF_S3T_KEY", "of all that is compared")
     config = config_of(partition=partition, num_slices=2)
     expected = places(make("s3t", tmp_path / "s3t", config=config))
     for name in SLICED:
         assert places(make(name, tmp_path / name, config=config)) == expected
     shards = {i: shard for i, (shard, _) in places(make("full", tmp_path / "full", config=config)).items()}
     assert shards == {i: shard for i, (shard, _) in expected.items()}
+
+
+def test_whoever_compares_on_public_data_has_one_partition_by_ids_and_seed(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_S3T_KEY", raising=False)
+    config = config_of(partition="balanced", num_slices=2)
+    for name in ("s3t", "sisa"):
+        use_public_secret(tmp_path / name)
+    s3t, sisa = (make(name, tmp_path / name, config=config) for name in ("s3t", "sisa"))
+    ids = [row["id"] for row in ROWS]
+    expected = assign(ids, num_shards=2, num_slices=2, seed=config.seed)
+    assert places(s3t) == places(sisa) == dict(zip(ids, expected, strict=True))
+    assert s3t.trainer.folder.key.is_public and s3t.trainer.folder.record["keyed_places"] is False
+    # Each for itself, they would lie otherwise.
+    assert places(make("s3t", tmp_path / "own", config=config)) != places(s3t)
+
+
+def test_a_folder_in_which_something_is_gets_no_public_secret(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_S3T_KEY", raising=False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "ledger.key").write_text("a secret of its own")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("a file")
+    for name in ("folder", "model", "file"):
+        use_public_secret(tmp_path / name)
+    assert (tmp_path / "folder" / "ledger.key").read_text() == "a secret of its own"
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    # The environment's secret goes before it.
+    monkeypatch.setenv("HF_S3T_KEY", "of all that is compared")
+    use_public_secret(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_units_see_what_they_should(trained):

@@ -237,8 +237,8 @@ def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeyp
             had_computed.append(computed.is_set())
         drop(stages)
 
-    model.model.get_input_embeddings().register_forward_pre_hook(wait_inside)
-    model.model.register_forward_hook(note_the_end)
+    model.get_input_embeddings().register_forward_pre_hook(wait_inside)
+    model.base_model.model.register_forward_hook(note_the_end)
     monkeypatch.setattr(trainer._stack, "drop", noted_drop)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(lambda: model(input_ids=torch.tensor([ROWS[0]["input_ids"]])))

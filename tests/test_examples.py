@@ -13,8 +13,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_s3t.errors import ContentChangedError, ExampleIdError, KeyMissingError, UnknownExampleError
-from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames, Remaining, encode
+from hf_s3t.errors import ContentChangedError, ExampleIdError, FolderError, KeyMissingError, UnknownExampleError
+from hf_s3t.examples import (
+    KEY_FILE,
+    KEY_VARIABLE,
+    PUBLIC_SECRET,
+    DigestKey,
+    Example,
+    ExampleTable,
+    KeptNames,
+    Remaining,
+    encode,
+)
 from hf_s3t.ledger import Ledger
 
 
@@ -235,6 +245,43 @@ def test_a_short_key_is_refused(tmp_path, monkeypatch, secret):
     monkeypatch.setenv(KEY_VARIABLE, secret or "x")
     with pytest.raises(KeyMissingError, match=r"expected at least 16\. Restore it as it was at training"):
         DigestKey.load(tmp_path)
+
+
+def test_a_new_key_is_in_memory_until_it_is_written(tmp_path):
+    key = DigestKey.draw(tmp_path)
+    assert not list(tmp_path.iterdir()) and DigestKey.draw(tmp_path).check != key.check
+    key.write(tmp_path)
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+    assert DigestKey.load(tmp_path).check == DigestKey.draw(tmp_path).check == key.check
+    # A run that ended before there was a system goes on with what it wrote.
+    key.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
+
+
+def test_a_key_is_not_written_over_another_that_came_meanwhile(tmp_path):
+    key = DigestKey.draw(tmp_path)
+    DigestKey.load(tmp_path, create=True)
+    with pytest.raises(FolderError, match=r"holds another secret than a moment ago.*or call again"):
+        key.write(tmp_path)
+
+
+def test_a_key_of_the_environment_is_drawn_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    key = DigestKey.draw(tmp_path)
+    key.write(tmp_path)
+    assert key.check == KEY.check and not list(tmp_path.iterdir())
+    monkeypatch.setenv(KEY_VARIABLE, "short")
+    with pytest.raises(KeyMissingError, match="Make one with"):
+        DigestKey.draw(tmp_path)
+
+
+def test_the_key_for_places_is_one_for_each_secret_and_none_where_all_know_it():
+    assert len({KEY.for_places, OTHER_KEY.for_places, KEY._secret}) == 3 and len(KEY.for_places) == 32
+    assert KEY.for_places == DigestKey(b"k" * 32).for_places
+    # No digest that is published gives it away.
+    assert KEY.for_places.hex() not in {KEY.check, KEY.of_id("places"), KEY.of_id(""), KEY.of_group("places")}
+    public = DigestKey(PUBLIC_SECRET.encode())
+    assert public.is_public and public.for_places is None and not KEY.is_public
 
 
 # The table

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -156,6 +157,29 @@ def test_checkpoints_of_a_stage_that_trains_again_are_no_business_of_who_read_th
     assert checkpoint.is_dir()
 
 
+def test_a_stage_whose_parent_was_grown_again_meanwhile_is_discarded(path):
+    folder, key = SystemFolder(path), StageKey(0, (0, 1))
+    made = {**folder.stage_record(key), "below": "an older parent"}
+    assert not folder.write_stage(
+        key, made, lambda target: shutil.copytree(path / key.path, target, dirs_exist_ok=True)
+    )
+    assert SystemFolder(path).valid_stages == set(folder.plan.stages())
+
+
+def test_a_deletion_takes_place_where_there_is_no_room_for_the_head(path, monkeypatch):
+    from hf_s3t import storage
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "write_head", full)
+    victim = of_slice(path, 0, 0)
+    report = apply(SystemFolder(path), [victim])
+    assert report.deleted == 1 and stages_of(path).isdisjoint(report.stages_removed)
+    monkeypatch.undo()
+    assert SystemFolder(path).is_deleted(victim)
+
+
 def test_a_stage_that_another_process_made_first_stays(path):
     """Two trainers on one folder: others may stand on what was there first already."""
     folder, key = SystemFolder(path), StageKey(0, (0,))
@@ -201,6 +225,7 @@ def test_an_exhausted_server_comes_back_by_itself(path):
 
 def test_two_changes_that_bear_one_time_are_both_followed(path, monkeypatch):
     """File systems stamp folders by a coarse clock: what comes right after a look may leave the time as it was."""
+    monkeypatch.setattr("hf_s3t.unlearning._GRAIN", 0.1)
     live = load(path)
     shard = path / "stages/shard-0"
     away = path.parent / "away"
@@ -216,10 +241,11 @@ def test_two_changes_that_bear_one_time_are_both_followed(path, monkeypatch):
 
 
 def test_a_look_at_a_folder_in_which_nothing_changed_reads_no_stage(path, monkeypatch):
+    monkeypatch.setattr("hf_s3t.unlearning._GRAIN", 0.1)
     live = load(path)
     time.sleep(0.15)
     logits(live)
-    monkeypatch.setattr(SystemFolder, "refresh_stages", lambda folder: pytest.fail("read again"))
+    monkeypatch.setattr(SystemFolder, "look_at_stages", lambda folder: pytest.fail("read again"))
     monkeypatch.setattr(SystemFolder, "refresh", lambda folder: pytest.fail("read again"))
     for _ in range(3):
         logits(live)
@@ -284,6 +310,110 @@ def test_where_the_only_stack_cannot_be_loaded_calls_say_why_and_go_on_when_it_c
         logits(live)
     file.write_bytes(whole)
     assert torch.equal(logits(live), logits(load(path)))
+
+
+def test_a_call_that_waited_for_what_could_not_be_loaded_is_told_why(tmp_path, monkeypatch):
+    path = tmp_path / "system"
+    plant_stages(trainer_on(path, num_shards=1))
+    live = load(path, when_exhausted="base")
+    (tip,) = live._routing.served[0]
+    begun, go_on, outcome = threading.Event(), threading.Event(), []
+
+    def failing_load(*args):
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(live.stack, "load", failing_load)
+
+    def call(what):
+        try:
+            outcome.append(what())
+        except (S3TError, MemoryError) as error:
+            outcome.append(error)
+
+    victim = of_slice(path, 0, tip.prefix[0])
+    whats = (lambda: live.unlearn([victim]), lambda: logits(live))
+    threads = [threading.Thread(target=call, args=[what]) for what in whats]
+    threads[0].start()
+    assert begun.wait(PATIENCE)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert not live.is_exhausted
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [type(one) for one in outcome] == [MemoryError, MemoryError]
+
+
+def test_neither_status_nor_other_calls_wait_for_a_call_that_a_deletion_waits_for(tmp_path):
+    path = tmp_path / "system"
+    plant_stages(trainer_on(path, num_shards=1))
+    live, victim = load(path), None
+    (tip,) = live._routing.served[0]
+    victim = of_slice(path, 0, tip.prefix[0])
+    with held_up(live):
+        unlearning = threading.Thread(target=live.unlearn, args=[[victim]])
+        unlearning.start()
+        wait_for(lambda: live._routing.route is not None and live._routing.served[0][0].prefix[0] != tip.prefix[0])
+        answer = logits(live)
+        assert live.status()["deletions"] == 1 and not live.is_exhausted and unlearning.is_alive()
+    unlearning.join(PATIENCE)
+    assert torch.equal(answer, logits(load(path)))
+
+
+# What others leave among the stages
+
+
+FOREIGN = {
+    "a folder of another name": lambda path: (path / "stages/shard-0/old").mkdir(),
+    "a file": lambda path: (path / "stages/shard-0/notes.txt").write_text("mine"),
+    "a damaged record": lambda path: (path / "stages/shard-0/1-0/stage.json").write_text("{"),
+    "a stage without its record": lambda path: (path / "stages/shard-0/1-0/stage.json").unlink(),
+    "no stages": lambda path: os.rename(path / "stages", path / "away"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_healthy_server_goes_on_whatever_others_leave_among_the_stages_and_says_what(path, what, monkeypatch):
+    live = load(path)
+    answer = logits(live)
+    FOREIGN[what](path)
+    monkeypatch.setattr(live, "_look_again", 0)
+    for _ in range(2):
+        assert torch.equal(logits(live), answer)
+    assert len(live.status()["failures"]) == 1
+    with pytest.raises(FolderError):
+        live.refresh()
+    with pytest.raises(FolderError):
+        load(path)
+
+
+def test_a_grown_stage_that_is_damaged_is_not_taken_up_until_it_is_mended(path):
+    live = load(path)
+    delete_elsewhere(path, of_slice(path, 0, 0))
+    answer = logits(live)
+    regrow(path)
+    file = path / "stages/shard-0/0-1/adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    for _ in range(2):
+        assert torch.equal(logits(live), answer)
+    assert "was altered or cut short" in live.status()["failures"][0]
+    file.write_bytes(whole)
+    live.refresh()
+    assert torch.equal(logits(live), logits(load(path))) and live.status()["failures"] == []
+    assert live.status()["depths"] == [2, 2]
+
+
+def test_what_cannot_be_loaded_while_others_delete_ends_in_an_error_and_not_in_a_loop(path, monkeypatch):
+    live, reads = load(path), []
+    monkeypatch.setattr(live.folder, "refresh", lambda: reads.append(1))
+    monkeypatch.setattr(live.folder, "has_news", lambda: True)
+    monkeypatch.setattr(live, "_serve", failing(10**6, None))
+    with pytest.raises((OSError, MemoryError)):
+        live.refresh()
+    assert len(reads) < 100
 
 
 # Who may only read
@@ -370,12 +500,12 @@ def test_a_server_on_a_read_only_mount_serves_while_others_delete_and_die(path, 
 
 def failing(times, then):
     """Work that fails a number of times, each in another way."""
-    errors = [OSError(errno.ESTALE, "Stale file handle"), MemoryError(), FolderError("The folder is locked.")]
-    left = [errors[number % len(errors)] for number in range(times)]
+    errors = itertools.cycle([OSError(errno.ESTALE, "Stale handle"), FolderError("It is locked."), MemoryError()])
+    left = itertools.islice(errors, times)
 
     def work(*args, **kwargs):
-        if left:
-            raise left.pop(0)
+        for error in left:
+            raise error
         return then(*args, **kwargs)
 
     return work
@@ -417,6 +547,27 @@ def test_the_table_is_written_without_the_deleted_rows_whatever_fails_before(pat
     wait_for(lambda: not live.folder.is_table_behind)
     wait_for(lambda: live.status()["failures"] == [])
     assert victim.encode() not in (path / "examples.parquet").read_bytes()
+
+
+def test_requests_wait_for_a_stage_in_training_in_silence(path, monkeypatch, caplog):
+    monkeypatch.setattr("hf_s3t.unlearning._WHILE_TRAINING", 0.02)
+    live = load(path)
+    live.stack.in_training = StageKey(0, (0,))
+    live.unlearn_later([of_slice(path, 0, 0)], max_delay=0.01)
+    time.sleep(0.1)
+    assert live.status()["failures"] == [] and caplog.records == []
+    live.stack.in_training = None
+    wait_for(lambda: SystemFolder(path).ledger.num_deletions == 1)
+
+
+def test_requests_that_cannot_be_read_for_a_moment_keep_their_timer(path, monkeypatch):
+    live = load(path)
+    live.unlearn_later([of_slice(path, 0, 0)], max_delay=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_s3t.pending.PendingRequests.apply_by", failing(1, None))
+        with pytest.raises(OSError, match="Stale handle"):
+            live._apply_in_time()
+    wait_for(lambda: SystemFolder(path).ledger.num_deletions == 1)
 
 
 def test_pauses_grow_and_the_same_failure_is_told_once(caplog, monkeypatch):
@@ -496,6 +647,26 @@ def test_a_copy_of_a_folder_whose_deletion_is_half_done_holds_nothing_condemned(
     # The source still has them: nobody finished the removal yet.
     assert len(stages_of(path)) > len(stages_of(tmp_path / "copy"))
     assert_is_clean_copy(tmp_path / "copy", path, victim)
+
+
+def test_a_copy_holds_what_belongs_to_a_system_and_nothing_else(path, tmp_path):
+    folder = SystemFolder(path)
+    for foreign in ("runs/events.out.tfevents.1", ".git/objects/ab", "checkpoint-5/optimizer.pt", "notes.txt"):
+        (path / foreign).parent.mkdir(parents=True, exist_ok=True)
+        (path / foreign).write_text("of a deleted example")
+    for kept in ("README.md", "tokenizer.json", "cost.json", "prototypes.safetensors"):
+        (path / kept).write_text("{}")
+    os.chmod(path / "examples.parquet", 0o600)
+    folder.copy_to(tmp_path / "copy")
+    copied = {entry.name for entry in (tmp_path / "copy").iterdir()}
+    system = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.head", "ledger.key", "stages"}
+    assert copied == system | {"README.md", "tokenizer.json", "cost.json", "prototypes.safetensors"}
+    assert (tmp_path / "copy/examples.parquet").stat().st_mode & 0o777 == 0o600
+    # Prototypes may have been made of what a deletion that is half done removes.
+    with folder.lock():
+        record(folder, [of_slice(path, 0, 0)], None)
+    folder.copy_to(tmp_path / "later")
+    assert not (tmp_path / "later/prototypes.safetensors").exists()
 
 
 def test_the_ledger_notes_a_copy_and_the_live_model_answers_as_before(path, tmp_path):

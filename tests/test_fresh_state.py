@@ -26,7 +26,7 @@ from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.verify import differing_tensors
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
 
 CONFIG = s3t_config(num_shards=2, budget=1, partition="balanced")
 ONE_SHARD = s3t_config(budget=1, partition="balanced")

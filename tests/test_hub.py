@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from hf_s3t import S3TModel
 from hf_s3t.cli import app
 from hf_s3t.deletion import apply
-from hf_s3t.errors import ConfigError, HubError, KeyMissingError, MergeNeededError
+from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, MergeNeededError
 from hf_s3t.examples import KEY_VARIABLE
 from hf_s3t.files import file_digest
 from hf_s3t.hub import HubRepo, state_folder
+from hf_s3t.hub_folder import HubFolder
 from hf_s3t.inspection import inspect
 from hf_s3t.route import Route, routed
 from hf_s3t.storage import SystemFolder
@@ -444,3 +445,35 @@ def test_it_all_works_with_the_xet_store_too(tmp_path):
     script = Path(__file__).parent / "hub_with_xet.py"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip().endswith("done"), done.stdout + done.stderr
+
+
+def test_a_pull_holds_nothing_that_another_process_of_this_machine_deleted_meanwhile(pushed, repo, tmp_path):
+    live, other = HubFolder(repo.repo_id), HubFolder(repo.repo_id)
+    victim = live.table.members(0, 0)[0]
+    condemned = apply(other, [victim]).stages_removed
+    live.copy_to(tmp_path / "pulled")
+    pulled = SystemFolder(tmp_path / "pulled")
+    assert pulled.is_deleted(victim) and victim not in pulled.table.rows
+    assert condemned and not [stage for stage in condemned if (pulled.path / "stages" / stage).exists()]
+
+
+def test_a_server_whose_home_is_read_only_serves_by_what_it_reads(pushed, repo, monkeypatch):
+    first = HubFolder(repo.repo_id)
+    victims = [first.table.members(0, 0)[0], first.table.members(1, 0)[0]]
+    apply(first, victims[:1])
+    monkeypatch.setattr("hf_s3t.hub.may_remember", lambda state: False)
+    monkeypatch.setattr("hf_s3t.hub_folder.may_remember", lambda state: False)
+    before = (first.path / "ledger.jsonl").read_bytes()
+    reader = HubFolder(repo.repo_id)
+    assert reader.is_deleted(victims[0]) and reader.valid_stages == first.valid_stages
+    # It follows what a process that may write records, and never forgets what it knew.
+    apply(first, victims[1:])
+    assert reader.has_news()
+    reader.refresh_ledger()
+    assert reader.is_deleted(victims[1]) and reader.valid_stages == first.valid_stages
+    (first.path / "ledger.jsonl").write_bytes(before)
+    with pytest.raises(FolderError, match="lacks deletions that it had"):
+        reader.refresh()
+    # One that was never here is served as it was pushed.
+    shutil.rmtree(first.path)
+    assert HubFolder(repo.repo_id).ledger.num_deletions == 0 and not first.path.exists()

@@ -1,6 +1,7 @@
 """What is refused on the way to the Hub and from there, and in which words."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import hf_xet
@@ -16,7 +17,7 @@ from hf_s3t import hub as hub_module
 from hf_s3t.deletion import apply
 from hf_s3t.erasure import erase
 from hf_s3t.errors import BaseModelMismatchError, ConfigError, FolderError, HubError, S3TError, TransferError
-from hf_s3t.examples import KEY_VARIABLE
+from hf_s3t.examples import KEY_VARIABLE, PUBLIC_SECRET, DigestKey
 from hf_s3t.files import digested_json, read_checked_json
 from hf_s3t.hub import HubRepo, state_folder
 from hf_s3t.storage import SystemFolder
@@ -208,8 +209,15 @@ LFS = "filter=lfs diff=lfs merge=lfs -text"
         (f"*.safetensors {LFS}\n*.parquet {LFS}\nexamples.parquet -filter\n", "examples.parquet"),
         (f"*.parquet {LFS}\n# *.safetensors {LFS}\n", "adapter_model.safetensors"),
         (f"*.parquet {LFS}\n*.safetensors {LFS}\nstages/** !filter\n", "adapter_model.safetensors"),
+        (f"*.parquet {LFS}\nstages/*.safetensors {LFS}\n", "adapter_model.safetensors"),
+        (f"*.parquet {LFS}\n*.safetensors {LFS}\n**/2/* -filter\n", "adapter_model.safetensors"),
+        (f"*.safetensors {LFS}\n*.parquet {LFS}\n[attr]small -filter\n/examples.parquet small\n", "examples.parquet"),
+        (f"*.safetensors {LFS}\n*.parquet {LFS}\n[[:alpha:]]*.parquet -filter\n", "examples.parquet"),
     ],
-    ids=["no rule", "taken back", "a comment", "for a folder"],
+    ids=[
+        *("no rule", "taken back", "a comment", "for a folder", "from the top", "for any folder", "by a macro"),
+        "of a form that may be read otherwise",
+    ],
 )
 def test_ids_and_weights_are_not_pushed_where_git_would_keep_them(rules, kept, system, repo):
     repo.api.create_repo(repo.repo_id)
@@ -224,6 +232,88 @@ def test_ids_and_weights_are_not_pushed_where_git_would_keep_them(rules, kept, s
     assert state.tree["examples.parquet"].lfs and all(
         state.tree[f"{key.path}/adapter_model.safetensors"].lfs for key in system.stages
     )
+
+
+def test_a_rule_in_a_folder_counts_before_those_above(system, repo):
+    repo.api.create_repo(repo.repo_id)
+    replace_on_hub(repo, "stages/.gitattributes", b"*.safetensors -filter\n")
+    with pytest.raises(
+        HubError, match=r"adapter_model.safetensors.* git itself.*remove files of that name from the fold"
+    ):
+        send(system, repo)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        f"[attr]large {LFS}\n*.parquet large\n/stages/** large\n",
+        f'"examples.parquet" {LFS}\n**/adapter_model.safetensors {LFS}\n',
+        f"*.parquet -filter\n*.parquet {LFS}\nstages/*/*/*.safetensors {LFS}\nstages -filter\nstages/ -filter\n",
+    ],
+    ids=["by a macro", "quoted", "a folder's own"],
+)
+def test_rules_that_git_reads_so_are_no_reason_to_refuse(rules, system, repo):
+    repo.api.create_repo(repo.repo_id)
+    replace_on_hub(repo, ".gitattributes", rules.encode())
+    assert "examples.parquet" in send(system, repo, dry_run=True).added
+
+
+# What would tell who was deleted
+
+
+def telling(tmp_path, monkeypatch, ids, secret=None, **settings):
+    """A system of which three are deleted."""
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    rows = [{**row, "id": i} for row, i in zip(ROWS, ids, strict=True)]
+    if secret is not None:
+        tmp_path.joinpath("telling").mkdir()
+        tmp_path.joinpath("telling", "ledger.key").write_text(secret)
+    folder = SystemFolder(plant(tmp_path / "telling", rows=rows, **settings))
+    apply(folder, [ids[3], ids[8], ids[9]])
+    return folder
+
+
+NAMES = [f"{n * 7919 % 1000}@example.org" for n in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("why", "settings"),
+    [
+        ('its ids are numbers in a row, .*`keep_ids="digest"`', {"ids": list(range(24))}),
+        ('its ids are numbers in a row, .*`keep_ids="digest"`', {"ids": list(range(100, 124)), "partition": "hashed"}),
+        ("its secret is the one for comparisons, .*a secret of its own", {"ids": NAMES, "secret": PUBLIC_SECRET}),
+    ],
+)
+def test_what_tells_who_was_deleted_is_said_with_the_way_out(why, settings, tmp_path, monkeypatch, repo):
+    folder = telling(tmp_path, monkeypatch, **settings)
+    with pytest.warns(UserWarning, match=f"can tell who was deleted: {why}"):
+        send(folder, repo, dry_run=True)
+
+
+def test_a_table_that_was_dealt_without_the_secret_is_said_to_show_it(tmp_path, monkeypatch, repo):
+    with monkeypatch.context() as patch:
+        patch.setattr(DigestKey, "for_places", None)
+        folder = telling(tmp_path, patch, NAMES)
+    with pytest.warns(
+        UserWarning, match="gaps show where deleted ids were.*train a new system in another `output_dir`"
+    ):
+        send(folder, repo, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ids": NAMES},
+        {"ids": [n * n for n in range(24)]},
+        {"ids": list(range(24)), "keep_ids": "digest"},
+        {"ids": NAMES, "partition": "hashed", "num_slices": 2},
+    ],
+)
+def test_a_push_that_tells_nobody_says_nothing(settings, tmp_path, monkeypatch, repo):
+    folder = telling(tmp_path, monkeypatch, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        send(folder, repo, dry_run=True)
 
 
 def test_a_repository_without_rules_is_refused_too(system, repo):

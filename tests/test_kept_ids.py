@@ -1,6 +1,7 @@
 """`keep_ids="digest"`: a folder that names nobody, and everything that works with ids all the same."""
 
 import json
+import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ from hf_s3t import S3TModel
 from hf_s3t.cli import app
 from hf_s3t.deletion import groups_from_texts, ids_from_texts, preview
 from hf_s3t.errors import ConfigError, ContentChangedError, ExampleIdError, UnknownExampleError
-from hf_s3t.examples import KEY_VARIABLE
+from hf_s3t.examples import KEY_FILE, KEY_VARIABLE
 from hf_s3t.inspection import inspect
 from hf_s3t.pending import PendingRequests
 from hf_s3t.receipt import Receipts, load_key
@@ -62,21 +63,26 @@ def test_no_file_of_the_folder_holds_an_id_or_a_group(planted):
     assert all(row["id"].encode() in plain and row["person"].encode() in plain for row in people_rows())
 
 
-def test_what_is_trained_does_not_depend_on_it(tmp_path, monkeypatch):
-    # Each system has a secret of its own: neither places nor order may depend on it.
-    trained = [system(tmp_path / how, keep_ids=how) for how in ("plain", "digest")]
+@pytest.mark.parametrize("partition", ["hashed", "balanced"])
+def test_what_is_trained_does_not_depend_on_it(partition, tmp_path, monkeypatch):
+    # Hashed places and the order inside a slice depend on no secret, and each system has its own. Balanced ones do.
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    if partition == "balanced":
+        monkeypatch.setenv(KEY_VARIABLE, "of both systems of this test")
+    trained = [system(tmp_path / how, keep_ids=how, partition=partition, seed=1) for how in ("plain", "digest")]
     for trainer in trained:
         trainer.train()
     plain, digest = (trainer.folder for trainer in trained)
-    assert plain.key.check != digest.key.check and len(plain.stages) == 8
+    assert (plain.key.check == digest.key.check) == (partition == "balanced") and len(plain.stages) == 8
     for key in plain.stages:
         ours, theirs = (load_file(f.path / key.path / "adapter_model.safetensors") for f in (plain, digest))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), key
 
 
-def test_ids_and_groups_are_given_as_they_are(planted, tmp_path):
+def test_ids_and_groups_are_given_as_they_are(planted, tmp_path, monkeypatch):
     rows, model = people_rows(), planted.s3t_model
+    monkeypatch.setenv(KEY_VARIABLE, os.environ.get(KEY_VARIABLE) or (tmp_path / "system" / KEY_FILE).read_text())
     plain = system(tmp_path / "plain", keep_ids="plain").folder.table.rows
     assert model.locate([rows[4]["id"]]) == {rows[4]["id"]: (plain[rows[4]["id"]].shard, plain[rows[4]["id"]].slice)}
     report = model.unlearn([rows[0]["id"]])

@@ -1,5 +1,7 @@
 """`accelerate launch --num_processes N --cpu` trains with N processes, with and without the launcher's help."""
 
+from collections import Counter
+
 import pytest
 from launched import launched
 
@@ -38,3 +40,40 @@ def test_a_process_that_belongs_to_a_group_is_left_alone(monkeypatch, variable):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv(variable, "0")
     assert launch.asked_for() == 1
+
+
+TRAINERS = """
+import os, sys
+from hf_s3t.launch import start_cpu_processes
+start_cpu_processes()
+from hf_s3t import S3TTrainer
+from tiny import make_trainer, s3t_config
+
+show = lambda what, key, table: os.write(1, f"{what}: {key.check} {sorted(table.rows.items())}\\n".encode())
+
+class Trainer(S3TTrainer):
+    def _set_up(self, blueprint):
+        # Before there is a folder, and after.
+        if blueprint.planned is not None:
+            show(f"planned {self.args.process_index}", blueprint.key, blueprint.planned)
+        super()._set_up(blueprint)
+        show(f"made {self.args.process_index}", self.folder.key, self.folder.table)
+
+for _ in range(2):
+    make_trainer(sys.argv[1], cls=Trainer, config=s3t_config(num_shards=2, partition="balanced"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("secret", [None, "of the environment, long enough"])
+def test_all_processes_place_rows_under_one_new_secret(tmp_path, secret, monkeypatch):
+    monkeypatch.delenv("HF_S3T_KEY", raising=False)
+    script = tmp_path / "script.py"
+    script.write_text(TRAINERS)
+    environment = {} if secret is None else {"HF_S3T_KEY": secret}
+    printed = launched(script, str(tmp_path / "system"), processes=2, port=29613, environment=environment)
+    lines = [line.partition(": ") for line in printed.splitlines() if line.startswith(("planned", "made"))]
+    times = Counter(what for what, _, _ in lines)
+    assert times == {"planned 0": 1, "planned 1": 1, "made 0": 2, "made 1": 2}
+    assert len({said for _, _, said in lines}) == 1
+    assert (tmp_path / "system" / "ledger.key").exists() == (secret is None)

@@ -92,7 +92,7 @@ def naive_member(base: nn.Module, system: Path, shard: int, prefix: tuple[int, .
 
 def naive_ensemble(members: list[list[nn.Module]], how: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """
-    The mean over shards of the mean over a shard's stacks, one pass each.
+    The mean over shards of the mean over a shard's stacks, one pass each; where there is one stack, its logits.
 
     Args:
         members: Per shard its stacks; shards without are left out of the mean.
@@ -107,8 +107,16 @@ def naive_ensemble(members: list[list[nn.Module]], how: str, inputs: dict[str, t
                 answers = [answer.softmax(-1) for answer in answers]
             if answers:
                 shards.append(sum(answers) / len(answers))
+    if how == "mean_probabilities" and sum(map(len, members)) == 1:
+        return answers_alone(members, inputs)
     mean = sum(shards) / len(shards)
     return mean.log() if how == "mean_probabilities" else mean
+
+
+def answers_alone(members: list[list[nn.Module]], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    ((stack,),) = [stacks for stacks in members if stacks]
+    with torch.no_grad():
+        return stack(**inputs).logits
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

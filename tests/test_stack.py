@@ -35,7 +35,7 @@ def made(request, tmp_path):
 
 def load(made, *keys) -> None:
     for key in keys:
-        made.stack.load(key, made.folder.adapter_path(key), made.folder.adapter_digest(key))
+        made.stack.load(key, made.folder.read_adapter(key), made.folder.adapter_digest(key))
 
 
 def answer(model) -> torch.Tensor:

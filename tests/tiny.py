@@ -241,7 +241,7 @@ def plant_stages(trainer, limit: int | None = None, seed: int = 0) -> None:
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
         for stage in key.lineage[:-1]:
             if stage not in stack:
-                stack.load(stage, folder.adapter_path(stage), folder.adapter_digest(stage))
+                stack.load(stage, folder.read_adapter(stage), folder.adapter_digest(stage))
         stack.add(key)
         generator = torch.Generator().manual_seed(stage_seed(folder.config.seed, key) + seed)
         for tensor in stack.tensors(key).values():
