@@ -716,11 +716,20 @@ def at_the_lock(monkeypatch, act) -> None:
     monkeypatch.setattr(SystemFolder, "lock", late)
 
 
-def test_a_removal_that_waited_for_the_lock_spares_what_was_grown_anew_meanwhile(system, monkeypatch):
-    delete_and_die(SystemFolder(system), IDS[:1])
-    at_the_lock(monkeypatch, lambda: grow(SystemFolder(system)))
+@pytest.mark.parametrize("more", [0, 1], ids=["as it was", "after another deletion"])
+def test_a_removal_that_waited_for_the_lock_spares_what_was_grown_anew_meanwhile(more, system, monkeypatch):
+    victim, *others = SystemFolder(system).table.members(0, 0)[: 1 + more]
+    delete_and_die(SystemFolder(system), [victim])
+
+    def meanwhile():
+        folder = SystemFolder(system)
+        if others:
+            forget(folder, others)
+        grow(folder)
+
+    at_the_lock(monkeypatch, meanwhile)
     folder = SystemFolder(system)
-    assert folder.is_deleted(IDS[0]) and folder.valid_stages == set(folder.plan.stages())
+    assert all(map(folder.is_deleted, [victim, *others])) and folder.valid_stages == set(folder.plan.stages())
     assert stages_on_disk(system) == {str(key) for key in folder.plan.stages()}
     assert SystemFolder(system).valid_stages == folder.valid_stages
 
