@@ -1,4 +1,4 @@
-# The environment, the demo and the checks. `make demo ARGS="--help"` passes options on; so do test, test-all and bench.
+# The environment, the demo and the checks. `make demo ARGS="--help"` passes options on; so do the tests and bench.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,10 +15,12 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),--gpu_ids 0)
 
 # A process per core, each with one thread: more would wait for each other. A file's tests share what they set up.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+# `nproc` takes OMP_NUM_THREADS for the number of cores.
+CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-all lint format bench clean
+.PHONY: help .venv demo test test-slow test-all lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -37,10 +39,13 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)  ## train, serve, unlearn and audit a small Llama, start to end
 	$(LAUNCH) recipes/llama_alpaca.py $(ARGS)
 
-test: $(STAMP)  ## the unit suite, within eight minutes
+test: $(STAMP)  ## the unit suite, within three minutes on two cores
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-all: $(STAMP)  ## every test
+test-slow: $(STAMP)  ## the slow tests but for the long ones, within ten
+	$(PYTEST) -m "slow and not long and not gpu" $(ARGS)
+
+test-all: $(STAMP)  ## every test, within thirty
 	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)  ## style and docstring rules

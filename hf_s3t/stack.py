@@ -158,8 +158,8 @@ class StageStack:
         """Whether the stage in memory is the one whose adapter file has this digest."""
         return key in self._modules and self._digests.get(key) == digest
 
-    def mark(self, key: StageKey, digest: str) -> None:
-        """Note the digest of the file that an attached stage was written to."""
+    def mark(self, key: StageKey, digest: str | None) -> None:
+        """Note the digest of the file that an attached stage is in; `None` if it is in none."""
         self._digests[key] = digest
 
     def tensors(self, key: StageKey) -> dict[str, torch.Tensor]:
@@ -379,9 +379,8 @@ class StageStack:
         for module in (*self._lora_layers, *self._wrappers):
             module.enable_adapters(False)
             if isinstance(module, LoraLayer):
+                # Of one that is active when it is dropped PEFT makes another the successor, and trainable.
                 module.set_adapter([], inference_mode=True)
-            else:
-                module.set_adapter([])
 
     def wrap(self) -> None:
         """

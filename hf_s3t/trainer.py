@@ -301,6 +301,9 @@ class S3TTrainerMixin:
                 self._refuse_changed_model(key)
             frozen_after = self._stack.digest(key.lineage[:-1])
             if frozen_after != frozen:
+                # Not what their files say any more: whoever needs them loads them again.
+                for stage in key.lineage[:-1]:
+                    self._stack.mark(stage, None)
                 raise S3TError(
                     f"Training {key} changed a stage below it, which must be frozen. A callback or optimizer wrote to "
                     "parameters without gradients; remove it."

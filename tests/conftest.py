@@ -10,6 +10,11 @@ from local_hub import FakeHub
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="hf-s3t-hub-")
 _HUB = FakeHub(os.path.join(_HUB_HOME.name, "server")).__enter__()
 
+# What somebody set for systems of their own reaches no test: the secret, and where deletions of systems on the Hub are
+# kept. A test that needs one sets it.
+for name in ("HF_S3T_KEY", "HF_S3T_HOME"):
+    os.environ.pop(name, None)
+
 # Before anything of Hugging Face is imported: the libraries read these once. Processes that tests start inherit them.
 os.environ.update(
     HF_ENDPOINT=_HUB.url,

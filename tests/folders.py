@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.deletion import record
-from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
+from hf_s3t.examples import KEY_FILE, DigestKey, Example
 from hf_s3t.files import write_checked_json
 from hf_s3t.partition import assign
 from hf_s3t.plan import StageKey
@@ -30,9 +30,8 @@ CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", seed=1)
 
 @contextmanager
 def own_surroundings(home: Path) -> Iterator[None]:
-    """No secret in the environment, caches of our own, and no waiting for the disk: most of the time it takes."""
+    """Caches of our own, and no waiting for the disk: most of the time it takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(KEY_VARIABLE, raising=False)
         patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
         patch.setattr("huggingface_hub.constants.HF_XET_CACHE", str(home / "xet"))

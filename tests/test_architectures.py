@@ -41,7 +41,7 @@ from hf_s3t.errors import IsolationError, LayersNotFoundError, S3TError
 from hf_s3t.layers import find_head, find_layers, find_task
 
 
-# Minutes on two cores: part of `make test-all`.
+# Minutes on two cores: part of `make test-slow`.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 

@@ -35,6 +35,12 @@ QUICK = [
 ]
 
 
+def with_long_ones_marked(scenarios) -> list:
+    """All but the first two that take two processes, and half a minute each, are more of the same."""
+    in_two = [scenario for scenario in scenarios if scenario.processes > 1]
+    return [pytest.param(s, marks=pytest.mark.long) if s in in_two[2:] else s for s in scenarios]
+
+
 def in_processes(scenario: Scenario, folder: Path, side: str) -> None:
     """Train a side in fresh processes, as many as the scenario says."""
     script = [str(Path(__file__).parent / "bitwise_scenarios.py"), side, str(folder), json.dumps(asdict(scenario))]
@@ -77,7 +83,7 @@ def test_unlearning_equals_never_having_trained_on_the_examples(scenario, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", COVERING, ids=str)
+@pytest.mark.parametrize("scenario", with_long_ones_marked(COVERING), ids=str)
 def test_unlearning_equals_never_having_trained_on_the_examples_whatever_the_settings(scenario, tmp_path):
     check(scenario, tmp_path)
 

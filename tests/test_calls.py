@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import random
 import shutil
 import sys
@@ -20,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_s3t import S3TModel
 from hf_s3t.calls import Calls, Routing
 from hf_s3t.deletion import apply
-from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError
+from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError
 from hf_s3t.pending import PENDING_FILE
 from hf_s3t.plan import StageKey
 from hf_s3t.route import _LENGTHS, _ROUTE, Route, noting_lengths, routed
@@ -96,6 +97,12 @@ def test_switching_to_the_same_stacks_keeps_their_route():
     assert calls.routing is OLD
 
 
+def test_switching_to_stages_that_were_grown_anew_under_their_names_is_a_switch():
+    calls, grown = Calls(Routing(OLD.served, ["one", "other"])), Routing(OLD.served, ["one", "another"])
+    calls.switch(grown)
+    assert calls.routing is grown
+
+
 def test_what_stays_is_not_waited_for():
     calls, blocked = Calls(OLD), None
     blocked = Blocked(calls)
@@ -135,6 +142,28 @@ def test_a_stopped_call_raises_instead_of_returning():
     assert "Call again" in str(outcome[0])
 
 
+def test_a_call_that_is_stopped_when_it_has_computed_all_does_not_return_it():
+    calls, returned = Calls(Routing(OLD.served)), []
+    with pytest.raises(CallStoppedError):
+        with calls.call() as routing:
+            with calls.computing(routing):
+                answer = routing
+            calls.switch(NEW)
+            calls.stop(GONE)
+        returned.append(answer)
+    assert not returned
+
+
+def test_a_stopped_call_begins_to_compute_nothing_more():
+    calls, computed = Calls(Routing(OLD.served)), []
+    with pytest.raises(CallStoppedError), calls.call() as routing:
+        calls.switch(NEW)
+        calls.stop(GONE)
+        with calls.computing(routing):
+            computed.append(routing)
+    assert not computed and calls.wait_for(OLD.stages, 0)
+
+
 def test_stopping_waits_for_what_is_being_computed():
     calls, computing, go_on = Calls(Routing(OLD.served)), threading.Event(), threading.Event()
 
@@ -159,6 +188,13 @@ def test_calls_that_end_in_an_error_are_over():
     with pytest.raises(ZeroDivisionError), calls.call() as routing, calls.computing(routing):
         _ = 1 / 0
     assert calls.wait_for(OLD.stages, 0) and not calls._passes
+
+
+def test_a_limit_cuts_what_is_deeper_and_leaves_what_is_not():
+    deep = Routing([[StageKey(0, (2,))], [StageKey(1, (0, 1, 2))], []])
+    assert deep.cut(2).served == ((StageKey(0, (2,)),), (StageKey(1, (0, 1)),), ())
+    assert deep.cut(2).stages < deep.stages
+    assert deep.cut(None) is deep.cut(3) is deep.cut(4) is deep
 
 
 # What was started inside of a call and outlives it
@@ -407,6 +443,25 @@ def test_a_generation_can_be_stopped_although_its_callback_never_returns(model, 
     assert isinstance(generated[0], CallStoppedError)
 
 
+def test_a_stopped_call_computes_to_the_next_adapted_module_and_no_further(model):
+    batch = {"input_ids": batch_of(lm_rows(1))["input_ids"]}
+    answers_of(model, batch)  # the first call also finds out whether members can share a pass
+    route, layers, begun, ran = model._routing.route, model.base_model.model.layers, threading.Event(), []
+
+    def until_stopped(*args):
+        begun.set()
+        assert route.stopped.wait(PATIENCE)
+
+    layers[0].register_forward_pre_hook(until_stopped)
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *args, number=number: ran.append(number))
+    with in_thread(lambda: answers_of(model, batch)) as answered:
+        assert begun.wait(PATIENCE)
+        report = model.unlearn([last_of(model, 0)], on_running="cancel")
+    assert isinstance(answered[0], CallStoppedError) and ran == []
+    assert report.depths_after == [2, 3]
+
+
 def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
     pause = Pause()
     (tip,) = model._routing.served[0]
@@ -531,6 +586,23 @@ def test_deeper_stacks_are_attached_without_replacing_a_module_under_a_running_c
     assert not torch.equal(generating(model, lambda: None)(), expected), "the stacks say what the base does not"
 
 
+def test_a_cache_of_keys_and_values_continues_at_the_depth_it_was_made_at_and_at_no_other(model):
+    ids = batch_of(lm_rows(2))["input_ids"]
+    with torch.no_grad():
+        with model.limited_to(1):
+            cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        with pytest.raises(StaleCacheError):
+            model(input_ids=ids[:, 5:], past_key_values=cache)
+        with model.limited_to(2), pytest.raises(StaleCacheError):
+            model(input_ids=ids[:, 5:], past_key_values=cache)
+        with model.limited_to(1):
+            whole = model(input_ids=ids).logits
+            # A prompt's cache is copied to be continued more than once.
+            for kept in (copy.deepcopy(cache), cache):
+                continued = model(input_ids=ids[:, 5:], past_key_values=kept).logits
+                torch.testing.assert_close(continued, whole[:, 5:])
+
+
 @pytest.mark.parametrize("wrong", [{"on_running": "kill"}, {"timeout": -1}, {"timeout": "long"}, {"timeout": True}])
 def test_how_to_treat_running_calls_is_checked_first(model, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -560,6 +632,17 @@ def test_nothing_touches_the_disk_while_the_routing_lock_is_held(model):
 def by_another_process(model: S3TModel, ids) -> None:
     """A deletion through a folder object of its own; the model is not told."""
     apply(SystemFolder(model.folder.path), ids)
+
+
+def test_a_generation_ends_on_the_stacks_it_began_with_and_the_next_call_follows_what_another_process_deleted(model):
+    victims, expected = [last_of(model, 0)], generating(model, lambda: None)()
+
+    def at_the_first_token():
+        if victims:
+            by_another_process(model, [victims.pop()])
+
+    assert torch.equal(generating(model, at_the_first_token)(), expected)
+    assert not torch.equal(generating(model, lambda: None)(), expected) and model._routing.depths == [2, 3]
 
 
 def exported(folder) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from folders import NAMES, add_checkpoint, delete_and_die, grow, new_system, own
 from hf_s3t import S3TConfig
 from hf_s3t.deletion import apply
 from hf_s3t.errors import FolderError
-from hf_s3t.pending import PENDING_FILE, PendingRequests
+from hf_s3t.pending import PENDING_FILE, PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE, SystemFolder
 
@@ -316,6 +316,19 @@ def test_no_request_is_lost_whose_recording_was_acknowledged(first, tmp_path):
     victims = victims_of(first)
     recording = record(first, tmp_path / "recorded", partial(ask, victims=victims))
     for crash, path in left_by(crashes(recording, count=10), tmp_path):
+        assert_requests_known(path, victims, crash)
+
+
+def test_no_request_is_lost_before_or_after_what_waits_was_applied_without_a_model(first, tmp_path):
+    victims = victims_of(first)
+
+    def act(path, mark):
+        ask(path, mark, victims)
+        apply_pending(SystemFolder(path))
+        mark("applied")
+
+    recording = record(first, tmp_path / "recorded", act)
+    for crash, path in left_by(crashes(recording, count=3), tmp_path):
         assert_requests_known(path, victims, crash)
 
 

@@ -94,6 +94,18 @@ def test_a_preview_counts_no_stage_that_an_earlier_deletion_condemned(system):
     assert preview(system, of_slice(system, 0, 0)).stages_removed == ()
 
 
+def test_a_preview_and_a_deletion_know_what_another_process_deleted_since_the_folder_was_read(system):
+    first, second = of_slice(system, 0, 0)[:1], of_slice(system, 0, 1)[:1]
+    gone = set(apply(SystemFolder(system.path), first).stages_removed)
+    seen = preview(system, [*first, *second])
+    assert (seen.present, seen.already_deleted) == (tuple(second), 1) and not gone & set(seen.stages_removed)
+    late = SystemFolder(system.path)
+    apply(SystemFolder(system.path), second)
+    report = apply(late, second)
+    assert (report.deleted, report.already_deleted, report.stages_removed) == (0, 1, ())
+    assert SystemFolder(system.path).ledger.num_deletions == 2
+
+
 # What it does
 
 

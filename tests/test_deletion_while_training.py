@@ -187,6 +187,26 @@ def served_and_hit(path, callback_of):
     return trainer, callback, victim, hit
 
 
+def test_what_another_process_trained_meanwhile_is_not_trained_again(tmp_path):
+    config = s3t_config(budget=1, partition="balanced")
+    trainer, other = (make_trainer(tmp_path, rows=ROWS, config=config) for _ in range(2))
+    trainer.add_callback(AtTheFirstStep(other.train))
+    assert trainer.train().metrics["stages_trained"] == 1
+    assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+
+
+def test_a_stage_that_is_discarded_and_has_nothing_left_to_be_grown_on_is_out_of_memory(tmp_path):
+    rows = [{**row, "shard": 0, "slice": int(number == 0)} for number, row in enumerate(ROWS)]
+    columns = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
+    config = s3t_config(sequence_selection=[[0, 1]], **columns)
+    forget = DeleteDuring(2, lambda: by_another_folder(tmp_path, ROWS[0]["id"]))
+    trainer = make_trainer(tmp_path, rows=rows, config=config, callbacks=[forget])
+    trainer.train()
+    first, second = trainer.folder.plan.stages()
+    assert trainer.folder.stages == [first] and second not in trainer._stack
+    assert not [name for name, _ in trainer.model.named_parameters() if second.adapter_name in name.split(".")]
+
+
 def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(tmp_path):
     trainer, seen, victim, hit = served_and_hit(
         tmp_path, lambda trainer: lambda: (trainer._stage, trainer._stack.loaded)

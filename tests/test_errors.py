@@ -54,15 +54,9 @@ from hf_s3t.errors import (
     S3TError,
     UnknownExampleError,
 )
-from hf_s3t.examples import KEY_VARIABLE
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_key_in_the_environment(monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 # What every refusal has to be

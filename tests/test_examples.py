@@ -32,11 +32,6 @@ KEY = DigestKey(b"k" * 32)
 OTHER_KEY = DigestKey(b"l" * 32)
 
 
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-
-
 # Encoding
 
 

@@ -1,21 +1,35 @@
 """What keeps state (a collator that draws, a callback that counts, a buffer of the base) brings none to a stage."""
 
 import functools
+import gc
 import random
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import classification_rows, lm_rows, make_trainer, s3t_config, tiny_bert, tiny_llama, training_arguments
+from tiny import (
+    batch_of,
+    classification_rows,
+    lm_rows,
+    make_trainer,
+    plant_stages,
+    s3t_config,
+    tiny_bert,
+    tiny_llama,
+    training_arguments,
+)
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     TrainerCallback,
     default_data_collator,
@@ -24,13 +38,14 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig
 
 from hf_s3t import S3TSFTTrainer, S3TTrainer
-from hf_s3t.errors import IsolationError
+from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.verify import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
 
 CONFIG = s3t_config(num_shards=2, budget=1, partition="balanced")
+ONE_SHARD = s3t_config(budget=1, partition="balanced")
 ROWS = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(16)]
 MORE = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(6, seed=5)])
 
@@ -200,6 +215,89 @@ def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tm
     assert trainer.folder.stages == [] and trainer._stack.loaded == []
 
 
+class Remembers(TrainerCallback):
+    """Asks for gradients at the input, as TRL does, and keeps weak references to what optimizes each stage."""
+
+    def __init__(self):
+        self.optimizers, self.gradients = [], []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Ask, and keep."""
+        model.enable_input_require_grads()
+        self.optimizers.append(weakref.ref(optimizer))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """What an optimizer steps on."""
+        self.gradients += [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def test_training_leaves_the_base_as_it_was_and_keeps_nothing_of_what_it_trained_with(tmp_path):
+    def answers():
+        with torch.no_grad():
+            return trainer.model(**batch_of(lm_rows(2))).logits
+
+    remembers, args = Remembers(), training_arguments(tmp_path / "system", bf16=True)
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, args=args, callbacks=[remembers])
+    before = answers()
+    trainer.train()
+    assert torch.equal(answers(), before)
+    assert "forward" not in vars(trainer.model), "mixed precision wraps it"
+    assert not trainer.model.training and not trainer.model.get_input_embeddings()._forward_hooks
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+    gc.collect()
+    assert len(remembers.optimizers) == 4 and not any(optimizer() for optimizer in remembers.optimizers)
+    assert remembers.gradients and not any(gradient() is not None for gradient in remembers.gradients)
+
+
+class WritesBelow(TrainerCallback):
+    """Changes a tensor of the stage that the one in training stands on."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """By one element."""
+        parent = self.trainer._stage.parent
+        if parent is not None:
+            next(iter(self.trainer._stack.tensors(parent).values())).data.view(-1)[0] += 1
+
+
+def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_upon_it(tmp_path):
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=ONE_SHARD)
+    trainer.add_callback(WritesBelow(trainer))
+    with pytest.raises(S3TError, match=r"Training shard-\d/\d-\d changed a stage below it, which must be frozen"):
+        trainer.train()
+    assert {key.depth for key in trainer.folder.stages} == {1}
+    trainer.pop_callback(WritesBelow)
+    trainer.train()
+    assert trainer.verify().ok
+
+
+class PagedSGD(torch.optim.SGD):
+    """Keeps its state where bitsandbytes keeps that of paged optimizers: for as long as the process lives."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.state_of_a_stage = torch.zeros(3)
+        GlobalPageManager.get_instance().paged_tensors.append(self.state_of_a_stage)
+
+
+def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_path, monkeypatch):
+    of_another_model, seen = torch.zeros(2), []
+    monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", [of_another_model])
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(len(GlobalPageManager.get_instance().paged_tensors))
+
+    paged = {"optimizer_cls_and_kwargs": (PagedSGD, {"lr": 0.1}), "callbacks": [Looks()]}
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, **paged)
+    trainer.train()
+    assert set(seen) == {2}, "one stage's at a time"
+    (kept,) = GlobalPageManager.get_instance().paged_tensors
+    assert kept is of_another_model
+
+
 def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path):
     """One slice at a time, the deeper stage may be the shorter one."""
     rows = [{**row, "shard": 0, "slice": int(number >= 22)} for number, row in enumerate(lm_rows(24))]
@@ -229,6 +327,17 @@ def test_a_stage_that_something_ends_before_its_last_step_is_none(tmp_path):
     assert not trainer.folder.stages and not trainer._stack.loaded
     trainer.pop_callback(Ends)
     trainer.train()
+    assert trainer.verify().ok
+
+
+def test_a_stage_that_an_evaluation_ends_is_one_and_comes_out_again(tmp_path):
+    at_every_step = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    args = training_arguments(tmp_path, load_best_model_at_end=True, learning_rate=1.0, max_steps=12, **at_every_step)
+    rows = [{name: value for name, value in row.items() if name != "id"} for row in lm_rows(6, seed=5)]
+    patience = {"eval_dataset": Dataset.from_list(rows), "callbacks": [EarlyStoppingCallback(1)]}
+    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=args, **patience)
+    steps = trainer.train().global_step
+    assert 2 <= steps < 24 and trainer.folder.valid_stages == set(trainer.folder.plan.stages())
     assert trainer.verify().ok
 
 
@@ -264,6 +373,36 @@ def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path
         trainers[0].train()
     assert not trainers[0].model.get_input_embeddings()._forward_hooks
     trainers[0].pop_callback(Interrupts)
+    for trainer in trainers:
+        trainer.train()
+    assert same(*map(stages_of, trainers))
+
+
+def test_training_does_not_go_on_by_another_recipe(tmp_path):
+    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD)
+    plant_stages(trainer, limit=1)
+    other = make_trainer(
+        tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=training_arguments(tmp_path, learning_rate=0.5)
+    )
+    with pytest.raises(ConfigError, match=r"by another recipe: learning_rate=0.5 \(was 0.01\)"):
+        other.train()
+    assert len(other.folder.stages) == 1 and other._stack.loaded == []
+    trainer.train()
+    assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+
+
+def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
+    def trainer_of(name, **recipe):
+        saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, **recipe}
+        args = training_arguments(tmp_path / name, **saving)
+        return make_trainer(tmp_path / name, rows=lm_rows(16), config=ONE_SHARD, args=args)
+
+    interrupted = trainer_of("system", learning_rate=1e-2)
+    interrupted.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert list((tmp_path / "system").glob("checkpoints/*/*/checkpoint-2"))
+    trainers = [trainer_of(name, learning_rate=1e-3) for name in ("system", "undisturbed")]
     for trainer in trainers:
         trainer.train()
     assert same(*map(stages_of, trainers))

@@ -10,6 +10,7 @@ from tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_l
 from transformers import TrainerCallback
 
 from hf_s3t import S3TModel
+from hf_s3t.deletion import apply
 from hf_s3t.errors import ConfigError, FolderError, S3TError, UnknownExampleError
 from hf_s3t.pending import PENDING_FILE
 from hf_s3t.storage import SystemFolder
@@ -136,6 +137,12 @@ def test_deleted_before_is_no_error(model):
     model.unlearn(IDS[:1])
     receipt = model.unlearn_later(IDS[:2])
     assert (receipt.requested, receipt.already_deleted) == (1, 1)
+
+
+def test_a_request_knows_what_another_process_deleted_since_the_model_was_loaded(model):
+    apply(SystemFolder(model.folder.path), IDS[:1])
+    receipt = model.unlearn_later(IDS[:2])
+    assert (receipt.requested, receipt.already_deleted, receipt.pending) == (1, 1, 1)
 
 
 def test_a_torn_last_line_was_never_acknowledged(model):

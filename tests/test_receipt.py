@@ -9,6 +9,7 @@ from folders import CONFIG, NAMES, NUMBERS, grow, new_system
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_s3t.receipt as receipt_module
 from hf_s3t.deletion import apply
 from hf_s3t.errors import FolderError, KeyMissingError, UnknownExampleError
 from hf_s3t.examples import KEY_VARIABLE, DigestKey
@@ -207,9 +208,28 @@ def test_no_change_of_a_byte_goes_unseen(after_three, tmp_path_factory, data):
         assert "is not text" in str(error)
 
 
+def test_a_deletion_between_the_reads_of_table_and_ledger_is_no_problem(system, monkeypatch):
+    read = receipt_module.read_table
+
+    def overtaken(path):
+        apply(SystemFolder(system), NAMES[1:2])
+        return read(path)
+
+    monkeypatch.setattr(receipt_module, "read_table", overtaken)
+    assert Receipts.read(system).problem is None
+
+
 def test_a_missing_ledger_is_told(system):
     (system / "ledger.jsonl").unlink()
     with pytest.raises(FolderError, match="is missing"):
+        Receipts.read(system)
+
+
+@pytest.mark.parametrize("part", ["ledger.jsonl", "examples.parquet"])
+def test_a_link_in_the_place_of_what_is_read_is_refused_and_not_followed(part, system):
+    (system / part).rename(system.parent / part)
+    (system / part).symlink_to(system.parent / part)
+    with pytest.raises(FolderError, match=part):
         Receipts.read(system)
 
 

@@ -61,7 +61,7 @@ from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, ExhaustedError, FolderError, IsolationError, S3TError, StaleCacheError
 
 
-# Minutes on two cores: part of `make test-all`.
+# Minutes on two cores: part of `make test-slow`.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 

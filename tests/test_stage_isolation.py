@@ -54,7 +54,7 @@ from hf_s3t.errors import ConfigError, EmptySliceError
 from hf_s3t.verify import differing_tensors
 
 
-# Minutes on two cores: part of `make test-all`.
+# Minutes on two cores: part of `make test-slow`.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 

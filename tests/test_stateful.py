@@ -383,7 +383,9 @@ def run(machine, examples: int, steps: int) -> None:
     run_state_machine_as_test(machine, settings=few)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(12, 10), pytest.param(200, 25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("examples", "steps"), [(12, 10), pytest.param(200, 25, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_a_folder_is_at_any_time_what_its_history_makes_it(without_tensors, tmp_path, examples, steps):
     rows = SystemFolder(without_tensors).table.rows
     places = {i: (row.shard, row.slice) for i, row in rows.items()}

@@ -1,6 +1,8 @@
 """A system's folder: whole or refused, its deletions never forgotten, nothing of a deleted example left in it."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,16 +15,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from folders import forge
+from folders import delete_and_die, forge, forge_stage
 
 import hf_s3t.files as files
 import hf_s3t.storage as storage
 from hf_s3t import S3TConfig
-from hf_s3t.deletion import apply
+from hf_s3t.deletion import apply, preview
 from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
 from hf_s3t.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
 from hf_s3t.inspection import inspect, open_folder
 from hf_s3t.partition import assign
+from hf_s3t.pending import apply_pending, request_later
 from hf_s3t.plan import StageKey
 from hf_s3t.storage import STAGE_FILE, SystemFolder
 from hf_s3t.table_file import read_table, write_table
@@ -32,11 +35,6 @@ ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.hea
 STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
 IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
 CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
-
-
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -570,6 +568,14 @@ def test_a_stage_is_not_valid_without_the_stages_it_stands_on(system):
     assert set(folder.plan.stages()) - folder.valid_stages == family
 
 
+def test_a_stage_of_other_examples_is_left_to_be_looked_at_where_nothing_was_deleted(system):
+    stage = StageKey(0, (0,))
+    forge_stage(system, str(stage), slices=["0" * 64])
+    folder = SystemFolder(system)
+    assert stage in folder.stages and not {stage, StageKey(0, (0, 1))} & folder.valid_stages
+    assert (system / stage.path).exists()
+
+
 def test_a_stage_is_not_valid_on_another_parent_than_it_was_trained_on(system):
     folder = SystemFolder(system)
     key = next(key for key in folder.plan.stages() if key.depth == 2)
@@ -698,6 +704,36 @@ def test_an_interrupted_unlearning_of_which_only_the_ledger_was_written_is_finis
     assert IDS[0].encode() not in b"".join(files_of(system).values())
 
 
+def at_the_lock(monkeypatch, act) -> None:
+    """Have another process do something just before a folder's lock is taken for the next time."""
+    lock = SystemFolder.lock
+
+    def late(self):
+        monkeypatch.setattr(SystemFolder, "lock", lock)
+        act()
+        return lock(self)
+
+    monkeypatch.setattr(SystemFolder, "lock", late)
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["as it was", "after another deletion"])
+def test_a_removal_that_waited_for_the_lock_spares_what_was_grown_anew_meanwhile(more, system, monkeypatch):
+    victim, *others = SystemFolder(system).table.members(0, 0)[: 1 + more]
+    delete_and_die(SystemFolder(system), [victim])
+
+    def meanwhile():
+        folder = SystemFolder(system)
+        if others:
+            forget(folder, others)
+        grow(folder)
+
+    at_the_lock(monkeypatch, meanwhile)
+    folder = SystemFolder(system)
+    assert all(map(folder.is_deleted, [victim, *others])) and folder.valid_stages == set(folder.plan.stages())
+    assert stages_on_disk(system) == {str(key) for key in folder.plan.stages()}
+    assert SystemFolder(system).valid_stages == folder.valid_stages
+
+
 def test_a_torn_ledger_line_is_no_deletion_and_the_next_one_takes_its_place(system):
     ledger = system / "ledger.jsonl"
     forget(SystemFolder(system), [IDS[0]])
@@ -745,6 +781,76 @@ def test_a_stage_is_synced_file_by_file_before_it_is_renamed_into_place(tmp_path
     synced = {path for name, path in done[:renamed] if name == "fsync"}
     assert synced >= {temporary, *(f"{temporary}/{name}" for name in STAGE_FILES)}
     assert ("fsync", str(Path(temporary).parent)) in done[renamed:]
+
+
+def done_without_the_lock(monkeypatch, system, act) -> tuple[int, list[str]]:
+    """How many steps `act` takes on the disk, and those that it takes while anybody might have the system's lock."""
+    number, unlocked = 0, []
+
+    def watched(name, operation):
+        def operate(target, *args, **kwargs):
+            nonlocal number
+            number += 1
+            if f"{system}/checkpoints/" in str(target):
+                # A trainer's own, as long as its stage is unfinished.
+                return operation(target, *args, **kwargs)
+            with open(system / "stages/.lock", "a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unlocked.append(f"{name} {target}")
+            return operation(target, *args, **kwargs)
+
+        return operate
+
+    with monkeypatch.context() as patch:
+        steps = ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink"))
+        for owner, name in steps:
+            patch.setattr(owner, name, watched(name, getattr(owner, name)))
+        act()
+    return number, unlocked
+
+
+def apply_what_waits(system):
+    request_later(SystemFolder(system), IDS[:1])
+    return lambda: apply_pending(SystemFolder(system))
+
+
+def compact(system):
+    folder = SystemFolder(system)
+    folder.record_deletion(IDS[:1], [], {})
+    return folder.compact
+
+
+def merge(system):
+    forget(SystemFolder(shutil.copytree(system, system.parent / "other")), IDS[:1])
+    other = SystemFolder(system.parent / "other")
+    return lambda: SystemFolder(system).merge_ledger(other.ledger)
+
+
+def finish_what_another_began(system):
+    delete_and_die(SystemFolder(system), IDS[:1])
+    return lambda: SystemFolder(system)
+
+
+def grow_anew(system):
+    forget(SystemFolder(system), IDS[:1])
+    return lambda: grow(SystemFolder(system))
+
+
+CHANGES = {
+    "a deletion": lambda system: lambda: apply(SystemFolder(system), IDS[:1]),
+    "a request": lambda system: lambda: request_later(SystemFolder(system), IDS[:1], max_delay=60),
+    "what waits": apply_what_waits,
+    "compaction": compact,
+    "another ledger": merge,
+    "the end of a removal": finish_what_another_began,
+    "growth": grow_anew,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_system_holds_its_lock(change, system, monkeypatch):
+    number, unlocked = done_without_the_lock(monkeypatch, system, CHANGES[change](system))
+    assert number and not unlocked
 
 
 @pytest.mark.parametrize(
@@ -864,6 +970,17 @@ def test_checkpoints_go_with_the_slices_they_saw_and_others_stay(tmp_path):
     assert kept.exists()
 
 
+def test_a_checkpoint_that_was_put_back_after_its_example_was_deleted_is_removed_by_the_next_load(tmp_path):
+    folder = new_system(tmp_path / "system")
+    hit, other = StageKey(0, (0,)), StageKey(0, (1,))
+    stale, current = (checkpoint(folder, key, 1, folder.slice_digests(key)) for key in (hit, other))
+    shutil.copytree(stale, tmp_path / "aside")
+    forget(folder, folder.table.members(0, 0)[:1])
+    shutil.copytree(tmp_path / "aside", stale)
+    SystemFolder(folder.path)
+    assert not stale.exists() and current.exists()
+
+
 def test_checkpoints_of_a_deletion_that_died_are_removed_by_the_next_load(tmp_path):
     folder = new_system(tmp_path / "system")
     key = folder.plan.stages()[0]
@@ -981,6 +1098,64 @@ def test_no_line_of_another_process_is_lost(system):
     again = SystemFolder(system)
     assert [entry.kind for entry in again.ledger.entries] == ["deletion", "export"]
     assert all(again.is_deleted(i) for i in IDS[:2])
+
+
+def test_a_merge_takes_along_what_another_process_recorded_since_the_folder_was_read(system, tmp_path):
+    elsewhere = SystemFolder(shutil.copytree(system, tmp_path / "elsewhere"))
+    forget(elsewhere, IDS[:1])
+    folder = SystemFolder(system)
+    here = forget(SystemFolder(system), IDS[1:2])
+    folder.merge_ledger(elsewhere.ledger)
+    assert all(map(folder.is_deleted, IDS[:2])) and folder.ledger.num_deletions == 2
+    again = SystemFolder(system)
+    assert all(map(again.is_deleted, IDS[:2])) and not set(here) & set(again.stages)
+
+
+def test_a_merge_is_in_the_ledger_before_a_stage_goes_because_of_it(system, tmp_path, monkeypatch):
+    elsewhere = SystemFolder(shutil.copytree(system, tmp_path / "elsewhere"))
+    removed = forget(elsewhere, IDS[:1])
+    folder = SystemFolder(system)
+    done = operations(monkeypatch, lambda: folder.merge_ledger(elsewhere.ledger))
+    names = [(name, Path(path).name) for name, path in done]
+    replaced = next(n for n, (name, file) in enumerate(names) if name == "replace" and "ledger.jsonl" in file)
+    renamed = [n for n, (name, file) in enumerate(names) if name == "rename"]
+    assert len(renamed) == len(removed) and replaced < min(renamed)
+    assert any(name == "fsync" and "ledger.jsonl" in file for name, file in names[:replaced])
+
+
+def test_a_merge_removes_what_was_left_unfinished_by_a_stage_that_saw_the_example(tmp_path):
+    folder = new_system(tmp_path / "system")
+    elsewhere = SystemFolder(shutil.copytree(folder.path, tmp_path / "elsewhere"))
+    hit, other = StageKey(0, (0,)), StageKey(0, (1,))
+    forget(elsewhere, elsewhere.table.members(0, 0)[:1])
+    stale, current = (checkpoint(folder, key, 1, folder.slice_digests(key)) for key in (hit, other))
+    folder.merge_ledger(elsewhere.ledger)
+    assert not stale.exists() and current.exists()
+
+
+def test_compaction_does_not_bring_back_rows_that_another_process_took_out(system):
+    folder = SystemFolder(system)
+    forget(SystemFolder(system), IDS[:1])
+    folder.compact()
+    assert IDS[0] not in pq.read_table(system / "examples.parquet")["id"].to_pylist()
+
+
+def test_a_line_that_comes_while_the_ledger_is_read_is_news_again(system, monkeypatch):
+    folder, read = SystemFolder(system), Path.read_bytes
+    forget(SystemFolder(system), IDS[:1])
+
+    def overtaken(self):
+        content = read(self)
+        if self.name == "ledger.jsonl":
+            monkeypatch.setattr(Path, "read_bytes", read)
+            forget(SystemFolder(system), IDS[1:2])
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    folder.refresh_ledger()
+    assert [folder.is_deleted(i) for i in IDS[:2]] == [True, False] and folder.has_news()
+    folder.refresh_ledger()
+    assert folder.is_deleted(IDS[1]) and not folder.has_news()
 
 
 def test_an_export_is_noted_and_deletes_nothing(system):
@@ -1118,6 +1293,67 @@ def test_unlearn_removes_what_another_process_grew_on_the_example_since_the_mode
     entry = SystemFolder(path).ledger.entries[-1]
     assert str(late) in entry.removed, "the ledger says what went"
     assert stages_on_disk(path) == {"shard-0/0", *(str(key) for key in served.folder.plan.stages() if key.shard == 1)}
+
+
+def saw(folder: SystemFolder, shard: int, slice_: int) -> set[str]:
+    """The planned stages that are trained on a slice."""
+    return {str(key) for key in folder.plan.stages() if key.shard == shard and slice_ in key.prefix}
+
+
+def removed_by_line(path) -> list[set[str]]:
+    return [set(entry.removed) for entry in SystemFolder(path).ledger.entries]
+
+
+def test_unlearn_also_removes_what_a_deletion_condemned_whose_process_died(served):
+    path, first, second = served.folder.path, *(served.folder.table.members(0, s)[:1] for s in (0, 1))
+    delete_and_die(SystemFolder(path), first)
+    condemned, touched = saw(served.folder, 0, 0), saw(served.folder, 0, 1) - saw(served.folder, 0, 0)
+    assert set(preview(served.folder, second).stages_removed) == touched, "what goes in the name of this deletion"
+    report = served.unlearn(second)
+    assert set(report.stages_removed) == condemned | touched and report.depths_after == [0, 2]
+    assert not stages_on_disk(path) & (condemned | touched)
+    assert removed_by_line(path) == [condemned, touched], "the ledger says which deletion took what"
+
+
+def test_unlearning_again_removes_what_the_process_that_unlearned_did_not_live_to_remove(served):
+    path, victim = served.folder.path, served.folder.table.members(0, 0)[:1]
+    delete_and_die(SystemFolder(path), victim)
+    report = served.unlearn(victim)
+    assert (report.deleted, report.already_deleted) == (0, 1)
+    assert set(report.stages_removed) == saw(served.folder, 0, 0) and report.depths_after == [1, 2]
+    assert not stages_on_disk(path) & saw(served.folder, 0, 0)
+    assert removed_by_line(path) == [saw(served.folder, 0, 0)]
+
+
+def test_a_model_goes_on_without_what_was_deleted_although_the_folders_cannot_be_removed(served, monkeypatch):
+    import torch
+
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "not yours", str(source))
+
+    victim, gone = served.folder.table.members(0, 0)[:1], saw(served.folder, 0, 0)
+    monkeypatch.setattr(storage.os, "rename", refuse)
+    with pytest.raises(FolderError, match=r"could not be removed.*The deletions in the ledger are in force"):
+        served.unlearn(victim)
+    assert served(torch.tensor([[5, 6, 7]])).logits is not None
+    assert not gone & {str(key) for key in (*served.stack.loaded, *served._routing.stages)}
+    assert all(map(served.folder.is_deleted, victim)) and served.status()["depths"] == [1, 2]
+    monkeypatch.undo()
+    assert not gone & stages_on_disk(SystemFolder(served.folder.path).path)
+
+
+def test_a_model_that_changes_its_system_holds_the_lock(served, monkeypatch):
+    one, other, last = (served.folder.table.members(shard, s)[:1] for shard, s in ((0, 0), (0, 1), (1, 0)))
+
+    def act():
+        served.unlearn(one)
+        served.unlearn_later(other, max_delay=600)
+        served.apply_pending()
+        served.unlearn(last)
+        served._wait_for_cleaner()
+
+    number, unlocked = done_without_the_lock(monkeypatch, served.folder.path, act)
+    assert number and not unlocked
 
 
 @pytest.mark.parametrize("what", ["ledger.jsonl", ""], ids=["the ledger", "the folder"])

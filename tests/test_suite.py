@@ -1,0 +1,39 @@
+"""What the suite itself promises: it says the same on every machine, whatever is set there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_s3t.examples import KEY_VARIABLE
+
+
+TESTS = Path(__file__).parent
+
+# The secret itself; systems that are trained, and pushed to a Hub and read with the secret of their folder.
+CHOSEN = {
+    "secrets": ["test_examples.py::test_a_short_key_is_refused"],
+    "models": [
+        "test_kept_ids.py::test_what_is_trained_does_not_depend_on_it",
+        "test_hub_refusals.py::test_a_ledger_that_is_no_text_is_told_with_a_remedy",
+        "test_hub_erasure.py::test_a_deletion_is_pushed_before_it_is_erased",
+        "test_pending.py",
+    ],
+}
+
+
+@pytest.mark.parametrize("chosen", ["secrets", pytest.param("models", marks=pytest.mark.slow)])
+def test_what_somebody_set_for_systems_of_their_own_changes_no_test(chosen, tmp_path):
+    theirs = {KEY_VARIABLE: "a secret of somebody's own system", "HF_S3T_HOME": str(tmp_path / "home")}
+    files = [str(TESTS / name) for name in CHOSEN[chosen]]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env={**os.environ, **theirs},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert not (tmp_path / "home").exists()
