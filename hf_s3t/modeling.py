@@ -658,21 +658,27 @@ class S3TModel(Unlearning, nn.Module):
             raise ConfigError(f"shard={shard}, expected 0 to {self.folder.plan.num_shards - 1}.")
         self.folder.check_target(Path(folder))
         self._calls.refuse_inside("export_adapter")
-        # Nobody deletes between the look at what serves and its writing.
-        with self._deletion_lock, self.folder.lock():
-            self.refresh()
-            tips = self._routing.served[shard]
-            if not tips:
-                raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
-            if len(tips) > 1:
-                raise ConfigError(
-                    f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
-                    "one. Export from a system that serves one stack a shard."
-                )
-            self.folder.record_export(tips[0], library_versions())
-            # This line changes nothing that serves.
-            self._has_followed(self._state())
-            self.stack.export(tips[0], Path(folder), self.folder.base_id)
+        with self._deletion_lock:
+            # Whoever writes the table now needs the folder's lock for it.
+            self._wait_for_cleaner()
+            # Nobody deletes between the look at what serves and its writing.
+            with self.folder.lock():
+                self._export(shard, Path(folder))
+
+    def _export(self, shard: int, folder: Path) -> None:
+        self.refresh()
+        tips = self._routing.served[shard]
+        if not tips:
+            raise ExhaustedError(f"Shard {shard} has no stage left to export. Call `train()` to grow it again.")
+        if len(tips) > 1:
+            raise ConfigError(
+                f'{len(tips)} stacks answer for shard {shard} together (select="all"), and a plain adapter is '
+                "one. Export from a system that serves one stack a shard."
+            )
+        self.folder.record_export(tips[0], library_versions())
+        # This line changes nothing that serves.
+        self._has_followed(self._state())
+        self.stack.export(tips[0], folder, self.folder.base_id)
 
 
 def _members(routing: Routing) -> int:
