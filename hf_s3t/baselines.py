@@ -29,10 +29,10 @@ from .files import make_folders
 from .modeling import S3TModel
 from .plan import StageKey, stage_seed
 from .prototypes import ProtoSISAModel, check_is_classifier
+from .randomness import preserved_randomness
 from .status import serving_depths
 from .storage import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from .trainer import S3TTrainer
-from .training_data import preserved_randomness
 from .whole_adapter import AtOnce, SliceBySlice, WholeAdapterModel
 
 

@@ -23,13 +23,14 @@ from .isolation import (
     check_base,
     check_checkpoint,
     check_datasets,
+    check_keeps_no_state,
     check_peft_config,
     check_task,
     evaluation_chooses,
 )
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .storage import SystemFolder
-from .training_data import TrainingRows
+from .training_data import FedRows, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     check_checkpoint(model, path, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_peft_config(peft_config, head)
+    check_keeps_no_state(model)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
     if recorded is None and rows is None:
         raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
@@ -135,7 +137,8 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     else:
         base = describe_base(model, path, head)
     if rows is not None and evaluation_chooses(args, config):
-        rows.refuse_shared(eval_dataset)
+        if FedRows(model).refuse_shared(train_dataset, eval_dataset, rows.own_columns):
+            rows.compared_with = eval_dataset
     planned = None
     if key is not None:
         placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)

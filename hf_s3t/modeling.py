@@ -38,7 +38,7 @@ from .hub import HubRepo, PushReport, is_repo_id, push
 from .hub_folder import HubFolder
 from .inspection import check_method, open_folder
 from .inspection import inspect as inspect_folder
-from .isolation import check_has_no_adapters
+from .isolation import check_has_no_adapters, check_keeps_no_state
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
 from .model_class import AttachedConfigs, model_class, read
@@ -189,6 +189,7 @@ class S3TModel(Unlearning, nn.Module):
             )
         check_base_is(base, record["base_model"], layers.path, head)
         keep_4_bit_weights(base)
+        check_keeps_no_state(base)
         seed_head(base, head, folder.config.seed)
         log_casts_once(base)
         stack = cls.stack_type(base, peft_config, layers, head)
@@ -439,7 +440,9 @@ class S3TModel(Unlearning, nn.Module):
                 "shard. Call `train()` of its trainer to grow stages on the remaining data, or load it with "
                 'when_exhausted="base" to let a language model answer as its base.'
             )
-        outputs = self.base_model(**inputs, return_dict=True)
+        # By a route of no members: the adapters of a stage in training must not act.
+        with routed(_BASE_ALONE):
+            outputs = self.base_model(**inputs, return_dict=True)
         stamp_cache(cache_of(inputs), _BASE_ALONE)
         stamp_cache(cache_of(outputs), _BASE_ALONE)
         return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)

@@ -18,6 +18,7 @@ from .errors import ConfigError, FolderError
 from .examples import ExampleTable
 from .files import is_read_only, write_atomically
 from .layers import find_head, find_layers
+from .route import Route, routed
 from .stack import StageStack
 from .storage import PROTOTYPES_FILE, SystemFolder
 from .tensor_files import metadata_of
@@ -135,7 +136,8 @@ class ClassPrototypes:
         """The base's outputs, and what its head was given: one vector per row."""
         device = next(self.base.parameters()).device
         inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-        with _noting(map(self.base.get_submodule, self._head)) as given:
+        # By a route of no members: the adapters of a stage in training must not act.
+        with routed(Route(())), _noting(map(self.base.get_submodule, self._head)) as given:
             outputs = self.base(**inputs, return_dict=True)
         return outputs, _pooled(given[0].float(), inputs.get("attention_mask"))
 

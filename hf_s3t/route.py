@@ -22,7 +22,7 @@ class Route:
     Which adapters the rows of a batch go through: the batch holds one block of rows per ensemble member.
 
     Args:
-        members (`tuple[StageKey, ...]`): The last stage of each member's stack.
+        members (`tuple[StageKey, ...]`): The last stage of each member's stack; without any, the base is by itself.
         stopped (`threading.Event`): Set by a deletion to stop the calls that go this way.
     """
 
@@ -57,7 +57,7 @@ class Route:
     @cached_property
     def by_group(self) -> dict[int, tuple[str | None, ...]]:
         """Per layer group and member the adapter to apply; `None` below the member's stack."""
-        depth = max(key.depth for key in self.members)
+        depth = max((key.depth for key in self.members), default=0)
         return {
             group: tuple(key.lineage[group].adapter_name if group < key.depth else None for key in self.members)
             for group in range(depth)
@@ -204,7 +204,7 @@ def _apply(layer: LoraLayer, name: str, x: torch.Tensor, result: torch.Tensor, i
 def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict, output):
     """With a route, each member's block of rows goes through that member's head."""
     route = _ROUTE.get()
-    if route is None:
+    if not route:
         return None
     rows = _length(args, kwargs)
 

@@ -15,6 +15,8 @@ from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
 from .plan import StageKey
+from .randomness import RandomStates
+from .state import difference, mark
 from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
 from .training_data import ROW_COLUMN
 
@@ -81,7 +83,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         formatting_func: Callable | None = None,
         s3t_config: S3TConfig | None = None,
     ):
-        refuse_shared_state(model, None, optimizers, data_collator)
+        refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
@@ -119,7 +121,16 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         if packing:
             args = copy.copy(args)
             args.max_length = None
-        return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        before, drawn = mark(formatting_func), RandomStates()
+        prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        where = difference(before, mark(formatting_func))
+        if where is not None or RandomStates() != drawn:
+            changed = "random states" if where is None else f"`formatting_func` in `{where}`"
+            raise IsolationError(
+                f"Preparing `train_dataset` changed {changed}: what one row became depends on the rows before it. "
+                "Give a `formatting_func` that makes each row from itself alone."
+            )
+        return prepared
 
     def _stage_dataset(self, key: StageKey):
         dataset = super()._stage_dataset(key)

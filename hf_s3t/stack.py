@@ -27,8 +27,10 @@ from .layers import LayerGroups, is_norm
 from .plain_adapter import differences
 from .plan import StageKey
 from .route import cut_graph, hook
+from .state import CallWatch
 from .storage import ADAPTER_FILE
 from .tensor_files import differing_tensors, read_tensors
+from .turns import Turns
 
 
 # What PEFT puts before a module's name in the files of an adapter.
@@ -125,6 +127,8 @@ class StageStack:
         # The digest of each stage's file, by which a stage is told from another one grown under the same name.
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
+        self.turns = Turns(base)
+        self.watch = CallWatch(base, self.turns)
         self._hooked: set[nn.Module] = set()
         base.requires_grad_(False)
         # Trainer refuses to train a quantised base unless adapters are known to live on it.
@@ -142,6 +146,13 @@ class StageStack:
 
     def __contains__(self, key: StageKey) -> bool:
         return key in self._modules
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call of what serves: takes turns with a stage in training, and is watched for what it leaves."""
+        outermost = not self.turns.is_inside
+        with self.turns.call(), self.watch.call() if outermost else contextlib.nullcontext():
+            yield
 
     def holds(self, key: StageKey, digest: str) -> bool:
         """Whether the stage in memory is the one whose adapter file has this digest."""

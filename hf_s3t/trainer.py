@@ -1,21 +1,20 @@
 """`S3TTrainer`: Transformers' `Trainer`, run once per stage of an S3T system."""
 
 import contextlib
-import copy
 import functools
 import gc
 import json
 import math
 import os
-import random
 import shutil
 import sys
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
@@ -35,25 +34,28 @@ from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
 from .hub import HubRepo, PushReport, push, told
+from .isolation import changed_for_good, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
+from .randomness import RandomStates, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
+from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, SystemFolder
-from .training_data import EpochSeededSampler, StageRows, preserved_randomness
-from .verify import VerificationReport, verify_stages
+from .tensor_files import differing_tensors, read_tensors
+from .training_data import EpochSeededSampler, FedRows, StageRows
+from .turns import PREPARED, TurnTakingHandler, set_attributes
+from .verify import VerificationReport, note_trained, verify_stages
 
 
 logger = logging.get_logger(__name__)
 
-# What `Accelerator.prepare` leaves on a model.
-_PREPARED = ("forward", "_original_forward")
 # Seconds between two looks at the ledger of processes that have not read equally far, and how many there are.
 _A_MOMENT = 0.1
 _ATTEMPTS = 600
-# What draws by itself, whatever the global random states are.
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# Of these, copies share what cannot be copied.
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class S3TTrainerMixin:
@@ -73,11 +75,19 @@ class S3TTrainerMixin:
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
-        planned, key = blueprint.planned, blueprint.key
+        self._live: S3TModel | None = None
+        self._making_live = threading.RLock()
+        rows, planned, key = blueprint.rows, blueprint.planned, blueprint.key
+        self._fed_rows = FedRows(self.model, self.data_collator)
+        self._compared_with = rows.compared_with if rows is not None and self.train_dataset is rows.dataset else None
+        if rows is not None and evaluation_chooses(self.args, blueprint.config):
+            self._compare_evaluation_set()
+            for part in (self.compute_metrics, self.preprocess_logits_for_metrics):
+                self._copy(part)
         if planned is not None:
             # Before anything is written: truncation and filtering may have emptied a slice.
             names = KeptNames(key, blueprint.config.keep_ids)
-            StageRows(self.train_dataset, blueprint.rows, names).check_slices(planned)
+            StageRows(self.train_dataset, rows, names).check_slices(planned)
         if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
             key.write(output_dir)
@@ -86,19 +96,26 @@ class S3TTrainerMixin:
                 self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
         self.folder = SystemFolder(output_dir)
-        rows = blueprint.rows
         self._stage_rows = None if rows is None else StageRows(self.train_dataset, rows, self.folder.names)
         self.s3t_config = blueprint.config
         self._layers = blueprint.layers
         self._stage: StageKey | None = None
         self._stage_output_dir: Path | None = None
-        self._live: S3TModel | None = None
+        # The model as Trainer has set it up for training, which it is once.
+        self._set_up_model: Look | None = None
         self._prepared = self.train_dataset
         if self._stage_rows is not None:
             self._say_what_is_suboptimal()
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
+        self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
+
+    def _compare_evaluation_set(self) -> None:
+        """Refuse an evaluation set with training examples in it: it may have been prepared, or given, since."""
+        if self.eval_dataset is not self._compared_with:
+            self._fed_rows.refuse_shared(self.train_dataset, self.eval_dataset)
+            self._compared_with = self.eval_dataset
 
     def _say_what_is_suboptimal(self) -> None:
         dropped = self._stage_rows.dropped(self.folder.table)
@@ -174,6 +191,8 @@ class S3TTrainerMixin:
             )
         if self._stage_rows is None:
             raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
+        if evaluation_chooses(self.args, self.s3t_config):
+            self._compare_evaluation_set()
         self.folder.refresh()
         self._refuse_other_recipe()
         keys = self._stage_order(self._missing())
@@ -198,6 +217,9 @@ class S3TTrainerMixin:
                     if self.accelerator.num_processes > 1 or len(self.folder.ledger.lines) == known:
                         raise
                     continue
+                if self._live is not None and self.accelerator.num_processes == 1:
+                    # One that was exhausted answers again.
+                    self._live._catch_up()
                 if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
                     self._push_meanwhile(f"Sequence {key}")
         finally:
@@ -276,6 +298,7 @@ class S3TTrainerMixin:
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
                 self._refuse_half_trained(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
+                self._refuse_changed_model(key)
             frozen_after = self._stack.digest(key.lineage[:-1])
             if frozen_after != frozen:
                 # Not what their files say any more: whoever needs them loads them again.
@@ -303,6 +326,21 @@ class S3TTrainerMixin:
             "callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and call `train()` "
             "again; an evaluation may end a stage with `load_best_model_at_end=True`."
         )
+
+    def _refuse_changed_model(self, key: StageKey) -> None:
+        """A stage that left something in the modules of the base is not written: the next one would read it."""
+        if self._set_up_model is None:
+            return
+        now = Look(self.model)
+        left = {**now.changed(self._settled_model), **changed_for_good(self.model, self._set_up_model, now)}
+        # Buffers are compared by themselves.
+        left = {name: marks for name, marks in left.items() if not name.endswith(BUFFERS)}
+        if left:
+            raise IsolationError(
+                f"Training {key} changed {shown(left)} of the base model, on which all stages stand: the next stage "
+                "would depend on what this one saw. Use a model whose forward pass leaves nothing behind, and change "
+                "no setting of it in a callback."
+            )
 
     def _origin(self, key: StageKey) -> dict[str, Any]:
         """What a stage is made from; by it a checkpoint is told from one of other data or another recipe."""
@@ -400,16 +438,23 @@ class S3TTrainerMixin:
     def _write(self, key: StageKey, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
             base_id = self.folder.base_id
-            written = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
-            if written:
-                self._stack.mark(key, self.folder.adapter_digest(key))
-            else:
-                self._stack.drop([key])
+            self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             self.folder.refresh()
-            if key in self.folder.stages:
-                self._stack.mark(key, self.folder.adapter_digest(key))
+        if self.folder.is_valid(key):
+            self._take_as_written(key)
+        else:
+            self._stack.drop([key])
+
+    def _take_as_written(self, key: StageKey) -> None:
+        """Know a stage in memory by its file. Where another trainer wrote it first, that one takes its place."""
+        data, digest = self.folder.read_adapter(key), self.folder.adapter_digest(key)
+        if differing_tensors(read_tensors(data, str(key)), self._stack.tensors(key)):
+            self._stack.load(key, data, digest)
+        else:
+            self._stack.mark(key, digest)
+            note_trained(digest)
 
     def _circumstances(self, key: StageKey) -> dict[str, Any]:
         fed = self._stage_rows.digest(key, self.folder.table, self.folder.key)
@@ -440,12 +485,22 @@ class S3TTrainerMixin:
     @contextlib.contextmanager
     def _occupied(self, key: StageKey) -> Iterator[None]:
         """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
-        with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
-            self._stack.in_training = key
+        self._stack.turns.refuse_inside("train")
+        with self._making_live:
+            if self._stack.in_training is not None:
+                raise S3TError(
+                    f"The stage {self._stack.in_training} is in training on the same base. Let its `train()` come to "
+                    "its end first."
+                )
+            with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
+                self._stack.in_training = key
         try:
-            yield
+            # Not before: whoever holds the live model's lock may wait for a call.
+            with self._stack.turns.taken():
+                yield
         finally:
             self._stack.in_training = None
+            self._stack.watch.begin_anew()
 
     @contextlib.contextmanager
     def _dropped_on_error(self, key: StageKey) -> Iterator[None]:
@@ -461,9 +516,12 @@ class S3TTrainerMixin:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
         self.args.seed = stage_seed(self.s3t_config.seed, key)
-        self.train_dataset = self._stage_dataset(key)
+        self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
         self._batches_are_random = self.args.dataloader_num_workers > 0
+        self._settled_model: Look | None = None
+        # Loaders of evaluations that keep their workers keep what these have drawn.
+        vars(self).pop("_eval_dataloaders", None)
         paged = len(_paged_tensors())
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
@@ -483,6 +541,8 @@ class S3TTrainerMixin:
             self.optimizer = self.lr_scheduler = None
             self.model_wrapped = self.model
             self._stack.deactivate()
+            if self._set_up_model is not None:
+                self._set_up_model.put_back()
             self.model.eval()
 
     def _remove_noise(self) -> None:
@@ -500,18 +560,14 @@ class S3TTrainerMixin:
         For mixed precision it wraps the forward of the model it prepares and marks the model, so that the next stage
         would train without; and a base that serves must not stay wrapped.
         """
-        before = {name: self.model.__dict__.get(name) for name in _PREPARED}
+        before = {name: vars(self.model).get(name) for name in PREPARED}
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.accelerator._models.clear()
         try:
             yield
         finally:
             self.accelerator._models.clear()
-            for name, value in before.items():
-                if value is None:
-                    self.model.__dict__.pop(name, None)
-                else:
-                    self.model.__dict__[name] = value
+            set_attributes(self.model, before)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def _fit(self, key: StageKey, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
@@ -537,26 +593,63 @@ class S3TTrainerMixin:
 
     @contextlib.contextmanager
     def _fresh_state(self) -> Iterator[None]:
-        """Callbacks that keep state (early stopping, say) are copies of what was given, which stays as it is."""
+        """
+        What may keep state (callbacks such as early stopping, a loss) is a copy of what was given, which stays as it
+        is, or the stage is none.
+        """
         given = list(self.callback_handler.callbacks)
+        parts = self._parts_of_stages()
+        before = {name: mark(part, self._shared) for name, part in parts.items()}
+        self._copies: list[tuple[Any, Mark]] = []
+        self._note_state(self.train_dataset)
         try:
+            for name in parts.keys() - {"train_dataset", "data_collator"}:
+                copied = fresh_dataset(parts[name], self._shared) if "dataset" in name else self._copy(parts[name])
+                setattr(self, name, copied)
+                self._note_state(copied)
             for position, callback in enumerate(given):
                 if isinstance(callback, ExportableState):
                     self.callback_handler.callbacks[position] = self._copy(callback)
             yield
+            for name, part in parts.items():
+                # A collator that is an object is copied for every loader, or was refused.
+                if name != "data_collator" or isinstance(part, _FUNCTIONS):
+                    self._refuse_changed_part(name, before[name], mark(part, self._shared))
         finally:
+            for name in parts.keys() - {"train_dataset", "data_collator"}:
+                setattr(self, name, parts[name])
             # Others may have come and gone. In the place of those that keep state a resume has put ones of its own.
             kinds = {type(callback) for callback in given if isinstance(callback, ExportableState)}
             now = [callback for callback in self.callback_handler.callbacks if type(callback) not in kinds]
             kept = [callback for callback in given if type(callback) in kinds or callback in now]
             self.callback_handler.callbacks = kept + [callback for callback in now if callback not in kept]
 
+    def _parts_of_stages(self) -> dict[str, Any]:
+        """What was given to the trainer and may keep state that a stage depends on."""
+        names = ["data_collator", "compute_loss_func", "optimizer_cls_and_kwargs"]
+        if evaluation_chooses(self.args, self.s3t_config):
+            names += ["eval_dataset", "compute_metrics", "preprocess_logits_for_metrics"]
+        return {"train_dataset": self._prepared, **{name: getattr(self, name) for name in names}}
+
+    def _note_state(self, copied: Any) -> None:
+        """Remember in which state a copy begins the stage."""
+        self._copies.append((copied, mark(copied, self._shared)))
+
+    def _refuse_changed_part(self, name: str, before: Mark, after: Mark) -> None:
+        where = difference(before, after)
+        if where is not None:
+            raise IsolationError(
+                f"{self._stage} changed `{name}`{f' in `{where}`' if where else ''}, which all stages share: the next "
+                "one would depend on what this one saw. Each stage gets a copy where `copy.deepcopy` makes one; this "
+                "is reached around it, by a callback or a global name, or cannot be copied. Let it keep no state."
+            )
+
     def _get_dataloader(self, *args, **kwargs):
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""
         given = self.data_collator
         self.data_collator = self._copy(given)
         if kwargs.get("is_training"):
-            self._collator = self.data_collator
+            self._note_state(self.data_collator)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
@@ -564,7 +657,12 @@ class S3TTrainerMixin:
 
     def _copy(self, part: Any) -> Any:
         """A copy of a collator or callback, state and all; what it shares with the trainer is not copied."""
-        return fresh_copy(part, (self, self.model, self.args, self.processing_class))
+        return fresh_copy(part, self._shared)
+
+    @property
+    def _shared(self) -> tuple:
+        """What copies hold as it is, and what has no state that a stage might bring to the next."""
+        return self, self.model, self.args, self.processing_class, self._live, self._stack
 
     def _stage_metrics(self) -> dict[str, float]:
         """The stage's own evaluation, if there is a set to evaluate on and someone asks for the numbers."""
@@ -577,10 +675,19 @@ class S3TTrainerMixin:
         # An epoch's first batch always draws: the data loader seeds its workers with it.
         begun = epoch_iterator is getattr(self, "_epoch_iterator", None)
         self._epoch_iterator = epoch_iterator
-        before = _random_states()
+        before = RandomStates()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches_are_random |= begun and _random_states() != before
+        self._batches_are_random |= begun and RandomStates() != before
         return batches
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`; the first of a stage shows what the model is set up to, and what it makes for itself."""
+        if self._settled_model is not None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._set_up_model = Look(self.model)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._settled_model = Look(self.model)
+        return loss
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -604,8 +711,10 @@ class S3TTrainerMixin:
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                at_rest = not self._batches_are_random or float(self.state.epoch).is_integer()
-                exact = at_rest and not self._collator_keeps_state()
+                # Between epochs there are no workers, unless they live on.
+                between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
+                at_rest = not self._batches_are_random or between
+                exact = at_rest and not self._has_moved()
                 self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
         except (OSError, RuntimeError):
             if self.accelerator.num_processes > 1 or not self._is_condemned():
@@ -621,13 +730,11 @@ class S3TTrainerMixin:
         self.folder.refresh_ledger()
         return self._stage_origin["slices"] != self.folder.slice_digests(self._stage)
 
-    def _collator_keeps_state(self) -> bool:
-        """Whether the collator draws by itself, or counts: a resume would begin with what it was given as."""
-        given = getattr(self.data_collator, "__dict__", {})
-        return any(
-            isinstance(value, _GENERATORS) or (isinstance(value, (int, float, str)) and value != given.get(name))
-            for name, value in getattr(self._collator, "__dict__", {}).items()
-        )
+    def _has_moved(self) -> bool:
+        """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""
+        if any(mark(copied, self._shared) != begun for copied, begun in self._copies):
+            return True
+        return self._settled_model is not None and Look(self.model).differs(self._settled_model)
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
@@ -681,12 +788,19 @@ class S3TTrainerMixin:
     @property
     def s3t_model(self) -> S3TModel:
         """The live [`S3TModel`], which shares the trainer's base and folder."""
-        if self._live is None:
-            self._live = self._model_type(self._stack, self.folder)
+        with self._making_live:
+            if self._live is None and self._stack.in_training is not None:
+                raise S3TError(
+                    f"The stage {self._stack.in_training} is in training, and a model that serves beside it must be "
+                    "there before. Ask for `trainer.s3t_model` once before `train()`."
+                )
+            if self._live is None:
+                self._live = self._model_type(self._stack, self.folder)
         return self._live
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self._stack.turns.refuse_beside("evaluate")
         with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
             yield
 
@@ -724,6 +838,10 @@ class S3TTrainerMixin:
     def verify(self, stages: str | Sequence[StageKey | str] | None = None) -> VerificationReport:
         """
         Train surviving stages again, from their first stage up, on the data left, and compare bit for bit (E3).
+
+        Do it in a fresh process: in the one that trained the stages, state that a stage left there (in a global, a
+        closure, a library) acts on the audit too, and is not found. The report says which stages that is so for, and a
+        warning says so once.
 
         Args:
             stages (`"sample"` or a list of stages, *optional*):
@@ -796,7 +914,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         s3t_config: S3TConfig | None = None,
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
-        refuse_shared_state(model, model_init, optimizers, data_collator)
+        refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
@@ -838,29 +956,10 @@ def checkpoint_without_reentry(model: nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def fresh_copy(part: Any, shared: Sequence[Any]) -> Any:
-    """
-    A copy of a collator or callback, state and all.
-
-    Args:
-        part: What to copy.
-        shared (sequence): What the copy holds as it is: models and tokenizers, which are large and keep no state.
-
-    Raises:
-        [`~hf_s3t.errors.IsolationError`]: If it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(part, {id(one): one for one in (*shared, getattr(part, "tokenizer", None))})
-    except Exception as error:
-        raise IsolationError(
-            f"{type(part).__name__} cannot be copied ({error}), and each stage needs its own, so that no state goes "
-            "from one to the next. Give one that `copy.deepcopy` copies."
-        ) from error
-
-
-def refuse_shared_state(model, model_init, optimizers, data_collator) -> None:
+def refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func) -> None:
     """Refuse arguments that would carry state from one stage into the next."""
-    fresh_copy(data_collator, (model,))
+    for part in (data_collator, compute_loss_func):
+        fresh_copy(part, (model,))
     if model is None or model_init is not None:
         raise ConfigError(
             "S3TTrainer needs `model`, the base that all stages share; `model_init` would make another one for every "
@@ -881,10 +980,6 @@ def default_ddp_arguments(args: TrainingArguments) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _random_states() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
 
 
 def _paged_tensors() -> list:

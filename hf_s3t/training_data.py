@@ -1,10 +1,9 @@
 """The rows of a training dataset: their ids, groups and digests, and the selection a stage trains on."""
 
-import contextlib
 import hashlib
+import inspect
 import itertools
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +12,21 @@ import numpy as np
 import torch
 from datasets import Audio, Image
 from datasets.table import embed_table_storage
-from torch.utils.data import Sampler, Subset
+from torch import nn
+from torch.utils.data import IterableDataset, Sampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from .config import S3TConfig
 from .errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
 from .examples import DigestKey, Example, ExampleTable, KeptNames, encode
 from .partition import assign, check_ids, units_of
 from .plan import StageKey
+from .randomness import preserved_randomness, seed_all
+from .state import fresh_copy, fresh_dataset, mark
 
+
+logger = logging.get_logger(__name__)
 
 # Carries the number of a row through tokenisation and filtering.
 ROW_COLUMN = "__s3t_row__"
@@ -43,6 +48,8 @@ class TrainingRows:
     def __init__(self, dataset: Any, config: S3TConfig):
         self.dataset = dataset
         self.config = config
+        # The evaluation set that was found to hold none of these rows, if nothing is left to compare.
+        self.compared_with: Any = None
         self._check_columns()
         if len(dataset) == 0:
             raise ExampleIdError("`train_dataset` has no rows. Give at least one example per slice.")
@@ -74,55 +81,18 @@ class TrainingRows:
 
     def digests(self, key: DigestKey) -> list[str]:
         """The keyed digest of every row's content: of what is trained on, its id, group and place aside."""
-        return [key.of_content(self._anonymous(row)) for row in self._contents()]
+        rows = stored_rows(self.dataset) if isinstance(self.dataset, datasets.Dataset) else shown_rows(self.dataset)
+        return [key.of_content(self._anonymous(row)) for row in rows]
+
+    @property
+    def own_columns(self) -> set[str]:
+        """The columns that say which example a row is and where it goes; no model reads them."""
+        config = self.config
+        named = (config.id_column, config.group_column, config.shard_column, config.slice_column)
+        return {name for name in named if name is not None}
 
     def _anonymous(self, row: dict[str, Any]) -> dict[str, Any]:
-        config = self.config
-        ours = {config.id_column, config.group_column, config.shard_column, config.slice_column}
-        return {name: value for name, value in row.items() if name not in ours}
-
-    def _contents(self) -> Iterator[dict[str, Any]]:
-        if isinstance(self.dataset, datasets.Dataset):
-            yield from self._stored(self.dataset)
-            return
-        with preserved_randomness():
-            for index in range(len(self.dataset)):
-                # A dataset that augments at random shows the same content for the same seed.
-                _seed_all(0)
-                row = self.dataset[index]
-                yield dict(row) if hasattr(row, "keys") else {"row": row}
-
-    def refuse_shared(self, eval_dataset: Any) -> None:
-        """
-        Refuse an evaluation set with training examples in it, where evaluation chooses the model.
-
-        Raises:
-            [`~hf_s3t.errors.IsolationError`]: With the number of shared rows.
-        """
-        sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        own = None
-        for dataset in sets:
-            if isinstance(dataset, datasets.Dataset) and isinstance(self.dataset, datasets.Dataset):
-                own = own if own is not None else set(self._encoded(self.dataset))
-                shared = sum(row in own for row in self._encoded(dataset))
-                if shared:
-                    raise IsolationError(
-                        f"{shared} rows of `eval_dataset` are training examples, and evaluation chooses the model "
-                        '(`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
-                    )
-
-    def _encoded(self, dataset: datasets.Dataset) -> Iterator[bytes]:
-        for row in TrainingRows._stored(dataset):
-            yield encode(self._anonymous(row))
-
-    @staticmethod
-    def _stored(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
-        # Arrow rows are what is stored: images stay bytes, and a transform set by the user is not run. Of a file that
-        # is named, what it holds counts, wherever it lies.
-        files = [n for n, feature in (dataset.features or {}).items() if isinstance(feature, (Audio, Image))]
-        for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            for row in (embed_table_storage(batch) if files else batch).to_pylist():
-                yield {**row, **{name: (row[name] or {}).get("bytes") for name in files}}
+        return {name: value for name, value in row.items() if name not in self.own_columns}
 
     def partition(
         self, digests: Sequence[str], names: KeptNames | None = None, key: DigestKey | None = None
@@ -226,9 +196,7 @@ class StageRows:
         if not isinstance(self._prepared, datasets.Dataset):
             return None
         if self._row_digests is None:
-            self._row_digests = [
-                hashlib.sha256(encode(row)).hexdigest() for row in TrainingRows._stored(self._prepared)
-            ]
+            self._row_digests = [hashlib.sha256(encode(row)).hexdigest() for row in stored_rows(self._prepared)]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:
@@ -258,6 +226,199 @@ class StageRows:
             )
 
 
+class FedRows:
+    """
+    Rows as a model gets them, whatever they are stored as: as lists, arrays or tensors, of one width or another, with
+    columns beside them, padded or not.
+
+    Args:
+        model (`nn.Module`): The model that reads them.
+        collate (`Callable`, *optional*):
+            What makes a batch of rows; for rows that are no inputs of the model by themselves.
+    """
+
+    def __init__(self, model: nn.Module, collate: Callable | None = None):
+        self._inputs = set(inspect.signature(model.forward).parameters) - set(_LABELS)
+        self._collate = collate
+
+    def refuse_shared(self, train_dataset: Any, eval_dataset: Any, besides: Collection[str] = ()) -> bool:
+        """
+        Refuse an evaluation set with training examples in it, where evaluation chooses the model.
+
+        Args:
+            train_dataset: The training examples.
+            eval_dataset: One dataset, or a dict of them.
+            besides (collection of `str`, *optional*): Columns that are no part of an example.
+
+        Returns:
+            `bool`: Whether nothing is left to compare once the datasets are prepared.
+
+        Raises:
+            [`~hf_s3t.errors.IsolationError`]: With the number of shared rows.
+        """
+        sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        sets = [dataset for dataset in sets if dataset is not None]
+        own: dict[tuple[str, ...], set[bytes]] = {}
+        for dataset in sets:
+            ways = [()]
+            if not (self._holds_inputs(train_dataset) and self._holds_inputs(dataset)):
+                # Before any transform, too: it may draw, or be another one.
+                ways += filter(None, [_common_columns(train_dataset, dataset, besides)])
+            for columns in ways:
+                if columns not in own:
+                    own[columns] = set(self._digests(train_dataset, columns))
+                shared = sum(row in own[columns] for row in self._digests(dataset, columns))
+                if shared:
+                    raise IsolationError(
+                        f"{shared} rows of `eval_dataset` are training examples, and evaluation chooses the model "
+                        '(`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
+                    )
+        return all(map(self._holds_inputs, [train_dataset, *sets]))
+
+    def _holds_inputs(self, dataset: Any) -> bool:
+        """Whether what is stored is what the model gets."""
+        is_stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        return is_stored and bool(self._inputs & set(dataset.column_names))
+
+    def _digests(self, dataset: Any, columns: tuple[str, ...]) -> Iterator[bytes]:
+        """A digest of each row: of the columns as they are stored, or without any of what the model gets."""
+        if columns:
+            rows = stored_rows(dataset, columns)
+            return (_row_digest({name: _canonical(value) for name, value in row.items()}) for row in rows)
+        return map(_row_digest, self._fed(dataset))
+
+    def _fed(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        if self._holds_inputs(dataset):
+            names = [name for name in dataset.column_names if name in self._inputs or name in _LABELS]
+            yield from map(self._of, stored_rows(dataset, names))
+            return
+        for row in shown_rows(dataset):
+            inputs = self._of(row)
+            if inputs is None and self._collate is not None:
+                with preserved_randomness():
+                    seed_all(0)
+                    inputs = self._of(_collated(self._collate, row))
+            if inputs is not None:
+                yield inputs
+
+    def _of(self, row: Any) -> dict[str, Any] | None:
+        """What of a row a model reads, without what goes without saying; `None` for a row that it cannot read."""
+        if not hasattr(row, "keys") or not self._inputs & set(row.keys()):
+            return None
+        inputs = {name: _canonical(row[name]) for name in row.keys() if name in self._inputs}
+        labels = next((_canonical(row[name]) for name in _LABELS if name in row.keys()), None)
+        if labels is not None:
+            inputs["labels"] = labels
+        mask = inputs.pop("attention_mask", None)
+        if isinstance(mask, np.ndarray) and mask.ndim == 1:
+            read = mask != 0
+            inputs = {
+                name: value[read] if isinstance(value, np.ndarray) and value.shape[:1] == read.shape else value
+                for name, value in inputs.items()
+            }
+        words = inputs.get("input_ids")
+        implied = {"labels": words, "token_type_ids": np.zeros_like(words), "position_ids": np.arange(np.size(words))}
+        return {
+            name: value
+            for name, value in inputs.items()
+            if value is not None and (words is None or name not in implied or not _equal(value, implied[name]))
+        }
+
+
+# What collators and models call the answer.
+_LABELS = ("labels", "label", "label_ids")
+
+
+def _collated(collate: Callable, row: dict[str, Any]) -> Any:
+    try:
+        return fresh_copy(collate, ())([row])
+    except Exception as error:
+        # Of other columns than the trainer's loader leaves, say: nothing can be told then.
+        logger.debug(f"A row could not be collated by itself: {error}")
+        return None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and np.array_equal(one, other)
+
+
+def _canonical(value: Any) -> Any:
+    """One form for equal values: numbers as arrays of whole numbers or of single precision, without empty axes."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
+    if isinstance(value, dict):
+        return {str(name): _canonical(part) for name, part in value.items()}
+    if value is None or isinstance(value, (str, bytes)):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        # Rows within the row, of several lengths.
+        array = np.empty(0, object)
+    if array.dtype.kind in "biu":
+        return np.squeeze(array.astype(np.int64))
+    if array.dtype.kind == "f":
+        array = np.squeeze(array.astype(np.float32))
+        whole = np.all(array == np.rint(array)) and np.all(np.abs(array) < 2**24)
+        return array.astype(np.int64) if whole else array
+    return [_canonical(part) for part in value] if isinstance(value, (list, tuple)) else repr(value)
+
+
+def _row_digest(row: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(encode(row), digest_size=16).digest()
+
+
+def _common_columns(one: Any, other: Any, besides: Collection[str]) -> tuple[str, ...]:
+    """The columns by which stored rows can be compared: all of one of the datasets, if the other has them too."""
+    if not (isinstance(one, datasets.Dataset) and isinstance(other, datasets.Dataset)):
+        return ()
+    mine, theirs = set(one.column_names) - set(besides), set(other.column_names) - set(besides)
+    return tuple(sorted(mine & theirs)) if mine <= theirs or theirs <= mine else ()
+
+
+def stored_rows(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """
+    The rows of a dataset as they are stored: images stay bytes, and a transform set by the user is not run. Of a file
+    that is named, what it holds counts, wherever it lies.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The dataset.
+        columns (sequence of `str`, *optional*): Those to read; all if not given.
+    """
+    dataset = dataset.with_format("arrow")
+    dataset = dataset if columns is None else dataset.select_columns(list(columns))
+    files = [n for n, feature in (dataset.features or {}).items() if isinstance(feature, (Audio, Image))]
+    for batch in dataset.iter(batch_size=1000):
+        for row in (embed_table_storage(batch) if files else batch).to_pylist():
+            yield {**row, **{name: (row[name] or {}).get("bytes") for name in files}}
+
+
+def shown_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """
+    The rows of a dataset as it shows them. One that augments at random, by generators of its own or not, shows each as
+    it does first of all.
+
+    Args:
+        dataset: A dataset of any kind.
+    """
+    with preserved_randomness():
+        shown = fresh_dataset(dataset)
+        if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
+            yield from map(_as_dict, shown)
+            return
+        begun = mark(shown)
+        for index in range(len(dataset)):
+            seed_all(0)
+            row = shown[index]
+            if mark(shown) != begun:
+                shown = fresh_dataset(dataset)
+            yield _as_dict(row)
+
+
+def _as_dict(row: Any) -> dict[str, Any]:
+    return dict(row) if hasattr(row, "keys") else {"row": row}
+
+
 class EpochSeededSampler(Sampler):
     """
     A length-grouping sampler whose order in an epoch depends on the seed and the epoch, not on what ran before.
@@ -283,21 +444,3 @@ class EpochSeededSampler(Sampler):
     def __iter__(self):
         self.sampler.generator.manual_seed(self.seed + self.epoch)
         return iter(self.sampler)
-
-
-@contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Leave every random state as it was: evaluation and audits must not change what training draws next."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

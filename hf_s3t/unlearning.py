@@ -69,8 +69,8 @@ class Unlearning:
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[Routing]:
-        """A call: it works on what the folder says when it begins, from start to end."""
-        with self._calls.call(self._follow) as routing:
+        """A call: it works on what the folder says when it begins, from start to end, with the base to itself."""
+        with self.stack.call(), self._calls.call(self._follow) as routing:
             yield routing
 
     def _catch_up(self) -> None:

@@ -10,17 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
 
 from .circumstances import differing, recipe_of, threads
 from .errors import ConfigError, S3TError
 from .plan import StageKey
+from .randomness import preserved_randomness
 from .storage import SystemFolder
 from .tensor_files import differing_tensors, read_tensors
-from .training_data import preserved_randomness
 
 
 if TYPE_CHECKING:
     from .trainer import S3TTrainerMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+# The digests of the adapter files of stages that this process trained.
+_TRAINED_HERE: set[str] = set()
+
+
+def note_trained(digest: str) -> None:
+    """Remember that this process trained the stage whose adapter file has a digest."""
+    _TRAINED_HERE.add(digest)
 
 
 class AuditKey(StageKey):
@@ -64,12 +77,17 @@ class VerificationReport:
         mismatches (`dict[str, list[str]]`): Per stage the names of the tensors that differ.
         circumstances (`dict`): Recorded circumstances that differ from the present ones, as (recorded, present).
         seconds (`float`): Duration.
+        trained_here (`tuple[str, ...]`):
+            Those of the stages that this very process trained. State that a stage left in the process (in a global, a
+            closure, a library) would act on both alike, and not be found: only an audit in a fresh process, where
+            this is empty, says that there is none.
     """
 
     stages: tuple[str, ...]
     mismatches: dict[str, list[str]]
     circumstances: dict[str, tuple[Any, Any]]
     seconds: float
+    trained_here: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -104,6 +122,13 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
+    trained_here = tuple(str(key) for key in closure if folder.adapter_digest(key) in _TRAINED_HERE)
+    if trained_here:
+        logger.warning_once(
+            "The audit trains stages again in the process that trained them. State that one left in this process "
+            "would act on both alike, and not be found. Make the same trainer in a fresh process and call `verify()` "
+            "there."
+        )
     differences: dict[str, tuple[Any, Any]] = {}
     for key in closure:
         record = folder.stage_record(key)
@@ -135,7 +160,8 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
         trainer.train_dataset = trainer._prepared
         if trainer._live is not None:
             trainer._live.refresh()
-    return VerificationReport(tuple(map(str, closure)), mismatches, differences, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
 
 
 def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from command_line import console
 from datasets import Dataset
 from forgetting import is_asked_for, must_train, named
+from fresh_process import in_new_process
 from options import Options
 from results import Results, cost_of, on_hub, write_run_card
 from rich.table import Table
@@ -26,6 +27,7 @@ from hf_s3t.errors import ConfigError
 from hf_s3t.metrics import load as load_metric
 from hf_s3t.model_card import description
 from hf_s3t.storage import SystemFolder
+from hf_s3t.verify import VerificationReport
 
 
 HELD_OUT = "held_out"
@@ -239,7 +241,7 @@ def run(
     options: Options,
     results: Results,
     task: Any,
-    model: Any,
+    load_model: Callable[[], Any],
     train: Dataset,
     evaluation: Mapping[str, EvaluationSet],
     *,
@@ -257,21 +259,8 @@ def run(
     ids, groups = named(script, train, options.s3t, output_dir)
     trains = must_train(results.earlier() is not None, output_dir, ids, groups)
     results.go_on()
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return score(prediction.predictions, first.references, first.questions, task)
-
-    method = METHODS[script.method](
-        model,
-        options.training,
-        train_dataset=train,
-        eval_dataset=first.dataset,
-        data_collator=data_collator,
-        processing_class=processing_class,
-        compute_metrics=compute_metrics,
-        peft_config=options.lora,
-        s3t_config=options.s3t,
-    )
+    parts = options, task, load_model, train, first, data_collator, processing_class
+    method = make_method(*parts)
     if trains:
         with results.timed("train"):
             method.train()
@@ -287,7 +276,7 @@ def run(
         unlearn(method, results, task, evaluation, ids, groups)
     results.add(cost=cost_of(method), storage_bytes=method.storage_bytes())
     if script.verify and method.trainer.folder.valid_stages:
-        results.add(verified=audit(method, script.verify))
+        results.add(verified=audit(method, script.verify, parts))
     content = results.write()
     if PartialState().is_main_process:
         write_cards(script.method, output_dir, options, results, task)
@@ -352,11 +341,48 @@ def unlearn(
     measure(method, results, task, evaluation)
 
 
-def audit(method: Method, which: str) -> bool:
-    """Train surviving stages again and compare them bit for bit."""
-    report = method.trainer.verify("sample" if which == "sample" else None)
+def make_method(
+    options: Options,
+    task: Any,
+    load_model: Callable[[], Any],
+    train: Dataset,
+    first: EvaluationSet,
+    data_collator: Callable,
+    processing_class: Any,
+) -> Method:
+    """The method asked for, on a base of its own."""
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return score(prediction.predictions, first.references, first.questions, task)
+
+    return METHODS[options.script.method](
+        load_model(),
+        options.training,
+        train_dataset=train,
+        eval_dataset=first.dataset,
+        data_collator=data_collator,
+        processing_class=processing_class,
+        compute_metrics=compute_metrics,
+        peft_config=options.lora,
+        s3t_config=options.s3t,
+    )
+
+
+def audit(method: Method, which: str, parts: tuple) -> bool:
+    """Train surviving stages again, in a process that has trained none of them, and compare them bit for bit."""
+    if method.trainer.args.world_size > 1:
+        # Processes that belong together were started by a launcher: the same command, run again, only audits.
+        report = method.trainer.verify("sample" if which == "sample" else None)
+    else:
+        report = in_new_process(audit_anew, which, parts)
     console.print(str(report))
     return report.ok
+
+
+def audit_anew(which: str, parts: tuple) -> VerificationReport:
+    """The audit, of a method made anew."""
+    quiet()
+    return make_method(*parts).trainer.verify("sample" if which == "sample" else None)
 
 
 def write_cards(method: str, folder: Path, options: Options, results: Results, task: Any) -> None:

@@ -11,6 +11,7 @@ A small vision transformer to try it with is made by `pretrain_vit.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import command_line
@@ -104,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with results.timed("load"):
         task, train, sets = load_rows(options, task)
         processor = load_processor(options)
-        model = load_model(options, task)
         flip = options.script.augmentation == "crop-flip"
         padding = None if options.script.augmentation == "none" else task.padding
         train.set_transform(Shown(processor, task, padding, flip))
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options,
         results,
         task,
-        model,
+        partial(load_model, options, task),
         train,
         evaluation,
         data_collator=DefaultDataCollator(),

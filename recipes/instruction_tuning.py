@@ -9,6 +9,7 @@ import lm_evaluation
 from accelerate.utils import release_memory
 from command_line import console
 from datasets import Dataset
+from fresh_process import in_new_process
 from options import Options
 from results import Results, cost_of, write_run_card
 from rich.table import Table
@@ -76,6 +77,32 @@ def make_method(options: Options, model: str, train: Dataset, held_out: Dataset)
         s3t_config=options.s3t,
         trainer_class=SFTTrainer,
     )
+
+
+def audit(options: Options, trainer: Any, model: str, train: Dataset, held_out: Dataset, stages: Any) -> Any:
+    """
+    Train surviving stages again, in a process that has trained none of them, and compare them bit for bit.
+
+    Args:
+        options ([`~options.Options`]): Everything the recipe was told.
+        trainer: The trainer of the system.
+        model (`str`): The base it was made on.
+        train (`Dataset`): The rows it was trained on.
+        held_out (`Dataset`): The rows it was measured with.
+        stages: As in `S3TTrainer.verify`.
+
+    Returns:
+        [`~hf_s3t.verify.VerificationReport`]: What the audit found.
+    """
+    if trainer.args.world_size > 1:
+        # Processes that belong together were started by a launcher: the same command, run again, only audits.
+        return trainer.verify(stages)
+    return in_new_process(audit_anew, options, model, train, held_out, stages)
+
+
+def audit_anew(options: Options, model: str, train: Dataset, held_out: Dataset, stages: Any) -> Any:
+    """The audit, of a method made anew."""
+    return make_method(options, model, train, held_out).trainer.verify(stages)
 
 
 def losses_by_depth(trainer: Any, depths: list[int]) -> dict[str, dict[str, float]]:

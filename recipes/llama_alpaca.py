@@ -27,6 +27,7 @@ from instruction_tuning import (
     NAMES,
     RECIPE,
     ask_harness,
+    audit,
     forgotten_rows,
     held_out_loss,
     loss_table,
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if ids or groups:
         forget(options, trainer, train, file, results, ids, groups)
     if script.verify and not trainer.s3t_model.is_exhausted:
-        report = trainer.verify("sample" if script.verify == "sample" else None)
+        which = "sample" if script.verify == "sample" else None
+        report = audit(options, trainer, script.model_name_or_path, train, held_out, which)
         say(trainer, str(report))
         results["verified"] = report.ok
     record_answers(file, results)

@@ -12,6 +12,7 @@ from instruction_tuning import (
     BASE,
     RECIPE,
     ask_harness,
+    audit,
     held_out_loss,
     record_answers,
     record_deletion,
@@ -88,11 +89,7 @@ def train_demo(
     script = options.script
     path, seconds = base_model(demo_base(script), script.cache_dir, log=console.print)
     console.print(f"base model: {path}" + (f", pretrained in {seconds:.0f} s" if seconds else ", from the cache"))
-    rows = private_dataset(script.num_people, script.num_general)
-    train = as_examples(Dataset.from_list(rows), script.prompt_template, script.loss_on_everything)
-    held_out = as_examples(
-        Dataset.from_list(held_out_rows(script.num_general, script.eval_size)), script.prompt_template, False
-    )
+    rows, train, held_out = demo_data(script)
     facts = (len(rows) - script.num_general) // script.num_people
     console.print(
         f"{len(rows)} examples: {script.num_people} invented people with {facts} facts each, {script.num_general} "
@@ -100,6 +97,14 @@ def train_demo(
     )
     losses, trainer = train_all(options, path, train, held_out, results or Results(options, RECIPE))
     return losses, trainer, path, rows
+
+
+def demo_data(script: ScriptArguments) -> tuple[list[dict[str, str]], Dataset, Dataset]:
+    """The rows about everybody, and as examples to train on and to measure with."""
+    rows = private_dataset(script.num_people, script.num_general)
+    train = as_examples(Dataset.from_list(rows), script.prompt_template, script.loss_on_everything)
+    held_out = Dataset.from_list(held_out_rows(script.num_general, script.eval_size))
+    return rows, train, as_examples(held_out, script.prompt_template, False)
 
 
 def run_demo(options: Options) -> dict[str, Any]:
@@ -134,18 +139,18 @@ def run_demo(options: Options) -> dict[str, Any]:
         known["S3T after unlearning"], len(person.facts), known["control: 20 people never seen"], len(controls)
     )
     console.print(f"{person.name}'s facts are {'within' if within else 'OUTSIDE'} the error of the control")
-    audit = trainer.verify([surviving_stage(trainer, shard)])
-    console.print(f"audit without {person.name}: {audit}")
+    report_of_audit = audit(options, trainer, path, *demo_data(script)[1:], [str(surviving_stage(trainer, shard))])
+    console.print(f"audit without {person.name}: {report_of_audit}")
     console.print(in_new_process(trainer.args.output_dir))
     record_deletion(file, trainer, {"losses": losses, "unlearned": report})
-    record_answers(file, {"verified": audit.ok, "unlearned": report, **asked})
+    record_answers(file, {"verified": report_of_audit.ok, "unlearned": report, **asked})
     write_results(file, options)
     return {
         "losses": losses,
         "known": known,
         "report": report,
         "within_error": within,
-        "verified": audit.ok,
+        "verified": report_of_audit.ok,
         "folder": trainer.args.output_dir,
         **asked,
     }

@@ -13,6 +13,7 @@ benchmarks' own. Results go into one JSON file, with every prediction on the row
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from string import Formatter
 from typing import Any
 
@@ -113,12 +114,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name: replace(rows, dataset=tokenize(rows.dataset, tokenizer, options, keep=()))
             for name, rows in evaluation.items()
         }
-        model = load_model(options, task, tokenizer)
     return run(
         options,
         results,
         task,
-        model,
+        partial(load_model, options, task, tokenizer),
         train,
         evaluation,
         data_collator=DataCollatorWithPadding(tokenizer),

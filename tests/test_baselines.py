@@ -41,6 +41,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -355,19 +356,27 @@ def test_an_unknown_id_is_refused_and_nothing_changes(copy_of, name):
     assert method.depths == [method.max_depth] * 2
 
 
+class FailsInTheThirdUnit(TrainerCallback):
+    """Ends the process, as it were, after the first step of the third unit."""
+
+    units = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Count."""
+        self.units += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Die."""
+        if self.units == 3:
+            raise KeyboardInterrupt
+
+
 def test_a_killed_run_goes_on_at_the_last_finished_unit(trained, tmp_path):
     """It ends with the bits of one that was not, and every unit is counted once."""
-    batches = 0
-
-    def fails_in_the_third_unit(rows):
-        nonlocal batches
-        batches += 1
-        if batches == 8:
-            raise KeyboardInterrupt
-        return default_data_collator(rows)
-
+    killed = make("sisa", tmp_path / "system")
+    killed.trainer.add_callback(FailsInTheThirdUnit())
     with pytest.raises(KeyboardInterrupt):
-        make("sisa", tmp_path / "system", data_collator=fails_in_the_third_unit).train()
+        killed.train()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "system").glob(f"stages/*/*/{ADAPTER_FILE}")}
     assert 0 < len(finished) < 4
     method = make("sisa", tmp_path / "system")
@@ -574,17 +583,19 @@ def test_ablations_are_exact(tmp_path, changes):
 
 
 def test_a_stage_of_one_slice_trains_on_that_slice(tmp_path):
-    seen = []
+    class Noting:
+        # Of the class: each stage has a copy of the collator.
+        seen = []
 
-    def noting(rows):
-        seen.append([row["labels"] for row in rows])
-        return default_data_collator(rows)
+        def __call__(self, rows):
+            self.seen.append([row["labels"] for row in rows])
+            return default_data_collator(rows)
 
     config = s3t_config(stage_data="slice", sequence_selection=[[1, 0]])
-    trainer = make_trainer(tmp_path, bert(), ROWS, config=config, data_collator=noting)
+    trainer = make_trainer(tmp_path, bert(), ROWS, config=config, data_collator=Noting())
     trainer.train()
     table = trainer.folder.table
-    assert sum(map(len, seen)) == table.size(0, 0) + table.size(0, 1) == len(ROWS)
+    assert sum(map(len, Noting.seen)) == table.size(0, 0) + table.size(0, 1) == len(ROWS)
 
 
 def test_bottom_up_builds_no_graph_below_the_trained_group(tmp_path):

@@ -1,27 +1,43 @@
 """What keeps state (a collator that draws, a callback that counts, a buffer of the base) brings none to a stage."""
 
+import functools
 import gc
+import random
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_bert, tiny_llama, training_arguments
+from tiny import (
+    batch_of,
+    classification_rows,
+    lm_rows,
+    make_trainer,
+    plant_stages,
+    s3t_config,
+    tiny_bert,
+    tiny_llama,
+    training_arguments,
+)
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     TrainerCallback,
+    default_data_collator,
 )
 from transformers.trainer_callback import ExportableState
+from trl import SFTConfig
 
-from hf_s3t import S3TTrainer
+from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.verify import differing_tensors
 
@@ -431,3 +447,271 @@ def test_a_callback_that_counts_goes_on_where_its_checkpoint_was_and_begins_anew
         (counts,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HalvesTheRate))
         assert counts.steps == 0
     assert same(*map(stages_of, trainers))
+
+
+# Parts that draw or count: each stage begins with them as they were given
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Turns rows round, by a generator of its own."""
+
+    def __init__(self, rows):
+        self.rows, self.generator = rows, np.random.default_rng(0)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = {name: torch.tensor(value) for name, value in self.rows[index].items() if name != "id"}
+        if self.generator.random() < 0.5:
+            row["input_ids"] = row["input_ids"].flip(0)
+        return row
+
+
+class Running:
+    """A loss that is measured by its running mean."""
+
+    def __init__(self):
+        self.mean = None
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        self.mean = loss.item() if self.mean is None else 0.9 * self.mean + 0.1 * loss.item()
+        return loss / self.mean
+
+
+def running():
+    """The same as a closure."""
+    mean = None
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        nonlocal mean
+        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        mean = loss.item() if mean is None else 0.9 * mean + 0.1 * loss.item()
+        return loss / mean
+
+    return loss_of
+
+
+def turning(generator):
+    """A transform that draws from a generator in its closure."""
+
+    def turn(batch):
+        shown = {name: [torch.tensor(v) for v in values] for name, values in batch.items() if name != "id"}
+        shown["input_ids"] = [v.flip(0) if generator.random() < 0.5 else v for v in shown["input_ids"]]
+        return shown
+
+    return turn
+
+
+def growing():
+    """A collator that weighs labels by how many batches there were."""
+    batches = 0
+
+    def collate(rows):
+        nonlocal batches
+        batches += 1
+        batch = default_data_collator(rows)
+        return {**batch, "input_ids": batch["input_ids"].roll(batches, 1)}
+
+    return collate
+
+
+def forgetful(memory=True):
+    """A metric that prefers later evaluations, whatever they say."""
+    asked = 0
+
+    def metrics(prediction):
+        nonlocal asked
+        asked += memory
+        return {"score": asked % 3}
+
+    return metrics
+
+
+LABELLED = classification_rows(24)
+PLAIN = s3t_config(num_shards=2, budget=1, id_column=None)
+CHOOSES = dict(
+    load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+    metric_for_best_model="score",
+)  # fmt: skip
+HELD_OUT = [{k: v for k, v in row.items() if k != "id"} for row in classification_rows(6, seed=5)]
+PARTS = {
+    "a dataset": lambda: dict(rows=Augmented(LABELLED), config=PLAIN),
+    "a transform": lambda: dict(
+        rows=Dataset.from_list(LABELLED).with_transform(turning(np.random.default_rng(0))),
+        args=dict(remove_unused_columns=False),
+    ),
+    "a loss": lambda: dict(compute_loss_func=Running()),
+    "a loss in a closure": lambda: dict(compute_loss_func=running()),
+    "a partial": lambda: dict(compute_loss_func=functools.partial(Running())),
+    "a collator in a closure": lambda: dict(data_collator=growing()),
+    "a metric where evaluation chooses": lambda: dict(
+        compute_metrics=forgetful(), eval_dataset=Dataset.from_list(HELD_OUT), args=CHOOSES
+    ),
+    "an evaluation set where evaluation chooses": lambda: dict(
+        compute_metrics=lambda given: {"score": float(given.predictions.sum())},
+        eval_dataset=Augmented(HELD_OUT),
+        args=CHOOSES,
+    ),
+    "what is shown to the metric": lambda: dict(
+        compute_metrics=lambda given: {"score": float(given.predictions.sum())},
+        preprocess_logits_for_metrics=scaling(),
+        eval_dataset=Dataset.from_list(HELD_OUT),
+        args=CHOOSES,
+    ),
+}
+
+
+def scaling():
+    """Weighs what it is shown by how often it was asked."""
+    asked = [0]
+
+    def preprocess(logits, labels):
+        asked[0] += 1
+        return logits * (asked[0] % 5 - 2)
+
+    return preprocess
+
+
+def labelled_trainer(path, cls=S3TTrainer, rows=None, args=None, **more):
+    model = tiny_bert(2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    settings = dict(per_device_train_batch_size=2, num_train_epochs=2)
+    return make_trainer(
+        path,
+        model=model,
+        rows=rows if rows is not None else LABELLED,
+        cls=cls,
+        args=training_arguments(path, **{**settings, **(args or {})}),
+        **{"config": s3t_config(num_shards=2, budget=1), **more},
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_draws_or_counts_begins_every_stage_as_it_was_given(part, tmp_path):
+    """Each stage is then the same whatever was trained before it: here, the other shard."""
+    trainers = [
+        labelled_trainer(tmp_path / cls.__name__, cls, **PARTS[part]()) for cls in (S3TTrainer, LastShardFirst)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert same(*map(stages_of, trainers))
+
+
+def test_a_dataset_that_draws_is_one_thing_whoever_else_is_in_it(tmp_path):
+    """The digest of a row is of what it shows first of all, not after the rows before it were shown."""
+    whole = labelled_trainer(tmp_path / "whole", rows=Augmented(LABELLED), config=PLAIN)
+    less = labelled_trainer(tmp_path / "less", rows=Augmented(LABELLED[:1] * 4 + LABELLED[4:]), config=PLAIN)
+    one, other = (trainer.folder.table.rows for trainer in (whole, less))
+    key, other_key = whole.folder.key, less.folder.key
+    shown = dict(Augmented(LABELLED)[5])
+    assert one[5].digest == key.of_content(shown) and other[5].digest == other_key.of_content(shown)
+    assert whole.train_dataset.generator.random() == np.random.default_rng(0).random()
+
+
+@pytest.mark.parametrize("part", ["a dataset", "a loss", "a collator in a closure"])
+def test_a_stage_whose_parts_have_moved_is_not_resumed_but_begun_again(part, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    undisturbed = labelled_trainer(tmp_path / "undisturbed", **PARTS[part]())
+    undisturbed.train()
+    given = PARTS[part]()
+    trainer = labelled_trainer(tmp_path / "system", args=saving, callbacks=[Stops(after=3)], **given)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (checkpoint,) = (trainer.folder.path / "checkpoints").glob("*/*/checkpoint-*")
+    assert trainer.folder.read_checkpoint_record(checkpoint)["resumes_exactly"] is False
+    again = labelled_trainer(tmp_path / "system", args=saving, **PARTS[part]())
+    again.train()
+    assert same(stages_of(again), stages_of(undisturbed))
+
+
+def test_a_stage_whose_parts_keep_still_is_resumed(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer = labelled_trainer(tmp_path / "system", args=saving, callbacks=[Stops(after=3)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (checkpoint,) = (trainer.folder.path / "checkpoints").glob("*/*/checkpoint-*")
+    assert trainer.folder.read_checkpoint_record(checkpoint)["resumes_exactly"] is True
+
+
+class Locked(Augmented):
+    """One that cannot be copied."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.lock = threading.Lock()
+
+
+class Still(Locked):
+    """One that cannot be copied, and needs not."""
+
+    def __getitem__(self, index):
+        return default_data_collator([self.rows[index]]) | {"input_ids": torch.tensor(self.rows[index]["input_ids"])}
+
+
+def test_a_dataset_that_cannot_be_copied_is_taken_as_long_as_it_keeps_still(tmp_path):
+    trainer = labelled_trainer(tmp_path / "draws", rows=Locked(LABELLED), config=PLAIN)
+    with pytest.raises(IsolationError, match=r"shard-0/\d changed `train_dataset` in `generator`, which all stages"):
+        trainer.train()
+    assert not trainer.folder.valid_stages
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in LABELLED]
+    trainer = labelled_trainer(tmp_path / "still", rows=Still(rows), config=PLAIN)
+    trainer.train()
+    assert len(trainer.folder.valid_stages) == 4
+
+
+def test_a_part_that_is_reached_around_its_copies_is_found_out(tmp_path):
+    loss = Running()
+
+    class Sets(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            loss.mean = 2.0
+
+    trainer = labelled_trainer(tmp_path / "system", compute_loss_func=loss, callbacks=[Sets()])
+    with pytest.raises(IsolationError, match=r"changed `compute_loss_func` in `mean`, which all stages share"):
+        trainer.train()
+    assert not trainer.folder.valid_stages
+
+
+def test_a_loss_that_cannot_be_copied_is_refused_before_anything_is_written(tmp_path):
+    loss = Running()
+    loss.lock = threading.Lock()
+    with pytest.raises(IsolationError, match=r"Running cannot be copied .* each stage needs its own"):
+        labelled_trainer(tmp_path / "system", compute_loss_func=loss)
+    assert not (tmp_path / "system").exists()
+
+
+def counting_format():
+    shown = 0
+
+    def text_of(row):
+        nonlocal shown
+        shown += 1
+        return f"{shown} {row['text']}"
+
+    return text_of
+
+
+def drawing_format(row):
+    return f"{random.random()} {row['text']}"
+
+
+@pytest.mark.parametrize("form", [counting_format(), drawing_format], ids=["counts", "draws"])
+def test_a_formatting_function_that_counts_or_draws_is_refused_before_anything_is_written(form, tmp_path):
+    words = {"[PAD]": 0, "[UNK]": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 60)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), pad_token="[PAD]", eos_token="</s>"
+    )
+    args = training_arguments(tmp_path / "system", SFTConfig, bf16=False, max_length=8)
+    with pytest.raises(IsolationError, match="what one row became depends on the rows before it"):
+        make_trainer(
+            tmp_path / "system",
+            tiny_llama(2),
+            [{"id": f"row-{number}", "text": f"w{number + 3} w5"} for number in range(8)],
+            cls=S3TSFTTrainer,
+            args=args,
+            config=s3t_config(budget=1),
+            processing_class=tokenizer,
+            formatting_func=form,
+        )
+    assert not (tmp_path / "system").exists()

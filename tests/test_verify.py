@@ -1,6 +1,10 @@
 """The audit: what it repeats, what it says when bits differ, and that it leaves everything as it was."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,17 @@ import torch
 from datasets import Dataset
 from folders import files_of, forge_stage
 from safetensors.torch import load_file, save_file
-from tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
+from tiny import (
+    classification_rows,
+    lm_rows,
+    lora,
+    make_trainer,
+    plant_stages,
+    s3t_config,
+    tiny_bert,
+    tiny_llama,
+    training_arguments,
+)
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -226,3 +240,50 @@ def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=s3t_config(budget=1), args=args)
     trainer.train()
     assert len(resets) == len(trainer.folder.stages) == 2
+
+
+IN_A_FRESH_PROCESS = """
+import json, sys
+from test_verify import leaking_trainer
+report = leaking_trainer(sys.argv[1]).verify(["shard-1/0"])
+print(json.dumps([report.ok, report.trained_here]))
+"""
+SWITCHED = []
+
+
+def switching_loss(outputs, labels, num_items_in_batch=None):
+    """One that changes for good with its first batch, under a global name, which nothing can see."""
+    loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+    loss = loss if SWITCHED else loss + outputs.logits.square().mean()
+    SWITCHED.append(True)
+    return loss
+
+
+def leaking_trainer(path):
+    model = tiny_bert(2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = s3t_config(num_shards=2, num_slices=1, budget=1)
+    return make_trainer(path, model, classification_rows(24), config=config, compute_loss_func=switching_loss)
+
+
+def test_only_an_audit_in_a_fresh_process_finds_what_stages_left_in_theirs(tmp_path):
+    """The report says which stages are the process's own."""
+    SWITCHED.clear()
+    trainer = leaking_trainer(tmp_path)
+    trainer.train()
+    report = trainer.verify(["shard-1/0"])
+    assert report.ok and report.trained_here == report.stages == ("shard-1/0",)
+    code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, []], done.stderr
+
+
+def test_an_audit_of_the_process_s_own_stages_warns(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_llama(2), ROWS, config=s3t_config(budget=1))
+    plant_stages(trainer)
+    said = []
+    monkeypatch.setattr("hf_s3t.verify.logger.warning_once", said.append)
+    assert trainer.verify().trained_here == () and not said
+    trainer.s3t_model.unlearn([ROWS[0]["id"]])
+    trainer.train()
+    assert trainer.verify().trained_here
+    assert len(said) == 1 and "Make the same trainer in a fresh process and call `verify()` there" in said[0]
