@@ -273,7 +273,8 @@ def test_only_an_audit_in_a_fresh_process_finds_what_stages_left_in_theirs(tmp_p
     report = trainer.verify(["shard-1/0"])
     assert report.ok and report.trained_here == report.stages == ("shard-1/0",)
     code = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path)]
-    done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(code, capture_output=True, text=True, env=surroundings)
     assert json.loads(done.stdout.splitlines()[-1]) == [False, []], done.stderr
 
 
