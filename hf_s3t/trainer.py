@@ -222,6 +222,12 @@ class S3TTrainerMixin:
                     self._live._catch_up()
                 if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
                     self._push_meanwhile(f"Sequence {key}")
+        except Exception:
+            if self._live is not None:
+                # What training did to stages that serve, before it was stopped, answers no more.
+                with contextlib.suppress(S3TError):
+                    self._live.refresh()
+            raise
         finally:
             gc.unfreeze()
             self._progress.end()

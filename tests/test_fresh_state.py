@@ -273,6 +273,17 @@ def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_
     assert trainer.verify().ok
 
 
+def test_a_live_model_does_not_answer_with_what_training_changed_before_it_was_stopped(tmp_path):
+    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=ONE_SHARD)
+    plant_stages(trainer, limit=1)
+    live, batch = trainer.s3t_model, batch_of(lm_rows(1))
+    before = live(**batch).logits
+    trainer.add_callback(WritesBelow(trainer))
+    with pytest.raises(S3TError, match="changed a stage below it"):
+        trainer.train()
+    assert live._routing.depths == [1] and torch.equal(live(**batch).logits, before)
+
+
 class PagedSGD(torch.optim.SGD):
     """Keeps its state where bitsandbytes keeps that of paged optimizers: for as long as the process lives."""
 
