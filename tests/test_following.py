@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, TrainerCallback
 
 from hf_s3t import S3TModel
 from hf_s3t.deletion import apply, preview, record
@@ -22,6 +22,7 @@ from hf_s3t.errors import ExhaustedError, FolderError, S3TError
 from hf_s3t.plan import StageKey
 from hf_s3t.retrying import Retrying
 from hf_s3t.storage import SystemFolder
+from hf_s3t.tensor_files import differing_tensors, read_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,8 +32,9 @@ BATCH = {"input_ids": batch_of(ROWS[:2])["input_ids"]}
 PATIENCE = 20.0
 
 
-def trainer_on(path, **config):
-    return make_trainer(path, tiny_llama(2), ROWS, config=s3t_config(**{"num_shards": 2, **config}))
+def trainer_on(path, callbacks=(), **config):
+    config = s3t_config(**{"num_shards": 2, **config})
+    return make_trainer(path, tiny_llama(2), ROWS, config=config, callbacks=list(callbacks))
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,30 @@ def test_a_stage_that_another_process_made_first_stays(path):
     (path / key.path / "adapter_model.safetensors").write_bytes(b"cut short")
     assert folder.write_stage(key, made, fill)
     assert SystemFolder(path).adapter_digest(key) == folder.adapter_digest(key) != held
+
+
+class IsOvertaken(TrainerCallback):
+    """Another trainer writes the first stage while this one trains it."""
+
+    def __init__(self, path):
+        self.path, self.overtaken = path, False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.overtaken:
+            self.overtaken = True
+            plant_stages(trainer_on(self.path), limit=1, seed=1)
+
+
+def test_a_trainer_goes_on_with_what_another_wrote_first(tmp_path):
+    path = tmp_path / "system"
+    trainer = trainer_on(path, callbacks=[IsOvertaken(path)])
+    live = trainer.s3t_model
+    trainer.train()
+    folder = SystemFolder(path)
+    assert folder.valid_stages == set(folder.plan.stages())
+    for key in live.stack.loaded:
+        assert not differing_tensors(live.stack.tensors(key), read_tensors(folder.read_adapter(key), str(key)))
+    assert torch.equal(logits(live), logits(load(path)))
 
 
 # Regrowth is followed
@@ -463,6 +489,7 @@ from tiny import batch_of, lm_rows, tiny_llama
 from hf_s3t import S3TModel
 from hf_s3t.deletion import apply, record
 from hf_s3t.storage import SystemFolder
+from hf_s3t.tensor_files import differing_tensors, read_tensors
 
 path, mounted = {path!r}, {mounted!r}
 assert not os.access(mounted, os.W_OK)
