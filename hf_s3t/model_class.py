@@ -49,6 +49,8 @@ SETTINGS = frozenset({
     "supports_tp_plan", "tp_plan", "tp_size", "use_kernels",
 })  # fmt: skip
 FROM_THE_BASE = PREPARING | SETTINGS
+# What the served model asks its base by itself while it generates.
+_ASKED = frozenset({"_prepare_multimodal_encoder_kwargs_for_generation", "_update_model_kwargs_for_generation"})
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
@@ -96,7 +98,7 @@ def _make(served: type, base: type) -> type:
         there, usual = inspect.getattr_static(base, name), inspect.getattr_static(nn.Module, name, None)
         if name in own or name in INHERITED or there is usual:
             continue
-        if isinstance(usual, FunctionType):
+        if callable(usual):
             # The base's own way to be a module is called on the base.
             namespace[name] = usual
         elif not _is_special(name) or isinstance(there, FunctionType):
@@ -111,7 +113,16 @@ def _with_signature(served: type, base: type):
     def forward(self, *args, **kwargs):
         return served.forward(self, *args, **kwargs)
 
+    # Whoever unwraps it, as Accelerate does where it takes mixed precision away, shall not come to the base's.
+    forward.__signature__ = inspect.signature(base.forward)
+    del forward.__wrapped__
     return forward
+
+
+def brings_own_ways(base: type) -> bool:
+    """Whether something else than Transformers says how a class of base generates."""
+    ways = (inspect.getattr_static(base, name, None) for name in DECODING | PREPARING | _ASKED | {"generate"})
+    return any(getattr(way, "__module__", "transformers").split(".")[0] != "transformers" for way in ways)
 
 
 def _is_special(name: str) -> bool:

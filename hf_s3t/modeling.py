@@ -41,9 +41,9 @@ from .inspection import inspect as inspect_folder
 from .isolation import check_has_no_adapters, check_keeps_no_state
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
-from .model_class import AttachedConfigs, model_class, read
+from .model_class import AttachedConfigs, brings_own_ways, model_class, read
 from .pending import PendingRequests
-from .route import Route, noting_lengths, routed
+from .route import NoWay, Route, noting_lengths, routed
 from .stack import StageStack, seed_head
 from .status import system_status
 from .storage import SystemFolder
@@ -56,6 +56,8 @@ logger = logging.get_logger(__name__)
 _PRELOADS = ("best", "all")
 # Marks caches of the base by itself, which answers when no shard is left.
 _BASE_ALONE = Route(())
+# Where code that came with the base generates, its `base_model` is not meant to be the base without stages.
+_NO_WAY = NoWay(())
 _WHEN_EXHAUSTED = ("error", "base")
 
 
@@ -200,7 +202,8 @@ class S3TModel(Unlearning, nn.Module):
 
     def __getattr__(self, name: str):
         try:
-            return super().__getattr__(name)
+            # Not the base class's own, which may hand on to parts of the base.
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name == "base_model":
                 raise
@@ -345,7 +348,10 @@ class S3TModel(Unlearning, nn.Module):
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
         """
         with self._call() as routing, self._calls.computing(routing):
-            return self._answer(routing, bind(self.base_model, args, kwargs), labels, return_dict)
+            inputs = bind(self.base_model, args, kwargs)
+            # Given by position they are among the inputs.
+            labels, return_dict = inputs.pop("labels", labels), inputs.pop("return_dict", return_dict)
+            return self._answer(routing, inputs, labels, return_dict)
 
     def generate(self, *args, **kwargs):
         """
@@ -359,7 +365,8 @@ class S3TModel(Unlearning, nn.Module):
         """
         if not self.can_generate():
             raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
-        with self._call():
+        own_ways = brings_own_ways(type(self.base_model))
+        with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
             return super().generate(*args, **kwargs)
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
@@ -397,9 +404,9 @@ class S3TModel(Unlearning, nn.Module):
         """
         if self._one_pass is None:
             one = first_row(inputs, rows)
-            with noting_lengths() as lengths:
+            with routed(None), noting_lengths() as lengths:
                 self.base_model(**one, return_dict=True)
-            with noting_lengths() as doubled:
+            with routed(None), noting_lengths() as doubled:
                 self.base_model(**repeat_rows(one, 1, 2), return_dict=True)
             self._one_pass = doubled == [2 * length for length in lengths]
         return self._one_pass
@@ -546,7 +553,7 @@ class S3TModel(Unlearning, nn.Module):
 
     # Handing out
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
         Copy what is valid of the system into another, empty folder (into its own, only make sure that all is written).
 
@@ -557,11 +564,18 @@ class S3TModel(Unlearning, nn.Module):
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
+            **kwargs: Refused: how files are written is the system's own.
 
         Raises:
+            [`~hf_s3t.errors.ConfigError`]: If anything else is given, as `Trainer.save_model` does.
             [`~hf_s3t.errors.FolderError`]: If the folder is not empty, or the copy cannot be noted in the ledger.
             [`~hf_s3t.errors.S3TError`]: If called from inside a running call of this model.
         """
+        if kwargs:
+            raise ConfigError(
+                f"`save_pretrained` of a served model copies the system and takes no `{next(iter(kwargs))}`. Call it "
+                "with a folder alone, instead of a trainer's `save_model`; for a plain adapter use `export_adapter`."
+            )
         self._calls.refuse_inside("save_pretrained")
         with self._deletion_lock:
             self._wait_for_cleaner()

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .errors import CallStoppedError, S3TError
+from .errors import CallStoppedError, NotServedError, S3TError
 from .plan import StageKey
 from .scope import Scope
 
@@ -62,6 +62,22 @@ class Route:
             group: tuple(key.lineage[group].adapter_name if group < key.depth else None for key in self.members)
             for group in range(depth)
         }
+
+
+class NoWay(Route):
+    """Refuses: what computes with an adapted module here is not the model that serves."""
+
+    def refuse_stopped(self) -> None:
+        """
+        Raise.
+
+        Raises:
+            [`~hf_s3t.errors.NotServedError`]: Always.
+        """
+        raise NotServedError(
+            "The base model's own way to generate computes with the base alone, past the stages that serve. Export a "
+            "shard with `export_adapter` and use plain PEFT, or call the model for its logits."
+        )
 
 
 # The route of the call under way; unset, the base behaves as PEFT's active adapters say (which is how stages train).

@@ -325,6 +325,8 @@ class Look:
         model (`nn.Module`): The model; adapters on it are passed over.
     """
 
+    # Of no compiled graph: it looks at what is there.
+    @torch.compiler.disable
     def __init__(self, model: nn.Module):
         self._model = model
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}

@@ -1,6 +1,7 @@
 """A served model is of its base's class: it decodes as plain PEFT does, and nothing passes by the routing."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from tiny import (
@@ -763,3 +766,103 @@ def test_a_compiled_model_follows_deletions(tmp_path):
         assert not torch.allclose(compiled(**words()).logits, first, atol=1e-4)
     gone = [key for key in tensors if str(key) in removed]
     assert gone and all(ref() is None for key in gone for ref in tensors[key])
+
+
+class ByItsBase(LlamaForCausalLM):
+    """Of a class of Transformers, `base_model` is its decoder."""
+
+    def generate(self, ids, **kwargs):
+        return self.base_model(ids)[0]
+
+
+class ByItsChildren(LlamaForCausalLM):
+    def _sample(self, input_ids, **kwargs):
+        return next(self.children())(input_ids)[0].argmax(-1)
+
+
+class ByAFirstPass(LlamaForCausalLM):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        self(input_ids, use_cache=False)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [ByItsBase, ByItsChildren, ByAFirstPass])
+def test_code_that_came_with_the_base_does_not_generate_by_the_base_alone(tmp_path, cls):
+    model, ids = make(tmp_path / "system", Kind(partial(of_class, cls)), shards=2).load(), words()["input_ids"]
+    with pytest.raises(NotServedError, match="own way to generate computes with the base alone"):
+        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=PAD)
+    assert model.base_model(ids).logits.shape == model(ids).logits.shape == (2, 8, VOCABULARY)
+
+
+def test_a_processor_of_logits_may_ask_the_bare_base(system):
+    """Of a class of Transformers nothing else does, and who writes `model.base_model` means it."""
+    model = system("llama", 2).model
+    away = [lambda ids, scores: scores - model.base_model(ids).logits[:, -1]]
+    assert not torch.equal(decoded(model, words(), logits_processor=away), decoded(model, words()))
+
+
+class HandsOnToItsBase(LlamaForCausalLM):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+
+class HandsOnToItsDecoder(LlamaForCausalLM):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["model"], name)
+
+    def __getattribute__(self, name):
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("cls", [HandsOnToItsBase, HandsOnToItsDecoder])
+def test_a_bases_own_look_up_of_attributes_is_the_bases(cls):
+    model = served_without_stages(of_class(cls))
+    for part in ("model", "lm_head", "layers", "embed_tokens"):
+        with pytest.raises(NotServedError):
+            getattr(model, part)
+    assert model.vocab_size == VOCABULARY and not hasattr(model, "no_such_thing")
+
+
+def test_mixed_precision_is_taken_away_again(system):
+    """As Accelerate does: it unwraps the forward until nothing is wrapped."""
+    model = system("llama", 2).load()
+    expected = model(**words()).logits
+    plain = model.forward
+    model._original_forward = plain
+
+    @functools.wraps(plain.__func__)
+    def in_mixed_precision(self, *args, **kwargs):
+        return plain(*args, **kwargs)
+
+    model.forward = MethodType(in_mixed_precision, model)
+    unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**words()).logits, expected)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_labels_may_be_given_by_position(system, shards):
+    model, ids = system("llama", shards).model, words()["input_ids"]
+    names = list(inspect.signature(model.forward).parameters)
+    by_position = [ids, *[None] * (names.index("labels") - 1), ids]
+    assert torch.equal(model(*by_position).loss, model(ids, labels=ids).loss)
+
+
+def test_a_trainer_is_told_that_a_served_model_is_no_checkpoint(system, tmp_path):
+    trainer = Trainer(model=system("llama").model, args=training_arguments(tmp_path))
+    with pytest.raises(ConfigError, match=r"takes no `state_dict`\. .* instead of a trainer's `save_model`"):
+        trainer.save_model(tmp_path / "saved")
+
+
+def test_a_model_is_compiled_while_it_is_watched(system):
+    """What a call leaves in the modules is looked for at the second, fourth, eighth ... call."""
+    model = system("llama").load()
+    model(**words())
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(**words()).logits, model(**words()).logits, atol=1e-5)
