@@ -793,6 +793,14 @@ def test_an_export_that_peft_would_take_for_something_else_is_none(tmp_path, mon
     assert (tmp_path / "plain" / ADAPTER).is_file()
 
 
+def test_an_export_to_where_no_folder_can_be_made_says_so(tmp_path):
+    trainer = make_trainer(tmp_path / "system", tiny_bert(2), classification_rows())
+    plant_stages(trainer)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FolderError, match="Give another folder"):
+        trainer.s3t_model.export_adapter(0, tmp_path / "file" / "plain")
+
+
 def test_comparing_an_export_touches_neither_base_nor_random_state(tmp_path):
     trainer = make_trainer(tmp_path / "system", tiny_bert(2), config=s3t_config(num_shards=1))
     plant_stages(trainer)
