@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> di
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
         "dtype": dtype,
+        "other_dtypes": _other_dtypes(model),
         "attn_implementation": getattr(config, "_attn_implementation", None),
         "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
         "digest": _digests(model, layers_path, head, sorted({dtype, *_HALVES})),
@@ -105,6 +107,14 @@ def _check_precision(model: nn.Module, record: dict[str, Any]) -> None:
                 f"The system's stages stand on a base with {name} {was}, and this one has {now}. Load the base as it "
                 "was at training."
             )
+    # Systems made before these were recorded say nothing of them.
+    then = record.get("other_dtypes")
+    other = sorted({*then} ^ {*_other_dtypes(model)}) if then is not None else []
+    if other:
+        raise BaseModelMismatchError(
+            f"The base holds other tensors in {record['dtype']} than the one that the system's stages stand on: "
+            f"{'; '.join(other[:3])} ({len(other)} in all). Load the base as it was at training."
+        )
 
 
 def _method(quantization: Any) -> str | None:
@@ -120,6 +130,17 @@ def _method(quantization: Any) -> str | None:
 
 def _dtype_name(model: nn.Module) -> str:
     return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def _other_dtypes(model: nn.Module) -> list[str]:
+    """Which of the base's tensors, its head included, are in another precision than its first."""
+    first, found = _dtype_name(model), set()
+    for _, name, tensor in _base_tensors(model, "", ()):
+        # The same of every layer is said once.
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point() and dtype != first:
+            found.add(f"{re.sub(r'[0-9]+', '*', name)} in {dtype}")
+    return sorted(found)
 
 
 def _digests(model: nn.Module, layers_path: str, head: Sequence[str], dtypes: Sequence[str]) -> dict[str, Any]:
@@ -185,6 +206,7 @@ def load_base(
         [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known, or none is found by it.
     """
     name = name or record["id"]
+    as_recorded = dtype is None and quantization_config is None
     if not name and record.get("folder"):
         raise BaseModelMismatchError(
             f"This system stands on a base model that was the folder {record['folder']!r} of another machine, so it "
@@ -224,7 +246,13 @@ def load_base(
         kwargs["ignore_mismatched_sizes"] = True
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():
-        return _found(name, architecture.from_pretrained, **kwargs)
+        model = _found(name, architecture.from_pretrained, **kwargs)
+    if as_recorded and _other_dtypes(model) != record.get("other_dtypes", _other_dtypes(model)):
+        transformers.logging.get_logger(__name__).warning_once(
+            f"At training the base held some tensors in another precision than {record['dtype']}, and loaded by its "
+            "name it does not: answers are rounded otherwise. Give the module, as it was then, as `base_model`."
+        )
+    return model
 
 
 def _found(name: str, load: Callable, **kwargs: Any) -> Any:

@@ -665,7 +665,8 @@ class S3TModel(Unlearning, nn.Module):
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If the shard has no stage left.
             [`~hf_s3t.errors.ConfigError`]: If there is no such shard, or several stacks answer for it together.
-            [`~hf_s3t.errors.FolderError`]: If something is in the folder, or it is inside the system's.
+            [`~hf_s3t.errors.FolderError`]: If something is in the folder, it is inside the system's, or cannot be
+                made.
             [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT would make something else of it; nothing is left then.
         """
         if not 0 <= shard < self.folder.plan.num_shards:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import FolderError, LayersNotFoundError
+from .files import explained
 from .isolation import check_peft_config
 from .layers import LayerGroups, is_norm
 from .plain_adapter import differences
@@ -427,7 +428,8 @@ class StageStack:
         }
         targets = {name for key in acting for name in self._places[key.group].layers}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            with explained(f"{folder} cannot be made", "Give another folder."):
+                folder.mkdir(parents=True, exist_ok=True)
             self._write(
                 folder, _matching(_anywhere(self._configs[tip.group]), targets, self._names), tensors, base_name
             )

@@ -114,8 +114,9 @@ def make_parser(script: type = ScriptArguments, training: type[TrainingArguments
     parser = HfArgumentParser([script, training], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", help="YAML file with options, which the command line overrides.")
     kinds = _config_kinds()
+    seed = next(f.metadata["help"] for f in dataclasses.fields(S3TConfig) if f.name == "seed")
     for title, names in (("S3TConfig", s3t_options()), ("LoraConfig", lora_options())):
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(title, f"Of --seed: {seed}" if title == "S3TConfig" else None)
         for option, (_, help_text) in names.items():
             group.add_argument(f"--{option}", type=_reader(kinds[option]), default=argparse.SUPPRESS, help=help_text)
     return parser

@@ -37,7 +37,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from hf_s3t import S3TModel
 from hf_s3t.baselines import ProtoSISA
 from hf_s3t.ensemble import answer_of
-from hf_s3t.errors import FolderError, IsolationError, LayersNotFoundError
+from hf_s3t.errors import BaseModelMismatchError, FolderError, IsolationError, LayersNotFoundError
 from hf_s3t.layers import LayerGroups
 from hf_s3t.plan import StageKey
 from hf_s3t.route import Route, routed
@@ -326,6 +326,35 @@ def test_a_head_is_trained_stored_and_loaded_in_the_precision_of_the_base(system
     trained = {name: p.dtype for name, p in plain.named_parameters() if p.requires_grad}
     assert {d for n, d in trained.items() if ".lora_" in n} == {torch.float32}
     assert {d for n, d in trained.items() if ".lora_" not in n} == {HALF}
+
+
+def _mixed(part: str):
+    """A base in half precision but for its norms, or its head: rounded, its tensors stay what they are."""
+    model = tiny_bert(2).to(HALF)
+    for name, module in model.named_modules():
+        if name == "classifier" if part == "head" else isinstance(module, nn.LayerNorm):
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("part", ["norms", "head"])
+def test_stages_are_grown_on_a_base_that_holds_every_tensor_in_the_precision_of_before(tmp_path, part):
+    args = training_arguments(tmp_path, bf16=True)
+    plant_stages(make_trainer(tmp_path, _mixed(part), args=args), 1)
+    make_trainer(tmp_path, _mixed(part), args=args)
+    with pytest.raises(BaseModelMismatchError, match="in float32"):
+        make_trainer(tmp_path, _mixed(part).to(HALF), args=args)
+
+
+def test_it_is_said_where_a_base_that_is_loaded_by_its_name_is_rounded_otherwise(tmp_path, caplog):
+    base = _mixed("norms")
+    base.save_pretrained(tmp_path / "base")
+    base.config._name_or_path = str(tmp_path / "base")
+    plant_stages(make_trainer(tmp_path / "system", base, args=training_arguments(tmp_path / "system", bf16=True)))
+    S3TModel.from_pretrained(tmp_path / "system", base_model=_mixed("norms"))
+    assert "another precision" not in caplog.text
+    S3TModel.from_pretrained(tmp_path / "system")
+    assert "another precision" in caplog.text
 
 
 def test_initial_values_do_not_depend_on_what_the_process_has_set_before(tmp_path):
@@ -762,6 +791,14 @@ def test_an_export_that_peft_would_take_for_something_else_is_none(tmp_path, mon
     monkeypatch.undo()
     model.export_adapter(0, tmp_path / "plain")
     assert (tmp_path / "plain" / ADAPTER).is_file()
+
+
+def test_an_export_to_where_no_folder_can_be_made_says_so(tmp_path):
+    trainer = make_trainer(tmp_path / "system", tiny_bert(2), classification_rows())
+    plant_stages(trainer)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FolderError, match="Give another folder"):
+        trainer.s3t_model.export_adapter(0, tmp_path / "file" / "plain")
 
 
 def test_comparing_an_export_touches_neither_base_nor_random_state(tmp_path):

@@ -185,3 +185,7 @@ def test_the_papers_configurations_have_the_papers_numbers(name, layers):
     assert args.get_warmup_steps(1000) == 30
     assert args.optim == "paged_adamw_32bit"
     assert args.train_sampling_strategy == "group_by_length"
+
+
+def test_the_help_says_what_runs_that_are_compared_need_besides_the_seed():
+    assert "one HF_S3T_KEY" in " ".join(make_parser().format_help().split())
