@@ -315,7 +315,10 @@ class _Inspector:
             _require_file(self.path / TABLE_FILE)
             rows, pin = read_table(self.path / TABLE_FILE)
         with self._reading(self.path / HEAD_FILE):
-            head = read_head(self.path)
+            # Folders of earlier versions have none.
+            if _exists(self.path / HEAD_FILE):
+                _require_file(self.path / HEAD_FILE)
+                head = read_head(self.path)
         with self._reading(self.path / LEDGER_FILE):
             self._read_ledger()
         for file, known in ((TABLE_FILE, pin), (HEAD_FILE, head)):

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import hashlib
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from .plain_adapter import differences
 from .plan import StageKey
 from .route import cut_graph, hook
 from .state import CallWatch
-from .storage import ADAPTER_FILE
+from .storage import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from .tensor_files import differing_tensors, read_tensors
 from .turns import Turns
 
@@ -416,8 +415,9 @@ class StageStack:
         or empty. What PEFT makes of it is compared with what serves.
 
         Raises:
-            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of it. Nothing is left there then.
+            [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of it. No file of it is left then.
         """
+        was_there = folder.is_dir()
         acting = self._acting(tip)
         heads = tuple(f"{_PREFIX}{name}." for name in self.head)
         tensors = {
@@ -437,7 +437,13 @@ class StageStack:
                 raise FolderError(f"{folder / ADAPTER_FILE} does not hold what was written. Export to another disk.")
             self._require_plain(folder, acting, f"the stack of {tip}")
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink(missing_ok=True)
+            # What others put there meanwhile keeps it from being removed.
+            with contextlib.suppress(OSError):
+                if not was_there:
+                    folder.rmdir()
             raise
 
     def _write(
