@@ -34,6 +34,8 @@ from .turns import PREPARED, Turns
 # Elements of a container, and bytes of a tensor or array, from which on it is data: shared by copies, not looked into.
 _MANY = 64
 _MANY_BYTES = 2**20
+# Characters from which on a text is told by its hash, which it keeps.
+_LONG_TEXT = 1000
 # How deep objects are looked into.
 _DEEP = 12
 # How often in a row something may seem to be left in a model that several threads call at once.
@@ -97,8 +99,7 @@ def _mark(value: Any, shared: set[int], opaque: tuple[type, ...], seen: dict[int
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if value is None:
         return _UNSET
-    if isinstance(value, (str, bytes)) and len(value) > _MANY_BYTES:
-        # It cannot change, and keeps its hash.
+    if isinstance(value, (str, bytes)) and len(value) > _LONG_TEXT:
         return Mark(kind, (len(value), hash(value)))
     if isinstance(value, (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device)):
         return Mark(kind, repr(value))

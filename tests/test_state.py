@@ -116,9 +116,9 @@ def test_tensors_of_every_layout_can_be_looked_at(tensor):
 
 
 def test_a_long_text_is_not_copied_to_be_looked_at():
-    text = "ab" * 2**20
+    text = "ab" * 1000
     seen = mark(Holds(text))
-    assert seen == mark(Holds("ab" * 2**20)) != mark(Holds("ba" * 2**20))
+    assert seen == mark(Holds("ab" * 1000)) != mark(Holds("ba" * 1000))
     assert len(repr(seen)) < 1000
 
 
