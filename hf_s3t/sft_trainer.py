@@ -122,6 +122,10 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             args = copy.copy(args)
             args.max_length = None
         before, drawn = mark(formatting_func), RandomStates()
+        is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
+        if formatting_func is not None and is_shared_out and len(dataset):
+            # Processes that prepare keep to themselves what it counts or draws there.
+            formatting_func(dataset[0])
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         where = difference(before, mark(formatting_func))
         if where is not None or RandomStates() != drawn:

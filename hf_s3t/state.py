@@ -34,6 +34,8 @@ from .turns import PREPARED, Turns
 # Elements of a container, and bytes of a tensor or array, from which on it is data: shared by copies, not looked into.
 _MANY = 64
 _MANY_BYTES = 2**20
+# Characters from which on a text is told by its hash, which it keeps.
+_LONG_TEXT = 1000
 # How deep objects are looked into.
 _DEEP = 12
 # How often in a row something may seem to be left in a model that several threads call at once.
@@ -97,6 +99,8 @@ def _mark(value: Any, shared: set[int], opaque: tuple[type, ...], seen: dict[int
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if value is None:
         return _UNSET
+    if isinstance(value, (str, bytes)) and len(value) > _LONG_TEXT:
+        return Mark(kind, (len(value), hash(value)))
     if isinstance(value, (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device)):
         return Mark(kind, repr(value))
     if isinstance(value, _GENERATORS):
@@ -127,12 +131,14 @@ def _state_of_generator(generator: Any) -> Any:
 
 
 def _content(value: torch.Tensor | np.ndarray) -> tuple:
-    about = str(value.dtype), tuple(value.shape)
+    is_plain = not isinstance(value, torch.Tensor) or (value.layout is torch.strided and not value.is_nested)
+    about = str(value.dtype), tuple(value.shape) if is_plain else str(value.layout)
     if isinstance(value, torch.Tensor):
-        if value.is_meta or value.numel() * value.element_size() > _MANY_BYTES:
+        if not is_plain or value.is_meta or value.numel() * value.element_size() > _MANY_BYTES:
             # Counts what is done to it in place.
             return *about, None if value.is_inference() else value._version
-        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else None
+        value = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        value = value.view(torch.uint8).numpy() if value.numel() else None
     elif value.nbytes > _MANY_BYTES or value.dtype.hasobject:
         value = None
     return *about, _digest(np.ascontiguousarray(value).tobytes()) if value is not None else None

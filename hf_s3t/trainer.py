@@ -806,9 +806,16 @@ class S3TTrainerMixin:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        self._stack.turns.refuse_beside("evaluate")
-        with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
-            yield
+        turns, given = self._stack.turns, self.compute_metrics
+        turns.refuse_beside("evaluate")
+        if given is not None:
+            # It may ask the live model from another thread, and wait for the answer.
+            self.compute_metrics = turns.callbacks("compute_metrics")(given)
+        try:
+            with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
+                yield
+        finally:
+            self.compute_metrics = given
 
     def evaluate(self, *args, **kwargs):
         """

@@ -317,7 +317,9 @@ class FedRows:
                 for name, value in inputs.items()
             }
         words = inputs.get("input_ids")
-        implied = {"labels": words, "token_type_ids": np.zeros_like(words), "position_ids": np.arange(np.size(words))}
+        if _repeats(inputs.get("labels"), words):
+            del inputs["labels"]
+        implied = {"token_type_ids": np.zeros_like(words), "position_ids": np.arange(np.size(words))}
         return {
             name: value
             for name, value in inputs.items()
@@ -336,6 +338,13 @@ def _collated(collate: Callable, row: dict[str, Any]) -> Any:
         # Of other columns than the trainer's loader leaves, say: nothing can be told then.
         logger.debug(f"A row could not be collated by itself: {error}")
         return None
+
+
+def _repeats(labels: Any, words: Any) -> bool:
+    """Whether labels say the words again, whichever of them the loss is told to pass over."""
+    if not isinstance(labels, np.ndarray) or not isinstance(words, np.ndarray) or labels.shape != words.shape:
+        return False
+    return bool(np.all((labels == words) | (labels == -100)))
 
 
 def _equal(one: Any, other: Any) -> bool:

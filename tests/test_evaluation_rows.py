@@ -134,6 +134,16 @@ def test_labels_that_say_the_words_again_are_no_difference(tmp_path):
         trainer_of(tmp_path, words, lm_rows(12), tiny_llama(2))
 
 
+@pytest.mark.parametrize("masked", ["training", "evaluation"])
+def test_words_that_the_loss_passes_over_are_no_difference(masked, tmp_path):
+    """An answer trained on without its prompt, and evaluated with it, is one example."""
+    rows = lm_rows(12)
+    less = [{**row, "labels": [-100] * 4 + row["input_ids"][4:]} for row in rows]
+    train, evaluation = (less, rows) if masked == "training" else (rows, less)
+    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+        trainer_of(tmp_path, Dataset.from_list(without_ids(evaluation[:3])), train, tiny_llama(2))
+
+
 @pytest.mark.parametrize("cast", [np.float32, np.float64])
 def test_images_are_compared_in_single_precision(cast, tmp_path):
     shown = Rows(

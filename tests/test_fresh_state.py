@@ -707,13 +707,14 @@ def drawing_format(row):
     return f"{random.random()} {row['text']}"
 
 
+@pytest.mark.parametrize("processes", [None, 2])
 @pytest.mark.parametrize("form", [counting_format(), drawing_format], ids=["counts", "draws"])
-def test_a_formatting_function_that_counts_or_draws_is_refused_before_anything_is_written(form, tmp_path):
+def test_a_formatting_function_that_counts_or_draws_is_refused_before_anything_is_written(form, processes, tmp_path):
     words = {"[PAD]": 0, "[UNK]": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 60)}}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), pad_token="[PAD]", eos_token="</s>"
     )
-    args = training_arguments(tmp_path / "system", SFTConfig, bf16=False, max_length=8)
+    args = training_arguments(tmp_path / "system", SFTConfig, bf16=False, max_length=8, dataset_num_proc=processes)
     with pytest.raises(IsolationError, match="what one row became depends on the rows before it"):
         make_trainer(
             tmp_path / "system",

@@ -100,6 +100,28 @@ def test_state_is_seen_wherever_it_is_held_and_a_copy_has_its_own(holder, state)
         assert mark(copied) == before
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.ones(2, 2).to_sparse_csr(),
+        torch.ones(2, dtype=torch.complex64).conj(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "compressed", "conjugate", "jagged", "nested"],
+)
+def test_tensors_of_every_layout_can_be_looked_at(tensor):
+    assert mark(Holds(tensor)) == mark(Holds(tensor)) != mark(Holds(torch.ones(3)))
+
+
+def test_a_long_text_is_not_copied_to_be_looked_at():
+    text = "ab" * 1000
+    seen = mark(Holds(text))
+    assert seen == mark(Holds("ab" * 1000)) != mark(Holds("ba" * 1000))
+    assert len(repr(seen)) < 1000
+
+
 def test_a_difference_is_named():
     part = Holds({"one": [Holds(closure([0]))]})
     before = mark(part)

@@ -543,6 +543,26 @@ def test_an_evaluation_inside_a_stage_lets_calls_in_between_its_batches(tmp_path
     assert all(future.result(SOON).shape == (2, 3) for future in calls.futures)
 
 
+def test_a_metric_may_wait_for_a_call_of_another_thread(pool, tmp_path):
+    def words(prediction):
+        return {"sum": pool.submit(answer, trainer.s3t_model).result(SOON).sum().item()}
+
+    evaluation = Dataset.from_list(classification_rows(4, seed=5)).remove_columns("id")
+    trainer = make_trainer(
+        tmp_path,
+        tiny_bert(2),
+        classification_rows(8),
+        config=s3t_config(budget=1),
+        args=training_arguments(tmp_path, eval_strategy="epoch"),
+        eval_dataset=evaluation,
+        compute_metrics=words,
+    )
+    plant_stages(trainer, limit=1)
+    trainer.s3t_model.refresh()
+    trainer.train()
+    assert any("eval_sum" in line for line in trainer.state.log_history) and trainer.compute_metrics is words
+
+
 def test_what_else_another_thread_might_do_with_a_trainer_at_work_is_refused(tmp_path):
     refused = {}
 
