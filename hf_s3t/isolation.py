@@ -149,6 +149,7 @@ def check_keeps_no_state(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming what changed and the way out.
     """
+    _settle_on_pictures(model)
     kind = _kind_of(model)
     if kind is None:
         return
@@ -179,6 +180,32 @@ def check_keeps_no_state(model: nn.Module) -> None:
         )
     _KNOWN_KINDS[kind] = Derived.of(looks[0], looks[2], looks[3])
     _KNOWN_KINDS[kind].hold_for(model)
+
+
+def _settle_on_pictures(model: nn.Module) -> None:
+    """
+    Show a model of pictures one of the size that it is configured for.
+
+    Some set for good, by the first picture, what follows from its size. They shall have done so before it counts:
+    what pictures of another size would change is then found.
+    """
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    height_width = (size, size) if isinstance(size, int) else size
+    is_whole = not any(parameter.is_meta for parameter in model.parameters())
+    if getattr(model, "main_input_name", None) != "pixel_values" or not height_width or not is_whole:
+        return
+    modes = {module: module.training for module in model.modules()}
+    shape = (1, getattr(config, "num_channels", 3), *height_width)
+    try:
+        with preserved_randomness(), torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(shape, dtype=model.dtype, device=model.device))
+    except Exception as error:
+        # It needs something else than pictures.
+        logger.debug(f"{type(model).__name__} cannot be tried out on a picture alone: {error}")
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _look_after(model: nn.Module, words: Sequence[int]) -> Look:

@@ -394,7 +394,9 @@ def test_all_processes_train_a_stage_on_the_same_examples(tmp_path):
     digests = []
     for moment in ("before", "late"):
         path = tmp_path / moment
-        run = {"processes": 2, "port": 29617, "environment": {"OMP_NUM_THREADS": "1"}}
+        # One secret for both folders, so that a seed places examples alike.
+        environment = {"OMP_NUM_THREADS": "1", "HF_S3T_KEY": "of both of these systems"}
+        run = {"processes": 2, "port": 29617, "environment": environment}
         launched(Path(__file__), str(path), moment, **run)
         folder = SystemFolder(path)
         assert folder.ledger.num_deletions == 1 and folder.valid_stages == set(folder.plan.stages())
