@@ -390,13 +390,13 @@ def late_deletion(path, moment):
 
 
 @pytest.mark.slow
-def test_all_processes_train_a_stage_on_the_same_examples(tmp_path):
+def test_all_processes_train_a_stage_on_the_same_examples(tmp_path, monkeypatch):
+    # One secret for both folders, so that a seed places examples alike.
+    monkeypatch.setenv("HF_S3T_KEY", "of both of these systems")
     digests = []
     for moment in ("before", "late"):
         path = tmp_path / moment
-        # One secret for both folders, so that a seed places examples alike.
-        environment = {"OMP_NUM_THREADS": "1", "HF_S3T_KEY": "of both of these systems"}
-        run = {"processes": 2, "port": 29617, "environment": environment}
+        run = {"processes": 2, "port": 29617, "environment": {"OMP_NUM_THREADS": "1"}}
         launched(Path(__file__), str(path), moment, **run)
         folder = SystemFolder(path)
         assert folder.ledger.num_deletions == 1 and folder.valid_stages == set(folder.plan.stages())
