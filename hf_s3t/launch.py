@@ -1,5 +1,6 @@
 """Makes `accelerate launch --num_processes N --cpu` mean N processes also where there is no MPI."""
 
+import atexit
 import os
 import sys
 from itertools import pairwise
@@ -16,8 +17,8 @@ def start_cpu_processes() -> None:
     Replace this process by as many as the launcher was asked for, if it started one instead.
 
     Without MPI, Accelerate's launcher starts a single process for `--cpu`, whatever `--num_processes` says. Call this
-    first thing in a script: it does nothing unless that is what happened, and otherwise runs the script again under
-    `torchrun` with the processes that were asked for.
+    first thing in a script: where that is what happened, it runs the script again under `torchrun` with the processes
+    that were asked for. These leave their group when the script ends, without which the interpreter may abort.
 
     Example:
 
@@ -35,6 +36,15 @@ def start_cpu_processes() -> None:
         command = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", _port(), script]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command, *sys.argv[1:]])
+    if any(name in os.environ for name in _RANKS):
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    # Whoever is in a group has loaded this.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def asked_for() -> int:
