@@ -14,6 +14,7 @@ from .base_model import rowwise
 from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
+from .isolation import evaluation_chooses
 from .plan import StageKey
 from .randomness import RandomStates
 from .state import difference, mark
@@ -90,6 +91,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         embeddings = model.get_input_embeddings().num_embeddings
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
+        # Where evaluation chooses, evaluation sets as they are before packing, by their names.
+        self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
         default_ddp_arguments(args)
         super().__init__(
             model=model,
@@ -114,13 +117,18 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         self._set_up(blueprint)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        whole = copy.copy(args)
+        if packing:
+            whole.max_length = None
         if dataset_name != "train":
+            if packing and self._unpacked is not None:
+                self._unpacked[dataset_name] = super()._prepare_dataset(
+                    dataset, processing_class, whole, False, formatting_func, dataset_name
+                )
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # Rows keep their number through tokenisation and filtering. Packing waits: a stage packs its own examples.
         dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
-        if packing:
-            args = copy.copy(args)
-            args.max_length = None
+        args = whole
         before, drawn = mark(formatting_func), RandomStates()
         is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
         if formatting_func is not None and is_shared_out and len(dataset):
@@ -135,6 +143,11 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
                 "Give a `formatting_func` that makes each row from itself alone."
             )
         return prepared
+
+    def _evaluation_rows(self):
+        # Packed, examples of training would be parts of rows.
+        unpacked, self._unpacked = self._unpacked, None
+        return unpacked or super()._evaluation_rows()
 
     def _stage_dataset(self, key: StageKey):
         dataset = super()._stage_dataset(key)

@@ -114,8 +114,12 @@ class S3TTrainerMixin:
     def _compare_evaluation_set(self) -> None:
         """Refuse an evaluation set with training examples in it: it may have been prepared, or given, since."""
         if self.eval_dataset is not self._compared_with:
-            self._fed_rows.refuse_shared(self.train_dataset, self.eval_dataset)
+            self._fed_rows.refuse_shared(self.train_dataset, self._evaluation_rows())
             self._compared_with = self.eval_dataset
+
+    def _evaluation_rows(self) -> Any:
+        """The evaluation sets, row by row as those of training."""
+        return self.eval_dataset
 
     def _say_what_is_suboptimal(self) -> None:
         dropped = self._stage_rows.dropped(self.folder.table)

@@ -164,12 +164,13 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="[PAD]", eos_token="</s>")
 
 
-def test_texts_are_compared_as_tokens(tokenizer, tmp_path):
-    """One set is text, the other a prompt and its completion, with a column beside."""
+@pytest.mark.parametrize("packing", [False, True], ids=["row by row", "packed"])
+def test_texts_are_compared_as_tokens(tokenizer, tmp_path, packing):
+    """With a column beside, or other spaces; packed, rows are compared as they are before."""
     train = [{"id": f"row-{number}", "text": text} for number, text in enumerate(TEXTS[:12])]
 
     def trainer(name, texts, **columns):
-        args = training_arguments(tmp_path / name, SFTConfig, bf16=False, max_length=8, **CHOOSES)
+        args = training_arguments(tmp_path / name, SFTConfig, bf16=False, max_length=8, packing=packing, **CHOOSES)
         evaluation = Dataset.from_list([{"text": text, **columns} for text in texts])
         return trainer_of(
             tmp_path / name,
