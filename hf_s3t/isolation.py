@@ -197,6 +197,7 @@ def _settle_on_pictures(model: nn.Module) -> None:
         return
     modes = {module: module.training for module in model.modules()}
     shape = (1, getattr(config, "num_channels", 3), *height_width)
+    before = Look(model)
     try:
         with preserved_randomness(), torch.no_grad():
             model.eval()(pixel_values=torch.zeros(shape, dtype=model.dtype, device=model.device))
@@ -204,8 +205,19 @@ def _settle_on_pictures(model: nn.Module) -> None:
         # It needs something else than pictures.
         logger.debug(f"{type(model).__name__} cannot be tried out on a picture alone: {error}")
     finally:
+        only_sizes = all(_is_a_size(model, name) for name in Look(model).changed(before))
+        before.put_back(settings=not only_sizes)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _is_a_size(model: nn.Module, attribute: str) -> bool:
+    """Whether an attribute of a module of the model is a whole number."""
+    path, _, name = attribute.rpartition(".")
+    try:
+        return type(getattr(model.get_submodule(path), name)) is int
+    except AttributeError:
+        return False
 
 
 def _look_after(model: nn.Module, words: Sequence[int]) -> Look:

@@ -336,6 +336,7 @@ class Look:
     def __init__(self, model: nn.Module):
         self._model = model
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
+        self._plain: dict[tuple[str, str], bool | int | float | str] = {}
         derived = _DERIVED.get(model, ())
         self.marks: dict[tuple[str, str], Mark] = {}
         for name, attribute, _, value in _attributes(model):
@@ -344,6 +345,8 @@ class Look:
                 continue
             if isinstance(value, torch.Tensor):
                 self._tensors[place] = value
+            elif isinstance(value, (bool, int, float, str)):
+                self._plain[place] = value
             # Modules and configs that are held have attributes of their own here.
             self.marks[place] = mark(value, opaque=(nn.Module, PreTrainedConfig))
 
@@ -368,10 +371,13 @@ class Look:
         """Whether anything is not the same."""
         return self.marks != other.marks
 
-    def put_back(self) -> None:
+    def put_back(self, settings: bool = False) -> None:
         """
         Take from the modules what was not set, and is now, and give them the tensors they had: what each pass makes
         for itself, as it needs it.
+
+        Args:
+            settings (`bool`, defaults to `False`): Give them what else was replaced, too.
         """
         for name, attribute, owner, value in list(_attributes(self._model)):
             place = name, attribute
@@ -379,6 +385,8 @@ class Look:
                 continue
             if place in self._tensors:
                 vars(owner)[attribute] = self._tensors[place]
+            elif settings and place in self._plain:
+                vars(owner)[attribute] = self._plain[place]
             elif place not in self.marks:
                 vars(owner).pop(attribute)
             elif self.marks[place].is_unset and value is not None:
