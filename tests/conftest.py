@@ -102,6 +102,8 @@ def shared_key():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_S3T_KEY", "of all systems of these tests")
         yield
+    # `Dataset.map` in several processes puts a copy in the place of `os.environ`, which the patch knows nothing of.
+    os.environ.pop("HF_S3T_KEY", None)
 
 
 @pytest.fixture(scope="module")
