@@ -44,6 +44,7 @@ from tiny import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -830,7 +831,8 @@ def test_text_generation_pipeline(system, tokenizer):
         expected = naive_generate(
             members, encoded["input_ids"], encoded["attention_mask"], 4, partial(torch.argmax, dim=-1)
         )
-        assert answer["generated_text"].split() == tokenizer.decode(expected[0, -4:]).split()
+        # The pipeline leaves out special tokens.
+        assert answer["generated_text"].split() == tokenizer.decode(expected[0, -4:], skip_special_tokens=True).split()
 
 
 def test_text_classification_pipeline(system, tokenizer):
@@ -944,7 +946,9 @@ def test_a_dead_shard_cannot_be_exported(system, tmp_path):
 
 def storages(tensors) -> dict[int, int]:
     """Bytes in memory by address: tensors that share memory count once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    # The compiler keeps tensors that stand for others, without memory.
+    held = [t for t in tensors if t.numel() and not isinstance(t, FakeTensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
 
 
 def bytes_of_model(model: nn.Module) -> int:
