@@ -18,6 +18,10 @@ from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, UnknownExampleError
 
 
+# What a deletion hits follows from the secret: none of these systems is to be exhausted.
+pytestmark = pytest.mark.usefixtures("shared_key")
+
+
 @pytest.mark.slow
 def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, capsys):
     # A base that knows less, and fewer epochs: the steps are the demo's, what it learns is for `make demo` to show.

@@ -44,7 +44,6 @@ from tiny import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -946,9 +945,15 @@ def test_a_dead_shard_cannot_be_exported(system, tmp_path):
 
 def storages(tensors) -> dict[int, int]:
     """Bytes in memory by address: tensors that share memory count once."""
-    # The compiler keeps tensors that stand for others, without memory.
-    held = [t for t in tensors if t.numel() and not isinstance(t, FakeTensor)]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    found = {}
+    for tensor in tensors:
+        try:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        except (RuntimeError, NotImplementedError):
+            continue  # what the compiler and other tests leave behind: tensors that stand for others, without memory
+    found.pop(0, None)
+    return found
 
 
 def bytes_of_model(model: nn.Module) -> int:
