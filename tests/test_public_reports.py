@@ -21,6 +21,7 @@ from peft import (
 )
 from tiny import (
     batch_of,
+    build,
     classification_rows,
     lm_rows,
     lora,
@@ -36,8 +37,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    CLIPVisionConfig,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -128,6 +131,34 @@ def test_a_loaded_model_ends_its_texts_where_the_trained_one_does(saved, tmp_pat
     assert loaded.generation_config.eos_token_id == live.generation_config.eos_token_id == [30, 2]
     assert loaded.generation_config.max_new_tokens == 9
     assert torch.equal(loaded.generate(prompt), live.generate(prompt))
+
+
+def test_a_base_is_recognised_before_the_tokens_of_a_config_inside_its_own_are_aligned(tmp_path):
+    text = LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+
+    def make(**changes):
+        settings = {**text.to_dict(), **changes}
+        return build("LlavaForConditionalGeneration", "LlavaConfig", text_config=settings, vision_config=vision)
+
+    settings = dict(
+        rows=lm_rows(12),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=".*vision.*"),
+        config=ONE_STAGE,
+        processing_class=tokenizer(pad=4),
+    )
+    trainer = make_trainer(tmp_path / "s", make(), **settings)
+    plant_stages(trainer)
+    assert trainer.model.config.text_config.pad_token_id == 4
+    make_trainer(tmp_path / "s", make(), **settings)
+    S3TModel.from_pretrained(tmp_path / "s", base_model=make())
+    # What else the config inside says decides what the base computes.
+    with pytest.raises(BaseModelMismatchError, match="text_config"):
+        S3TModel.from_pretrained(tmp_path / "s", base_model=make(rms_norm_eps=0.1))
 
 
 # Adapters for other tools
