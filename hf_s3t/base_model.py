@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .errors import BaseModelMismatchError, IsolationError, LayersNotFoundError
@@ -65,6 +65,30 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
+def _function(setting: Any) -> Any:
+    """What decides a function of a setting: of a config inside a config, all but what users set."""
+    if not isinstance(setting, dict):
+        return setting
+    return {name: _function(value) for name, value in setting.items() if name not in _MAY_BE_SET}
+
+
+def generation_of(model: nn.Module) -> dict[str, Any]:
+    """What a system records of how its base generates: where a text ends, and what its user has set."""
+    settings = getattr(model, "generation_config", None)
+    return {} if settings is None else {"generation": json.loads(settings.to_json_string(use_diff=True))}
+
+
+def name_padding(model: nn.Module, record: dict[str, Any]) -> None:
+    """
+    Have a base that names no token for padding go by the one at training.
+
+    Decoders that classify look at the last token before the padding: without its name they would look at the padding.
+    """
+    recorded = record.get("config", {}).get("pad_token_id")
+    if recorded is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = recorded
+
+
 def check_base_is(
     model: nn.Module, record: dict[str, Any], layers_path: str, head: Sequence[str], for_training: bool = False
 ) -> None:
@@ -78,12 +102,14 @@ def check_base_is(
         [`~hf_s3t.errors.BaseModelMismatchError`]: If a tensor differs.
     """
     now, then = config_of(model), record.get("config", {})
-    other = sorted(k for k in {*now, *then} if now.get(k) != then.get(k) and k not in _MAY_BE_SET)
+    other = sorted(
+        k for k in {*now, *then} if k not in _MAY_BE_SET and _function(now.get(k)) != _function(then.get(k))
+    )
     if then and other:
         shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
         raise BaseModelMismatchError(f"The base model is configured otherwise than at training: {shown}.")
     if for_training:
-        _check_precision(model, record)
+        check_precision(model, record)
     dtypes = sorted({_dtype_name(model), record["dtype"], *_HALVES})
     found, expected = _digests(model, layers_path, head, dtypes), record["digest"]
     parts = [part for part in _PARTS if found[part] and expected.get(part)]
@@ -98,7 +124,13 @@ def check_base_is(
         )
 
 
-def _check_precision(model: nn.Module, record: dict[str, Any]) -> None:
+def check_precision(model: nn.Module, record: dict[str, Any]) -> None:
+    """
+    Check that a model is in the precision and quantisation of the recorded base.
+
+    Raises:
+        [`~hf_s3t.errors.BaseModelMismatchError`]: Naming what is otherwise.
+    """
     for name, was in (("dtype", record["dtype"]), ("quantization", _method(record["quantization"]))):
         quantization = getattr(model.config, "quantization_config", None)
         now = _dtype_name(model) if name == "dtype" else _method(quantization)
@@ -129,7 +161,8 @@ def _method(quantization: Any) -> str | None:
 
 
 def _dtype_name(model: nn.Module) -> str:
-    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    own = (p for name, p in model.named_parameters() if ".lora_" not in name)
+    return str(next(p.dtype for p in own if p.is_floating_point())).removeprefix("torch.")
 
 
 def _other_dtypes(model: nn.Module) -> list[str]:
@@ -238,7 +271,8 @@ def load_base(
     config = _found(name, AutoConfig.from_pretrained, **{k: kwargs.get(k) for k in ("revision", "token", "cache_dir")})
     for setting, value in record.get("config", {}).items():
         # Compared as JSON, as it was recorded; there the keys of a mapping of labels are no numbers.
-        if json.loads(json.dumps(config.to_dict().get(setting), default=str)) != value:
+        there = json.loads(json.dumps(config.to_dict().get(setting), default=str))
+        if _function(there) != _function(value):
             setattr(config, setting, {int(k): v for k, v in value.items()} if setting == "id2label" else value)
     kwargs["config"] = config
     if head:
@@ -247,6 +281,8 @@ def load_base(
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
     with _quietly():
         model = _found(name, architecture.from_pretrained, **kwargs)
+    if record.get("generation") and getattr(model, "generation_config", None) is not None:
+        model.generation_config = GenerationConfig.from_dict(record["generation"])
     if as_recorded and _other_dtypes(model) != record.get("other_dtypes", _other_dtypes(model)):
         transformers.logging.get_logger(__name__).warning_once(
             f"At training the base held some tensors in another precision than {record['dtype']}, and loaded by its "

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from .base_model import check_base_is, config_of, describe_base
+from .base_model import check_base_is, config_of, describe_base, generation_of
 from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
@@ -23,6 +23,7 @@ from .isolation import (
     check_base,
     check_checkpoint,
     check_datasets,
+    check_is_itself,
     check_keeps_no_state,
     check_peft_config,
     check_task,
@@ -31,6 +32,13 @@ from .isolation import (
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .storage import SystemFolder
 from .training_data import FedRows, TrainingRows
+
+
+# What a PEFT config says of the model around an adapter, and of files it was read from.
+_NOT_OF_AN_ADAPTER = {
+    "runtime_config", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
+    "peft_version",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Blueprint:
         return {
             **({} if self.layout.method == "s3t" else {"baseline": baseline}),
             "s3t_config": self.config.to_dict(),
-            "base_model": {**self.base, "config": config_of(model)},
+            "base_model": {**self.base, "config": config_of(model), **generation_of(model)},
             "task": self.task,
             "aggregation": self.config.aggregation or _default_aggregation(self.task),
             "peft_config": _plain_peft_config(self.peft_config),
@@ -112,6 +120,8 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
+    if isinstance(model, nn.Module):
+        check_is_itself(model)
     recorded, key = _agreed(args)
     if recorded is not None:
         check_method(recorded, (layout.method,), args.output_dir)
@@ -207,7 +217,7 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
     if recorded is None:
         return given
     config = LoraConfig(**recorded["peft_config"])
-    if given is not None and _plain_peft_config(given) != recorded["peft_config"]:
+    if given is not None and _plain_peft_config(given) != _plain_peft_config(config):
         raise ConfigError(
             "`peft_config` differs from the one this folder's system was made with "
             f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
@@ -236,7 +246,7 @@ def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
     plain = {}
     for field in fields(LoraConfig):
         value = getattr(config, field.name, None)
-        if field.init and value != getattr(default, field.name) and field.name not in ("runtime_config", "task_type"):
+        if field.init and value != getattr(default, field.name) and field.name not in _NOT_OF_AN_ADAPTER:
             plain[field.name] = sorted(value) if isinstance(value, set) else value
     return json.loads(json.dumps(plain))
 

@@ -48,6 +48,9 @@ _REFUSED_LORA_FIELDS = {
 }
 
 
+# Under which names `torch.compile`, data parallelism and FSDP hold the model that they wrap.
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
+
 # The kinds of models that were tried out and found to keep no state, and what each pass makes for itself.
 _KNOWN_KINDS: dict[tuple, Derived] = {}
 
@@ -259,6 +262,40 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
     return bool(
         getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
     )
+
+
+def check_is_itself(model: nn.Module) -> None:
+    """
+    Refuse a base that something is wrapped around, or whose tensors are elsewhere.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the way out.
+    """
+    inner = next((getattr(model, name) for name in _WRAPPED if _is_around(model, name)), None)
+    if inner is not None:
+        raise ConfigError(
+            f"The model is a {type(model).__name__} around a {type(inner).__name__}, expected the latter by itself: "
+            "modules are found, and stages stored, by their names in it. Give the model as it was loaded; the trainer "
+            "wraps it where it is asked to compile (`torch_compile=True`) or was launched in several processes."
+        )
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ConfigError(
+            "The base was compiled in place (`model.compile()`): stages would be computed in a way that no recipe "
+            "tells, and what is compiled does not look at the stages that serve again. Give it as it was loaded, and "
+            "train with `torch_compile=True`."
+        )
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ConfigError(
+            f"{len(offloaded)} parameters of the base, {offloaded[0]} among them, are not in memory: `device_map` has "
+            "them fetched layer by layer, from the disk or the CPU, and nobody could tell then which base this is. "
+            "Load it where there is room for it, quantised if need be."
+        )
+
+
+def _is_around(model: nn.Module, name: str) -> bool:
+    """Whether all that a module holds is, under this name, a whole model."""
+    return list(dict(model.named_children())) == [name] and hasattr(getattr(model, name), "config")
 
 
 def check_has_no_adapters(model: nn.Module) -> None:

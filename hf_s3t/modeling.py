@@ -14,7 +14,7 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once
+from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once, name_padding
 from .calls import Routing
 from .config import require_choice, require_int
 from .ensemble import (
@@ -38,7 +38,7 @@ from .hub import HubRepo, PushReport, is_repo_id, push
 from .hub_folder import HubFolder
 from .inspection import check_method, open_folder
 from .inspection import inspect as inspect_folder
-from .isolation import check_has_no_adapters, check_keeps_no_state
+from .isolation import check_has_no_adapters, check_is_itself, check_keeps_no_state
 from .layers import LayerGroups, find_head, find_layers
 from .model_card import description
 from .model_class import AttachedConfigs, brings_own_ways, model_class, read
@@ -170,8 +170,10 @@ class S3TModel(Unlearning, nn.Module):
         layers, head, peft_config = _recorded(folder)
         _check_options(preload, when_exhausted, head)
         if isinstance(base_model, nn.Module):
+            check_is_itself(base_model)
             check_has_no_adapters(base_model)
             base = base_model
+            name_padding(base, record["base_model"])
         else:
             base = load_base(
                 record["base_model"],
@@ -183,6 +185,7 @@ class S3TModel(Unlearning, nn.Module):
                 token=token,
                 cache_dir=cache_dir,
             )
+            check_is_itself(base)
         found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
             raise ConfigError(
@@ -239,6 +242,24 @@ class S3TModel(Unlearning, nn.Module):
     def dtype(self) -> torch.dtype:
         """The base model's precision."""
         return self.base_model.dtype
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        # What moves or casts all there is: `to`, `half`, `float`, and `Trainer` with `bf16_full_eval`.
+        self._refuse_other_precision(fn)
+        return super()._apply(fn, recurse)
+
+    def _refuse_other_precision(self, fn: Callable) -> None:
+        """Rounded in place, stages would not be what their files say, and those loaded or grown later would."""
+        for dtype in {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}:
+            asked = fn(torch.empty(0, dtype=dtype)).dtype
+            if asked != dtype:
+                names = " to ".join(str(one).removeprefix("torch.") for one in (dtype, asked))
+                raise ConfigError(
+                    f"A served model is not cast, here from {names}: its stages would not be what their files say any "
+                    "more, and those that are loaded or grown later would. Load the base as you want it "
+                    "(`S3TModel.from_pretrained(..., dtype=...)`), and evaluate without `fp16_full_eval` and "
+                    "`bf16_full_eval`; `torch.autocast` and `bf16=True` cast nothing."
+                )
 
     @property
     def generation_config(self):
@@ -693,7 +714,7 @@ class S3TModel(Unlearning, nn.Module):
         self.folder.record_export(tips[0], library_versions())
         # This line changes nothing that serves.
         self._has_followed(self._state())
-        self.stack.export(tips[0], folder, self.folder.base_id)
+        self.stack.export(tips[0], folder, self.folder.base_id, self.folder.base_revision)
 
 
 def _members(routing: Routing) -> int:

@@ -207,16 +207,18 @@ class StageStack:
             [`~hf_s3t.errors.LayersNotFoundError`]: If the adapter does not fit the base.
         """
         self.drop([key])
-        state = read_tensors(data, f"The adapter of {key}")
-        try:
-            self._attach(key)
-            self._require_fit(key, state)
-            for name, slot in self._places[key.group].slots.items():
-                slot.set(key.adapter_name, state[name])
-            self._require_bits(key, state)
-        except BaseException:
-            self.drop([key])
-            raise
+        # A call under `torch.inference_mode` may be what loads it, and training stand on it later.
+        with torch.inference_mode(False):
+            state = read_tensors(data, f"The adapter of {key}")
+            try:
+                self._attach(key)
+                self._require_fit(key, state)
+                for name, slot in self._places[key.group].slots.items():
+                    slot.set(key.adapter_name, state[name])
+                self._require_bits(key, state)
+            except BaseException:
+                self.drop([key])
+                raise
         self.mark(key, digest)
 
     def load_all(self, files: list[tuple[StageKey, bytes, str]]) -> None:
@@ -396,20 +398,20 @@ class StageStack:
 
     # Files
 
-    def save(self, key: StageKey, folder: Path, base_name: str | None) -> None:
+    def save(self, key: StageKey, folder: Path, base_name: str | None, revision: str | None = None) -> None:
         """
         Write a stage as a valid PEFT adapter for its own layers.
 
         Raises:
             [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of the files.
         """
-        self._write(folder, self._configs[key.group], self.tensors(key), base_name)
+        self._write(folder, self._configs[key.group], self.tensors(key), base_name, revision)
         kind = f"{self._kind} {self._configs[key.group].to_dict()}"
         if kind not in _KNOWN_AS_PLAIN:
             self._require_plain(folder, [key], str(key))
             _KNOWN_AS_PLAIN.add(kind)
 
-    def export(self, tip: StageKey, folder: Path, base_name: str | None) -> None:
+    def export(self, tip: StageKey, folder: Path, base_name: str | None, revision: str | None = None) -> None:
         """
         Write a whole stack as one plain PEFT adapter, with the head of its last stage, to a folder that is not there
         or empty. What PEFT makes of it is compared with what serves.
@@ -430,9 +432,8 @@ class StageStack:
         try:
             with explained(f"{folder} cannot be made", "Give another folder."):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._write(
-                folder, _matching(_anywhere(self._configs[tip.group]), targets, self._names), tensors, base_name
-            )
+            config = _matching(_anywhere(self._configs[tip.group]), targets, self._names)
+            self._write(folder, config, tensors, base_name, revision)
             if differing_tensors(read_tensors((folder / ADAPTER_FILE).read_bytes(), str(folder)), tensors):
                 raise FolderError(f"{folder / ADAPTER_FILE} does not hold what was written. Export to another disk.")
             self._require_plain(folder, acting, f"the stack of {tip}")
@@ -447,12 +448,20 @@ class StageStack:
             raise
 
     def _write(
-        self, folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], base_name: str | None
+        self,
+        folder: Path,
+        config: LoraConfig,
+        tensors: Mapping[str, torch.Tensor],
+        base_name: str | None,
+        revision: str | None,
     ) -> None:
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / ADAPTER_FILE, {"format": "pt"})
         config = copy.deepcopy(config)
-        config.base_model_name_or_path = base_name
+        config.base_model_name_or_path, config.revision = base_name, revision
         config.inference_mode = True
+        # By which PEFT's auto classes find the base's class. A task would do, and have modules trained for it too.
+        kind = type(self.base)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         config.save_pretrained(folder)
 
     def _require_plain(self, folder: Path, acting: Sequence[StageKey], what: str) -> None:

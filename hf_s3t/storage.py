@@ -349,6 +349,11 @@ class SystemFolder:
         is_path = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_id) is None
         return None if is_path or os.path.isdir(base_id) else base_id
 
+    @property
+    def base_revision(self) -> str | None:
+        """The revision of the base that others can load by `base_id`, if it came from a repository."""
+        return self.record["base_model"].get("revision") if self.base_id is not None else None
+
     def prepare(self) -> None:
         """Compute now what the first deletion would otherwise wait for."""
         self.table.index()

@@ -19,15 +19,22 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from . import launch
-from .base_model import keep_4_bit_weights, log_casts_once
+from .base_model import check_precision, keep_4_bit_weights, log_casts_once
 from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
@@ -79,6 +86,7 @@ class S3TTrainerMixin:
         self._making_live = threading.RLock()
         rows, planned, key = blueprint.rows, blueprint.planned, blueprint.key
         self._fed_rows = FedRows(self.model, self.data_collator)
+        self._align_tokens()
         self._compared_with = rows.compared_with if rows is not None and self.train_dataset is rows.dataset else None
         if rows is not None and evaluation_chooses(self.args, blueprint.config):
             self._compare_evaluation_set()
@@ -110,6 +118,14 @@ class S3TTrainerMixin:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
         self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
+
+    def _align_tokens(self) -> None:
+        """
+        Have the base name the tokenizer's special tokens, as `Trainer.train` would: they decide where a text ends and
+        which token a classifier looks at, and are recorded for whoever loads the system.
+        """
+        if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+            align_special_tokens(self.model, self.processing_class)
 
     def _compare_evaluation_set(self) -> None:
         """Refuse an evaluation set with training examples in it: it may have been prepared, or given, since."""
@@ -198,6 +214,8 @@ class S3TTrainerMixin:
         if evaluation_chooses(self.args, self.s3t_config):
             self._compare_evaluation_set()
         self.folder.refresh()
+        # It may have been cast since, by way of the base itself.
+        check_precision(self.model, self.folder.record["base_model"])
         self._refuse_other_recipe()
         keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
@@ -447,8 +465,8 @@ class S3TTrainerMixin:
 
     def _write(self, key: StageKey, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
-            base_id = self.folder.base_id
-            self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, base_id))
+            base = self.folder.base_id, self.folder.base_revision
+            self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, *base))
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             self.folder.refresh()
@@ -541,6 +559,7 @@ class S3TTrainerMixin:
         finally:
             self._stage = self._stage_output_dir = None
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
+            vars(self).pop("_epoch_iterator", None)
             self.accelerator.free_memory()
             for name in ("optimizer", "lr_scheduler", "train_dataloader"):
                 setattr(self.callback_handler, name, None)
@@ -679,6 +698,21 @@ class S3TTrainerMixin:
         if self.eval_dataset is None or (self.s3t_config.select != "metric" and self.args.eval_strategy == "no"):
             return {}
         return self.evaluate()
+
+    def _run_epoch(self, *args, **kwargs):
+        """As in `Trainer`, which would go on for a step where the checkpoint is of the last one, inside an epoch."""
+        if self._has_ended():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _has_ended(self) -> bool:
+        """Whether the checkpoint that is resumed from was written as the stage came to its end, or was ended."""
+        if self.state.global_step >= self.state.max_steps:
+            return True
+        # Of a stage that begins, this says how the one before it ended.
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        return self.args.restore_callback_states_from_checkpoint and control.get("should_training_stop", False)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`; notes whether making batches draws random numbers, which a resume would not repeat."""
