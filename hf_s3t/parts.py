@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import dis
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -38,6 +39,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from .circumstances import evaluation_trains
+from .errors import ExampleIdError
 from .examples import DigestKey, encode
 from .stack import tensors_digest
 from .training_data import shown_rows, stored_rows
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 # How deep objects are looked into, and how many elements a list may have to be shown one by one.
 _DEEP = 8
 _MANY = 16
+_UNKNOWN = "something"
 # Parts of a description that a message does not name.
 _UNNAMED = ("attributes", "class", "code", "content", "methods")
 # Bytecode is the same in all patch versions of a Python, and no further.
@@ -161,7 +164,7 @@ def _shown(name: str, then: Any, now: Any) -> str:
     if any(_is_digest(value) for value in (then, now)):
         return f"another `{name}`"
     then, now = _name_of(then), _name_of(now)
-    return f"another `{name}`" if then == now else f"{name}={now} (was {then})"
+    return f"another `{name}`" if then == now or _UNKNOWN in (then, now) else f"{name}={now} (was {then})"
 
 
 def _name_of(description: Any) -> str:
@@ -169,10 +172,10 @@ def _name_of(description: Any) -> str:
         return ", ".join(map(_name_of, description)) or "none"
     if not isinstance(description, dict):
         return str(description)
-    for part in ("name", "class", "function"):
+    for part in ("name", "class", "function", "backend"):
         if part in description:
             return _name_of(description[part])
-    return "a dict"
+    return _UNKNOWN
 
 
 def _is_digest(value: Any) -> bool:
@@ -194,7 +197,7 @@ def _compare(name: str, then: Any, now: Any, found: dict[str, tuple[Any, Any]]) 
         for part in sorted(then.keys() | now.keys()):
             inside = name if part in _UNNAMED else f"{name}.{part}"
             _compare(inside, then.get(part), now.get(part), found)
-    elif not (_is_of_another_python(then) or _is_of_another_python(now)):
+    elif isinstance(then, dict) or not (_is_of_another_python(then) or _is_of_another_python(now)):
         found.setdefault(name, (then, now))
 
 
@@ -327,7 +330,11 @@ def _rows_digest(dataset: Any, description: "_Description") -> Any:
     if dataset is None:
         return None
     rows = stored_rows(dataset) if isinstance(dataset, datasets.Dataset) else shown_rows(dataset)
-    return description.digest([encode(row) for row in rows])
+    try:
+        return description.digest([hashlib.sha256(encode(row)).digest() for row in rows])
+    except ExampleIdError:
+        # Of what has no bytes of its own.
+        return _qualified(type(dataset))
 
 
 # Descriptions

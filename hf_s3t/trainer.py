@@ -37,7 +37,7 @@ from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, check_accelerator, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
-from .parts import compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
+from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .randomness import RandomStates, preserved_randomness
@@ -77,6 +77,22 @@ class S3TTrainerMixin:
         """As in `Trainer`; what Accelerate was told besides arguments meets their refusals."""
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator)
+        self._accelerator_settings = accelerator_settings(self.accelerator)
+
+    def _refuse_changed_accelerator(self) -> None:
+        """All accelerators of a process share one state, which the next trainer or its arguments may have replaced."""
+        try:
+            now = accelerator_settings(self.accelerator)
+        except AttributeError:
+            # Cleared, and not set up again.
+            now = None
+        if now != self._accelerator_settings:
+            what = "" if now is None else f" ({', '.join(differing(self._accelerator_settings, now))})"
+            raise S3TError(
+                f"Other training arguments or another trainer of this process set Accelerate up anew{what} since "
+                "this trainer was made, for all of them: a stage would be trained otherwise than its record says. "
+                "Make this trainer again, with its arguments, after the others."
+            )
 
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
@@ -203,6 +219,7 @@ class S3TTrainerMixin:
             )
         if self._stage_rows is None:
             raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
+        self._refuse_changed_accelerator()
         if evaluation_chooses(self.args, self.s3t_config):
             self._compare_evaluation_set()
         self.folder.refresh()

@@ -116,6 +116,7 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     started = time.perf_counter()
     if trainer._stage_rows is None:
         raise ConfigError("There is no `train_dataset` to train stages again on. Give it to the trainer.")
+    trainer._refuse_changed_accelerator()
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
