@@ -211,6 +211,13 @@ class S3TTrainerMixin:
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]:
+                If stages, or one that was begun, were trained by another recipe: other arguments, optimizer, loss,
+                collator, tokenizer, overridden methods, callbacks that take part in steps, settings of Accelerate, or
+                rows that were prepared otherwise. Of lambdas, closures and what an earlier version did not record
+                only the names, or nothing, can be compared, and a warning says so.
         """
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ConfigError(

@@ -110,8 +110,8 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     stages that serve; nothing of the system is written.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe, device or
-            number of processes are not the recorded ones.
+        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe (arguments
+            and parts), device or number of processes are not the recorded ones.
     """
     started = time.perf_counter()
     if trainer._stage_rows is None:
