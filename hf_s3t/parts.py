@@ -77,15 +77,17 @@ _OF_EVALUATION = {
     "evaluate", "predict", "evaluation_loop", "prediction_step", "get_eval_dataloader", "_get_eval_sampler",
     "_determine_best_metric", "_evaluate", "_maybe_log_save_evaluate",
 }  # fmt: skip
+# And those that only write down or show.
 _ASIDE = {
     "__init__", "log", "log_metrics", "save_metrics", "save_model", "save_state", "push_to_hub", "create_model_card",
-    "get_test_dataloader", "init_hf_repo", "store_flos", "floating_point_ops", "verify", "train",
+    "_save", "_save_checkpoint", "get_test_dataloader", "init_hf_repo", "store_flos", "floating_point_ops",
+    "verify", "train",
 }  # fmt: skip
 # What a callback names that takes part in steps, or ends them, and that writes to what a model holds.
 _STEPPING = {"optimizer", "lr_scheduler", "should_training_stop", "should_epoch_stop"}
 _WRITING = {"grad", "data", "requires_grad", "load_state_dict"}
-# Weights of other models are digested once.
-_WEIGHTS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+# The weights of large models that others hold, a teacher's, are digested once.
+_WEIGHTS: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
 
 
 def parts_of(trainer: "S3TTrainerMixin", key: DigestKey) -> tuple[dict[str, Any], list[str]]:
@@ -96,8 +98,8 @@ def parts_of(trainer: "S3TTrainerMixin", key: DigestKey) -> tuple[dict[str, Any]
 
     Code of the user's (no library's, whose versions are recorded) is told by its bytecode and by what it names: other
     functions of the user's, and constants in capitals. Comments, formatting and docstrings do not count. It is the
-    same in every process and in all patch versions of a Python. Numbers stand as they are; texts, code, tensors and
-    what is large stand as keyed digests, since records are published.
+    same in every process, and in all patch versions of a Python unless one mends its compiler. Numbers and names stand
+    as they are; texts, code, tensors and what is large stand as keyed digests, since records are published.
 
     Args:
         trainer ([`S3TTrainer`]): The trainer.
@@ -129,7 +131,7 @@ def parts_of(trainer: "S3TTrainerMixin", key: DigestKey) -> tuple[dict[str, Any]
 
 def recorded_parts(record: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that the record of a stage or checkpoint tells of; before they were recorded, precision was."""
-    if record.get("parts") is not None:
+    if isinstance(record.get("parts"), dict):
         return record["parts"]
     known = record.get("circumstances", {}).get("mixed_precision")
     return {} if known is None else {"accelerator": {"mixed_precision": known}}
@@ -143,7 +145,7 @@ def differing_parts(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> 
     found: dict[str, tuple[Any, Any]] = {}
     for name in sorted(recorded.keys() & present.keys()):
         then, now = recorded[name], present[name]
-        if name == "accelerator":
+        if name == "accelerator" and isinstance(then, dict):
             then, now = ({n: side[n] for n in then.keys() & now.keys()} for side in (then, now))
         _compare(name, then, now, found)
     return found
@@ -447,12 +449,12 @@ class _Description:
 
     def _module(self, value: nn.Module, name: str) -> dict[str, Any]:
         """A module by what it holds: a loss with weights, a teacher."""
-        if value not in _WEIGHTS:
-            tensors = {n: t for n, t in value.state_dict().items() if isinstance(t, torch.Tensor) and not t.is_meta}
-            _WEIGHTS[value] = tensors_digest(tensors)
-        about = {"class": self._class(type(value), name), "content": self.digest(_WEIGHTS[value])}
+        about: dict[str, Any] = {"class": self._class(type(value), name)}
         if isinstance(value, PreTrainedModel):
-            return about
+            if value not in _WEIGHTS:
+                _WEIGHTS[value] = _weights_digest(value)
+            return {**about, "content": self.digest(_WEIGHTS[value])}
+        about["content"] = self.digest(_weights_digest(value))
         own = {n: v for n, v in vars(value).items() if n not in vars(nn.Module()) and not n.startswith("_")}
         inside = dict(value.named_children())
         return {**about, "attributes": {**self.named(own, name), **self.named(inside, name)}}
@@ -584,6 +586,11 @@ def _functions_in(kind: type) -> Iterator[types.FunctionType]:
     for value in vars(kind).values():
         parts = (value.fget, value.fset) if isinstance(value, property) else (_function_of(value),)
         yield from (inspect.unwrap(part) for part in parts if isinstance(part, types.FunctionType))
+
+
+def _weights_digest(module: nn.Module) -> str:
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return tensors_digest({name: tensor for name, tensor in tensors.items() if not tensor.is_meta})
 
 
 def _is_of_user(value: Any) -> bool:

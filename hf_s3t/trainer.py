@@ -367,7 +367,7 @@ class S3TTrainerMixin:
                 )
 
     def _fed_otherwise(self, key: StageKey, record: dict[str, Any]) -> str | None:
-        then = record["circumstances"].get("data_digest")
+        then = record.get("circumstances", {}).get("data_digest")
         if then is None or self._stage_rows.digest(key, self.folder.table, self.folder.key) in (None, then):
             return None
         return "rows that were fed otherwise (by another tokenizer, template, `formatting_func` or `max_length`)"

@@ -394,7 +394,8 @@ def test_what_is_recorded_is_what_stages_are_trained_with(tmp_path):
 
 
 def test_what_no_stage_depends_on_may_change(system):
-    changed = trainer_of(system, LogsMore, callbacks=[TakesTime()], compute_metrics=lambda prediction: {})
+    collator = {"data_collator": transformers.default_data_collator, "processing_class": tokenizer()}
+    changed = trainer_of(system, LogsMore, callbacks=[TakesTime()], compute_metrics=lambda prediction: {}, **collator)
     changed._refuse_other_recipe(True)
 
 
