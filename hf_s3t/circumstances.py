@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +39,21 @@ def recipe_of(args: TrainingArguments) -> dict[str, Any]:
     """The training arguments that a stage's tensors depend on, as JSON types."""
     kept = {name: value for name, value in args.to_dict().items() if name not in _IRRELEVANT}
     kept = {name: value for name, value in kept.items() if value or name not in _ONLY_WHERE_SET}
-    if args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        # Then evaluation decides which step's tensors a stage ends with.
+    if evaluation_trains(args):
         kept.update({name: getattr(args, name) for name in _CHOOSING})
-    return json.loads(json.dumps(kept, default=str))
+    return json.loads(json.dumps(kept, default=_told))
+
+
+def evaluation_trains(args: TrainingArguments) -> bool:
+    """Whether evaluation decides with which step's tensors a stage ends, or how fast it learns."""
+    return args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+
+
+def _told(value: Any) -> Any:
+    """What JSON has no type for, the same in every process: no addresses, sets in one order."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def circumstances(model: nn.Module, accelerator: Any = None) -> dict[str, Any]:

@@ -125,6 +125,10 @@ class DigestKey:
         """Keyed digest of the content of a row."""
         return self._digest(b"row", encode(dict(row)))
 
+    def of_part(self, content: bytes) -> str:
+        """Keyed digest of what was given to a trainer besides rows."""
+        return self._digest(b"part", content)
+
     @property
     def check(self) -> str:
         """What tells this secret from another without giving it away."""

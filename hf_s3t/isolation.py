@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -50,6 +52,18 @@ _REFUSED_LORA_FIELDS = {
 
 # Under which names `torch.compile`, data parallelism and FSDP hold the model that they wrap.
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
+
+# By these names Accelerate's launcher asks for what takes a base apart.
+_SPREADING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+_SPREADS_THE_BASE = (
+    "FSDP and DeepSpeed, tensor and pipeline parallelism spread the frozen base over processes, which stages do not "
+    "support, whether an argument asks for them, or Accelerate's config file or environment (ACCELERATE_USE_…). Use "
+    "plain data parallelism (`accelerate launch --num_processes N`), with a quantised base if memory is short."
+)
+_SAMPLES_BY_WHAT_RAN = (
+    "`accelerator_config={'use_seedable_sampler': False}` makes the order of examples depend on what ran "
+    "before. Leave it on."
+)
 
 # The kinds of models that were tried out and found to keep no state, and what each pass makes for itself.
 _KNOWN_KINDS: dict[tuple, Derived] = {}
@@ -483,26 +497,17 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
             "Reentrant gradient checkpointing needs gradients at the model's input and drags the backward pass "
             "through frozen layers. Use `use_reentrant=False`, which is the default."
         )
-    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-        raise ConfigError(
-            "FSDP and DeepSpeed spread the frozen base over processes, which stages do not support. Use plain data "
-            "parallelism (`accelerate launch --num_processes N`), with a quantised base if memory is short."
-        )
-    if args.fp16:
-        raise IsolationError(
-            "`fp16=True` scales the loss by a factor that goes from stage to stage, so that a stage would depend on "
-            "what was trained before it. Use `bf16=True`."
-        )
+    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _is_spread_by_launcher(args):
+        raise ConfigError(_SPREADS_THE_BASE)
+    # Accelerate's environment is in it.
+    _check_precision("fp16" if args.fp16 else getattr(args, "mixed_precision", "no"))
     if args.bf16_full_eval or args.fp16_full_eval:
         raise IsolationError(
             "`bf16_full_eval`/`fp16_full_eval` cast the base in place, so that stages trained after an evaluation "
             "would stand on another base. Use `bf16=True`, which casts nothing."
         )
     if not args.accelerator_config.use_seedable_sampler:
-        raise IsolationError(
-            "`accelerator_config={'use_seedable_sampler': False}` makes the order of examples depend on what ran "
-            "before. Leave it on."
-        )
+        raise IsolationError(_SAMPLES_BY_WHAT_RAN)
     if not getattr(args, "dataloader_in_order", True):
         raise IsolationError(
             "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
@@ -521,6 +526,48 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
             "`save_only_model=True` leaves the optimizer out of checkpoints, so a resumed stage would differ from an "
             'uninterrupted one. Leave it off, or use save_strategy="no": a stage then starts again from its beginning.'
         )
+
+
+def _is_spread_by_launcher(args: TrainingArguments) -> bool:
+    """Whether Accelerate's launcher, or an environment like the one it makes, asks for what spreads the base."""
+    asked = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in _SPREADING)
+    return asked or getattr(args, "deepspeed_plugin", None) is not None
+
+
+def _check_precision(mixed_precision: str) -> None:
+    if mixed_precision == "fp16":
+        raise IsolationError(
+            "`fp16=True` (or `mixed_precision: fp16` in Accelerate's config file or environment) scales the loss by a "
+            "factor that goes from stage to stage, so that a stage would depend on what was trained before it. Use "
+            "`bf16=True`."
+        )
+    if mixed_precision not in ("no", "bf16"):
+        raise IsolationError(
+            f"`mixed_precision: {mixed_precision}` in Accelerate's config file or environment puts layers of its own "
+            "in the place of the base's, and may scale by what earlier batches held. Use `bf16=True`."
+        )
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """
+    Refuse what `check_arguments` refuses where it is the accelerator that says so, whoever told it: the config file of
+    `accelerate launch`, the environment, or a trainer class that makes its own.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the setting and the way out.
+        [`~hf_s3t.errors.ConfigError`]: If the base would be spread over processes.
+    """
+    state = accelerator.state
+    # A state that was not set up for one has no such attribute.
+    plugins = [getattr(state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed", "megatron_lm")]
+    spreading = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    parallel = getattr(accelerator, "parallelism_config", None)
+    is_split = parallel is not None and (parallel.dp_shard_enabled or parallel.non_data_parallel_size > 1)
+    if any(plugins) or state.distributed_type in spreading or is_split:
+        raise ConfigError(_SPREADS_THE_BASE)
+    _check_precision("fp16" if accelerator.scaler is not None else accelerator.mixed_precision)
+    if not accelerator.dataloader_config.use_seedable_sampler:
+        raise IsolationError(_SAMPLES_BY_WHAT_RAN)
 
 
 def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config: S3TConfig) -> None:

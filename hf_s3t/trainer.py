@@ -41,9 +41,10 @@ from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
 from .hub import HubRepo, PushReport, push, told
-from .isolation import changed_for_good, evaluation_chooses
+from .isolation import changed_for_good, check_accelerator, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
+from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .randomness import RandomStates, preserved_randomness
@@ -79,6 +80,27 @@ class S3TTrainerMixin:
 
     # Setting up
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; what Accelerate was told besides arguments meets their refusals."""
+        super().create_accelerator_and_postprocess()
+        check_accelerator(self.accelerator)
+        self._accelerator_settings = accelerator_settings(self.accelerator)
+
+    def _refuse_changed_accelerator(self) -> None:
+        """All accelerators of a process share one state, which the next trainer or its arguments may have replaced."""
+        try:
+            now = accelerator_settings(self.accelerator)
+        except AttributeError:
+            # Cleared, and not set up again.
+            now = None
+        if now != self._accelerator_settings:
+            what = "" if now is None else f" ({', '.join(differing(self._accelerator_settings, now))})"
+            raise S3TError(
+                f"Other training arguments or another trainer of this process set Accelerate up anew{what} since "
+                "this trainer was made, for all of them: a stage would be trained otherwise than its record says. "
+                "Make this trainer again, with its arguments, after the others."
+            )
+
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
         output_dir = self.args.output_dir
@@ -107,6 +129,8 @@ class S3TTrainerMixin:
         self._stage_rows = None if rows is None else StageRows(self.train_dataset, rows, self.folder.names)
         self.s3t_config = blueprint.config
         self._layers = blueprint.layers
+        # The parts of the recipe, once somebody asks.
+        self._described: dict[str, Any] | None = None
         self._stage: StageKey | None = None
         self._stage_output_dir: Path | None = None
         # The model as Trainer has set it up for training, which it is once.
@@ -203,6 +227,13 @@ class S3TTrainerMixin:
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]:
+                If stages, or one that was begun, were trained by another recipe: other arguments, optimizer, loss,
+                collator, tokenizer, overridden methods, callbacks that take part in steps, settings of Accelerate, or
+                rows that were prepared otherwise. Of lambdas, closures and what an earlier version did not record
+                only the names, or nothing, can be compared, and a warning says so.
         """
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ConfigError(
@@ -211,12 +242,14 @@ class S3TTrainerMixin:
             )
         if self._stage_rows is None:
             raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
+        self._refuse_changed_accelerator()
         if evaluation_chooses(self.args, self.s3t_config):
             self._compare_evaluation_set()
         self.folder.refresh()
         # It may have been cast since, by way of the base itself.
         check_precision(self.model, self.folder.record["base_model"])
-        self._refuse_other_recipe()
+        self._described = None
+        self._refuse_other_recipe(resume_from_checkpoint is not False)
         keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
@@ -294,17 +327,94 @@ class S3TTrainerMixin:
             f"The processes read {lines} lines in the ledger of {folder.path}. Let all of them see the same folder."
         )
 
-    def _refuse_other_recipe(self) -> None:
-        """Refuse to go on with other training arguments: no trainer could then audit the whole system."""
-        now = recipe_of(self.args)
-        for key in sorted(self.folder.valid_stages):
-            other = differing(self.folder.stage_record(key)["recipe"], now)
+    def _refuse_other_recipe(self, resume: bool) -> None:
+        """
+        Refuse to go on by another recipe, from stages or from a checkpoint inside of one: no trainer could then audit
+        the whole system.
+        """
+        folder = self.folder
+        records = {key: folder.stage_record(key) for key in sorted(folder.valid_stages)}
+        for record in records.values():
+            other = self._other_recipe(record)
             if other:
-                shown = ", ".join(f"{name}={new!r} (was {old!r})" for name, (old, new) in other.items())
                 raise ConfigError(
-                    f"The stages of {self.args.output_dir} were trained by another recipe: {shown}. Give the trainer "
-                    "the recorded arguments to go on, or choose another `output_dir`."
+                    f"The stages of {self.args.output_dir} were trained by another recipe: {other}. Give the trainer "
+                    "the recorded arguments and parts to go on, or choose another `output_dir`."
                 )
+        self._say_what_is_not_compared(records)
+        missing = self._missing()
+        if missing:
+            self._refuse_rows_fed_otherwise(records)
+        for key in missing if resume else ():
+            record = self._unfinished(key)
+            other = record and (self._other_recipe(record) or self._fed_otherwise(key, record))
+            if other:
+                raise ConfigError(
+                    f"{key} was begun by another recipe: {other}. Give the trainer the recorded arguments and parts "
+                    "to go on from its checkpoint, or begin it again by `train(resume_from_checkpoint=False)`."
+                )
+
+    def _other_recipe(self, record: dict[str, Any]) -> str | None:
+        """How arguments and parts of this trainer differ from the recorded ones; `None` if they do not."""
+        arguments = differing(record["recipe"], recipe_of(self.args))
+        shown = [f"{name}={new!r} (was {old!r})" for name, (old, new) in arguments.items()]
+        parts = differing_parts(recorded_parts(record), self._parts)
+        return ", ".join([*shown, *([shown_parts(parts)] if parts else [])]) or None
+
+    def _say_what_is_not_compared(self, records: dict[StageKey, dict[str, Any]]) -> None:
+        recorded = map(recorded_parts, records.values())
+        unknown = sorted({part for parts in recorded for part in lacking(parts, self._parts)})
+        if unknown:
+            logger.warning_once(
+                f"Stages of {self.args.output_dir} were trained by an earlier hf_s3t, or in another version of "
+                f"Python, and their records cannot be compared in: {', '.join(unknown)}. Make sure that these are "
+                "the same."
+            )
+
+    def _refuse_rows_fed_otherwise(self, records: dict[StageKey, dict[str, Any]]) -> None:
+        """Refuse to go on with rows that are prepared otherwise. Deep stages first: they saw what others saw."""
+        seen: set[tuple[int, int]] = set()
+        for key in sorted(records, key=lambda key: -key.depth):
+            places = {(key.shard, slice_) for slice_ in self._stage_rows.slices(key)}
+            other = None if places <= seen else self._fed_otherwise(key, records[key])
+            seen |= places
+            if other:
+                raise ConfigError(
+                    f"{key} was trained on {other}. Prepare `train_dataset` as it was then to go on, or choose "
+                    "another `output_dir`."
+                )
+
+    def _fed_otherwise(self, key: StageKey, record: dict[str, Any]) -> str | None:
+        then = record.get("circumstances", {}).get("data_digest")
+        if then is None or self._stage_rows.digest(key, self.folder.table, self.folder.key) in (None, then):
+            return None
+        return "rows that were fed otherwise (by another tokenizer, template, `formatting_func` or `max_length`)"
+
+    def _unfinished(self, key: StageKey) -> dict[str, Any] | None:
+        """The record of the newest checkpoint of a stage that another recipe alone would keep from being resumed."""
+        folder = self.folder
+        if key.parent is not None and not folder.is_valid(key.parent):
+            return None
+        below = folder.adapter_digest(key.parent) if key.parent else None
+        for _, record in self._checkpoints(key):
+            whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
+            if whole and record["slices"] == folder.slice_digests(key) and record["below"] == below:
+                return record
+        return None
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What was given to this trainer besides arguments and rows, as `train` or `verify` found it."""
+        if self._described is None:
+            self._described, unstable = parts_of(self, self.folder.key)
+            if unstable:
+                logger.warning_once(
+                    f"What decides the stages includes {', '.join(unstable)}: of these only names are recorded, and "
+                    "another of the same name would go unnoticed. Give functions and classes that are defined by "
+                    "name, with what they need as arguments of `functools.partial` or as attributes, and seeds in "
+                    "the place of generators."
+                )
+        return self._described
 
     def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
         """The order in which missing stages are trained; any that has parents first gives the same tensors."""
@@ -377,6 +487,7 @@ class S3TTrainerMixin:
             "slices": folder.slice_digests(key),
             "below": folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None,
             "recipe": recipe_of(self.args),
+            "parts": self._parts,
             "circumstances": self._circumstances(key),
         }
 
@@ -604,7 +715,7 @@ class S3TTrainerMixin:
         self.args.data_seed = self.accelerator.dataloader_config.data_seed = None
         # Callbacks go on counting where the checkpoint left them.
         self.args.restore_callback_states_from_checkpoint = checkpoint is not None
-        if self.args.torch_compile:
+        if compiles(self.accelerator):
             # What was compiled for other stages decides what is compiled for this one.
             torch.compiler.reset()
         set_seed(self.args.seed)
@@ -782,16 +893,21 @@ class S3TTrainerMixin:
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
+        wanted = _as_json({**origin, "resumes_exactly": True})
+        for checkpoint, record in self._checkpoints(key):
+            is_same = {**record, "parts": None} == {**wanted, "parts": None}
+            if is_same and not differing_parts(recorded_parts(record), wanted["parts"]):
+                return str(checkpoint)
+        return None
+
+    def _checkpoints(self, key: StageKey) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The checkpoints inside a stage that are whole, with what they say, the newest first."""
         found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             try:
-                record = self.folder.read_checkpoint_record(checkpoint)
+                yield checkpoint, self.folder.read_checkpoint_record(checkpoint)
             except FolderError as error:
-                logger.warning(f"{checkpoint.name} of {key} is not resumed from: {error}")
-                continue
-            if record == _as_json({**origin, "resumes_exactly": True}):
-                return str(checkpoint)
-        return None
+                logger.warning_once(f"{checkpoint.name} of {key} is not resumed from: {error}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from .circumstances import differing, recipe_of, threads
+from .circumstances import differing, threads
 from .errors import ConfigError, S3TError
 from .plan import StageKey
 from .randomness import preserved_randomness
@@ -110,12 +110,13 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     stages that serve; nothing of the system is written.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe, device or
-            number of processes are not the recorded ones.
+        [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe (arguments
+            and parts), device or number of processes are not the recorded ones.
     """
     started = time.perf_counter()
     if trainer._stage_rows is None:
         raise ConfigError("There is no `train_dataset` to train stages again on. Give it to the trainer.")
+    trainer._refuse_changed_accelerator()
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
@@ -130,9 +131,11 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
             "there."
         )
     differences: dict[str, tuple[Any, Any]] = {}
+    trainer._described = None
+    trainer._say_what_is_not_compared({key: folder.stage_record(key) for key in closure})
     for key in closure:
         record = folder.stage_record(key)
-        _refuse_other_recipe(key, record, trainer.args)
+        _refuse_other_recipe(key, record, trainer)
         found = differing(record["circumstances"], trainer._circumstances(key))
         found.pop("threads", None)
         for name in ("world_size", "device"):
@@ -195,11 +198,12 @@ def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[Stage
     return keys
 
 
-def _refuse_other_recipe(key: StageKey, record: dict[str, Any], args) -> None:
-    other = differing(record["recipe"], recipe_of(args))
+def _refuse_other_recipe(key: StageKey, record: dict[str, Any], trainer: "S3TTrainerMixin") -> None:
+    other = trainer._other_recipe(record)
     if other:
-        shown = ", ".join(f"{name}: {now!r} (recorded {then!r})" for name, (then, now) in other.items())
-        raise ConfigError(f"{key} was trained by another recipe: {shown}. Give the trainer the recorded arguments.")
+        raise ConfigError(
+            f"{key} was trained by another recipe: {other}. Give the trainer the recorded arguments and parts."
+        )
 
 
 def _retrain(trainer: "S3TTrainerMixin", key: StageKey, scratch: Path) -> dict[str, torch.Tensor]:

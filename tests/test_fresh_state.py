@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
+from folders import files_of
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import (
@@ -414,8 +415,14 @@ def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
         interrupted.train()
     assert list((tmp_path / "system").glob("checkpoints/*/*/checkpoint-2"))
     trainers = [trainer_of(name, learning_rate=1e-3) for name in ("system", "undisturbed")]
+    before = files_of(tmp_path / "system")
+    with pytest.raises(
+        ConfigError, match=r"begun by another recipe: learning_rate=0.001 \(was 0.01\).*begin it again"
+    ):
+        trainers[0].train()
+    assert files_of(tmp_path / "system") == before
     for trainer in trainers:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=False)
     assert same(*map(stages_of, trainers))
 
 
