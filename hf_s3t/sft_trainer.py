@@ -15,6 +15,7 @@ from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
 from .isolation import evaluation_chooses
+from .optimizers import refuse_bound_optimizer
 from .plan import StageKey
 from .randomness import RandomStates
 from .state import difference, mark
@@ -85,6 +86,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         s3t_config: S3TConfig | None = None,
     ):
         refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
+        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
