@@ -208,6 +208,8 @@ class StageOptimizer:
     def _own_state(self) -> list[Mark]:
         """What the optimizer's attributes hold, besides what every optimizer has, and flags."""
         own = {name: part for name, part in vars(self._optimizer).items() if name not in _attributes_of_all()}
+        if not own:
+            return []
         told = reached((self._optimizer.state, self._optimizer.param_groups))
         around = [*self._shared, self._optimizer, *(part for part in told if isinstance(part, torch.Tensor))]
         kinds = (int, float, complex, torch.Tensor)

@@ -404,7 +404,8 @@ class S3TTrainerMixin:
             "examples_dropped": self._dropped(key),
             "frozen_before": frozen,
             "frozen_after": frozen_after,
-            "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
+            # NaN is no JSON.
+            "metrics": {n: v for n, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
         }
 
     def _buffers_digest(self) -> str:
