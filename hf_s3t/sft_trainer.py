@@ -36,7 +36,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         args ([`~trl.SFTConfig`], *optional*): The recipe of a stage; see [`S3TTrainer`] for what differs.
         data_collator, train_dataset, eval_dataset, processing_class: As in `SFTTrainer`.
         compute_loss_func, compute_metrics, callbacks: As in `SFTTrainer`.
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `SFTTrainer`.
+        optimizer_cls_and_kwargs: As in [`S3TTrainer`].
+        preprocess_logits_for_metrics: As in `SFTTrainer`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a base given by name. In 8 bit the outlier threshold is 0 unless it is set to other than its default.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.

@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
 import threading
@@ -192,6 +191,10 @@ class S3TTrainerMixin:
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics.
+
+        Raises:
+            [`~hf_s3t.errors.DivergedError`]: If a stage comes out NaN or infinite, or stands on one that is: it is not
+                written. What was written before stays.
         """
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ConfigError(
@@ -867,7 +870,10 @@ class S3TTrainerMixin:
                 data = self.folder.read_checkpoint_file(Path(checkpoint), TRAINING_WEIGHTS_FILE)
                 self._stage_optimizer.put_aside(lambda: self._stack.fill(self._stage, data))
             why = self._stage_optimizer.not_read_back()
-        except (pickle.UnpicklingError, S3TError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:
+            if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, S3TError):
+                # No memory, no disk: the checkpoint has no part in it.
+                raise
             why = f"{type(error).__name__}: {error}"
         if why is None and not is_finite(self._stack.tensors(self._stage)):
             why = "its weights are NaN or infinite"
@@ -980,7 +986,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         args ([`~transformers.TrainingArguments`], *optional*): The recipe of a stage.
         data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`.
         compute_loss_func, compute_metrics, callbacks: As in `Trainer`.
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
+        optimizer_cls_and_kwargs (`tuple[type, dict]`, *optional*):
+            As in `Trainer`; every stage gives a copy of the arguments, and its own parameters, to the class. Arguments
+            that hold parameters, a model or an optimizer are refused. Of an optimizer with two weights, as
+            schedule-free ones have, a stage is the weights of its `eval()`.
+        preprocess_logits_for_metrics: As in `Trainer`.
         model_init, optimizers: Refused: every stage starts a fresh optimizer on the one base model.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
             Without `target_modules` PEFT chooses them, where it has a default for the architecture.
