@@ -45,6 +45,7 @@ EXTRAS_REQUIRE["dev"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "schedulefree>=1.4",
 ]
 
 setup(

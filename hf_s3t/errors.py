@@ -37,6 +37,14 @@ class EmptySliceError(S3TError, ValueError):
     """A slice has no examples at the first training."""
 
 
+class DivergedError(S3TError, ArithmeticError):
+    """The tensors of a stage are NaN or infinite."""
+
+
+class CheckpointError(S3TError, RuntimeError):
+    """A stage in training cannot go on from a checkpoint as if it had never stopped."""
+
+
 class FolderError(S3TError, OSError):
     """A system's folder is missing a file, or a file is truncated, altered or unreadable."""
 

@@ -11,7 +11,8 @@ from typing import Any
 from .config import FORMAT_VERSION, S3TConfig
 from .errors import ConfigError, FolderError, FormatVersionError, S3TError
 from .examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
-from .files import REGROW, check_digest, foreign_problem, is_foreign, read_checked_json, stamp
+from .files import REGROW, check_digest, foreign_problem, is_foreign, read_checked, read_checked_json, stamp
+from .finite import NOT_FINITE, named, non_finite_tensors
 from .ledger import Ledger
 from .pending import PendingRequests
 from .plan import Plan, StageKey
@@ -409,8 +410,15 @@ class _Inspector:
         for name, digest in record["files"].items():
             with self._reading(folder / name):
                 _require_file(folder / name, REGROW)
-                if self.adapters:
+                if self.adapters and name == ADAPTER_FILE:
+                    self._check_numbers(folder, read_checked(folder / name, digest))
+                elif self.adapters:
                     check_digest(folder / name, digest)
+
+    def _check_numbers(self, folder: Path, data: bytes) -> None:
+        found = non_finite_tensors(data)
+        if found:
+            self.problems.append(f"{folder} is NaN or infinite, in {named(found)}. {NOT_FINITE}")
 
     def _check_validity(self) -> None:
         if self.table is None:

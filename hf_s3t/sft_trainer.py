@@ -15,6 +15,7 @@ from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
 from .isolation import evaluation_chooses
+from .optimizers import refuse_bound_optimizer
 from .plan import StageKey
 from .randomness import RandomStates
 from .state import difference, mark
@@ -35,7 +36,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         args ([`~trl.SFTConfig`], *optional*): The recipe of a stage; see [`S3TTrainer`] for what differs.
         data_collator, train_dataset, eval_dataset, processing_class: As in `SFTTrainer`.
         compute_loss_func, compute_metrics, callbacks: As in `SFTTrainer`.
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `SFTTrainer`.
+        optimizer_cls_and_kwargs: As in [`S3TTrainer`].
+        preprocess_logits_for_metrics: As in `SFTTrainer`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a base given by name. In 8 bit the outlier threshold is 0 unless it is set to other than its default.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
@@ -85,6 +87,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         s3t_config: S3TConfig | None = None,
     ):
         refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
+        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)

@@ -19,9 +19,11 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .errors import FolderError, LayersNotFoundError
 from .files import explained
+from .finite import NOT_FINITE, named, non_finite_tensors
 from .isolation import check_peft_config
 from .layers import LayerGroups, is_norm
 from .plain_adapter import differences
@@ -32,6 +34,8 @@ from .storage import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from .tensor_files import differing_tensors, read_tensors
 from .turns import Turns
 
+
+logger = logging.get_logger(__name__)
 
 # What PEFT puts before a module's name in the files of an adapter.
 _PREFIX = "base_model.model."
@@ -220,6 +224,11 @@ class StageStack:
                 self.drop([key])
                 raise
         self.mark(key, digest)
+        # Written before such stages were refused, or elsewhere. It cannot be left out: which stages serve follows from
+        # what they saw, the same for everyone.
+        found = non_finite_tensors(data)
+        if found:
+            logger.warning_once(f"{key} is NaN or infinite, in {named(found)}. {NOT_FINITE}")
 
     def load_all(self, files: list[tuple[StageKey, bytes, str]]) -> None:
         """

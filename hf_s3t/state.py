@@ -195,6 +195,35 @@ def _names(slots: str | Iterable[str]) -> list[str]:
     return [slots] if isinstance(slots, str) else [name for name in slots if not name.startswith("__")]
 
 
+def reached(value: Any, around: Sequence[Any] = (), ends: tuple[type, ...] = ()) -> Iterator[Any]:
+    """
+    An object and all that it holds, of containers every element and key.
+
+    Args:
+        value: The object.
+        around (sequence, *optional*): What is passed over.
+        ends (`tuple[type, ...]`, *optional*): Types whose objects are not looked into.
+    """
+    seen = {id(one) for one in around}
+    waiting = [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        if isinstance(one, (bool, int, float, complex, str, bytes)):
+            # Python may keep one object for all that are equal.
+            yield one
+            continue
+        if id(one) in seen or depth > _DEEP:
+            continue
+        seen.add(id(one))
+        yield one
+        if isinstance(one, (torch.Tensor, np.ndarray, *ends)):
+            continue
+        parts = [part for _, part in _parts(one)]
+        if isinstance(one, _CONTAINERS):
+            parts = [*one, *one.values()] if isinstance(one, dict) else list(one)
+        waiting += [(part, depth + 1) for part in reversed(parts)]
+
+
 def difference(one: Mark, other: Mark, name: str = "") -> str | None:
     """Where two marks differ, as far inside as can be said; `None` if they do not."""
     if one == other:

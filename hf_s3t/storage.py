@@ -53,6 +53,8 @@ CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Of a checkpoint: what an optimizer trains with, if that is not what serves.
+TRAINING_WEIGHTS_FILE = "training_weights.safetensors"
 PENDING_FILE = "pending.jsonl"
 COST_FILE = "cost.json"
 PROTOTYPES_FILE = "prototypes.safetensors"
@@ -893,8 +895,17 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
         """
+        return self.read_checkpoint_file(folder, ADAPTER_FILE)
+
+    def read_checkpoint_file(self, folder: Path, name: str) -> bytes:
+        """
+        The bytes of a file of a checkpoint, as `write_checkpoint_record` found it, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
+        """
         _, files = self._checkpoint_record(folder)
-        return read_checked(folder / ADAPTER_FILE, files.get(ADAPTER_FILE, ""))
+        return read_checked(folder / name, files.get(name, ""))
 
     def _checkpoint_record(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         record = read_checked_json(folder / STAGE_FILE)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -38,19 +39,22 @@ from .base_model import check_precision, keep_4_bit_weights, log_casts_once
 from .blueprint import Blueprint, Layout, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
-from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
+from .divergence import FiniteWatch, is_finite, refuse_diverged
+from .errors import CheckpointError, ConfigError, DivergedError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
+from .finite import NOT_FINITE
 from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, check_accelerator, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
+from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .randomness import RandomStates, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
-from .storage import ADAPTER_FILE, SystemFolder
+from .storage import ADAPTER_FILE, TRAINING_WEIGHTS_FILE, SystemFolder
 from .tensor_files import differing_tensors, read_tensors
 from .training_data import EpochSeededSampler, FedRows, StageRows
 from .turns import PREPARED, TurnTakingHandler, set_attributes
@@ -234,6 +238,8 @@ class S3TTrainerMixin:
                 collator, tokenizer, overridden methods, callbacks that take part in steps, settings of Accelerate, or
                 rows that were prepared otherwise. Of lambdas, closures and what an earlier version did not record
                 only the names, or nothing, can be compared, and a warning says so.
+            [`~hf_s3t.errors.DivergedError`]: If a stage comes out NaN or infinite, or stands on one that is: it is not
+                written. What was written before stays.
         """
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ConfigError(
@@ -266,6 +272,10 @@ class S3TTrainerMixin:
                 known = len(self.folder.ledger.lines)
                 try:
                     outputs.append(self._train_stage(key, resume_from_checkpoint is not False, ignore_keys_for_eval))
+                except CheckpointError as error:
+                    logger.warning(f"{key} is trained again from its beginning: {error}")
+                    self.folder.remove_checkpoints(key)
+                    continue
                 except FolderError:
                     # A deletion by another process may have taken what the stage stands on: then another is next.
                     self.folder.refresh_ledger()
@@ -427,6 +437,7 @@ class S3TTrainerMixin:
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         with self._occupied(key), self._dropped_on_error(key):
             self._bring_in(key)
+            self._refuse_upon_diverged(key)
             origin = self._origin(key)
             if self.args.save_strategy != "no" and self.is_world_process_zero():
                 self.folder.begin_checkpoints(key, origin["slices"])
@@ -435,6 +446,8 @@ class S3TTrainerMixin:
             with self._training(key, self.folder.checkpoints(key), origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
                 self._refuse_half_trained(key)
+                self._refuse_diverged()
+                self._say_what_was_not_finite(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
                 self._refuse_changed_model(key)
             frozen_after = self._stack.digest(key.lineage[:-1])
@@ -464,6 +477,26 @@ class S3TTrainerMixin:
             "callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and call `train()` "
             "again; an evaluation may end a stage with `load_best_model_at_end=True`."
         )
+
+    def _refuse_upon_diverged(self, key: StageKey) -> None:
+        """A stage that stands on NaN, as earlier versions wrote, would be nothing else."""
+        for stage in key.lineage[:-1]:
+            if not is_finite(self._stack.tensors(stage)):
+                raise DivergedError(f"{stage}, on which {key} stands, is NaN or infinite. {NOT_FINITE}")
+
+    def _refuse_diverged(self) -> None:
+        """Go no further with a stage that is NaN: it would only cost time, and never be anything else."""
+        refuse_diverged(self._stage, self._stack.tensors(self._stage), self._finite, self.state.global_step)
+
+    def _say_what_was_not_finite(self, key: StageKey) -> None:
+        """A loss that was NaN, and left the weights alone: nothing is wrong with the stage, but with a batch."""
+        first = self._finite.first_step
+        if first is not None:
+            logger.warning(
+                f"{key} is finite, though a loss or its gradient was not, first in step {first}: that batch taught "
+                "nothing. Look through the examples for values that are not finite and rows without a label that "
+                "counts."
+            )
 
     def _refuse_changed_model(self, key: StageKey) -> None:
         """A stage that left something in the modules of the base is not written: the next one would read it."""
@@ -501,7 +534,8 @@ class S3TTrainerMixin:
             "examples_dropped": self._dropped(key),
             "frozen_before": frozen,
             "frozen_after": frozen_after,
-            "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
+            # NaN is no JSON.
+            "metrics": {n: v for n, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
         }
 
     def _buffers_digest(self) -> str:
@@ -659,6 +693,8 @@ class S3TTrainerMixin:
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
         self._batches_are_random = self.args.dataloader_num_workers > 0
         self._settled_model: Look | None = None
+        self._finite = FiniteWatch()
+        self._stage_optimizer: StageOptimizer | None = None
         # Loaders of evaluations that keep their workers keep what these have drawn.
         vars(self).pop("_eval_dataloaders", None)
         paged = len(_paged_tensors())
@@ -669,6 +705,8 @@ class S3TTrainerMixin:
                 yield
         finally:
             self._stage = self._stage_output_dir = None
+            if self._stage_optimizer is not None:
+                self._stage_optimizer.release()
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
             vars(self).pop("_epoch_iterator", None)
             self.accelerator.free_memory()
@@ -722,10 +760,14 @@ class S3TTrainerMixin:
         self._stack.add(key)
         self._stack.train_only(key)
         try:
-            return super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
         except BaseException:
             self.is_in_train = False
             raise
+        if self._stage_optimizer is not None:
+            # Whether or not an evaluation came last: a stage is what serves.
+            self._stage_optimizer.serve()
+        return output
 
     def _stage_dataset(self, key: StageKey) -> Any:
         """The dataset a stage trains on, ready for the data loader."""
@@ -837,12 +879,30 @@ class S3TTrainerMixin:
 
     def training_step(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the first of a stage shows what the model is set up to, and what it makes for itself."""
-        if self._settled_model is not None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        self._set_up_model = Look(self.model)
+        is_first = self._settled_model is None
+        if is_first:
+            self._know_optimizer()
+            self._set_up_model = Look(self.model)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._settled_model = Look(self.model)
+        if is_first:
+            self._settled_model = Look(self.model)
+        # Trainer's own logs leave out what is not finite (`logging_nan_inf_filter`).
+        self._finite.note(loss, self.state.global_step + 1)
         return loss
+
+    def create_scheduler(self, *args, **kwargs):
+        """As in `Trainer`, which has prepared the optimizer by then and makes no other for the stage."""
+        self._know_optimizer()
+        return super().create_scheduler(*args, **kwargs)
+
+    def _know_optimizer(self) -> None:
+        if self._stage_optimizer is None and self._stage is not None:
+            self._stage_optimizer = StageOptimizer(self.optimizer, self.model, self._shared)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite.note(norm, self.state.global_step + 1)
+        return norm
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -860,6 +920,8 @@ class S3TTrainerMixin:
             # A checkpoint would write down what was deleted, and more steps would be for nothing.
             self.control.should_training_stop = True
             return
+        self._stage_optimizer.serve()
+        self._refuse_diverged()
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -869,7 +931,7 @@ class S3TTrainerMixin:
                 # Between epochs there are no workers, unless they live on.
                 between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
                 at_rest = not self._batches_are_random or between
-                exact = at_rest and not self._has_moved()
+                exact = at_rest and not self._has_moved() and self._is_optimizer_held()
                 self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
         except (OSError, RuntimeError):
             if self.accelerator.num_processes > 1 or not self._is_condemned():
@@ -884,6 +946,17 @@ class S3TTrainerMixin:
         """
         self.folder.refresh_ledger()
         return self._stage_origin["slices"] != self.folder.slice_digests(self._stage)
+
+    def _is_optimizer_held(self) -> bool:
+        """Whether a checkpoint brings the optimizer back; where it does not, that is said once."""
+        why = self._stage_optimizer.not_held()
+        if why is not None:
+            logger.warning_once(
+                f"Checkpoints inside a stage do not hold all of {self._stage_optimizer.name}: {why}. A stage that is "
+                "interrupted is trained again from its beginning. Stages that are done stay. Choose another optimizer "
+                'to resume inside of stages, or `save_strategy="no"` to save the room.'
+            )
+        return why is None
 
     def _has_moved(self) -> bool:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""
@@ -927,13 +1000,37 @@ class S3TTrainerMixin:
         self._stack.fill(self._stage, self.folder.read_checkpoint_adapter(Path(resume_from_checkpoint)))
         self._stack.train_only(self._stage)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._stage_optimizer.has_two_weights and self.is_world_process_zero():
+            with self._stage_optimizer.weights_of_training():
+                tensors = {n: t.cpu().contiguous() for n, t in self._stack.tensors(self._stage).items()}
+                save_file(tensors, Path(output_dir) / TRAINING_WEIGHTS_FILE, {"format": "pt"})
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
-            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-            _restore_precision(self.optimizer, saved["state"])
+        self._know_optimizer()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+                saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+                _restore_precision(self.optimizer, saved["state"])
+            if self._stage_optimizer.has_two_weights:
+                data = self.folder.read_checkpoint_file(Path(checkpoint), TRAINING_WEIGHTS_FILE)
+                self._stage_optimizer.put_aside(lambda: self._stack.fill(self._stage, data))
+            why = self._stage_optimizer.not_read_back()
+        except Exception as error:
+            if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, S3TError):
+                # No memory, no disk: the checkpoint has no part in it.
+                raise
+            why = f"{type(error).__name__}: {error}"
+        if why is None and not is_finite(self._stack.tensors(self._stage)):
+            why = "its weights are NaN or infinite"
+        if why is not None:
+            raise CheckpointError(f"{Path(checkpoint).name} is not resumed from: {why}.")
 
     def _load_best_model(self):
+        # What is loaded are weights that serve.
+        self._stage_optimizer.serve()
         try:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         except OSError:
@@ -999,6 +1096,9 @@ class S3TTrainerMixin:
                 "stage": self._stage.group,
             }
         super().log(logs, start_time)
+        if self._stage is not None:
+            # Here Trainer has waited for the device anyway.
+            self._refuse_diverged()
 
     # The audit
 
@@ -1034,7 +1134,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         args ([`~transformers.TrainingArguments`], *optional*): The recipe of a stage.
         data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`.
         compute_loss_func, compute_metrics, callbacks: As in `Trainer`.
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`.
+        optimizer_cls_and_kwargs (`tuple[type, dict]`, *optional*):
+            As in `Trainer`; every stage gives a copy of the arguments, and its own parameters, to the class. Arguments
+            that hold parameters, a model or an optimizer are refused. Of an optimizer with two weights, as
+            schedule-free ones have, a stage is the weights of its `eval()`.
+        preprocess_logits_for_metrics: As in `Trainer`.
         model_init, optimizers: Refused: every stage starts a fresh optimizer on the one base model.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
             Without `target_modules` PEFT chooses them, where it has a default for the architecture.
@@ -1082,6 +1186,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
+        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from folders import (
     NAMES,
@@ -20,6 +21,7 @@ from folders import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from hf_s3t import S3TConfig
 from hf_s3t.deletion import apply
@@ -251,7 +253,7 @@ def test_a_stage_on_another_one_is_named(untouched):
     record = {"slices": folder.slice_digests(parent), "below": None, "metrics": {}}
 
     def fill(path):
-        (path / "adapter_model.safetensors").write_bytes(b"trained another way")
+        save_file({"trained": np.array([2.0])}, path / "adapter_model.safetensors")
         (path / "adapter_config.json").write_text("{}")
 
     # A valid stage is not written over.

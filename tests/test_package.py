@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 PURE = (
     "analysis", "analysis.figures", "analysis.paper_theory", "analysis.pictures", "analysis.study_figures", "cli",
-    "config", "cost", "deletion", "errors", "examples", "files", "inspection", "ledger", "optimal_sequences",
+    "config", "cost", "deletion", "errors", "examples", "files", "finite", "inspection", "ledger", "optimal_sequences",
     "partition", "pending", "plan", "purge", "receipt", "rendering", "sequences", "status", "storage", "table_file",
     "versions",
 )  # fmt: skip
