@@ -23,6 +23,7 @@ from .isolation import (
     check_base,
     check_checkpoint,
     check_datasets,
+    check_has_logits,
     check_keeps_no_state,
     check_peft_config,
     check_task,
@@ -30,6 +31,7 @@ from .isolation import (
 )
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .storage import SystemFolder
+from .targets import check_targets
 from .training_data import FedRows, TrainingRows
 
 
@@ -121,12 +123,15 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     check_arguments(args, callbacks)
     check_datasets(train_dataset, eval_dataset, args, config)
     check_base(model, config)
+    check_has_logits(model)
     path, module_list = find_layers(model, peft_config.layers_pattern)
     layers = LayerGroups(path, len(module_list), layout.groups(len(module_list), config))
     head = find_head(model, path)
     check_checkpoint(model, path, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_peft_config(peft_config, head)
+    if recorded is None:
+        check_targets(model, peft_config, layers, head)
     check_keeps_no_state(model)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
     if recorded is None and rows is None:
@@ -226,7 +231,9 @@ def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
             'Name them, such as LoraConfig(..., target_modules="all-linear").'
         )
     config = copy.deepcopy(config)
-    config.target_modules = set(DEFAULT_TARGETS[kind])
+    # A list of names, or one expression.
+    default = DEFAULT_TARGETS[kind]
+    config.target_modules = default if isinstance(default, str) else set(default)
     return config
 
 
