@@ -122,7 +122,8 @@ def _refuse_outside(config: LoraConfig, layers: LayerGroups, head: Sequence[str]
     outside = sorted(name for name in adapted if not name.startswith(f"{layers.path}."))
     heads = [name for name in outside if any(name == own or name.startswith(f"{own}.") for own in head)]
     others = [name for name in outside if name not in heads]
-    wanted = _exclusion(others, layers)
+    inside = [name for name in adapted if name.startswith(f"{layers.path}.")]
+    wanted = _exclusion(others, layers, inside)
     if is_all_linear(config.target_modules):
         if others:
             logger.warning_once(
@@ -139,13 +140,14 @@ def _refuse_outside(config: LoraConfig, layers: LayerGroups, head: Sequence[str]
     if heads:
         raise LayersNotFoundError(
             f"`target_modules` matches {_some(heads)} of the head, which every stage trains in full, without an "
-            f"adapter. Leave it out of `target_modules`, or by `exclude_modules={_exclusion(heads, layers)}`."
+            f"adapter. Leave it out of `target_modules`, or by `exclude_modules={_exclusion(heads, layers, inside)}`."
         )
 
 
-def _exclusion(names: Sequence[str], layers: LayerGroups) -> str:
-    """What leaves out modules outside the layers: their names, or if these are many an expression."""
-    return repr(list(names)) if len(names) <= _SHOWN else f'r"(?!{re.escape(layers.path)}\\.).*"'
+def _exclusion(names: Sequence[str], layers: LayerGroups, inside: Sequence[str]) -> str:
+    """What leaves out modules outside the layers and no other: their names, or if these are many an expression."""
+    is_exact = not any(_ends(other, name) for other in inside for name in names)
+    return repr(list(names)) if is_exact and len(names) <= _SHOWN else f'r"(?!{re.escape(layers.path)}\\.).*"'
 
 
 def _refuse_unmatched(config: LoraConfig, names: Sequence[str], adapted: Mapping[str, LoraLayer]) -> None:
