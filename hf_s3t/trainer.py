@@ -378,7 +378,12 @@ class S3TTrainerMixin:
     def _buffers_digest(self) -> str:
         """What the base keeps besides parameters; frequencies are computed anew in every pass (see `check_base`)."""
         own = (".lora_", ".modules_to_save.")
-        buffers = {n: b for n, b in self.model.named_buffers() if not any(part in n for part in own)}
+        # Modules that PEFT wraps meanwhile may have buffers: they stay what they are under another name.
+        buffers = {
+            n.replace(".base_layer.", "."): b
+            for n, b in self.model.named_buffers()
+            if not any(part in n for part in own)
+        }
         return tensors_digest({n: b for n, b in buffers.items() if not n.endswith("inv_freq")})
 
     def _completes(self, key: StageKey) -> bool:
