@@ -17,6 +17,7 @@ from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
+from .first_steps import check_columns, check_optimizer, check_rows
 from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
@@ -133,7 +134,12 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     if recorded is None:
         check_targets(model, peft_config, layers, head)
     check_keeps_no_state(model)
+    check_optimizer(args, model)
+    if train_dataset is not None:
+        check_columns(train_dataset, model, args, asked)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
+    if rows is not None:
+        check_rows(train_dataset, model, head)
     if recorded is None and rows is None:
         raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
     if recorded is not None:
@@ -207,7 +213,7 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
             "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
         )
     if given is not None:
-        check_peft_config(given, given.modules_to_save or ())
+        check_peft_config(given, getattr(given, "modules_to_save", None) or ())
         given = _with_targets(given, model)
     if recorded is None:
         return given
