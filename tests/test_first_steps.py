@@ -329,9 +329,7 @@ def test_an_evaluation_set_called_train_is_prepared_as_any_other(packing, is_the
 
 
 def test_tokens_of_another_tokenizer_are_refused_when_they_are_made(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"`input_ids` of `train_dataset` goes from 60 to 75, .* the tokens 0 to 59"
-    ):
+    with pytest.raises(ConfigError, match=r"`input_ids` of `train_dataset` goes from 60 to 75, .* the tokens 0 to 59"):
         sft(tmp_path / "system", written(8, first=60), words_tokenizer(110))
     assert not list(tmp_path.glob("system/*"))
 
