@@ -121,7 +121,10 @@ def check_rows(dataset: Any, model: nn.Module, head: Sequence[str]) -> None:
         return
     if head:
         _check_labels(dataset, model)
-    if "input_ids" in dataset.column_names and getattr(model, "main_input_name", None) == "input_ids":
+    # Of models that read more than words, some know tokens of their own beside, and other towers have positions.
+    config = getattr(model, "config", None)
+    is_of_words = getattr(model, "main_input_name", None) == "input_ids" and config is not None
+    if "input_ids" in dataset.column_names and is_of_words and config.get_text_config() is config:
         _check_tokens(dataset, model)
 
 

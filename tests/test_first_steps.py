@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from test_errors import Refusal, assert_trainer_refuses, cases
+from test_targets import llava
 from tiny import (
     batch_of,
     build,
@@ -106,6 +107,14 @@ def test_rows_that_it_has_a_place_for_are_not(rows, model, tmp_path):
     batch = batch_of(rows[:4])
     assert torch.isfinite(model(**batch).loss)
     make_trainer(tmp_path, model, rows)
+
+
+def test_the_positions_of_a_tower_of_pictures_are_none_of_words(tmp_path):
+    """It has five of them here."""
+    trainer = make_trainer(
+        tmp_path, llava(), lm_rows(12), peft_config=LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    )
+    assert trainer.model.main_input_name == "input_ids"
 
 
 def test_what_a_collator_makes_of_rows_is_not_judged_beforehand(tmp_path):
