@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, GenerationConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -23,6 +24,7 @@ _PARTS = {
     "layers": "the weights of its layers",
     "rest": "its embeddings, norms or biases",
     "buffers": "its persistent buffers",
+    "quantised": "its quantised weights",
 }
 # Of a config: where it came from, how it was loaded, and what is decided per call.
 _NOT_THE_FUNCTION = {
@@ -53,7 +55,7 @@ def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> di
         "dtype": dtype,
         "other_dtypes": _other_dtypes(model),
         "attn_implementation": getattr(config, "_attn_implementation", None),
-        "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+        "quantization": _as_dict(quantization),
         "digest": _digests(model, layers_path, head, sorted({dtype, *_HALVES})),
         "num_labels": getattr(config, "num_labels", None) if head else None,
     }
@@ -114,7 +116,12 @@ def check_base_is(
     found, expected = _digests(model, layers_path, head, dtypes), record["digest"]
     parts = [part for part in _PARTS if found[part] and expected.get(part)]
     # One that agrees is enough: a checkpoint in one half precision that was trained on in the other is the same base.
-    differing = [part for part in parts if not set(found[part].items()) & set(expected[part].items())]
+    # Weights that were quantised in another way say nothing of it.
+    differing = [
+        part
+        for part in parts
+        if found[part].keys() & expected[part].keys() and not found[part].items() & expected[part].items()
+    ]
     if differing:
         where = " and ".join(_PARTS[part] for part in differing)
         raise BaseModelMismatchError(
@@ -150,8 +157,7 @@ def check_precision(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def _method(quantization: Any) -> str | None:
-    if hasattr(quantization, "to_dict"):
-        quantization = quantization.to_dict()
+    quantization = _as_dict(quantization)
     if not quantization:
         return None
     bits = [name for name in ("load_in_8bit", "load_in_4bit") if quantization.get(name)]
@@ -181,17 +187,38 @@ def _digests(model: nn.Module, layers_path: str, head: Sequence[str], dtypes: Se
     Digests of the layers' weight matrices and of all other tensors, rounded to each of the precisions.
 
     A quantised base keeps no exact weight matrices, and may keep buffers of its own: for it both are `None`, so that
-    the base is recognised whether it is quantised or not.
+    the base is recognised whether it is quantised or not. What tensors of a kind of its own (torchao, quanto) consist
+    of has a digest by the way in which it was quantised.
     """
-    quantised = getattr(model.config, "quantization_config", None) is not None
-    hashers = {part: {d: hashlib.sha256() for d in dtypes} for part in _PARTS}
+    quantised = getattr(model.config, "quantization_config", None)
+    way = json.dumps(_as_dict(quantised), sort_keys=True, default=str)
+    keys = {part: [way] if part == "quantised" else dtypes for part in _PARTS}
+    hashers = {part: {key: hashlib.sha256() for key in keys[part]} for part in _PARTS}
+    has_inner = False
     for part, name, tensor in _base_tensors(model, layers_path, head):
-        for dtype, hasher in hashers[part].items():
-            rounded = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1)
+        has_inner |= part == "quantised"
+        for key, hasher in hashers[part].items():
+            dtype = tensor.dtype if part == "quantised" else getattr(torch, key)
+            rounded = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
             hasher.update(f"{name}|{tuple(tensor.shape)}|".encode())
             hasher.update(memoryview(rounded.view(torch.uint8).numpy()))
-    hexed = {part: {d: h.hexdigest() for d, h in by_dtype.items()} for part, by_dtype in hashers.items()}
-    return {**hexed, "layers": None, "buffers": None} if quantised else hexed
+    hexed = {part: {key: h.hexdigest() for key, h in by_key.items()} for part, by_key in hashers.items()}
+    hexed = hexed if has_inner else {**hexed, "quantised": None}
+    return {**hexed, "layers": None, "buffers": None} if quantised is not None else hexed
+
+
+def _inner_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The plain tensors that a tensor of a kind of its own consists of."""
+    for part in sorted(tensor.__tensor_flatten__()[0]):
+        inner = getattr(tensor, part)
+        if is_traceable_wrapper_subclass(inner):
+            yield from _inner_tensors(f"{name}.{part}", inner)
+        elif inner is not None:
+            yield f"{name}.{part}|{inner.dtype}", inner
+
+
+def _as_dict(quantization: Any) -> Any:
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
 
 
 def _base_tensors(model: nn.Module, layers_path: str, head: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -199,6 +226,9 @@ def _base_tensors(model: nn.Module, layers_path: str, head: Sequence[str]) -> It
     for name, parameter in sorted(model.named_parameters()):
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         if plain.startswith(left_out) or ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if is_traceable_wrapper_subclass(parameter):
+            yield from (("quantised", *inner) for inner in _inner_tensors(plain, parameter))
             continue
         is_matrix = plain.startswith(f"{layers_path}.") and parameter.dim() > 1
         if is_matrix and not parameter.is_floating_point():

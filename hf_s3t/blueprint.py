@@ -17,12 +17,14 @@ from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
+from .first_steps import check_columns, check_optimizer, check_rows
 from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
     check_base,
     check_checkpoint,
     check_datasets,
+    check_has_logits,
     check_is_itself,
     check_keeps_no_state,
     check_peft_config,
@@ -31,6 +33,7 @@ from .isolation import (
 )
 from .layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from .storage import SystemFolder
+from .targets import check_targets
 from .training_data import FedRows, TrainingRows
 
 
@@ -131,14 +134,22 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     check_arguments(args, callbacks)
     check_datasets(train_dataset, eval_dataset, args, config)
     check_base(model, config)
+    check_has_logits(model)
     path, module_list = find_layers(model, peft_config.layers_pattern)
     layers = LayerGroups(path, len(module_list), layout.groups(len(module_list), config))
     head = find_head(model, path)
     check_checkpoint(model, path, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_peft_config(peft_config, head)
+    if recorded is None:
+        check_targets(model, peft_config, layers, head)
     check_keeps_no_state(model)
+    check_optimizer(args, model)
+    if train_dataset is not None:
+        check_columns(train_dataset, model, args, asked)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
+    if rows is not None:
+        check_rows(train_dataset, model, head)
     if recorded is None and rows is None:
         raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
     if recorded is not None:
@@ -212,7 +223,7 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
             "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
         )
     if given is not None:
-        check_peft_config(given, given.modules_to_save or ())
+        check_peft_config(given, getattr(given, "modules_to_save", None) or ())
         given = _with_targets(given, model)
     if recorded is None:
         return given
@@ -236,7 +247,9 @@ def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
             'Name them, such as LoraConfig(..., target_modules="all-linear").'
         )
     config = copy.deepcopy(config)
-    config.target_modules = set(DEFAULT_TARGETS[kind])
+    # A list of names, or one expression.
+    default = DEFAULT_TARGETS[kind]
+    config.target_modules = default if isinstance(default, str) else set(default)
     return config
 
 

@@ -1,7 +1,7 @@
 """One batched pass for all members of the ensemble, and how their answers become one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,40 @@ CACHES = ("past_key_values", "cache_params")
 # Inputs that are not one row per example even if their length says so.
 _NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
 _WITH_A_CACHE = {"use_cache", "cache_position", "attention_mask", "position_ids", *CACHES}
+# The fields of an answer that hold its logits: those of one head, or of two that say where a span begins and ends.
+_HEADS = (("logits",), ("start_logits", "end_logits"))
 # How many numbers of the answer to make at once: on a CPU what its caches hold, elsewhere few kernels.
 _AT_ONCE = {"cpu": 2**18, "other": 2**26}
 _VANISHING = 1e-30
 _DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
+
+
+def logit_fields(names: Collection[str]) -> tuple[str, ...]:
+    """Which of the fields of an answer members are aggregated by; none if it has no logits."""
+    return next((fields for fields in _HEADS if set(fields) <= set(names)), ())
+
+
+def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how: str) -> dict[str, torch.Tensor]:
+    """
+    What a route answers, by field, from what the base did: once for all members, or once for each.
+
+    Args:
+        outputs (sequence of mappings): What the base answered, members one after the other.
+        weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
+        how (`str`): As for `answer_of`.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: If there are no logits among it.
+    """
+    fields = logit_fields(outputs[0].keys())
+    if not fields:
+        raise S3TError(
+            f"The base model answered with {', '.join(outputs[0].keys())}, and an ensemble aggregates `logits`. Use a "
+            "model whose forward returns these."
+        )
+    if len(outputs) == 1:
+        return {name: answer_of(outputs[0][name], weights, how) for name in fields}
+    return {name: answer_of(torch.cat([output[name] for output in outputs]), weights, how) for name in fields}
 
 
 def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import math
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +17,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
 from .config import S3TConfig
+from .ensemble import logit_fields
 from .errors import ConfigError, IsolationError
 from .randomness import preserved_randomness
 from .state import Derived, Look, Mark, shown
@@ -97,7 +100,9 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
             "Use True, False, 'gaussian' or 'orthogonal'."
         )
     for field, reason in _REFUSED_LORA_FIELDS.items():
-        if getattr(config, field, None):
+        # The index 0 is a layer, no absence of one.
+        value = getattr(config, field, None)
+        if value or (type(value) is int and value == 0):
             raise IsolationError(f"`peft_config.{field}` cannot be used: {reason}.")
     for rank in (config.r, *dict(config.rank_pattern or {}).values()):
         if type(rank) is not int or rank < 1:
@@ -124,7 +129,7 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
         [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
     """
     check_has_no_adapters(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _has_two_stacks(model):
         raise IsolationError(
             f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
             "order is defined for one. Use a decoder-only or encoder-only model."
@@ -154,6 +159,49 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
             "data is public, say so with S3TConfig(base_is_public=True); otherwise use bitsandbytes."
         )
     _check_embeddings(model)
+
+
+def _has_two_stacks(model: nn.Module) -> bool:
+    """Whether a model has a decoder beside its encoder; one whose config says so may be the encoder with a head."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    takes = inspect.signature(type(model).forward).parameters
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return len(outer) != 1 or any(name.startswith("decoder_") for name in takes)
+
+
+def check_has_logits(model: nn.Module) -> None:
+    """
+    Refuse models that say that they answer with something else than logits: backbones, which users put heads on.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With what they answer with, and the way out.
+    """
+    answers = _answer_class(model)
+    fields = [field.name for field in dataclasses.fields(answers)] if answers is not None else []
+    if fields and not logit_fields(fields):
+        told = ", ".join(name for name in fields if name not in ("loss", "hidden_states", "attentions"))
+        raise ConfigError(
+            f"{type(model).__name__} has no logits: it answers with {told}, and the members of an ensemble are "
+            "aggregated by their logits. Use a class with a head, such as AutoModelForSequenceClassification; or, for "
+            "embeddings and losses of your own, a class of yours around the backbone whose forward returns them as "
+            '`logits`, with aggregation="mean_logits".'
+        )
+
+
+def _answer_class(model: nn.Module) -> type[ModelOutput] | None:
+    """The class of what a model's forward returns, if it says so."""
+    returned = inspect.signature(type(model).forward).return_annotation
+    if isinstance(returned, str):
+        with contextlib.suppress(Exception):
+            returned = typing.get_type_hints(type(model).forward).get("return")
+    found = [
+        one
+        for one in (returned, *typing.get_args(returned))
+        if isinstance(one, type) and issubclass(one, ModelOutput) and dataclasses.is_dataclass(one)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def check_keeps_no_state(model: nn.Module) -> None:
@@ -424,11 +472,6 @@ def check_task(model: nn.Module, aggregation: str) -> None:
     Raises:
         [`~hf_s3t.errors.ConfigError`]: Naming the task and the way out.
     """
-    if "start_positions" in inspect.signature(type(model).forward).parameters:
-        raise ConfigError(
-            f"{type(model).__name__} answers with start and end positions, which S3T does not aggregate. Use a "
-            "classification or causal language model."
-        )
     is_language_model = getattr(model, "get_output_embeddings", lambda: None)() is not None
     if is_language_model and aggregation == "majority_vote":
         raise ConfigError(

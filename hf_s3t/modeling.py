@@ -18,7 +18,7 @@ from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_
 from .calls import Routing
 from .config import require_choice, require_int
 from .ensemble import (
-    answer_of,
+    answers_of,
     bind,
     cache_of,
     caches_in,
@@ -26,6 +26,7 @@ from .ensemble import (
     check_cache,
     first_row,
     has_cache,
+    logit_fields,
     num_rows,
     refuse_other_state,
     reorder_cache,
@@ -58,6 +59,8 @@ _PRELOADS = ("best", "all")
 _BASE_ALONE = Route(())
 # Where code that came with the base generates, its `base_model` is not meant to be the base without stages.
 _NO_WAY = NoWay(())
+# What says where a span begins and ends, for the loss.
+_SPANS = ("start_positions", "end_positions")
 _WHEN_EXHAUSTED = ("error", "base")
 
 
@@ -359,10 +362,11 @@ class S3TModel(Unlearning, nn.Module):
             return_dict (`bool`, *optional*): `False` for a tuple.
 
         Returns:
-            The output class of the base model with `logits` of shape `(rows, ..., classes)`, `loss` if there are
-            labels, and the cache where the base returns one. With mean probabilities, `logits` is the logarithm of
-            the mean where several members answer, and the member's own logits where one does: the same distribution,
-            shifted by a constant per position. When deletions leave one shard alive, the scale changes so.
+            The output class of the base model with `logits` of shape `(rows, ..., classes)`, or where it answers with
+            spans `start_logits` and `end_logits`, each aggregated by itself; `loss` if there are labels, and the cache
+            where the base returns one. With mean probabilities, `logits` is the logarithm of the mean where several
+            members answer, and the member's own logits where one does: the same distribution, shifted by a constant
+            per position. When deletions leave one shard alive, the scale changes so.
 
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
@@ -393,7 +397,7 @@ class S3TModel(Unlearning, nn.Module):
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
-        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
+        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels", *_SPANS) if k in inputs}
         if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
             raise S3TError(
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
@@ -412,8 +416,8 @@ class S3TModel(Unlearning, nn.Module):
             outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
         stamp_cache(cache, routing.route)
         stamp_cache(cache_of(outputs), routing.route)
-        logits = answer_of(outputs.logits, routing.weights, self.aggregation)
-        return self._output(outputs, logits, labels, return_dict, loss_kwargs)
+        answers = answers_of([outputs], routing.weights, self.aggregation)
+        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
 
     @torch.no_grad()
     def _answers_in_one_pass(self, inputs: dict[str, Any], rows: int) -> bool:
@@ -440,16 +444,15 @@ class S3TModel(Unlearning, nn.Module):
                 f"ensemble answer one after the other and cannot share `{next(iter(caches_in(inputs)))}`. Call with "
                 "use_cache=False."
             )
-        logits = []
+        each = []
         for tip in routing.route.members:
             with routed(replace(routing.route, members=(tip,))):
                 outputs = self.base_model(**inputs, return_dict=True)
-            logits.append(outputs.logits)
+            each.append(outputs)
         for name in caches_in(outputs):
             outputs[name] = None
-        return self._output(
-            outputs, answer_of(torch.cat(logits), routing.weights, self.aggregation), labels, return_dict, loss_kwargs
-        )
+        answers = answers_of(each, routing.weights, self.aggregation)
+        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
 
     def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
         if self.stack.in_training is not None and self.folder.valid_stages:
@@ -473,15 +476,21 @@ class S3TModel(Unlearning, nn.Module):
             outputs = self.base_model(**inputs, return_dict=True)
         stamp_cache(cache_of(inputs), _BASE_ALONE)
         stamp_cache(cache_of(outputs), _BASE_ALONE)
-        return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)
+        answers = {name: outputs[name] for name in logit_fields(outputs.keys())}
+        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
 
-    def _output(self, outputs, logits, labels, return_dict, loss_kwargs):
-        loss = None if labels is None else self._loss(logits, labels, loss_kwargs)
-        kept = {"loss": loss, "logits": logits, **caches_in(outputs)}
+    def _output(self, outputs, answers, labels, return_dict, loss_kwargs):
+        kept = {"loss": self._loss(answers, labels, loss_kwargs), **answers, **caches_in(outputs)}
         answer = type(outputs)(**{k: v for k, v in kept.items() if v is not None})
         return answer.to_tuple() if return_dict is False else answer
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_kwargs: dict) -> torch.Tensor:
+    def _loss(self, answers: dict[str, torch.Tensor], labels: torch.Tensor | None, loss_kwargs: dict):
+        spans = {name: loss_kwargs.pop(name) for name in _SPANS if name in loss_kwargs}
+        if "logits" not in answers:
+            return LOSS_MAPPING["ForQuestionAnswering"](**answers, **{**dict.fromkeys(_SPANS), **spans})
+        if labels is None:
+            return None
+        logits = answers["logits"]
         named = {"logits": logits, "pooled_logits": logits, "config": self.config}
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         function = self.base_model.loss_function

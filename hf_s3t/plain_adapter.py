@@ -45,7 +45,7 @@ def differences(
         # What PEFT has to say of missing keys shows in the comparison.
         warnings.simplefilter("ignore")
         plain = PeftModel.from_pretrained(
-            _bare(base, {}), folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False, torch_device="cpu"
+            bare_copy(base), folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False, torch_device="cpu"
         )
     found = {
         name.removeprefix(_PREFIX): module
@@ -68,8 +68,12 @@ def differences(
     return problems
 
 
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules without adapters and hooks, sharing every tensor."""
+    return _bare(model, {})
+
+
 def _bare(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the modules without adapters and hooks, sharing every tensor."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     elif isinstance(module, ModulesToSaveWrapper):

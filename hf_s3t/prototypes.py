@@ -286,4 +286,4 @@ class ProtoSISAModel(WholeAdapterModel):
         if routing.route is not None:
             outputs = super()._answer(routing, inputs, None, True)
             logits = torch.lerp(outputs.logits, logits.to(outputs.logits), self.prototype_weight)
-        return self._output(outputs, logits, labels, return_dict, loss_kwargs)
+        return self._output(outputs, {"logits": logits}, labels, return_dict, loss_kwargs)

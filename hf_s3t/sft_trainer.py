@@ -14,6 +14,7 @@ from .base_model import rowwise
 from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
+from .first_steps import check_choice
 from .isolation import evaluation_chooses
 from .optimizers import refuse_bound_optimizer
 from .plan import StageKey
@@ -93,9 +94,11 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         # Where evaluation chooses, evaluation sets as they are before packing, by their names.
         self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
+        self._awaits_training_set = train_dataset is not None
         default_ddp_arguments(args)
         super().__init__(
             model=model,
@@ -123,12 +126,14 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         whole = copy.copy(args)
         if packing:
             whole.max_length = None
-        if dataset_name != "train":
+        # An evaluation set may be called so, too: the training set comes first, and once.
+        if dataset_name != "train" or not self._awaits_training_set:
             if packing and self._unpacked is not None:
                 self._unpacked[dataset_name] = super()._prepare_dataset(
                     dataset, processing_class, whole, False, formatting_func, dataset_name
                 )
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._awaits_training_set = False
         # Rows keep their number through tokenisation and filtering. Packing waits: a stage packs its own examples.
         dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
         args = whole

@@ -120,11 +120,7 @@ class StageStack:
         self.head = tuple(head)
         # Full names, on the bare model: what PEFT shall adapt, whatever its config calls it.
         self._names = [name for name, _ in base.named_modules()]
-        self._targets = [_targets(base, peft_config, layers, group) for group in range(len(layers.groups))]
-        self._configs = [
-            _stage_config(peft_config, layers, group, self._targets[group], self.head, base, self._names)
-            for group in range(len(layers.groups))
-        ]
+        self._targets, self._configs = stage_configs(base, peft_config, layers, self.head)
         self._places: dict[int, _Places] = {}
         self._kind = hash(tuple((name, type(module)) for name, module in base.named_modules()))
         self._modules: dict[StageKey, list[nn.Module]] = {}
@@ -529,12 +525,38 @@ def _single_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def stage_configs(
+    base: nn.Module, config: LoraConfig, layers: LayerGroups, head: Sequence[str]
+) -> tuple[list[list[str]], list[LoraConfig]]:
+    """
+    By group, the full names of the modules that a stage adapts, and the config by which PEFT adapts these.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]): The bare base model.
+        config ([`~peft.LoraConfig`]): The user's settings.
+        layers ([`~hf_s3t.layers.LayerGroups`]): Which layers each stage adapts.
+        head (sequence of `str`): Names of the modules trained as the head.
+
+    Raises:
+        [`~hf_s3t.errors.LayersNotFoundError`]: If the config targets nothing in some group.
+    """
+    names = [name for name, _ in base.named_modules()]
+    groups = range(len(layers.groups))
+    targets = [_targets(base, config, layers, group) for group in groups]
+    return targets, [_stage_config(config, layers, g, targets[g], tuple(head), base, names) for g in groups]
+
+
+def is_all_linear(target_modules: Any) -> bool:
+    """Whether target modules are PEFT's shorthand for all linear layers."""
+    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
 def _targets(base: nn.Module, config: LoraConfig, layers: LayerGroups, group: int) -> list[str]:
     """Full names of the modules that the user's config targets in a group, found on the bare model."""
     names = [
         f"{layer}.{n}" for layer in layers.module_names(group) for n, _ in base.get_submodule(layer).named_modules()
     ]
-    if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if is_all_linear(config.target_modules):
         linear = (nn.Linear, Conv1D)
         matched = [n for n in names if isinstance(base.get_submodule(n.rstrip(".")), linear)]
         # PEFT leaves out what is excluded also of these.

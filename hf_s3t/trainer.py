@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -41,15 +42,16 @@ from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .divergence import FiniteWatch, is_finite, refuse_diverged
 from .errors import CheckpointError, ConfigError, DivergedError, FolderError, HubError, IsolationError, S3TError
-from .examples import KeptNames
+from .examples import ExampleTable, KeptNames
 from .finite import NOT_FINITE
+from .first_steps import check_choice, check_loss, check_rows
 from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, check_accelerator, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
 from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
-from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
+from .plan import LEAST_STEPS, Plan, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .randomness import RandomStates, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
@@ -121,7 +123,11 @@ class S3TTrainerMixin:
         if planned is not None:
             # Before anything is written: truncation and filtering may have emptied a slice.
             names = KeptNames(key, blueprint.config.keep_ids)
-            StageRows(self.train_dataset, rows, names).check_slices(planned)
+            prepared = StageRows(self.train_dataset, rows, names)
+            prepared.check_slices(planned)
+            if self.train_dataset is not rows.dataset:
+                check_rows(self.train_dataset, self.model, blueprint.head)
+            self._check_batches(Plan.from_config(blueprint.config).stages(planned.empty), prepared, planned)
         if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
             os.makedirs(output_dir, exist_ok=True)
             key.write(output_dir)
@@ -154,6 +160,17 @@ class S3TTrainerMixin:
         """
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.model, self.processing_class)
+
+    def _check_batches(self, keys: Sequence[StageKey], rows: StageRows, table: ExampleTable) -> None:
+        """Refuse stages of too few rows to make a batch; packing makes of rows no more than they are."""
+        size = self.args.train_batch_size * self.accelerator.num_processes
+        few = [key for key in keys if len(rows.positions(key, table)) < size] if self.args.dataloader_drop_last else []
+        if few:
+            raise ConfigError(
+                f"`dataloader_drop_last=True` leaves {few[0]} ({len(few)} stages in all) without a batch: it has "
+                f"{len(rows.positions(few[0], table))} examples, and a batch {size}. Leave it off, or have smaller "
+                "batches, fewer shards or fewer slices."
+            )
 
     def _compare_evaluation_set(self) -> None:
         """Refuse an evaluation set with training examples in it: it may have been prepared, or given, since."""
@@ -257,6 +274,7 @@ class S3TTrainerMixin:
         self._described = None
         self._refuse_other_recipe(resume_from_checkpoint is not False)
         keys = self._stage_order(self._missing())
+        self._check_batches(keys, self._stage_rows, self.folder.table)
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         outputs = []
@@ -541,7 +559,12 @@ class S3TTrainerMixin:
     def _buffers_digest(self) -> str:
         """What the base keeps besides parameters; frequencies are computed anew in every pass (see `check_base`)."""
         own = (".lora_", ".modules_to_save.")
-        buffers = {n: b for n, b in self.model.named_buffers() if not any(part in n for part in own)}
+        # Modules that PEFT wraps meanwhile may have buffers: they stay what they are under another name.
+        buffers = {
+            n.replace(".base_layer.", "."): b
+            for n, b in self.model.named_buffers()
+            if not any(part in n for part in own)
+        }
         return tensors_digest({n: b for n, b in buffers.items() if not n.endswith("inv_freq")})
 
     def _completes(self, key: StageKey) -> bool:
@@ -714,6 +737,7 @@ class S3TTrainerMixin:
                 setattr(self.callback_handler, name, None)
             del _paged_tensors()[paged:]
             self._remove_noise()
+            self._remove_watchers()
             if hasattr(self.model, "disable_input_require_grads"):
                 self.model.disable_input_require_grads()
             self.optimizer = self.lr_scheduler = None
@@ -729,6 +753,13 @@ class S3TTrainerMixin:
         if handle is not None:
             handle.remove()
             vars(self.model.get_input_embeddings()).pop("neftune_noise_alpha", None)
+
+    def _remove_watchers(self) -> None:
+        """The hooks of `debug="underflow_overflow"`, which `Trainer` puts on every module whenever training begins."""
+        for module in self.model.modules():
+            for number, hooked in list(module._forward_hooks.items()):
+                if isinstance(getattr(hooked, "__self__", None), DebugUnderflowOverflow):
+                    del module._forward_hooks[number]
 
     @contextlib.contextmanager
     def _unprepared(self) -> Iterator[None]:
@@ -1187,7 +1218,9 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
+        check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
         super().__init__(

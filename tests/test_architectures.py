@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_serving import difference, naive_ensemble, naive_member
 from tiny import (
@@ -69,6 +70,12 @@ SPEECH = {
     "num_labels": LABELS,
 }
 SPECTROGRAM = {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 8, "num_mel_bins": 8}
+WHISPER = dict(
+    vocab_size=VOCABULARY, d_model=16, encoder_layers=4, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=8,
+    max_target_positions=16, classifier_proj_size=8, num_labels=LABELS, pad_token_id=PAD, bos_token_id=BOS,
+    eos_token_id=EOS, decoder_start_token_id=BOS,
+)  # fmt: skip
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}
 SHARED_POSITIONS = {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
 
@@ -103,10 +110,10 @@ def audio_classifier(*args, **kwargs) -> Architecture:
     return Architecture(*args, **{"task": "audio-classification", "rows": sounds, **kwargs})
 
 
-def sounds(*shape: int, count: int = 16) -> list[dict[str, Any]]:
+def sounds(*shape: int, count: int = 16, name: str = "input_values") -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape or (200,), generator=generator).tolist() for _ in range(count)]
-    return [{"id": i, "input_values": v, "labels": n % LABELS} for n, (i, v) in enumerate(zip(ids_of(count), values))]
+    return [{"id": i, name: v, "labels": n % LABELS} for n, (i, v) in enumerate(zip(ids_of(count), values))]
 
 
 def tagged_rows() -> list[dict[str, Any]]:
@@ -130,7 +137,12 @@ ARCHITECTURES = {
     ),
     "falcon": Architecture("FalconForCausalLM", "FalconConfig", TEXT, "transformer.h"),
     "mixtral": Architecture(
-        "MixtralForCausalLM", "MixtralConfig", {**TEXT, **GROUPED, "num_local_experts": 2}, "model.layers"
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**TEXT, **GROUPED, "num_local_experts": 2},
+        "model.layers",
+        # What experts are fused into is adapted by none.
+        targets=["q_proj", "k_proj", "v_proj", "o_proj"],
     ),
     "llama classifier": text_classifier(
         "LlamaForSequenceClassification", "LlamaConfig", {**CLASSES, **GROUPED}, "model.layers", ("score",)
@@ -226,6 +238,15 @@ ARCHITECTURES = {
         "audio_spectrogram_transformer.layers",
         ("classifier",),
         rows=lambda: sounds(8, 8),
+    ),
+    # Its config says that it is an encoder-decoder; the classifier is the encoder with a head.
+    "whisper": audio_classifier(
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        WHISPER,
+        "encoder.layers",
+        ("projector", "classifier"),
+        rows=lambda: sounds(8, 16, name="input_features"),
     ),
 }
 
@@ -811,3 +832,76 @@ def test_many_slices_keep_their_adapters_apart(tmp_path):
     del inputs["labels"]
     expected = naive_member(tiny_bert(11), tmp_path, 0, tuple(sequence))(**inputs).logits
     assert difference(model(**inputs).logits, expected) <= TOLERANCE
+
+
+# Answers that are spans
+
+
+def spans(count: int = 16) -> list[dict[str, Any]]:
+    rows = [{n: v for n, v in row.items() if n != "labels"} for row in classification_rows(count)]
+    return [{**row, "start_positions": n % 7, "end_positions": n % 7 + 1} for n, row in enumerate(rows)]
+
+
+QUESTIONS = {
+    "bert": ("BertForQuestionAnswering", "BertConfig", TEXT),
+    "distilbert": (
+        "DistilBertForQuestionAnswering",
+        "DistilBertConfig",
+        {**DISTILBERT, "max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("aggregation", ["mean_logits", "mean_probabilities"])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_where_an_answer_begins_and_where_it_ends_are_aggregated_each_by_itself(tmp_path, name, aggregation):
+    make, rows = partial(build, QUESTIONS[name][0], QUESTIONS[name][1], **QUESTIONS[name][2]), spans()
+    trainer = make_trainer(
+        tmp_path / "system",
+        make(),
+        rows,
+        config=config(aggregation=aggregation),
+        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"),
+        args=training_arguments(tmp_path / "system", max_steps=2, learning_rate=5e-2),
+    )
+    trainer.train()
+    model = trainer.s3t_model
+    assert find_task(model.base_model) == "question-answering" and model.stack.head == ("qa_outputs",)
+    batch = batch_of(rows[:4])
+    asked = {name: value for name, value in batch.items() if not name.endswith("_positions")}
+
+    def expected(answers, field: str) -> torch.Tensor:
+        stacked = torch.stack([answer[field] for answer in answers])
+        if aggregation == "mean_logits" or len(answers) == 1:
+            return stacked.mean(0)
+        return stacked.softmax(-1).mean(0).log()
+
+    def check(depths) -> None:
+        # Not told which is which: plain PEFT on each exported shard.
+        answers = []
+        for shard, depth in enumerate(depths):
+            if depth:
+                folder = tmp_path / f"depths {depths}" / f"{shard}"
+                model.export_adapter(shard, folder)
+                with torch.no_grad():
+                    answers.append(PeftModel.from_pretrained(make(), folder).eval()(**asked))
+        answer = model(**batch)
+        start, end = expected(answers, "start_logits"), expected(answers, "end_logits")
+        assert difference(answer.start_logits, start) <= TOLERANCE and difference(answer.end_logits, end) <= TOLERANCE
+        wanted = [F.cross_entropy(start, batch["start_positions"]), F.cross_entropy(end, batch["end_positions"])]
+        assert answer.loss.item() == pytest.approx(sum(wanted).item() / 2, abs=TOLERANCE)
+        assert model(**asked).loss is None
+        assert trainer.evaluate(Dataset.from_list(rows[:4]))["eval_loss"] == pytest.approx(
+            answer.loss.item(), abs=1e-5
+        )
+
+    check([2, 2])
+    predicted = trainer.predict(Dataset.from_list(rows[:4])).predictions
+    assert [part.shape for part in predicted] == [(4, 8), (4, 8)]
+    place = {where: example for example, where in model.locate([row["id"] for row in rows]).items()}
+    assert model.unlearn([place[0, 1]]).depths_after == [1, 2]
+    check([1, 2])
+    assert model.unlearn([place[1, 0]]).depths_after == [1, 0]
+    check([1, 0])
+    again = S3TModel.from_pretrained(tmp_path / "system", base_model=make())
+    assert torch.equal(again(**asked).end_logits, model(**asked).end_logits)

@@ -414,16 +414,27 @@ def test_stopping_early_without_keeping_the_best_model_is_refused(tmp_path):
 # Tasks
 
 
-def answering_questions():
-    return build("BertForQuestionAnswering", "BertConfig", **ENCODER)
+def backbone():
+    return build("BertModel", "BertConfig", **ENCODER)
+
+
+def backbone_of_pictures():
+    return build("DINOv3ViTModel", "DINOv3ViTConfig", **ENCODER_OF_PICTURES)
 
 
 ENCODER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+ENCODER_OF_PICTURES = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
 
 
 @cases(
-    Refusal(ConfigError, "spans", "BertForQuestionAnswering answers with start and end positions",
-        "does not aggregate", "Use a classification or causal language model", model=answering_questions()),
+    Refusal(ConfigError, "embeddings", "BertModel has no logits: it answers with last_hidden_state, pooler_output",
+        "are aggregated by their logits", "Use a class with a head.*returns them as `logits`", model=backbone(),
+        compute_loss_func=print),
+    Refusal(ConfigError, "embeddings of pictures", "DINOv3ViTModel has no logits: it answers with last_hidden_state",
+        "are aggregated by their logits", "Use a class with a head", model=backbone_of_pictures(),
+        compute_loss_func=print),
     Refusal(ConfigError, "a vote on words", 'aggregation="majority_vote"', "no probabilities to choose words by",
         'Use "mean_probabilities" or "mean_logits"', config=s3t_config(aggregation="majority_vote")),
     Refusal(ConfigError, "probabilities of a number", 'aggregation="mean_probabilities"', "needs exclusive classes",
@@ -494,8 +505,11 @@ def test_peft_methods_other_than_lora_are_refused_by_name(case, tmp_path):
     Refusal(LayersNotFoundError, "targets that are in one group only", r"matches nothing in layers \(0,\)",
         "the group of stage 1", "Modules there: .*q_proj",
         peft_config=LoraConfig(target_modules=r"model\.layers\.1\..*q_proj")),
-    Refusal(LayersNotFoundError, "targets outside the layers", "embed_tokens.* matches nothing",
-        "the group of stage 0", "Modules there: ", peft_config=LoraConfig(target_modules=["embed_tokens"])),
+    Refusal(LayersNotFoundError, "targets outside the layers", "matches model.embed_tokens outside",
+        "a stage adapts its own layers alone", "exclude_modules=",
+        peft_config=LoraConfig(target_modules=["embed_tokens"])),
+    Refusal(IsolationError, "the lowest layer alone", "layers_to_transform", "decide which layers",
+        "use `layers_per_slice`", peft_config=with_lora(layers_to_transform=0)),
     Refusal(LayersNotFoundError, "a list of layers that is not there",
         r"module lists: model.layers \(2 x LlamaDecoderLayer\)", "no list of transformer layers that fits",
         "Name the list in the PEFT config", peft_config=with_lora(layers_pattern="blocks", layers_to_transform=[])),

@@ -98,7 +98,9 @@ OTHERS_AS_ROWS = without_ids(OTHERS)
 
 
 def trainer_of(path, eval_dataset, rows=ROWS, model=None, **more):
-    settings = dict(config=s3t_config(budget=1), args=training_arguments(path, **CHOOSES))
+    # Of several sets, one decides.
+    decides = {"metric_for_best_model": f"{next(iter(eval_dataset))}_loss"} if isinstance(eval_dataset, dict) else {}
+    settings = dict(config=s3t_config(budget=1), args=training_arguments(path, **CHOOSES, **decides))
     return make_trainer(path, model or tiny_bert(2), rows, eval_dataset=eval_dataset, **{**settings, **more})
 
 

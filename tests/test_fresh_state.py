@@ -353,16 +353,6 @@ def test_a_stage_that_an_evaluation_ends_is_one_and_comes_out_again(tmp_path):
     assert trainer.verify().ok
 
 
-def test_a_stage_without_a_batch_is_none(tmp_path):
-    args = training_arguments(tmp_path, per_device_train_batch_size=32, dataloader_drop_last=True, max_steps=3)
-    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=CONFIG, args=args)
-    with pytest.raises(
-        IsolationError, match=r"was ended after 0 of 3 steps, and is discarded: .*dataloader_drop_last"
-    ):
-        trainer.train()
-    assert not trainer.folder.stages
-
-
 class Interrupts(TrainerCallback):
     """Ctrl-C in the third step of a stage."""
 

@@ -729,7 +729,9 @@ def _plain_rows(model):
 ODD = {
     "two kinds of layers": Odd(tiny_zamba2, {"target_modules": ["in_proj"]}, rows_for),
     "two kinds, all linear": Odd(tiny_zamba2, {"target_modules": "all-linear"}, rows_for),
-    "names that end alike": Odd(tiny_echo, {"target_modules": ["up"]}, _plain_rows),
+    "names that end alike": Odd(
+        tiny_echo, {"target_modules": ["up"], "exclude_modules": r"(?!trunk\.layers\.).*"}, _plain_rows
+    ),
 }
 
 
