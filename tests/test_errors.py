@@ -1119,11 +1119,11 @@ def test_a_private_base_is_asked_for_with_the_systems_token(tmp_path, monkeypatc
         asked.append(kwargs)
         raise OSError("401: gated")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(transformers.LlamaConfig, "from_pretrained", gated)
     said = r"The base model cannot be loaded from .*: 401: gated Give `token` if it is private, or `base_model`"
     with pytest.raises(BaseModelMismatchError, match=said):
         S3TModel.from_pretrained(trainer.folder.path, token="hf_mine", cache_dir=tmp_path / "cache")
-    assert asked == [{"revision": None, "token": "hf_mine", "cache_dir": tmp_path / "cache"}]
+    assert asked == [{"token": "hf_mine", "cache_dir": tmp_path / "cache"}]
 
 
 def nudged(model: nn.Module, name: str) -> nn.Module:
