@@ -1,7 +1,6 @@
 """What of a base model its checkpoint holds, by what Transformers reports when it loads it."""
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +98,7 @@ def _resized(report: Mapping[str, Any]) -> set[str]:
 
 def _remedy(model: nn.Module, missing: Sequence[str]) -> str:
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    if any(re.search(pattern, parameter) for pattern in ignored for parameter in missing):
+    if set(ignored) & set(missing):
         return (
             "The class leaves them out of what it saves (`_keys_to_ignore_on_save`): set that to None, save the model "
             "with `save_pretrained`, load it from that folder, and train on that."
