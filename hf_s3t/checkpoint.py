@@ -63,8 +63,9 @@ def left_at_random(model: nn.Module, report: Mapping[str, Any], head: Sequence[s
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     left_out = tuple(f"{name}." for name in head)
-    # A quantised weight may lie in several tensors of other names.
-    stored = {_module_of(key) for key in report["unexpected_keys"]} if is_quantised(model) else set()
+    # A quantised weight may lie in several tensors, of names below its own or beside it.
+    below = report["unexpected_keys"] if is_quantised(model) else ()
+    stored = {module for key in below for module in (_module_of(key), _module_of(_module_of(key)))}
     return sorted(
         key
         for key in {*report["missing_keys"], *_resized(report)}

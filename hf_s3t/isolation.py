@@ -1,9 +1,11 @@
 """Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
 
 import contextlib
+import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
@@ -344,6 +346,27 @@ def check_task(model: nn.Module, aggregation: str) -> None:
         raise ConfigError(
             f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
             'aggregation="mean_logits".'
+        )
+
+
+def check_gives_a_loss(model: nn.Module) -> None:
+    """
+    Refuse a model that computes no loss, which would show at the first step only.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Naming the way out.
+    """
+    try:
+        returned = get_type_hints(type(model).forward).get("return")
+    except (NameError, TypeError):
+        # Annotations of one's own may name what is not there.
+        return
+    outputs = [kind for kind in get_args(returned) or (returned,) if dataclasses.is_dataclass(kind)]
+    if outputs and not any(f.name == "loss" for kind in outputs for f in dataclasses.fields(kind)):
+        raise ConfigError(
+            f"{type(model).__name__} answers with {' or '.join(kind.__name__ for kind in outputs)}, which holds no "
+            "loss to train by. Give the class with a head for the task, `compute_loss_func`, or a trainer that "
+            "overrides `compute_loss`."
         )
 
 

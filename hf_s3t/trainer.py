@@ -34,7 +34,7 @@ from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
 from .hub import HubRepo, PushReport, push, told
-from .isolation import changed_for_good, evaluation_chooses
+from .isolation import changed_for_good, check_gives_a_loss, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
@@ -933,6 +933,9 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        of_its_own = not type(self).compute_loss.__module__.startswith(("transformers.", "hf_s3t."))
+        if compute_loss_func is None and not of_its_own and not args.label_smoothing_factor:
+            check_gives_a_loss(model)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
         super().__init__(

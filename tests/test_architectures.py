@@ -227,6 +227,17 @@ ARCHITECTURES = {
         ("classifier",),
         rows=lambda: sounds(8, 8),
     ),
+    "llava, as many layers for pictures": Architecture(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "vision_config": {**SIZES, "image_size": IMAGE_SIZE, "patch_size": 4, "model_type": "clip_vision_model"},
+            "text_config": {**TEXT, **GROUPED, "model_type": "llama"},
+            "image_token_id": 50,
+        },
+        "model.language_model.layers",
+        targets=r".*language_model.*\.(q_proj|v_proj)",
+    ),
 }
 
 

@@ -328,6 +328,14 @@ def test_a_language_model_without_its_head_is_refused(tmp_path):
     assert "take the checkpoint of a LlamaForCausalLM" in said
 
 
+def test_a_checkpoint_that_is_quantised_lacks_nothing(tmp_path):
+    tiny_llama(2, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    load = LlamaForCausalLM.from_pretrained
+    load(tmp_path / "base", quantization_config=settings).save_pretrained(tmp_path / "quantised")
+    check_checkpoint(load(tmp_path / "quantised"), ())
+
+
 def test_layers_that_the_checkpoint_does_not_have_are_refused(tmp_path):
     tiny_llama(2).save_pretrained(tmp_path / "base")
     said = refused(LlamaForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=3))
