@@ -12,13 +12,15 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from .errors import BaseModelMismatchError, IsolationError, LayersNotFoundError
+from .checkpoint import left_at_random, parts_of, quietly, some_of
+from .errors import BaseModelMismatchError, IsolationError
 
 
 _HALVES = ("bfloat16", "float16")
+_WIDTHS = (torch.float32, torch.bfloat16, torch.float16)
 # What is digested apart, and what it is called.
 _PARTS = {
     "layers": "the weights of its layers",
@@ -30,10 +32,15 @@ _PARTS = {
 _NOT_THE_FUNCTION = {
     "_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config",
     "use_cache", "architectures", "attn_implementation", "_attn_implementation", "return_dict", "output_hidden_states",
-    "output_attentions", "problem_type", "tie_word_embeddings", "experts_implementation",
+    "output_attentions", "experts_implementation",
 }  # fmt: skip
-# What users set on a loaded model's config, and what loading by name restores.
-_MAY_BE_SET = {"pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "num_labels"}
+# What users set on a loaded model's config, or what shows in the tensors, and what loading by name restores.
+_MAY_BE_SET = {
+    "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "num_labels", "problem_type",
+    "tie_word_embeddings",
+}  # fmt: skip
+# By what a base computes, each of its parts its own way: bits depend on it.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> dict[str, Any]:
@@ -52,26 +59,51 @@ def describe_base(model: nn.Module, layers_path: str, head: Sequence[str]) -> di
         "id": getattr(config, "_name_or_path", "") or None,
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
+        "module": type(model).__module__,
         "dtype": dtype,
+        "main_dtype": _main_dtype(model),
         "other_dtypes": _other_dtypes(model),
-        "attn_implementation": getattr(config, "_attn_implementation", None),
+        "computed_dtypes": _computed_dtypes(model),
+        **{name: _implementation(config, name) for name in _IMPLEMENTATIONS},
         "quantization": _as_dict(quantization),
-        "digest": _digests(model, layers_path, head, sorted({dtype, *_HALVES})),
+        "digest": _digests(model, layers_path, head, sorted({dtype, *_dtypes(model), *_HALVES})),
         "num_labels": getattr(config, "num_labels", None) if head else None,
     }
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The settings of a base that decide what it computes, as JSON types: its config, less where it came from."""
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_FUNCTION}
-    return json.loads(json.dumps(settings, default=str))
+    return json.loads(json.dumps(_deciding(model.config.to_dict()), default=str))
 
 
-def _function(setting: Any) -> Any:
-    """What decides a function of a setting: of a config inside a config, all but what users set."""
-    if not isinstance(setting, dict):
-        return setting
-    return {name: _function(value) for name, value in setting.items() if name not in _MAY_BE_SET}
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a config's settings and those of its parts the ones that decide what a model computes."""
+    kept = {name: value for name, value in settings.items() if name not in _NOT_THE_FUNCTION}
+    return {name: _deciding(value) if _is_config(value) else value for name, value in kept.items()}
+
+
+def _is_config(value: Any) -> bool:
+    """Whether a setting is the config of a part, as JSON types."""
+    return isinstance(value, dict) and "model_type" in value
+
+
+def _one_by_one(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
+    """Settings that must be the same, those of a config's parts by dotted names."""
+    found = {}
+    for name, value in _deciding(settings).items():
+        if _is_config(value):
+            found.update(_one_by_one(value, f"{under}{name}."))
+        elif name not in _MAY_BE_SET:
+            found[under + name] = value
+    return found
+
+
+def _implementation(config: PreTrainedConfig, name: str) -> Any:
+    """By what a model computes its attention or its experts: a name, or where its parts differ, one for each."""
+    own = getattr(config, f"_{name}", None)
+    parts = {part: _implementation(its, name) for part, its in parts_of(config).items()}
+    # A part that is not in use has none.
+    return own if all(its in (own, None) for its in parts.values()) else {"": own, **parts}
 
 
 def generation_of(model: nn.Module) -> dict[str, Any]:
@@ -92,28 +124,35 @@ def name_padding(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def check_base_is(
-    model: nn.Module, record: dict[str, Any], layers_path: str, head: Sequence[str], for_training: bool = False
+    model: nn.Module,
+    record: dict[str, Any],
+    layers_path: str,
+    head: Sequence[str],
+    for_training: bool = False,
+    as_recorded: bool = False,
 ) -> None:
     """
     Check that a model is the recorded base, whatever precision or quantisation it was loaded in.
 
     Stages that are added must stand on exactly what the others stand on: `for_training` the precision and quantisation
-    must be the recorded ones too.
+    must be the recorded ones too. Where it was loaded `as_recorded`, and is rounded otherwise nevertheless, that is
+    said.
 
     Raises:
         [`~hf_s3t.errors.BaseModelMismatchError`]: If a tensor differs.
     """
-    now, then = config_of(model), record.get("config", {})
-    other = sorted(
-        k for k in {*now, *then} if k not in _MAY_BE_SET and _function(now.get(k)) != _function(then.get(k))
-    )
+    now, then = _one_by_one(config_of(model)), _one_by_one(record.get("config", {}))
+    other = sorted(k for k in {*now, *then} if now.get(k) != then.get(k))
     if then and other:
         shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
-        raise BaseModelMismatchError(f"The base model is configured otherwise than at training: {shown}.")
+        raise BaseModelMismatchError(
+            f"The base model is configured otherwise than at training: {shown}. Load it with the settings that it had."
+        )
     if for_training:
         check_precision(model, record)
-    dtypes = sorted({_dtype_name(model), record["dtype"], *_HALVES})
-    found, expected = _digests(model, layers_path, head, dtypes), record["digest"]
+    expected = record["digest"]
+    recorded = {dtype for part, its in expected.items() if part != "quantised" for dtype in its or ()}
+    found = _digests(model, layers_path, head, sorted({_dtype_name(model), record["dtype"], *_HALVES, *recorded}))
     parts = [part for part in _PARTS if found[part] and expected.get(part)]
     # One that agrees is enough: a checkpoint in one half precision that was trained on in the other is the same base.
     # Weights that were quantised in another way say nothing of it.
@@ -125,10 +164,30 @@ def check_base_is(
     if differing:
         where = " and ".join(_PARTS[part] for part in differing)
         raise BaseModelMismatchError(
-            f"The base model is not the one these stages were trained on: {where} differ. Expected "
-            f"{record['id'] or record.get('folder') or 'the model given at training'!r}"
-            f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
+            f"The base model is not the one these stages were trained on: {where} differ. {_which_base(model, record)}"
         )
+    if as_recorded and any(set(expected[part].items()) - set(found[part].items()) for part in parts):
+        _say_that_it_is_rounded_otherwise(record)
+
+
+def _which_base(model: nn.Module, record: dict[str, Any]) -> str:
+    """Which base to give instead of a model that is not the one."""
+    name = record["id"] or record.get("folder")
+    if name and getattr(model.config, "_name_or_path", None) == name:
+        return (
+            f"It is what {name!r} holds now: that has changed since, or the base was changed in memory before it was "
+            "trained on. Give the base as it was then as `base_model`."
+        )
+    revision = f", revision {record['revision']}" if record["revision"] else ""
+    return f"Expected {name or 'the model given at training'!r}{revision}; give it as `base_model`."
+
+
+def _say_that_it_is_rounded_otherwise(record: dict[str, Any]) -> None:
+    transformers.logging.get_logger(__name__).warning_once(
+        f"At training the base held some tensors in another precision than {record['dtype']}, or had rounded them "
+        "before, and loaded by its name it does not: answers are rounded otherwise. Give the module, as it was then, "
+        "as `base_model`."
+    )
 
 
 def check_precision(model: nn.Module, record: dict[str, Any]) -> None:
@@ -146,9 +205,7 @@ def check_precision(model: nn.Module, record: dict[str, Any]) -> None:
                 f"The system's stages stand on a base with {name} {was}, and this one has {now}. Load the base as it "
                 "was at training."
             )
-    # Systems made before these were recorded say nothing of them.
-    then = record.get("other_dtypes")
-    other = sorted({*then} ^ {*_other_dtypes(model)}) if then is not None else []
+    other = _differently_held(model, record)
     if other:
         raise BaseModelMismatchError(
             f"The base holds other tensors in {record['dtype']} than the one that the system's stages stand on: "
@@ -171,15 +228,45 @@ def _dtype_name(model: nn.Module) -> str:
     return str(next(p.dtype for p in own if p.is_floating_point())).removeprefix("torch.")
 
 
+def _main_dtype(model: nn.Module) -> str:
+    """The precision that most of a base is held in."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return str(max(sizes, key=sizes.get)).removeprefix("torch.")
+
+
+def _dtypes(model: nn.Module) -> set[str]:
+    """All precisions that a base's tensors are held in."""
+    tensors = (tensor for _, _, tensor in _base_tensors(model, "", ()))
+    return {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.dtype in _WIDTHS}
+
+
+def _differently_held(model: nn.Module, record: dict[str, Any]) -> list[str]:
+    """Which tensors are in another precision than at training, then or now."""
+    present = {"other_dtypes": _other_dtypes, "computed_dtypes": _computed_dtypes}
+    # Systems made before these were recorded say nothing of them.
+    return sorted({each for name, of in present.items() if name in record for each in {*record[name]} ^ {*of(model)}})
+
+
 def _other_dtypes(model: nn.Module) -> list[str]:
     """Which of the base's tensors, its head included, are in another precision than its first."""
-    first, found = _dtype_name(model), set()
-    for _, name, tensor in _base_tensors(model, "", ()):
-        # The same of every layer is said once.
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.is_floating_point() and dtype != first:
-            found.add(f"{re.sub(r'[0-9]+', '*', name)} in {dtype}")
-    return sorted(found)
+    first = _dtype_name(model)
+    held = [_held(name, tensor) for _, name, tensor in _base_tensors(model, "", ()) if tensor.is_floating_point()]
+    return sorted({text for text in held if not text.endswith(f" in {first}")})
+
+
+def _computed_dtypes(model: nn.Module) -> list[str]:
+    """In which precision the buffers are that no checkpoint holds: casting a model casts them, loading it does not."""
+    stored = model.state_dict().keys()
+    computed = [(name, buffer) for name, buffer in model.named_buffers() if name not in stored]
+    return sorted({_held(name, buffer) for name, buffer in computed if buffer.is_floating_point()})
+
+
+def _held(name: str, tensor: torch.Tensor) -> str:
+    # The same of every layer is said once.
+    return f"{re.sub(r'[0-9]+', '*', name)} in {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _digests(model: nn.Module, layers_path: str, head: Sequence[str], dtypes: Sequence[str]) -> dict[str, Any]:
@@ -280,45 +367,123 @@ def load_base(
             "This system was trained on a model made in memory, so its base cannot be found by name. Give it as "
             "`base_model`: the module, or the folder it was saved to."
         )
-    architecture = getattr(transformers, record["architecture"], None)
-    if architecture is None:
-        raise LayersNotFoundError(
-            f"{record['architecture']} is no class of transformers {transformers.__version__}. Load the base yourself "
-            "and give the module as `base_model`."
-        )
-    kwargs: dict[str, Any] = {"dtype": dtype or record["dtype"]}
-    if record.get("attn_implementation"):
-        kwargs["attn_implementation"] = record["attn_implementation"]
-    if device_map is not None:
-        kwargs["device_map"] = device_map
+    architecture = _class_of(record)
     if quantization_config is None and record["quantization"]:
         quantization_config = AutoQuantizationConfig.from_dict(dict(record["quantization"]))
-    if quantization_config:
-        kwargs["quantization_config"] = rowwise(quantization_config, head)
+    kwargs: dict[str, Any] = {}
     if name == record["id"] and record["revision"]:
         kwargs["revision"] = record["revision"]
     kwargs.update(token=token, cache_dir=cache_dir)
-    config = _found(name, AutoConfig.from_pretrained, **{k: kwargs.get(k) for k in ("revision", "token", "cache_dir")})
-    for setting, value in record.get("config", {}).items():
-        # Compared as JSON, as it was recorded; there the keys of a mapping of labels are no numbers.
-        there = json.loads(json.dumps(config.to_dict().get(setting), default=str))
-        if _function(there) != _function(value):
-            setattr(config, setting, {int(k): v for k, v in value.items()} if setting == "id2label" else value)
-    kwargs["config"] = config
-    if head:
-        # The checkpoint's head may be for other classes. Anything else that does not fit shows in the base's digest.
-        kwargs["ignore_mismatched_sizes"] = True
-    # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
-    with _quietly():
-        model = _found(name, architecture.from_pretrained, **kwargs)
+    config = _found(name, architecture.config_class.from_pretrained, **kwargs)
+    _restore(config, record.get("config", {}))
+    # Not all have a main one on record.
+    kwargs.update(config=config, dtype=dtype or record.get("main_dtype", record["dtype"]))
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    if quantization_config:
+        kwargs["quantization_config"] = rowwise(quantization_config, head)
+    implementations = {n: record[n] for n in _IMPLEMENTATIONS if record.get(n)}
+    try:
+        model, report = _loaded(architecture, name, **kwargs, **implementations)
+    except (ImportError, ValueError) as error:
+        model, report = _loaded_by_other_means(architecture, name, implementations, error, **kwargs)
+    missing = left_at_random(model, report, head)
+    if missing:
+        raise BaseModelMismatchError(
+            f"The base model is not the one these stages were trained on: {name!r} has no parameters for "
+            f"{some_of(missing)}, or has them in another size. {_which_base(model, record)}"
+        )
     if record.get("generation") and getattr(model, "generation_config", None) is not None:
         model.generation_config = GenerationConfig.from_dict(record["generation"])
-    if as_recorded and _other_dtypes(model) != record.get("other_dtypes", _other_dtypes(model)):
-        transformers.logging.get_logger(__name__).warning_once(
-            f"At training the base held some tensors in another precision than {record['dtype']}, and loaded by its "
-            "name it does not: answers are rounded otherwise. Give the module, as it was then, as `base_model`."
-        )
+    if as_recorded:
+        _hold_as_recorded(model, record)
+        if _differently_held(model, record):
+            _say_that_it_is_rounded_otherwise(record)
     return model
+
+
+def _class_of(record: dict[str, Any]) -> type[PreTrainedModel]:
+    """The class of Transformers that a base was of, which decides what is read of its checkpoint."""
+    # Code of one's own, or that came with a checkpoint, often calls its classes as Transformers does.
+    origin, name = record.get("module", "transformers"), record["architecture"]
+    architecture = getattr(transformers, name, None) if origin.partition(".")[0] == "transformers" else None
+    if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
+        return architecture
+    if origin.partition(".")[0] == "transformers_modules":
+        raise BaseModelMismatchError(
+            f"The base was a {name} of the code that came with its checkpoint, which is not run unasked. Load it with "
+            "`trust_remote_code=True`, as at training, and give the module as `base_model`."
+        )
+    raise BaseModelMismatchError(
+        f"The base was a {origin}.{name}, which is no class of transformers {transformers.__version__}. Load it with "
+        "that class, and give the module as `base_model`."
+    )
+
+
+def _restore(config: PreTrainedConfig, recorded: dict[str, Any]) -> None:
+    """Make a config, and those of a composite model's parts, say what was recorded."""
+    # Compared as JSON, as it was recorded; there the keys of a mapping of labels are no numbers.
+    present = json.loads(json.dumps(config.to_dict(), default=str))
+    for setting, value in _deciding(recorded).items():
+        part = getattr(config, setting, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(value, dict):
+            _restore(part, value)
+        elif setting != "model_type" and present.get(setting) != value:
+            setattr(config, setting, {int(k): v for k, v in value.items()} if setting == "id2label" else value)
+
+
+def _loaded(architecture: type[PreTrainedModel], name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model, and the report of loading it."""
+    # The checkpoint's head may be missing, or for other classes: ours replaces it, and the report would mislead.
+    with quietly(bars=False):
+        return _found(
+            name, architecture.from_pretrained, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+
+
+def _loaded_by_other_means(
+    architecture: type[PreTrainedModel], name: str, implementations: dict[str, Any], error: Exception, **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that computes by what there is on this machine, where what it was trained with may be missing."""
+    try:
+        model, report = _loaded(architecture, name, **kwargs)
+    except (ImportError, ValueError) as error:
+        raise BaseModelMismatchError(
+            f"The base model cannot be loaded from {name!r} as it was at training: {error} Mend that, or load it "
+            "yourself and give the module as `base_model`."
+        ) from error
+    for kind, then in implementations.items():
+        now = _implementation(model.config, kind)
+        if now != then:
+            transformers.logging.get_logger(__name__).warning_once(
+                f"The base was trained on with {kind}={then!r}, which cannot be had here ({error}), and is loaded "
+                f"with {now!r}: answers are rounded otherwise. Install what is missing, or give the module as "
+                "`base_model`."
+            )
+    return model, report
+
+
+@torch.no_grad()
+def _hold_as_recorded(model: nn.Module, record: dict[str, Any]) -> None:
+    """
+    Cast the tensors that were held in another precision at training than a checkpoint is loaded in: of a model that
+    was cast as a whole those that its class keeps in full, and those that were cast by themselves.
+    """
+    then = [*record.get("other_dtypes", ()), *record.get("computed_dtypes", ())]
+    held: dict[str, set[str]] = {}
+    for text in then:
+        name, _, dtype = text.rpartition(" in ")
+        held.setdefault(name, set()).add(dtype)
+    stored = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        default = {record["dtype"]} if "other_dtypes" in record and name in stored else set()
+        dtypes = held.get(_held(name, tensor).rpartition(" in ")[0], default)
+        # Where some layers' are in one and some in another, which ones is not on record.
+        wanted = {getattr(torch, dtype) for dtype in dtypes} if len(dtypes) == 1 else {tensor.dtype}
+        if tensor.dtype not in wanted:
+            tensor.data = tensor.data.to(*wanted)
 
 
 def _found(name: str, load: Callable, **kwargs: Any) -> Any:
@@ -395,14 +560,3 @@ def keep_4_bit_weights(model: nn.Module) -> None:
             )
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-
-
-class _quietly:
-    """Holds back Transformers' load report."""
-
-    def __enter__(self):
-        self.verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-
-    def __exit__(self, *exc):
-        transformers.logging.set_verbosity(self.verbosity)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from .base_model import check_base_is, config_of, describe_base, generation_of
+from .checkpoint import check_checkpoint
 from .circumstances import circumstances
 from .config import S3TConfig
 from .errors import ConfigError
@@ -22,7 +23,6 @@ from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
     check_base,
-    check_checkpoint,
     check_datasets,
     check_has_logits,
     check_is_itself,
@@ -138,7 +138,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     path, module_list = find_layers(model, peft_config.layers_pattern)
     layers = LayerGroups(path, len(module_list), layout.groups(len(module_list), config))
     head = find_head(model, path)
-    check_checkpoint(model, path, head)
+    check_checkpoint(model, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_peft_config(peft_config, head)
     if recorded is None:

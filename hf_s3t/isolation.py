@@ -3,21 +3,20 @@
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
 import typing
 from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput, logging
 
 from .config import S3TConfig
 from .ensemble import logit_fields
@@ -384,9 +383,8 @@ def _quantization_method(model: nn.Module) -> str | None:
 
 def _check_embeddings(model: nn.Module) -> None:
     """Embeddings with other rows than the checkpoint's were resized: the new rows are in no checkpoint."""
-    from transformers import AutoConfig
-
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
     if not name or not hasattr(model, "get_input_embeddings"):
         return
     try:
@@ -395,65 +393,21 @@ def _check_embeddings(model: nn.Module) -> None:
         return
     if not isinstance(embeddings, nn.Embedding):
         return
+    revision = getattr(config, "_commit_hash", None)
     try:
-        original = AutoConfig.from_pretrained(name, local_files_only=True)
+        # By the model's own class: what came with its own code is found by no other way without running it.
+        original = type(config).from_pretrained(
+            name, local_files_only=True, **({"revision": revision} if revision else {})
+        )
     except (OSError, ValueError):
         return
     expected = getattr(original.get_text_config(), "vocab_size", None)
-    if type(model.config) is type(original) and expected not in (None, embeddings.num_embeddings):
+    if expected not in (None, embeddings.num_embeddings):
         raise IsolationError(
             f"The embeddings were resized from {expected} to {embeddings.num_embeddings} rows: the new rows are in no "
             "checkpoint, so nobody could load this base again. Save the resized model with `save_pretrained` and "
             "train on that folder."
         )
-
-
-def check_checkpoint(model: nn.Module, layers_path: str, head: Sequence[str]) -> None:
-    """
-    Refuse a base with parameters that its checkpoint lacks, besides the head: they are random, and nobody could load
-    them again.
-
-    Looks only at checkpoints on this machine; a model made in memory has none.
-
-    Raises:
-        [`~hf_s3t.errors.IsolationError`]: Naming the parameters and the way out.
-    """
-    keys = _checkpoint_keys(getattr(model.config, "_name_or_path", None))
-    if not keys:
-        return
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    skipped = tuple(f"{name}." for name in (layers_path, *head))
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    missing = []
-    for name, module in model.named_modules():
-        own = next(module.parameters(recurse=False), None)
-        if own is None or module is output or f"{name}.".startswith(skipped):
-            continue
-        relative = name.removeprefix(prefix)
-        if not any(key.startswith(f"{relative}.") or f".{relative}." in key for key in keys):
-            missing.append(name)
-    if missing:
-        raise IsolationError(
-            f"The checkpoint {model.config._name_or_path!r} has no parameters for {', '.join(missing)}: they were "
-            "initialised at random, and a system loaded later would stand on others. Save the model once with "
-            "`save_pretrained` and train on that folder."
-        )
-
-
-def _checkpoint_keys(name: str | None) -> set[str]:
-    if not name:
-        return set()
-    path = cached_file(
-        name, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
-    if path is not None:
-        with open(path) as file:
-            return set(json.load(file)["weight_map"])
-    path = cached_file(name, SAFE_WEIGHTS_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return set()
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
 
 
 def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None:
@@ -485,6 +439,27 @@ def check_task(model: nn.Module, aggregation: str) -> None:
         raise ConfigError(
             f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
             'aggregation="mean_logits".'
+        )
+
+
+def check_gives_a_loss(model: nn.Module) -> None:
+    """
+    Refuse a model that computes no loss, which would show at the first step only.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Naming the way out.
+    """
+    try:
+        returned = get_type_hints(type(model).forward).get("return")
+    except (NameError, TypeError):
+        # Annotations of one's own may name what is not there.
+        return
+    outputs = [kind for kind in get_args(returned) or (returned,) if dataclasses.is_dataclass(kind)]
+    if outputs and not any(f.name == "loss" for kind in outputs for f in dataclasses.fields(kind)):
+        raise ConfigError(
+            f"{type(model).__name__} answers with {' or '.join(kind.__name__ for kind in outputs)}, which holds no "
+            "loss to train by. Give the class with a head for the task, `compute_loss_func`, or a trainer that "
+            "overrides `compute_loss`."
         )
 
 

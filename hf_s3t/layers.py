@@ -78,6 +78,8 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
             plain = {n: m for n, m in outer.items() if not any(isinstance(x, nn.ModuleList) for x in m)}
             longest = max((len(m) for m in plain.values()), default=0)
             fitting = {n: m for n, m in plain.items() if len(m) == longest and len({type(x) for x in m}) == 1}
+    if len(fitting) > 1:
+        fitting = _of_the_text(model, fitting) or fitting
     if len(fitting) != 1:
         found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in outer.items()) or "none"
         raise LayersNotFoundError(
@@ -88,6 +90,16 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
     path, layers = next(iter(fitting.items()))
     _refuse_tied_modules(path, layers)
     return path, layers
+
+
+def _of_the_text(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Of lists that fit alike in a language model of several parts, those of the part that reads the words."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config or getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return {}
+    of_text = tuple(f"{name}." for name, m in model.named_modules() if type(getattr(m, "config", None)) is type(text))
+    return {name: m for name, m in lists.items() if name.startswith(of_text)}
 
 
 def _refuse_tied_modules(path: str, layers: nn.ModuleList) -> None:

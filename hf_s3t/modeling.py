@@ -172,7 +172,8 @@ class S3TModel(Unlearning, nn.Module):
         check_method(record, cls.methods, folder.path)
         layers, head, peft_config = _recorded(folder)
         _check_options(preload, when_exhausted, head)
-        if isinstance(base_model, nn.Module):
+        by_name = not isinstance(base_model, nn.Module)
+        if not by_name:
             check_is_itself(base_model)
             check_has_no_adapters(base_model)
             base = base_model
@@ -189,13 +190,15 @@ class S3TModel(Unlearning, nn.Module):
                 cache_dir=cache_dir,
             )
             check_is_itself(base)
+            check_has_no_adapters(base)
         found = _layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
             raise ConfigError(
                 f"The base has its layers at {found} and the head {find_head(base, found)}; the system was trained "
                 f"with {layers.path} and {head}. Load the base as a {record['base_model']['architecture']}."
             )
-        check_base_is(base, record["base_model"], layers.path, head)
+        as_recorded = by_name and dtype is None and quantization_config is None
+        check_base_is(base, record["base_model"], layers.path, head, as_recorded=as_recorded)
         keep_4_bit_weights(base)
         check_keeps_no_state(base)
         seed_head(base, head, folder.config.seed)

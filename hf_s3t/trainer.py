@@ -46,7 +46,7 @@ from .examples import ExampleTable, KeptNames
 from .finite import NOT_FINITE
 from .first_steps import check_choice, check_loss, check_rows
 from .hub import HubRepo, PushReport, push, told
-from .isolation import changed_for_good, check_accelerator, evaluation_chooses
+from .isolation import changed_for_good, check_accelerator, check_gives_a_loss, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
 from .optimizers import StageOptimizer, refuse_bound_optimizer
@@ -1220,6 +1220,9 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        of_its_own = not type(self).compute_loss.__module__.startswith(("transformers.", "hf_s3t."))
+        if compute_loss_func is None and not of_its_own and not args.label_smoothing_factor:
+            check_gives_a_loss(model)
         check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)

@@ -248,6 +248,17 @@ ARCHITECTURES = {
         ("projector", "classifier"),
         rows=lambda: sounds(8, 16, name="input_features"),
     ),
+    "llava, as many layers for pictures": Architecture(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "vision_config": {**SIZES, "image_size": IMAGE_SIZE, "patch_size": 4, "model_type": "clip_vision_model"},
+            "text_config": {**TEXT, **GROUPED, "model_type": "llama"},
+            "image_token_id": 50,
+        },
+        "model.language_model.layers",
+        targets=r".*language_model.*\.(q_proj|v_proj)",
+    ),
 }
 
 

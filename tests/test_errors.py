@@ -26,6 +26,7 @@ from tiny import (
     build,
     classification_rows,
     ids_of,
+    image_rows,
     lm_rows,
     lora,
     make_trainer,
@@ -759,6 +760,29 @@ def test_parameters_that_the_checkpoint_lacks_are_refused_by_name(tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", given)
 
 
+def without_a_loss():
+    return build("DeiTForImageClassificationWithTeacher", "DeiTConfig", hidden_size=16, intermediate_size=32,
+                 num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4, num_labels=3)  # fmt: skip
+
+
+def test_a_model_that_gives_no_loss_is_refused_before_anything_is_written(tmp_path):
+    case = Refusal(
+        ConfigError, "", "which holds no loss to train by", "WithTeacherOutput", "Give the class with a head"
+    )
+    given = {"model": without_a_loss(), "rows": image_rows(12)}
+    assert_trainer_refuses(case, tmp_path / "system", given)
+
+
+def test_a_model_that_gives_no_loss_is_taken_with_a_loss_of_ones_own(tmp_path):
+    class Own(S3TTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return model(pixel_values=inputs["pixel_values"]).logits.square().mean()
+
+    assert make_trainer(tmp_path / "class", without_a_loss(), image_rows(12), cls=Own).folder.plan.stages()
+    loss = {"compute_loss_func": lambda outputs, labels, **kwargs: outputs.logits.square().mean()}
+    assert make_trainer(tmp_path / "function", without_a_loss(), image_rows(12), **loss).folder.plan.stages()
+
+
 @cases(
     Refusal(ConfigError, "more slices than layers", "num_slices=3 is more than the model's 2 layers",
         "every slice needs at least one", "Use fewer slices", config=s3t_config(num_slices=3)),
@@ -1133,11 +1157,11 @@ def test_a_private_base_is_asked_for_with_the_systems_token(tmp_path, monkeypatc
         asked.append(kwargs)
         raise OSError("401: gated")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(transformers.LlamaConfig, "from_pretrained", gated)
     said = r"The base model cannot be loaded from .*: 401: gated Give `token` if it is private, or `base_model`"
     with pytest.raises(BaseModelMismatchError, match=said):
         S3TModel.from_pretrained(trainer.folder.path, token="hf_mine", cache_dir=tmp_path / "cache")
-    assert asked == [{"revision": None, "token": "hf_mine", "cache_dir": tmp_path / "cache"}]
+    assert asked == [{"token": "hf_mine", "cache_dir": tmp_path / "cache"}]
 
 
 def nudged(model: nn.Module, name: str) -> nn.Module:

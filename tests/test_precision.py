@@ -346,17 +346,6 @@ def test_stages_are_grown_on_a_base_that_holds_every_tensor_in_the_precision_of_
         make_trainer(tmp_path, _mixed(part).to(HALF), args=args)
 
 
-def test_it_is_said_where_a_base_that_is_loaded_by_its_name_is_rounded_otherwise(tmp_path, caplog):
-    base = _mixed("norms")
-    base.save_pretrained(tmp_path / "base")
-    base.config._name_or_path = str(tmp_path / "base")
-    plant_stages(make_trainer(tmp_path / "system", base, args=training_arguments(tmp_path / "system", bf16=True)))
-    S3TModel.from_pretrained(tmp_path / "system", base_model=_mixed("norms"))
-    assert "another precision" not in caplog.text
-    S3TModel.from_pretrained(tmp_path / "system")
-    assert "another precision" in caplog.text
-
-
 def test_initial_values_do_not_depend_on_what_the_process_has_set_before(tmp_path):
     trainers = [make_trainer(tmp_path / name, tiny_bert(2), classification_rows()) for name in "ab"]
     plant_stages(trainers[0])
