@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME
 from .base_model import check_base_is, config_of, describe_base
 from .circumstances import circumstances
 from .config import S3TConfig
+from .ensemble import check_one_answer_can_be_made
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
 from .inspection import check_method, open_folder
@@ -126,6 +127,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     head = find_head(model, path)
     check_checkpoint(model, path, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
+    check_one_answer_can_be_made(model, config.num_shards, config.select)
     check_peft_config(peft_config, head)
     check_keeps_no_state(model)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
 from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once
@@ -24,14 +23,21 @@ from .ensemble import (
     caches_in,
     check_aggregation,
     check_cache,
+    check_is_no_set,
+    check_one_answer_can_be_made,
     first_row,
     has_cache,
+    knows_rows,
     num_rows,
+    of_sets,
     refuse_other_state,
+    refuse_unknown_positions,
     reorder_cache,
     repeat_rows,
     stamp_cache,
+    without_cache,
 )
+from .ensemble_loss import EnsembleLoss
 from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
 from .hub import HubRepo, PushReport, is_repo_id, push
@@ -47,6 +53,7 @@ from .route import NoWay, Route, noting_lengths, routed
 from .stack import StageStack, seed_head
 from .status import system_status
 from .storage import SystemFolder
+from .streaming import ending, streamer_of
 from .unlearning import Unlearning
 from .versions import library_versions
 
@@ -115,7 +122,9 @@ class S3TModel(Unlearning, nn.Module):
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
         check_aggregation(self.aggregation, self.base_model.config)
-        self._one_pass: bool | None = None
+        check_one_answer_can_be_made(self.base_model, folder.config.num_shards, folder.config.select)
+        self._one_pass: dict[frozenset[str], bool] = {}
+        self._loss_of_several = EnsembleLoss(self.base_model)
         self._begin_serving(stack, folder, preload)
 
     @classmethod
@@ -357,22 +366,40 @@ class S3TModel(Unlearning, nn.Module):
         """
         As the base model's `generate`, with the ensemble: from its first token to its last with the same stacks.
 
+        A `streamer` is ended in any case, so that its reader does not wait for ever. What the reader sees of a call
+        that an error or a deletion stopped is a text that ends early, like any other: whether it is whole tells the
+        call, which raises.
+
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
             [`~hf_s3t.errors.ConfigError`]: If the base model does not generate.
             [`~hf_s3t.errors.NotServedError`]: If the base's own way to generate would compute with the base alone.
+
+        Example:
+
+        ```python
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(model.generate, **inputs, streamer=streamer)
+            for text in streamer:
+                print(text, end="")
+            answer.result()  # raises CallStoppedError if a deletion cut the text short
+        ```
         """
-        if not self.can_generate():
-            raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
-        own_ways = brings_own_ways(type(self.base_model))
-        with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
-            return super().generate(*args, **kwargs)
+        with ending(streamer_of(args, kwargs)) as end_is_told:
+            if not self.can_generate():
+                raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
+            own_ways = brings_own_ways(type(self.base_model))
+            with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
+                answer = super().generate(*args, **kwargs)
+                end_is_told()
+            return answer
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
-        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
+        targets = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
+        targets = {} if labels is None else {"labels": labels, **targets}
         if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
             raise S3TError(
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
@@ -382,17 +409,21 @@ class S3TModel(Unlearning, nn.Module):
         cache = cache_of(inputs)
         check_cache(cache, routing.route or _BASE_ALONE)
         if routing.route is None:
-            return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
+            return self._answer_as_base(inputs, targets, return_dict)
         members = len(routing.route)
         rows = num_rows(inputs, self.base_model.main_input_name)
-        if members > 1 and not self._answers_in_one_pass(inputs, rows):
-            return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
+        if members > 1 and not (knows_rows(inputs, rows) and self._answers_in_one_pass(inputs, rows)):
+            return self._answer_in_turn(routing, inputs, targets, return_dict)
+        if members > 1:
+            refuse_unknown_positions(self.base_model, inputs, rows)
         with routed(routing.route):
-            outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
+            given = {**inputs, **targets} if members == 1 else repeat_rows(inputs, rows, members)
+            outputs = self.base_model(**given, return_dict=True)
         stamp_cache(cache, routing.route)
         stamp_cache(cache_of(outputs), routing.route)
         logits = answer_of(outputs.logits, routing.weights, self.aggregation)
-        return self._output(outputs, logits, labels, return_dict, loss_kwargs)
+        loss = outputs.get("loss") if members == 1 else self._loss(routing, logits, targets, inputs)
+        return self._output(outputs, logits, loss, return_dict, members)
 
     @torch.no_grad()
     def _answers_in_one_pass(self, inputs: dict[str, Any], rows: int) -> bool:
@@ -400,37 +431,48 @@ class S3TModel(Unlearning, nn.Module):
         Whether every adapted module takes rows in its first dimension, so that members can share a pass.
 
         Sequence-first models, and projections of positions that all rows share, do not. Two passes of the base over
-        one row and over two tell; they are run once.
+        one row and over two tell; they are run once for each choice of inputs, for pictures go through other modules
+        than text does.
         """
-        if self._one_pass is None:
-            one = first_row(inputs, rows)
-            with routed(None), noting_lengths() as lengths:
-                self.base_model(**one, return_dict=True)
-            with routed(None), noting_lengths() as doubled:
-                self.base_model(**repeat_rows(one, 1, 2), return_dict=True)
-            self._one_pass = doubled == [2 * length for length in lengths]
-        return self._one_pass
+        given = frozenset(name for name, value in inputs.items() if value is not None)
+        if given not in self._one_pass:
+            inputs = without_cache(inputs)
+            try:
+                lengths = self._lengths(first_row(inputs, rows), 1)
+            except Exception:
+                # Some cannot be cut: the first row's pictures may not be the first one. Then over all rows.
+                lengths = self._lengths(inputs, rows)
+            self._one_pass[given] = lengths[1] == [2 * length for length in lengths[0]]
+        return self._one_pass[given]
 
-    def _answer_in_turn(self, routing: Routing, inputs, labels, return_dict, loss_kwargs):
+    def _lengths(self, inputs: dict[str, Any], rows: int) -> tuple[list[int], list[int]]:
+        """What length the base gives its adapted modules, for the rows and for twice the rows."""
+        with routed(None), noting_lengths() as lengths:
+            self.base_model(**inputs, return_dict=True)
+        with routed(None), noting_lengths() as doubled:
+            self.base_model(**repeat_rows(inputs, rows, 2), return_dict=True)
+        return lengths, doubled
+
+    def _answer_in_turn(self, routing: Routing, inputs, targets, return_dict):
         """One pass per member."""
         if caches_in(inputs):
             raise S3TError(
-                f"{type(self.base_model).__name__} does not keep rows in the first dimension, so the members of the "
-                f"ensemble answer one after the other and cannot share `{next(iter(caches_in(inputs)))}`. Call with "
-                "use_cache=False."
+                f"{type(self.base_model).__name__} does not keep rows in the first dimension, or some input has not "
+                "one entry per row, so the members of the ensemble answer one after the other and cannot share "
+                f"`{next(iter(caches_in(inputs)))}`. Call with use_cache=False."
             )
-        logits = []
-        for tip in routing.route.members:
-            with routed(replace(routing.route, members=(tip,))):
+        each = []
+        for route in _one_by_one(routing.route):
+            with routed(route):
                 outputs = self.base_model(**inputs, return_dict=True)
-            logits.append(outputs.logits)
+            each.append(outputs.logits)
         for name in caches_in(outputs):
             outputs[name] = None
-        return self._output(
-            outputs, answer_of(torch.cat(logits), routing.weights, self.aggregation), labels, return_dict, loss_kwargs
-        )
+        logits = answer_of(torch.cat(each), routing.weights, self.aggregation)
+        loss = self._loss(routing, logits, targets, inputs)
+        return self._output(outputs, logits, loss, return_dict, len(each))
 
-    def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
+    def _answer_as_base(self, inputs, targets, return_dict):
         if self.stack.in_training is not None and self.folder.valid_stages:
             raise S3TError(
                 f"What {self.folder.path} holds is not in memory, and nothing is attached to the base while "
@@ -449,25 +491,24 @@ class S3TModel(Unlearning, nn.Module):
             )
         # By a route of no members: the adapters of a stage in training must not act.
         with routed(_BASE_ALONE):
-            outputs = self.base_model(**inputs, return_dict=True)
+            outputs = self.base_model(**inputs, **targets, return_dict=True)
         stamp_cache(cache_of(inputs), _BASE_ALONE)
         stamp_cache(cache_of(outputs), _BASE_ALONE)
-        return self._output(outputs, outputs.logits, labels, return_dict, loss_kwargs)
+        return self._output(outputs, outputs.logits, outputs.get("loss"), return_dict)
 
-    def _output(self, outputs, logits, labels, return_dict, loss_kwargs):
-        loss = None if labels is None else self._loss(logits, labels, loss_kwargs)
-        kept = {"loss": loss, "logits": logits, **caches_in(outputs)}
+    def _output(self, outputs, logits, loss, return_dict, members: int = 1):
+        check_is_no_set(outputs, type(self.base_model), members)
+        # What comes with the logits of a set of predictions is of one member: several are refused.
+        kept = dict(outputs) if of_sets(outputs) else caches_in(outputs)
+        kept = {**kept, "loss": loss, "logits": logits}
         answer = type(outputs)(**{k: v for k, v in kept.items() if v is not None})
         return answer.to_tuple() if return_dict is False else answer
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_kwargs: dict) -> torch.Tensor:
-        named = {"logits": logits, "pooled_logits": logits, "config": self.config}
-        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
-        function = self.base_model.loss_function
-        if self.stack.head and function is LOSS_MAPPING["ForCausalLM"]:
-            # What Transformers falls back to for classes it does not know.
-            function = LOSS_MAPPING["ForSequenceClassification"]
-        return function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
+    def _loss(self, routing: Routing, logits: torch.Tensor, targets: dict[str, Any], inputs: dict[str, Any]):
+        if not targets:
+            return None
+        members = zip(_one_by_one(routing.route), routing.weights.tolist(), strict=True)
+        return self._loss_of_several(logits, targets, inputs, list(members))
 
     @contextlib.contextmanager
     def limited_to(self, depth: int) -> Iterator[None]:
@@ -698,6 +739,11 @@ class S3TModel(Unlearning, nn.Module):
 
 def _members(routing: Routing) -> int:
     return max(1, len(routing.route or ()))
+
+
+def _one_by_one(route: Route) -> list[Route]:
+    """The members of a route by themselves; what stops the one stops them too."""
+    return [replace(route, members=(tip,)) for tip in route.members]
 
 
 def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:
