@@ -343,7 +343,9 @@ class S3TModel(Unlearning, nn.Module):
         Args:
             *args: As for the base model.
             **kwargs: As for the base model.
-            labels (`torch.Tensor`, *optional*): As for the base model; the loss is that of the ensemble's answer.
+            labels (`torch.Tensor`, *optional*):
+                As for the base model. The loss of one member is what the base computes, that of several what the task
+                defines on their joint logits; see [`~hf_s3t.ensemble_loss.EnsembleLoss`].
             return_dict (`bool`, *optional*): `False` for a tuple.
 
         Returns:
@@ -355,6 +357,8 @@ class S3TModel(Unlearning, nn.Module):
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
+            [`~hf_s3t.errors.S3TError`]: If labels are given and the base makes its loss of something else than the
+                logits, or several members cannot share a cache that is given.
         """
         with self._call() as routing, self._calls.computing(routing):
             inputs = bind(self.base_model, args, kwargs)

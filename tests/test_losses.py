@@ -45,7 +45,8 @@ SOUND = dict(
 )  # fmt: skip
 BART = dict(
     d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-    encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=VOCABULARY, is_encoder_decoder=False, is_decoder=True, init_std=0.2,
+    encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=VOCABULARY, is_encoder_decoder=False, is_decoder=True,
+    init_std=0.2,
 )  # fmt: skip
 EXPERTS = dict(
     **SIZES, vocab_size=VOCABULARY, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1,
