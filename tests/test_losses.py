@@ -240,14 +240,19 @@ def system(tmp_path_factory) -> Callable[..., Made]:
     return get
 
 
-@pytest.mark.parametrize("name", KINDS)
+# What shows the same in another way.
+MORE = {"visual questions", "frames of audio"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in KINDS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_of_one_member_it_is_that_of_plain_peft(system, name):
     made = system(name, 1)
     assert torch.equal(made.model(**made.batch).loss, made.plain[0](**made.batch).loss)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_of_several_members_it_is_what_the_task_defines_on_their_logits(system, name):
     made = system(name, 2)
@@ -262,7 +267,7 @@ def test_of_several_members_it_is_what_the_task_defines_on_their_logits(system, 
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_trainer_evaluates(system, name, shards):
     made = system(name, shards)
     with torch.no_grad():
