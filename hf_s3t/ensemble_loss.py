@@ -19,6 +19,12 @@ _NEAR = dict(rtol=1e-5, atol=1e-6)
 _IGNORED = -100
 
 
+def take_targets(inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
+    """Labels, and what goes with them, which is taken out of the inputs; nothing if there are no labels."""
+    others = {name: inputs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+    return {} if labels is None else {"labels": labels, **others}
+
+
 class EnsembleLoss:
     """
     The loss of logits that several members made together, as the task defines it: as the base would compute it, had

@@ -37,7 +37,7 @@ from .ensemble import (
     stamp_cache,
     without_cache,
 )
-from .ensemble_loss import EnsembleLoss
+from .ensemble_loss import EnsembleLoss, take_targets
 from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
 from .hub import HubRepo, PushReport, is_repo_id, push
@@ -402,8 +402,7 @@ class S3TModel(Unlearning, nn.Module):
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
-        targets = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
-        targets = {} if labels is None else {"labels": labels, **targets}
+        targets = take_targets(inputs, labels)
         if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
             raise S3TError(
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
@@ -511,6 +510,8 @@ class S3TModel(Unlearning, nn.Module):
     def _loss(self, routing: Routing, logits: torch.Tensor, targets: dict[str, Any], inputs: dict[str, Any]):
         if not targets:
             return None
+        if routing.route is None:
+            return self._loss_of_several(logits, targets, inputs, [(_BASE_ALONE, 1.0)])
         members = zip(_one_by_one(routing.route), routing.weights.tolist(), strict=True)
         return self._loss_of_several(logits, targets, inputs, list(members))
 
