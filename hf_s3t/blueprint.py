@@ -16,6 +16,7 @@ from .base_model import check_base_is, config_of, describe_base, generation_of
 from .checkpoint import check_checkpoint
 from .circumstances import circumstances
 from .config import S3TConfig
+from .ensemble import check_one_answer_can_be_made
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
 from .first_steps import check_columns, check_optimizer, check_rows
@@ -140,6 +141,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     head = find_head(model, path)
     check_checkpoint(model, head)
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
+    check_one_answer_can_be_made(model, config.num_shards, config.select)
     check_peft_config(peft_config, head)
     if recorded is None:
         check_targets(model, peft_config, layers, head)

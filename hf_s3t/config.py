@@ -76,7 +76,8 @@ class S3TConfig:
             the ids as they are either way; what is trained is the same bit for bit.
         aggregation (`str`, *optional*):
             `"mean_logits"`, `"mean_probabilities"` or `"majority_vote"`. Defaults to the mean of token probabilities
-            for causal language models and to the mean of logits otherwise.
+            for causal language models and to the mean of logits otherwise. Where one member is left, its logits answer
+            as they are: with mean probabilities the scale of logits changes then, their distribution does not.
         select (`str`, defaults to `"longest"`):
             Which surviving stack of a shard serves: the `"longest"`, the one with the best recorded evaluation loss
             (`"metric"`), or the longest of every sequence together (`"all"`).

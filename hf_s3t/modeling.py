@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
 from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once, name_padding
@@ -24,15 +23,22 @@ from .ensemble import (
     caches_in,
     check_aggregation,
     check_cache,
+    check_is_no_set,
+    check_one_answer_can_be_made,
     first_row,
     has_cache,
+    knows_rows,
     logit_fields,
     num_rows,
+    of_sets,
     refuse_other_state,
+    refuse_unknown_positions,
     reorder_cache,
     repeat_rows,
     stamp_cache,
+    without_cache,
 )
+from .ensemble_loss import EnsembleLoss, take_targets
 from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
 from .hub import HubRepo, PushReport, is_repo_id, push
@@ -48,6 +54,7 @@ from .route import NoWay, Route, noting_lengths, routed
 from .stack import StageStack, seed_head
 from .status import system_status
 from .storage import SystemFolder
+from .streaming import ending, streamer_of
 from .unlearning import Unlearning
 from .versions import library_versions
 
@@ -59,8 +66,6 @@ _PRELOADS = ("best", "all")
 _BASE_ALONE = Route(())
 # Where code that came with the base generates, its `base_model` is not meant to be the base without stages.
 _NO_WAY = NoWay(())
-# What says where a span begins and ends, for the loss.
-_SPANS = ("start_positions", "end_positions")
 _WHEN_EXHAUSTED = ("error", "base")
 
 
@@ -118,7 +123,9 @@ class S3TModel(Unlearning, nn.Module):
         self.when_exhausted = when_exhausted
         self.aggregation = folder.record["aggregation"]
         check_aggregation(self.aggregation, self.base_model.config)
-        self._one_pass: bool | None = None
+        check_one_answer_can_be_made(self.base_model, folder.config.num_shards, folder.config.select)
+        self._one_pass: dict[frozenset[str], bool] = {}
+        self._loss_of_several = EnsembleLoss(self.base_model)
         self._begin_serving(stack, folder, preload)
 
     @classmethod
@@ -361,7 +368,9 @@ class S3TModel(Unlearning, nn.Module):
         Args:
             *args: As for the base model.
             **kwargs: As for the base model.
-            labels (`torch.Tensor`, *optional*): As for the base model; the loss is that of the ensemble's answer.
+            labels (`torch.Tensor`, *optional*):
+                As for the base model. The loss of one member is what the base computes, that of several what the task
+                defines on their joint logits; see [`~hf_s3t.ensemble_loss.EnsembleLoss`].
             return_dict (`bool`, *optional*): `False` for a tuple.
 
         Returns:
@@ -374,6 +383,8 @@ class S3TModel(Unlearning, nn.Module):
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.StaleCacheError`]: If `past_key_values` was made with stacks that answer no more.
+            [`~hf_s3t.errors.S3TError`]: If labels are given and the base makes its loss of something else than the
+                logits, or several members cannot share a cache that is given.
         """
         with self._call() as routing, self._calls.computing(routing):
             inputs = bind(self.base_model, args, kwargs)
@@ -385,22 +396,39 @@ class S3TModel(Unlearning, nn.Module):
         """
         As the base model's `generate`, with the ensemble: from its first token to its last with the same stacks.
 
+        A `streamer` is ended in any case, so that its reader does not wait for ever. What the reader sees of a call
+        that an error or a deletion stopped is a text that ends early, like any other: whether it is whole tells the
+        call, which raises.
+
         Raises:
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
             [`~hf_s3t.errors.CallStoppedError`]: If a deletion stopped the call; see [`~S3TModel.unlearn`].
             [`~hf_s3t.errors.ConfigError`]: If the base model does not generate.
             [`~hf_s3t.errors.NotServedError`]: If the base's own way to generate would compute with the base alone.
+
+        Example:
+
+        ```python
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(model.generate, **inputs, streamer=streamer)
+            for text in streamer:
+                print(text, end="")
+            answer.result()  # raises CallStoppedError if a deletion cut the text short
+        ```
         """
-        if not self.can_generate():
-            raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
-        own_ways = brings_own_ways(type(self.base_model))
-        with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
-            return super().generate(*args, **kwargs)
+        with ending(streamer_of(args, kwargs)) as end_is_told:
+            if not self.can_generate():
+                raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
+            own_ways = brings_own_ways(type(self.base_model))
+            with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
+                answer = super().generate(*args, **kwargs)
+                end_is_told()
+            return answer
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
         if self.base_model.training:
             self.eval()
-        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels", *_SPANS) if k in inputs}
+        targets = take_targets(inputs, labels)
         if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
             raise S3TError(
                 "An ensemble has no single set of hidden states or attentions. Export a shard with `export_adapter` "
@@ -410,17 +438,21 @@ class S3TModel(Unlearning, nn.Module):
         cache = cache_of(inputs)
         check_cache(cache, routing.route or _BASE_ALONE)
         if routing.route is None:
-            return self._answer_as_base(inputs, labels, return_dict, loss_kwargs)
+            return self._answer_as_base(inputs, targets, return_dict)
         members = len(routing.route)
         rows = num_rows(inputs, self.base_model.main_input_name)
-        if members > 1 and not self._answers_in_one_pass(inputs, rows):
-            return self._answer_in_turn(routing, inputs, labels, return_dict, loss_kwargs)
+        if members > 1 and not (knows_rows(inputs, rows) and self._answers_in_one_pass(inputs, rows)):
+            return self._answer_in_turn(routing, inputs, targets, return_dict)
+        if members > 1:
+            refuse_unknown_positions(self.base_model, inputs, rows)
         with routed(routing.route):
-            outputs = self.base_model(**repeat_rows(inputs, rows, members), return_dict=True)
+            given = {**inputs, **targets} if members == 1 else repeat_rows(inputs, rows, members)
+            outputs = self.base_model(**given, return_dict=True)
         stamp_cache(cache, routing.route)
         stamp_cache(cache_of(outputs), routing.route)
         answers = answers_of([outputs], routing.weights, self.aggregation)
-        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
+        loss = outputs.get("loss") if members == 1 else self._loss(routing, answers, targets, inputs)
+        return self._output(outputs, answers, loss, return_dict, members)
 
     @torch.no_grad()
     def _answers_in_one_pass(self, inputs: dict[str, Any], rows: int) -> bool:
@@ -428,36 +460,48 @@ class S3TModel(Unlearning, nn.Module):
         Whether every adapted module takes rows in its first dimension, so that members can share a pass.
 
         Sequence-first models, and projections of positions that all rows share, do not. Two passes of the base over
-        one row and over two tell; they are run once.
+        one row and over two tell; they are run once for each choice of inputs, for pictures go through other modules
+        than text does.
         """
-        if self._one_pass is None:
-            one = first_row(inputs, rows)
-            with routed(None), noting_lengths() as lengths:
-                self.base_model(**one, return_dict=True)
-            with routed(None), noting_lengths() as doubled:
-                self.base_model(**repeat_rows(one, 1, 2), return_dict=True)
-            self._one_pass = doubled == [2 * length for length in lengths]
-        return self._one_pass
+        given = frozenset(name for name, value in inputs.items() if value is not None)
+        if given not in self._one_pass:
+            inputs = without_cache(inputs)
+            try:
+                lengths = self._lengths(first_row(inputs, rows), 1)
+            except Exception:
+                # Some cannot be cut: the first row's pictures may not be the first one. Then over all rows.
+                lengths = self._lengths(inputs, rows)
+            self._one_pass[given] = lengths[1] == [2 * length for length in lengths[0]]
+        return self._one_pass[given]
 
-    def _answer_in_turn(self, routing: Routing, inputs, labels, return_dict, loss_kwargs):
+    def _lengths(self, inputs: dict[str, Any], rows: int) -> tuple[list[int], list[int]]:
+        """What length the base gives its adapted modules, for the rows and for twice the rows."""
+        with routed(None), noting_lengths() as lengths:
+            self.base_model(**inputs, return_dict=True)
+        with routed(None), noting_lengths() as doubled:
+            self.base_model(**repeat_rows(inputs, rows, 2), return_dict=True)
+        return lengths, doubled
+
+    def _answer_in_turn(self, routing: Routing, inputs, targets, return_dict):
         """One pass per member."""
         if caches_in(inputs):
             raise S3TError(
-                f"{type(self.base_model).__name__} does not keep rows in the first dimension, so the members of the "
-                f"ensemble answer one after the other and cannot share `{next(iter(caches_in(inputs)))}`. Call with "
-                "use_cache=False."
+                f"{type(self.base_model).__name__} does not keep rows in the first dimension, or some input has not "
+                "one entry per row, so the members of the ensemble answer one after the other and cannot share "
+                f"`{next(iter(caches_in(inputs)))}`. Call with use_cache=False."
             )
         each = []
-        for tip in routing.route.members:
-            with routed(replace(routing.route, members=(tip,))):
+        for route in _one_by_one(routing.route):
+            with routed(route):
                 outputs = self.base_model(**inputs, return_dict=True)
             each.append(outputs)
         for name in caches_in(outputs):
             outputs[name] = None
         answers = answers_of(each, routing.weights, self.aggregation)
-        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
+        loss = self._loss(routing, answers, targets, inputs)
+        return self._output(outputs, answers, loss, return_dict, len(each))
 
-    def _answer_as_base(self, inputs, labels, return_dict, loss_kwargs):
+    def _answer_as_base(self, inputs, targets, return_dict):
         if self.stack.in_training is not None and self.folder.valid_stages:
             raise S3TError(
                 f"What {self.folder.path} holds is not in memory, and nothing is attached to the base while "
@@ -476,31 +520,29 @@ class S3TModel(Unlearning, nn.Module):
             )
         # By a route of no members: the adapters of a stage in training must not act.
         with routed(_BASE_ALONE):
-            outputs = self.base_model(**inputs, return_dict=True)
+            outputs = self.base_model(**inputs, **targets, return_dict=True)
         stamp_cache(cache_of(inputs), _BASE_ALONE)
         stamp_cache(cache_of(outputs), _BASE_ALONE)
         answers = {name: outputs[name] for name in logit_fields(outputs.keys())}
-        return self._output(outputs, answers, labels, return_dict, loss_kwargs)
+        return self._output(outputs, answers, outputs.get("loss"), return_dict)
 
-    def _output(self, outputs, answers, labels, return_dict, loss_kwargs):
-        kept = {"loss": self._loss(answers, labels, loss_kwargs), **answers, **caches_in(outputs)}
+    def _output(self, outputs, answers, loss, return_dict, members: int = 1):
+        check_is_no_set(outputs, type(self.base_model), members)
+        # What comes with the logits of a set of predictions is of one member: several are refused.
+        kept = dict(outputs) if of_sets(outputs) else caches_in(outputs)
+        kept = {**kept, "loss": loss, **answers}
         answer = type(outputs)(**{k: v for k, v in kept.items() if v is not None})
         return answer.to_tuple() if return_dict is False else answer
 
-    def _loss(self, answers: dict[str, torch.Tensor], labels: torch.Tensor | None, loss_kwargs: dict):
-        spans = {name: loss_kwargs.pop(name) for name in _SPANS if name in loss_kwargs}
-        if "logits" not in answers:
-            return LOSS_MAPPING["ForQuestionAnswering"](**answers, **{**dict.fromkeys(_SPANS), **spans})
-        if labels is None:
+    def _loss(
+        self, routing: Routing, answers: dict[str, torch.Tensor], targets: dict[str, Any], inputs: dict[str, Any]
+    ):
+        if not targets:
             return None
-        logits = answers["logits"]
-        named = {"logits": logits, "pooled_logits": logits, "config": self.config}
-        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
-        function = self.base_model.loss_function
-        if self.stack.head and function is LOSS_MAPPING["ForCausalLM"]:
-            # What Transformers falls back to for classes it does not know.
-            function = LOSS_MAPPING["ForSequenceClassification"]
-        return function(labels=labels, vocab_size=vocabulary, **named, **loss_kwargs)
+        if routing.route is None:
+            return self._loss_of_several(answers, targets, inputs, [(_BASE_ALONE, 1.0)])
+        members = zip(_one_by_one(routing.route), routing.weights.tolist(), strict=True)
+        return self._loss_of_several(answers, targets, inputs, list(members))
 
     @contextlib.contextmanager
     def limited_to(self, depth: int) -> Iterator[None]:
@@ -731,6 +773,11 @@ class S3TModel(Unlearning, nn.Module):
 
 def _members(routing: Routing) -> int:
     return max(1, len(routing.route or ()))
+
+
+def _one_by_one(route: Route) -> list[Route]:
+    """The members of a route by themselves; what stops the one stops them too."""
+    return [replace(route, members=(tip,)) for tip in route.members]
 
 
 def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .calls import Routing
 from .ensemble import aggregate
+from .ensemble_loss import take_targets
 from .errors import ConfigError, FolderError
 from .examples import ExampleTable
 from .files import is_read_only, write_atomically
@@ -279,11 +280,12 @@ class ProtoSISAModel(WholeAdapterModel):
             return super()._answer(routing, inputs, labels, return_dict)
         if self.base_model.training:
             self.eval()
-        loss_kwargs = {k: inputs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in inputs}
+        targets = take_targets(inputs, labels)
         outputs, logits = self.prototypes.logits(inputs)
         # The same kind of numbers as the ensemble's: logits, logarithms of probabilities, or votes.
         logits = aggregate(logits, torch.ones(1), self.aggregation)
         if routing.route is not None:
             outputs = super()._answer(routing, inputs, None, True)
             logits = torch.lerp(outputs.logits, logits.to(outputs.logits), self.prototype_weight)
-        return self._output(outputs, {"logits": logits}, labels, return_dict, loss_kwargs)
+        answers = {"logits": logits}
+        return self._output(outputs, answers, self._loss(routing, answers, targets, inputs), return_dict)

@@ -598,27 +598,27 @@ def test_members_share_a_pass_where_modules_take_rows_first(tmp_path, name, expe
     rows = architecture.rows()
     trainer = make_trainer(tmp_path, architecture.fresh(), rows, config=config(), peft_config=lora(architecture))
     plant_stages(trainer)
-    batch = batch_of(rows[:3])
+    batch = batch_of([{name: value for name, value in row.items() if name != "labels"} for row in rows[:3]])
     # The first call looks at the architecture, with one row and with two; others do not.
     assert passes(trainer.s3t_model, batch) == [1, 2, *expected]
     assert passes(trainer.s3t_model, batch) == expected
 
 
-def test_members_that_answer_in_turn_cannot_share_a_cache(tmp_path):
+def test_members_that_answer_in_turn_cannot_share_a_cache(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, tiny_llama(2), config=config())
     plant_stages(trainer)
     model, batch = trainer.s3t_model, batch_of(lm_rows(2))
     del batch["labels"]
     cache = model(**batch, use_cache=True).past_key_values
     expected = model(**batch).logits
-    model._one_pass = False
+    monkeypatch.setattr(model, "_answers_in_one_pass", lambda inputs, rows: False)
     assert difference(model(**batch).logits, expected) <= TOLERANCE
     with pytest.raises(S3TError, match="use_cache=False"):
         model(**batch, past_key_values=cache)
     assert model.generate(**batch, max_new_tokens=2, use_cache=False).shape == (2, 10)
 
 
-def test_a_module_that_is_given_some_of_the_rows_is_refused(tmp_path):
+def test_a_module_that_is_given_some_of_the_rows_is_refused(tmp_path, monkeypatch):
     """Experts are: rows of several members would be taken for one another's."""
 
     class Choosy(Block):
@@ -637,7 +637,7 @@ def test_a_module_that_is_given_some_of_the_rows_is_refused(tmp_path):
     )
     plant_stages(trainer)
     served = trainer.s3t_model
-    served._one_pass = True
+    monkeypatch.setattr(served, "_answers_in_one_pass", lambda inputs, rows: True)
     with pytest.raises(S3TError, match="target_modules"):
         for count in range(3, 9):
             served(**batch_of(rows[:count]))

@@ -6,10 +6,11 @@ import gc
 import inspect
 import io
 import logging
+import math
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from tiny import (
     batch_of,
     build,
     classification_rows,
+    ids_of,
     lm_rows,
     lora,
     make_trainer,
@@ -211,8 +213,16 @@ class Made:
     @cached_property
     def plain(self) -> PeftModel:
         """The first shard as plain PEFT on a base of its own."""
-        exported = self.path.with_name(f"{self.path.name}-exported")
-        self.model.export_adapter(0, exported)
+        return self.member(0)
+
+    @cached_property
+    def members(self) -> list[PeftModel]:
+        return [self.member(shard) for shard in range(len(self.model.status()["depths"]))]
+
+    def member(self, shard: int) -> PeftModel:
+        exported = self.path.with_name(f"{self.path.name}-exported-{shard}-{len(self._made)}")
+        self._made[exported] = shard
+        self.model.export_adapter(shard, exported)
         return PeftModel.from_pretrained(self.kind.fresh(), exported).eval()
 
 
@@ -305,6 +315,9 @@ def test_when_one_shard_is_left_the_scale_changes_and_the_distribution_is_its_ow
     answer, plain = model(**prompt).logits, made.plain(**prompt).logits
     assert torch.allclose(answer, plain, atol=1e-5)
     assert answer.logsumexp(-1).abs().min() > 1e-2, "these logits happen to be logarithms of probabilities"
+    # And so what looks at the sign of a logit chooses the same words.
+    by_sign = dict(repetition_penalty=1.9, exponential_decay_length_penalty=(1, 1.5), eos_token_id=EOS)
+    assert torch.equal(decoded(model, prompt, **by_sign), decoded(made.plain, prompt, **by_sign))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "minimax"])
@@ -360,6 +373,122 @@ def test_a_stage_in_the_encoder_acts_on_the_picture(tmp_path):
     assert not torch.equal(decoded(one.model, prompt), decoded(kind.fresh(), prompt))
     with pytest.raises(S3TError, match=r"adapt the encoder, each its own way\. .* `export_adapter`"):
         decoded(Made(tmp_path / "2", kind).model, prompt)
+
+
+# Several members and pictures
+
+
+def of_pictures(name: str, what: str) -> dict[str, torch.Tensor]:
+    """Three rows, and pictures in them."""
+    batch = KINDS[name].prompt(3)
+    ids, patches = batch["input_ids"], batch["pixel_values"]
+    if what == "no picture":
+        ids[ids == IMAGE] = 10
+        for kept in ("pixel_values", "image_grid_thw"):
+            batch.pop(kept, None)
+    if what in ("a row without", "two in one row"):
+        ids[1][ids[1] == IMAGE] = 10
+    if what == "a row without":
+        batch["pixel_values"] = patches.unflatten(0, (3, -1))[[0, 2]].flatten(0, 1)
+        if "image_grid_thw" in batch:
+            batch["image_grid_thw"] = batch["image_grid_thw"][[0, 2]]
+    if what == "two in one row":
+        # As many pictures as rows, and not one each.
+        batch = {
+            key: torch.cat([value, value], 1) if value.dtype == ids.dtype else value for key, value in batch.items()
+        }
+        batch = {**batch, "image_grid_thw": batch["image_grid_thw"][:, :3]} if "image_grid_thw" in batch else batch
+        ids = batch["input_ids"]
+        ids[2, :8][ids[2, :8] == IMAGE] = 11
+    if what == "padding":
+        ids[1] = torch.cat([torch.full((2,), PAD), ids[1, :-2]])
+        batch["attention_mask"][1, :2] = 0
+    for kind in {"token_type_ids", "mm_token_type_ids"} & batch.keys():
+        batch[kind] = (ids == IMAGE).long()
+    return batch
+
+
+def logits_along(member: PeftModel, prompt: dict[str, torch.Tensor], answer: torch.Tensor) -> torch.Tensor:
+    """What plain PEFT makes of each step of a text that is chosen by somebody else."""
+
+    def choose(ids, scores):
+        return torch.full_like(scores, -torch.inf).scatter(1, answer[:, ids.shape[1], None], 0.0)
+
+    return torch.stack(decoded(member, prompt, **{**SHOWN, "suppress_tokens": None}, logits_processor=[choose]).logits)
+
+
+# An answer that shows a picture none was given for is an error to these bases.
+SHOWN = dict(output_logits=True, return_dict_in_generate=True, suppress_tokens=[IMAGE])
+PICTURES = ["one each", "a row without"] + [
+    pytest.param(what, marks=pytest.mark.slow) for what in ("no picture", "two in one row", "padding")
+]
+
+
+def joined(each: Iterable[torch.Tensor]) -> torch.Tensor:
+    each = torch.stack([logits.log_softmax(-1) for logits in each])
+    return each.logsumexp(0) - math.log(len(each))
+
+
+@pytest.mark.parametrize("what", PICTURES)
+@pytest.mark.parametrize("name", ["qwen3-vl", "paligemma"])
+@torch.no_grad()
+def test_several_members_look_at_pictures_as_plain_peft(system, name, what):
+    made, batch = system(name, 2), of_pictures(name, what)
+    expected = joined(member(**batch).logits for member in made.members)
+    assert torch.allclose(made.model(**batch).logits, expected, atol=1e-5)
+    for settings in ({}, dict(use_cache=False), dict(do_sample=True)):
+        answer = decoded(made.model, batch, **settings, **SHOWN)
+        along = joined(logits_along(member, batch, answer.sequences) for member in made.members)
+        assert torch.allclose(torch.stack(answer.logits), along, atol=1e-5)
+    beams = dict(num_beams=2, num_return_sequences=2, suppress_tokens=[IMAGE])
+    assert torch.equal(decoded(made.model, batch, **beams), decoded(made.model, batch, **beams, use_cache=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-vl", "paligemma"])
+@torch.no_grad()
+def test_three_members_look_at_pictures_and_when_one_is_left_it_is_plain_peft(tmp_path, name):
+    made, batch = make(tmp_path / "system", KINDS[name], shards=3), KINDS[name].prompt(3)
+    answer = decoded(made.model, batch, **SHOWN)
+    along = joined(logits_along(member, batch, answer.sequences) for member in made.members)
+    assert torch.allclose(torch.stack(answer.logits), along, atol=1e-5)
+    places = made.model.locate(ids_of(24))
+    made.model.unlearn([i for i, place in places.items() if place in ((1, 0), (2, 0))])
+    assert torch.equal(decoded(made.model, batch), decoded(made.plain, batch))
+    assert torch.allclose(made.model(**batch).logits, made.plain(**batch).logits, atol=1e-5)
+
+
+def test_where_each_row_has_its_picture_members_share_a_pass(system):
+    for name, what, shared in (
+        ("paligemma", "one each", True),
+        ("paligemma", "a row without", False),
+        ("qwen3-vl", "one each", False),
+        ("qwen3-vl", "no picture", True),
+    ):
+        model, batch = system(name, 2).model, of_pictures(name, what)
+        model(**batch)
+        passes = []
+        hook = model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        model(**batch)
+        hook.remove()
+        assert len(passes) == (1 if shared else 2), (name, what)
+
+
+def test_positions_that_only_the_base_knows_are_asked_for(system):
+    """It notes after each prompt by how much positions and tokens differ, row by row."""
+    made, batch = system("qwen3-vl", 2), of_pictures("qwen3-vl", "a row without")
+    more = torch.tensor([[10], [11], [12]])
+    answer = decoded(made.model, batch, max_new_tokens=1, return_dict_in_generate=True)
+    with pytest.raises(S3TError, match="Give `position_ids`"):
+        made.model(input_ids=more, past_key_values=answer.past_key_values)
+    one = {key: value[: len(value) // 3] for key, value in KINDS["qwen3-vl"].prompt(3).items()}
+
+    def going_on(model) -> torch.Tensor:
+        past = decoded(model, one, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        with torch.no_grad():
+            return model(input_ids=more[:1], past_key_values=past).logits
+
+    assert torch.allclose(going_on(made.model), joined(map(going_on, made.members)), atol=1e-5)
 
 
 # Assisted decoding
