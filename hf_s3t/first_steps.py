@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from .config import S3TConfig
 from .errors import ConfigError
+from .layers import find_task
 
 
 # What collators and models call the answer.
@@ -119,7 +120,8 @@ def check_rows(dataset: Any, model: nn.Module, head: Sequence[str]) -> None:
     """
     if not _is_stored(dataset):
         return
-    if head:
+    # Of other tasks a label may be a choice, a character, a place.
+    if head and find_task(model).endswith("-classification"):
         _check_labels(dataset, model)
     # Of models that read more than words, some know tokens of their own beside, and other towers have positions.
     config = getattr(model, "config", None)

@@ -117,6 +117,21 @@ def test_the_positions_of_a_tower_of_pictures_are_none_of_words(tmp_path):
     assert trainer.model.main_input_name == "input_ids"
 
 
+@pytest.mark.parametrize("label", [3, [14, 15]])
+def test_labels_that_are_no_classes_are_not_judged_by_the_number_of_classes(label, tmp_path):
+    """The number of a choice, of which there are as many as a row has; characters, of a vocabulary."""
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+    speech = dict(conv_dim=(8,), conv_stride=(4,), conv_kernel=(4,), num_feat_extract_layers=1)
+    groups = dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    if isinstance(label, list):
+        model = build("Wav2Vec2ForCTC", "Wav2Vec2Config", **small, **speech, **groups)
+        rows = [{"id": row["id"], "input_values": [0.5] * 40, "labels": label} for row in lm_rows(12)]
+    else:
+        model = build("BertForMultipleChoice", "BertConfig", **small)
+        rows = [{"id": row["id"], "input_ids": [row["input_ids"]] * 4, "labels": label} for row in lm_rows(12)]
+    make_trainer(tmp_path, model, rows)
+
+
 def test_what_a_collator_makes_of_rows_is_not_judged_beforehand(tmp_path):
     """Rows without an input, texts and all, are nothing to refuse where something of the user's own reads them."""
 
