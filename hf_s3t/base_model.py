@@ -79,9 +79,10 @@ def check_base_is(
     """
     now, then = config_of(model), record.get("config", {})
     other = sorted(k for k in {*now, *then} if now.get(k) != then.get(k) and k not in _MAY_BE_SET)
+    right = _expected(getattr(model.config, "_name_or_path", None), record, for_training)
     if then and other:
         shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
-        raise BaseModelMismatchError(f"The base model is configured otherwise than at training: {shown}.")
+        raise BaseModelMismatchError(f"The base model is configured otherwise than at training: {shown}. {right}")
     if for_training:
         _check_precision(model, record)
     dtypes = sorted({_dtype_name(model), record["dtype"], *_HALVES})
@@ -92,10 +93,43 @@ def check_base_is(
     if differing:
         where = " and ".join(_PARTS[part] for part in differing)
         raise BaseModelMismatchError(
-            f"The base model is not the one these stages were trained on: {where} differ. Expected "
-            f"{record['id'] or record.get('folder') or 'the model given at training'!r}"
-            f"{', revision ' + record['revision'] if record['revision'] else ''}; give it as `base_model`."
+            f"The base model is not the one these stages were trained on: {where} differ"
+            f"{_of_other_size(getattr(model.config, '_name_or_path', None), record)}. {right}"
         )
+
+
+def _expected(given: str | None, record: dict[str, Any], for_training: bool = False) -> str:
+    """Which base was recorded, which was given, and where to give the right one."""
+    name = record["id"] or record.get("folder") or "the model given at training"
+    revision = f", revision {record['revision']}" if record["revision"] else ""
+    got = f", got {given!r}" if given and given != name else ""
+    return f"Expected {name!r}{revision}{got}; give it as `{'model' if for_training else 'base_model'}`."
+
+
+def _of_other_size(name: str | os.PathLike | None, record: dict[str, Any]) -> str:
+    """
+    How the model of a name differs in size from the recorded base, if it does: loaded by its name it gets the recorded
+    size, and its weights are not for that.
+    """
+    try:
+        found = json.loads(AutoConfig.from_pretrained(name, local_files_only=True).to_json_string(use_diff=False))
+    except Exception:
+        # It has no name by which anything could be told.
+        return ""
+    now, then = _sizes(found), _sizes(record.get("config", {}))
+    other = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now.keys() & then.keys() if now[k] != then[k]]
+    return f", and {str(name)!r} has {', '.join(sorted(other))}" if other else ""
+
+
+def _sizes(settings: dict[str, Any]) -> dict[str, int]:
+    """The settings that say how many of something a model has, those of its parts included."""
+    sizes = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            sizes |= {f"{name}.{inner}": size for inner, size in _sizes(value).items()}
+        elif type(value) is int and (name.endswith(("_size", "_dim")) or name.startswith(("n_", "num_"))):
+            sizes[name] = value
+    return sizes
 
 
 def _check_precision(model: nn.Module, record: dict[str, Any]) -> None:
@@ -245,8 +279,16 @@ def load_base(
         # The checkpoint's head may be for other classes. Anything else that does not fit shows in the base's digest.
         kwargs["ignore_mismatched_sizes"] = True
     # The head's parameters are missing in most checkpoints; ours replace them, and the report would mislead.
-    with _quietly():
-        model = _found(name, architecture.from_pretrained, **kwargs)
+    try:
+        with _quietly():
+            model = _found(name, architecture.from_pretrained, **kwargs)
+    except RuntimeError as error:
+        size = _of_other_size(name, record)
+        if not size:
+            raise
+        raise BaseModelMismatchError(
+            f"The base model cannot be loaded as it was at training{size}. {_expected(str(name), record)}"
+        ) from error
     if as_recorded and _other_dtypes(model) != record.get("other_dtypes", _other_dtypes(model)):
         transformers.logging.get_logger(__name__).warning_once(
             f"At training the base held some tensors in another precision than {record['dtype']}, and loaded by its "

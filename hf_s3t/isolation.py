@@ -106,7 +106,6 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
     """
-    check_has_no_adapters(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise IsolationError(
             f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
@@ -268,10 +267,17 @@ def check_has_no_adapters(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: With the way out.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
         raise IsolationError(
-            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn. Give the "
-            "plain base model and the PEFT settings as `peft_config`."
+            f"The base model carries adapters: it is a {type(model).__name__}, whose data nobody could unlearn. Give "
+            f"the plain base model, `model=model.unload()`, and the PEFT settings, "
+            f"`peft_config=model.peft_config[{name!r}]`."
+        )
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise IsolationError(
+            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn, or a "
+            "system is live on it. Give the plain base model, loaded anew, and the PEFT settings as `peft_config`."
         )
 
 

@@ -14,6 +14,7 @@ from .base_model import rowwise
 from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import IsolationError
+from .given import check_kinds
 from .isolation import evaluation_chooses
 from .plan import StageKey
 from .randomness import RandomStates
@@ -84,6 +85,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         formatting_func: Callable | None = None,
         s3t_config: S3TConfig | None = None,
     ):
+        check_kinds(model, args, train_dataset, eval_dataset, loads_names=True)
         refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
         args = _as_sft_config(args, model)
         if isinstance(model, str):

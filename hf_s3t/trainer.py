@@ -33,6 +33,7 @@ from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
+from .given import check_kinds
 from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, evaluation_chooses
 from .model_card import description
@@ -202,7 +203,7 @@ class S3TTrainerMixin:
         keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
-        outputs = []
+        outputs, key = [], None
         # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
         gc.collect()
         gc.freeze()
@@ -226,7 +227,9 @@ class S3TTrainerMixin:
                     self._live._catch_up()
                 if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
                     self._push_meanwhile(f"Sequence {key}")
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self._say_what_is_kept(key)
             if self._live is not None:
                 # What training did to stages that serve, before it was stopped, answers no more.
                 with contextlib.suppress(S3TError):
@@ -243,6 +246,19 @@ class S3TTrainerMixin:
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
         return _summary(outputs)
+
+    def _say_what_is_kept(self, key: StageKey | None) -> None:
+        """Before an interrupt ends the run: what is there, and that nothing else has to be done than to call again."""
+        if not self.is_world_process_zero():
+            return
+        self.folder.refresh_stages()
+        valid = self.folder.valid_stages
+        where = "its last checkpoint" if self.args.save_strategy != "no" else "its beginning"
+        goes_on = f", {key} from {where}" if key is not None and key not in valid else ""
+        logger.warning(
+            f"Interrupted: {len(valid)} stages are in {self.folder.path}, whole, and stay. Call `train()` again, here "
+            f"or by the same script: it trains the {len(self._missing())} that are missing{goes_on}."
+        )
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
@@ -525,7 +541,7 @@ class S3TTrainerMixin:
     def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
-        self.args.seed = stage_seed(self.s3t_config.seed, key)
+        given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
         self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
         self._batches_are_random = self.args.dataloader_num_workers > 0
@@ -539,6 +555,7 @@ class S3TTrainerMixin:
             with self._unprepared(), self._fresh_state():
                 yield
         finally:
+            self.args.seed = given
             self._stage = self._stage_output_dir = None
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
             self.accelerator.free_memory()
@@ -930,6 +947,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         peft_config: PeftConfig | None = None,
         s3t_config: S3TConfig | None = None,
     ):
+        check_kinds(model, args, train_dataset, eval_dataset)
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
