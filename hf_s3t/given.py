@@ -1,9 +1,11 @@
 """What a trainer was given, before anything is made of it: things of another kind, settings left out or in vain."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import (
@@ -21,13 +23,14 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    find_labels,
     logging,
 )
 
 from .config import S3TConfig
 from .errors import ConfigError
 from .examples import ExampleTable
-from .layers import LayerGroups
+from .layers import LayerGroups, find_task
 from .plan import Plan, StageKey, relative_cost
 
 
@@ -59,6 +62,11 @@ def check_kinds(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, lo
         raise ConfigError(
             f"`model` is {_shown(model)}, expected a loaded model{' or its name, a text' if loads_names else ''}. "
             f"{_loading(model, loads_names)}"
+        )
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            "The base model has parameters without values (on the device `meta`): it was made empty, or offloaded to "
+            "the disk for want of memory. Load it whole, or quantised, without a `device_map` that offloads."
         )
     if args is not None and not isinstance(args, TrainingArguments):
         raise ConfigError(
@@ -97,6 +105,116 @@ def _shown(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return f"{'the text' if isinstance(value, str) else 'the path'} {str(value)!r}"
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def check_parts(processing_class: Any, **functions: Any) -> None:
+    """
+    Refuse names in the place of what they name, which would be found out when the system's folder is written.
+
+    Args:
+        processing_class: What was given as the tokenizer or processor.
+        **functions: Arguments that are called, by their names.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Saying what to give instead.
+    """
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
+        raise ConfigError(
+            f"`processing_class` is {_shown(processing_class)}, expected a tokenizer or processor. Give what "
+            "`AutoTokenizer.from_pretrained(...)` returns."
+        )
+    for name, part in functions.items():
+        if part is not None and not callable(part):
+            raise ConfigError(f"`{name}` is {_shown(part)}, expected something that can be called. Give a function.")
+
+
+def check_rows(model: nn.Module, dataset: Any, args: TrainingArguments, is_labelled_later: bool) -> None:
+    """
+    Refuse rows that `Trainer` would find nothing in to train on, or no answers: texts before tokenisation, say.
+
+    Args:
+        model (`nn.Module`): The base model.
+        dataset: What was given to train on. Only columns of a [`~datasets.Dataset`] without a transform can be told.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
+        is_labelled_later (`bool`): Whether a collator or a loss that was given may know of other answers.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the columns, and what is missing.
+    """
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or is_labelled_later:
+        return
+    read = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    answers = [*(args.label_names or find_labels(type(model))), "label", "label_ids"]
+    columns, inputs = dataset.column_names, set(read) - set(answers)
+    if inputs and not inputs & set(columns):
+        raise ConfigError(
+            f"`train_dataset` has the columns {', '.join(columns)}, and {type(model).__name__} reads none of them, "
+            f"expected such as {model.main_input_name}. Prepare the rows before: "
+            "`dataset.map(lambda row: tokenizer(row[...], truncation=True))`."
+        )
+    given = [name for name in columns if name in answers]
+    if len(answers) > 2 and not given:
+        raise ConfigError(
+            f"`train_dataset` has the columns {', '.join(columns)}, and none with the answers to learn, expected "
+            f"{answers[0]}. Name it so (`rename_column`), or give a `data_collator` that makes it."
+        )
+    for name in given:
+        if getattr(dataset.features[name], "dtype", None) in ("string", "large_string"):
+            raise ConfigError(
+                f"`{name}` of `train_dataset` holds texts, expected numbers of classes. Number the classes by a list "
+                "that does not depend on the rows: `dataset.map(lambda row: {'labels': NAMES.index(row['label'])})`."
+            )
+        _refuse_gaps(dataset, name)
+
+
+def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, formatting_func: Any) -> None:
+    """
+    Refuse what `SFTTrainer` would end with an error about something else: models and rows of another kind.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        dataset: What was given to train on.
+        args ([`~trl.SFTConfig`]): The recipe of a stage.
+        processing_class: What was given as the tokenizer or processor.
+        formatting_func: What was given to make texts of rows.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Saying what to give instead.
+    """
+    if find_task(model) in ("text-classification", "image-classification"):
+        raise ConfigError(
+            f"{type(model).__name__} is no language model, which `S3TSFTTrainer` trains. Give a model with a language "
+            "modelling head, or use `S3TTrainer`."
+        )
+    if processing_class is None and not model.config._name_or_path:
+        raise ConfigError(
+            "`processing_class` is missing, and the model was made in memory, so that its tokenizer cannot be found "
+            "by its name. Give the tokenizer."
+        )
+    if not isinstance(dataset, datasets.Dataset) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    columns = dataset.column_names
+    single = [name for name in ("input_ids", "messages", "conversations", args.dataset_text_field) if name in columns]
+    pair = ["prompt", "completion"]
+    if formatting_func is None and not single and not set(pair) <= set(columns):
+        raise ConfigError(
+            f"`train_dataset` has the columns {', '.join(columns)}, expected {args.dataset_text_field!r}, 'messages', "
+            "or 'prompt' and 'completion'. Rename them (`rename_columns`), set `dataset_text_field`, or give a "
+            "`formatting_func`."
+        )
+    for name in () if formatting_func is not None else single or pair:
+        _refuse_gaps(dataset, name)
+
+
+def _refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
+    # Of all rows that are stored, these perhaps not among them: to look is needed only where there are some.
+    if dataset.data.column(column).null_count:
+        missing = sum(value is None for value in dataset.with_format(None)[column][:])
+        if missing:
+            raise ConfigError(
+                f"{missing} of {len(dataset)} rows of `train_dataset` have no `{column}`. Drop them: "
+                f"`dataset.filter(lambda row: row[{column!r}] is not None)`."
+            )
 
 
 def leftovers_of_a_plain_run(folder: Path) -> list[str]:

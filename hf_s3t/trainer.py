@@ -33,7 +33,7 @@ from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
 from .examples import KeptNames
-from .given import check_kinds
+from .given import check_kinds, check_parts, check_rows
 from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, evaluation_chooses
 from .model_card import description
@@ -948,9 +948,18 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         s3t_config: S3TConfig | None = None,
     ):
         check_kinds(model, args, train_dataset, eval_dataset)
+        check_parts(
+            processing_class,
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        makes_answers = data_collator is not None or compute_loss_func is not None
+        check_rows(model, train_dataset, args, makes_answers or self._reads_rows_its_own_way())
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
         super().__init__(
@@ -967,6 +976,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._set_up(blueprint)
+
+    def _reads_rows_its_own_way(self) -> bool:
+        """Whether a class made of this one decides what is done with rows."""
+        names = ("compute_loss", "training_step", "get_train_dataloader", "_prepare_inputs")
+        return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
 
 
 def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:

@@ -567,10 +567,17 @@ def test_settings_refused_late_leave_the_head_of_a_classifier_as_it_was(tmp_path
         r"Give `Dataset.from_pandas\(frame, preserve_index=False\)`", train_dataset=pandas.DataFrame(lm_rows(12))),
     Refusal(ConfigError, "a table to evaluate on", r"`eval_dataset\['held out'\]` is a DataFrame",
         "expected a `datasets.Dataset`", "Give `Dataset.from_pandas", eval_dataset={"held out": pandas.DataFrame()}),
+    Refusal(ConfigError, "a tokenizer's name", "`processing_class` is the text 'gpt2'", "expected a tokenizer",
+        r"Give what `AutoTokenizer.from_pretrained\(...\)` returns", processing_class="gpt2"),
+    *(
+        Refusal(ConfigError, f"a name as {name}", f"`{name}` is the text 'accuracy'", "that can be called",
+            "Give a function", **{name: "accuracy"})
+        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+    ),
     Refusal(IsolationError, "a dict of PEFT settings", "`peft_config` is a dict", "stages are LoRA adapters",
         "Use `peft.LoraConfig`", peft_config={"r": 4}),
 )  # fmt: skip
-def test_what_stages_cannot_share_is_refused(case, tmp_path):
+def test_what_is_of_another_kind_or_missing_is_refused(case, tmp_path):
     model = tiny_llama(layers=2)
     before = digest_of(model)
     given = dict(
@@ -584,6 +591,58 @@ def test_what_stages_cannot_share_is_refused(case, tmp_path):
         S3TTrainer(**{**given, **case.given})
     case.check(caught)
     assert not (tmp_path / "system").exists() and digest_of(model) == before
+
+
+def test_a_base_without_values_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"without values .*`meta`.* offloaded to the disk .* Load it whole"):
+        make_trainer(tmp_path / "system", tiny_llama(layers=2).to("meta"))
+    assert not (tmp_path / "system").exists()
+
+
+def labelled(**columns) -> Dataset:
+    """Rows of a classifier without its labels, and other columns."""
+    rows = Dataset.from_list(classification_rows(12)).remove_columns("labels")
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
+@cases(
+    Refusal(ConfigError, "texts that are not tokenised", "has the columns id, text, and .* reads none of them",
+        "expected such as input_ids", r"`dataset.map\(lambda row: tokenizer",
+        rows=Dataset.from_dict({"id": ids_of(12), "text": ["w"] * 12})),
+    Refusal(ConfigError, "no answers", "has the columns id, input_ids, attention_mask, and none with the answers",
+        "expected labels", r"Name it so \(`rename_column`\), or give a `data_collator`", rows=labelled()),
+    Refusal(ConfigError, "names of classes", "`label` of `train_dataset` holds texts", "expected numbers of classes",
+        "by a list that does not depend on the rows", rows=labelled(label=[*"abcabcabcabc"])),
+    Refusal(ConfigError, "missing answers", "2 of 12 rows of `train_dataset` have no `labels`", "Drop them",
+        r"`dataset.filter\(lambda row: row\['labels'\] is not None", rows=labelled(labels=[0, None, 1, None, *[1] * 8])),
+)  # fmt: skip
+def test_rows_without_anything_to_train_on_are_refused_before_anything_is_written(case, tmp_path):
+    assert_trainer_refuses(case, tmp_path / "system", {"model": tiny_bert(2), **case.given})
+
+
+def test_answers_that_something_of_the_users_makes_are_not_asked_for(tmp_path):
+    """A collator, a loss, a transform, or a class of its own may make answers of whatever the rows hold."""
+
+    class Own(S3TTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(**inputs).logits.sum()
+
+    chosen = labelled(labels=[0, None, 1] * 4).filter(lambda row: row["labels"] is not None)
+    texts = labelled(name=[*"abc"] * 4)
+    ways = [
+        dict(rows=texts, data_collator=transformers.default_data_collator),
+        dict(rows=texts, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum()),
+        dict(rows=texts.with_transform(lambda rows: rows)),
+        dict(rows=texts, cls=Own),
+        dict(rows=chosen),
+        # Numbers of rows that are left out do not count.
+        dict(rows=labelled(labels=[0, None] * 6).select(range(0, 12, 2))),
+    ]
+    for number, given in enumerate(ways):
+        config = s3t_config(partition="balanced")
+        make_trainer(tmp_path / str(number), tiny_bert(2), config=config, **given)
 
 
 @pytest.mark.parametrize(
@@ -1442,20 +1501,22 @@ def text_rows(prompts) -> list[dict]:
     return [{"id": i, "prompt": prompt, "completion": " w5"} for i, prompt in zip(ids_of(len(prompts)), prompts)]
 
 
-def sft_trainer(output_dir: Path, rows, config, **changes):
+def sft_trainer(output_dir: Path, rows, config, model=None, processing_class=None, **changes):
     from trl import SFTConfig
 
     from hf_s3t import S3TSFTTrainer
 
     arguments = {"max_length": 12, "gradient_checkpointing": False, "bf16": False, **changes}
+    model = base() if model is None else model
     return make_trainer(
         output_dir,
-        base(),
+        model,
         rows,
         cls=S3TSFTTrainer,
         args=training_arguments(output_dir, cls=SFTConfig, **arguments),
         config=config,
-        processing_class=tokenizer(),
+        processing_class=tokenizer() if processing_class is None else processing_class or None,
+        peft_config=LoraConfig(target_modules="all-linear") if not isinstance(model, nn.Module) else None,
     )
 
 
@@ -1493,6 +1554,48 @@ def test_a_text_trainer_refuses_what_every_trainer_refuses(tmp_path):
     rows[1]["id"] = rows[0]["id"]
     with pytest.raises(ExampleIdError, match=r"more than once \(1\): 'example-000'"):
         sft_trainer(tmp_path / "system", rows, s3t_config())
+    assert not (tmp_path / "system").exists()
+
+
+EIGHT = ids_of(8)
+
+
+@cases(
+    Refusal(ConfigError, "other columns", "has the columns id, question, answer",
+        "expected 'text', 'messages', or 'prompt' and 'completion'", "Rename them .* or give a `formatting_func`",
+        rows=Dataset.from_dict({"id": EIGHT, "question": ["w4"] * 8, "answer": ["w5"] * 8})),
+    Refusal(ConfigError, "half a pair", "has the columns id, prompt", "'prompt' and 'completion'", "Rename them",
+        rows=Dataset.from_dict({"id": EIGHT, "prompt": ["w4"] * 8})),
+    Refusal(ConfigError, "missing texts", "1 of 8 rows of `train_dataset` have no `text`", "Drop them",
+        r"`dataset.filter\(", rows=Dataset.from_dict({"id": EIGHT, "text": ["w4"] * 7 + [None]})),
+    Refusal(ConfigError, "a classifier", "BertForSequenceClassification is no language model",
+        "which `S3TSFTTrainer` trains", "use `S3TTrainer`", model=tiny_bert(2)),
+    Refusal(ConfigError, "no tokenizer", "`processing_class` is missing", "the model was made in memory",
+        "Give the tokenizer", processing_class=False),
+    Refusal(ConfigError, "a folder that is not there", "`model='nowhere/at/all'` cannot be loaded",
+        "Give the folder of a model", "or its id on the Hub", model="nowhere/at/all"),
+    Refusal(ConfigError, "a folder as a path", "`model` is the path 'some/folder'", "a loaded model or its name",
+        "Give 'some/folder'", model=Path("some/folder")),
+    Refusal(ConfigError, "a model's class", "`model` is the class LlamaForCausalLM", "a loaded model or its name",
+        "from_pretrained", model=transformers.LlamaForCausalLM),
+)  # fmt: skip
+def test_what_a_text_trainer_would_stumble_over_is_refused_before_anything_is_written(case, tmp_path):
+    given = {
+        "rows": Dataset.from_list(text_rows(["w4"] * 8)),
+        "config": s3t_config(partition="balanced"),
+        **case.given,
+    }
+    with pytest.raises(S3TError) as caught:
+        sft_trainer(tmp_path / "system", **given)
+    case.check(caught)
+    assert not (tmp_path / "system").exists()
+
+
+def test_a_text_trainer_takes_no_list_of_rows(tmp_path):
+    from hf_s3t import S3TSFTTrainer
+
+    with pytest.raises(ConfigError, match=r"`train_dataset` is a list, .* Give `Dataset.from_list\(rows\)`\."):
+        S3TSFTTrainer(base(), training_arguments(tmp_path / "system"), train_dataset=text_rows(["w4"] * 8))
     assert not (tmp_path / "system").exists()
 
 
