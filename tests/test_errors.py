@@ -616,7 +616,8 @@ def labelled(**columns) -> Dataset:
     Refusal(ConfigError, "names of classes", "`label` of `train_dataset` holds texts", "expected numbers of classes",
         "by a list that does not depend on the rows", rows=labelled(label=[*"abcabcabcabc"])),
     Refusal(ConfigError, "missing answers", "2 of 12 rows of `train_dataset` have no `labels`", "Drop them",
-        r"`dataset.filter\(lambda row: row\['labels'\] is not None", rows=labelled(labels=[0, None, 1, None, *[1] * 8])),
+        r"`dataset.filter\(lambda row: row\['labels'\] is not None",
+        rows=labelled(labels=[0, None, 1, None, *[1] * 8])),
 )  # fmt: skip
 def test_rows_without_anything_to_train_on_are_refused_before_anything_is_written(case, tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", {"model": tiny_bert(2), **case.given})

@@ -57,10 +57,14 @@ def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("cut", "printed"),
     [
-        ((5, 2), r"audit without .+ \(of shard \d: shard \d has no stage left\): 2 stages"),
-        ((1, 1), "no stage is left to audit"),
+        pytest.param(
+            (5, 2),
+            r"audit without .+ \(of shard \d: shard \d has no stage left\): 2 stages",
+            marks=pytest.mark.long,
+            id="another shard is left",
+        ),
+        pytest.param((1, 1), "no stage is left to audit", id="nothing is left"),
     ],
-    ids=["another shard is left", "nothing is left"],
 )
 def test_the_demo_ends_where_the_shard_that_was_hit_has_no_stage_left(cut, printed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(people_demo, "BaseSettings", partial(people_demo.BaseSettings, steps=1, batch_size=4))
@@ -85,7 +89,7 @@ def test_the_demo_ends_where_the_shard_that_was_hit_has_no_stage_left(cut, print
     ],
 )
 def test_of_the_shard_that_was_hit_the_deepest_stage_is_audited_and_else_of_another(left, audited):
-    valid = frozenset(StageKey.from_path(f"shard-{name}") for name in left)
+    valid = frozenset(StageKey.from_path(f"stages/shard-{name}") for name in left)
     trainer = SimpleNamespace(folder=SimpleNamespace(valid_stages=valid))
     found = people_demo.surviving_stage(trainer, 0)
     assert (found and str(found)) == (audited and f"shard-{audited}")
