@@ -80,7 +80,13 @@ def demo_base(script: ScriptArguments) -> BaseSettings:
         "vocab_size": script.base_vocab_size,
         "steps": script.base_steps,
     }
-    return BaseSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = BaseSettings(**{name: value for name, value in given.items() if value is not None})
+    if settings.hidden_size % (2 * settings.num_heads):
+        raise ConfigError(
+            f"`--base_hidden_size {hidden}` cannot be shared by {settings.num_heads} heads, expected a multiple of "
+            f"{2 * settings.num_heads}. Give one."
+        )
+    return settings
 
 
 def train_demo(

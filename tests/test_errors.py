@@ -1360,7 +1360,9 @@ def test_a_base_of_another_size_is_told_by_its_name_and_size(changes, differs, s
     Refusal(BaseModelMismatchError, "", rf"other' {differs}", expected, "give it as `base_model`").check(caught)
 
 
-@pytest.mark.parametrize("given", [transformers.LlamaForCausalLM, transformers.LlamaConfig(), 3], ids=repr)
+@pytest.mark.parametrize(
+    "given", [transformers.LlamaForCausalLM, transformers.LlamaConfig(), 3], ids=["class", "config", "3"]
+)
 def test_what_is_neither_a_base_nor_a_name_of_one_is_refused(given, system):
     with pytest.raises(
         ConfigError, match=r"`base_model` is a .*, expected a loaded model, its id or its folder\. Give"

@@ -241,3 +241,8 @@ def test_a_method_that_does_not_fit_is_refused(stories):
         recipe.main([*stories, "--method", "protosisa"])
     with pytest.raises(ConfigError, match="The demo shows S3T"):
         recipe.main(["--method", "sisa"])
+
+
+def test_a_base_that_cannot_be_made_is_refused():
+    with pytest.raises(ConfigError, match=r"`--base_hidden_size 7` cannot be .* expected a multiple of 8"):
+        people_demo.demo_base(SimpleNamespace(base_hidden_size=7, base_vocab_size=None, base_steps=None))
