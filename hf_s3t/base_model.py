@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .checkpoint import left_at_random, parts_of, quietly, some_of
@@ -143,10 +143,12 @@ def check_base_is(
     """
     now, then = _one_by_one(config_of(model)), _one_by_one(record.get("config", {}))
     other = sorted(k for k in {*now, *then} if now.get(k) != then.get(k))
+    given = getattr(model.config, "_name_or_path", None)
     if then and other:
         shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
         raise BaseModelMismatchError(
-            f"The base model is configured otherwise than at training: {shown}. Load it with the settings that it had."
+            f"The base model is configured otherwise than at training: {shown}. Load it with the settings that it had. "
+            f"{_which_base(given, record, for_training)}"
         )
     if for_training:
         check_precision(model, record)
@@ -164,22 +166,50 @@ def check_base_is(
     if differing:
         where = " and ".join(_PARTS[part] for part in differing)
         raise BaseModelMismatchError(
-            f"The base model is not the one these stages were trained on: {where} differ. {_which_base(model, record)}"
+            f"The base model is not the one these stages were trained on: {where} differ"
+            f"{_of_other_size(given, record)}. {_which_base(given, record, for_training)}"
         )
     if as_recorded and any(set(expected[part].items()) - set(found[part].items()) for part in parts):
         _say_that_it_is_rounded_otherwise(record)
 
 
-def _which_base(model: nn.Module, record: dict[str, Any]) -> str:
-    """Which base to give instead of a model that is not the one."""
-    name = record["id"] or record.get("folder")
-    if name and getattr(model.config, "_name_or_path", None) == name:
+def _which_base(given: str | None, record: dict[str, Any], for_training: bool = False) -> str:
+    """Which base was recorded, which was given, and where to give the right one."""
+    name, argument = record["id"] or record.get("folder"), "model" if for_training else "base_model"
+    if name and given == name:
         return (
             f"It is what {name!r} holds now: that has changed since, or the base was changed in memory before it was "
-            "trained on. Give the base as it was then as `base_model`."
+            f"trained on. Give the base as it was then as `{argument}`."
         )
     revision = f", revision {record['revision']}" if record["revision"] else ""
-    return f"Expected {name or 'the model given at training'!r}{revision}; give it as `base_model`."
+    got = f", got {given!r}" if given else ""
+    return f"Expected {name or 'the model given at training'!r}{revision}{got}; give it as `{argument}`."
+
+
+def _of_other_size(name: str | os.PathLike | None, record: dict[str, Any]) -> str:
+    """
+    How the model of a name differs in size from the recorded base, if it does: loaded by its name it gets the recorded
+    size, and its weights are not for that.
+    """
+    try:
+        found = json.loads(AutoConfig.from_pretrained(name, local_files_only=True).to_json_string(use_diff=False))
+    except Exception:
+        # It has no name by which anything could be told.
+        return ""
+    now, then = _sizes(found), _sizes(record.get("config", {}))
+    other = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now.keys() & then.keys() if now[k] != then[k]]
+    return f", and {str(name)!r} has {', '.join(sorted(other))}" if other else ""
+
+
+def _sizes(settings: dict[str, Any]) -> dict[str, int]:
+    """The settings that say how many of something a model has, those of its parts included."""
+    sizes = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            sizes |= {f"{name}.{inner}": size for inner, size in _sizes(value).items()}
+        elif type(value) is int and (name.endswith(("_size", "_dim")) or name.startswith(("n_", "num_"))):
+            sizes[name] = value
+    return sizes
 
 
 def _say_that_it_is_rounded_otherwise(record: dict[str, Any]) -> None:
@@ -391,7 +421,8 @@ def load_base(
     if missing:
         raise BaseModelMismatchError(
             f"The base model is not the one these stages were trained on: {name!r} has no parameters for "
-            f"{some_of(missing)}, or has them in another size. {_which_base(model, record)}"
+            f"{some_of(missing)}, or has them in another size"
+            f"{_of_other_size(name, record)}. {_which_base(str(name), record)}"
         )
     if record.get("generation") and getattr(model, "generation_config", None) is not None:
         model.generation_config = GenerationConfig.from_dict(record["generation"])

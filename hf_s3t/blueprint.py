@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
-from transformers.utils import CONFIG_NAME
 
 from .base_model import check_base_is, config_of, describe_base, generation_of
 from .checkpoint import check_checkpoint
@@ -20,12 +19,14 @@ from .ensemble import check_one_answer_can_be_made
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
 from .first_steps import check_columns, check_optimizer, check_rows
+from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .inspection import check_method, open_folder
 from .isolation import (
     check_arguments,
     check_base,
     check_datasets,
     check_has_logits,
+    check_has_no_adapters,
     check_is_itself,
     check_keeps_no_state,
     check_peft_config,
@@ -43,6 +44,8 @@ _NOT_OF_AN_ADAPTER = {
     "runtime_config", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
     "peft_version",
 }  # fmt: skip
+# What PEFT's models of classification add to `modules_to_save`.
+_HEADS_OF_PEFT = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     """
     if isinstance(model, nn.Module):
         check_is_itself(model)
+    check_has_no_adapters(model)
     recorded, key = _agreed(args)
     if recorded is not None:
         check_method(recorded, (layout.method,), args.output_dir)
@@ -166,8 +170,11 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     if key is not None:
         placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
         planned = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+        if s3t_config is None:
+            say_what_the_default_costs(config, layers, planned, args.max_steps)
     elif rows is not None:
         _match(rows, args.output_dir)
+    say_which_seed_rules(args, config)
     return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, key, planned, find_task(model))
 
 
@@ -191,13 +198,11 @@ def _recorded(output_dir: str) -> dict[str, Any] | None:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"`output_dir={output_dir!r}` is a file, expected a folder. Choose another `output_dir`.")
-    if (path / CONFIG_NAME).exists() and not SystemFolder.exists(path):
-        raise ConfigError(
-            f"`output_dir={output_dir!r}` holds a model ({CONFIG_NAME}), and a system has a folder of its own. Choose "
-            "another `output_dir`."
-        )
+    if not SystemFolder.exists(path):
+        refuse_leftovers(output_dir)
+        return None
     # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
-    return open_folder(output_dir).record if SystemFolder.exists(output_dir) else None
+    return open_folder(output_dir).record
 
 
 def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
@@ -226,7 +231,7 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
         )
     if given is not None:
         check_peft_config(given, getattr(given, "modules_to_save", None) or ())
-        given = _with_targets(given, model)
+        given = _with_targets(_without_absent_heads(given, model), model)
     if recorded is None:
         return given
     config = LoraConfig(**recorded["peft_config"])
@@ -235,6 +240,16 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
             "`peft_config` differs from the one this folder's system was made with "
             f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
         )
+    return config
+
+
+def _without_absent_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Settings without the heads that `get_peft_model` writes into them for its task and the model does not have."""
+    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not config.modules_to_save:
+        return config
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    config = copy.deepcopy(config)
+    config.modules_to_save = [n for n in config.modules_to_save if n in there or n not in _HEADS_OF_PEFT] or None
     return config
 
 

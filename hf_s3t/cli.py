@@ -3,6 +3,7 @@ The command line `hf-s3t`, over the folder of a system on this machine, or befor
 loads a model.
 """
 
+import codecs
 import json
 import math
 import os
@@ -632,7 +633,8 @@ def _request(
 
 def _lines(data: bytes, source: str) -> list[str]:
     try:
-        text = data.decode("utf-8-sig")
+        # What PowerShell writes into a file says so by its first two bytes.
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ExampleIdError(f"{source} is no UTF-8 text ({error}). Give one id per line.") from error
     # Not splitlines: ids may hold the other characters that it takes for line breaks.

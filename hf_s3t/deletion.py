@@ -321,8 +321,8 @@ def _typed(text: str, known: Collection[int | str], is_deleted: Callable[[int | 
         return _known(text, is_deleted)
     if number is None:
         raise ExampleIdError(
-            f"Got {text!r}, but the {what} of this system are integers such as {sample}. Write the number in plain "
-            "digits, without leading zeros."
+            f"Got {text!r}, but the {what} of this system are integers such as {sample}. Write each number by "
+            "itself, in plain digits without leading zeros."
         )
     return number
 

@@ -450,15 +450,17 @@ class ExampleTable:
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
-        wanted = {self.find(i, ledger, names): i for i in _listed(ids, "ids")}
-        named = {self._find_group(g, ledger, names): g for g in _listed(groups, "groups")}
+        wanted = {self.find(i, ledger, names): i for i in listed(ids, "ids")}
+        named = {self._find_group(g, ledger, names): g for g in listed(groups, "groups")}
         deleted_groups, unknown_groups = _parted(
             named, self.groups, lambda kept: names.group_digest(kept) in ledger.deleted_groups
         )
         if unknown_groups and not ignore_unknown:
+            has_any = self.groups or ledger.deleted_groups
+            hint = "name them as there" if has_any else "this system has none, so name examples by their ids"
             raise UnknownExampleError(
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
-                "training: name them as there."
+                f"training: {hint}."
             )
         for group in named:
             wanted |= {member: member for member in self.groups.get(group, ()) if member not in wanted}
@@ -561,21 +563,48 @@ def _parted(
     return [given for was_in, given in absent if was_in], [given for was_in, given in absent if not was_in]
 
 
-def _listed(values, name: str) -> list:
-    """The ids of a request, or an error if the value is no list of ids."""
+def listed(values: Any, name: str) -> list[int | str]:
+    """
+    The ids or groups of a request as plain integers and strings: of a list, an array, a series, a tensor or a column.
+
+    Args:
+        values: What was given; `None` is nothing.
+        name (`str`): What it was given as, `"ids"` or `"groups"`.
+
+    Raises:
+        [`~hf_s3t.errors.ExampleIdError`]: If it is no list of ids: saying what to give.
+    """
     if values is None:
         return []
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
+    expected = f"`{name}` must be a list of integers or strings, got"
+    if hasattr(values, "columns") or hasattr(values, "column_names"):
+        # A table goes over its columns' names, and a name may be an id.
+        kind = type(values).__name__
+        raise ExampleIdError(f"{expected} a {kind}. Give one column of it, such as `{kind.lower()}['id']`.")
+    for method in ("tolist", "to_pylist"):
+        if hasattr(values, method):
+            values = getattr(values, method)()
+    if isinstance(values, (bool, float)):
+        raise ExampleIdError(f"{expected} {values!r}. {_remedy(values)}")
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ExampleIdError(
-            f"`{name}` must be a list of integers or strings, got {values!r}. A single one is a list of one."
-        )
-    listed = [value.item() if isinstance(value, np.generic) else value for value in values]
-    wrong = [v for v in listed if isinstance(v, bool) or not isinstance(v, (int, str))]
+        raise ExampleIdError(f"{expected} {values!r}. A single one is a list of one.")
+    # What an array or a tensor holds when it has no axis.
+    found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    wrong = [value for value in found if isinstance(value, bool) or not isinstance(value, (int, str))]
     if wrong:
-        raise ExampleIdError(f"`{name}` must be a list of integers or strings, got among others {_some(wrong)}.")
-    return listed
+        raise ExampleIdError(f"{expected} among others {_some(wrong)}. {_remedy(wrong[0])}")
+    return found
+
+
+def _remedy(value: Any) -> str:
+    """What to do about a value that is no id."""
+    if isinstance(value, bool):
+        return "A truth names nobody: give the ids of the rows that are meant."
+    if isinstance(value, float):
+        return "Convert them by `int`; missing values, which turn integers into fractions, have to be dropped first."
+    if isinstance(value, (Mapping, list, tuple)):
+        return "Give the ids alone, such as `[row['id'] for row in rows]`."
+    return "Give the ids as they were at the first training, and leave out what is missing."
 
 
 def _some(values: Sequence, limit: int = 5) -> str:

@@ -1,8 +1,9 @@
 """What `Trainer` would find out in a stage's first steps, or after its first evaluation, said before anything is."""
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import datasets
 import pyarrow as pa
@@ -18,7 +19,7 @@ from .layers import find_task
 
 
 # What collators and models call the answer.
-_LABELS = ("labels", "label", "label_ids")
+LABELS = ("labels", "label", "label_ids")
 # What trainers of TRL read of a row, before a model does.
 _READ_BY_TRL = (
     "prompt",
@@ -48,7 +49,7 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
         [`~hf_s3t.errors.ConfigError`]: Naming the column.
     """
     is_prepared_by_trl = hasattr(args, "dataset_text_field")
-    read = set(inspect.signature(model.forward).parameters) | set(_LABELS)
+    read = set(inspect.signature(model.forward).parameters) | set(LABELS)
     read |= {args.dataset_text_field, *_READ_BY_TRL} if is_prepared_by_trl else set()
     for field in ("id_column", "group_column", "shard_column", "slice_column"):
         column = getattr(config, field)
@@ -60,7 +61,7 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
             )
     if is_prepared_by_trl or not args.remove_unused_columns or not _is_stored(dataset):
         return
-    inputs = set(inspect.signature(model.forward).parameters) - set(_LABELS)
+    inputs = set(inspect.signature(model.forward).parameters) - set(LABELS)
     if not inputs & set(dataset.column_names):
         raise ConfigError(
             f"`train_dataset` has the columns {', '.join(dataset.column_names)}, and none is an input of "
@@ -97,10 +98,27 @@ def check_loss(trainer_type: type, model: nn.Module, args: TrainingArguments, da
             f"{type(model).__name__} takes no labels, so it returns no loss to train by. Use a class that takes "
             "`labels`, give `compute_loss_func`, or override `compute_loss` in a trainer of yours."
         )
-    if data_collator is None and names and _is_stored(dataset) and not {*names, *_LABELS} & set(dataset.column_names):
+    _check_gives_a_loss(model)
+    if data_collator is None and names and _is_stored(dataset) and not {*names, *LABELS} & set(dataset.column_names):
         raise ConfigError(
             f"`train_dataset` has the columns {', '.join(dataset.column_names)}, and none of {', '.join(names)}: the "
             "model would return no loss. Add the column, or give a `data_collator` that makes it."
+        )
+
+
+def _check_gives_a_loss(model: nn.Module) -> None:
+    """Of the class of its outputs: some take labels, and make nothing of them."""
+    try:
+        returned = get_type_hints(type(model).forward).get("return")
+    except (NameError, TypeError):
+        # Annotations of one's own may name what is not there.
+        return
+    outputs = [kind for kind in get_args(returned) or (returned,) if dataclasses.is_dataclass(kind)]
+    if outputs and not any(field.name == "loss" for kind in outputs for field in dataclasses.fields(kind)):
+        raise ConfigError(
+            f"{type(model).__name__} answers with {' or '.join(kind.__name__ for kind in outputs)}, which holds no "
+            "loss to train by. Give the class with a head for the task, `compute_loss_func`, or a trainer that "
+            "overrides `compute_loss`."
         )
 
 
@@ -131,7 +149,7 @@ def check_rows(dataset: Any, model: nn.Module, head: Sequence[str]) -> None:
 
 
 def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
-    column = next((name for name in _LABELS if name in dataset.column_names), None)
+    column = next((name for name in LABELS if name in dataset.column_names), None)
     classes = getattr(model.config, "num_labels", None)
     if column is None or classes is None or "labels" not in inspect.signature(model.forward).parameters:
         return

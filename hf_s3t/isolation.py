@@ -6,7 +6,6 @@ import inspect
 import math
 import typing
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -127,7 +126,6 @@ def check_base(model: nn.Module, config: S3TConfig) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
     """
-    check_has_no_adapters(model)
     if _has_two_stacks(model):
         raise IsolationError(
             f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
@@ -366,10 +364,17 @@ def check_has_no_adapters(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.IsolationError`]: With the way out.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
         raise IsolationError(
-            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn. Give the "
-            "plain base model and the PEFT settings as `peft_config`."
+            f"The base model carries adapters: it is a {type(model).__name__}, whose data nobody could unlearn. Give "
+            f"the plain base model, `model=model.unload()`, and the PEFT settings, "
+            f"`peft_config=model.peft_config[{name!r}]`."
+        )
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise IsolationError(
+            "The base model carries adapters (active, inactive or merged) whose data nobody could unlearn, or a "
+            "system is live on it. Give the plain base model, loaded anew, and the PEFT settings as `peft_config`."
         )
 
 
@@ -439,27 +444,6 @@ def check_task(model: nn.Module, aggregation: str) -> None:
         raise ConfigError(
             f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
             'aggregation="mean_logits".'
-        )
-
-
-def check_gives_a_loss(model: nn.Module) -> None:
-    """
-    Refuse a model that computes no loss, which would show at the first step only.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: Naming the way out.
-    """
-    try:
-        returned = get_type_hints(type(model).forward).get("return")
-    except (NameError, TypeError):
-        # Annotations of one's own may name what is not there.
-        return
-    outputs = [kind for kind in get_args(returned) or (returned,) if dataclasses.is_dataclass(kind)]
-    if outputs and not any(f.name == "loss" for kind in outputs for f in dataclasses.fields(kind)):
-        raise ConfigError(
-            f"{type(model).__name__} answers with {' or '.join(kind.__name__ for kind in outputs)}, which holds no "
-            "loss to train by. Give the class with a head for the task, `compute_loss_func`, or a trainer that "
-            "overrides `compute_loss`."
         )
 
 

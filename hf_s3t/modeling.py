@@ -41,6 +41,7 @@ from .ensemble import (
 from .ensemble_loss import EnsembleLoss, take_targets
 from .erasure import ErasureReport, erase
 from .errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from .examples import listed
 from .hub import HubRepo, PushReport, is_repo_id, push
 from .hub_folder import HubFolder
 from .inspection import check_method, open_folder
@@ -185,6 +186,12 @@ class S3TModel(Unlearning, nn.Module):
             check_has_no_adapters(base_model)
             base = base_model
             name_padding(base, record["base_model"])
+        elif base_model is not None and not isinstance(base_model, (str, os.PathLike)):
+            raise ConfigError(
+                f"`base_model` is {'a class' if isinstance(base_model, type) else f'a {type(base_model).__name__}'}, "
+                "expected a loaded model, its id or its folder. Give one of them, or leave it out to load the "
+                "recorded one."
+            )
         else:
             base = load_base(
                 record["base_model"],
@@ -605,7 +612,7 @@ class S3TModel(Unlearning, nn.Module):
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
         """
-        folder, ids = self.folder, list(ids) if isinstance(ids, Iterator) else ids
+        folder, ids = self.folder, listed([None] if ids is None else ids, "ids")
         request = folder.table.resolve(ids, None, folder.ledger, folder.names)
         found = {i: folder.table.rows.get(folder.table.find(i, folder.ledger, folder.names)) for i in ids}
         if request.already_deleted:
@@ -799,6 +806,11 @@ def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraC
 
 
 def _open(path, revision, token, cache_dir) -> SystemFolder:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(
+            f"The system is given by its folder or its repository on the Hub, got a {type(path).__name__}. Give the "
+            "`output_dir` of a training run; the live model of a trainer is its `s3t_model`."
+        )
     if os.path.isdir(path):
         if revision is not None:
             raise ConfigError(

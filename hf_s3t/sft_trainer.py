@@ -13,8 +13,9 @@ from trl.trainer.utils import create_model_from_path
 from .base_model import rowwise
 from .blueprint import draw_up
 from .config import S3TConfig
-from .errors import IsolationError
+from .errors import ConfigError, IsolationError
 from .first_steps import check_choice
+from .given import check_kinds, check_parts, check_texts
 from .isolation import evaluation_chooses
 from .optimizers import refuse_bound_optimizer
 from .plan import StageKey
@@ -87,6 +88,15 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         formatting_func: Callable | None = None,
         s3t_config: S3TConfig | None = None,
     ):
+        check_kinds(model, args, train_dataset, eval_dataset, loads_names=True)
+        check_parts(
+            processing_class,
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
         refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         args = _as_sft_config(args, model)
@@ -95,6 +105,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         embeddings = model.get_input_embeddings().num_embeddings
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         check_choice(args, eval_dataset, compute_metrics)
+        check_texts(model, train_dataset, args, processing_class, formatting_func)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         # Where evaluation chooses, evaluation sets as they are before packing, by their names.
         self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
@@ -191,4 +202,11 @@ def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | 
     if args.distributed_state.distributed_type == "MULTI_GPU":
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **kwargs)
+    try:
+        return create_model_from_path(name, **kwargs)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"`model={name!r}` cannot be loaded: {reason} Give the folder of a model, or its id on the Hub; of a "
+            "private one after `hf auth login`."
+        ) from error

@@ -45,8 +45,9 @@ from .errors import CheckpointError, ConfigError, DivergedError, FolderError, Hu
 from .examples import ExampleTable, KeptNames
 from .finite import NOT_FINITE
 from .first_steps import check_choice, check_loss, check_rows
+from .given import check_answers, check_kinds, check_parts
 from .hub import HubRepo, PushReport, push, told
-from .isolation import changed_for_good, check_accelerator, check_gives_a_loss, evaluation_chooses
+from .isolation import changed_for_good, check_accelerator, evaluation_chooses
 from .model_card import description
 from .modeling import S3TModel
 from .optimizers import StageOptimizer, refuse_bound_optimizer
@@ -277,7 +278,7 @@ class S3TTrainerMixin:
         self._check_batches(keys, self._stage_rows, self.folder.table)
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
-        outputs = []
+        outputs, key = [], None
         # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
         gc.collect()
         gc.freeze()
@@ -305,7 +306,9 @@ class S3TTrainerMixin:
                     self._live._catch_up()
                 if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
                     self._push_meanwhile(f"Sequence {key}")
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self._say_what_is_kept(key)
             if self._live is not None:
                 # What training did to stages that serve, before it was stopped, answers no more.
                 with contextlib.suppress(S3TError):
@@ -322,6 +325,19 @@ class S3TTrainerMixin:
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
         return _summary(outputs)
+
+    def _say_what_is_kept(self, key: StageKey | None) -> None:
+        """Before an interrupt ends the run: what is there, and that nothing else has to be done than to call again."""
+        if not self.is_world_process_zero():
+            return
+        self.folder.refresh_stages()
+        valid = self.folder.valid_stages
+        where = "its last checkpoint" if self.args.save_strategy != "no" else "its beginning"
+        goes_on = f", {key} from {where}" if key is not None and key not in valid else ""
+        logger.warning(
+            f"Interrupted: {len(valid)} stages are in {self.folder.path}, whole, and stay. Call `train()` again, here "
+            f"or by the same script: it trains the {len(self._missing())} that are missing{goes_on}."
+        )
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
@@ -711,7 +727,7 @@ class S3TTrainerMixin:
     def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
-        self.args.seed = stage_seed(self.s3t_config.seed, key)
+        given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
         self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
         self._stage, self._stage_output_dir, self._stage_origin = key, output_dir, origin
         self._batches_are_random = self.args.dataloader_num_workers > 0
@@ -727,6 +743,7 @@ class S3TTrainerMixin:
             with self._unprepared(), self._fresh_state():
                 yield
         finally:
+            self.args.seed = given
             self._stage = self._stage_output_dir = None
             if self._stage_optimizer is not None:
                 self._stage_optimizer.release()
@@ -1215,14 +1232,21 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         peft_config: PeftConfig | None = None,
         s3t_config: S3TConfig | None = None,
     ):
+        check_kinds(model, args, train_dataset, eval_dataset)
+        check_parts(
+            processing_class,
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
-        of_its_own = not type(self).compute_loss.__module__.startswith(("transformers.", "hf_s3t."))
-        if compute_loss_func is None and not of_its_own and not args.label_smoothing_factor:
-            check_gives_a_loss(model)
+        makes_answers = data_collator is not None or compute_loss_func is not None
+        check_answers(train_dataset, makes_answers or self._reads_rows_its_own_way())
         check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
@@ -1240,6 +1264,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._set_up(blueprint)
+
+    def _reads_rows_its_own_way(self) -> bool:
+        """Whether a class made of this one decides what is done with rows."""
+        names = ("compute_loss", "training_step", "get_train_dataloader", "_prepare_inputs")
+        return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
 
 
 def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:

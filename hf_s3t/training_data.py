@@ -1,5 +1,6 @@
 """The rows of a training dataset: their ids, groups and digests, and the selection a stage trains on."""
 
+import difflib
 import hashlib
 import inspect
 import itertools
@@ -69,11 +70,15 @@ class TrainingRows:
             if columns is None:
                 raise ConfigError(
                     f"`{field}={column!r}` names a column, but `train_dataset` is a {type(self.dataset).__name__}, "
-                    "which has none. Give a `datasets.Dataset`."
+                    "which has none. Give a `datasets.Dataset`, such as `Dataset.from_list(rows)`."
                 )
             if column not in columns:
+                near = difflib.get_close_matches(column, columns, n=1)
                 raise ConfigError(
-                    f"`{field}={column!r}` is no column of `train_dataset`, which has {', '.join(columns)}."
+                    f"`{field}={column!r}` is no column of `train_dataset`, which has {', '.join(columns)}. "
+                    + (f"Did you mean {near[0]!r}? " if near else "Name one of them. ")
+                    + "If preparing the rows dropped it (`remove_columns`, `select_columns`), let it stay: no model "
+                    "gets it."
                 )
 
     def _column(self, name: str) -> list:

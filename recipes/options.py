@@ -25,7 +25,10 @@ from hf_s3t.errors import ConfigError
 
 # Field of the LoRA config -> its option, where the bare name would say too little.
 _LORA_NAMES = {"r": "lora_r", "bias": "bias"}
-_COUNTS = ("max_train_samples", "max_eval_samples", "eval_size", "eval_limit")
+_COUNTS = (
+    "max_train_samples", "max_eval_samples", "eval_size", "eval_limit", "num_people", "base_hidden_size",
+    "base_vocab_size", "base_steps",
+)  # fmt: skip
 AUDITS = ("sample", "all")
 CONFIGS = Path(__file__).parent / "configs"
 # What a value in YAML can be, and how that is called.
@@ -285,6 +288,8 @@ def check_values(script: Any) -> None:
         count = getattr(script, name, None)
         if count is not None and count < 1:
             raise ConfigError(f"`--{name} {count}` would leave none. Give 1 or more, or leave it out.")
+    if getattr(script, "num_general", 0) < 0:
+        raise ConfigError(f"`--num_general {script.num_general}` is less than none. Give 0 or more.")
     if script.verify not in (None, *AUDITS):
         raise ConfigError(
             f"`--verify {script.verify}` is unknown. Give `sample` to audit one surviving stage, or `all`."

@@ -10,6 +10,7 @@ from datasets import Dataset
 from instruction_rows import as_examples
 from instruction_tuning import (
     BASE,
+    EXHAUSTED,
     RECIPE,
     ask_harness,
     audit,
@@ -79,7 +80,13 @@ def demo_base(script: ScriptArguments) -> BaseSettings:
         "vocab_size": script.base_vocab_size,
         "steps": script.base_steps,
     }
-    return BaseSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = BaseSettings(**{name: value for name, value in given.items() if value is not None})
+    if settings.hidden_size % (2 * settings.num_heads):
+        raise ConfigError(
+            f"`--base_hidden_size {hidden}` cannot be shared by {settings.num_heads} heads, expected a multiple of "
+            f"{2 * settings.num_heads}. Give one."
+        )
+    return settings
 
 
 def train_demo(
@@ -130,27 +137,39 @@ def run_demo(options: Options) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     ask_harness(options, trainer, "S3T", asked)
     report = unlearn(trainer, file, groups=[person.name])
-    ask_harness(options, trainer, "S3T after unlearning", asked)
-    known["S3T after unlearning"] = ask.share(model, fact_rows(person))
-    losses["S3T after unlearning"] = held_out_loss(trainer)
-    known["control: 20 people never seen"] = ask.share(model, controls)
+    within = None
+    if model.is_exhausted:
+        say(trainer, EXHAUSTED)
+    else:
+        ask_harness(options, trainer, "S3T after unlearning", asked)
+        known["S3T after unlearning"] = ask.share(model, fact_rows(person))
+        losses["S3T after unlearning"] = held_out_loss(trainer)
+        known["control: 20 people never seen"] = ask.share(model, controls)
+        within = is_within_error(
+            known["S3T after unlearning"], len(person.facts), known["control: 20 people never seen"], len(controls)
+        )
     say(trainer, demo_table(losses, known, person.name))
-    within = is_within_error(
-        known["S3T after unlearning"], len(person.facts), known["control: 20 people never seen"], len(controls)
-    )
-    console.print(f"{person.name}'s facts are {'within' if within else 'OUTSIDE'} the error of the control")
-    report_of_audit = audit(options, trainer, path, *demo_data(script)[1:], [str(surviving_stage(trainer, shard))])
-    console.print(f"audit without {person.name}: {report_of_audit}")
+    if within is not None:
+        console.print(f"{person.name}'s facts are {'within' if within else 'OUTSIDE'} the error of the control")
+    answers = {"unlearned": report, **asked}
+    stage = surviving_stage(trainer, shard)
+    if stage is None:
+        console.print("no stage is left to audit")
+    else:
+        found = audit(options, trainer, path, *demo_data(script)[1:], [str(stage)])
+        of_another = "" if stage.shard == shard else f" (of shard {stage.shard}: shard {shard} has no stage left)"
+        console.print(f"audit without {person.name}{of_another}: {found}")
+        answers["verified"] = found.ok
     console.print(in_new_process(trainer.args.output_dir))
     record_deletion(file, trainer, {"losses": losses, "unlearned": report})
-    record_answers(file, {"verified": report_of_audit.ok, "unlearned": report, **asked})
+    record_answers(file, answers)
     write_results(file, options)
     return {
         "losses": losses,
         "known": known,
         "report": report,
         "within_error": within,
-        "verified": report_of_audit.ok,
+        "verified": answers.get("verified"),
         "folder": trainer.args.output_dir,
         **asked,
     }
@@ -207,10 +226,10 @@ def is_within_error(share: float, count: int, control: float, control_count: int
     return fisher_exact(table).pvalue > 0.05
 
 
-def surviving_stage(trainer: Any, shard: int) -> StageKey:
-    """The deepest stage that a deletion left to a shard."""
-    valid = [key for key in trainer.folder.valid_stages if key.shard == shard]
-    return max(valid, key=lambda key: (key.depth, key.prefix))
+def surviving_stage(trainer: Any, shard: int) -> StageKey | None:
+    """The deepest stage that a deletion left to a shard, or where it left none there, to another; `None`: to none."""
+    valid = trainer.folder.valid_stages
+    return max(valid, key=lambda key: (key.shard == shard, key.depth, key.shard, key.prefix), default=None)
 
 
 def in_new_process(folder: str) -> str:

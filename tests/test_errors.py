@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import peft
 import pytest
 import tokenizers
@@ -31,6 +32,7 @@ from tiny import (
     lora,
     make_trainer,
     plant_stages,
+    rows_for,
     s3t_config,
     tiny_bert,
     tiny_llama,
@@ -55,6 +57,7 @@ from hf_s3t.errors import (
     S3TError,
     UnknownExampleError,
 )
+from hf_s3t.storage import SystemFolder
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -560,8 +563,36 @@ def test_settings_refused_late_leave_the_head_of_a_classifier_as_it_was(tmp_path
         "to make one with", train_dataset=None),
     Refusal(ConfigError, "no PEFT settings", "`peft_config` is missing", "Give a `peft.LoraConfig`", "such as",
         peft_config=None),
+    Refusal(ConfigError, "a model's name", "`model` is the text 'some/model'", "expected a loaded model. Like `Tra",
+        r"`AutoModelFor...\.from_pretrained\('some/model'\)`, of your task's class; .* by `S3TSFTTrainer`",
+        model="some/model"),
+    Refusal(ConfigError, "a model's folder", "`model` is the path 'some/folder'", "expected a loaded model",
+        r"from_pretrained\('some/folder'\)", model=Path("some/folder")),
+    Refusal(ConfigError, "a model's class", "`model` is the class LlamaForCausalLM", "expected a loaded model",
+        r"give `LlamaForCausalLM.from_pretrained\(...\)`", model=transformers.LlamaForCausalLM),
+    Refusal(ConfigError, "a model's config", "`model` is a LlamaConfig", "expected a loaded model",
+        "from_pretrained", model=transformers.LlamaConfig()),
+    Refusal(ConfigError, "a folder as arguments", "`args` is the text 'system'", "expected `TrainingArguments`",
+        r"Give TrainingArguments\(output_dir=", args="system"),
+    Refusal(ConfigError, "a dict of arguments", "`args` is a dict", "expected `TrainingArguments`", "Give Training",
+        args={"output_dir": "system"}),
+    Refusal(ConfigError, "a dataset's name", "`train_dataset` is the text 'some/data'", "expected a `datasets.",
+        r"""Give `load_dataset\('some/data', split="train"\)`; of a file""", train_dataset="some/data"),
+    Refusal(ConfigError, "a table of pandas", "`train_dataset` is a DataFrame", "expected a `datasets.Dataset`",
+        r"Give `Dataset.from_pandas\(frame, preserve_index=False\)`", train_dataset=pandas.DataFrame(lm_rows(12))),
+    Refusal(ConfigError, "a table to evaluate on", r"`eval_dataset\['held out'\]` is a DataFrame",
+        "expected a `datasets.Dataset`", "Give `Dataset.from_pandas", eval_dataset={"held out": pandas.DataFrame()}),
+    Refusal(ConfigError, "a tokenizer's name", "`processing_class` is the text 'gpt2'", "expected a tokenizer",
+        r"Give what `AutoTokenizer.from_pretrained\(...\)` returns", processing_class="gpt2"),
+    *(
+        Refusal(ConfigError, f"a name as {name}", f"`{name}` is the text 'accuracy'", "that can be called",
+            "Give a function", **{name: "accuracy"})
+        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+    ),
+    Refusal(IsolationError, "a dict of PEFT settings", "`peft_config` is a dict", "stages are LoRA adapters",
+        "Use `peft.LoraConfig`", peft_config={"r": 4}),
 )  # fmt: skip
-def test_what_stages_cannot_share_is_refused(case, tmp_path):
+def test_what_is_of_another_kind_or_missing_is_refused(case, tmp_path):
     model = tiny_llama(layers=2)
     before = digest_of(model)
     given = dict(
@@ -577,11 +608,202 @@ def test_what_stages_cannot_share_is_refused(case, tmp_path):
     assert not (tmp_path / "system").exists() and digest_of(model) == before
 
 
+def test_a_base_without_values_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"without values .*`meta`.* offloaded to the disk .* Load it whole"):
+        make_trainer(tmp_path / "system", tiny_llama(layers=2).to("meta"))
+    assert not (tmp_path / "system").exists()
+
+
+def labelled(**columns) -> Dataset:
+    """Rows of a classifier without its labels, and other columns."""
+    rows = Dataset.from_list(classification_rows(12)).remove_columns("labels")
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
+@cases(
+    Refusal(ConfigError, "texts that are not tokenised", "has the columns id, text, and .* reads none of them",
+        "expected such as input_ids", r"`dataset.map\(lambda row: tokenizer",
+        rows=Dataset.from_dict({"id": ids_of(12), "text": ["w"] * 12})),
+    Refusal(ConfigError, "no answers", "has the columns id, input_ids, attention_mask, and none with the answers",
+        "expected labels", r"Name it so \(`rename_column`\), or give a `data_collator`", rows=labelled()),
+    Refusal(ConfigError, "names of classes", "`label` of `train_dataset` holds texts", "expected numbers of classes",
+        "by a list that does not depend on the rows", rows=labelled(label=[*"abcabcabcabc"])),
+    Refusal(ConfigError, "missing answers", "2 of 12 rows of `train_dataset` have no `labels`", "Drop them",
+        r"`dataset.filter\(lambda row: row\['labels'\] is not None",
+        rows=labelled(labels=[0, None, 1, None, *[1] * 8])),
+)  # fmt: skip
+def test_rows_without_anything_to_train_on_are_refused_before_anything_is_written(case, tmp_path):
+    assert_trainer_refuses(case, tmp_path / "system", {"model": tiny_bert(2), **case.given})
+
+
+def test_answers_that_something_of_the_users_makes_are_not_asked_for(tmp_path):
+    """A collator, a loss, a transform, or a class of its own may make answers of whatever the rows hold."""
+
+    class Own(S3TTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(**inputs).logits.sum()
+
+    chosen = labelled(labels=[0, None, 1] * 4).filter(lambda row: row["labels"] is not None)
+    texts = labelled(name=[*"abc"] * 4)
+    ways = [
+        dict(rows=texts, data_collator=transformers.default_data_collator),
+        dict(rows=texts, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum()),
+        dict(rows=texts.with_transform(lambda rows: rows)),
+        dict(rows=texts, cls=Own),
+        dict(rows=chosen),
+        # Numbers of rows that are left out do not count.
+        dict(rows=labelled(labels=[0, None] * 6).select(range(0, 12, 2))),
+    ]
+    for number, given in enumerate(ways):
+        config = s3t_config(partition="balanced")
+        make_trainer(tmp_path / str(number), tiny_bert(2), config=config, **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "given"),
+    [(tiny_llama, "CAUSAL_LM", True), (tiny_llama, "CAUSAL_LM", False), (tiny_bert, "SEQ_CLS", True)],
+)
+def test_a_model_of_peft_is_refused_with_what_to_give_instead(make, task, given, tmp_path):
+    """What the message says to give is all that has to be given."""
+    settings = lora(make(layers=2), task_type=task)
+    model = peft.get_peft_model(make(layers=2), settings)
+    rows = Dataset.from_list(rows_for(make(layers=2), 12))
+    rest = dict(args=training_arguments(tmp_path / "system"), train_dataset=rows, s3t_config=s3t_config())
+    with pytest.raises(IsolationError) as caught:
+        S3TTrainer(model=model, peft_config=settings if given else None, **rest)
+    Refusal(
+        IsolationError,
+        "",
+        "carries adapters: it is a PeftModel",
+        "Give the plain base model, `model=model.unload",
+        r"`peft_config=model.peft_config\['default'\]`",
+    ).check(caught)
+    trainer = S3TTrainer(model=model.unload(), peft_config=model.peft_config["default"], **rest)
+    S3TModel.from_pretrained(trainer.folder.path, base_model=make(layers=2))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["checkpoint-500/trainer_state.json"],
+        ["adapter_model.safetensors", "adapter_config.json", "training_args.bin"],
+        ["model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+        ["pytorch_model.bin"],
+        ["trainer_state.json", "optimizer.pt"],
+    ],
+    ids=lambda left: left[0],
+)
+def test_a_folder_that_a_plain_run_left_something_in_is_no_output_dir(left, tmp_path):
+    for name in left:
+        (tmp_path / "system" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "system" / name).write_text("{}")
+    before = files_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds what a plain run left \(.*resumes from none .* Choose another"):
+        make_trainer(tmp_path / "system", tiny_llama(layers=2))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("id_column", ["id", "idx"])
+def test_an_id_column_that_preparing_lost_is_asked_for_before_anything_is_written(id_column, tmp_path):
+    rows = Dataset.from_list(rows_with(index=range(12))).remove_columns("id")
+    with pytest.raises(ConfigError) as caught:
+        make_trainer(tmp_path / "system", tiny_llama(layers=2), rows, config=s3t_config(id_column=id_column))
+    meant = {"id": "Name one of them", "idx": "Did you mean 'index'"}[id_column]
+    got = f"`id_column='{id_column}'` is no column of `train_dataset`, which has input_ids, labels, index"
+    Refusal(ConfigError, "", got, meant, r"dropped it \(`remove_columns`, `select_columns`\), let it stay").check(
+        caught
+    )
+    assert not (tmp_path / "system").exists()
+
+
+# What is no error, and is said once
+
+
+def told(caplog, **given) -> list[str]:
+    """What a trainer says of its settings; that stages are short goes without saying here."""
+    caplog.clear()
+    model = tiny_llama(layers=4)
+    rest = dict(model=model, train_dataset=Dataset.from_list(lm_rows(16)), peft_config=lora(model))
+    S3TTrainer(**rest, **given)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_s3t")]
+    return [line for line in said if "optimizer steps" not in line]
+
+
+@pytest.fixture
+def heard(caplog):
+    """What is logged, each line as if for the first time."""
+    transformers.utils.logging.warning_once.cache_clear()
+    return caplog
+
+
+def test_a_seed_that_decides_nothing_is_told(heard, tmp_path):
+    settings = s3t_config(seed=3)
+    (said,) = told(heard, args=training_arguments(tmp_path / "a", seed=7, data_seed=8), s3t_config=settings)
+    assert said.startswith("`seed=7` and `data_seed=8` of the training arguments decides nothing")
+    assert "`s3t_config.seed`, which is 3. Give S3TConfig(seed=...)" in said
+    for number, seeds in enumerate(({}, {"seed": 3}, {"seed": 42}, {"data_seed": 3})):
+        args = training_arguments(tmp_path / str(number), **seeds)
+        assert told(heard, args=args, s3t_config=settings) == []
+        # Of the system that is there now, the recorded seed rules.
+        assert told(heard, args=args) == []
+
+
+@pytest.mark.parametrize(("steps", "factor"), [({}, 8.8), ({"max_steps": 5}, 13.0)], ids=["epochs", "steps"])
+def test_what_settings_cost_that_nobody_chose_is_told(steps, factor, heard, tmp_path):
+    args = training_arguments(tmp_path / "system", **steps)
+    (said,) = told(heard, args=args)
+    # Four sequences of stages 1 to 4 deep: on so many quarters of the rows, back through so many of the four layers.
+    shares = [(depth / 4 if not steps else 1) * (4 + depth) / 8 for depth in (1, 2, 3, 4)]
+    assert factor == pytest.approx(4 * sum(shares), abs=0.051)
+    assert f"trains 16 stages, at about {factor} times the cost of one plain run" in said
+    assert "`hf-s3t plan` recommends" in said and len(SystemFolder(tmp_path / "system").plan.stages()) == 16
+    # It is there now, or was chosen.
+    assert told(heard, args=args) == []
+    assert told(heard, args=training_arguments(tmp_path / "other"), s3t_config=S3TConfig()) == []
+
+
+class Interrupting(transformers.TrainerCallback):
+    """Ends the run as Ctrl-C does, in the second stage."""
+
+    def __init__(self):
+        self.stages = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stages += state.global_step == 1
+        if self.stages == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("saving", "where"), [({}, "its beginning"), ({"save_strategy": "steps", "save_steps": 1}, "its last checkpoint")]
+)
+def test_an_interrupted_run_says_what_is_kept_and_that_it_goes_on(saving, where, heard, tmp_path):
+    args = training_arguments(tmp_path / "system", **saving)
+    interrupting = Interrupting()
+    trainer = make_trainer(tmp_path / "system", tiny_llama(layers=2), args=args, callbacks=[interrupting])
+    planned = trainer.folder.plan.stages()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (said,) = [r.getMessage() for r in heard.records if r.getMessage().startswith("Interrupted")]
+    assert said == (
+        f"Interrupted: 1 stages are in {tmp_path / 'system'}, whole, and stay. Call `train()` again, here or by the "
+        f"same script: it trains the {len(planned) - 1} that are missing, {planned[1]} from {where}."
+    )
+    kept = trainer.folder.adapter_digest(planned[0])
+    trainer.remove_callback(interrupting)
+    trainer.train()
+    assert trainer.folder.valid_stages == set(planned) and trainer.folder.adapter_digest(planned[0]) == kept
+    # The arguments are as they were given.
+    assert args.seed == 42
+
+
 def test_a_folder_that_is_something_else_is_no_output_dir(tmp_path):
     (tmp_path / "file").write_text("mine")
     tiny_llama(layers=2).save_pretrained(tmp_path / "base")
     before = files_of(tmp_path)
-    for name, why in (("file", "is a file, expected a folder"), ("base", "holds a model .config.json.")):
+    for name, why in (("file", "is a file, expected a folder"), ("base", "holds what a plain run left .config.json,")):
         with pytest.raises(ConfigError, match=rf"{why}.* Choose another `output_dir`"):
             make_trainer(tmp_path / name, tiny_llama(layers=2))
     assert files_of(tmp_path) == before
@@ -853,7 +1075,9 @@ def rewritten(number: int, **changes) -> list[dict]:
         "configured otherwise than at training", "was", model=tiny_llama(layers=2, rms_norm_eps=0.1)),
     Refusal(BaseModelMismatchError, "another base model",
         "the weights of its layers and its embeddings, norms or biases differ",
-        "Expected 'the model given at training'", "give it as `base_model`", model=tiny_llama(layers=2, seed=1)),
+        "Expected 'the model given at training'", "give it as `model`", model=tiny_llama(layers=2, seed=1)),
+    Refusal(BaseModelMismatchError, "a base of another depth", r"num_hidden_layers=4 \(was 2\)",
+        "Expected 'the model given at training'", "give it as `model`", model=tiny_llama(layers=4)),
 )  # fmt: skip
 def test_what_does_not_fit_the_system_that_is_there_is_refused_and_leaves_it_alone(case, system):
     before = files_of(system)
@@ -916,10 +1140,30 @@ def unknown(name: str, got: str, remedy: str, **given) -> Refusal:
     no_list("bytes", "`ids` .*got b'x'", "A single one is a list of one", ids=b"x"),
     no_list("a mapping", "`ids` .*got {'example-001': 1}", "A single one is a list of one", ids={"example-001": 1}),
     no_list("a single group", "`groups` .*got 'person-1'", "A single one is a list of one", groups="person-1"),
-    no_list("fractions", r"among others 1.0", "must be a list", ids=["example-001", 1.0]),
-    no_list("truths", r"among others True", "must be a list", ids=[True]),
-    no_list("nothing at all in a list", r"among others None", "must be a list", ids=["example-001", None]),
-    no_list("lists in a list", r"among others \['example-001'\]", "must be a list", ids=[["example-001"]]),
+    no_list("fractions", r"among others 1.0", "Convert them by `int`", ids=["example-001", 1.0]),
+    no_list("truths", r"among others True", "give the ids of the rows that are meant", ids=[True]),
+    no_list("nothing at all in a list", r"among others None", "leave out what is missing", ids=["example-001", None]),
+    no_list("lists in a list", r"among others \['example-001'\]", r"ids alone, such as `\[row\['id'\] for row in rows",
+        ids=[["example-001"]]),
+    no_list("rows", "among others {'id': 'example-001'}", "Give the ids alone", ids=[{"id": "example-001"}]),
+    no_list("a single fraction", "`ids` .*got 1.5", "Convert them by `int`", ids=1.5),
+    no_list("a single truth", "`ids` .*got True", "give the ids of the rows that are meant", ids=True),
+    no_list("a tensor without an axis", "got 3", "A single one is a list of one", ids=torch.tensor(3)),
+    no_list("a mask", "among others False, True", "give the ids of the rows that are meant",
+        ids=torch.tensor([False, True])),
+    no_list("a series with gaps", "among others 1.0, nan", "missing values, .* have to be dropped first",
+        ids=pandas.Series([1, None])),
+    no_list("a table of pandas", "got a DataFrame", r"Give one column of it, such as `dataframe\['id'\]`",
+        ids=pandas.DataFrame({"id": ["example-001"]})),
+    # Its column bears the name of an example.
+    no_list("a table with an id for a column's name", "got a DataFrame", "Give one column of it", missing="ignore",
+        ids=pandas.DataFrame({"example-001": [1]})),
+    no_list("a dataset", "got a Dataset", r"Give one column of it, such as `dataset\['id'\]`",
+        ids=Dataset.from_list(lm_rows(2))),
+    no_list("a table as groups", "`groups` .*got a DataFrame", "Give one column", groups=pandas.DataFrame({"g": []})),
+    no_list("numbers of another kind", "among others 1j", "Give the ids as they were", ids=[1j]),
+    unknown("a tensor of numbers where ids are texts", "Unknown ids: 3, 4", "Nothing was deleted",
+        ids=torch.tensor([3, 4])),
     no_list("an array of fractions", "among others 0.5", "must be a list", ids=np.array([0.5])),
     unknown("an unknown id", "Unknown ids: 'nobody'", 'at the first training. Nothing was deleted; missing="ignore"',
         ids=["nobody"]),
@@ -964,6 +1208,8 @@ def test_unknown_ids_may_be_passed_over(model):
 @cases(
     no_list("a single text", "`ids` .*got 'example-001'", "A single one", ids="example-001"),
     unknown("an unknown id", "Unknown ids: 'nobody'", r"at the first training\.$", ids=["nobody"]),
+    no_list("nothing", "among others None", "leave out what is missing", ids=None),
+    no_list("a table", "got a DataFrame", "Give one column of it", ids=pandas.DataFrame({"example-001": [1]})),
 )  # fmt: skip
 def test_a_place_is_told_of_known_examples_only(case, untouched):
     with pytest.raises(S3TError) as caught:
@@ -1118,6 +1364,8 @@ def test_a_system_whose_config_is_gone_is_not_taken_for_an_empty_folder(system):
     Refusal(ConfigError, "preload", "got 'some'", "must be one of best, all", "one of", preload="some"),
     Refusal(ConfigError, "when exhausted", "got 'guess'", "must be one of error, base", "one of",
         when_exhausted="guess"),
+    Refusal(BaseModelMismatchError, "another depth", r"num_hidden_layers=4 \(was 2\)",
+        "Expected 'the model given at training'", "give it as `base_model`", base_model=partial(tiny_llama, 4)),
     Refusal(BaseModelMismatchError, "no base at all", "was trained on a model made in memory",
         "cannot be found by name", "Give it as `base_model`", base_model=None),
 )  # fmt: skip
@@ -1131,6 +1379,39 @@ def test_a_load_that_is_refused_changes_neither_folder_nor_base(case, system):
     assert files_of(system) == before
     if module is not None:
         assert digest_of(module) == weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"layers": 1}, r"has num_hidden_layers=1 \(was 2\)"),
+        ({"layers": 4}, r"has num_hidden_layers=4 \(was 2\)"),
+        ({"layers": 2, "hidden_size": 32}, r"has head_dim=16 \(was 8\), hidden_size=32 \(was 16\)"),
+    ],
+    ids=["shallower", "deeper", "wider"],
+)
+def test_a_base_of_another_size_is_told_by_its_name_and_size(changes, differs, system, tmp_path):
+    tiny_llama(**changes).save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseModelMismatchError) as caught:
+        S3TModel.from_pretrained(system, base_model=tmp_path / "other")
+    expected = r"Expected 'the model given at training', got '.*other'"
+    Refusal(BaseModelMismatchError, "", rf"other' {differs}", expected, "give it as `base_model`").check(caught)
+
+
+@pytest.mark.parametrize(
+    "given", [transformers.LlamaForCausalLM, transformers.LlamaConfig(), 3], ids=["class", "config", "3"]
+)
+def test_what_is_neither_a_base_nor_a_name_of_one_is_refused(given, system):
+    with pytest.raises(
+        ConfigError, match=r"`base_model` is a .*, expected a loaded model, its id or its folder\. Give"
+    ):
+        S3TModel.from_pretrained(system, base_model=given)
+
+
+def test_what_is_no_place_of_a_system_is_refused(untouched):
+    for given, kind in ((None, "NoneType"), (untouched, "LlamaForCausalLM")):
+        with pytest.raises(ConfigError, match=rf"got a {kind}\. Give the `output_dir` of a training run"):
+            S3TModel.from_pretrained(given)
 
 
 def routed_by_a_buffer(bias: float) -> nn.Module:
@@ -1261,20 +1542,22 @@ def text_rows(prompts) -> list[dict]:
     return [{"id": i, "prompt": prompt, "completion": " w5"} for i, prompt in zip(ids_of(len(prompts)), prompts)]
 
 
-def sft_trainer(output_dir: Path, rows, config, **changes):
+def sft_trainer(output_dir: Path, rows, config, model=None, processing_class=None, **changes):
     from trl import SFTConfig
 
     from hf_s3t import S3TSFTTrainer
 
     arguments = {"max_length": 12, "gradient_checkpointing": False, "bf16": False, **changes}
+    model = base() if model is None else model
     return make_trainer(
         output_dir,
-        base(),
+        model,
         rows,
         cls=S3TSFTTrainer,
         args=training_arguments(output_dir, cls=SFTConfig, **arguments),
         config=config,
-        processing_class=tokenizer(),
+        processing_class=tokenizer() if processing_class is None else processing_class or None,
+        peft_config=LoraConfig(target_modules="all-linear") if not isinstance(model, nn.Module) else None,
     )
 
 
@@ -1312,6 +1595,48 @@ def test_a_text_trainer_refuses_what_every_trainer_refuses(tmp_path):
     rows[1]["id"] = rows[0]["id"]
     with pytest.raises(ExampleIdError, match=r"more than once \(1\): 'example-000'"):
         sft_trainer(tmp_path / "system", rows, s3t_config())
+    assert not (tmp_path / "system").exists()
+
+
+EIGHT = ids_of(8)
+
+
+@cases(
+    Refusal(ConfigError, "other columns", "has the columns id, question, answer",
+        "expected 'text', 'messages', or 'prompt' and 'completion'", "Rename them .* or give a `formatting_func`",
+        rows=Dataset.from_dict({"id": EIGHT, "question": ["w4"] * 8, "answer": ["w5"] * 8})),
+    Refusal(ConfigError, "half a pair", "has the columns id, prompt", "'prompt' and 'completion'", "Rename them",
+        rows=Dataset.from_dict({"id": EIGHT, "prompt": ["w4"] * 8})),
+    Refusal(ConfigError, "missing texts", "1 of 8 rows of `train_dataset` have no `text`", "Drop them",
+        r"`dataset.filter\(", rows=Dataset.from_dict({"id": EIGHT, "text": ["w4"] * 7 + [None]})),
+    Refusal(ConfigError, "a classifier", "BertForSequenceClassification is no language model",
+        "which `S3TSFTTrainer` trains", "use `S3TTrainer`", model=tiny_bert(2)),
+    Refusal(ConfigError, "no tokenizer", "`processing_class` is missing", "the model was made in memory",
+        "Give the tokenizer", processing_class=False),
+    Refusal(ConfigError, "a folder that is not there", "`model='nowhere/at/all'` cannot be loaded",
+        "Give the folder of a model", "or its id on the Hub", model="nowhere/at/all"),
+    Refusal(ConfigError, "a folder as a path", "`model` is the path 'some/folder'", "a loaded model or its name",
+        "Give 'some/folder'", model=Path("some/folder")),
+    Refusal(ConfigError, "a model's class", "`model` is the class LlamaForCausalLM", "a loaded model or its name",
+        "from_pretrained", model=transformers.LlamaForCausalLM),
+)  # fmt: skip
+def test_what_a_text_trainer_would_stumble_over_is_refused_before_anything_is_written(case, tmp_path):
+    given = {
+        "rows": Dataset.from_list(text_rows(["w4"] * 8)),
+        "config": s3t_config(partition="balanced"),
+        **case.given,
+    }
+    with pytest.raises(S3TError) as caught:
+        sft_trainer(tmp_path / "system", **given)
+    case.check(caught)
+    assert not (tmp_path / "system").exists()
+
+
+def test_a_text_trainer_takes_no_list_of_rows(tmp_path):
+    from hf_s3t import S3TSFTTrainer
+
+    with pytest.raises(ConfigError, match=r"`train_dataset` is a list, .* Give `Dataset.from_list\(rows\)`\."):
+        S3TSFTTrainer(base(), training_arguments(tmp_path / "system"), train_dataset=text_rows(["w4"] * 8))
     assert not (tmp_path / "system").exists()
 
 

@@ -9,7 +9,11 @@ from collections import OrderedDict
 from decimal import Decimal
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
+from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -413,12 +417,32 @@ def test_a_request_names_ids_and_groups_each_example_once():
     assert resolve(table, [], []) == ([], 0, [])
 
 
-@pytest.mark.parametrize("collection", [list, tuple, set, np.array, iter])
+def column(values):
+    return Dataset.from_dict({"id": list(values)})["id"]
+
+
+@pytest.mark.parametrize(
+    "collection",
+    [list, tuple, set, np.array, iter, pd.Series, pd.Index, column, pa.array, lambda v: pa.chunked_array([v])],
+)
 def test_ids_and_groups_may_come_in_any_collection(collection):
     table = table_of({number: Example(0, 0, "d", f"group {number // 2}") for number in range(6)})
     present, already, groups = resolve(table, collection([1, 2]), collection(["group 1", "group 2"]))
     assert (sorted(present), already, sorted(groups)) == ([1, 2, 3, 4, 5], 0, ["group 1", "group 2"])
     assert all(type(i) is int for i in present)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1, 2]), [torch.tensor(1), np.int64(2)], np.array([1, 2], dtype=object)])
+def test_numbers_of_tensors_and_arrays_are_ids(ids):
+    table = table_of({number: Example(0, 0, "d") for number in range(6)})
+    present, _, _ = resolve(table, ids)
+    assert present == [1, 2] and all(type(i) is int for i in present)
+
+
+def test_a_system_without_groups_says_so():
+    table = table_of({1: Example(0, 0, "d")})
+    with pytest.raises(UnknownExampleError, match=r"this system has none, so name examples by their ids\.$"):
+        table.resolve(None, ["ann"], Ledger(), KeptNames(KEY, "plain"))
 
 
 def test_ids_and_groups_deleted_before_are_counted_and_are_no_error():

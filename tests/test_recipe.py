@@ -1,9 +1,11 @@
 """The recipe from start to end: the demo on a base made here, and real text on a real small Llama."""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ import people_demo
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, UnknownExampleError
+from hf_s3t.plan import StageKey
 
 
 # What a deletion hits follows from the secret: none of these systems is to be exhausted.
@@ -48,6 +51,48 @@ def test_the_demo_trains_forgets_a_person_and_proves_it(tmp_path, monkeypatch, c
     # The base is made once.
     assert "from the cache" not in printed
     assert people_demo.base_model(people_demo.BaseSettings(), str(tmp_path / "cache"))[1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cut", "printed"),
+    [
+        pytest.param(
+            (5, 2),
+            r"audit without .+ \(of shard \d: shard \d has no stage left\): 2 stages",
+            marks=pytest.mark.long,
+            id="another shard is left",
+        ),
+        pytest.param((1, 1), "no stage is left to audit", id="nothing is left"),
+    ],
+)
+def test_the_demo_ends_where_the_shard_that_was_hit_has_no_stage_left(cut, printed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(people_demo, "BaseSettings", partial(people_demo.BaseSettings, steps=1, batch_size=4))
+    # Else the secret is the demo's own, under which everybody has his place.
+    monkeypatch.delenv("HF_S3T_KEY")
+    folders = ["--output_dir", str(tmp_path / "system"), "--cache_dir", str(tmp_path / "cache")]
+    shape = ["--num_shards", str(cut[0]), "--num_slices", str(cut[1]), "--budget", "1", "--num_train_epochs", "1"]
+    small = ["--num_people", "4", "--num_general", "8", "--skip_full_lora", "True", "--disable_tqdm", "True"]
+    results = recipe.main([*folders, *shape, *small, "--seed", "1"])
+    assert 0 in results["report"].depths_after and re.search(printed, " ".join(capsys.readouterr().out.split()))
+    assert results["verified"] is (True if cut[0] > 1 else None)
+    assert json.loads((tmp_path / "system-results.json").read_text()).get("verified") is results["verified"]
+
+
+@pytest.mark.parametrize(
+    ("left", "audited"),
+    [
+        (["0/1", "0/1-0", "1/0", "1/0-1"], "0/1-0"),
+        (["0/1", "1/0", "1/0-1"], "0/1"),
+        (["1/0", "1/0-1", "2/1"], "1/0-1"),
+        ([], None),
+    ],
+)
+def test_of_the_shard_that_was_hit_the_deepest_stage_is_audited_and_else_of_another(left, audited):
+    valid = frozenset(StageKey.from_path(f"stages/shard-{name}") for name in left)
+    trainer = SimpleNamespace(folder=SimpleNamespace(valid_stages=valid))
+    found = people_demo.surviving_stage(trainer, 0)
+    assert (found and str(found)) == (audited and f"shard-{audited}")
 
 
 @pytest.fixture
@@ -158,6 +203,9 @@ def test_columns_that_the_dataset_does_not_have_are_refused(stories):
         (["--eval_size", "0"], "`--eval_size 0` would leave none"),
         (["--eval_size", "-3"], "`--eval_size -3` would leave none"),
         (["--max_train_samples", "0"], "`--max_train_samples 0` would leave none"),
+        (["--num_people", "0"], "`--num_people 0` would leave none"),
+        (["--num_general", "-1"], "`--num_general -1` is less than none. Give 0 or more"),
+        (["--base_steps", "0"], "`--base_steps 0` would leave none"),
         (["--verify", "smaple"], "`--verify smaple` is unknown"),
         (["--prompt_template", "vicuna"], "`--prompt_template vicuna` is unknown. Choose one of alpaca, alpaca-short"),
         (["--dataset_name", "none.json"], "There is no file or folder none.json"),
@@ -193,3 +241,8 @@ def test_a_method_that_does_not_fit_is_refused(stories):
         recipe.main([*stories, "--method", "protosisa"])
     with pytest.raises(ConfigError, match="The demo shows S3T"):
         recipe.main(["--method", "sisa"])
+
+
+def test_a_base_that_cannot_be_made_is_refused():
+    with pytest.raises(ConfigError, match=r"`--base_hidden_size 7` cannot be .* expected a multiple of 8"):
+        people_demo.demo_base(SimpleNamespace(base_hidden_size=7, base_vocab_size=None, base_steps=None))
