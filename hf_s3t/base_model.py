@@ -147,8 +147,8 @@ def check_base_is(
     if then and other:
         shown = ", ".join(f"{k}={now.get(k)!r} (was {then.get(k)!r})" for k in other[:5])
         raise BaseModelMismatchError(
-            f"The base model is configured otherwise than at training: {shown}. Load it with the settings that it had. "
-            f"{_which_base(given, record, for_training)}"
+            f"The base model is configured otherwise than at training: {shown}. Load it with the settings that it "
+            f"had. {_which_base(given, record, for_training)}"
         )
     if for_training:
         check_precision(model, record)

@@ -145,7 +145,7 @@ def test_stages_adapt_together_what_peft_adapts(make, config, tmp_path):
         # A tower of pictures has layers of its own, with modules of the same names.
         (llava, {"target_modules": ["q_proj", "v_proj"]}, ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )  # fmt: skip
 def test_what_peft_would_adapt_and_stages_do_not_is_refused_by_name(make, config, left_out, tmp_path):
     assert set(left_out) <= plainly_adapted(make, **config)
