@@ -1,9 +1,8 @@
 """What `Trainer` would find out in a stage's first steps, or after its first evaluation, said before anything is."""
 
-import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -61,8 +60,9 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
             )
     if is_prepared_by_trl or not args.remove_unused_columns or not _is_stored(dataset):
         return
-    inputs = set(inspect.signature(model.forward).parameters) - set(LABELS)
-    if not inputs & set(dataset.column_names):
+    taken = inspect.signature(model.forward).parameters.values()
+    inputs = {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - set(LABELS)
+    if inputs and not inputs & set(dataset.column_names):
         raise ConfigError(
             f"`train_dataset` has the columns {', '.join(dataset.column_names)}, and none is an input of "
             f"{type(model).__name__}, such as {getattr(model, 'main_input_name', 'input_ids')}: `Trainer` would take "
@@ -98,27 +98,11 @@ def check_loss(trainer_type: type, model: nn.Module, args: TrainingArguments, da
             f"{type(model).__name__} takes no labels, so it returns no loss to train by. Use a class that takes "
             "`labels`, give `compute_loss_func`, or override `compute_loss` in a trainer of yours."
         )
-    _check_gives_a_loss(model)
     if data_collator is None and names and _is_stored(dataset) and not {*names, *LABELS} & set(dataset.column_names):
         raise ConfigError(
             f"`train_dataset` has the columns {', '.join(dataset.column_names)}, and none of {', '.join(names)}: the "
-            "model would return no loss. Add the column, or give a `data_collator` that makes it."
-        )
-
-
-def _check_gives_a_loss(model: nn.Module) -> None:
-    """Of the class of its outputs: some take labels, and make nothing of them."""
-    try:
-        returned = get_type_hints(type(model).forward).get("return")
-    except (NameError, TypeError):
-        # Annotations of one's own may name what is not there.
-        return
-    outputs = [kind for kind in get_args(returned) or (returned,) if dataclasses.is_dataclass(kind)]
-    if outputs and not any(field.name == "loss" for kind in outputs for field in dataclasses.fields(kind)):
-        raise ConfigError(
-            f"{type(model).__name__} answers with {' or '.join(kind.__name__ for kind in outputs)}, which holds no "
-            "loss to train by. Give the class with a head for the task, `compute_loss_func`, or a trainer that "
-            "overrides `compute_loss`."
+            "model would return no loss. Name the one of the answers so (`rename_column`), or give a `data_collator` "
+            "that makes it."
         )
 
 

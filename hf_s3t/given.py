@@ -62,11 +62,6 @@ def check_kinds(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, lo
             f"`model` is {_shown(model)}, expected a loaded model{' or its name, a text' if loads_names else ''}. "
             f"{_loading(model, loads_names)}"
         )
-    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError(
-            "The base model has parameters without values (on the device `meta`): it was made empty, or offloaded to "
-            "the disk for want of memory. Load it whole, or quantised, without a `device_map` that offloads."
-        )
     if args is not None and not isinstance(args, TrainingArguments):
         raise ConfigError(
             f"`args` is {_shown(args)}, expected `TrainingArguments`{' or `SFTConfig`' if loads_names else ''}. Give "

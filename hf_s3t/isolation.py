@@ -346,9 +346,9 @@ def check_is_itself(model: nn.Module) -> None:
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise ConfigError(
-            f"{len(offloaded)} parameters of the base, {offloaded[0]} among them, are not in memory: `device_map` has "
-            "them fetched layer by layer, from the disk or the CPU, and nobody could tell then which base this is. "
-            "Load it where there is room for it, quantised if need be."
+            f"{len(offloaded)} parameters of the base, {offloaded[0]} among them, are not in memory: they are on the "
+            "device `meta`, for it was made empty, or `device_map` fetches them layer by layer from the disk or the "
+            "CPU. Nobody could tell which base this is. Load it where there is room for it, quantised if need be."
         )
 
 

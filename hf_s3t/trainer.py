@@ -1243,8 +1243,8 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
-        check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         makes_answers = data_collator is not None or compute_loss_func is not None
         check_answers(train_dataset, makes_answers or self._reads_rows_its_own_way())
         check_choice(args, eval_dataset, compute_metrics)

@@ -609,7 +609,7 @@ def test_what_is_of_another_kind_or_missing_is_refused(case, tmp_path):
 
 
 def test_a_base_without_values_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"without values .*`meta`.* offloaded to the disk .* Load it whole"):
+    with pytest.raises(ConfigError, match=r"not in memory.*`meta`.* from the disk .* Load it where"):
         make_trainer(tmp_path / "system", tiny_llama(layers=2).to("meta"))
     assert not (tmp_path / "system").exists()
 
@@ -623,13 +623,13 @@ def labelled(**columns) -> Dataset:
 
 
 @cases(
-    Refusal(ConfigError, "texts that are not tokenised", "has the columns id, text, and .* reads none of them",
-        "expected such as input_ids", r"`dataset.map\(lambda row: tokenizer",
+    Refusal(ConfigError, "texts that are not tokenised", "has the columns id, text, and none is an input of",
+        "such as input_ids", "Tokenise it first",
         rows=Dataset.from_dict({"id": ids_of(12), "text": ["w"] * 12})),
-    Refusal(ConfigError, "no answers", "has the columns id, input_ids, attention_mask, and none with the answers",
-        "expected labels", r"Name it so \(`rename_column`\), or give a `data_collator`", rows=labelled()),
-    Refusal(ConfigError, "names of classes", "`label` of `train_dataset` holds texts", "expected numbers of classes",
-        "by a list that does not depend on the rows", rows=labelled(label=[*"abcabcabcabc"])),
+    Refusal(ConfigError, "no answers", "has the columns id, input_ids, attention_mask, and none of labels",
+        "would return no loss", r"Name the one of the answers so \(`rename_column`\), or give a `data_collator`", rows=labelled()),
+    Refusal(ConfigError, "names of classes", "`label` of `train_dataset` holds texts", "expected the numbers",
+        "by a table that is fixed beforehand", rows=labelled(label=[*"abcabcabcabc"])),
     Refusal(ConfigError, "missing answers", "2 of 12 rows of `train_dataset` have no `labels`", "Drop them",
         r"`dataset.filter\(lambda row: row\['labels'\] is not None",
         rows=labelled(labels=[0, None, 1, None, *[1] * 8])),
@@ -988,9 +988,7 @@ def without_a_loss():
 
 
 def test_a_model_that_gives_no_loss_is_refused_before_anything_is_written(tmp_path):
-    case = Refusal(
-        ConfigError, "", "which holds no loss to train by", "WithTeacherOutput", "Give the class with a head"
-    )
+    case = Refusal(ConfigError, "", "WithTeacher takes no labels", "no loss to train by", "Use a class that takes")
     given = {"model": without_a_loss(), "rows": image_rows(12)}
     assert_trainer_refuses(case, tmp_path / "system", given)
 

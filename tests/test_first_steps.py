@@ -80,7 +80,7 @@ def texts():
     Refusal(ConfigError, "texts that nobody has tokenised", "has the columns id, text, label", "none is an input of",
         "Tokenise it first", rows=texts()),
     Refusal(ConfigError, "rows without labels", "has the columns id, input_ids", "none of labels",
-        "Add the column, or give a `data_collator`", model=tiny_llama(layers=2),
+        r"Name the one of the answers so \(`rename_column`\), or give a `data_collator`", model=tiny_llama(layers=2),
         rows=[{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(12)]),
     Refusal(ConfigError, "a model without a loss", "DeiTForImageClassificationWithTeacher takes no labels",
         "returns no loss to train by", "override `compute_loss`", rows=image_rows(12),

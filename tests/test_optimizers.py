@@ -7,6 +7,7 @@ import gc
 import weakref
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+from hf_s3t import S3TTrainer
 from hf_s3t.errors import ConfigError
 from hf_s3t.optimizers import StageOptimizer
 from hf_s3t.plan import StageKey, stage_seed
@@ -67,9 +69,10 @@ def resumed(folder: Path, **settings) -> tuple[dict, list]:
     with pytest.raises(KeyboardInterrupt):
         trainer_on(folder, more={**more, "callbacks": [Dies(5)]}, **settings).train()
     trainer = trainer_on(folder, more=more, **settings)
-    found, look = [], trainer._last_checkpoint
-    trainer._last_checkpoint = lambda *args: found.append(look(*args)) or found[-1]
-    trainer.train()
+    found, look = [], S3TTrainer._last_checkpoint
+    # On the class: what is set on a trainer itself is of its recipe.
+    with mock.patch.object(S3TTrainer, "_last_checkpoint", lambda *args: found.append(look(*args)) or found[-1]):
+        trainer.train()
     return stage_in(folder), [Path(one).name for one in found if one]
 
 
