@@ -16,7 +16,7 @@ from .config import S3TConfig
 from .errors import IsolationError
 from .isolation import evaluation_chooses
 from .plan import StageKey
-from .randomness import RandomStates
+from .randomness import RandomStates, own_randomness
 from .state import difference, mark
 from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
 from .training_data import ROW_COLUMN
@@ -65,6 +65,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
     ```
     """
 
+    @own_randomness()
     def __init__(
         self,
         model: str | nn.Module,

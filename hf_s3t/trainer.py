@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from . import launch
 from .base_model import keep_4_bit_weights, log_casts_once
-from .blueprint import Blueprint, Layout, draw_up
+from .blueprint import Blueprint, Layout, check_same, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .errors import ConfigError, FolderError, HubError, IsolationError, S3TError
@@ -39,7 +39,7 @@ from .model_card import description
 from .modeling import S3TModel
 from .plan import LEAST_STEPS, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
-from .randomness import RandomStates, preserved_randomness
+from .randomness import RandomStates, own_randomness, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, SystemFolder
@@ -88,12 +88,8 @@ class S3TTrainerMixin:
             # Before anything is written: truncation and filtering may have emptied a slice.
             names = KeptNames(key, blueprint.config.keep_ids)
             StageRows(self.train_dataset, rows, names).check_slices(planned)
-        if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
-            os.makedirs(output_dir, exist_ok=True)
-            key.write(output_dir)
-            SystemFolder.create(output_dir, blueprint.record(self.model), planned.rows, key)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+        if planned is not None and self.is_world_process_zero():
+            self._make_folder(blueprint)
         self.accelerator.wait_for_everyone()
         self.folder = SystemFolder(output_dir)
         self._stage_rows = None if rows is None else StageRows(self.train_dataset, rows, self.folder.names)
@@ -110,6 +106,18 @@ class S3TTrainerMixin:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
         self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
+
+    def _make_folder(self, blueprint: Blueprint) -> None:
+        """Make the system, unless another trainer made the same one while this one was being set up."""
+        output_dir = self.args.output_dir
+        with SystemFolder.making(output_dir):
+            if SystemFolder.exists(output_dir):
+                check_same(blueprint, self.model, output_dir)
+                return
+            blueprint.key.write(output_dir)
+            SystemFolder.create(output_dir, blueprint.record(self.model), blueprint.planned.rows, blueprint.key)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
 
     def _compare_evaluation_set(self) -> None:
         """Refuse an evaluation set with training examples in it: it may have been prepared, or given, since."""
@@ -199,6 +207,9 @@ class S3TTrainerMixin:
             self._compare_evaluation_set()
         self.folder.refresh()
         self._refuse_other_recipe()
+        self._agreed = self.folder.valid_stages
+        if self.is_world_process_zero():
+            self.folder.remove_finished_checkpoints()
         keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
@@ -249,6 +260,10 @@ class S3TTrainerMixin:
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
+        if not folder.valid_stages <= self._agreed:
+            # Another trainer is at work on the folder.
+            self._refuse_other_recipe()
+            self._agreed = folder.valid_stages
         missing = self._stage_order(self._missing())
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
@@ -297,14 +312,15 @@ class S3TTrainerMixin:
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        with self._occupied(key), self._dropped_on_error(key):
+        with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
             self._bring_in(key)
             origin = self._origin(key)
-            if self.args.save_strategy != "no" and self.is_world_process_zero():
-                self.folder.begin_checkpoints(key, origin["slices"])
+            (is_begun,) = broadcast_object_list([self.folder.has_checkpoints(key)])
+            if self.args.save_strategy != "no" or is_begun:
+                self._take_scratch(key, origin)
             (checkpoint,) = broadcast_object_list([self._last_checkpoint(key, origin) if resume else None])
             frozen, buffers = self._stack.digest(key.lineage[:-1]), self._buffers_digest()
-            with self._training(key, self.folder.checkpoints(key), origin):
+            with self._training(key, self._scratch, origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
                 self._refuse_half_trained(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
@@ -506,7 +522,7 @@ class S3TTrainerMixin:
                 self._stack.in_training = key
         try:
             # Not before: whoever holds the live model's lock may wait for a call.
-            with self._stack.turns.taken():
+            with own_randomness(), self._stack.turns.taken():
                 yield
         finally:
             self._stack.in_training = None
@@ -522,7 +538,7 @@ class S3TTrainerMixin:
             raise
 
     @contextlib.contextmanager
-    def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
+    def _training(self, key: StageKey, output_dir: Path | None, origin: dict[str, Any]) -> Iterator[None]:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
         self.args.seed = stage_seed(self.s3t_config.seed, key)
@@ -707,14 +723,34 @@ class S3TTrainerMixin:
 
     # Checkpoints inside a stage
 
+    @contextlib.contextmanager
+    def _scratch_of_its_own(self) -> Iterator[None]:
+        """While a stage trains, the folder for its checkpoints, once it has one, is no other trainer's."""
+        self._scratch: Path | None = None
+        with contextlib.ExitStack() as self._held_scratch:
+            yield
+
+    def _take_scratch(self, key: StageKey, origin: dict[str, Any]) -> None:
+        """Have a folder for checkpoints, the same in every process; the first one holds it."""
+        folder = None
+        if self.is_world_process_zero():
+            folder = self._held_scratch.enter_context(self.folder.scratch(key, origin["slices"]))
+        (self._scratch,) = broadcast_object_list([folder])
+
     def _get_output_dir(self, trial):
-        return str(self._stage_output_dir) if self._stage_output_dir is not None else super()._get_output_dir(trial)
+        if self._stage is None:
+            return super()._get_output_dir(trial)
+        return str(self._stage_output_dir or self.folder.checkpoints(self._stage))
 
     def _save_checkpoint(self, model, trial):
         if any(gather_object([self._is_condemned()])):
             # A checkpoint would write down what was deleted, and more steps would be for nothing.
             self.control.should_training_stop = True
             return
+        if self._stage_output_dir is None:
+            # By `save_strategy` there are none; a callback asks for one.
+            self._take_scratch(self._stage, self._stage_origin)
+            self._stage_output_dir = self._scratch
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -748,7 +784,7 @@ class S3TTrainerMixin:
 
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
-        found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        found = self._scratch.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if self._scratch is not None else ()
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             try:
                 record = self.folder.read_checkpoint_record(checkpoint)
@@ -782,6 +818,10 @@ class S3TTrainerMixin:
         if checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
             saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
             _restore_precision(self.optimizer, saved["state"])
+        # The folder may have another path than when the checkpoint was written.
+        best = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if checkpoint is not None and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _load_best_model(self):
         try:
@@ -816,7 +856,11 @@ class S3TTrainerMixin:
             # It may ask the live model from another thread, and wait for the answer.
             self.compute_metrics = turns.callbacks("compute_metrics")(given)
         try:
-            with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
+            with (
+                own_randomness(),
+                preserved_randomness(),
+                self._unprepared() if self._stage is None else contextlib.nullcontext(),
+            ):
                 yield
         finally:
             self.compute_metrics = given
@@ -912,6 +956,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ```
     """
 
+    @own_randomness()
     def __init__(
         self,
         model: nn.Module | None = None,
