@@ -247,6 +247,11 @@ class SystemFolder:
         """What `stage.json` says."""
         return self._stages[key]
 
+    @property
+    def stage_records(self) -> Mapping[StageKey, dict[str, Any]]:
+        """What `stage.json` says of each stage that has a folder."""
+        return self._stages
+
     def stages_stamp(self) -> tuple[Stamp | None, ...]:
         """What changes when a stage comes or goes, at one look at the folder of each shard: every call takes one."""
         return tuple(map(stamp, self._shard_folders))

@@ -44,8 +44,9 @@ from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, SystemFolder
 from .tensor_files import differing_tensors, read_tensors
+from .tracking import PlanHandler, last_step, tags
 from .training_data import EpochSeededSampler, FedRows, StageRows
-from .turns import PREPARED, TurnTakingHandler, set_attributes
+from .turns import PREPARED, set_attributes
 from .verify import VerificationReport, note_trained, verify_stages
 
 
@@ -105,7 +106,12 @@ class S3TTrainerMixin:
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
-        self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
+        self.callback_handler = PlanHandler(self.callback_handler, self._stack.turns)
+        # On the curve over the whole plan: where the stage in training begins, where the last one that was trained to
+        # its end has its end, and how far a stage came.
+        self._first_step = self._last_step = self._reached = 0
+        self._is_logging = False
+        self._logs: dict[StageKey, tuple[list[str], list[dict[str, Any]]]] = {}
 
     def _make_folder(self, blueprint: Blueprint) -> None:
         """Make the system, unless another trainer made the same one while this one was being set up."""
@@ -214,6 +220,8 @@ class S3TTrainerMixin:
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         outputs = []
+        self._logs = {}
+        self.callback_handler.begin_run()
         # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
         gc.collect()
         gc.freeze()
@@ -247,6 +255,8 @@ class S3TTrainerMixin:
             gc.unfreeze()
             self._progress.end()
             self.train_dataset = self._prepared
+            self._sum_up_state()
+        self.callback_handler.end_run(self.args, self.state, self.control)
         if self._live is not None:
             self._live.refresh()
             # Requests that became due meanwhile.
@@ -254,6 +264,17 @@ class S3TTrainerMixin:
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
         return _summary(outputs)
+
+    def _sum_up_state(self) -> None:
+        """Have `state` tell of all stages that were trained, but not of what was deleted since (E5)."""
+        if self._logs:
+            self.state.log_history = [
+                entry
+                for key, (slices, entries) in self._logs.items()
+                if slices == self.folder.slice_digests(key)
+                for entry in entries
+            ]
+            self.state.global_step = self.state.max_steps = self._reached
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
@@ -320,10 +341,13 @@ class S3TTrainerMixin:
                 self._take_scratch(key, origin)
             (checkpoint,) = broadcast_object_list([self._last_checkpoint(key, origin) if resume else None])
             frozen, buffers = self._stack.digest(key.lineage[:-1]), self._buffers_digest()
+            # What was trained by others, or before, is on the curve already.
+            self._first_step = max(self._last_step, last_step(self.folder.stage_records))
             with self._training(key, self._scratch, origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
                 self._refuse_half_trained(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
+                self._last_step = self._first_step + self.state.global_step
                 self._refuse_changed_model(key)
             frozen_after = self._stack.digest(key.lineage[:-1])
             if frozen_after != frozen:
@@ -388,6 +412,7 @@ class S3TTrainerMixin:
             "examples_dropped": self._dropped(key),
             "frozen_before": frozen,
             "frozen_after": frozen_after,
+            "steps": [self._first_step, self._last_step],
             "metrics": {name: value for name, value in metrics.items() if isinstance(value, (int, float))},
         }
 
@@ -548,7 +573,7 @@ class S3TTrainerMixin:
         self._settled_model: Look | None = None
         # Loaders of evaluations that keep their workers keep what these have drawn.
         vars(self).pop("_eval_dataloaders", None)
-        paged = len(_paged_tensors())
+        paged, state = len(_paged_tensors()), self.state
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
         try:
@@ -556,6 +581,10 @@ class S3TTrainerMixin:
                 yield
         finally:
             self._stage = self._stage_output_dir = None
+            if self.state is not state:
+                self._logs.pop(key, None)
+                self._logs[key] = (origin["slices"], self.state.log_history)
+                self._reached = self._first_step + self.state.global_step
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
             self.accelerator.free_memory()
             for name in ("optimizer", "lr_scheduler", "train_dataloader"):
@@ -884,15 +913,33 @@ class S3TTrainerMixin:
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; logs carry the shard, the sequence so far and the stage's number."""
-        if self._stage is not None:
-            logs = {
-                **logs,
-                "shard": self._stage.shard,
-                "sequence": "-".join(map(str, self._stage.prefix)),
-                "stage": self._stage.group,
-            }
-        super().log(logs, start_time)
+        """
+        As in `Trainer`. Inside a stage logs carry `shard`, `sequence` (its number in the plan) and `depth`, entries of
+        `log_history` also `stage`, its address. Steps, as `on_log` finds them in `state`, go on from stage to stage.
+        """
+        if self._stage is None:
+            super().log(logs, start_time)
+            return
+        state, steps, number = self.state, self.state.global_step, len(self.state.log_history)
+        # Not twice where a callback of `on_log` logs.
+        state.global_step += 0 if self._is_logging else self._first_step
+        outer, self._is_logging = self._is_logging, True
+        try:
+            super().log({**logs, **tags(self._stage, self.folder.plan)}, start_time)
+        finally:
+            state.global_step, self._is_logging = steps, outer
+        state.log_history[number]["stage"] = str(self._stage)
+
+    @contextlib.contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """What is trained for an audit is no part of the plan: no tracker hears of it, and no state tells of it."""
+        state, logs, steps = self.state, self._logs, self._first_step
+        self._logs, self._first_step = {}, 0
+        try:
+            with self.callback_handler.silenced():
+                yield
+        finally:
+            self.state, self._logs, self._first_step = state, logs, steps
 
     # The audit
 
@@ -921,6 +968,12 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
     Takes what `Trainer` takes, in its order, and two arguments more. `args.output_dir` is the system's folder;
     `num_train_epochs` and `max_steps` count per stage; `args.seed` is overridden by `s3t_config.seed`.
+
+    To a callback every stage is a training, with its `on_train_begin`, its `state` and its steps. Trackers (those that
+    `report_to` knows, and classes derived from them) see one run over all stages. In `on_log` steps go on from stage
+    to stage, for every callback, and from where earlier runs on the folder came to; logs carry `shard`, `sequence`
+    (its number in the plan) and `depth`. After `train()`, `state.log_history` has the entries of all stages that it
+    trained, in order, without those that saw what was deleted since.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. It is never changed, and its head is initialised

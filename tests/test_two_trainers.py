@@ -183,6 +183,23 @@ class WhereItBegins(TrainerCallback):
         self.steps.append(state.global_step)
 
 
+def test_a_deletion_reaches_the_stages_of_both(tmp_path):
+    other = system(tmp_path)
+
+    def overtaken():
+        other.train()
+        victims.append(other.folder.table.members(0, other.folder.plan.stages()[0].prefix[0])[0])
+        apply(SystemFolder(tmp_path), victims)
+        left.extend(tmp_path.glob("checkpoints/*/*/checkpoint-*"))
+
+    victims, left = [], []
+    trainer = system(tmp_path, callbacks=[AtStep(2, overtaken)])
+    trainer.train()
+    assert left == [] and trainer.folder.is_deleted(victims[0]) and inspect(tmp_path).problems == ()
+    assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+    assert trainer.verify().ok and not (tmp_path / "checkpoints").exists()
+
+
 def test_one_that_was_stopped_goes_on_where_it_was_beside_another(alone, tmp_path):
     with pytest.raises(Stopped):
         system(tmp_path, callbacks=[AtStep(3, stop)]).train()
