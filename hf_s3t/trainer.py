@@ -214,8 +214,7 @@ class S3TTrainerMixin:
         self.folder.refresh()
         self._refuse_other_recipe()
         self._agreed = self.folder.valid_stages
-        if self.is_world_process_zero():
-            self.folder.remove_finished_checkpoints()
+        self._tidy_up()
         keys = self._stage_order(self._missing())
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
@@ -256,6 +255,7 @@ class S3TTrainerMixin:
             self._progress.end()
             self.train_dataset = self._prepared
             self._sum_up_state()
+        self._tidy_up()
         self.callback_handler.end_run(self.args, self.state, self.control)
         if self._live is not None:
             self._live.refresh()
@@ -264,6 +264,11 @@ class S3TTrainerMixin:
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
         return _summary(outputs)
+
+    def _tidy_up(self) -> None:
+        """Remove what trainers that died left of stages that are there."""
+        if self.is_world_process_zero():
+            self.folder.remove_finished_checkpoints()
 
     def _sum_up_state(self) -> None:
         """Have `state` tell of all stages that were trained, but not of what was deleted since (E5)."""

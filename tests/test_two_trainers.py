@@ -271,6 +271,19 @@ def test_a_trainer_that_is_made_in_another_thread_changes_no_stage(alone, tmp_pa
         same_as(alone, tmp_path / name)
 
 
+def test_what_another_left_of_a_stage_that_was_there_by_then_goes_at_the_end(tmp_path):
+    trainer = system(tmp_path)
+    first, second = trainer.folder.plan.stages()
+
+    def die():
+        found.append(trainer._stage == second and add_checkpoint(SystemFolder(tmp_path), first))
+
+    found = []
+    trainer.add_callback(AtStep(8, die))
+    trainer.train()
+    assert found[0] and not (tmp_path / "checkpoints").exists()
+
+
 def test_one_after_the_other_finds_nothing_to_do(alone, tmp_path):
     system(tmp_path).train()
     assert system(tmp_path).train().metrics["stages_trained"] == 0
