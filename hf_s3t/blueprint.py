@@ -178,6 +178,26 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, key, planned, find_task(model))
 
 
+def check_same(blueprint: Blueprint, model, output_dir: str) -> None:
+    """
+    Check that the system which is in the folder by now is the one that a trainer was about to make there.
+
+    Args:
+        blueprint ([`Blueprint`]): What the trainer knows about its system.
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        output_dir (`str`): The folder.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
+    """
+    recorded = _recorded(output_dir)
+    check_method(recorded, (blueprint.layout.method,), output_dir)
+    _merged_config(blueprint.asked, recorded)
+    _merged_peft_config(blueprint.peft_config, recorded, model)
+    check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
+    _match(blueprint.rows, output_dir)
+
+
 def _match(rows: TrainingRows, output_dir: str) -> None:
     """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
     folder = SystemFolder(output_dir)

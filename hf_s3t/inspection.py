@@ -17,6 +17,7 @@ from .ledger import Ledger
 from .pending import PendingRequests
 from .plan import Plan, StageKey
 from .receipt import load_key, pin_problem
+from .scratch import LOCK_FILE, stage_of
 from .storage import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -376,7 +377,7 @@ class _Inspector:
         if not root.is_dir():
             raise FolderError(f"{root} is missing. Restore it, or make an empty folder and call `train()`.")
         for shard in _entries(root):
-            if shard.name == ".lock" and shard.is_file():
+            if shard.name == LOCK_FILE and shard.is_file():
                 continue
             if not shard.name.startswith("shard-") or shard.is_symlink() or not shard.is_dir():
                 self._unless_foreign(shard)
@@ -465,7 +466,7 @@ class _Inspector:
                     self._check_checkpoint_folder(folder)
 
     def _check_checkpoint_folder(self, folder: Path) -> None:
-        key = _key_of(folder)
+        key = _trained_in(folder)
         if folder.is_symlink():
             return
         if key is None or not folder.is_dir() or (self.plan is not None and key not in self.plan):
@@ -476,7 +477,7 @@ class _Inspector:
                 continue
             is_checkpoint = entry.name.startswith("checkpoint-")
             if not is_checkpoint and entry.name != STAGE_FILE:
-                if entry.name not in TRACKER_LOGS:
+                if entry.name not in TRACKER_LOGS and entry.name != LOCK_FILE:
                     self._unknown(entry)
             elif not self._is_current(entry, key):
                 self._pend(entry, "checkpoint")
@@ -536,9 +537,17 @@ def printable(text: str) -> str:
 
 
 def _key_of(folder: Path) -> StageKey | None:
-    """The stage that a folder is the address of, below `stages` or `checkpoints`."""
+    """The stage that a folder is the address of."""
     try:
         return StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}")
+    except FolderError:
+        return None
+
+
+def _trained_in(folder: Path) -> StageKey | None:
+    """The stage whose checkpoints a folder is for."""
+    try:
+        return stage_of(folder)
     except FolderError:
         return None
 

@@ -12,7 +12,6 @@ from huggingface_hub import constants as hub_constants
 from .errors import FolderError
 from .files import read_checked_json
 from .inspection import HISTORY, TRACKER_LOGS, inspect, open_folder
-from .plan import StageKey
 from .storage import CHECKPOINTS, CONFIG_FILE, STAGES, SystemFolder
 
 
@@ -153,11 +152,7 @@ def purge(
     inventory = take_inventory(path, dataset_caches, repo_id, consent)
     # Opening finishes the removals that the ledger asks for.
     folder = open_folder(path)
-    with folder.lock():
-        # A stage that was there may be in training again.
-        folder.refresh()
-        for key in _finished(folder):
-            folder.remove_checkpoints(key)
+    folder.remove_finished_checkpoints()
     problems = list(inventory.problems)
     done = tuple(_carried_out(remnant, problems) for remnant in inventory.remnants)
     return Purge(done, tuple(problems))
@@ -213,11 +208,6 @@ def _with_consent(remnants: dict[str, Remnant], consent: Iterable[str | os.PathL
     return remnants
 
 
-def _finished(folder: SystemFolder) -> list[StageKey]:
-    """Valid stages that still have checkpoints: training died between writing a stage and removing them."""
-    return [key for key in folder.valid_stages if os.path.lexists(folder.checkpoints(key))]
-
-
 def _remnant(path: Path, kind: str, folder: Path | None = None) -> Remnant:
     action = "rewrite" if kind == "rows" else "remove" if kind in _CONDEMNED else "keep"
     return Remnant(path, kind, _size(path), action, _ADVICE[kind], folder)
@@ -231,7 +221,7 @@ def _condemned(folder: SystemFolder) -> Iterator[Remnant]:
     inspection = inspect(folder.path, adapters=False)
     for pending in inspection.pending:
         yield _remnant(pending.path, pending.kind)
-    finished = {folder.checkpoints(key) for key in _finished(folder)}
+    finished = folder.finished_checkpoints()
     for checkpoint in inspection.checkpoints:
         yield _remnant(checkpoint, "checkpoint" if checkpoint.parent in finished else "resumable checkpoint")
 

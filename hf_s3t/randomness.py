@@ -1,7 +1,9 @@
 """The random states of this process: read, put back, and kept away from what must not draw from them."""
 
 import contextlib
+import os
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +73,36 @@ def preserved_randomness() -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+class _Holder:
+    """The thread of this process that has its random states, and how often it asked for them."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.depth = 0
+
+
+_HOLDER = _Holder()
+# In a process that is forked meanwhile, nobody is left who would let go of them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_HOLDER.__init__)
+
+
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """
+    Have the random states of this process: what a stage draws follows from its seed only if no other thread draws,
+    seeds or puts back meanwhile. One that asks for them waits. To the thread that has them already, as in a callback
+    of a stage in training, they are left as they were.
+    """
+    with _HOLDER.lock:
+        _HOLDER.depth += 1
+        try:
+            with preserved_randomness() if _HOLDER.depth > 1 else contextlib.nullcontext():
+                yield
+        finally:
+            _HOLDER.depth -= 1
 
 
 def seed_all(seed: int) -> None:

@@ -19,7 +19,7 @@ from .given import check_kinds, check_parts, check_texts
 from .isolation import evaluation_chooses
 from .optimizers import refuse_bound_optimizer
 from .plan import StageKey
-from .randomness import RandomStates
+from .randomness import RandomStates, own_randomness
 from .state import difference, mark
 from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
 from .training_data import ROW_COLUMN
@@ -69,6 +69,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
     ```
     """
 
+    @own_randomness()
     def __init__(
         self,
         model: str | nn.Module,

@@ -642,8 +642,9 @@ def _matched(config: LoraConfig, names: Iterable[str]) -> set[str]:
 def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
     """Initialise the base's head from a seed and nothing else: where every first stage starts (section 5)."""
     std = getattr(getattr(base, "config", None), "initializer_range", None) or 0.02
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    # Not the process's random states: a stage in another thread may be drawing from them.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
         for module in (m for name in head for m in base.get_submodule(name).modules()):
             own = list(module.parameters(recurse=False))
             if is_norm(module):
@@ -653,7 +654,7 @@ def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
             for parameter in own:
                 values = torch.zeros(parameter.shape, dtype=torch.float32)
                 if parameter.dim() > 1:
-                    values.normal_(0.0, std)
+                    values.normal_(0.0, std, generator=generator)
                 parameter.copy_(values)
 
 

@@ -40,6 +40,7 @@ from .files import (
 )
 from .ledger import Ledger
 from .plan import Plan, StageKey
+from .scratch import LOCK_FILE, folders_below, folders_of, hold, names_in, stage_of, unused
 from .table_file import holds, pin_of, read_table, write_table
 from .versions import library_versions
 
@@ -120,6 +121,8 @@ class SystemFolder:
         self._stage_stamps: dict[StageKey, Stamp | None] = {}
         # Stages that a deletion recorded through this object condemned, and that are not removed yet.
         self._condemned: dict[StageKey, dict[str, Any]] = {}
+        # The folders for checkpoints that are held through this object.
+        self._scratch: set[Path] = set()
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
@@ -189,13 +192,21 @@ class SystemFolder:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
         """
-        lock = FileLock(self.path / STAGES / ".lock", is_singleton=True)
-        with explained(f"{self.path} cannot be changed", "Nothing was. Make it writable, then call again."):
-            lock.acquire()
-        try:
+        with _locked(self.path):
             yield
-        finally:
-            lock.release()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def making(path: str | os.PathLike) -> Iterator[None]:
+        """
+        The lock under which a folder becomes a system: of two trainers that begin at once, one makes it.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
+        """
+        make_folders(Path(path) / STAGES)
+        with _locked(Path(path)):
+            yield
 
     # What is there
 
@@ -237,6 +248,11 @@ class SystemFolder:
     def stage_record(self, key: StageKey) -> dict[str, Any]:
         """What `stage.json` says."""
         return self._stages[key]
+
+    @property
+    def stage_records(self) -> Mapping[StageKey, dict[str, Any]]:
+        """What `stage.json` says of each stage that has a folder."""
+        return self._stages
 
     def stages_stamp(self) -> tuple[Stamp | None, ...]:
         """What changes when a stage comes or goes, at one look at the folder of each shard: every call takes one."""
@@ -526,30 +542,85 @@ class SystemFolder:
 
     def _stale_checkpoints(self) -> list[Path]:
         stale = []
-        for folder in self.path.glob(f"{CHECKPOINTS}/shard-*/*"):
+        for folder in folders_below(self.path / CHECKPOINTS):
             # What others put there is not ours to judge, and no reason to leave a deletion half done.
             with contextlib.suppress(FolderError):
-                slices = self.slice_digests(StageKey.from_path(f"{STAGES}/{folder.parent.name}/{folder.name}"))
-                found = (*folder.glob("checkpoint-*"), *folder.glob(STAGE_FILE))
-                stale += [c for c in found if not is_checkpoint_current(c, slices, self.ledger)]
+                slices = self.slice_digests(stage_of(folder))
+                names = (name for name in names_in(folder) if name.startswith("checkpoint-") or name == STAGE_FILE)
+                stale += [c for name in names if not is_checkpoint_current(c := folder / name, slices, self.ledger)]
         return stale
 
-    def begin_checkpoints(self, key: StageKey, slices: list[str]) -> None:
-        """Note what a stage is trained on, before its first checkpoint: by this one without a record is judged."""
-        folder = self.checkpoints(key)
-        make_folders(folder)
-        write_checked_json(folder / STAGE_FILE, {"slices": slices})
+    @contextlib.contextmanager
+    def scratch(self, key: StageKey, slices: list[str]) -> Iterator[Path]:
+        """
+        A folder for the checkpoints of a stage in training that no other trainer touches.
+
+        What a trainer that ended left there can be resumed from. The folder stays until the stage is written.
+
+        Args:
+            key ([`StageKey`]): The stage.
+            slices (`list[str]`): The digests of what it is trained on.
+        """
+        first = self.checkpoints(key)
+        # Under the lock, as every removal of such a folder.
+        with self.lock():
+            for folder in (*folders_of(first), *unused(first)):
+                make_folders(folder)
+                lock = hold(folder)
+                if lock is not None:
+                    break
+            # By this a checkpoint without a record of its own is judged.
+            write_checked_json(folder / STAGE_FILE, {"slices": slices})
+            self._scratch.add(folder)
+        try:
+            yield folder
+        finally:
+            self._scratch.discard(folder)
+            lock.release()
+
+    def has_checkpoints(self, key: StageKey) -> bool:
+        """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
+        return bool(folders_of(self.checkpoints(key)))
 
     def remove_checkpoints(self, key: StageKey) -> None:
-        """Remove the unfinished checkpoints of a stage, and the folders this leaves empty."""
-        folder = self.checkpoints(key)
-        shutil.rmtree(folder, ignore_errors=True)
+        """
+        Remove the unfinished checkpoints of a stage but those of another trainer at work, and the folders this leaves
+        empty. The folder's lock must be held.
+        """
+        first = self.checkpoints(key)
+        for folder in folders_of(first):
+            if folder in self._scratch:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            with contextlib.suppress(OSError):
+                lock = hold(folder)
+                if lock is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.release()
         with contextlib.suppress(OSError):
-            folder.parent.rmdir()
-            folder.parent.parent.rmdir()
+            first.parent.rmdir()
+            first.parent.parent.rmdir()
+
+    def finished_checkpoints(self) -> dict[Path, StageKey]:
+        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
+        found = {}
+        for folder in folders_below(self.path / CHECKPOINTS):
+            with contextlib.suppress(FolderError):
+                if self.is_valid(key := stage_of(folder)):
+                    found[folder] = key
+        return found
+
+    def remove_finished_checkpoints(self) -> None:
+        """Remove checkpoints of valid stages, but those of trainers at work."""
+        if self.finished_checkpoints():
+            with self.lock():
+                # A stage that was there may be in training again.
+                self.refresh()
+                for key in set(self.finished_checkpoints().values()):
+                    self.remove_checkpoints(key)
 
     def checkpoints(self, key: StageKey) -> Path:
-        """Where the checkpoints of a stage in training lie."""
+        """Where the checkpoints of a stage in training lie; beside it those of a second trainer, see `scratch`."""
         return self.path / CHECKPOINTS / key.path.removeprefix(f"{STAGES}/")
 
     def compact(self) -> None:
@@ -932,6 +1003,17 @@ def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool
             if not is_foreign(record):
                 return read_checked_json(record).get("slices") == slices
     return not ledger.num_deletions
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path / STAGES / LOCK_FILE, is_singleton=True)
+    with explained(f"{path} cannot be changed", "Nothing was. Make it writable, then call again."):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # What is read may come from anywhere

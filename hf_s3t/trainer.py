@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from . import launch
 from .base_model import check_precision, keep_4_bit_weights, log_casts_once
-from .blueprint import Blueprint, Layout, draw_up
+from .blueprint import Blueprint, Layout, check_same, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .config import S3TConfig
 from .divergence import FiniteWatch, is_finite, refuse_diverged
@@ -54,13 +54,14 @@ from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .plan import LEAST_STEPS, Plan, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
-from .randomness import RandomStates, preserved_randomness
+from .randomness import RandomStates, own_randomness, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, TRAINING_WEIGHTS_FILE, SystemFolder
 from .tensor_files import differing_tensors, read_tensors
+from .tracking import PlanHandler, last_step, tags
 from .training_data import EpochSeededSampler, FedRows, StageRows
-from .turns import PREPARED, TurnTakingHandler, set_attributes
+from .turns import PREPARED, set_attributes
 from .verify import VerificationReport, note_trained, verify_stages
 
 
@@ -129,12 +130,8 @@ class S3TTrainerMixin:
             if self.train_dataset is not rows.dataset:
                 check_rows(self.train_dataset, self.model, blueprint.head)
             self._check_batches(Plan.from_config(blueprint.config).stages(planned.empty), prepared, planned)
-        if planned is not None and self.is_world_process_zero() and not SystemFolder.exists(output_dir):
-            os.makedirs(output_dir, exist_ok=True)
-            key.write(output_dir)
-            SystemFolder.create(output_dir, blueprint.record(self.model), planned.rows, key)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+        if planned is not None and self.is_world_process_zero():
+            self._make_folder(blueprint)
         self.accelerator.wait_for_everyone()
         self.folder = SystemFolder(output_dir)
         self._stage_rows = None if rows is None else StageRows(self.train_dataset, rows, self.folder.names)
@@ -152,7 +149,24 @@ class S3TTrainerMixin:
         self._progress = PlanProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self._progress)
-        self.callback_handler = TurnTakingHandler(self.callback_handler, self._stack.turns)
+        self.callback_handler = PlanHandler(self.callback_handler, self._stack.turns)
+        # On the curve over the whole plan: where the stage in training begins, where the last one that was trained to
+        # its end has its end, and how far a stage came.
+        self._first_step = self._last_step = self._reached = 0
+        self._is_logging = False
+        self._logs: dict[StageKey, tuple[list[str], list[dict[str, Any]]]] = {}
+
+    def _make_folder(self, blueprint: Blueprint) -> None:
+        """Make the system, unless another trainer made the same one while this one was being set up."""
+        output_dir = self.args.output_dir
+        with SystemFolder.making(output_dir):
+            if SystemFolder.exists(output_dir):
+                check_same(blueprint, self.model, output_dir)
+                return
+            blueprint.key.write(output_dir)
+            SystemFolder.create(output_dir, blueprint.record(self.model), blueprint.planned.rows, blueprint.key)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
 
     def _align_tokens(self) -> None:
         """
@@ -274,11 +288,15 @@ class S3TTrainerMixin:
         check_precision(self.model, self.folder.record["base_model"])
         self._described = None
         self._refuse_other_recipe(resume_from_checkpoint is not False)
+        self._agreed = self.folder.valid_stages
+        self._tidy_up()
         keys = self._stage_order(self._missing())
         self._check_batches(keys, self._stage_rows, self.folder.table)
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         outputs, key = [], None
+        self._logs = {}
+        self.callback_handler.begin_run()
         # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
         gc.collect()
         gc.freeze()
@@ -318,6 +336,9 @@ class S3TTrainerMixin:
             gc.unfreeze()
             self._progress.end()
             self.train_dataset = self._prepared
+            self._sum_up_state()
+        self._tidy_up()
+        self.callback_handler.end_run(self.args, self.state, self.control)
         if self._live is not None:
             self._live.refresh()
             # Requests that became due meanwhile.
@@ -339,11 +360,31 @@ class S3TTrainerMixin:
             f"or by the same script: it trains the {len(self._missing())} that are missing{goes_on}."
         )
 
+    def _tidy_up(self) -> None:
+        """Remove what trainers that died left of stages that are there."""
+        if self.is_world_process_zero():
+            self.folder.remove_finished_checkpoints()
+
+    def _sum_up_state(self) -> None:
+        """Have `state` tell of all stages that were trained, but not of what was deleted since (E5)."""
+        if self._logs:
+            self.state.log_history = [
+                entry
+                for key, (slices, entries) in self._logs.items()
+                if slices == self.folder.slice_digests(key)
+                for entry in entries
+            ]
+            self.state.global_step = self.state.max_steps = self._reached
+
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
+        if not folder.valid_stages <= self._agreed:
+            # Another trainer is at work on the folder.
+            self._refuse_other_recipe()
+            self._agreed = folder.valid_stages
         missing = self._stage_order(self._missing())
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
@@ -440,7 +481,7 @@ class S3TTrainerMixin:
         if key.parent is not None and not folder.is_valid(key.parent):
             return None
         below = folder.adapter_digest(key.parent) if key.parent else None
-        for _, record in self._checkpoints(key):
+        for _, record in self._checkpoints(key, self.folder.checkpoints(key)):
             whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
             if whole and record["slices"] == folder.slice_digests(key) and record["below"] == below:
                 return record
@@ -469,20 +510,24 @@ class S3TTrainerMixin:
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        with self._occupied(key), self._dropped_on_error(key):
+        with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
             self._bring_in(key)
             self._refuse_upon_diverged(key)
             origin = self._origin(key)
-            if self.args.save_strategy != "no" and self.is_world_process_zero():
-                self.folder.begin_checkpoints(key, origin["slices"])
+            (is_begun,) = broadcast_object_list([self.folder.has_checkpoints(key)])
+            if self.args.save_strategy != "no" or is_begun:
+                self._take_scratch(key, origin)
             (checkpoint,) = broadcast_object_list([self._last_checkpoint(key, origin) if resume else None])
             frozen, buffers = self._stack.digest(key.lineage[:-1]), self._buffers_digest()
-            with self._training(key, self.folder.checkpoints(key), origin):
+            # What was trained by others, or before, is on the curve already.
+            self._first_step = max(self._last_step, last_step(self.folder.stage_records))
+            with self._training(key, self._scratch, origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
                 self._refuse_half_trained(key)
                 self._refuse_diverged()
                 self._say_what_was_not_finite(key)
                 metrics = {**output.metrics, **self._stage_metrics()}
+                self._last_step = self._first_step + self.state.global_step
                 self._refuse_changed_model(key)
             frozen_after = self._stack.digest(key.lineage[:-1])
             if frozen_after != frozen:
@@ -568,6 +613,7 @@ class S3TTrainerMixin:
             "examples_dropped": self._dropped(key),
             "frozen_before": frozen,
             "frozen_after": frozen_after,
+            "steps": [self._first_step, self._last_step],
             # NaN is no JSON.
             "metrics": {n: v for n, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
         }
@@ -708,7 +754,7 @@ class S3TTrainerMixin:
                 self._stack.in_training = key
         try:
             # Not before: whoever holds the live model's lock may wait for a call.
-            with self._stack.turns.taken():
+            with own_randomness(), self._stack.turns.taken():
                 yield
         finally:
             self._stack.in_training = None
@@ -724,7 +770,7 @@ class S3TTrainerMixin:
             raise
 
     @contextlib.contextmanager
-    def _training(self, key: StageKey, output_dir: Path, origin: dict[str, Any]) -> Iterator[None]:
+    def _training(self, key: StageKey, output_dir: Path | None, origin: dict[str, Any]) -> Iterator[None]:
         """Everything that one run of `Trainer.train` shares with the next, fresh before and put back after."""
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
         given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
@@ -736,7 +782,7 @@ class S3TTrainerMixin:
         self._stage_optimizer: StageOptimizer | None = None
         # Loaders of evaluations that keep their workers keep what these have drawn.
         vars(self).pop("_eval_dataloaders", None)
-        paged = len(_paged_tensors())
+        paged, state = len(_paged_tensors()), self.state
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
         self.model_wrapped = self.model
         try:
@@ -747,6 +793,10 @@ class S3TTrainerMixin:
             self._stage = self._stage_output_dir = None
             if self._stage_optimizer is not None:
                 self._stage_optimizer.release()
+            if self.state is not state:
+                self._logs.pop(key, None)
+                self._logs[key] = (origin["slices"], self.state.log_history)
+                self._reached = self._first_step + self.state.global_step
             # Nothing of a stage stays behind: what it trained may be unlearned at any time.
             vars(self).pop("_epoch_iterator", None)
             self.accelerator.free_memory()
@@ -960,14 +1010,34 @@ class S3TTrainerMixin:
 
     # Checkpoints inside a stage
 
+    @contextlib.contextmanager
+    def _scratch_of_its_own(self) -> Iterator[None]:
+        """While a stage trains, the folder for its checkpoints, once it has one, is no other trainer's."""
+        self._scratch: Path | None = None
+        with contextlib.ExitStack() as self._held_scratch:
+            yield
+
+    def _take_scratch(self, key: StageKey, origin: dict[str, Any]) -> None:
+        """Have a folder for checkpoints, the same in every process; the first one holds it."""
+        folder = None
+        if self.is_world_process_zero():
+            folder = self._held_scratch.enter_context(self.folder.scratch(key, origin["slices"]))
+        (self._scratch,) = broadcast_object_list([folder])
+
     def _get_output_dir(self, trial):
-        return str(self._stage_output_dir) if self._stage_output_dir is not None else super()._get_output_dir(trial)
+        if self._stage is None:
+            return super()._get_output_dir(trial)
+        return str(self._stage_output_dir or self.folder.checkpoints(self._stage))
 
     def _save_checkpoint(self, model, trial):
         if any(gather_object([self._is_condemned()])):
             # A checkpoint would write down what was deleted, and more steps would be for nothing.
             self.control.should_training_stop = True
             return
+        if self._stage_output_dir is None:
+            # By `save_strategy` there are none; a callback asks for one.
+            self._take_scratch(self._stage, self._stage_origin)
+            self._stage_output_dir = self._scratch
         self._stage_optimizer.serve()
         self._refuse_diverged()
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -1015,15 +1085,15 @@ class S3TTrainerMixin:
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
         wanted = _as_json({**origin, "resumes_exactly": True})
-        for checkpoint, record in self._checkpoints(key):
+        for checkpoint, record in self._checkpoints(key, self._scratch):
             is_same = {**record, "parts": None} == {**wanted, "parts": None}
             if is_same and not differing_parts(recorded_parts(record), wanted["parts"]):
                 return str(checkpoint)
         return None
 
-    def _checkpoints(self, key: StageKey) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def _checkpoints(self, key: StageKey, folder: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The checkpoints inside a stage that are whole, with what they say, the newest first."""
-        found = self.folder.checkpoints(key).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder is not None else ()
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             try:
                 yield checkpoint, self.folder.read_checkpoint_record(checkpoint)
@@ -1075,6 +1145,10 @@ class S3TTrainerMixin:
             why = "its weights are NaN or infinite"
         if why is not None:
             raise CheckpointError(f"{Path(checkpoint).name} is not resumed from: {why}.")
+        # The folder may have another path than when the checkpoint was written.
+        best = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if checkpoint is not None and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _load_best_model(self):
         # What is loaded are weights that serve.
@@ -1111,7 +1185,11 @@ class S3TTrainerMixin:
             # It may ask the live model from another thread, and wait for the answer.
             self.compute_metrics = turns.callbacks("compute_metrics")(given)
         try:
-            with preserved_randomness(), self._unprepared() if self._stage is None else contextlib.nullcontext():
+            with (
+                own_randomness(),
+                preserved_randomness(),
+                self._unprepared() if self._stage is None else contextlib.nullcontext(),
+            ):
                 yield
         finally:
             self.compute_metrics = given
@@ -1135,18 +1213,35 @@ class S3TTrainerMixin:
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; logs carry the shard, the sequence so far and the stage's number."""
-        if self._stage is not None:
-            logs = {
-                **logs,
-                "shard": self._stage.shard,
-                "sequence": "-".join(map(str, self._stage.prefix)),
-                "stage": self._stage.group,
-            }
-        super().log(logs, start_time)
-        if self._stage is not None:
-            # Here Trainer has waited for the device anyway.
-            self._refuse_diverged()
+        """
+        As in `Trainer`. Inside a stage logs carry `shard`, `sequence` (its number in the plan) and `depth`, entries of
+        `log_history` also `stage`, its address. Steps, as `on_log` finds them in `state`, go on from stage to stage.
+        """
+        if self._stage is None:
+            super().log(logs, start_time)
+            return
+        state, steps, number = self.state, self.state.global_step, len(self.state.log_history)
+        # Not twice where a callback of `on_log` logs.
+        state.global_step += 0 if self._is_logging else self._first_step
+        outer, self._is_logging = self._is_logging, True
+        try:
+            super().log({**logs, **tags(self._stage, self.folder.plan)}, start_time)
+        finally:
+            state.global_step, self._is_logging = steps, outer
+        state.log_history[number]["stage"] = str(self._stage)
+        # Here Trainer has waited for the device anyway.
+        self._refuse_diverged()
+
+    @contextlib.contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """What is trained for an audit is no part of the plan: no tracker hears of it, and no state tells of it."""
+        state, logs, steps = self.state, self._logs, self._first_step
+        self._logs, self._first_step = {}, 0
+        try:
+            with self.callback_handler.silenced():
+                yield
+        finally:
+            self.state, self._logs, self._first_step = state, logs, steps
 
     # The audit
 
@@ -1175,6 +1270,12 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
     Takes what `Trainer` takes, in its order, and two arguments more. `args.output_dir` is the system's folder;
     `num_train_epochs` and `max_steps` count per stage; `args.seed` is overridden by `s3t_config.seed`.
+
+    To a callback every stage is a training, with its `on_train_begin`, its `state` and its steps. Trackers (those that
+    `report_to` knows, and classes derived from them) see one run over all stages. In `on_log` steps go on from stage
+    to stage, for every callback, and from where earlier runs on the folder came to; logs carry `shard`, `sequence`
+    (its number in the plan) and `depth`. After `train()`, `state.log_history` has the entries of all stages that it
+    trained, in order, without those that saw what was deleted since.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. It is never changed, and its head is initialised
@@ -1214,6 +1315,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ```
     """
 
+    @own_randomness()
     def __init__(
         self,
         model: nn.Module | None = None,

@@ -147,7 +147,12 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
         differences.update(found)
     mismatches: dict[str, list[str]] = {}
     try:
-        with trainer._occupied(closure[0]), preserved_randomness(), tempfile.TemporaryDirectory() as own:
+        with (
+            trainer._occupied(closure[0]),
+            preserved_randomness(),
+            trainer._unheard(),
+            tempfile.TemporaryDirectory() as own,
+        ):
             (scratch,) = broadcast_object_list([own])
             try:
                 for key in closure:

@@ -150,10 +150,10 @@ def test_checkpoints_of_a_stage_that_trains_again_are_no_business_of_who_read_th
     stale_table = late.table
     delete_elsewhere(path, of_slice(path, 0, 0))
     writer, key = SystemFolder(path), StageKey(0, (0,))
-    writer.begin_checkpoints(key, writer.slice_digests(key))
-    checkpoint = writer.checkpoints(key) / "checkpoint-1"
-    checkpoint.mkdir()
-    writer.write_checkpoint_record(checkpoint, {"slices": writer.slice_digests(key)})
+    with writer.scratch(key, writer.slice_digests(key)) as scratch:
+        checkpoint = scratch / "checkpoint-1"
+        checkpoint.mkdir()
+        writer.write_checkpoint_record(checkpoint, {"slices": writer.slice_digests(key)})
     late.table = stale_table
     late._finish_removal()
     assert checkpoint.is_dir()

@@ -25,8 +25,8 @@ PACKAGE = ROOT / "hf_s3t"
 PURE = (
     "analysis", "analysis.figures", "analysis.paper_theory", "analysis.pictures", "analysis.study_figures", "cli",
     "config", "cost", "deletion", "errors", "examples", "files", "finite", "inspection", "ledger", "optimal_sequences",
-    "partition", "pending", "plan", "purge", "receipt", "rendering", "sequences", "status", "storage", "table_file",
-    "versions",
+    "partition", "pending", "plan", "purge", "receipt", "rendering", "scratch", "sequences", "status", "storage",
+    "table_file", "versions",
 )  # fmt: skip
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 # These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.

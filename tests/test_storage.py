@@ -1019,8 +1019,8 @@ def test_a_checkpoint_that_is_being_written_is_judged_by_what_its_stage_is_train
     hit, other = folder.plan.stages()[0], StageKey(1, (0,))
     paths = []
     for key in (hit, other):
-        folder.begin_checkpoints(key, folder.slice_digests(key))
-        paths.append(checkpoint(folder, key, 5))
+        with folder.scratch(key, folder.slice_digests(key)):
+            paths.append(checkpoint(folder, key, 5))
     forget(folder, folder.table.members(hit.shard, hit.prefix[0])[:1])
     assert [path.exists() for path in paths] == [False, True]
     # The note goes with what it stood for.
