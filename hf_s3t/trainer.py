@@ -319,6 +319,7 @@ class S3TTrainerMixin:
                     if self.accelerator.num_processes > 1 or len(self.folder.ledger.lines) == known:
                         raise
                     continue
+                self._agreed |= {key}
                 if self._live is not None and self.accelerator.num_processes == 1:
                     # One that was exhausted answers again.
                     self._live._catch_up()
@@ -383,7 +384,7 @@ class S3TTrainerMixin:
         folder.refresh_stages()
         if not folder.valid_stages <= self._agreed:
             # Another trainer is at work on the folder.
-            self._refuse_other_recipe()
+            self._refuse_other_recipe(resume=False)
             self._agreed = folder.valid_stages
         missing = self._stage_order(self._missing())
         (key,) = broadcast_object_list([missing[0] if missing else None])

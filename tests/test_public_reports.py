@@ -254,7 +254,7 @@ def test_a_stage_that_died_after_an_evaluation_had_ended_it_is_not_trained_on(tm
     whole = trainer("whole")
     whole.train()
     ended = whole.state.global_step
-    assert ended < whole.state.max_steps == 6
+    assert ended < 6
     with pytest.raises(KeyboardInterrupt):
         trainer("died", KilledAt(ended)).train()
     resumed = trainer("died")

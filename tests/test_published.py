@@ -34,7 +34,12 @@ def names(count, chance) -> list[str]:
 
 def system(path, ids, groups=None, **changes) -> SystemFolder:
     """A system as a trainer makes it."""
-    columns = {"id": ids, "input_ids": [[5, 6]] * len(ids), **({} if groups is None else {"person": groups})}
+    columns = {
+        "id": ids,
+        "input_ids": [[5, 6]] * len(ids),
+        "labels": [[5, 6]] * len(ids),
+        **({} if groups is None else {"person": groups}),
+    }
     settings = {"num_shards": SHARDS, "num_slices": SLICES, "seed": SEED, "partition": "balanced", **changes}
     config = s3t_config(**settings, group_column=None if groups is None else "person")
     return make_trainer(path, rows=Dataset.from_dict(columns), config=config).folder
