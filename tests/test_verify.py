@@ -107,7 +107,7 @@ def test_after_a_deletion_the_audit_needs_only_the_data_that_is_left(system):
 @pytest.mark.parametrize("stage", [STAGE, ON_TOP])
 def test_a_bit_that_training_did_not_set_is_found_and_its_tensor_named(stage, system):
     name = swap_tensors(system, stage)
-    report = trainer_of(system).verify()
+    report = trainer_of(system).verify([ON_TOP])
     assert not report.ok and not report.circumstances
     assert report.mismatches == {stage: [name]}
     assert str(report) == f"{stage} differs in {name}"
@@ -183,7 +183,7 @@ def test_where_evaluation_chooses_its_settings_are_part_of_the_recipe(tmp_path):
         return make_trainer(tmp_path / "system", rows=ROWS, args=args, eval_dataset=asked, config=config)
 
     trainer().train()
-    assert trainer().verify().ok
+    assert trainer().verify([STAGE]).ok
     for changes in ({"eval_delay": 4}, {"per_device_eval_batch_size": 3}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))}.* Give the trainer the recorded arguments"):
             trainer(**changes).verify()
@@ -208,7 +208,7 @@ class DeletesWhileAudited(TrainerCallback):
 def test_a_deletion_while_an_audit_runs_is_named_as_such(saving, tmp_path):
     args = training_arguments(tmp_path, **saving)
     trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1), args=args)
-    trainer.train()
+    plant_stages(trainer)
     first = trainer.folder.plan.stages()[0]
     trainer.add_callback(DeletesWhileAudited(tmp_path, trainer.folder.table.members(0, first.prefix[0])[0]))
     with pytest.raises(S3TError, match=f"A deletion removed {first}.* while the audit ran.* Run the audit again"):
@@ -237,7 +237,9 @@ def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
     resets, reset = [], torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
     args = training_arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=s3t_config(budget=1), args=args)
+    # All batches of one size: others would be compiled again.
+    config = s3t_config(budget=1, partition="balanced")
+    trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=config, args=args)
     trainer.train()
     assert len(resets) == len(trainer.folder.stages) == 2
 
@@ -283,8 +285,9 @@ def test_an_audit_of_the_process_s_own_stages_warns(tmp_path, monkeypatch):
     plant_stages(trainer)
     said = []
     monkeypatch.setattr("hf_s3t.verify.logger.warning_once", said.append)
-    assert trainer.verify().trained_here == () and not said
-    trainer.s3t_model.unlearn([ROWS[0]["id"]])
+    first = [str(trainer.folder.plan.stages()[0])]
+    assert trainer.verify(first).trained_here == () and not said
+    trainer.s3t_model.unlearn(trainer.folder.table.members(0, trainer.folder.plan.stages()[0].prefix[0])[:1])
     trainer.train()
-    assert trainer.verify().trained_here
+    assert trainer.verify(first).trained_here
     assert len(said) == 1 and "Make the same trainer in a fresh process and call `verify()` there" in said[0]
