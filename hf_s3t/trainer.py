@@ -74,6 +74,23 @@ _ATTEMPTS = 600
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
+@contextlib.contextmanager
+def old_objects_passed_over() -> Iterator[None]:
+    """
+    Every run of `Trainer.train` collects garbage; what is there already need not be looked through each time. Where
+    the process itself has frozen what was there, that stays so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class S3TTrainerMixin:
     """
     What makes a [`~transformers.Trainer`] train an S3T system: a run of `Trainer.train` per stage, on that stage's
@@ -243,6 +260,7 @@ class S3TTrainerMixin:
 
     # Training
 
+    @old_objects_passed_over()
     def train(
         self,
         resume_from_checkpoint: bool | None = None,
@@ -297,9 +315,6 @@ class S3TTrainerMixin:
         outputs, key = [], None
         self._logs = {}
         self.callback_handler.begin_run()
-        # Every run of Trainer.train collects garbage; what is there already need not be looked through each time.
-        gc.collect()
-        gc.freeze()
         try:
             # A deletion may arrive meanwhile: what is missing is asked again after every stage.
             while (key := self._next_stage()) is not None:
@@ -334,7 +349,6 @@ class S3TTrainerMixin:
                     self._live.refresh()
             raise
         finally:
-            gc.unfreeze()
             self._progress.end()
             self.train_dataset = self._prepared
             self._sum_up_state()
@@ -1246,6 +1260,7 @@ class S3TTrainerMixin:
 
     # The audit
 
+    @old_objects_passed_over()
     def verify(self, stages: str | Sequence[StageKey | str] | None = None) -> VerificationReport:
         """
         Train surviving stages again, from their first stage up, on the data left, and compare bit for bit (E3).

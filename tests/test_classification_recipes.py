@@ -1,6 +1,7 @@
 """The classification recipes: every task's data path, what bad input gets, and whole runs on tiny models."""
 
 import json
+import pickle
 import sys
 from dataclasses import replace
 from io import BytesIO
@@ -99,6 +100,19 @@ def on_the_hub(monkeypatch):
 
     monkeypatch.setattr(Source, "_read_split", read)
     return asked
+
+
+@pytest.fixture
+def audits_here(monkeypatch):
+    """
+    Audits take place in this process, with what could be sent to another. That a recipe's has one is tested in
+    `test_recipe.py`.
+    """
+
+    def here(function, *arguments):
+        return pickle.loads(pickle.dumps(function))(*pickle.loads(pickle.dumps(arguments)))
+
+    monkeypatch.setattr(classification, "in_new_process", here)
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +648,7 @@ def test_tasks_are_scored_as_their_benchmark_scores_them(name, sets, metrics, on
         assert len(found["predictions"]["validation"]["questions"]) == 24
 
 
-def test_what_was_measured_with_deleted_rows_is_not_kept(on_the_hub, encoder, tmp_path):
+def test_what_was_measured_with_deleted_rows_is_not_kept(on_the_hub, audits_here, encoder, tmp_path):
     argv = line(encoder, tmp_path, "--task_name", "copa", "--budget", "2")
     before = texts.main(argv)
     with pytest.raises(UnknownExampleError):
@@ -654,7 +668,7 @@ def stages_of(folder: Path) -> dict[str, int]:
     }
 
 
-def test_a_run_that_forgets_never_grows_what_is_gone(on_the_hub, encoder, tmp_path, monkeypatch):
+def test_a_run_that_forgets_never_grows_what_is_gone(on_the_hub, audits_here, encoder, tmp_path):
     """Deleting again, auditing, or measuring after somebody else's deletion trains nothing and loses no results."""
     argv = line(encoder, tmp_path, "--task_name", "sst2", "--budget", "2", "--num_shards", "2")
     texts.main(argv)
@@ -838,7 +852,7 @@ def image_line(vit, tmp_path, *more) -> list[str]:
     return at
 
 
-def test_images_are_trained_forgotten_and_audited_bit_for_bit(vit, tmp_path):
+def test_images_are_trained_forgotten_and_audited_bit_for_bit(vit, audits_here, tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, images=pixels(16), labels=np.arange(16) % 10)
     argv = image_line(

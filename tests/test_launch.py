@@ -12,10 +12,11 @@ SCRIPT = """
 import os
 from hf_s3t.launch import start_cpu_processes
 start_cpu_processes()
-from transformers import TrainingArguments
-args = TrainingArguments(output_dir="unused")
+# What arguments of a trainer ask.
+from accelerate import PartialState
+state = PartialState(cpu=True)
 # One write per line: the processes share the stream.
-os.write(1, f"rank {args.process_index} of {args.world_size}\\n".encode())
+os.write(1, f"rank {state.process_index} of {state.num_processes}\\n".encode())
 """
 
 

@@ -71,20 +71,21 @@ class StopsAt(TrainerCallback):
             raise Stopped
 
 
-@pytest.fixture
-def report_to(monkeypatch):
+@pytest.fixture(scope="module")
+def report_to():
     """The name of a tracker that `report_to` knows."""
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Tracker)
-    return "recorder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Tracker)
+        yield "recorder"
 
 
-def system(path, report_to="none", changes=(), **more):
+def system(path, report_to="none", changes=(), budget=2, **more):
     model = tiny_llama()
     args = training_arguments(
         path, **{"logging_strategy": "steps", "logging_steps": 1, "report_to": report_to, **dict(changes)}
     )
     dropout = lora(model, lora_dropout=0.3)
-    return make_trainer(path, model, ROWS, args=args, peft_config=dropout, config=s3t_config(), **more)
+    return make_trainer(path, model, ROWS, args=args, peft_config=dropout, config=s3t_config(budget=budget), **more)
 
 
 def tracker_of(trainer):
@@ -107,35 +108,6 @@ def curve(folder):
 
 def tensors_of(path):
     return {file.parent.name: file.read_bytes() for file in Path(path).glob("stages/*/*/adapter_model.safetensors")}
-
-
-def test_a_plan_is_one_run_whose_steps_go_on(report_to, tmp_path):
-    trainer = system(tmp_path, report_to)
-    output = trainer.train()
-    tracker = tracker_of(trainer)
-    assert tracker.runs == ["begun", f"ended at {output.global_step}"]
-    found = losses(tracker.points)
-    assert found == curve(trainer.folder) and [step for step, *_ in found] == list(range(1, output.global_step + 1))
-    assert {(sequence, depth) for _, _, sequence, depth in found} == {(0, 1), (0, 2), (1, 1), (1, 2)}
-    # Every tracker takes numbers; of texts several say at each that they drop them.
-    assert all(isinstance(value, (int, float)) for _, logs in tracker.points for value in logs.values())
-    # Later points of the same trainer come after.
-    trainer.evaluate(trainer.train_dataset)
-    assert tracker.points[-1][0] == output.global_step and "shard" not in tracker.points[-1][1]
-
-
-def test_the_state_tells_of_all_stages(tmp_path):
-    trainer = system(tmp_path)
-    output = trainer.train()
-    history, stages = trainer.state.log_history, trainer.folder.plan.stages()
-    assert list(dict.fromkeys(entry["stage"] for entry in history)) == list(map(str, stages))
-    for entry in history:
-        key = StageKey.from_path(f"stages/{entry['stage']}")
-        assert (entry["shard"], entry["depth"]) == (key.shard, key.depth)
-        assert trainer.folder.plan.sequences[key.shard][entry["sequence"]][: key.depth] == key.prefix
-    steps = [entry["step"] for entry in history if "loss" in entry]
-    assert steps == list(range(1, output.global_step + 1)) and sum("train_loss" in entry for entry in history) == 4
-    assert trainer.state.global_step == output.global_step
 
 
 class Own(TrainerCallback):
@@ -161,39 +133,81 @@ class Own(TrainerCallback):
         self.runs.append("ended")
 
 
-def test_other_callbacks_find_a_training_in_every_stage(report_to, tmp_path):
-    own = Own()
-    trainer = system(tmp_path, report_to, callbacks=[own])
-    trainer.train()
+@pytest.fixture(scope="module")
+def tracked(report_to, tmp_path_factory):
+    """A trainer with a tracker and a callback of its own, after training."""
+    trainer = system(tmp_path_factory.mktemp("tracked") / "system", report_to, callbacks=[Own()])
+    trainer.output = trainer.train()
+    return trainer
+
+
+def test_a_plan_is_one_run_whose_steps_go_on(tracked):
+    tracker, steps = tracker_of(tracked), tracked.output.global_step
+    assert tracker.runs == ["begun", f"ended at {steps}"]
+    found = losses(tracker.points)
+    assert found == curve(tracked.folder) and [step for step, *_ in found] == list(range(1, steps + 1))
+    assert {(sequence, depth) for _, _, sequence, depth in found} == {(0, 1), (0, 2), (1, 1), (1, 2)}
+    # Every tracker takes numbers; of texts several say at each that they drop them.
+    assert all(isinstance(value, (int, float)) for _, logs in tracker.points for value in logs.values())
+
+
+def test_the_state_tells_of_all_stages(tracked):
+    history, stages, steps = tracked.state.log_history, tracked.folder.plan.stages(), tracked.output.global_step
+    assert list(dict.fromkeys(entry["stage"] for entry in history)) == list(map(str, stages))
+    for entry in history:
+        key = StageKey.from_path(f"stages/{entry['stage']}")
+        assert (entry["shard"], entry["depth"]) == (key.shard, key.depth)
+        assert tracked.folder.plan.sequences[key.shard][entry["sequence"]][: key.depth] == key.prefix
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, steps + 1))
+    assert sum("train_loss" in entry for entry in history) == 4 and tracked.state.global_step == steps
+
+
+def test_other_callbacks_find_a_training_in_every_stage(tracked):
+    own = next(callback for callback in tracked.callback_handler.callbacks if isinstance(callback, Own))
     assert own.runs == ["begun", "ended"] * 4
     assert sum(step == total for step, total in own.steps) == 4 and own.steps[0][0] == 1
-    assert own.points == tracker_of(trainer).points
+    assert own.points == tracker_of(tracked).points
+
+
+def test_a_tracker_changes_no_stage(tracked, tmp_path):
+    system(tmp_path).train()
+    assert tensors_of(tmp_path) == tensors_of(tracked.folder.path)
+
+
+def test_neither_an_audit_nor_what_comes_later_is_a_part_of_the_run(tracked):
+    tracker = tracker_of(tracked)
+    points, runs, history = list(tracker.points), list(tracker.runs), list(tracked.state.log_history)
+    assert tracked.verify(["shard-0/0"]).ok
+    assert (tracker.points, tracker.runs, tracked.state.log_history) == (points, runs, history)
+    tracked.evaluate(tracked.train_dataset)
+    ((step, logs),) = tracker.points[len(points) :]
+    assert step == tracked.output.global_step and "shard" not in logs
 
 
 @pytest.mark.parametrize("saving", [True, False], ids=["with checkpoints", "without"])
 def test_a_run_that_was_stopped_goes_on_with_the_curve(saving, report_to, tmp_path):
     changes = {"num_train_epochs": 2, **({"save_strategy": "steps", "save_steps": 1} if saving else {})}
-    stopped = system(tmp_path, report_to, changes, callbacks=[StopsAt(3, 2)])
+    stopped = system(tmp_path, report_to, changes, budget=1, callbacks=[StopsAt(2, 2)])
     with pytest.raises(Stopped):
         stopped.train()
     before = losses(tracker_of(stopped).points)
     assert tracker_of(stopped).runs == ["begun"] and len(stopped.state.log_history) > len(before)
-    again = system(tmp_path, report_to, changes)
+    again = system(tmp_path, report_to, changes, budget=1)
     again.train()
     after, folder = losses(tracker_of(again).points), again.folder
-    third = folder.plan.stages()[2]
-    first, _ = folder.stage_record(third)["steps"]
+    second = folder.plan.stages()[1]
+    first, _ = folder.stage_record(second)["steps"]
     # What was finished is not written over; the stage that was stopped goes on at its checkpoint, or begins again.
     assert before == curve(folder)[: first + 1]
     assert after == [point for point in curve(folder) if point[0] > first + saving]
     if saving:
         # What it logged before it was stopped is in its history.
         assert again.state.log_history[0]["step"] == first + 1
-    assert again.state.log_history[0]["stage"] == str(third)
+    assert again.state.log_history[0]["stage"] == str(second)
 
 
 def test_what_is_grown_again_is_further_on_and_what_was_deleted_is_told_no_more(report_to, tmp_path):
-    trainer = system(tmp_path, report_to)
+    trainer = system(tmp_path, report_to, budget=1)
     done = trainer.train().global_step
     folder, tracker = trainer.folder, tracker_of(trainer)
     before = len(tracker.points)
@@ -212,7 +226,7 @@ def test_the_state_does_not_tell_of_a_stage_that_saw_what_was_deleted_meanwhile(
                 self.stage = None
                 apply(SystemFolder(tmp_path), [victim])
 
-    trainer = system(tmp_path, callbacks=[Deletes(4, 1)])
+    trainer = system(tmp_path, budget=1, callbacks=[Deletes(2, 1)])
     victim = trainer.folder.table.members(0, 1)[0]
     trainer.train()
     told = [entry["stage"] for entry in trainer.state.log_history if "train_loss" in entry]
@@ -222,28 +236,13 @@ def test_the_state_does_not_tell_of_a_stage_that_saw_what_was_deleted_meanwhile(
     assert steps == sorted(steps)
 
 
-def test_a_tracker_changes_no_stage(report_to, tmp_path):
-    system(tmp_path / "tracked", report_to).train()
-    system(tmp_path / "untracked").train()
-    assert tensors_of(tmp_path / "tracked") == tensors_of(tmp_path / "untracked")
-
-
-def test_an_audit_is_no_part_of_the_run(report_to, tmp_path):
-    trainer = system(tmp_path, report_to)
-    trainer.train()
-    tracker = tracker_of(trainer)
-    points, runs, history = list(tracker.points), list(tracker.runs), list(trainer.state.log_history)
-    assert trainer.verify(["shard-0/0"]).ok
-    assert (tracker.points, tracker.runs, trainer.state.log_history) == (points, runs, history)
-
-
 def test_a_log_from_inside_of_a_log_is_at_the_same_step(tmp_path):
     class LogsMore(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
                 trainer.log({"more": 1.0})
 
-    trainer = system(tmp_path, callbacks=[LogsMore()])
+    trainer = system(tmp_path, budget=1, callbacks=[LogsMore()])
     trainer.train()
     steps = {name: [e["step"] for e in trainer.state.log_history if name in e] for name in ("loss", "more")}
     assert steps["more"] == steps["loss"] != []
@@ -279,7 +278,7 @@ def test_tensorboard_has_one_writer_whose_steps_go_on(tmp_path, monkeypatch):
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
-    trainer = system(tmp_path, "tensorboard")
+    trainer = system(tmp_path, "tensorboard", budget=1)
     assert any(isinstance(callback, TensorBoardCallback) for callback in trainer.callback_handler.callbacks)
     output = trainer.train()
     (writer,) = writers
