@@ -1289,7 +1289,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
     To a callback every stage is a training, with its `on_train_begin`, its `state` and its steps. Trackers (those that
     `report_to` knows, and classes derived from them) see one run over all stages. In `on_log` steps go on from stage
-    to stage, for every callback, and from where earlier runs on the folder came to; logs carry `shard`, `sequence`
+    to stage, for every callback, and begin where the stages that are there end; logs carry `shard`, `sequence`
     (its number in the plan) and `depth`. After `train()`, `state.log_history` has the entries of all stages that it
     trained, in order, without those that saw what was deleted since.
 
