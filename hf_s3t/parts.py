@@ -578,12 +578,17 @@ def _members(kind: type) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(kind).items()
-        if name not in _OF_CLASSES and isinstance(_function_of(value), kept) and not _is_generated(kind, value)
+        if name not in _OF_CLASSES
+        and isinstance(_function_of(value), kept)
+        and not _is_generated(kind, value)
+        and not _is_inherited(kind, name, value)
     }
 
 
 def _functions_in(kind: type) -> Iterator[types.FunctionType]:
-    for value in vars(kind).values():
+    for name, value in vars(kind).items():
+        if _is_inherited(kind, name, value):
+            continue
         parts = (value.fget, value.fset) if isinstance(value, property) else (_function_of(value),)
         yield from (inspect.unwrap(part) for part in parts if isinstance(part, types.FunctionType))
 
@@ -639,6 +644,12 @@ def _is_generated(kind: type, value: Any) -> bool:
     code = getattr(_function_of(value), "__code__", None)
     is_one = code is not None and code.co_filename == "<string>" and code.co_name.startswith("__")
     return dataclasses.is_dataclass(kind) and (is_one or (code is not None and "__create_fn__" in code.co_qualname))
+
+
+def _is_inherited(kind: type, name: str, value: Any) -> bool:
+    """Whether a class holds what a base of it does: the first optimizer of a class puts its `step`, wrapped, there."""
+    base = next((vars(one)[name] for one in kind.__mro__[1:] if name in vars(one)), None)
+    return isinstance(value, types.FunctionType) and callable(base) and inspect.unwrap(value) is inspect.unwrap(base)
 
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:

@@ -506,7 +506,7 @@ def test_a_model_of_ones_own(tmp_path, cls):
         model,
         rows,
         config=config(),
-        peft_config=LoraConfig(r=2, target_modules=["up", "down"]),
+        peft_config=LoraConfig(r=2, target_modules=r"(trunk\.)?blocks\.\d+\.(up|down)"),
         args=training_arguments(tmp_path, max_steps=2, learning_rate=5e-2),
     )
     trainer.train()
@@ -566,7 +566,13 @@ def test_of_two_lists_the_user_names_one(tmp_path):
         make_trainer(tmp_path, own(TwinTowers), rows, peft_config=LoraConfig(target_modules=["up"]))
     assert "trunk.blocks" in str(error.value) and "trunk.others" in str(error.value)
     assert not list(tmp_path.iterdir())
-    named = LoraConfig(r=2, target_modules=["up"], layers_pattern="others", layers_to_transform=[])
+    named = LoraConfig(
+        r=2,
+        target_modules=["up"],
+        exclude_modules=r"trunk\.blocks\..*",
+        layers_pattern="others",
+        layers_to_transform=[],
+    )
     trainer = make_trainer(tmp_path, own(TwinTowers), rows, peft_config=named, config=config())
     plant_stages(trainer)
     names = load_file(tmp_path / "stages/shard-0/0/adapter_model.safetensors")
@@ -757,7 +763,7 @@ REFUSED = {
         lambda: tiny_bert(2),
         {"target_modules": ["word_embeddings"]},
         LayersNotFoundError,
-        "matches nothing",
+        "matches bert.embeddings.word_embeddings outside the transformer layers",
     ),
     "adapters on the base": (lambda: carrying(tiny_bert(2)), {}, IsolationError, "adapters"),
     "adapters merged into the base": (lambda: carrying(tiny_bert(2), merged=True), {}, IsolationError, "adapters"),

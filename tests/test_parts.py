@@ -848,6 +848,29 @@ def decorated(outputs, labels, num_items_in_batch=None):
     return needs(outputs.logits.mean())
 
 
+class Descends(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+class DescendsFaster(Descends):
+    def __init__(self, params, lr):
+        super().__init__(params, 2 * lr)
+
+
+@pytest.mark.parametrize("kind", [DescendsFaster, Descends])
+def test_an_optimizer_is_told_the_same_before_and_after_the_first_of_its_class(kind):
+    """By then torch has put a wrapped `step` into the class."""
+    before, step = described(kind), vars(kind).get("step")
+    kind([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert vars(kind)["step"] is not step and described(kind) == before
+
+
 def test_a_decorated_function_is_told_by_what_is_inside(tmp_path):
     description, unstable = described(decorated)
     assert not unstable and description["name"] == "decorated" and "code" in description
