@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import os
 import typing
 from collections.abc import Sequence
 
@@ -50,6 +51,12 @@ _REFUSED_LORA_FIELDS = {
     "ensure_weight_tying": "it ties adapters to the embeddings, which all stages share",
 }
 
+
+# By which variable a tracker is told to upload what is trained.
+_UPLOADS = {
+    "wandb": "WANDB_LOG_MODEL", "mlflow": "HF_MLFLOW_LOG_ARTIFACTS", "comet_ml": "COMET_LOG_ASSETS",
+    "clearml": "CLEARML_LOG_MODEL", "dvclive": "HF_DVCLIVE_LOG_MODEL",
+}  # fmt: skip
 
 # Under which names `torch.compile`, data parallelism and FSDP hold the model that they wrap.
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
@@ -514,6 +521,12 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
         raise IsolationError(
             "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
         )
+    for tracker, variable in _UPLOADS.items():
+        if tracker in args.report_to and os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off"):
+            raise ConfigError(
+                f"`{variable}={os.environ[variable]}` has {tracker} upload weights, which no deletion reaches and no "
+                "ledger notes. Unset it; `push_to_hub` and `export_adapter` note what is handed out."
+            )
     if getattr(args, "enable_jit_checkpoint", False):
         raise ConfigError(
             "`enable_jit_checkpoint=True` ends the stage in training at a signal, as if it were complete. Leave it "

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import difflib
 import re
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -15,7 +17,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.utils import logging
 
-from .errors import ConfigError, LayersNotFoundError
+from .errors import ConfigError, LayersNotFoundError, S3TError
 from .layers import LayerGroups
 from .plain_adapter import bare_copy
 from .randomness import preserved_randomness
@@ -175,6 +177,31 @@ def _refuse_unmatched(config: LoraConfig, names: Sequence[str], adapted: Mapping
                 f"`{field}` names {', '.join(map(repr, wrong))}, and no adapted module ends so: it would be passed "
                 "over. Expected names that all match something: correct or remove them."
             )
+
+
+def refuse_failing_adapter(error: BaseException, model: nn.Module) -> None:
+    """
+    Say of an error in a step which adapted module it came from: PEFT adapts by a module's type, and some are not used
+    as what they are.
+
+    Args:
+        error (`BaseException`): What a step of training raised.
+        model (`nn.Module`): The model with adapters.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it came from inside of an adapter, and not for want of memory.
+    """
+    if isinstance(error, (S3TError, torch.OutOfMemoryError)):
+        return
+    inside = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    failing = {id(part) for part in inside if isinstance(part, LoraLayer)}
+    name = next((name for name, module in model.named_modules() if id(module) in failing), None)
+    if name is not None:
+        raise ConfigError(
+            f"The adapter on `{name}` failed in the first step: {type(error).__name__}: {error}. Where PEFT cannot "
+            f"adapt that module, leave it out, by `exclude_modules` or by naming others in `target_modules`, in a new "
+            "folder."
+        ) from error
 
 
 def _meant(wrong: Sequence[str], names: Sequence[str]) -> str:

@@ -58,6 +58,7 @@ from .randomness import RandomStates, own_randomness, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
 from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, TRAINING_WEIGHTS_FILE, SystemFolder
+from .targets import refuse_failing_adapter
 from .tensor_files import differing_tensors, read_tensors
 from .tracking import PlanHandler, last_step, tags
 from .training_data import EpochSeededSampler, FedRows, StageRows
@@ -996,7 +997,12 @@ class S3TTrainerMixin:
         if is_first:
             self._know_optimizer()
             self._set_up_model = Look(self.model)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except Exception as error:
+            if is_first:
+                refuse_failing_adapter(error, self.model)
+            raise
         if is_first:
             self._settled_model = Look(self.model)
         # Trainer's own logs leave out what is not finite (`logging_nan_inf_filter`).

@@ -57,6 +57,7 @@ from hf_s3t.errors import (
     S3TError,
     UnknownExampleError,
 )
+from hf_s3t.isolation import check_arguments
 from hf_s3t.storage import SystemFolder
 
 
@@ -392,6 +393,18 @@ def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_pat
 )  # fmt: skip
 def test_an_argument_under_which_a_stage_would_depend_on_more_than_its_recipe_is_refused(case, tmp_path):
     assert_trainer_refuses(case, tmp_path / "system", {"arguments": case.given})
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variable", "value"),
+    [("wandb", "WANDB_LOG_MODEL", "checkpoint"), ("mlflow", "HF_MLFLOW_LOG_ARTIFACTS", "1")],
+)
+def test_a_tracker_that_uploads_weights_is_refused(tracker, variable, value, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, value)
+    case = Refusal(ConfigError, variable, f"`{variable}={value}`", "no deletion reaches", "Unset it")
+    assert_trainer_refuses(case, tmp_path / "system", {"arguments": {"report_to": [tracker]}})
+    # Nobody is asked.
+    check_arguments(training_arguments(tmp_path / "other", report_to=[]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("deepspeed", "zero2.json"), ("fsdp", ["full_shard"])])

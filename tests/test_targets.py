@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -246,3 +247,32 @@ def test_the_look_at_targets_leaves_the_model_as_it_is(tmp_path):
         make_trainer(tmp_path / "system", model, lm_rows(12), peft_config=config, config=s3t_config())
     assert digest_of(model) == before
     assert config.to_dict() == LoraConfig(r=2, target_modules=["q_proj", "vproj"]).to_dict()
+
+
+class InPairs(torch.nn.Linear):
+    """Linear by its type, and not by what it returns, as some routers are."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Routed(torch.nn.Module):
+    def __init__(self, mlp, width):
+        super().__init__()
+        self.router, self.mlp = InPairs(width, 1), mlp
+
+    def forward(self, x):
+        return self.mlp(x) * self.router(x)[0].sigmoid()
+
+
+def test_an_adapter_that_does_not_fit_its_module_is_named_in_the_first_step(tmp_path):
+    model = tiny_llama(2)
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp, model.config.hidden_size)
+    config = LoraConfig(r=2, target_modules=["q_proj", "router"])
+    trainer = make_trainer(tmp_path / "system", model, lm_rows(12), peft_config=config, config=s3t_config())
+    with pytest.raises(ConfigError, match=r"adapter on `model\.layers\..\.mlp\.router` failed.*`exclude_modules`"):
+        trainer.train()
+    assert not trainer.folder.stages
+    config = LoraConfig(r=2, target_modules=["q_proj", "router"], exclude_modules=["router"])
+    make_trainer(tmp_path / "other", model, lm_rows(12), peft_config=config, config=s3t_config()).train()
