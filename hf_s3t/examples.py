@@ -580,7 +580,8 @@ def listed(values: Any, name: str) -> list[int | str]:
     if hasattr(values, "columns") or hasattr(values, "column_names"):
         # A table goes over its columns' names, and a name may be an id.
         kind = type(values).__name__
-        raise ExampleIdError(f"{expected} a {kind}. Give one column of it, such as `{kind.lower()}['id']`.")
+        column = "id" if name == "ids" else "group"
+        raise ExampleIdError(f"{expected} a {kind}. Give one column of it, such as `{kind.lower()}['{column}']`.")
     for method in ("tolist", "to_pylist"):
         if hasattr(values, method):
             values = getattr(values, method)()

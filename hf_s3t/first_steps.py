@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils.generic import can_return_loss, find_labels
 
+from .circumstances import evaluation_trains
 from .config import S3TConfig
 from .errors import ConfigError
 from .layers import find_task
@@ -248,7 +249,7 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
             '`eval_dataset`. Give one, or set eval_strategy="no".'
         )
     metric = args.metric_for_best_model
-    chooses = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type == _PLATEAU
+    chooses = evaluation_trains(args) or args.save_strategy == "best"
     if not chooses or metric is None or eval_dataset is None:
         return
     name = metric.removeprefix("eval_")
@@ -264,9 +265,6 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
             f"`metric_for_best_model={metric!r}` shall choose, and without `compute_metrics` an evaluation has the "
             'loss alone. Give `compute_metrics` that returns it, or set metric_for_best_model="loss".'
         )
-
-
-_PLATEAU = "reduce_lr_on_plateau"
 
 
 def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:

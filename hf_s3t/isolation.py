@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput, logging
 
+from .circumstances import evaluation_trains
 from .config import S3TConfig
 from .ensemble import logit_fields
 from .errors import ConfigError, IsolationError
@@ -426,7 +427,7 @@ def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None
     """The setting by which an evaluation steers training or serving, if there is one."""
     if args.load_best_model_at_end:
         return "load_best_model_at_end=True"
-    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+    if evaluation_trains(args):
         return f"lr_scheduler_type={args.lr_scheduler_type.value}"
     return 'select="metric"' if config.select == "metric" else None
 
