@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -523,7 +522,7 @@ def _found(name: str, load: Callable, **kwargs: Any) -> Any:
     try:
         return load(name, **kwargs)
     # Also where a file ends too early, or is none of its kind.
-    except (OSError, EOFError, SafetensorError, UnpicklingError) as error:
+    except (OSError, EOFError, SafetensorError) as error:
         raise BaseModelMismatchError(
             f"The base model cannot be loaded from {name!r}: {error} Give `token` if it is private, or `base_model`: "
             "the module, its folder here, or another id."
