@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -520,7 +521,8 @@ def _hold_as_recorded(model: nn.Module, record: dict[str, Any]) -> None:
 def _found(name: str, load: Callable, **kwargs: Any) -> Any:
     try:
         return load(name, **kwargs)
-    except OSError as error:
+    # Also where a file ends too early, or is none of its kind.
+    except (OSError, EOFError, SafetensorError) as error:
         raise BaseModelMismatchError(
             f"The base model cannot be loaded from {name!r}: {error} Give `token` if it is private, or `base_model`: "
             "the module, its folder here, or another id."

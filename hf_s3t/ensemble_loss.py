@@ -58,7 +58,7 @@ class EnsembleLoss:
         targets: dict[str, Any],
         inputs: dict[str, Any],
         members: Sequence[tuple[Route, float]],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """
         Args:
             answers (`dict` of `torch.Tensor`): The answer: `logits`, or the two heads of question answering.
@@ -66,29 +66,54 @@ class EnsembleLoss:
             inputs (`dict`): What else the base was called with.
             members (sequence of routes and weights): Each member by itself.
 
+        Returns:
+            `torch.Tensor`, or `None` if the base makes no loss of these, as of one end of a span alone.
+
         Raises:
             [`~hf_s3t.errors.S3TError`]: If the base does not compute its loss from the logits that it returns.
         """
         kind = self._kind(targets, inputs)
-        if self._is_of_its_config.get(kind):
-            return self._by_config(answers, targets)
-        loss = self._by_base(answers, targets, inputs, members, kind)
+        by_config = self._by_config(answers, targets) if self._is_of_its_config.get(kind) else None
+        # Where that function cannot compute it, the base says why.
+        if by_config is not None:
+            return by_config
+        try:
+            loss = self._by_base(answers, targets, inputs, members, kind)
+        except _NoLoss:
+            return None
         same = self._by_config(answers, targets) if self._has_its_own_function else None
         if same is None or not torch.isfinite(loss):
             return loss
-        is_same = same.shape == loss.shape and torch.allclose(same.to(loss), loss, **_NEAR)
+        is_same = _is_near(same, loss) and self._is_the_same_for_others(answers, targets, inputs, members[0][0], kind)
         # Anew: with the first labels some set the kind of problem in their config.
         self._is_of_its_config[self._kind(targets, inputs)] = is_same
         return same if is_same else loss
 
     def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple:
-        """What a base may go by when it prepares labels or logits for its loss."""
+        """What a base may go by when it prepares labels or logits for its loss, and how it weighs rows."""
         described = tuple((name, *_described(value)) for name, value in sorted({**inputs, **targets}.items()))
         config, mask, labels = self._base.config, inputs.get("attention_mask"), targets.get("labels")
         is_padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
         special = [_IGNORED, getattr(config, "pad_token_id", None)] if isinstance(labels, torch.Tensor) else []
         found = tuple(token is not None and bool((labels == token).any()) for token in special)
-        return described, is_padded, found, getattr(config, "problem_type", None)
+        lengths = {len(value) for value in targets.values() if isinstance(value, torch.Tensor) and value.dim()}
+        return described, is_padded, found, getattr(config, "problem_type", None), lengths <= {1}
+
+    @torch.no_grad()
+    def _is_the_same_for_others(self, answers, targets, inputs, route: Route, kind: tuple) -> bool:
+        """Whether the function of the config gives the base's loss of other labels as well, of all the classes."""
+        classes = next(iter(answers.values())).shape[-1]
+        targets = {name: _varied(value, classes) for name, value in targets.items()}
+        answers = {name: _others(logits) for name, logits in answers.items()}
+        try:
+            with routed(route):
+                at = self._place({**inputs, **targets}, answers, kind)
+                loss = None if at is None else self._with(answers, at, {**inputs, **targets})
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            # Some take no others.
+            return False
+        same = self._by_config(answers, targets)
+        return loss is not None and same is not None and _is_near(same, loss)
 
     @property
     def _has_its_own_function(self) -> bool:
@@ -134,10 +159,16 @@ class EnsembleLoss:
         """At which calls of torch the base makes its logits, if its loss is made of these."""
         with _Making() as making:
             outputs = self._base(**given, return_dict=True)
+        if outputs.get("loss") is None:
+            raise _NoLoss
         at = {name: making.call_of(outputs[name]) for name in answers}
         if None in at.values():
             return None
         if kind not in self._is_of_its_logits:
+            # What is done to them in their place afterwards would be done to the ensemble's once more.
+            with_own = self._with({name: outputs[name] for name in answers}, at, given)
+            if with_own is None or not _is_near(with_own, outputs.loss):
+                return None
             # One that is none, or nothing at all, is so whatever the logits are.
             tells = bool(torch.isfinite(outputs.loss).all() and outputs.loss.any())
             for name in answers:
@@ -159,9 +190,31 @@ class EnsembleLoss:
         return outputs.loss if there else None
 
 
+class _NoLoss(Exception):
+    """The base makes no loss of what it was given."""
+
+
 def _others(logits: torch.Tensor) -> torch.Tensor:
-    """Logits that no base comes to."""
-    return torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
+    """Logits that no base comes to, which differ from class to class."""
+    return torch.arange(logits.numel(), device=logits.device).sin().to(logits.dtype).view_as(logits)
+
+
+def _varied(labels: Any, classes: int) -> Any:
+    """Other labels, of every class in turn; where some count for nothing, rows count for unlike much."""
+    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+        return labels
+    numbers = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+    if labels.is_floating_point():
+        return (numbers % 2).to(labels.dtype)
+    ignored = labels == _IGNORED
+    varied = (numbers % classes).to(labels.dtype).masked_fill(ignored, _IGNORED)
+    if ignored.any():
+        varied[0].flatten()[::2] = _IGNORED
+    return varied
+
+
+def _is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.to(other), other, **_NEAR, equal_nan=True)
 
 
 def _described(value: Any) -> tuple:
@@ -180,9 +233,9 @@ class _Counting(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.calls += 1
-        return self.see(result)
+        return self.see(result, getattr(func, "__name__", ""))
 
-    def see(self, result: Any) -> Any:
+    def see(self, result: Any, name: str) -> Any:
         """What the caller shall get for a result."""
         raise NotImplementedError
 
@@ -194,15 +247,21 @@ class _Making(_Counting):
         super().__init__()
         self._made: dict[int, tuple[weakref.ref, int]] = {}
 
-    def see(self, result: Any) -> Any:
-        # Some calls give what they were given: the first one made it. What is gone may have had the same address.
-        if isinstance(result, torch.Tensor) and self.call_of(result) is None:
+    def see(self, result: Any, name: str) -> Any:
+        # Some calls give what they were given: the first one made it, or the last that wrote to it. What is gone may
+        # have had the same address.
+        if isinstance(result, torch.Tensor) and (self.call_of(result) is None or _writes(name)):
             self._made[id(result)] = weakref.ref(result), self.calls
         return result
 
     def call_of(self, tensor: torch.Tensor) -> int | None:
         made, call = self._made.get(id(tensor), (lambda: None, None))
         return call if made() is tensor else None
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of torch writes to what it gives, by its name: `div_`, `__itruediv__`."""
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 class _Replacing(_Counting):
@@ -212,6 +271,6 @@ class _Replacing(_Counting):
         super().__init__()
         self.by = by
 
-    def see(self, result: Any) -> Any:
+    def see(self, result: Any, name: str) -> Any:
         by = self.by.get(self.calls)
         return by if by is not None and isinstance(result, torch.Tensor) and result.shape == by.shape else result

@@ -414,6 +414,18 @@ def test_who_gave_what_was_asked_for_is_not_asked_for_it_again(on_a_folder):
         tiny_llama(2).save_pretrained(on_a_folder.parent / "base")
 
 
+@pytest.mark.parametrize(
+    ("name", "left"), [("model.safetensors", 0), ("model.safetensors", 999), ("pytorch_model.bin", 0)]
+)
+def test_a_file_that_ends_too_early_is_named_in_a_sentence(name, left, on_a_folder, tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    whole = (tmp_path / "base/model.safetensors").read_bytes()
+    (tmp_path / "base/model.safetensors").unlink()
+    (tmp_path / "base" / name).write_bytes(whole[:left])
+    with pytest.raises(BaseModelMismatchError, match=r"base model cannot be loaded from .*base'"):
+        S3TModel.from_pretrained(on_a_folder, base_model=str(tmp_path / "base"))
+
+
 def test_a_folder_with_an_adapter_is_no_base(on_a_folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 

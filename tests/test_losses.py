@@ -27,7 +27,7 @@ from tiny import (
     tiny_llama,
     training_arguments,
 )
-from transformers import LlamaForCausalLM, PreTrainedModel, Trainer
+from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel, Trainer
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, ExhaustedError, S3TError
@@ -358,6 +358,31 @@ class WritesToItsLogits(LlamaForCausalLM):
         return outputs
 
 
+class DividesItsLogits(BertForSequenceClassification):
+    """In their place, as a mean over words does."""
+
+    def forward(self, labels=None, **kwargs):
+        outputs = super().forward(**kwargs)
+        outputs.logits /= 4
+        if labels is not None:
+            outputs.loss = F.cross_entropy(outputs.logits, labels)
+        return outputs
+
+
+class WeighsClasses(BertForSequenceClassification):
+    """Of one row, or of rows of one class, it is what the config's function gives."""
+
+    def forward(self, labels=None, **kwargs):
+        outputs = super().forward(**kwargs)
+        if labels is not None:
+            outputs.loss = weighed(outputs.logits, labels)
+        return outputs
+
+
+def weighed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels, weight=torch.arange(1.0, 1.0 + logits.shape[-1]))
+
+
 class FromItsStates(LlamaForCausalLM):
     """Its loss is made of something else than its logits."""
 
@@ -391,11 +416,55 @@ def test_what_held_for_batches_without_padding_is_not_taken_to_hold_with_it(tmp_
         assert next_words(None, made.joined(batch), batch).item() != pytest.approx(expected, rel=5e-5)
 
 
-def test_a_base_that_writes_to_its_logits(tmp_path):
+def test_a_base_that_writes_to_its_logits_changes_no_answer(tmp_path):
+    """Whether the logits put there were written to before, nobody could tell: no loss rather than a wrong one."""
     made = own(tmp_path, WritesToItsLogits)
-    before = made.model(input_ids=made.batch["input_ids"]).logits
-    answer = made.model(**made.batch)
-    assert torch.equal(answer.logits, before)
+    logits = made.model(input_ids=made.batch["input_ids"]).logits
+    before = logits.clone()
+    with pytest.raises(S3TError, match="not compute its loss from the logits that it returns"):
+        made.model(**made.batch)
+    assert torch.equal(logits, before)
+
+
+def classifying(path: Path, cls: type) -> Made:
+    def fresh():
+        base = tiny_bert(2)
+        base.__class__ = cls
+        return base
+
+    return Made(path / "system", Kind(fresh, lambda: classification_rows(COUNT), next_words, QUERY), 2)
+
+
+@torch.no_grad()
+def test_logits_that_were_divided_in_their_place_are_not_divided_again(tmp_path):
+    made = classifying(tmp_path, DividesItsLogits)
+    expected = F.cross_entropy(made.joined(made.batch), made.batch["labels"]).item()
+    for _ in range(2):
+        assert made.model(**made.batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@torch.no_grad()
+def test_what_held_for_rows_of_one_class_is_not_taken_to_hold_for_others(rows, tmp_path):
+    made = classifying(tmp_path, WeighsClasses)
+    first = {name: value[:rows] for name, value in made.batch.items()}
+    made.model(**{**first, "labels": torch.full_like(first["labels"], 1)})
+    batch = {**made.batch, "labels": torch.tensor([1, 2, 1, 2, 2])}
+    expected = weighed(made.joined(batch), batch["labels"]).item()
+    assert made.model(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_no_loss_of_the_base_is_none_of_the_ensemble(system, tmp_path):
+    made = system("words", 2)
+    made.model(**made.batch, logits_to_keep=made.batch["labels"].shape[1])
+    # Not all that the labels are of: the base says so.
+    with pytest.raises(ValueError, match="batch_size"):
+        made.model(**made.batch, logits_to_keep=4)
+    fresh = partial(build, "BertForQuestionAnswering", "BertConfig", **SIZES, vocab_size=VOCABULARY)
+    spans = Kind(fresh, lambda: rows_of(lambda row: {**words(row), "start_positions": 1}), next_words, QUERY)
+    half = Made(tmp_path / "system", spans, 2)
+    assert half.model(**half.batch).loss is None and "start_logits" in half.model(**half.batch)
 
 
 def test_a_loss_that_is_not_made_of_the_logits_is_refused_for_several(tmp_path):
