@@ -1,18 +1,22 @@
 """What PEFT would adapt by a config, stages adapt in their layers, or it is refused by name: nothing is left out."""
 
 import re
+import warnings
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from safetensors.torch import load_file
 from test_errors import digest_of
 from tiny import (
     build,
     classification_rows,
     lm_rows,
+    lora,
     make_trainer,
+    plant_stages,
     s3t_config,
     tiny_bert,
     tiny_gpt2,
@@ -246,3 +250,19 @@ def test_the_look_at_targets_leaves_the_model_as_it_is(tmp_path):
         make_trainer(tmp_path / "system", model, lm_rows(12), peft_config=config, config=s3t_config())
     assert digest_of(model) == before
     assert config.to_dict() == LoraConfig(r=2, target_modules=["q_proj", "vproj"]).to_dict()
+
+
+def test_ranks_of_one_layer_are_none_that_other_stages_lack(tmp_path):
+    """Of a key that means a module of one stage alone, PEFT has nothing to say to the others."""
+    patterns = {"rank_pattern": {"^model.layers.3.self_attn.q_proj": 4}, "alpha_pattern": {"layers.0.*.q_proj": 8}}
+    model = tiny_llama()
+    trainer = make_trainer(tmp_path, model, peft_config=lora(model, target_modules=["q_proj"], **patterns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plant_stages(trainer)
+    assert {2, 4} == {
+        tensor.shape[0]
+        for file in tmp_path.glob("stages/*/*/adapter_model.safetensors")
+        for name, tensor in load_file(file).items()
+        if "lora_A" in name
+    }
