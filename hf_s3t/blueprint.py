@@ -18,7 +18,7 @@ from .config import S3TConfig
 from .ensemble import check_one_answer_can_be_made
 from .errors import ConfigError
 from .examples import DigestKey, ExampleTable, KeptNames
-from .first_steps import check_columns, check_optimizer, check_rows
+from .first_steps import check_columns, check_optimizer
 from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .inspection import check_method, open_folder
 from .isolation import (
@@ -154,8 +154,6 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     if train_dataset is not None:
         check_columns(train_dataset, model, args, asked)
     rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
-    if rows is not None:
-        check_rows(train_dataset, model, head)
     if recorded is None and rows is None:
         raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
     if recorded is not None:

@@ -1,6 +1,7 @@
 """What `Trainer` would find out in a stage's first steps, or after its first evaluation, said before anything is."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ _IGNORED = -100
 
 def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, config: S3TConfig) -> None:
     """
-    Refuse settings that take away what the model is trained on, and rows of which it would get nothing.
+    Refuse settings that take away what the model is trained on.
 
     Args:
         dataset: The training examples.
@@ -59,7 +60,21 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
                 "columns of ids, groups and places are kept from it. Give a copy of it another name, such as "
                 f"`dataset.add_column({column + '_of_row'!r}, dataset[{column!r}])`, and that one as `{field}`."
             )
-    if is_prepared_by_trl or not args.remove_unused_columns or not _is_stored(dataset):
+
+
+def check_inputs(dataset: Any, model: nn.Module, args: TrainingArguments) -> None:
+    """
+    Refuse rows of which the model would get nothing.
+
+    Args:
+        dataset: The training examples.
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the columns that there are.
+    """
+    if not args.remove_unused_columns or not _is_stored(dataset):
         return
     taken = inspect.signature(model.forward).parameters.values()
     inputs = {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - set(LABELS)
@@ -107,16 +122,23 @@ def check_loss(trainer_type: type, model: nn.Module, args: TrainingArguments, da
         )
 
 
-def check_rows(dataset: Any, model: nn.Module, head: Sequence[str]) -> None:
+def collates_as_stored(data_collator: Any) -> bool:
+    """Whether rows come to the model as they are stored: those of the libraries pad and mask, and change no answer."""
+    kind = data_collator if inspect.isroutine(data_collator) else type(data_collator)
+    return data_collator is None or (kind.__module__ or "").startswith(("transformers.", "trl."))
+
+
+def check_rows(dataset: Any, model: nn.Module, head: Sequence[str], args: TrainingArguments) -> None:
     """
     Refuse labels and tokens that the model has no place for.
 
-    Only what is stored is looked at; what a transform or collator makes of it is not known here.
+    Only what is stored is looked at; what a transform, collator or loss of the user's makes of it is not known here.
 
     Args:
         dataset: The training examples.
         model ([`~transformers.PreTrainedModel`]): The base model.
         head (sequence of `str`): Names of the modules trained as the head; none for a language model.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage, which may cut rows.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: Naming the column and the values.
@@ -130,7 +152,13 @@ def check_rows(dataset: Any, model: nn.Module, head: Sequence[str]) -> None:
     config = getattr(model, "config", None)
     is_of_words = getattr(model, "main_input_name", None) == "input_ids" and config is not None
     if "input_ids" in dataset.column_names and is_of_words and config.get_text_config() is config:
-        _check_tokens(dataset, model)
+        _check_tokens(dataset, model, _cut_to(args))
+
+
+def _cut_to(args: TrainingArguments) -> float:
+    """To which length TRL cuts rows, or packs them; a collator of its own may do without."""
+    is_prepared = hasattr(args, "dataset_text_field") and not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    return args.max_length if is_prepared and args.max_length is not None else math.inf
 
 
 def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
@@ -145,15 +173,8 @@ def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
             f"`{column}` of `train_dataset` holds texts, expected the numbers of classes. Map them by a table that is "
             "fixed beforehand, such as `model.config.label2id`."
         )
-    if problem == "regression" or (problem is None and classes == 1):
-        if kind == "whole":
-            raise ConfigError(
-                f"`{column}` of `train_dataset` holds whole numbers, and {type(model).__name__} with "
-                f"num_labels={classes} is trained as a regression, on numbers with a fraction. Cast the column: "
-                f'`dataset.cast_column({column!r}, Value("float32"))`; or load the model with the number of classes.'
-            )
-        return
-    if problem == "multi_label_classification" or kind != "whole" or low is None:
+    is_regression = problem == "regression" or (problem is None and classes == 1)
+    if is_regression or problem == "multi_label_classification" or kind != "whole" or low is None:
         return
     if not (0 <= low or low == _IGNORED) or high >= classes:
         raise ConfigError(
@@ -163,7 +184,7 @@ def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
         )
 
 
-def _check_tokens(dataset: datasets.Dataset, model: nn.Module) -> None:
+def _check_tokens(dataset: datasets.Dataset, model: nn.Module, cut_to: float) -> None:
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:
@@ -180,7 +201,7 @@ def _check_tokens(dataset: datasets.Dataset, model: nn.Module) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and _is_of_positions(name.rpartition(".")[2])
     ]
-    longest = _longest(dataset, "input_ids")
+    longest = min(_longest(dataset, "input_ids"), cut_to)
     if places and longest > max(places):
         raise ConfigError(
             f"`input_ids` of `train_dataset` is up to {longest} long, and the model has {max(places)} positions. "

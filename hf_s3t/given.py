@@ -175,7 +175,10 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
             "or 'prompt' and 'completion'. Rename them (`rename_columns`), set `dataset_text_field`, or give a "
             "`formatting_func`."
         )
-    for name in () if formatting_func is not None else single or pair:
+    # Of a row that has several, the first is read.
+    chat = next((name for name in ("input_ids", "messages", "conversations") if name in columns), None)
+    read = [chat] if chat is not None and not set(pair) <= set(columns) else single or pair
+    for name in () if formatting_func is not None else read:
         _refuse_gaps(dataset, name)
 
 

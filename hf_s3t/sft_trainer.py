@@ -14,7 +14,7 @@ from .base_model import rowwise
 from .blueprint import draw_up
 from .config import S3TConfig
 from .errors import ConfigError, IsolationError
-from .first_steps import check_choice
+from .first_steps import check_choice, check_rows, collates_as_stored
 from .given import check_kinds, check_parts, check_texts
 from .isolation import evaluation_chooses
 from .optimizers import refuse_bound_optimizer
@@ -107,6 +107,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
         check_choice(args, eval_dataset, compute_metrics)
         check_texts(model, train_dataset, args, processing_class, formatting_func)
+        if collates_as_stored(data_collator):
+            check_rows(train_dataset, model, blueprint.head, args)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         # Where evaluation chooses, evaluation sets as they are before packing, by their names.
         self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None

@@ -611,11 +611,20 @@ def _stage_config(
     config.task_type = None
     # PEFT corrects this flag with a warning; the right value is known.
     config.fan_in_fan_out = all(isinstance(base.get_submodule(t), Conv1D) for t in targets)
+    # Of keys that mean other stages' modules PEFT would say that they match nothing.
+    for field in ("rank_pattern", "alpha_pattern"):
+        values = getattr(config, field) or {}
+        setattr(config, field, {k: v for k, v in values.items() if any(_means(k, target) for target in targets)})
     by_index = copy.deepcopy(config)
     by_index.target_modules = {t.removeprefix(first) for t in targets if t.startswith(first)}
     by_index.layers_to_transform = list(layers.groups[group])
     by_index.layers_pattern = [layers.pattern]
     return by_index if _matched(by_index, names) == set(targets) else _matching(_anywhere(config), targets, names)
+
+
+def _means(key: str, name: str) -> bool:
+    """Whether a key of a pattern of ranks or alphas means a module, as PEFT has it."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _anywhere(config: LoraConfig) -> LoraConfig:

@@ -44,7 +44,7 @@ from .divergence import FiniteWatch, is_finite, refuse_diverged
 from .errors import CheckpointError, ConfigError, DivergedError, FolderError, HubError, IsolationError, S3TError
 from .examples import ExampleTable, KeptNames
 from .finite import NOT_FINITE
-from .first_steps import check_choice, check_loss, check_rows
+from .first_steps import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .given import check_answers, check_kinds, check_parts
 from .hub import HubRepo, PushReport, push, told
 from .isolation import changed_for_good, check_accelerator, evaluation_chooses
@@ -145,8 +145,8 @@ class S3TTrainerMixin:
             names = KeptNames(key, blueprint.config.keep_ids)
             prepared = StageRows(self.train_dataset, rows, names)
             prepared.check_slices(planned)
-            if self.train_dataset is not rows.dataset:
-                check_rows(self.train_dataset, self.model, blueprint.head)
+            if self.train_dataset is not rows.dataset and collates_as_stored(self.data_collator):
+                check_rows(self.train_dataset, self.model, blueprint.head, self.args)
             self._check_batches(Plan.from_config(blueprint.config).stages(planned.empty), prepared, planned)
         if planned is not None and self.is_world_process_zero():
             self._make_folder(blueprint)
@@ -1368,9 +1368,14 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
-        check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
+        reads_its_own_way = self._reads_rows_its_own_way()
+        if not reads_its_own_way:
+            check_inputs(train_dataset, model, args)
+            check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
         makes_answers = data_collator is not None or compute_loss_func is not None
-        check_answers(train_dataset, makes_answers or self._reads_rows_its_own_way())
+        check_answers(train_dataset, makes_answers or reads_its_own_way)
+        if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
+            check_rows(train_dataset, model, blueprint.head, args)
         check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
@@ -1391,7 +1396,10 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
     def _reads_rows_its_own_way(self) -> bool:
         """Whether a class made of this one decides what is done with rows."""
-        names = ("compute_loss", "training_step", "get_train_dataloader", "_prepare_inputs")
+        names = (
+            "compute_loss", "training_step", "get_train_dataloader", "_get_dataloader", "_prepare_inputs",
+            "_set_signature_columns_if_needed", "_remove_unused_columns", "_get_collator_with_removed_columns",
+        )  # fmt: skip
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from transformers.debug_utils import DebugUnderflowOverflow
 from trl import SFTConfig, SFTTrainer
 
-from hf_s3t import S3TSFTTrainer
+from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError
 
 
@@ -70,8 +70,6 @@ def texts():
         rows=image_rows(12, labels=5), model=tiny_vit(layers=2, labels=2)),
     Refusal(ConfigError, "labels as texts", "`labels` of `train_dataset` holds texts", "expected the numbers",
         "Map them by a table", rows=labelled("good", "bad")),
-    Refusal(ConfigError, "a regression on whole numbers", "holds whole numbers", "trained as a regression",
-        'Cast the column: .*Value\\("float32"\\)', rows=labelled(1, 5), model=bert(labels=1)),
     Refusal(ConfigError, "tokens of another vocabulary", "`input_ids` of `train_dataset` goes from .* to 60",
         "knows the tokens 0 to 59", "the model's own tokenizer", rows=[{**row, "input_ids": [5, 60]}
         for row in lm_rows(12)], model=tiny_llama(layers=2)),
@@ -97,6 +95,7 @@ def test_rows_that_the_model_has_no_place_for_are_refused(case, tmp_path):
         (labelled(0, 1, 2), bert),
         (labelled(0, 2, -100), bert),
         (labelled(0.5, 3.0), partial(bert, labels=1)),
+        (labelled(1, 5), partial(bert, labels=1)),
         (labelled([0.0, 1.0, 1.0]), partial(bert, problem_type="multi_label_classification")),
         (lm_rows(12, length=8), partial(tiny_gpt2, layers=2, n_positions=8)),
         ([{**row, "labels": [-100, *row["input_ids"][1:]]} for row in lm_rows(12)], partial(tiny_llama, layers=2)),
@@ -141,6 +140,64 @@ def test_what_a_collator_makes_of_rows_is_not_judged_beforehand(tmp_path):
 
     args = training_arguments(tmp_path, remove_unused_columns=False, max_steps=1)
     make_trainer(tmp_path, bert(), texts(), args=args, data_collator=collate).train()
+
+
+class AsClasses:
+    """Makes classes of names, of numbers that are counted from 1, and of too many."""
+
+    def __call__(self, rows):
+        labels = [{"good": 0, "bad": 1}.get(row.pop("labels"), 2) for row in rows]
+        return {**transformers.default_data_collator(rows), "labels": torch.tensor(labels)}
+
+
+class Ordinal(S3TTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        above = inputs.pop("labels")[:, None] > torch.arange(3)
+        return nn.functional.binary_cross_entropy_with_logits(model(**inputs).logits, above.float())
+
+
+def no_classes(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.sum() * labels.float().mean()
+
+
+@pytest.mark.parametrize(
+    ("labels", "given"),
+    [
+        (["good", "bad"], {"data_collator": AsClasses()}),
+        ([1, 2, 3], {"data_collator": AsClasses()}),
+        ([0, 1, 2, 3], {"cls": Ordinal}),
+        ([-1, 1], {"compute_loss_func": no_classes}),
+    ],
+    ids=["names", "counted from 1", "an ordinal loss", "a loss of no classes"],
+)
+def test_labels_that_a_collator_or_loss_of_the_users_reads_are_not_judged_beforehand(labels, given, tmp_path):
+    args = training_arguments(tmp_path, max_steps=1)
+    make_trainer(tmp_path, bert(), labelled(*labels), args=args, **given).train()
+
+
+def test_columns_that_a_trainer_class_keeps_for_its_collator_are_not_asked_for_inputs(tmp_path):
+    class Keeps(S3TTrainer):
+        def _set_signature_columns_if_needed(self):
+            self._signature_columns = ["text", "label"]
+
+    make_trainer(tmp_path, bert(), texts(), cls=Keeps, data_collator=transformers.default_data_collator)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["row by row", "packed"])
+def test_rows_that_trl_cuts_may_be_longer_than_the_positions(packing, tmp_path):
+    args = training_arguments(tmp_path, SFTConfig, bf16=False, max_length=8, packing=packing, max_steps=1)
+    rows = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(12, length=9)]
+    given = dict(cls=S3TSFTTrainer, args=args, processing_class=words_tokenizer())
+    make_trainer(tmp_path, tiny_gpt2(2, n_positions=8), rows, **given).train()
+
+
+def test_gaps_in_a_column_that_trl_does_not_read_are_none(tmp_path):
+    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    rows = [{"id": row["id"], "messages": chat, "text": None if n % 2 else "w7"} for n, row in enumerate(lm_rows(12))]
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    args = training_arguments(tmp_path, SFTConfig, bf16=False, max_length=8)
+    make_trainer(tmp_path, tiny_llama(2), rows, cls=S3TSFTTrainer, args=args, processing_class=tokenizer)
 
 
 # Columns

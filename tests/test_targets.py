@@ -1,6 +1,7 @@
 """What PEFT would adapt by a config, stages adapt in their layers, or it is refused by name: nothing is left out."""
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from safetensors.torch import load_file
 from test_errors import digest_of
 from tiny import (
     build,
     classification_rows,
     lm_rows,
+    lora,
     make_trainer,
+    plant_stages,
     s3t_config,
     tiny_bert,
     tiny_gpt2,
@@ -249,6 +253,22 @@ def test_the_look_at_targets_leaves_the_model_as_it_is(tmp_path):
     assert config.to_dict() == LoraConfig(r=2, target_modules=["q_proj", "vproj"]).to_dict()
 
 
+def test_ranks_of_one_layer_are_none_that_other_stages_lack(tmp_path):
+    """Of a key that means a module of one stage alone, PEFT has nothing to say to the others."""
+    patterns = {"rank_pattern": {"^model.layers.3.self_attn.q_proj": 4}, "alpha_pattern": {"layers.0.*.q_proj": 8}}
+    model = tiny_llama()
+    trainer = make_trainer(tmp_path, model, peft_config=lora(model, target_modules=["q_proj"], **patterns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plant_stages(trainer)
+    assert {2, 4} == {
+        tensor.shape[0]
+        for file in tmp_path.glob("stages/*/*/adapter_model.safetensors")
+        for name, tensor in load_file(file).items()
+        if "lora_A" in name
+    }
+
+
 class InPairs(torch.nn.Linear):
     """Linear by its type, and not by what it returns, as some routers are."""
 
@@ -265,14 +285,18 @@ class Routed(torch.nn.Module):
         return self.mlp(x) * self.router(x)[0].sigmoid()
 
 
-def test_an_adapter_that_does_not_fit_its_module_is_named_in_the_first_step(tmp_path):
+def routed():
     model = tiny_llama(2)
     for layer in model.model.layers:
         layer.mlp = Routed(layer.mlp, model.config.hidden_size)
+    return model
+
+
+def test_an_adapter_that_does_not_fit_its_module_is_named_in_the_first_step(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "router"])
-    trainer = make_trainer(tmp_path / "system", model, lm_rows(12), peft_config=config, config=s3t_config())
+    trainer = make_trainer(tmp_path / "system", routed(), lm_rows(12), peft_config=config, config=s3t_config())
     with pytest.raises(ConfigError, match=r"adapter on `model\.layers\..\.mlp\.router` failed.*`exclude_modules`"):
         trainer.train()
     assert not trainer.folder.stages
     config = LoraConfig(r=2, target_modules=["q_proj", "router"], exclude_modules=["router"])
-    make_trainer(tmp_path / "other", model, lm_rows(12), peft_config=config, config=s3t_config()).train()
+    make_trainer(tmp_path / "other", routed(), lm_rows(12), peft_config=config, config=s3t_config()).train()
