@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -62,8 +63,11 @@ _HERE = [os.path.realpath(path) for path in {sysconfig.get_path("purelib"), sysc
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _PROCESSORS = (PreTrainedTokenizerBase, ProcessorMixin, FeatureExtractionMixin, ImageProcessingMixin)
 _CONTAINERS = (list, tuple, collections.deque)
-# Where things lie, what is written down, what runs: told apart by kind alone.
-_OPAQUE = (types.ModuleType, os.PathLike, datasets.Dataset, torch.utils.data.Dataset)
+# Where things lie, what is written down, what runs, or reaches everything there is: told apart by kind alone.
+_OPAQUE = (
+    types.ModuleType, os.PathLike, datasets.Dataset, torch.utils.data.Dataset, logging.Logger, logging.Handler,
+    type(os.environ),
+)  # fmt: skip
 _CONSTANTS = (bool, int, float, complex, str, bytes, types.NoneType, tuple, frozenset)
 # What the interpreter, `dataclass` and `abc` put into classes.
 _OF_CLASSES = {
@@ -257,7 +261,9 @@ def _trainer(trainer: "S3TTrainerMixin", description: "_Description") -> dict[st
         for name, value in _members(kind).items():
             if name not in aside and name not in methods:
                 methods[name] = description.member(value, f"trainer.{name}")
-    kept = {name: vars(trainer)[name] for name in _settings_of(own) if _is_setting(vars(trainer).get(name))}
+    library = [kind for kind in type(trainer).__mro__ if _is_of_library(kind)]
+    settings = _settings_of(own) & (_read_in_steps(own, aside) | _set_in(library).keys())
+    kept = {name: vars(trainer)[name] for name in settings if _is_setting(vars(trainer).get(name))}
     return {
         "class": _qualified(base),
         "methods": methods,
@@ -267,12 +273,41 @@ def _trainer(trainer: "S3TTrainerMixin", description: "_Description") -> dict[st
 
 def _settings_of(kinds: Sequence[type]) -> set[str]:
     """Names of attributes that the constructors of classes set, and that nothing else in them sets."""
+    return {attribute for attribute, methods in _set_in(kinds).items() if methods == {"__init__"}}
+
+
+def _set_in(kinds: Iterable[type]) -> dict[str, set[str]]:
+    """Names of attributes that classes set, with those of the functions in which they do."""
     set_by: dict[str, set[str]] = {}
     for function in (function for kind in kinds for function in _functions_in(kind)):
         for step in (step for code in _codes(function.__code__) for step in dis.get_instructions(code)):
             if step.opname == "STORE_ATTR":
                 set_by.setdefault(step.argval, set()).add(function.__name__)
-    return {attribute for attribute, methods in set_by.items() if methods == {"__init__"}}
+    return set_by
+
+
+def _read_in_steps(kinds: Iterable[type], aside: set[str]) -> set[str]:
+    """Names in what the user's classes do in a step, as against a time of start that only their logs show."""
+    members = [value for kind in kinds for name, value in vars(kind).items() if name not in aside]
+    waiting, seen, found = [*map(_function_of, members)], set(), set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, property):
+            waiting += [part.fget, part.fset]
+        elif isinstance(part, type) and part not in seen:
+            seen.add(part)
+            waiting += _functions_in(part)
+        elif isinstance(part, types.FunctionType) and inspect.unwrap(part) not in seen:
+            part = inspect.unwrap(part)
+            seen.add(part)
+            names = _names_in(part.__code__)
+            # Such as those that `getattr` is given.
+            found |= {
+                *names,
+                *(const for code in _codes(part.__code__) for const in code.co_consts if isinstance(const, str)),
+            }
+            waiting += [value for value in map(part.__globals__.get, names) if _is_of_user(value)]
+    return found
 
 
 def _is_setting(value: Any) -> bool:
@@ -289,7 +324,8 @@ def _callbacks(callbacks: Iterable[TrainerCallback], description: "_Description"
     for callback in callbacks:
         kinds = [kind for kind in type(callback).__mro__ if not _is_of_library(kind)]
         if isinstance(callback, EarlyStoppingCallback) or any(_reaches_training(kind) for kind in kinds):
-            arguments = callback.state()["args"] if isinstance(callback, ExportableState) else {}
+            exported = callback.state()["args"] if isinstance(callback, ExportableState) else {}
+            arguments = {**_numbers_given(callback, kinds), **exported}
             found.append(
                 {
                     "class": description.of(type(callback), "callbacks"),
@@ -297,6 +333,13 @@ def _callbacks(callbacks: Iterable[TrainerCallback], description: "_Description"
                 }
             )
     return sorted(found, key=json.dumps)
+
+
+def _numbers_given(callback: TrainerCallback, kinds: Sequence[type]) -> dict[str, Any]:
+    """The numbers that a callback of the user's was made with and keeps under their names, as it does not count in."""
+    given = {name for kind in kinds if "__init__" in vars(kind) for name in inspect.signature(kind).parameters}
+    kept = {name: vars(callback).get(name) for name in given & _settings_of(kinds)}
+    return {name: value for name, value in kept.items() if isinstance(value, (bool, int, float))}
 
 
 def _reaches_training(kind: type) -> bool:
@@ -466,8 +509,9 @@ class _Description:
         if isinstance(value, PreTrainedTokenizerBase):
             return {**about, **self._tokenizer(value)}
         if isinstance(value, ProcessorMixin):
+            own = {n: v for n, v in vars(value).items() if not n.startswith("_") and isinstance(v, _CONSTANTS)}
             inside = {part: getattr(value, part, None) for part in value.get_attributes()}
-            return {**about, "attributes": self.named(inside, name)}
+            return {**about, "attributes": self.named({**own, **inside}, name)}
         settings = {n: v for n, v in value.to_dict().items() if not n.startswith("_") and "processor" not in n}
         return {**about, "attributes": self.named(settings, name)}
 

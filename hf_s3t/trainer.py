@@ -56,7 +56,7 @@ from .plan import LEAST_STEPS, Plan, StageKey, relative_cost, stage_seed
 from .progress import PlanProgress
 from .randomness import RandomStates, own_randomness, preserved_randomness
 from .stack import StageStack, seed_head, tensors_digest
-from .state import BUFFERS, Look, Mark, difference, fresh_copy, fresh_dataset, mark, shown
+from .state import BUFFERS, Look, Mark, TokenizerSettings, difference, fresh_copy, fresh_dataset, mark, shown
 from .storage import ADAPTER_FILE, TRAINING_WEIGHTS_FILE, SystemFolder
 from .targets import refuse_failing_adapter
 from .tensor_files import differing_tensors, read_tensors
@@ -305,7 +305,7 @@ class S3TTrainerMixin:
         self.folder.refresh()
         # It may have been cast since, by way of the base itself.
         check_precision(self.model, self.folder.record["base_model"])
-        self._described = None
+        self._describe_parts()
         self._refuse_other_recipe(resume_from_checkpoint is not False)
         self._agreed = self.folder.valid_stages
         self._tidy_up()
@@ -502,6 +502,12 @@ class S3TTrainerMixin:
             if whole and record["slices"] == folder.slice_digests(key) and record["below"] == below:
                 return record
         return None
+
+    def _describe_parts(self) -> None:
+        """Look at the parts anew. What knows its rank is told as the first process, which writes records, has it."""
+        self._described = None
+        if self.accelerator.num_processes > 1:
+            (self._described,) = broadcast_object_list([self._parts])
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -897,6 +903,8 @@ class S3TTrainerMixin:
         parts = self._parts_of_stages()
         before = {name: mark(part, self._shared) for name, part in parts.items()}
         self._copies: list[tuple[Any, Mark]] = []
+        # Large, and shared by all copies.
+        self._tokenizers = TokenizerSettings([self.processing_class, *parts.values()])
         self._note_state(self.train_dataset)
         try:
             for name in parts.keys() - {"train_dataset", "data_collator"}:
@@ -912,6 +920,7 @@ class S3TTrainerMixin:
                 if name != "data_collator" or isinstance(part, _FUNCTIONS):
                     self._refuse_changed_part(name, before[name], mark(part, self._shared))
         finally:
+            self._tokenizers.put_back()
             for name in parts.keys() - {"train_dataset", "data_collator"}:
                 setattr(self, name, parts[name])
             # Others may have come and gone. In the place of those that keep state a resume has put ones of its own.
@@ -1099,6 +1108,8 @@ class S3TTrainerMixin:
 
     def _has_moved(self) -> bool:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""
+        if self._tokenizers.have_changed():
+            return True
         if any(mark(copied, self._shared) != begun for copied, begun in self._copies):
             return True
         return self._settled_model is not None and Look(self.model).differs(self._settled_model)

@@ -131,7 +131,7 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
             "there."
         )
     differences: dict[str, tuple[Any, Any]] = {}
-    trainer._described = None
+    trainer._describe_parts()
     trainer._say_what_is_not_compared({key: folder.stage_record(key) for key in closure})
     for key in closure:
         record = folder.stage_record(key)

@@ -3,6 +3,7 @@
 import functools
 import gc
 import random
+import shutil
 import threading
 import weakref
 
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import (
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -723,3 +725,61 @@ def test_a_formatting_function_that_counts_or_draws_is_refused_before_anything_i
             formatting_func=form,
         )
     assert not (tmp_path / "system").exists()
+
+
+# Tokenizers, which all stages share
+
+
+class PadsLeft(TrainerCallback):
+    """Has a tokenizer pad on the other side from the second step on, as for texts that it generates."""
+
+    def __init__(self, tokenizer, interrupts=False):
+        self.tokenizer, self.interrupts = tokenizer, interrupts
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.tokenizer.padding_side = "left"
+        if state.global_step == 3 and self.interrupts:
+            raise KeyboardInterrupt
+
+
+def padding_trainer(path, interrupts=False):
+    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{number}": number for number in range(2, 60)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), pad_token="[PAD]"
+    )
+    rows = [
+        {"id": row["id"], "input_ids": row["input_ids"][: 3 + number % 5], "labels": row["labels"]}
+        for number, row in enumerate(classification_rows(32))
+    ]
+    args = training_arguments(path, save_strategy="steps", save_steps=1)
+    callback = PadsLeft(tokenizer, interrupts)
+    parts = {"data_collator": DataCollatorWithPadding(tokenizer), "callbacks": [callback]}
+    return make_trainer(path, tiny_bert(2), rows, config=ONE_SHARD, args=args, **parts)
+
+
+def test_how_a_tokenizer_was_set_in_one_stage_does_not_reach_the_next(tmp_path):
+    trainer = padding_trainer(tmp_path / "system")
+    trainer.train()
+    assert trainer.data_collator.tokenizer.padding_side == "right"
+    assert trainer.train().metrics["stages_trained"] == 0
+    deepest = max(trainer.folder.valid_stages, key=lambda key: key.depth)
+    there = load_file(trainer.folder.path / "stages" / str(deepest) / "adapter_model.safetensors")
+    shutil.rmtree(trainer.folder.path / "stages" / str(deepest))
+    again = padding_trainer(tmp_path / "system")
+    assert again.train().metrics["stages_trained"] == 1
+    now = load_file(trainer.folder.path / "stages" / str(deepest) / "adapter_model.safetensors")
+    assert not differing_tensors(there, now)
+
+
+def test_a_stage_is_not_resumed_where_a_tokenizer_is_set_otherwise_than_it_began(tmp_path):
+    whole = padding_trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        padding_trainer(tmp_path / "system", interrupts=True).train()
+    again = padding_trainer(tmp_path / "system")
+    again.train()
+    for key in whole.folder.valid_stages:
+        one, other = (trainer.folder.path / "stages" / str(key) for trainer in (whole, again))
+        files = [load_file(path / "adapter_model.safetensors") for path in (one, other)]
+        assert not differing_tensors(*files)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 import transformers
 from datasets import Dataset
 from folders import files_of, forge, forge_stage
+from launched import launched
 from tiny import (
     VOCABULARY,
     classification_rows,
@@ -174,6 +176,51 @@ class Halves(TrainerCallback, ExportableState):
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad *= self.factor
+
+
+class Noise(TrainerCallback):
+    """Scales gradients by numbers that it was made with, and counts."""
+
+    def __init__(self, factor, after=0):
+        self.factor, self.after, self.steps = factor, after, 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Scale."""
+        self.steps += 1
+
+
+class Told(S3TTrainer):
+    """Keeps what its logs show, what its loss reads, and what `Trainer` reads."""
+
+    def __init__(self, *args, started=0.0, scale=1.0, accepts=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.started, self.run, self.scale = started, f"run {started}", scale
+        self.model_accepts_loss_kwargs = accepts
+
+    def compute_loss(self, *args, **kwargs):
+        """By way of a function."""
+        return scale_of(self, super().compute_loss(*args, **kwargs))
+
+    def log(self, logs, *args, **kwargs):
+        """With the time."""
+        super().log({**logs, "seconds": -self.started, "run": len(self.run)}, *args, **kwargs)
+
+
+def scale_of(trainer, loss):
+    """A helper of a loss."""
+    return loss * trainer.scale
+
+
+class Logs:
+    """A collator that logs."""
+
+    def __init__(self):
+        self.logger, self.surroundings = logging.getLogger("hf_s3t.tests.collator"), os.environ
+
+    def __call__(self, rows):
+        """A batch."""
+        self.logger.debug("%d rows", len(rows))
+        return transformers.default_data_collator(rows)
 
 
 class TakesTime(TrainerCallback):
@@ -359,6 +406,21 @@ CHANGES = {
     ),
     "a callback that scales": ({"callbacks": [Halves()]}, {}, r"callbacks=none \(was Halves\)"),
     "an argument of a callback": ({"callbacks": [Halves()]}, {"callbacks": [Halves(0.25)]}, "another `callbacks`"),
+    "a number of a callback": (
+        {"callbacks": [Noise(0.5)]},
+        {"callbacks": [Noise(0.25)]},
+        r"callbacks.factor|another `callbacks`",
+    ),
+    "what a helper of a loss goes by": (
+        {"cls": functools.partial(Told, scale=1.0)},
+        {"cls": functools.partial(Told, scale=2.0)},
+        r"trainer.scale=2.0 \(was 1.0\)",
+    ),
+    "an attribute that `Trainer` goes by": (
+        {"cls": Told},
+        {"cls": functools.partial(Told, accepts=True)},
+        "trainer.model_accepts_loss_kwargs=True",
+    ),
     "a transform": (
         {"rows": Dataset.from_list(ROWS).with_transform(turned)},
         {"rows": Dataset.from_list(ROWS).with_transform(turned_otherwise)},
@@ -397,6 +459,70 @@ def test_what_no_stage_depends_on_may_change(system):
     collator = {"data_collator": transformers.default_data_collator, "processing_class": tokenizer()}
     changed = trainer_of(system, LogsMore, callbacks=[TakesTime()], compute_metrics=lambda prediction: {}, **collator)
     changed._refuse_other_recipe(True)
+
+
+def test_what_only_logs_show_and_where_they_go_may_be_another_in_each_process(system, monkeypatch):
+    def asked(started):
+        return trainer_of(system, functools.partial(Told, started=started), data_collator=Logs())
+
+    record_parts_of(asked(1.0))
+    trainer = asked(2.0)
+    trainer.data_collator([{"input_ids": [1]}])
+    logging.getLogger("hf_s3t.tests.another")
+    monkeypatch.setenv("HF_S3T_TESTS", "changed")
+    trainer._refuse_other_recipe(True)
+
+
+def test_what_a_callback_counts_may_change(system):
+    callback = Noise(0.5)
+    record_parts_of(trainer_of(system, callbacks=[callback]))
+    callback.steps += 1
+    trainer_of(system, callbacks=[callback])._refuse_other_recipe(True)
+
+
+RANKS = """
+import os, sys
+from hf_s3t.launch import start_cpu_processes
+start_cpu_processes()
+from accelerate import PartialState
+from transformers import TrainerCallback, default_data_collator
+from tiny import classification_rows, make_trainer, s3t_config, tiny_bert
+
+class Collator:
+    def __init__(self):
+        self.rank = PartialState().process_index
+
+    def __call__(self, rows):
+        return default_data_collator(rows)
+
+class Ends(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs):
+        if trainer.folder.stages:
+            raise KeyboardInterrupt
+
+def made(**parts):
+    config = s3t_config(budget=1)
+    return make_trainer(
+        sys.argv[1], tiny_bert(2), classification_rows(16), config=config, data_collator=Collator(), **parts
+    )
+
+trainer = made(callbacks=[Ends()])
+try:
+    trainer.train()
+except KeyboardInterrupt:
+    trainer = made()
+    done = trainer.train().metrics["stages_trained"], trainer.verify().ok
+    os.write(1, f"rank {trainer.data_collator.rank}: {done}\\n".encode())
+"""
+
+
+@pytest.mark.slow
+def test_parts_that_know_the_rank_of_their_process_go_on(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RANKS)
+    printed = launched(script, str(tmp_path / "system"), processes=2, port=29617)
+    said = sorted(line for line in printed.splitlines() if line.startswith("rank"))
+    assert said == ["rank 0: (1, True)", "rank 1: (1, True)"]
 
 
 def test_parts_of_a_trainer_that_were_put_in_the_place_of_others_are_seen(tmp_path):
