@@ -166,11 +166,11 @@ def test_a_loss_that_is_nan_and_leaves_the_weights_alone_is_told_of_and_the_stag
 
 def test_a_checkpoint_of_nan_of_an_earlier_version_is_not_resumed(tmp_path, monkeypatch, caplog):
     class Dies(TrainerCallback):
-        def __init__(self, is_earlier):
-            self.is_earlier = is_earlier
+        def __init__(self, version):
+            self.version = version
 
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if not self.is_earlier:
+            if self.version == "now":
                 return
             if state.global_step == 3:
                 # As it would be, had the checkpoint been written.
@@ -182,9 +182,9 @@ def test_a_checkpoint_of_nan_of_an_earlier_version_is_not_resumed(tmp_path, monk
     with monkeypatch.context() as earlier:
         earlier.setattr("hf_s3t.trainer.refuse_diverged", lambda *args: None)
         with pytest.raises(KeyboardInterrupt):
-            trainer_on(tmp_path / "old", more={"callbacks": [Dies(True)]}, **saving).train()
+            trainer_on(tmp_path / "old", more={"callbacks": [Dies("earlier")]}, **saving).train()
     # Callbacks that write to the model are of the recipe.
-    trainer_on(tmp_path / "old", more={"callbacks": [Dies(False)]}, **saving).train()
+    trainer_on(tmp_path / "old", more={"callbacks": [Dies("now")]}, **saving).train()
     assert "checkpoint-4 is not resumed from: its weights are NaN or infinite" in caplog.text
     trainer_on(tmp_path / "new", **saving).train()
     one, other = (

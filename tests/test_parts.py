@@ -1000,3 +1000,13 @@ def test_an_optimizer_is_told_the_same_before_and_after_the_first_of_its_class(k
 def test_a_decorated_function_is_told_by_what_is_inside(tmp_path):
     description, unstable = described(decorated)
     assert not unstable and description["name"] == "decorated" and "code" in description
+
+
+class OfPatches(transformers.ProcessorMixin):
+    def __init__(self, patch_size=14):
+        super().__init__()
+        self.patch_size = patch_size
+
+
+def test_a_processor_is_told_by_its_own_settings_too():
+    assert described(OfPatches()) == described(OfPatches(14)) != described(OfPatches(28))
