@@ -173,8 +173,14 @@ def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
             f"`{column}` of `train_dataset` holds texts, expected the numbers of classes. Map them by a table that is "
             "fixed beforehand, such as `model.config.label2id`."
         )
+    if problem == "multi_label_classification" and kind == "whole":
+        raise ConfigError(
+            f"`{column}` of `train_dataset` holds whole numbers, and {type(model).__name__} with "
+            f"problem_type={problem!r} is trained on numbers with a fraction. Cast the column: "
+            f'`dataset.cast_column({column!r}, List(Value("float32")))`.'
+        )
     is_regression = problem == "regression" or (problem is None and classes == 1)
-    if is_regression or problem == "multi_label_classification" or kind != "whole" or low is None:
+    if is_regression or kind != "whole" or low is None:
         return
     if not (0 <= low or low == _IGNORED) or high >= classes:
         raise ConfigError(
