@@ -38,6 +38,8 @@ from .turns import Turns
 logger = logging.get_logger(__name__)
 
 # What PEFT puts before a module's name in the files of an adapter.
+# By which single modules have a rank or a scale of their own.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _PREFIX = "base_model.model."
 
 # Kinds of models and configs of which PEFT was seen to make, from a stage's files, what was in memory.
@@ -121,6 +123,7 @@ class StageStack:
         # Full names, on the bare model: what PEFT shall adapt, whatever its config calls it.
         self._names = [name for name, _ in base.named_modules()]
         self._targets, self._configs = stage_configs(base, peft_config, layers, self.head)
+        self._patterns = {field: getattr(peft_config, field) or {} for field in _PATTERNS}
         self._places: dict[int, _Places] = {}
         self._kind = hash(tuple((name, type(module)) for name, module in base.named_modules()))
         self._modules: dict[StageKey, list[nn.Module]] = {}
@@ -437,7 +440,8 @@ class StageStack:
         try:
             with explained(f"{folder} cannot be made", "Give another folder."):
                 folder.mkdir(parents=True, exist_ok=True)
-            config = _matching(_anywhere(self._configs[tip.group]), targets, self._names)
+            config = _with_patterns(_anywhere(self._configs[tip.group]), self._patterns, targets)
+            config = _matching(config, targets, self._names)
             self._write(folder, config, tensors, base_name, revision)
             if differing_tensors(read_tensors((folder / ADAPTER_FILE).read_bytes(), str(folder)), tensors):
                 raise FolderError(f"{folder / ADAPTER_FILE} does not hold what was written. Export to another disk.")
@@ -611,15 +615,19 @@ def _stage_config(
     config.task_type = None
     # PEFT corrects this flag with a warning; the right value is known.
     config.fan_in_fan_out = all(isinstance(base.get_submodule(t), Conv1D) for t in targets)
-    # Of keys that mean other stages' modules PEFT would say that they match nothing.
-    for field in ("rank_pattern", "alpha_pattern"):
-        values = getattr(config, field) or {}
-        setattr(config, field, {k: v for k, v in values.items() if any(_means(k, target) for target in targets)})
+    _with_patterns(config, {field: getattr(config, field) or {} for field in _PATTERNS}, targets)
     by_index = copy.deepcopy(config)
     by_index.target_modules = {t.removeprefix(first) for t in targets if t.startswith(first)}
     by_index.layers_to_transform = list(layers.groups[group])
     by_index.layers_pattern = [layers.pattern]
     return by_index if _matched(by_index, names) == set(targets) else _matching(_anywhere(config), targets, names)
+
+
+def _with_patterns(config: LoraConfig, patterns: Mapping[str, Mapping], targets: Iterable[str]) -> LoraConfig:
+    """The config with those of the user's keys that mean a target; PEFT would say of others that none does."""
+    for field, values in patterns.items():
+        setattr(config, field, {k: v for k, v in values.items() if any(_means(k, target) for target in targets)})
+    return config
 
 
 def _means(key: str, name: str) -> bool:
