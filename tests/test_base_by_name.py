@@ -223,7 +223,7 @@ CHANGES = {
         {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}},
     ),
     "another number of labels": (partial(tiny_bert, 2), {"num_labels": 5, "ignore_mismatched_sizes": True}),
-    "what labels are": (partial(tiny_bert, 2), {"problem_type": "multi_label_classification"}),
+    "what labels are": (partial(tiny_bert, 2), {"problem_type": "regression"}),
 }
 
 
