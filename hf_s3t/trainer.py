@@ -308,7 +308,6 @@ class S3TTrainerMixin:
         self._describe_parts()
         self._refuse_other_recipe(resume_from_checkpoint is not False)
         self._agreed = self.folder.valid_stages
-        self._tidy_up()
         keys = self._stage_order(self._missing())
         self._check_batches(keys, self._stage_rows, self.folder.table)
         costs = [self._cost(key) for key in keys]
@@ -984,8 +983,6 @@ class S3TTrainerMixin:
 
     def _has_ended(self) -> bool:
         """Whether the checkpoint that is resumed from was written as the stage came to its end, or was ended."""
-        if self.state.global_step >= self.state.max_steps:
-            return True
         # Of a stage that begins, this says how the one before it ended.
         control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         return self.args.restore_callback_states_from_checkpoint and control.get("should_training_stop", False)
