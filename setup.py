@@ -33,19 +33,28 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "8bit": ["bitsandbytes>=0.50"],
+    "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "figures": ["matplotlib>=3.11"],
     "lm_eval": ["lm-eval[hf]==0.4.13"],
     "vision": ["pillow>=13.0"],
 }
 EXTRAS_REQUIRE["dev"] = [
+    *EXTRAS_REQUIRE["docs"],
     *EXTRAS_REQUIRE["figures"],
     *EXTRAS_REQUIRE["lm_eval"],
     *EXTRAS_REQUIRE["vision"],
+    "build>=1.6",
     "hypothesis>=6.170",
+    "import-linter>=2.17",
+    "mypy>=2.4",
     "pytest>=9.2",
+    "pytest-cov>=7.1",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
     "schedulefree>=1.4",
+    "twine>=7.0",
+    "types-psutil",
+    "types-PyYAML",
 ]
 
 setup(
