@@ -98,7 +98,8 @@ class HubRepo:
         except (ValueError, YAMLError) as error:
             warnings.warn(
                 f"The {CARD_FILE} of {self.repo_id} cannot be read ({first_line(error)}), so what it said of "
-                "datasets, licence and evaluation is not kept. Give `datasets`, `license` and `evaluation` with a push.",
+                "datasets, licence and evaluation is not kept. Give `datasets`, `license` and `evaluation` with a "
+                "push.",
                 stacklevel=2,
             )
             return None
