@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import graphlib
 import importlib
 import importlib.util
 import json
@@ -22,13 +21,6 @@ import hf_s3t
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
-PURE = (
-    "analysis", "analysis.figures", "analysis.paper_theory", "analysis.pictures", "analysis.study_figures", "cli.app",
-    "cli.rendering", "config", "baselines.cost", "operations.deletion", "errors", "records.examples", "folder.files",
-    "folder.finite", "operations.inspection", "records.ledger", "sequences.optimal", "plan.partition",
-    "operations.pending", "plan.stages", "operations.purge", "operations.receipts", "folder.scratch",
-    "sequences.rules", "folder.status", "folder.system", "folder.table_file", "folder.versions",
-)  # fmt: skip
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 # These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.
 ONLY_WHERE_USED = {"trl": {"hf_s3t.training.sft_trainer"}, "bitsandbytes": set(), "matplotlib": set()}
@@ -95,11 +87,6 @@ def _loaded_by(statement: str) -> set[str]:
     return set(_run(f"{statement}\n{show}"))
 
 
-def test_no_import_cycles():
-    graph = {module: {target for target, _ in _targets(module) if target in FILES} - {module} for module in FILES}
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
-
-
 def test_modules_do_not_import_through_the_front_door():
     through = [
         f"{module}: {name or target}"
@@ -108,11 +95,6 @@ def test_modules_do_not_import_through_the_front_door():
         if target == "hf_s3t" and name != "__version__"
     ]
     assert not through
-
-
-@pytest.mark.parametrize("name", [name for name in PURE if f"hf_s3t.{name}" in FILES])
-def test_pure_modules_stay_pure(name):
-    assert not _loaded_by(f"import hf_s3t.{name}") & HEAVY
 
 
 def test_import_is_lazy():
