@@ -6,7 +6,7 @@ used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0.dev0"
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .training.trainer import S3TTrainer
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     elif name in _SUBMODULES:
@@ -51,5 +51,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_SUBMODULES})

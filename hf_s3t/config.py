@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -118,13 +119,13 @@ class S3TConfig:
     layers_per_slice: int | list[int] | None = field(
         default=None, metadata={"help": "Layers each stage adapts, top first; defaults to layers // num_slices."}
     )
-    sequence_selection: str | list = field(
+    sequence_selection: str | list[Any] = field(
         default="cyclic",
         metadata={
             "help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, optimal, or explicit permutations."
         },
     )
-    deletion_prior: list | None = field(
+    deletion_prior: list[Any] | None = field(
         default=None, metadata={"help": "Deletion probability of each slice: one list, or one list per shard."}
     )
     score_horizon: int = field(default=100, metadata={"help": "Number of deletions t in the score of a sequence."})
@@ -161,7 +162,7 @@ class S3TConfig:
         default=42, metadata={"help": "The one seed of the system; what is to be compared needs one HF_S3T_KEY, too."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_int("num_shards", self.num_shards, 1)
         require_int("num_slices", self.num_slices, 1)
         require_horizon("score_horizon", self.score_horizon)
@@ -181,11 +182,11 @@ class S3TConfig:
         self._check_prior()
         self._check_size(1)
         self._check_sequences()
-        self._check_size(self.budget)
+        self._check_size(self.budget or self.num_slices)
         self._check_columns()
         self._check_duplicates()
 
-    def _check_layers_per_slice(self):
+    def _check_layers_per_slice(self) -> None:
         if isinstance(self.layers_per_slice, (list, tuple)):
             self.layers_per_slice = list(self.layers_per_slice)
             if len(self.layers_per_slice) != self.num_slices:
@@ -198,7 +199,7 @@ class S3TConfig:
         elif self.layers_per_slice is not None:
             require_int("layers_per_slice", self.layers_per_slice, 1)
 
-    def _check_prior(self):
+    def _check_prior(self) -> None:
         if self.deletion_prior is None:
             return
         given = self.deletion_prior.tolist() if hasattr(self.deletion_prior, "tolist") else self.deletion_prior
@@ -219,7 +220,7 @@ class S3TConfig:
             check_prior(prior, self.num_slices)
         self.deletion_prior = [list(map(float, p)) for p in priors] if per_shard else list(map(float, priors[0]))
 
-    def _check_sequences(self):
+    def _check_sequences(self) -> None:
         explicit = not isinstance(self.sequence_selection, str)
         if explicit:
             self.sequence_selection = self._checked_permutations(self.sequence_selection)
@@ -263,7 +264,7 @@ class S3TConfig:
                 f'sequences, got budget={self.budget}. Lower the budget or use "conditional".'
             )
 
-    def _check_size(self, budget: int):
+    def _check_size(self, budget: int) -> None:
         # A stage's address has as many numbers as its prefix has slices.
         if self.num_shards * budget * self.num_slices**2 > _LARGEST_PLAN:
             raise ConfigError(
@@ -274,7 +275,7 @@ class S3TConfig:
     def _sequences_per_shard(self) -> bool:
         return isinstance(self.sequence_selection[0][0], list)
 
-    def _checked_permutations(self, given) -> list:
+    def _checked_permutations(self, given: Any) -> list[Any]:
         try:
             rows = [list(row) for row in given]
             nested = bool(rows) and bool(rows[0]) and isinstance(rows[0][0], (list, tuple))
@@ -302,7 +303,7 @@ class S3TConfig:
                 raise ConfigError("`sequence_selection` lists a sequence twice. Sequences must be distinct.")
         return shards if nested else shards[0]
 
-    def _check_columns(self):
+    def _check_columns(self) -> None:
         given = [column is not None for column in (self.shard_column, self.slice_column)]
         if given != [self.partition == "column"] * 2:
             raise ConfigError(
@@ -310,7 +311,7 @@ class S3TConfig:
                 f'slice_column={self.slice_column!r}. Both columns belong to partition="column", and to it alone.'
             )
 
-    def _check_duplicates(self):
+    def _check_duplicates(self) -> None:
         if self.colocate_duplicates and self.partition != "balanced":
             raise ConfigError(
                 f'colocate_duplicates=True with partition="{self.partition}", in which an example\'s place depends on '
@@ -321,7 +322,8 @@ class S3TConfig:
         """The deletion prior over the slices of one shard, or `None` if no prior was given."""
         if self.deletion_prior is None or not isinstance(self.deletion_prior[0], list):
             return self.deletion_prior
-        return self.deletion_prior[shard]
+        of_shard: list[float] = self.deletion_prior[shard]
+        return of_shard
 
     def slices_trained_on(self, prefix: tuple[int, ...]) -> tuple[int, ...]:
         """The slices of a prefix whose examples its stage is trained on; what it stands on saw the others."""
@@ -375,7 +377,7 @@ class S3TConfig:
         return cls.from_dict(values)
 
 
-def check_prior(prior, num_slices: int) -> None:
+def check_prior(prior: Sequence[float], num_slices: int) -> None:
     """
     Check a deletion prior over the slices of one shard.
 
@@ -396,34 +398,34 @@ def check_prior(prior, num_slices: int) -> None:
         raise ConfigError(f"`deletion_prior` sums to {total:g}, expected 1. Divide each entry by the sum.")
 
 
-def require_int(name: str, value, minimum: int | None) -> None:
+def require_int(name: str, value: Any, minimum: int | None) -> None:
     """Raise [`~hf_s3t.errors.ConfigError`] if a setting is no integer, or below its minimum."""
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
 
 
-def require_bool(name: str, value) -> None:
+def require_bool(name: str, value: Any) -> None:
     """Raise [`~hf_s3t.errors.ConfigError`] if a switch is neither on nor off."""
     # Taken for a truth, a text such as "no" would be one.
     if not isinstance(value, bool):
         raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
 
 
-def require_name(name: str, value) -> None:
+def require_name(name: str, value: Any) -> None:
     """Raise [`~hf_s3t.errors.ConfigError`] if what names a column can name none."""
     if value is not None and not (isinstance(value, str) and value):
         raise ConfigError(f"`{name}` must be the name of a column, got {value!r}. Leave it out if there is none.")
 
 
-def require_horizon(name: str, value) -> None:
+def require_horizon(name: str, value: Any) -> None:
     """Raise [`~hf_s3t.errors.ConfigError`] if a number of deletions to look ahead is none, or beyond all use."""
     require_int(name, value, 0)
     if value > _LARGEST_HORIZON:
         raise ConfigError(f"`{name}` must be at most {_LARGEST_HORIZON}. Lower it.")
 
 
-def require_choice(name: str, value, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise [`~hf_s3t.errors.ConfigError`] if a setting is none of its choices."""
     if value not in choices:
         raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

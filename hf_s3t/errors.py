@@ -24,7 +24,7 @@ class ExampleIdError(S3TError, ValueError):
 class UnknownExampleError(S3TError, KeyError):
     """An id or group that this system never trained on."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         # KeyError shows the repr of its argument, which turns a sentence into a quoted string.
         return Exception.__str__(self)
 

@@ -4,8 +4,9 @@ import hashlib
 import heapq
 import hmac
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +14,15 @@ from ..config import PARTITIONS, require_choice, require_int
 from ..errors import ConfigError, EmptySliceError, ExampleIdError
 
 
+# An id, a group, or what else names rows that stay together; a shard and a slice of it.
+Name = int | str
+Place = tuple[int, int]
+
 _NAMED = 5
 _SHORTEST_KEY = 16
 
 
-def check_ids(ids) -> list[int | str]:
+def check_ids(ids: Iterable[Any]) -> list[int | str]:
     """
     Check that every example has an id, and that no two share one.
 
@@ -51,7 +56,7 @@ def check_ids(ids) -> list[int | str]:
     return checked
 
 
-def units_of(ids: Sequence, groups: Sequence | None, contents: Sequence[str]) -> list:
+def units_of(ids: Sequence[Name], groups: Sequence[Name] | None, contents: Sequence[str]) -> list[Name]:
     """
     What must lie in one slice, where equal rows are kept together: per row the name of its unit.
 
@@ -78,7 +83,7 @@ def units_of(ids: Sequence, groups: Sequence | None, contents: Sequence[str]) ->
     from scipy.sparse.csgraph import connected_components
 
     names = list(ids) if groups is None else list(groups)
-    nodes: dict[tuple[str, object], int] = {}
+    nodes: dict[tuple[str, Name], int] = {}
     edges = [
         (nodes.setdefault(("name", name), len(nodes)), nodes.setdefault(("content", content), len(nodes)))
         for name, content in zip(names, contents, strict=True)
@@ -86,20 +91,20 @@ def units_of(ids: Sequence, groups: Sequence | None, contents: Sequence[str]) ->
     rows, columns = zip(*edges, strict=True)
     graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(len(nodes), len(nodes)))
     _, component = connected_components(graph, directed=False)
-    first: dict[int, object] = {}
+    first: dict[int, Name] = {}
     for name in sorted(set(names), key=str):
         first.setdefault(component[nodes["name", name]], name)
     return [first[component[nodes["name", name]]] for name in names]
 
 
 def assign(
-    ids,
+    ids: Iterable[Any],
     *,
     num_shards: int,
     num_slices: int,
     method: str = "balanced",
     seed: int = 42,
-    groups=None,
+    groups: Iterable[Any] | None = None,
     shards: list[int] | None = None,
     slices: list[int] | None = None,
     key: bytes | None = None,
@@ -212,15 +217,15 @@ def order_key(example_id: int | str, seed: int) -> bytes:
 
 # Python's own hash() of strings differs between processes.
 @cache
-def _hasher(seed: int, purpose: bytes):
+def _hasher(seed: int, purpose: bytes) -> hashlib.blake2b:
     return _hasher_of(hashlib.blake2b(str(seed).encode()).digest(), purpose)
 
 
-def _hasher_of(key: bytes, purpose: bytes):
+def _hasher_of(key: bytes, purpose: bytes) -> hashlib.blake2b:
     return hashlib.blake2b(key=key, person=purpose, digest_size=16)
 
 
-def _digest(value: int | str, hasher) -> bytes:
+def _digest(value: Name, hasher: hashlib.blake2b) -> bytes:
     hasher = hasher.copy()
     hasher.update((b"s" if isinstance(value, str) else b"i") + str(value).encode("utf-8", "surrogatepass"))
     return hasher.digest()
@@ -230,11 +235,11 @@ def _place_hash(unit: int | str, seed: int) -> bytes:
     return _digest(unit, _hasher(seed, b"hf_s3t place"))
 
 
-def _hashed(units, cells, seed) -> dict:
+def _hashed(units: Iterable[Name], cells: int, seed: int) -> dict[Name, int]:
     return {unit: int.from_bytes(_place_hash(unit, seed), "big") % cells for unit in set(units)}
 
 
-def _balanced(ids, units, cells, seed, key) -> dict:
+def _balanced(ids: Sequence[Name], units: Sequence[Name], cells: int, seed: int, key: bytes | None) -> dict[Name, int]:
     sizes = Counter(units)
     if key is None:
         order = sorted(sizes, key=lambda unit: (-sizes[unit], _place_hash(unit, seed)))
@@ -250,7 +255,7 @@ def _balanced(ids, units, cells, seed, key) -> dict:
     return cell_of
 
 
-def _by_first_row(ids, units, seed, key) -> list:
+def _by_first_row(ids: Sequence[Name], units: Sequence[Name], seed: int, key: bytes) -> list[Name]:
     """
     Units in the order in which their first rows come, where rows come in the order of a hash under a key.
 
@@ -261,14 +266,14 @@ def _by_first_row(ids, units, seed, key) -> list:
     return list(dict.fromkeys(unit for _, unit in rows))
 
 
-def _checked_groups(groups, rows) -> list[int | str]:
-    groups = _plain(groups, "group", "Give every row a group: a row on its own gets a group of its own.")
-    if len(groups) != rows:
-        raise ConfigError(f"`groups` has {len(groups)} entries for {rows} ids. Give one group per row.")
-    return groups
+def _checked_groups(groups: Iterable[Any], rows: int) -> list[Name]:
+    checked = _plain(groups, "group", "Give every row a group: a row on its own gets a group of its own.")
+    if len(checked) != rows:
+        raise ConfigError(f"`groups` has {len(checked)} entries for {rows} ids. Give one group per row.")
+    return checked
 
 
-def _plain(values, what, remedy) -> list[int | str]:
+def _plain(values: Any, what: str, remedy: str) -> list[Name]:
     """The values as plain integers, or all as strings."""
     rows = [] if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") else list(values)
     if not rows:
@@ -297,15 +302,15 @@ def _plain(values, what, remedy) -> list[int | str]:
             f"The {what}s mix integers and strings, {kinds[int]} and {kinds[str]} for example. Expected one type: "
             "convert the column to strings."
         )
-    return plain
+    return [v for v in plain if v is not None]
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _numbers(name, values, bound, ids) -> list[int]:
-    values = list(values)
+def _numbers(name: str, values: Iterable[Any] | None, bound: int, ids: Sequence[Name]) -> list[int]:
+    values = [] if values is None else list(values)
     if len(values) != len(ids):
         raise ConfigError(f"`{name}s` has {len(values)} entries for {len(ids)} ids. Give one {name} per row.")
     wrong = [f"{v!r} (id {i!r})" for v, i in zip(values, ids) if not _is_integer(v) or not 0 <= v < bound]
@@ -317,8 +322,8 @@ def _numbers(name, values, bound, ids) -> list[int]:
     return [int(v) for v in values]
 
 
-def _check_groups_whole(groups, places):
-    spread = {}
+def _check_groups_whole(groups: Sequence[Name], places: Sequence[Place]) -> None:
+    spread: dict[Name, set[Place]] = {}
     for group, place in zip(groups, places):
         spread.setdefault(group, set()).add(place)
     torn = [
@@ -333,7 +338,7 @@ def _check_groups_whole(groups, places):
         )
 
 
-def _check_enough(units, grouped, num_shards, num_slices):
+def _check_enough(units: Iterable[Name], grouped: bool, num_shards: int, num_slices: int) -> None:
     distinct = len(set(units))
     if distinct < num_shards * num_slices:
         what = "groups" if grouped else "examples"
@@ -343,7 +348,7 @@ def _check_enough(units, grouped, num_shards, num_slices):
         )
 
 
-def _check_filled(places, num_shards, num_slices, method):
+def _check_filled(places: Iterable[Place], num_shards: int, num_slices: int, method: str) -> None:
     filled = set(places)
     cells = ((shard, slice_) for shard in range(num_shards) for slice_ in range(num_slices))
     empty = [f"shard {shard} slice {slice_}" for shard, slice_ in cells if (shard, slice_) not in filled]
@@ -355,7 +360,7 @@ def _check_filled(places, num_shards, num_slices, method):
         )
 
 
-def _some(offenders) -> str:
+def _some(offenders: Iterable[str]) -> str:
     offenders = list(offenders)
     left_out = len(offenders) - _NAMED
     return ", ".join(offenders[:_NAMED]) + (f" and {left_out} more" if left_out > 0 else "")

@@ -84,7 +84,7 @@ class StageKey(NamedTuple):
         """Whether any of the (shard, slice) pairs is among the stage's slices."""
         return any((self.shard, s) in hits for s in self.prefix)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.path.removeprefix("stages/")
 
 
@@ -130,8 +130,8 @@ class Plan:
         for shard in range(config.num_shards):
             sequences = config.explicit_sequences_of(shard) or select_sequences(
                 config.num_slices,
-                config.budget,
-                method=config.sequence_selection,
+                config.budget or config.num_slices,
+                method=str(config.sequence_selection),
                 prior=config.prior_of(shard),
                 horizon=config.score_horizon,
                 seed=config.seed,
@@ -210,7 +210,9 @@ class Plan:
             self._served_of(shard, depths, select, losses or {}) for shard, depths in enumerate(self.depths(valid))
         )
 
-    def _served_of(self, shard, depths, select, losses) -> tuple[StageKey, ...]:
+    def _served_of(
+        self, shard: int, depths: Sequence[int], select: str, losses: Mapping[StageKey, float]
+    ) -> tuple[StageKey, ...]:
         tips = [StageKey(shard, seq[:d]) for seq, d in zip(self.sequences[shard], depths, strict=True) if d]
         if not tips:
             return ()

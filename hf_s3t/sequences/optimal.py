@@ -7,6 +7,7 @@ any sequence that avoids `H`. There are only `2 ** L` sets `H`, so the expected 
 """
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +20,9 @@ _ROUNDS = (10, 300)
 _SEED = 20250424
 
 
-def best_sequences(prior: list[float], budget: int, horizon: int, starts: list[list[tuple[int, ...]]]):
+def best_sequences(
+    prior: list[float], budget: int, horizon: int, starts: list[list[tuple[int, ...]]]
+) -> list[tuple[int, ...]]:
     """
     Search the sequences of one shard with the greatest mean depth over the first requests that hit the shard.
 
@@ -119,7 +122,7 @@ def depths(sequence: tuple[int, ...]) -> np.ndarray:
 class _Search:
     """Exact gains of sequences, for one prior and horizon."""
 
-    def __init__(self, prior, horizon):
+    def __init__(self, prior: list[float], horizon: int):
         self.size = len(prior)
         self.states = np.arange(1 << self.size)
         weights = mean_depth_weights(prior, horizon)
@@ -129,23 +132,24 @@ class _Search:
         self.weights = np.rint(weights / total * _TOTAL) if total > 0 else weights
         self.sizes = np.array([int(state).bit_count() for state in self.states])
         self.levels = [self.states[self.sizes == size] for size in range(self.size + 1)]
-        self.known = {}
+        self.known: dict[tuple[int, ...], np.ndarray] = {}
 
-    def depths(self, sequence) -> np.ndarray:
+    def depths(self, sequence: tuple[int, ...]) -> np.ndarray:
         if sequence not in self.known:
             self.known[sequence] = depths(sequence)
         return self.known[sequence]
 
-    def served(self, sequences) -> np.ndarray:
+    def served(self, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The depth that the shard serves, for every set of hit slices."""
         if not sequences:
             return np.zeros(len(self.states), dtype=np.int8)
-        return np.max([self.depths(sequence) for sequence in sequences], axis=0)
+        deepest: np.ndarray = np.max([self.depths(sequence) for sequence in sequences], axis=0)
+        return deepest
 
-    def value(self, sequences) -> float:
+    def value(self, sequences: Sequence[tuple[int, ...]]) -> float:
         return float(self.weights @ self.served(sequences))
 
-    def best_addition(self, served) -> tuple[float, tuple[int, ...]]:
+    def best_addition(self, served: np.ndarray) -> tuple[float, tuple[int, ...]]:
         """
         The sequence that adds most to what is served, the lowest of those that tie, and how much it adds.
 
@@ -164,7 +168,8 @@ class _Search:
             if size < self.size:
                 best[level] = np.max([self._after(best, level, s) for s in range(self.size)], axis=0)
             best[level] += missed[size - 1, everything ^ level]
-        sequence, state = [], 0
+        sequence: list[int] = []
+        state = 0
         while len(sequence) < self.size:
             free = [s for s in range(self.size) if not state >> s & 1]
             sequence.append(max(free, key=lambda s: (best[state | 1 << s], -s)))
@@ -172,10 +177,10 @@ class _Search:
         return float(best[1 << sequence[0]]), tuple(sequence)
 
     @staticmethod
-    def _after(best, level, s) -> np.ndarray:
+    def _after(best: np.ndarray, level: np.ndarray, s: int) -> np.ndarray:
         return np.where(level >> s & 1, -1.0, best[level | 1 << s])
 
-    def refill(self, sequences, budget) -> list[tuple[int, ...]]:
+    def refill(self, sequences: Sequence[tuple[int, ...]], budget: int) -> list[tuple[int, ...]]:
         """Add the best sequence, and again, up to the budget or until nothing is gained."""
         sequences = list(sequences)
         served = self.served(sequences)
@@ -187,7 +192,7 @@ class _Search:
             served = np.maximum(served, self.depths(sequence))
         return sequences
 
-    def exchange(self, sequences) -> list[tuple[int, ...]]:
+    def exchange(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Put a better sequence in the place of one, until there is none."""
         sequences = list(sequences)
         unchanged = at = 0

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,16 +87,18 @@ def select_sequences(
         return _rotations((), tuple(range(num_slices)), budget, _spaced)
     if method == "cyclic-paper":
         return _rotations((), tuple(range(num_slices)), budget, _rightward)
+    if method == "random":
+        return _random(num_slices, budget, seed)
+    # Only `"optimal"` may come here without one.
+    likelihoods = tuple([1 / num_slices] * num_slices if prior is None else prior)
     if method == "bms":
-        return _matched(prior, horizon)[:budget]
+        return _matched(likelihoods, horizon)[:budget]
     if method == "conditional":
-        return _conditional(prior, horizon, budget, seed)
+        return _conditional(likelihoods, horizon, budget, seed)
     if method == "sorted-cyclic":
-        order = tuple(sorted(range(num_slices), key=lambda s: prior[s]))
+        order = tuple(sorted(range(num_slices), key=lambda s: likelihoods[s]))
         return [order[k:] + order[:k] for k in range(budget)]
-    if method == "optimal":
-        return list(_optimal(tuple([1 / num_slices] * num_slices if prior is None else prior), budget, horizon))
-    return _random(num_slices, budget, seed)
+    return list(_optimal(likelihoods, budget, horizon))
 
 
 def score(sequence: list[int] | tuple[int, ...], prior: list[float], horizon: int) -> float:
@@ -169,7 +172,7 @@ def mean_edit_distance(sequences: list[tuple[int, ...]]) -> float:
     return (pairs * len(columns) - agreements) / pairs
 
 
-def check_sequences(sequences, num_slices: int | None = None) -> list[tuple[int, ...]]:
+def check_sequences(sequences: Iterable[Iterable[int]], num_slices: int | None = None) -> list[tuple[int, ...]]:
     """
     Check that every sequence is a permutation of the slices.
 
@@ -211,7 +214,9 @@ def check_sequences(sequences, num_slices: int | None = None) -> list[tuple[int,
     return [tuple(map(int, row)) for row in rows]
 
 
-def _check_request(num_slices, budget, method, prior, horizon, seed):
+def _check_request(
+    num_slices: int, budget: int, method: str, prior: Sequence[float] | None, horizon: int, seed: int
+) -> None:
     require_int("num_slices", num_slices, 1)
     require_int("budget", budget, 1)
     require_horizon("horizon", horizon)
@@ -253,7 +258,9 @@ def _rightward(size: int, count: int) -> list[int]:
     return [-k % size for k in range(count)]
 
 
-def _rotations(prefix, rest, count, starts) -> list[tuple[int, ...]]:
+def _rotations(
+    prefix: tuple[int, ...], rest: tuple[int, ...], count: int, starts: Callable[[int, int], list[int]]
+) -> list[tuple[int, ...]]:
     """`count` sequences that begin with `prefix`: `rest` rotated to `starts`, recursively where that is not enough."""
     if count == 1:
         return [prefix + rest]
@@ -273,11 +280,11 @@ def _rotations(prefix, rest, count, starts) -> list[tuple[int, ...]]:
 # -- bipartite matching -----------------------------------------------------------------------------------------------
 
 
-def _score(sequence, prior, horizon) -> float:
+def _score(sequence: Sequence[int], prior: Sequence[float], horizon: int) -> float:
     return math.fsum(i * _unhit(sequence[:i], prior) ** horizon for i in range(1, len(sequence) + 1))
 
 
-def _unhit(prefix, prior) -> float:
+def _unhit(prefix: Iterable[int], prior: Sequence[float]) -> float:
     # fsum rounds once, so prefixes of the same slices in another order get the same number.
     return max(0.0, 1 - math.fsum(prior[s] for s in prefix))
 
@@ -290,10 +297,10 @@ def _horizons(horizon: int) -> list[int]:
     return steps
 
 
-def _matched(prior, horizon) -> list[tuple[int, ...]]:
+def _matched(prior: Sequence[float], horizon: int) -> list[tuple[int, ...]]:
     """All L sequences of Algorithm 2, the highest score first."""
     size = len(prior)
-    sequences = [(s,) for s in range(size)]
+    sequences: list[tuple[int, ...]] = [(s,) for s in range(size)]
     for _ in range(size - 1):
         unhit = np.array([[0.0 if s in q else _unhit((*q, s), prior) for s in range(size)] for q in sequences])
         edges = np.array([[s not in q for s in range(size)] for q in sequences])
@@ -305,13 +312,13 @@ def _matched(prior, horizon) -> list[tuple[int, ...]]:
                 break
         sequences = [(*q, s) for q, s in zip(sequences, _lowest_matching(edges, columns))]
 
-    def rank(sequence):
+    def rank(sequence: tuple[int, ...]) -> tuple[list[float], tuple[int, ...]]:
         return [-float(f"{_score(sequence, prior, step):.11e}") for step in _horizons(horizon)], sequence
 
     return sorted(sequences, key=rank)
 
 
-def _optimal_edges(weights, edges) -> tuple[np.ndarray, np.ndarray]:
+def _optimal_edges(weights: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Edges whose perfect matchings are the maximum-weight ones, and one of these as the column of each row."""
     from scipy.optimize import linear_sum_assignment  # a tenth of a second that only matching needs to pay
 
@@ -328,17 +335,17 @@ def _optimal_edges(weights, edges) -> tuple[np.ndarray, np.ndarray]:
     return optimal, columns
 
 
-def _lowest_matching(edges, columns) -> list[int]:
+def _lowest_matching(edges: np.ndarray, columns: Iterable[int]) -> list[int]:
     """The lexicographically first perfect matching within `edges`, starting from any (`columns`)."""
     column = [int(c) for c in columns]
     owner = {c: row for row, c in enumerate(column)}
     for row in range(len(column)):
         freed = column[row]
         # Rows behind this one that could pass their column on, step by step, until someone takes the freed one.
-        takes = {}
+        takes: dict[int, int] = {}
         queue = [freed]
         for target in queue:
-            for other in np.flatnonzero(edges[row + 1 :, target]) + row + 1:
+            for other in (np.flatnonzero(edges[row + 1 :, target]) + row + 1).tolist():
                 if other not in takes:
                     takes[other] = target
                     queue.append(column[other])
@@ -355,11 +362,11 @@ def _lowest_matching(edges, columns) -> list[int]:
 
 
 @functools.lru_cache(maxsize=64)  # the shards of a system ask the same question
-def _optimal(prior, budget, horizon) -> tuple[tuple[int, ...], ...]:
+def _optimal(prior: tuple[float, ...], budget: int, horizon: int) -> tuple[tuple[int, ...], ...]:
     size = len(prior)
     starts = [select_sequences(size, budget)]
     if budget <= size:
-        starts += [select_sequences(size, budget, method, prior, horizon) for method in ("bms", "sorted-cyclic")]
+        starts += [select_sequences(size, budget, method, list(prior), horizon) for method in ("bms", "sorted-cyclic")]
     found = best_sequences(list(prior), budget, horizon, starts)
     if len(found) < budget:
         # The depth is the greatest there can be; the rest only makes up the number.
@@ -373,18 +380,18 @@ def _optimal(prior, budget, horizon) -> tuple[tuple[int, ...], ...]:
 # draws.
 
 
-def _random(num_slices, budget, seed) -> list[tuple[int, ...]]:
+def _random(num_slices: int, budget: int, seed: int) -> list[tuple[int, ...]]:
     rng = random.Random(seed)
     if num_slices < 20 and 2 * budget > math.factorial(num_slices):
         # Past one half, drawing again after each repeat gets slow, and listing all is no longer than the answer.
         return sorted(itertools.permutations(range(num_slices)), key=lambda _: rng.random())[:budget]
-    found = {}
+    found: dict[tuple[int, ...], None] = {}
     while len(found) < budget:
         found.setdefault(tuple(sorted(range(num_slices), key=lambda _: rng.random())))
     return list(found)
 
 
-def _conditional(prior, horizon, budget, seed) -> list[tuple[int, ...]]:
+def _conditional(prior: Sequence[float], horizon: int, budget: int, seed: int) -> list[tuple[int, ...]]:
     sequences = _matched(prior, horizon)[:budget]
     undrawn = _Undrawn(prior)
     for sequence in sequences:
@@ -402,7 +409,8 @@ class _Ending:
 
     mass: float = 1.0  # share of the node's probability that is still undrawn
     drawn: int = 0
-    longer: dict = field(default_factory=dict)  # the slice before -> the longer ending; absent while nothing is drawn
+    # The slice before -> the longer ending; absent while nothing is drawn.
+    longer: "dict[int, _Ending]" = field(default_factory=dict)
 
 
 class _Undrawn:
@@ -411,21 +419,21 @@ class _Undrawn:
     but it takes one pass however few are left: that other loop would not end near `L!`, or with a zero in the prior.
     """
 
-    def __init__(self, prior):
+    def __init__(self, prior: Iterable[float]):
         self.prior = list(prior)
         self.root = _Ending()
 
-    def _weights(self, rest) -> list[float]:
+    def _weights(self, rest: Sequence[int]) -> list[float]:
         weights = [self.prior[s] for s in rest]
         return weights if sum(weights) > 0 else [1.0] * len(rest)
 
-    def remove(self, sequence):
+    def remove(self, sequence: Sequence[int]) -> None:
         path = [self.root]
         for s in reversed(sequence):
             path.append(path[-1].longer.setdefault(s, _Ending()))
         path[-1].mass = 0.0
         path[-1].drawn += 1
-        rest = []
+        rest: list[int] = []
         for node, s in zip(reversed(path[:-1]), sequence):
             rest.append(s)
             weights = self._weights(rest)
@@ -434,8 +442,9 @@ class _Undrawn:
             node.mass = sum(left) / sum(weights)
             node.drawn += 1
 
-    def draw(self, rng) -> tuple[int, ...]:
-        node, rest, ending = self.root, list(range(len(self.prior))), []
+    def draw(self, rng: random.Random) -> tuple[int, ...]:
+        node, rest = self.root, list(range(len(self.prior)))
+        ending: list[int] = []
         while rest:
             nodes = [node.longer.get(s, _Ending()) for s in rest]
             weights = [w * child.mass for w, child in zip(self._weights(rest), nodes)]
@@ -449,7 +458,7 @@ class _Undrawn:
         return tuple(reversed(ending))
 
 
-def _pick(weights, rng) -> int:
+def _pick(weights: Sequence[float], rng: random.Random) -> int:
     threshold = rng.random() * sum(weights)
     for at, total in enumerate(itertools.accumulate(weights)):
         if total > threshold:

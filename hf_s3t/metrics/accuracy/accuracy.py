@@ -18,7 +18,7 @@ Returns:
 class Accuracy(evaluate.Metric):
     """Share of rows whose class is right (GLUE, SuperGLUE)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Share of rows whose class is right.",
             citation="",
@@ -28,5 +28,5 @@ class Accuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"accuracy": float(accuracy_score(references, predictions))}

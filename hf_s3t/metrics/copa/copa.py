@@ -21,7 +21,7 @@ Returns:
 class Copa(evaluate.Metric):
     """Accuracy over questions, each with rows for its choices (SuperGLUE: COPA)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Share of questions whose right choice got the highest score.",
             citation="",
@@ -35,7 +35,7 @@ class Copa(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, questions):
+    def _compute(self, predictions: list[int], references: list[int], questions: list[str]) -> dict[str, float]:
         rows = defaultdict(list)
         for position, question in enumerate(questions):
             rows[question].append(position)

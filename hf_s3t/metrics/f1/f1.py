@@ -21,7 +21,7 @@ Returns:
 class F1(evaluate.Metric):
     """F1 as GLUE (QQP, MRPC: of class 1) and SuperGLUE (CB: mean over classes) score it."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="F1 of class 1, or the mean of the classes' F1.",
             citation="",
@@ -31,6 +31,12 @@ class F1(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, average="binary", num_classes=None):
+    def _compute(
+        self,
+        predictions: list[int],
+        references: list[int],
+        average: str = "binary",
+        num_classes: int | None = None,
+    ) -> dict[str, float]:
         labels = None if num_classes is None else list(range(num_classes))
         return {"f1": float(f1_score(references, predictions, labels=labels, average=average, zero_division=0))}

@@ -18,7 +18,7 @@ Returns:
 class MatthewsCorrelation(evaluate.Metric):
     """Matthews correlation (GLUE: CoLA)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Correlation of predicted and true classes.",
             citation="",
@@ -28,5 +28,5 @@ class MatthewsCorrelation(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}

@@ -22,7 +22,7 @@ Returns:
 class Multirc(evaluate.Metric):
     """F1a and exact match (SuperGLUE: MultiRC)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="F1 over all answers, and the share of questions with every answer judged right.",
             citation="",
@@ -36,8 +36,8 @@ class Multirc(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, questions):
-        right = defaultdict(lambda: True)
+    def _compute(self, predictions: list[int], references: list[int], questions: list[str]) -> dict[str, float]:
+        right: defaultdict[str, bool] = defaultdict(lambda: True)
         for question, predicted, true in zip(questions, predictions, references, strict=True):
             right[question] &= predicted == true
         return {

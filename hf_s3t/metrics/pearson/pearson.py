@@ -18,7 +18,7 @@ Returns:
 class Pearson(evaluate.Metric):
     """Pearson correlation (GLUE: STS-B)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Pearson correlation of predicted and true numbers.",
             citation="",
@@ -28,7 +28,7 @@ class Pearson(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
         if len(set(predictions)) < 2 or len(set(references)) < 2:
             return {"pearson": 0.0}
         return {"pearson": float(pearsonr(predictions, references).statistic)}

@@ -18,7 +18,7 @@ Returns:
 class Spearman(evaluate.Metric):
     """Spearman correlation (GLUE: STS-B)."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Spearman correlation of predicted and true numbers.",
             citation="",
@@ -28,7 +28,7 @@ class Spearman(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
         if len(set(predictions)) < 2 or len(set(references)) < 2:
             return {"spearman": 0.0}
         return {"spearman": float(spearmanr(predictions, references).statistic)}
