@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import hf_s3t
+from hf_s3t import errors
+from hf_s3t.errors import S3TError
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +125,17 @@ def test_optional_libraries_are_imported_where_used(library):
     assert importers <= ONLY_WHERE_USED[library]
 
 
+def test_the_tree_of_errors_is_drawn_as_it_is():
+    def drawn(error, depth=0):
+        others = [base.__name__ for base in error.__bases__ if base.__module__ == "builtins" and error is not S3TError]
+        yield "  " * depth + f"- {error.__name__}" + (f" ({', '.join(others)})" if others else "")
+        for below in error.__subclasses__():
+            if below.__module__ == errors.__name__:
+                yield from drawn(below, depth + 1)
+
+    assert "\n".join(drawn(S3TError)) in errors.__doc__
+
+
 @pytest.mark.parametrize("name", hf_s3t.__all__)
 def test_public_names_resolve(name):
     assert getattr(hf_s3t, name) is not None
@@ -144,8 +157,6 @@ def test_submodules_resolve_and_other_names_do_not():
 
 
 def test_every_error_is_an_s3t_error_and_one_python_knows():
-    from hf_s3t import errors
-
     children = [value for value in vars(errors).values() if isinstance(value, type) and value is not errors.S3TError]
     assert children
     for error in children:
