@@ -48,9 +48,11 @@ test-slow: $(STAMP)  ## the slow tests but for the long ones, within ten
 test-all: $(STAMP)  ## every test, within thirty
 	$(PYTEST) $(ARGS)
 
-lint: $(STAMP)  ## style and docstring rules
+lint: $(STAMP)  ## style, docstrings, the order of the rooms, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: $(STAMP)  ## mend what the linter can mend
 	$(BIN)/ruff check --fix .
