@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
-from hf_s3t.layers import group_layers
+from hf_s3t.model.layers import group_layers
 
 
 NUM_SLICES = 4

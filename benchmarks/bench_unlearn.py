@@ -20,8 +20,8 @@ from harness import Report, Task, Timing, options
 from systems import llama, make_system, plain_peft, temporary_folder
 
 from hf_s3t import S3TConfig, S3TModel, UnlearningReport
+from hf_s3t.folder.system import LEDGER_FILE
 from hf_s3t.plan import StageKey
-from hf_s3t.storage import LEDGER_FILE
 
 
 NUM_SLICES = 4

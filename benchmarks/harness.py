@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_s3t.versions import library_versions
+from hf_s3t.folder.versions import library_versions
 
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, loggi
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.baselines import use_public_secret
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.plan import stage_seed
-from hf_s3t.storage import SystemFolder
 
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

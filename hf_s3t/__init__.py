@@ -14,10 +14,10 @@ __version__ = "0.1.0.dev0"
 _MODULE_OF = {
     "S3TConfig": "config",
     "S3TError": "errors",
-    "S3TModel": "modeling",
-    "S3TSFTTrainer": "sft_trainer",
-    "S3TTrainer": "trainer",
-    "UnlearningReport": "ledger",
+    "S3TModel": "model.modeling",
+    "S3TSFTTrainer": "training.sft_trainer",
+    "S3TTrainer": "training.trainer",
+    "UnlearningReport": "records.ledger",
 }
 _SUBMODULES = ("analysis", "errors", "sequences")
 
@@ -34,10 +34,10 @@ __all__ = [
 if TYPE_CHECKING:
     from .config import S3TConfig
     from .errors import S3TError
-    from .ledger import UnlearningReport
-    from .modeling import S3TModel
-    from .sft_trainer import S3TSFTTrainer
-    from .trainer import S3TTrainer
+    from .model.modeling import S3TModel
+    from .records.ledger import UnlearningReport
+    from .training.sft_trainer import S3TSFTTrainer
+    from .training.trainer import S3TTrainer
 
 
 def __getattr__(name):

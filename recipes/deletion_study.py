@@ -23,16 +23,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import command_line
 import numpy as np
 import theory_figures
 import torch
+from common import command_line
+from common.options import known_options
+from common.results import hardware
 from datasets import Dataset
-from options import known_options
 from peft import LoraConfig, get_peft_model
-from results import hardware
+from studies.workbench import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
 from theory_figures import stored_data, write_data
-from trained_systems import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_s3t import S3TConfig
@@ -43,9 +43,9 @@ from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
+from hf_s3t.folder.system import ADAPTER_FILE
+from hf_s3t.folder.versions import library_versions
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.storage import ADAPTER_FILE
-from hf_s3t.versions import library_versions
 
 
 # Options of studies of which none, or fewer, would leave nothing to do.

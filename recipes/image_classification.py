@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import command_line
-from base_models import check_model_is_given, reading_model
-from classification import (
+from common import command_line
+from common.base_models import check_model_is_given, reading_model
+from common.classification import (
     HELD_OUT,
     ClassificationArguments,
     EvaluationSet,
@@ -31,13 +31,13 @@ from classification import (
     run,
     say_it_is_done,
 )
+from common.images import PRETRAINING, ImageSource, Shown, check_images, digits
+from common.options import Options, read_options
+from common.options import make_parser as make_recipe_parser
+from common.results import Results
+from common.rows import label_numbers, split_off
+from common.tasks import IMAGE_TASKS, ImageTask
 from datasets import Dataset
-from images import PRETRAINING, ImageSource, Shown, check_images, digits
-from options import Options, read_options
-from options import make_parser as make_recipe_parser
-from results import Results
-from rows import label_numbers, split_off
-from tasks import IMAGE_TASKS, ImageTask
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,

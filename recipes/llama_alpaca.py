@@ -13,16 +13,14 @@ and shows that the facts are gone, that everything else stayed, and that what st
 import warnings
 from typing import Any
 
-import command_line
 import datasets
-import lm_evaluation
 import transformers
-from base_models import check_model_is_there
-from command_line import console
-from datasets import Dataset
-from forgetting import is_asked_for, must_train, named
-from instruction_rows import load_data
-from instruction_tuning import (
+from common import command_line, lm_evaluation
+from common.base_models import check_model_is_there
+from common.command_line import console
+from common.forgetting import is_asked_for, must_train, named
+from common.instruction_rows import load_data
+from common.instruction_tuning import (
     EXHAUSTED,
     NAMES,
     RECIPE,
@@ -38,14 +36,15 @@ from instruction_tuning import (
     unlearn,
     write_results,
 )
-from invented_people import PROMPT_TEMPLATES
-from options import Options, ScriptArguments, parse
-from people_demo import DEMO, run_demo
-from results import Results
+from common.options import Options, ScriptArguments, parse
+from common.results import Results
+from datasets import Dataset
+from demo.invented_people import PROMPT_TEMPLATES
+from demo.people_demo import DEMO, run_demo
 
-from hf_s3t.deletion import preview
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
+from hf_s3t.operations.deletion import preview
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

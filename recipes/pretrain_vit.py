@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import command_line
 import torch
+from common import command_line
+from common.images import PRETRAINING, ImageSource, Shown, check_images, digits
+from common.options import known_options
+from common.rows import label_numbers, split_off
+from common.tasks import IMAGE_TASKS, ImageTask
 from datasets import Dataset
-from images import PRETRAINING, ImageSource, Shown, check_images, digits
-from options import known_options
-from rows import label_numbers, split_off
-from tasks import IMAGE_TASKS, ImageTask
 from transformers import (
     DefaultDataCollator,
     HfArgumentParser,

@@ -19,22 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import command_line
 import image_classification
 import llama_alpaca
-import people_demo
 import text_classification
 import yaml
 from accelerate import PartialState
-from options import Options, known_options, parse, read_options
-from options import make_parser as make_llama_parser
-from tasks import IMAGE_TASKS, TEXT_TASKS
+from common import command_line
+from common.options import Options, known_options, parse, read_options
+from common.options import make_parser as make_llama_parser
+from common.tasks import IMAGE_TASKS, TEXT_TASKS
+from demo import people_demo
 
 from hf_s3t.errors import ConfigError
-from hf_s3t.examples import KEY_FILE
-from hf_s3t.hub import Describe, HubRepo, PushReport, push
-from hf_s3t.model_card import description, render_recipe_card
-from hf_s3t.storage import CONFIG_FILE, SystemFolder
+from hf_s3t.folder.system import CONFIG_FILE, SystemFolder
+from hf_s3t.hub.card import description, render_recipe_card
+from hf_s3t.hub.pushing import Describe, HubRepo, PushReport, push
+from hf_s3t.records.examples import KEY_FILE
 
 
 HERE = Path(__file__).resolve().parent

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import command_line
 import numpy as np
-from study_tables import study_tables
+from common import command_line
+from studies.tables import study_tables
 from theory_figures import stored_data, write_data
 
 from hf_s3t.analysis.figures import draw

@@ -17,9 +17,9 @@ from functools import partial
 from string import Formatter
 from typing import Any
 
-import command_line
-from base_models import check_model_is_given, reading_model
-from classification import (
+from common import command_line
+from common.base_models import check_model_is_given, reading_model
+from common.classification import (
     HELD_OUT,
     ClassificationArguments,
     EvaluationSet,
@@ -34,12 +34,12 @@ from classification import (
     run,
     say_it_is_done,
 )
+from common.options import Options, read_options
+from common.options import make_parser as make_recipe_parser
+from common.results import Results
+from common.rows import Source, check_columns, label_numbers, label_values
+from common.tasks import TEXT_TASKS, TextTask, columns_of
 from datasets import Dataset
-from options import Options, read_options
-from options import make_parser as make_recipe_parser
-from results import Results
-from rows import Source, check_columns, label_numbers, label_values
-from tasks import TEXT_TASKS, TextTask, columns_of
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import command_line
+from common import command_line
 
 from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.paper_theory import STUDIES

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from local_hub import FakeHub
+from support.local_hub import FakeHub
 
 
 # A Hub of our own, for the tests that ask for the fixture `hub`; all others are offline.
@@ -109,7 +109,7 @@ def shared_key():
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory):
     """For tests of folders without tensors: see `folders.own_surroundings`."""
-    from folders import own_surroundings
+    from support.folders import own_surroundings
 
     with own_surroundings(tmp_path_factory.mktemp("home")):
         yield
@@ -133,7 +133,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", token)
     # Nobody waits for a Hub that recovers at once, nor for the disk.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr("hf_s3t.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hf_s3t.hub.pushing.time.sleep", lambda seconds: None)
     monkeypatch.setattr(_http, "time", type("Time", (), {"sleep": lambda seconds: None, "time": time.time}))
     _HUB.faults.clear()
     _HUB.requests.clear()
@@ -147,7 +147,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """The folder of a system with a stage of random tensors for every planned one; not to be changed."""
-    from hub_systems import plant
+    from support.hub_systems import plant
 
     return plant(tmp_path_factory.mktemp("hub") / "system")
 
@@ -155,7 +155,7 @@ def planted(tmp_path_factory):
 @pytest.fixture
 def system(planted, tmp_path):
     """A copy of it."""
-    from hf_s3t.storage import SystemFolder
+    from hf_s3t.folder.system import SystemFolder
 
     return SystemFolder(shutil.copytree(planted, tmp_path / "system"))
 
@@ -163,7 +163,7 @@ def system(planted, tmp_path):
 @pytest.fixture
 def repo(hub):
     """A repository that is not there yet."""
-    from hf_s3t.hub import HubRepo
+    from hf_s3t.hub.pushing import HubRepo
 
     return HubRepo(f"{hub.user}/system")
 
@@ -171,7 +171,7 @@ def repo(hub):
 @pytest.fixture
 def pushed(system, repo, monkeypatch):
     """The system on the Hub, and its secret in the environment, as on another machine that knows it."""
-    from hub_systems import send
+    from support.hub_systems import send
 
     send(system, repo)
     monkeypatch.setenv("HF_S3T_KEY", (system.path / "ledger.key").read_text())

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from hf_s3t.examples import KEY_VARIABLE
+from hf_s3t.records.examples import KEY_VARIABLE
 
 
 TESTS = Path(__file__).parent
 
 # The secret itself; systems that are trained, and pushed to a Hub and read with the secret of their folder.
 CHOSEN = {
-    "secrets": ["test_examples.py::test_a_short_key_is_refused"],
+    "secrets": ["records/test_examples.py::test_a_short_key_is_refused"],
     "models": [
-        "test_kept_ids.py::test_what_is_trained_does_not_depend_on_it",
-        "test_hub_refusals.py::test_a_ledger_that_is_no_text_is_told_with_a_remedy",
-        "test_hub_erasure.py::test_a_deletion_is_pushed_before_it_is_erased",
-        "test_pending.py",
+        "records/test_kept_ids.py::test_what_is_trained_does_not_depend_on_it",
+        "hub/test_hub_refusals.py::test_a_ledger_that_is_no_text_is_told_with_a_remedy",
+        "hub/test_hub_erasure.py::test_a_deletion_is_pushed_before_it_is_erased",
+        "operations/test_pending.py",
     ],
 }
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..optimal_sequences import mean_depth_weights
-from ..sequences import mean_edit_distance, score, select_sequences
-from .deletion import deletion_rate, deletion_rate_paper, simulate_deletions
+from ..sequences.optimal import mean_depth_weights
+from ..sequences.rules import mean_edit_distance, score, select_sequences
 from .planning import Backbone, sequence_cost, storage
+from .rates import deletion_rate, deletion_rate_paper, simulate_deletions
 from .retention import (
     depths_of_hit_sets,
     expected_depth,

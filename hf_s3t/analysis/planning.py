@@ -14,9 +14,9 @@ from scipy.optimize import brentq
 
 from ..config import require_choice, require_int
 from ..errors import ConfigError
-from ..plan import LEAST_STEPS, Plan
-from ..sequences import select_sequences
-from .deletion import UNTIL, deletion_rate
+from ..plan.stages import LEAST_STEPS, Plan
+from ..sequences.rules import select_sequences
+from .rates import UNTIL, deletion_rate
 from .retention import depths_of_hit_sets
 
 

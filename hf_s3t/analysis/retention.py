@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import check_prior, require_int
 from ..errors import ConfigError
-from ..sequences import check_sequences
+from ..sequences.rules import check_sequences
 
 
 # 2 ** 20 states take a few megabytes and milliseconds; every slice more doubles both.

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from datasets import Dataset
-from invented_people import ATTRIBUTES, fact_rows, held_out_rows, make_people, render_prompt
+from demo.invented_people import ATTRIBUTES, fact_rows, held_out_rows, make_people, render_prompt
 
 
 NUM_CHOICES = 4

@@ -1,0 +1,18 @@
+"""S3T and the methods that it is compared with, under one interface."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .methods import METHODS, S3T, SISA, Deletion, Full, Method, ProtoSISA, Sequential, use_public_secret
+
+__all__ = ["METHODS", "S3T", "SISA", "Deletion", "Full", "Method", "ProtoSISA", "Sequential", "use_public_secret"]
+
+
+def __getattr__(name):
+    # The other modules of this room are asked for without the trainers that the methods bring.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import methods
+
+    return getattr(methods, name)

@@ -1,0 +1,351 @@
+"""How the command line shows things to people: tables on the terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..operations.deletion import DeletionPreview
+from ..operations.inspection import printable
+from ..operations.pending import PendingReceipt
+from ..operations.purge import Purge
+from ..operations.receipts import Receipt, Receipts
+from ..plan.stages import Plan
+from ..records.examples import Example
+from ..records.ledger import UnlearningReport
+
+
+if TYPE_CHECKING:
+    # Imported by the commands that need them.
+    from ..analysis.planning import Option, Recommendation
+    from ..hub.erasure import ErasureReport
+    from ..hub.pushing import PushReport
+
+
+_SHORT = 12
+_UNFOLDED = 10_000
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def show_status(status: dict[str, Any], plan: Plan) -> None:
+    """The depths of every shard and sequence, and what is left."""
+    valid, planned = status["stages"]
+    say(
+        f"{_count(status['examples'], 'example')}, {_count(status['deletions'], 'deletion')}, {valid} of "
+        f"{_count(planned, 'stage')}"
+    )
+    rows = [
+        (shard, depth, "  ".join(f"{_joined(s)}: {d}" for s, d in zip(sequences, depths, strict=True)))
+        for shard, (depth, sequences, depths) in enumerate(
+            zip(status["depths"], plan.sequences, status["sequence_depths"], strict=True)
+        )
+    ]
+    _table(("shard", "depth", "depth of each sequence"), rows)
+    first, all_ = status["deletions_until_first_dead_shard"], status["deletions_until_exhausted"]
+    say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
+    if status["pending"]:
+        say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
+    if status["is_exhausted"]:
+        _show_exhausted(status["examples"])
+
+
+def show_push(report: "PushReport", dry_run: bool) -> None:
+    """What a push did, or would do, on the Hub and where it took in deletions here."""
+    if report.forgotten:
+        forgot = "would forget here" if dry_run else "forgot here"
+        say(f"{forgot} what {report.repo_id} knows as deleted: {_count(report.forgotten, 'example')}")
+        say(f"stages {'that would go' if dry_run else 'removed'} here: {_list(report.stages_removed)}")
+    if not (report.added or report.deleted):
+        say(f"{report.repo_id} is up to date at {report.commit}")
+        return
+    done = "would change" if dry_run else "changed"
+    say(f"{done} {report.repo_id}: {_count(len(report.added), 'file')} added, {len(report.deleted)} deleted")
+    if not dry_run:
+        say(f"commit {report.commit}")
+    if report.deleted:
+        say("what was deleted stays in older commits until `hf-s3t erase`")
+
+
+def show_erasure(report: "ErasureReport") -> None:
+    """What is gone from the Hub, and what nobody here can confirm."""
+    done = "would erase" if report.is_dry_run else "erased"
+    say(f"{done} {_count(report.blobs, 'large file')} ({_size(report.bytes)}) of {report.repo_id}")
+    if report.refs_removed:
+        say(f"branches and tags {'to be ' if report.is_dry_run else ''}removed: {', '.join(report.refs_removed)}")
+    for line in report.confirmed:
+        say(f"confirmed: {line}")
+    for problem, step in report.unconfirmed:
+        say(f"not confirmable from here: {problem}")
+        say(f"  next: {step}")
+
+
+def show_pending(receipt: PendingReceipt) -> None:
+    """A request that was recorded for later."""
+    say(
+        f"recorded {receipt.time}: {_count(receipt.requested, 'example')} to be forgotten, {receipt.already_deleted} "
+        "deleted before"
+    )
+    _show_passed_over(receipt)
+    due = "when `hf-s3t apply-pending` is run"
+    if receipt.apply_by is not None:
+        # A process that runs by then does not see it: no time is kept but by a load.
+        due = f"by `hf-s3t apply-pending`, or by the first load of the model after {receipt.apply_by}"
+    say(f"waiting in all, and in until deleted {due}: {_count(receipt.pending, 'example')}")
+
+
+def show_places(
+    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int]] = ()
+) -> None:
+    """Where examples lie, and the lines of the ledger in which groups were deleted."""
+    for group, line in deleted_groups:
+        say(f"group {group!r} was deleted in line {line} of the ledger")
+    if deleted_groups and not places:
+        return
+    rows = [
+        (example_id, "deleted", "", "") if row is None else (example_id, row.shard, row.slice, _or_empty(row.group))
+        for example_id, row in places
+    ]
+    _table(("id", "shard", "slice", "group"), rows)
+
+
+def show_preview(preview: DeletionPreview) -> None:
+    """What a deletion would do."""
+    say(f"would unlearn {_count(len(preview.present), 'example')}, {preview.already_deleted} deleted before")
+    _show_passed_over(preview)
+    _show_depths(preview.depths_before, preview.depths_after)
+    say(f"stages that would go: {_list(preview.stages_removed)}")
+    _show_duplicates(preview.duplicates)
+    before, after = _number(preview.deletions_left_before), _number(preview.deletions_left_after)
+    say(f"expected further deletions until all shards are dead: {before} -> {after}")
+    if preview.would_exhaust:
+        say("no shard would be left to answer")
+
+
+def show_report(report: UnlearningReport, receipt: Receipt | None, examples_left: int) -> None:
+    """What a deletion did, and whether there is anything left to train on."""
+    say(
+        f"unlearned {_count(report.deleted, 'example')} in {report.seconds * 1000:.1f} ms, {report.already_deleted} "
+        "deleted before"
+    )
+    _show_passed_over(report)
+    _show_depths(report.depths_before, report.depths_after)
+    say(f"stages removed: {_list(report.stages_removed)}")
+    _show_duplicates(report.duplicates)
+    if receipt is not None:
+        say(f"line {receipt.line} of the ledger, {receipt.hash}")
+    if report.is_exhausted:
+        _show_exhausted(examples_left)
+
+
+def show_ledger(receipts: Receipts) -> None:
+    """One row per line of a ledger."""
+    rows = [
+        (
+            r.line,
+            r.entry.time,
+            r.entry.kind,
+            len(r.entry.ids),
+            len(r.entry.removed),
+            len(r.entry.left),
+            r.hash[:_SHORT],
+        )
+        for r in receipts.receipts
+    ]
+    _table(("line", "time", "kind", "ids", "stages", "left", "hash"), rows)
+
+
+def show_receipt(receipt: Receipt) -> None:
+    """One line of a ledger in full; digests of stages are cut short."""
+    facts = receipt.to_dict()
+    moved = "stages_removed" if facts["kind"] == "deletion" else "stages_exported"
+    rows = [
+        ("line", facts["line"]),
+        ("hash", facts["hash"]),
+        *(("previous", previous) for previous in facts["previous"] or ["none: the first line"]),
+        ("chain", "verified" if facts["chain_verified"] else "NOT VERIFIED"),
+        ("kind", facts["kind"]),
+        ("time", facts["time"]),
+        *(("id (keyed digest)", digest) for digest in facts["ids"]),
+        *(("group (keyed digest)", digest) for digest in facts["groups"]),
+        *((moved.replace("_", " "), _stage(stage)) for stage in facts[moved]),
+        *(("stages left", _stage(stage)) for stage in facts["stages_left"]),
+        *(("versions", f"{name} {version}") for name, version in facts["versions"].items()),
+    ]
+    _table(("", ""), _without_repeated_labels(rows), header=False)
+
+
+def show_purge(purge: Purge, dry_run: bool) -> None:
+    """
+    The places a purge found, and what it did to each, or would do; the cache files of a dataset as one row, by their
+    folder.
+    """
+    rows: dict[tuple[str, str, Path], list[int]] = {}
+    for remnant in purge.remnants:
+        rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+    if rows:
+        _table(("", "kind", "size", "path"), [(a, k, _size(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
+    for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
+        say(f"{kind}: {advice}")
+    going = "to remove" if dry_run else "removed"
+    say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
+
+
+def show_recommendation(found: "Recommendation") -> None:
+    """What to set up, what to expect of it, and what else there is."""
+    best = found.chosen
+    layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
+    size = "not known without --model or --hidden-size" if best.storage_bytes is None else _size(best.storage_bytes)
+    rows = [
+        ("shards (m)", best.num_shards),
+        ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
+        ("sequences per shard (B)", f"{best.budget}, {best.sequence_selection}"),
+        ("epochs per stage", f"{best.epochs}; at least {best.steps_of_first_stage} steps"),
+        ("training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
+        ("stages, storage", f"{best.num_stages}, {size}"),
+        ("half of the slices serve", f"for {_months(best.months_until_half_depth)} months"),
+        ("first dead shard", _end(best.months_until_first_dead_shard, best.deletions_until_first_dead_shard)),
+        ("exhausted", _end(best.months_until_exhausted, best.deletions_until_exhausted)),
+        (
+            "targeted requests",
+            f"{best.targeted_deletions_until_first_dead_shard} kill a shard, "
+            f"{best.targeted_deletions_until_exhausted} exhaust the system",
+        ),
+    ]
+    _table(("", ""), rows, header=False)
+    for note in found.notes:
+        say(f"note: {note}")
+    say("longer life costs more training:")
+    columns = ("", "m", "L", "layers", "B", "epochs", "hours", "months: half depth", "first dead shard", "exhausted")
+    _table(columns, [_option(option, option == best) for option in found.options])
+
+
+def say(text: str) -> None:
+    """A line, as it is: neither wrapped nor read as markup."""
+    _console().print(Text(printable(text)), soft_wrap=True)
+
+
+def _console() -> Console:
+    # Made when it is used: standard output may be another by then.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        # Lines that another program or a file takes in are not folded.
+        console.width = _UNFOLDED
+    return console
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], header: bool = True) -> None:
+    table = Table(box=SIMPLE_HEAD, show_header=header, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    console = _console()
+    with console.capture() as captured:
+        console.print(table)
+    # Rich fills the last column with spaces.
+    typer.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
+
+
+def _option(option: "Option", is_chosen: bool) -> tuple[Any, ...]:
+    return (
+        "→" if is_chosen else "",
+        option.num_shards,
+        option.num_slices,
+        option.layers_per_slice,
+        option.budget,
+        option.epochs,
+        f"{option.training_hours:.3g}",
+        _months(option.months_until_half_depth),
+        _months(option.months_until_first_dead_shard),
+        _months(option.months_until_exhausted),
+    )
+
+
+def _end(months: float, deletions: float) -> str:
+    return f"expected after {_months(months)} months, {deletions:.1f} requests"
+
+
+def _months(months: float) -> str:
+    return f"{months:.1f}" if months >= 1 else f"{months:.2f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+
+
+def _show_depths(before: list[int], after: list[int]) -> None:
+    changed = zip(before, after, strict=True)
+    _table(("shard", "depth before", "after"), [(shard, b, a) for shard, (b, a) in enumerate(changed)])
+
+
+def _show_passed_over(found: UnlearningReport | DeletionPreview | PendingReceipt) -> None:
+    """What was named and is not among the examples that go: without a word, a typo would look like a deletion."""
+    for group in found.deleted_groups:
+        say(f"group {group!r} was deleted before")
+    for number, what in ((found.unknown, "id"), (found.unknown_groups, "group")):
+        if number:
+            say(f"{_count(number, what)} {'was' if number == 1 else 'were'} never trained on, and passed over")
+
+
+def _show_exhausted(examples_left: int) -> None:
+    if examples_left:
+        say(f"no shard is left to answer: `train()` grows stages on the {_count(examples_left, 'example')} left")
+    else:
+        say("no shard is left to answer, and no example to train on: train a new system in another folder")
+
+
+def _show_duplicates(duplicates: Sequence[int | str]) -> None:
+    if duplicates:
+        named = _list(tuple(map(repr, duplicates)))
+        say(f"of equal content, and still in: {named} (unlearn these ids to forget them too)")
+
+
+def _without_repeated_labels(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    shown, last = [], None
+    for label, value in rows:
+        shown.append(("" if label == last else label, value))
+        last = label
+    return shown
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    slices = "" if stage["slices"] is None else f" (slices {', '.join(map(str, stage['slices']))})"
+    return f"{stage['stage']}{slices} {str(stage['adapter_sha256'])[:_SHORT]}…"
+
+
+def _place(path: Path, sizes: Sequence[int]) -> str:
+    return str(path) if len(sizes) == 1 else f"{path} ({len(sizes)} files)"
+
+
+def _joined(sequence: Sequence[int]) -> str:
+    return "-".join(map(str, sequence))
+
+
+def _list(values: Sequence[str]) -> str:
+    return ", ".join(values) or "none"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _number(value: float) -> str:
+    return "no end" if math.isinf(value) else f"{value:.1f}"
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _size(size: float) -> str:
+    for unit in _UNITS[:-1]:
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} {_UNITS[-1]}"

@@ -1,0 +1,66 @@
+"""Where a system stands, as its folder says: what serves, and how many deletions it outlives. No model is needed."""
+
+from collections.abc import Collection
+from typing import Any
+
+from ..analysis import expected_deletions_left
+from ..plan.stages import StageKey
+from .system import SystemFolder
+
+
+def serving_depths(folder: SystemFolder, valid: Collection[StageKey]) -> list[int]:
+    """
+    Per shard the depth of the deepest stack that would answer; 0 where the shard is dead.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages to route over.
+
+    Returns:
+        `list[int]`: One depth per shard.
+    """
+    served = folder.plan.served(valid, folder.config.select, folder.losses())
+    return [max((tip.depth for tip in tips), default=0) for tips in served]
+
+
+def deletions_left(folder: SystemFolder, valid: Collection[StageKey], until: str = "exhausted") -> float:
+    """
+    Expected number of further requests that a system with these stages outlives (Lemma 1 from its present state).
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages that are left.
+        until (`str`, defaults to `"exhausted"`): `"exhausted"`, or `"first_shard"` until one shard is dead.
+
+    Returns:
+        `float`: The expected number, by the prior of the config, uniform if it has none.
+    """
+    config = folder.config
+    alive = folder.plan.first_slices_alive(valid)
+    return expected_deletions_left(
+        alive, config.num_shards, config.num_slices, prior=config.deletion_prior, until=until
+    )
+
+
+def system_status(folder: SystemFolder) -> dict[str, Any]:
+    """
+    Where a system stands.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+
+    Returns:
+        `dict` with the keys of [`~hf_s3t.S3TModel.status`]: `examples` (how many are in), `deletions` (requests so
+        far), `depths` (per shard the depth that serves), `sequence_depths` (per shard and sequence), `stages` (valid,
+        planned), `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected further requests).
+    """
+    valid = folder.valid_stages
+    return {
+        "examples": len(folder.table),
+        "deletions": folder.ledger.num_deletions,
+        "depths": serving_depths(folder, valid),
+        "sequence_depths": folder.plan.depths(valid),
+        "stages": (len(valid), len(folder.plan.stages(folder.table.empty))),
+        "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
+        "deletions_until_exhausted": deletions_left(folder, valid),
+    }

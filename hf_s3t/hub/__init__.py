@@ -1,0 +1,1 @@
+"""A system on the Hub: pushed, served from there, erased."""

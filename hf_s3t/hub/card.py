@@ -1,0 +1,441 @@
+"""The model card of a system, and the picture of its stacks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..analysis import expected_deletions_left
+from ..config import S3TConfig
+from ..folder.status import system_status
+from ..folder.system import SystemFolder
+from ..plan.stages import Plan, StageKey
+
+
+_HERE = Path(__file__).resolve().parents[1]
+# Beside the package in a checkout, inside it where it is installed.
+TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards") if p.is_dir()), _HERE)
+CARD_FILE = "README.md"
+DIAGRAM_FILE = "stacks.svg"
+TAGS = ("s3t", "machine-unlearning", "peft", "lora")
+# Recipe -> the Hub's name of its tasks.
+_PIPELINE_OF = {
+    "text_classification": "text-classification",
+    "image_classification": "image-classification",
+    "llama_alpaca": "text-generation",
+}
+_RECIPE = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "optim",
+)
+
+
+def render_card(
+    folder: SystemFolder,
+    repo_id: str,
+    *,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    evaluation: Mapping[str, float] | None = None,
+    previous: str | None = None,
+    is_same_state: bool = False,
+) -> str:
+    """
+    The model card of a system as it is now.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        repo_id (`str`): The repository that the card is for.
+        datasets (sequence of `str`, *optional*): Ids of the datasets it was trained on.
+        license (`str`, *optional*): Identifier of the licence.
+        evaluation (mapping from `str` to `float`, *optional*): Evaluation numbers of the system as it is now.
+        previous (`str`, *optional*): The card so far, from which datasets and licence are kept where none are given.
+        is_same_state (`bool`, defaults to `False`):
+            Whether no example was deleted since the card so far: else its evaluation numbers are dropped.
+
+    Returns:
+        `str`: The card, metadata included.
+    """
+    before = ModelCard(previous, ignore_metadata_errors=True).data if previous else ModelCardData()
+    datasets = list(datasets) or _as_list(before.datasets)
+    numbers = dict(evaluation or {})
+    if not numbers and is_same_state and before.eval_results:
+        numbers = {result.metric_name or result.metric_type: result.metric_value for result in before.eval_results}
+    record, status = folder.record, system_status(folder)
+    # Of a base that is nobody else's, the name of its folder.
+    base_id = str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
+    public = base_id if _is_public(base_id) else None
+    task = record["task"]
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=public,
+        tags=list(TAGS),
+        datasets=datasets or None,
+        pipeline_tag=None if task == "other" else task,
+        license=license or before.license,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=datasets[0] if datasets else "held-out",
+                dataset_name=datasets[0] if datasets else "held-out",
+                metric_type=name.lower().replace(" ", "_"),
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in numbers.items()
+        ]
+        or None,
+    )
+    records = [folder.stage_record(key) for key in sorted(folder.valid_stages)]
+    # Not above: commands that render no card need not wait for it.
+    from peft import LoraConfig
+
+    adapters = LoraConfig(**record["peft_config"])
+    return ModelCard.from_template(
+        data,
+        template_str=_template("system.md"),
+        title=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        base_id=public or base_id.rpartition("/")[2] or "a model of one's own",
+        base_link=f"[{public}](https://huggingface.co/{public})"
+        if public
+        else "A language model of its owner's"
+        if task == "text-generation"
+        else "A model of its owner's",
+        is_language_model=task == "text-generation",
+        is_base_known=folder.base_id is not None,
+        task=task,
+        quantization=record["base_model"].get("quantization"),
+        datasets=datasets,
+        evaluation={name: _number(value) for name, value in numbers.items()},
+        depth_one=next((key.path for key in sorted(folder.valid_stages) if key.depth == 1), None),
+        num_examples=status["examples"],
+        num_shards=folder.config.num_shards,
+        num_slices=folder.config.num_slices,
+        budget=len(folder.plan.sequences[0]),
+        layers_per_slice=[len(group) for group in record["layers"]["groups"]],
+        first_layers="bottom" if folder.config.growth == "bottom-up" else "top",
+        one_slice=folder.config.stage_data == "slice",
+        num_layers=record["layers"]["num_layers"],
+        rank=adapters.r,
+        alpha=adapters.lora_alpha,
+        targets=_joined(adapters.target_modules),
+        aggregation=record["aggregation"].replace("_", " "),
+        recipe=_recipe(records),
+        training_time=_duration(sum(r["metrics"].get("train_runtime", 0.0) for r in records)),
+        num_stages=len(records),
+        versions=", ".join(f"{name} {v}" for name, v in sorted(record["versions"].items()) if name != "python"),
+        num_deletions=status["deletions"],
+        depths=status["depths"],
+        until_first=_number(status["deletions_until_first_dead_shard"]),
+        until_exhausted=_number(status["deletions_until_exhausted"]),
+        shards=_sequences(folder.plan, status["sequence_depths"]),
+    ).content
+
+
+def render_recipe_card(
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    script: str = "recipes/llama_alpaca.py",
+    pipeline_tag: str = "text-generation",
+    dataset: str | None = None,
+) -> str:
+    """
+    The card of a recipe's configuration: what it would train, and how many deletions that would outlive.
+
+    Args:
+        name (`str`): The configuration's name.
+        settings (mapping from `str`): Its settings, those of [`S3TConfig`] among others.
+        script (`str`, defaults to `"recipes/llama_alpaca.py"`): The recipe that takes the configuration.
+        pipeline_tag (`str`, defaults to `"text-generation"`): The Hub's name of the task.
+        dataset (`str`, *optional*): Id of the dataset, where the settings leave it to the recipe.
+
+    Returns:
+        `str`: The card, metadata included.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.model_card import render_recipe_card
+
+    >>> settings = {"model_name_or_path": "me/base", "dataset_name": "me/data", "num_slices": 2}
+    >>> "| stages to train | 4 |" in render_recipe_card("small", settings)
+    True
+    ```
+    """
+    config = S3TConfig(**{f.name: settings[f.name] for f in fields(S3TConfig) if f.name in settings})
+    plan = Plan.from_config(config)
+    alive = plan.first_slices_alive(set(plan.stages()))
+    shards, slices = config.num_shards, config.num_slices
+    first, last = (
+        expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
+        for until in ("first_shard", "exhausted")
+    )
+    kind = "language model" if pipeline_tag == "text-generation" else "model"
+    base_id = settings.get("model_name_or_path") or f"a {kind} that you name"
+    dataset = settings.get("dataset_name") or dataset or "data that you name"
+    public = _is_public(base_id)
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=base_id if public else None,
+        tags=list(TAGS),
+        datasets=[dataset] if _is_public(dataset) else None,
+        pipeline_tag=pipeline_tag,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_template("recipe.md"),
+        name=name,
+        script=script,
+        title=f"{name}: settings",
+        base_id=base_id,
+        dataset=dataset,
+        num_shards=shards,
+        num_slices=slices,
+        budget=len(plan.sequences[0]),
+        num_stages=len(plan.stages()),
+        layers_per_slice=settings.get("layers_per_slice") or "layers of the base // slices",
+        until_first=_number(first),
+        until_exhausted=_number(last),
+        shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
+        settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
+    ).content
+
+
+def render_run_card(
+    name: str, results: Mapping[str, Any], *, base_model: str | None = None, datasets: Sequence[str] = ()
+) -> str:
+    """
+    The card of one run of a recipe, from the results that it wrote.
+
+    Args:
+        name (`str`): The run's name.
+        results (mapping from `str`): What the results file holds.
+        base_model (`str`, *optional*): Id of the base model, if it is on the Hub.
+        datasets (sequence of `str`, *optional*): Ids of the datasets that it was trained on.
+
+    Returns:
+        `str`: The card, metadata included.
+    """
+    script = results["settings"]["script"]
+    numbers = [
+        (set_name, depth, metric, value)
+        for set_name, by_depth in results["metrics"].items()
+        for depth, found in by_depth.items()
+        for metric, value in found.items()
+    ]
+    data = ModelCardData(
+        library_name="hf_s3t",
+        base_model=base_model,
+        tags=[*TAGS, results["method"]],
+        datasets=list(datasets) or None,
+        pipeline_tag=_PIPELINE_OF.get(results["recipe"]),
+        model_name=name,
+    )
+    settings = {
+        **{key: value for key, value in script.items() if value not in (None, False)},
+        **results["settings"]["lora"],
+        **results["settings"]["training"],
+    }
+    return ModelCard.from_template(
+        data,
+        template_str=_template("run.md"),
+        name=name,
+        method=results["method"],
+        recipe=results["recipe"],
+        base_id=base_model or f"A model of its owner's ({script['model_name_or_path'] or 'made here'})",
+        dataset=", ".join(datasets) or "data of its owner's",
+        numbers=[(s, d, m, _number(v)) for s, d, m, v in numbers],
+        num_shards=results["settings"]["s3t"]["num_shards"],
+        num_slices=results["settings"]["s3t"]["num_slices"],
+        seconds=_duration(results["cost"]["seconds"]),
+        device=results["hardware"]["device"],
+        storage=f"{results['storage_bytes'] / 2**20:.4g} MiB",
+        versions=", ".join(f"{name} {v}" for name, v in sorted(results["versions"].items()) if name != "python"),
+        settings={k: _joined(v) for k, v in settings.items()},
+    ).content
+
+
+def description(
+    folder: SystemFolder,
+    previous: str | None,
+    is_same_state: bool,
+    *,
+    repo_id: str,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    evaluation: Mapping[str, float] | None = None,
+) -> dict[str, bytes]:
+    """
+    The files that describe a system in its repository: the card and the picture.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        previous (`str`, *optional*): As in [`render_card`].
+        is_same_state (`bool`): As in [`render_card`].
+        repo_id (`str`): As in [`render_card`].
+        datasets (sequence of `str`, *optional*): As in [`render_card`].
+        license (`str`, *optional*): As in [`render_card`].
+        evaluation (mapping from `str` to `float`, *optional*): As in [`render_card`].
+
+    Returns:
+        `dict[str, bytes]`: The files by their names.
+    """
+    card = render_card(
+        folder,
+        repo_id,
+        datasets=datasets,
+        license=license,
+        evaluation=evaluation,
+        previous=previous,
+        is_same_state=is_same_state,
+    )
+    return {CARD_FILE: card.encode(), DIAGRAM_FILE: render_diagram(folder.plan, folder.valid_stages).encode()}
+
+
+def _template(name: str) -> str:
+    # Checked here: the Hub's client would render a missing variable as nothing.
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
+    return [
+        [f"{'-'.join(map(str, sequence))}: {depth}" for sequence, depth in zip(sequences, left, strict=True)]
+        for sequences, left in zip(plan.sequences, depths, strict=True)
+    ]
+
+
+def _recipe(records: Sequence[Mapping[str, Any]]) -> str:
+    recipe = next((r["recipe"] for r in records if r.get("recipe")), {})
+    kept = {name: recipe[name] for name in _RECIPE if recipe.get(name) not in (None, -1)}
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
+
+
+def _is_public(base_id: str) -> bool:
+    return base_id.count("/") == 1 and not base_id.startswith((".", "/", "~")) and not Path(base_id).exists()
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# The picture
+
+
+# Size of a box, gaps between boxes and between the blocks of shards, margin around all; heights of names and legend.
+_CELL, _GAP, _APART, _MARGIN, _NAME, _LEGEND = 34, 6, 24, 14, 24, 44
+# Blocks stand side by side as far as a card is wide.
+_WIDEST = 900
+_LEGEND_WIDTH = 380
+_STYLE = (
+    # Named fonts, because not every program that draws knows one by the name sans-serif.
+    "text{font-family:Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:13px;fill:#333}"
+    ".name{font-weight:bold}"
+    ".live rect{fill:#2f6f9f}.live text{fill:#fff}"
+    ".gone rect{fill:#fff;stroke:#8c8c8c;stroke-dasharray:3 3}.gone text{fill:#666}"
+)
+
+
+def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
+    """
+    An SVG picture of the stacks: a block for each shard, in it a row for each sequence, in it a box for each stage
+    with the slice it adds.
+
+    Args:
+        plan ([`~hf_s3t.plan.stages.Plan`]): The sequences.
+        valid (set of [`~hf_s3t.plan.stages.StageKey`]): The stages that are live; the others are drawn as gone.
+
+    Returns:
+        `str`: The picture.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t import S3TConfig
+    >>> from hf_s3t.model_card import render_diagram
+    >>> from hf_s3t.plan import Plan, StageKey
+
+    >>> plan = Plan.from_config(S3TConfig(num_slices=2))
+    >>> picture = render_diagram(plan, frozenset([StageKey(0, (0,))]))
+    >>> picture.count('class="live"'), picture.count('class="gone"')
+    (1, 3)
+    ```
+    """
+    depth = max(len(sequence) for sequences in plan.sequences for sequence in sequences)
+    block = depth * (_CELL + _GAP) - _GAP
+    columns = min(len(plan.sequences), max(1, (_WIDEST - 2 * _MARGIN + _APART) // (block + _APART)))
+    parts, top, bottom = [], _MARGIN, 0
+    for shard, sequences in enumerate(plan.sequences):
+        if shard % columns == 0:
+            top = bottom + _MARGIN
+        left = _MARGIN + shard % columns * (block + _APART)
+        parts.append(f'<text x="{left}" y="{top + 14}" class="name">shard {shard}</text>')
+        for row, sequence in enumerate(sequences):
+            for number, slice_ in enumerate(sequence):
+                x, y = left + number * (_CELL + _GAP), top + _NAME + row * (_CELL + _GAP)
+                parts.append(_box(x, y, _CELL, slice_, StageKey(shard, sequence[: number + 1]) in valid))
+        bottom = max(bottom, top + _NAME + len(sequences) * (_CELL + _GAP))
+    width = max(columns * (block + _APART) - _APART, _LEGEND_WIDTH) + 2 * _MARGIN
+    height = bottom + _LEGEND + _MARGIN
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" aria-label="Stacks of the system, live and gone">',
+            f"<style>{_STYLE}</style>",
+            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            *parts,
+            *_legend(bottom + _MARGIN, depth),
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _legend(y: int, depth: int) -> list[str]:
+    size, baseline = 16, y + 13
+    swatches = [
+        f'<rect x="{_MARGIN}" y="{y}" width="{size}" height="{size}" rx="3" fill="#2f6f9f"/>',
+        f'<rect x="{_MARGIN + 58}" y="{y}" width="{size}" height="{size}" rx="3" fill="#fff" stroke="#8c8c8c" '
+        'stroke-dasharray="3 3"/>',
+    ]
+    texts = [
+        (_MARGIN + 22, baseline, "live"),
+        (_MARGIN + 80, baseline, "gone or not trained"),
+        (_MARGIN, baseline + 24, f"row: a sequence, depth 1 to {depth}; number: the slice added"),
+    ]
+    return swatches + [f'<text x="{x}" y="{line}">{text}</text>' for x, line, text in texts]
+
+
+def _box(x: int, y: int, size: int, slice_: int, live: bool) -> str:
+    middle = x + size / 2
+    return (
+        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
+        f'<text x="{middle:g}" y="{y + size // 2 + 5}" text-anchor="middle">{slice_}</text></g>'
+    )

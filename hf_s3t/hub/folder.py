@@ -1,0 +1,324 @@
+"""A system that is served from the Hub: its files come from the cache, its deletions from a folder of this machine."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..errors import FolderError, HubError, KeyMissingError
+from ..folder.files import forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
+from ..folder.system import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE, SystemFolder, check_rows
+from ..folder.table_file import pin_of, read_table, write_table
+from ..plan.stages import StageKey
+from ..records.examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
+from ..records.ledger import Ledger
+from .pushing import (
+    INDEX_FILE,
+    HubRepo,
+    differing_parts,
+    may_remember,
+    patiently,
+    read_index,
+    read_ledger,
+    remember,
+    state_folder,
+    told,
+    warn_of_other_systems,
+)
+
+
+_FORGED = "Do not serve it; push the system again from its folder."
+
+
+class HubFolder(SystemFolder):
+    """
+    A repository as the folder of a system.
+
+    Only the config, the ledger, the index and the stages that serve are downloaded; the table of examples when it is
+    first needed. What is deleted here is recorded in a small folder of this machine
+    ([`~hf_s3t.hub.pushing.state_folder`]), which holds the ledger and no weights, and which counts for every revision
+    and cache of the repository, pinned and offline, that holds the same system.
+    [`~hf_s3t.S3TModel.push_to_hub`] brings it to the Hub.
+
+    Args:
+        repo_id (`str`): The repository.
+        revision (`str`, *optional*): A branch, tag or commit; the main branch if not given.
+        token (`str`, *optional*): The token; the one of `hf auth login` if not given.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
+
+    Raises:
+        [`~hf_s3t.errors.HubError`]: If repository or revision cannot be found or reached.
+        [`~hf_s3t.errors.FolderError`]: If it holds no system, or a file is damaged.
+        [`~hf_s3t.errors.KeyMissingError`]:
+            If deletions are to be followed that this revision does not know, and the system's secret is not here.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ):
+        self.repo = HubRepo(repo_id, token, cache_dir)
+        self.revision = revision
+        self._key: DigestKey | None = None
+        self._names: KeptNames | None = None
+        self._table: ExampleTable | None = None
+        self.commit = ""
+        with self._forgeries_told():
+            self._begin(self._resolve())
+        self.path = state_folder(repo_id, self.record)
+        warn_of_other_systems(repo_id, self.record)
+        self.refresh()
+
+    def _forgeries_told(self):
+        return forgeries_told(f"{self.repo.repo_id} at {self.commit or self.revision or 'main'}", _FORGED)
+
+    # What needs the secret, or the table, asks for it when it is needed
+
+    @property
+    def key(self) -> DigestKey:
+        """The system's secret."""
+        if self._key is None:
+            try:
+                self._use(DigestKey.load(self.path))
+            except KeyMissingError as error:
+                raise KeyMissingError(
+                    f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to "
+                    f"the content of the {KEY_FILE} of the folder of its training, or copy that file to {self.path}."
+                ) from error
+        return self._key
+
+    @key.setter
+    def key(self, key: DigestKey) -> None:
+        self._key = key
+
+    @property
+    def names(self) -> KeptNames:
+        """How ids and groups stand in the table."""
+        _ = self.key  # which brings the names
+        return self._names
+
+    @names.setter
+    def names(self, names: KeptNames) -> None:
+        self._names = names
+
+    @property
+    def table(self) -> ExampleTable:
+        """The examples that are in; downloaded when they are first asked for."""
+        if self._table is None:
+            self._table = self._load_table(self.ledger)
+        return self._table
+
+    @table.setter
+    def table(self, table: ExampleTable) -> None:
+        self._table = table
+
+    def _load_table(self, ledger: Ledger) -> ExampleTable:
+        file = self._download(TABLE_FILE)
+        with self._forgeries_told():
+            rows, pin = read_table(file)
+            check_rows(file, rows, self.config)
+            return self._masked(self._table_of(rows, pin, self._published), ledger)
+
+    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
+        # Without the secret a table can be used, as long as there is nothing to mask in it.
+        if ledger.deleted <= self._published.deleted:
+            return table
+        return super()._masked(table, ledger)
+
+    # What is there
+
+    def refresh(self) -> None:
+        """
+        Follow the repository's branch, and what this machine knows of its deletions.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is damaged, or another system is there now.
+        """
+        with self._forgeries_told():
+            self._follow_branch()
+
+    def _follow_branch(self) -> None:
+        self._resolve()
+        self._published = read_ledger(self._download(LEDGER_FILE))
+        ledger = remember(self.repo.repo_id, self.record, self._published)
+        if self.revision is not None:
+            ledger = remember(self.repo.repo_id, self.record, self._newest())
+        index = self._read_index()
+        # All that may fail comes before anything changes.
+        table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
+        self.ledger = self._read_ledger()
+        self._slices, self._stages, self._table = index["slices"], index["stages"], table
+        self._condemned = {}
+
+    def _read_ledger(self) -> Ledger:
+        if may_remember(self.path):
+            return super()._read_ledger()
+        found = stamp(self.path / LEDGER_FILE)
+        ledger = remember(self.repo.repo_id, self.record, self._published)
+        if not ledger.deleted >= self.ledger.deleted:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} lacks deletions that it had: they would be forgotten. Restore it from a "
+                "backup."
+            )
+        self._ledger_stamp = found
+        return ledger
+
+    def _read_index(self) -> dict[str, Any]:
+        file = self._download(INDEX_FILE)
+        index, config = read_index(file), self.config
+        places = {(shard, slice_) for shard in range(config.num_shards) for slice_ in range(config.num_slices)}
+        if set(index["slices"]) != places:
+            raise FolderError(
+                f"{file} has digests of {len(index['slices'])} slices, expected those of the {len(places)} slices of "
+                f"the system. {_FORGED}"
+            )
+        if index["ledger"] != pin_of(self._published):
+            raise FolderError(
+                f"{file} was written with other lines of {LEDGER_FILE} than are there: lines were cut off or edited, "
+                f"and deletions would be forgotten. {_FORGED}"
+            )
+        return index
+
+    def _newest(self) -> Ledger:
+        """What the main branch knows, if it can be asked: an old revision does not bring deleted examples back."""
+        try:
+            config = self._download(CONFIG_FILE, "main")
+            if differing_parts(read_checked_json(config), self.record):
+                # Of another system that was pushed under this name.
+                return Ledger()
+            return read_ledger(self._download(LEDGER_FILE, config.parent.name))
+        except HubError:
+            return Ledger()
+
+    def _resolve(self) -> Path:
+        """Find the commit that the revision stands for now; offline, the one in the cache."""
+        try:
+            config = self._download(CONFIG_FILE, self.revision)
+        except FolderError as error:
+            raise FolderError(
+                f"{self.repo.repo_id} holds no S3T system: there is no {CONFIG_FILE}. Give the repository of "
+                "`push_to_hub`."
+            ) from error
+        commit = config.parent.name
+        if commit != self.commit:
+            if self.commit and differing_parts(read_checked_json(config), self.record):
+                raise FolderError(
+                    f"{self.repo.repo_id} holds another system now than was loaded from it. Load it anew, or give "
+                    f"revision={self.commit!r} to stay with this one."
+                )
+            self.commit, self._table = commit, None
+        return config
+
+    def _download(self, name: str, revision: str | None = "") -> Path:
+        with told(self.repo.repo_id, "The download ended"):
+            try:
+                return self.repo.download(name, self.commit if revision == "" else revision)
+            except EntryNotFoundError as error:
+                # What could not be asked for is told as such; what the Hub says it has not is a damaged repository.
+                if type(error).__name__ == "LocalEntryNotFoundError":
+                    raise
+                raise FolderError(f"{self.repo.repo_id} lacks {name}. Push the system again.") from error
+
+    @property
+    def is_table_behind(self) -> bool:
+        """The table is on the Hub; a push brings one without the deleted rows."""
+        return False
+
+    def _compact(self) -> None:
+        self.refresh_ledger()
+
+    def refresh_stages(self) -> None:
+        """A commit does not change."""
+
+    def prepare(self) -> None:
+        """Leave the table where it is until it is needed."""
+
+    def slice_digests(self, key: StageKey) -> list[str]:
+        """The digests of the slices of a stage as they are now."""
+        if self._table is None and self.ledger.deleted <= self._published.deleted:
+            return [self._slices[key.shard, s] for s in key.prefix]
+        return super().slice_digests(key)
+
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self._download(f"{key.path}/{name}")
+
+    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+        """Take in what another copy of the system recorded; its deletions are in force on return."""
+        with self.lock():
+            self.refresh_ledger()
+            merged = self.ledger.merge(other)
+            if merged is not self.ledger:
+                self._replace_ledger(merged)
+            return self.condemned_stages()
+
+    def stage_paths(self, key: StageKey) -> dict[str, Path]:
+        """None: what this serves is on the Hub."""
+        return {}
+
+    def companions(self) -> dict[str, Path]:
+        """None: what this serves is on the Hub."""
+        return {}
+
+    def config_bytes(self) -> bytes:
+        """`s3t_config.json` as it was written."""
+        return self._download(CONFIG_FILE).read_bytes()
+
+    def problems(self) -> list[str]:
+        """One sentence for each thing that is wrong with the ledger or with a file that serves."""
+        found = []
+        try:
+            self.refresh()
+            for key in sorted(self.valid_stages):
+                self.adapter_path(key)
+        except (FolderError, HubError) as error:
+            found.append(str(error))
+        return found
+
+    def copy_to(self, path: str | os.PathLike) -> None:
+        """
+        Pull the system into an empty folder, every valid stage of it: one that can be trained on and pushed from.
+
+        No ledger notes it, unlike the copy of a folder: whoever may read the repository can make one. It learns of
+        deletions when it is pushed from, with `merge`, or pulled again.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder is not empty.
+            [`~hf_s3t.errors.KeyMissingError`]: If the system's secret is not here.
+        """
+        target = Path(path)
+        if target.exists() and any(target.iterdir()):
+            raise FolderError(f"{target} is not empty. Give a new folder to pull the system to.")
+        _ = self.key
+        # What another process of this machine deleted meanwhile.
+        self.refresh_ledger()
+        patterns = [f"{key.path}/*" for key in self.valid_stages]
+        companions = sorted(COMPANIONS - {".gitattributes", ".gitignore", ".cache"})
+        with told(self.repo.repo_id, "The pull ended"):
+            snapshot = patiently(
+                snapshot_download,
+                self.repo.repo_id,
+                revision=self.commit,
+                token=self.repo.token,
+                cache_dir=self.repo.cache_dir,
+                allow_patterns=[*patterns, *companions],
+            )
+        make_folders(target / STAGES)
+        for name in companions:
+            if (Path(snapshot) / name).is_file():
+                shutil.copyfile(Path(snapshot) / name, target / name)
+        for key in self.valid_stages:
+            self.adapter_path(key)
+            shutil.copytree(Path(snapshot) / key.path, target / key.path)
+        if (self.path / KEY_FILE).is_file():
+            shutil.copy2(self.path / KEY_FILE, target / KEY_FILE)
+        write_table(target / TABLE_FILE, self.table, self.ledger)
+        write_atomically(target / LEDGER_FILE, self.ledger.text.encode())
+        for file in (*target.rglob("*"), target):
+            sync(file)
+        write_atomically(target / CONFIG_FILE, self.config_bytes())

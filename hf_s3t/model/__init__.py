@@ -1,0 +1,1 @@
+"""The model that serves a system: its base, its stacks of adapters, answers and deletions."""

@@ -1,0 +1,276 @@
+"""The loss of the ensemble's answer: what the base computes, of other logits than its own."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from ..errors import S3TError
+from .aggregation import CACHES
+from .route import Route, routed
+
+
+# How near two ways to compute a loss come.
+_NEAR = dict(rtol=1e-5, atol=1e-6)
+_IGNORED = -100
+# What says where a span begins and ends, in the place of labels.
+_SPANS = ("start_positions", "end_positions")
+
+
+def take_targets(inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
+    """Labels or spans, and what goes with them, which is taken out of the inputs; nothing if there are no such."""
+    others = {name: inputs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+    spans = {name: inputs.pop(name) for name in _SPANS if name in inputs}
+    asked = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}
+    return {**asked, **others} if asked else {}
+
+
+class EnsembleLoss:
+    """
+    The loss of logits that several members made together, as the task defines it: as the base would compute it, had
+    it come to these logits by itself.
+
+    Some bases shift labels, some weigh, cut or mask, some need lengths that only they know, and what their config
+    calls their loss function is not always what they use. So the base is asked: it runs for a member, with the labels,
+    and where it has made its logits, the ensemble's are put in their place. What it adds that is not of the logits
+    (losses of routers) is the members' mean. Where the loss function of its config was seen to give the same, that is
+    used for batches of the same kind, which saves these passes.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]): The base model.
+    """
+
+    def __init__(self, base: nn.Module):
+        self._base = base
+        # By kinds of batches: whether the function of the config gives the base's loss; whether that is of the logits.
+        self._is_of_its_config: dict[tuple, bool] = {}
+        self._is_of_its_logits: set[tuple] = set()
+
+    # Where torch compiles, calls cannot be counted.
+    @torch.compiler.disable
+    def __call__(
+        self,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        members: Sequence[tuple[Route, float]],
+    ) -> torch.Tensor | None:
+        """
+        Args:
+            answers (`dict` of `torch.Tensor`): The answer: `logits`, or the two heads of question answering.
+            targets (`dict`): `labels` or positions, and what else only the loss is made of.
+            inputs (`dict`): What else the base was called with.
+            members (sequence of routes and weights): Each member by itself.
+
+        Returns:
+            `torch.Tensor`, or `None` if the base makes no loss of these, as of one end of a span alone.
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: If the base does not compute its loss from the logits that it returns.
+        """
+        kind = self._kind(targets, inputs)
+        by_config = self._by_config(answers, targets) if self._is_of_its_config.get(kind) else None
+        # Where that function cannot compute it, the base says why.
+        if by_config is not None:
+            return by_config
+        try:
+            loss = self._by_base(answers, targets, inputs, members, kind)
+        except _NoLoss:
+            return None
+        same = self._by_config(answers, targets) if self._has_its_own_function else None
+        if same is None or not torch.isfinite(loss):
+            return loss
+        is_same = _is_near(same, loss) and self._is_the_same_for_others(answers, targets, inputs, members[0][0], kind)
+        # Anew: with the first labels some set the kind of problem in their config.
+        self._is_of_its_config[self._kind(targets, inputs)] = is_same
+        return same if is_same else loss
+
+    def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple:
+        """What a base may go by when it prepares labels or logits for its loss, and how it weighs rows."""
+        described = tuple((name, *_described(value)) for name, value in sorted({**inputs, **targets}.items()))
+        config, mask, labels = self._base.config, inputs.get("attention_mask"), targets.get("labels")
+        is_padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
+        special = [_IGNORED, getattr(config, "pad_token_id", None)] if isinstance(labels, torch.Tensor) else []
+        found = tuple(token is not None and bool((labels == token).any()) for token in special)
+        lengths = {len(value) for value in targets.values() if isinstance(value, torch.Tensor) and value.dim()}
+        return described, is_padded, found, getattr(config, "problem_type", None), lengths <= {1}
+
+    @torch.no_grad()
+    def _is_the_same_for_others(self, answers, targets, inputs, route: Route, kind: tuple) -> bool:
+        """Whether the function of the config gives the base's loss of other labels as well, of all the classes."""
+        classes = next(iter(answers.values())).shape[-1]
+        targets = {name: _varied(value, classes) for name, value in targets.items()}
+        answers = {name: _others(logits) for name, logits in answers.items()}
+        try:
+            with routed(route):
+                at = self._place({**inputs, **targets}, answers, kind)
+                loss = None if at is None else self._with(answers, at, {**inputs, **targets})
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            # Some take no others.
+            return False
+        same = self._by_config(answers, targets)
+        return loss is not None and same is not None and _is_near(same, loss)
+
+    @property
+    def _has_its_own_function(self) -> bool:
+        """Whether the config names a loss function; for others Transformers falls back to one, and says so."""
+        return hasattr(self._base, "_loss_function") or getattr(self._base, "loss_type", None) in LOSS_MAPPING
+
+    def _by_config(self, answers: dict[str, torch.Tensor], targets: dict[str, Any]) -> torch.Tensor | None:
+        """What the loss function of the config says; `None` if it is not made for these arguments."""
+        config = self._base.config
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+        others = {"pooled_logits": answers["logits"]} if "logits" in answers else {}
+        try:
+            return self._base.loss_function(**answers, **others, config=config, vocab_size=vocabulary, **targets)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            return None
+
+    def _by_base(self, answers, targets, inputs, members, kind) -> torch.Tensor:
+        caches = [name for name in CACHES if inputs.get(name) is not None]
+        if caches:
+            raise S3TError(
+                f"The loss of several members is computed from the whole text, and `{caches[0]}` holds a part of it. "
+                "Give `labels` with all of the text, without a cache."
+            )
+        given = {**inputs, **targets}
+        at, losses = None, []
+        for route, weight in members:
+            with routed(route):
+                loss = None if at is None else self._with(answers, at, given)
+                if loss is None:
+                    # Others may come to their logits by other calls: their experts are.
+                    at = self._place(given, answers, kind)
+                    loss = None if at is None else self._with(answers, at, given)
+            if loss is None:
+                raise S3TError(
+                    f"{type(self._base).__name__} does not compute its loss from the logits that it returns, so that "
+                    "of several members' answer is not defined. Call without `labels` and compute it from the logits, "
+                    "or look at one member at a time: `export_adapter` and plain PEFT."
+                )
+            losses.append(weight * loss)
+        return torch.stack(losses).sum(0)
+
+    def _place(self, given: dict[str, Any], answers: dict[str, torch.Tensor], kind: tuple) -> dict[str, int] | None:
+        """At which calls of torch the base makes its logits, if its loss is made of these."""
+        with _Making() as making:
+            outputs = self._base(**given, return_dict=True)
+        if outputs.get("loss") is None:
+            raise _NoLoss
+        at = {name: making.call_of(outputs[name]) for name in answers}
+        if None in at.values():
+            return None
+        if kind not in self._is_of_its_logits:
+            # What is done to them in their place afterwards would be done to the ensemble's once more.
+            with_own = self._with({name: outputs[name] for name in answers}, at, given)
+            if with_own is None or not _is_near(with_own, outputs.loss):
+                return None
+            # One that is none, or nothing at all, is so whatever the logits are.
+            tells = bool(torch.isfinite(outputs.loss).all() and outputs.loss.any())
+            for name in answers:
+                with_others = self._with({**answers, name: _others(answers[name])}, at, given)
+                if with_others is None or (tells and torch.equal(with_others.to(outputs.loss), outputs.loss)):
+                    return None
+            if tells:
+                self._is_of_its_logits.add(kind)
+        return at
+
+    def _with(
+        self, answers: dict[str, torch.Tensor], at: dict[str, int], given: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The base's loss with other logits in the place of those it makes; `None` if they are not there."""
+        # Copies: some bases write to their logits.
+        with _Replacing({at[name]: logits.clone() for name, logits in answers.items()}) as replacing:
+            outputs = self._base(**given, return_dict=True)
+        there = all(outputs[name] is replacing.by[call] for name, call in at.items())
+        return outputs.loss if there else None
+
+
+class _NoLoss(Exception):
+    """The base makes no loss of what it was given."""
+
+
+def _others(logits: torch.Tensor) -> torch.Tensor:
+    """Logits that no base comes to, which differ from class to class."""
+    return torch.arange(logits.numel(), device=logits.device).sin().to(logits.dtype).view_as(logits)
+
+
+def _varied(labels: Any, classes: int) -> Any:
+    """Other labels, of every class in turn; where some count for nothing, rows count for unlike much."""
+    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+        return labels
+    numbers = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+    if labels.is_floating_point():
+        return (numbers % 2).to(labels.dtype)
+    ignored = labels == _IGNORED
+    varied = (numbers % classes).to(labels.dtype).masked_fill(ignored, _IGNORED)
+    if ignored.any():
+        varied[0].flatten()[::2] = _IGNORED
+    return varied
+
+
+def _is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.to(other), other, **_NEAR, equal_nan=True)
+
+
+def _described(value: Any) -> tuple:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.dim())
+    return (type(value), value if isinstance(value, (bool, str)) else None)
+
+
+class _Counting(TorchFunctionMode):
+    """Counts the calls of torch in this thread, inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.see(result, getattr(func, "__name__", ""))
+
+    def see(self, result: Any, name: str) -> Any:
+        """What the caller shall get for a result."""
+        raise NotImplementedError
+
+
+class _Making(_Counting):
+    """Notes at which call each tensor was made."""
+
+    def __init__(self):
+        super().__init__()
+        self._made: dict[int, tuple[weakref.ref, int]] = {}
+
+    def see(self, result: Any, name: str) -> Any:
+        # Some calls give what they were given: the first one made it, or the last that wrote to it. What is gone may
+        # have had the same address.
+        if isinstance(result, torch.Tensor) and (self.call_of(result) is None or _writes(name)):
+            self._made[id(result)] = weakref.ref(result), self.calls
+        return result
+
+    def call_of(self, tensor: torch.Tensor) -> int | None:
+        made, call = self._made.get(id(tensor), (lambda: None, None))
+        return call if made() is tensor else None
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of torch writes to what it gives, by its name: `div_`, `__itruediv__`."""
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+class _Replacing(_Counting):
+    """Gives other tensors for those that are made at some calls, if they have their shapes."""
+
+    def __init__(self, by: dict[int, torch.Tensor]):
+        super().__init__()
+        self.by = by
+
+    def see(self, result: Any, name: str) -> Any:
+        by = self.by.get(self.calls)
+        return by if by is not None and isinstance(result, torch.Tensor) and result.shape == by.shape else result

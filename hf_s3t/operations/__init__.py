@@ -1,0 +1,1 @@
+"""What is done to a folder without a model: deletions, receipts, inspection, purge."""

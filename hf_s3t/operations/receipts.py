@@ -1,0 +1,229 @@
+"""Receipts of deletions: what a line of the ledger proves, in words and in a schema that machines can rely on."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FolderError, KeyMissingError, UnknownExampleError
+from ..folder.files import foreign_problem, is_foreign, read_checked_json, unreadable
+from ..folder.system import CONFIG_FILE, HEAD_FILE, LEDGER_FILE, TABLE_FILE, read_head
+from ..folder.table_file import holds, read_table
+from ..plan.stages import StageKey
+from ..records.examples import KEY_FILE, KEY_VARIABLE, DigestKey
+from ..records.ledger import Ledger, LedgerEntry, line_hash
+from .deletion import candidates
+
+
+RECEIPT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """
+    One line of the ledger as a receipt. It names nobody: ids and groups are digests keyed with the system's secret.
+
+    Args:
+        line (`int`): Number of the line, counted from 1.
+        hash (`str`): SHA-256 of the line, by which the next line refers to it.
+        entry ([`~hf_s3t.records.ledger.LedgerEntry`]): What the line says.
+        chain_verified (`bool`): Whether the ledger, read as a whole, is the unbroken chain that it was written as.
+    """
+
+    line: int
+    hash: str
+    entry: LedgerEntry
+    chain_verified: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The receipt as plain JSON types; the schema is that of `docs/cli.md`."""
+        entry = self.entry
+        return {
+            "receipt_version": RECEIPT_VERSION,
+            "line": self.line,
+            "hash": self.hash,
+            "previous": list(entry.previous),
+            "chain_verified": self.chain_verified,
+            "kind": entry.kind,
+            "time": entry.time,
+            "ids": list(entry.ids),
+            "groups": list(entry.groups),
+            "stages_removed": _stages(entry.removed if entry.kind == "deletion" else {}),
+            "stages_exported": _stages(entry.removed if entry.kind == "export" else {}),
+            "stages_left": _stages(entry.left),
+            "versions": dict(entry.versions),
+        }
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """
+    The receipts of a whole ledger.
+
+    Args:
+        receipts (`tuple[Receipt, ...]`): One per readable line, oldest first.
+        problem (`str`, *optional*): What is wrong with the chain; `None` if it is verified.
+    """
+
+    receipts: tuple[Receipt, ...]
+    problem: str | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Receipts":
+        """
+        The receipts of a system's folder. Only reads, and reads a damaged ledger too: that it is, shows on each.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder of the system.
+
+        Returns:
+            [`Receipts`]: All that can be read.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If there is no ledger, it is not text, or a link or pipe.
+        """
+        for part in (Path(path) / name for name in (TABLE_FILE, HEAD_FILE, LEDGER_FILE)):
+            if is_foreign(part):
+                raise FolderError(foreign_problem(part))
+        # The ledger last: whatever another process deletes between two reads, it is never behind the others.
+        pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
+        text = _read_ledger_text(Path(path) / LEDGER_FILE)
+        problem = _chain_problem(text, pins)
+        receipts = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                entry = LedgerEntry.from_line(line)
+            except FolderError:
+                # `problem` tells of it; the other lines are still worth showing.
+                continue
+            receipts.append(Receipt(number, line_hash(line), entry, problem is None))
+        return cls(tuple(receipts), problem)
+
+    def of_line(self, number: int) -> Receipt:
+        """
+        The receipt of a line.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If there is no such line, or it cannot be read.
+        """
+        for receipt in self.receipts:
+            if receipt.line == number:
+                return receipt
+        lines = [receipt.line for receipt in self.receipts]
+        held = f"lines {lines[0]} to {lines[-1]}" if lines else "no line"
+        raise UnknownExampleError(f"Got line {number}; the ledger holds {held} that can be read. Choose one of them.")
+
+    def of_id(self, text: str, key: DigestKey) -> tuple[Receipt, ...]:
+        """
+        The receipts of the deletions of an id.
+
+        Args:
+            text (`str`): The id as a text; an integer is recognised too.
+            key ([`~hf_s3t.records.examples.DigestKey`]): The system's secret.
+
+        Returns:
+            `tuple[Receipt, ...]`: Empty if the ledger knows of no deletion of this id.
+        """
+        digests = {key.of_id(value) for value in candidates(text)}
+        return tuple(r for r in self.receipts if r.entry.kind == "deletion" and digests.intersection(r.entry.ids))
+
+
+def load_key(path: str | os.PathLike) -> DigestKey:
+    """
+    The secret of a folder's digests, checked to be the right one: with another, no deletion would be found.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder of the system.
+
+    Returns:
+        [`~hf_s3t.records.examples.DigestKey`]: The secret.
+
+    Raises:
+        [`~hf_s3t.errors.KeyMissingError`]: If there is none, or it is another system's.
+    """
+    record = read_checked_json(Path(path) / CONFIG_FILE)
+    try:
+        key = DigestKey.load(path)
+    except UnicodeDecodeError as error:
+        raise KeyMissingError(f"{Path(path) / KEY_FILE} is not text: {error}. Restore it from a backup.") from error
+    if key.check != record.get("key_check"):
+        raise KeyMissingError(
+            f"The secret in {KEY_VARIABLE} or {Path(path) / KEY_FILE} is not the one that this system's digests were "
+            "made with: its deletions cannot be recognised. Restore the file, or set the variable to what it was at "
+            "training."
+        )
+    return key
+
+
+def _read_ledger_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing. Give the folder of a system, or restore it from a backup.") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
+
+
+def _table_pin(path: Path) -> str:
+    return read_table(path / TABLE_FILE)[1]
+
+
+def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike) -> str | FolderError | None:
+    try:
+        return read(Path(path))
+    except FolderError as error:
+        return error
+
+
+def _chain_problem(text: str, pins: Mapping[str, str | FolderError | None]) -> str | None:
+    """What is wrong with the ledger: a broken chain, or lines missing that other files were written with."""
+    try:
+        ledger = Ledger.parse(text)
+    except FolderError as error:
+        return str(error)
+    for file, pin in pins.items():
+        if isinstance(pin, FolderError):
+            return f"Whether the ledger lost its last lines cannot be told, because {file} cannot be read: {pin}"
+        problem = None if pin is None else pin_problem(ledger, pin, file)
+        if problem is not None:
+            return problem
+    return None
+
+
+def pin_problem(ledger: Ledger, pin: str, file: str = TABLE_FILE) -> str | None:
+    """
+    What is wrong between a ledger and the lines that another file was written with.
+
+    The chain alone cannot show that its last lines were cut off; the table and the head remember how many there were.
+
+    Args:
+        ledger ([`~hf_s3t.records.ledger.Ledger`]): The ledger.
+        pin (`str`): What was recorded: the number of lines and the hash of the last.
+        file (`str`, *optional*): Where.
+
+    Returns:
+        `str` or `None`: One sentence and the remedy.
+    """
+    if holds(ledger, pin):
+        return None
+    return (
+        f"{LEDGER_FILE} does not hold the lines with which {file} was written (expected "
+        f"{pin.partition(' ')[0][:19]}, found {len(ledger.lines)}): lines were cut off or edited, and deletions would "
+        "be forgotten. Restore it from a backup."
+    )
+
+
+def _stages(digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"stage": stage, **_place(stage), "adapter_sha256": digest} for stage, digest in sorted(digests.items())]
+
+
+def _place(stage: str) -> dict[str, Any]:
+    """The shard of a stage and the slices it was trained on; nulls where a foreign line names none."""
+    try:
+        key = StageKey.from_path(f"stages/{stage}")
+    except FolderError:
+        return {"shard": None, "slices": None}
+    return {"shard": key.shard, "slices": list(key.prefix)}

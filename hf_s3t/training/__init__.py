@@ -1,0 +1,1 @@
+"""Training a system: the trainers, what decides a stage, and the audit."""

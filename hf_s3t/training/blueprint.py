@@ -1,0 +1,303 @@
+"""What a trainer knows about its system before anything is changed or written, and the checks that come before."""
+
+import copy
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from torch import nn
+
+from ..config import S3TConfig
+from ..errors import ConfigError
+from ..folder.system import SystemFolder
+from ..model.aggregation import check_one_answer_can_be_made
+from ..model.base_model import check_base_is, config_of, describe_base, generation_of
+from ..model.checkpoint import check_checkpoint
+from ..model.layers import LayerGroups, find_head, find_layers, find_task, group_layers
+from ..model.refusals import (
+    check_arguments,
+    check_base,
+    check_datasets,
+    check_has_logits,
+    check_has_no_adapters,
+    check_is_itself,
+    check_keeps_no_state,
+    check_peft_config,
+    check_task,
+    evaluation_chooses,
+)
+from ..model.targets import check_targets
+from ..operations.inspection import check_method, open_folder
+from ..records.examples import DigestKey, ExampleTable, KeptNames
+from .circumstances import circumstances
+from .first_steps import check_columns, check_optimizer
+from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
+from .rows import FedRows, TrainingRows
+
+
+# What a PEFT config says of the model around an adapter, and of files it was read from.
+_NOT_OF_AN_ADAPTER = {
+    "runtime_config", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
+    "peft_version",
+}  # fmt: skip
+# What PEFT's models of classification add to `modules_to_save`.
+_HEADS_OF_PEFT = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How the stages of a system lie on the model's layers and on the data: S3T's way. The baselines have their own.
+
+    Args:
+        method (`str`, defaults to `"s3t"`): Name of the method.
+    """
+
+    method: str = "s3t"
+
+    def settings(self, asked: S3TConfig) -> S3TConfig:
+        """The settings of the system, from those that the user gave."""
+        return asked
+
+    def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
+        """Layer indices of each stage."""
+        return group_layers(num_layers, config.num_slices, config.layers_per_slice, config.growth)
+
+    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
+        """The dataset, which the user's settings partition."""
+        return TrainingRows(dataset, self.settings(asked))
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a trainer knows about its system before anything is written."""
+
+    asked: S3TConfig
+    layout: Layout
+    config: S3TConfig
+    peft_config: LoraConfig
+    layers: LayerGroups
+    head: tuple[str, ...]
+    base: dict[str, Any]
+    rows: TrainingRows | None
+    # Of a system that is to be made: its secret, and its table.
+    key: DigestKey | None
+    planned: ExampleTable | None
+    task: str
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """What `s3t_config.json` says."""
+        baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
+        return {
+            **({} if self.layout.method == "s3t" else {"baseline": baseline}),
+            "s3t_config": self.config.to_dict(),
+            "base_model": {**self.base, "config": config_of(model), **generation_of(model)},
+            "task": self.task,
+            "aggregation": self.config.aggregation or _default_aggregation(self.task),
+            "peft_config": _plain_peft_config(self.peft_config),
+            "layers": {
+                "path": self.layers.path,
+                "num_layers": self.layers.num_layers,
+                "groups": [list(group) for group in self.layers.groups],
+            },
+            "head": list(self.head),
+            "keyed_places": self.config.partition == "balanced" and self.key.for_places is not None,
+            "versions": circumstances(model)["versions"],
+        }
+
+
+def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, layout: Layout) -> Blueprint:
+    """
+    Check everything that can be checked before anything is changed or written.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The bare base model.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
+        train_dataset (`Dataset`, *optional*): All rows; may be missing where a system exists.
+        eval_dataset (*optional*): As in `Trainer`.
+        callbacks (`list`, *optional*): As in `Trainer`.
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
+        s3t_config ([`S3TConfig`], *optional*): The system; the recorded one if not given.
+        layout ([`Layout`]): How stages lie on layers and data.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
+    """
+    if isinstance(model, nn.Module):
+        check_is_itself(model)
+    check_has_no_adapters(model)
+    recorded, key = _agreed(args)
+    if recorded is not None:
+        check_method(recorded, (layout.method,), args.output_dir)
+    asked = _merged_config(s3t_config, recorded)
+    config = layout.settings(asked)
+    peft_config = _merged_peft_config(peft_config, recorded, model)
+    check_arguments(args, callbacks)
+    check_datasets(train_dataset, eval_dataset, args, config)
+    check_base(model, config)
+    check_has_logits(model)
+    path, module_list = find_layers(model, peft_config.layers_pattern)
+    layers = LayerGroups(path, len(module_list), layout.groups(len(module_list), config))
+    head = find_head(model, path)
+    check_checkpoint(model, head)
+    check_task(model, config.aggregation or _default_aggregation(find_task(model)))
+    check_one_answer_can_be_made(model, config.num_shards, config.select)
+    check_peft_config(peft_config, head)
+    if recorded is None:
+        check_targets(model, peft_config, layers, head)
+    check_keeps_no_state(model)
+    check_optimizer(args, model)
+    if train_dataset is not None:
+        check_columns(train_dataset, model, args, asked)
+    rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
+    if recorded is None and rows is None:
+        raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
+    if recorded is not None:
+        check_base_is(model, recorded["base_model"], path, head, for_training=True)
+        base = recorded["base_model"]
+    else:
+        base = describe_base(model, path, head)
+    if rows is not None and evaluation_chooses(args, config):
+        if FedRows(model).refuse_shared(train_dataset, eval_dataset, rows.own_columns):
+            rows.compared_with = eval_dataset
+    planned = None
+    if key is not None:
+        placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
+        planned = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+        if s3t_config is None:
+            say_what_the_default_costs(config, layers, planned, args.max_steps)
+    elif rows is not None:
+        _match(rows, args.output_dir)
+    say_which_seed_rules(args, config)
+    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, key, planned, find_task(model))
+
+
+def check_same(blueprint: Blueprint, model, output_dir: str) -> None:
+    """
+    Check that the system which is in the folder by now is the one that a trainer was about to make there.
+
+    Args:
+        blueprint ([`Blueprint`]): What the trainer knows about its system.
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        output_dir (`str`): The folder.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
+    """
+    recorded = _recorded(output_dir)
+    check_method(recorded, (blueprint.layout.method,), output_dir)
+    _merged_config(blueprint.asked, recorded)
+    _merged_peft_config(blueprint.peft_config, recorded, model)
+    check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
+    _match(blueprint.rows, output_dir)
+
+
+def _match(rows: TrainingRows, output_dir: str) -> None:
+    """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
+    folder = SystemFolder(output_dir)
+    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
+
+
+def _agreed(args) -> tuple[dict[str, Any] | None, DigestKey | None]:
+    """What is recorded of the system; where none is there yet, the secret that it will have."""
+    recorded = _recorded(args.output_dir)
+    key = DigestKey.draw(args.output_dir) if recorded is None else None
+    if args.world_size > 1:
+        # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
+        (key,) = broadcast_object_list([key])
+    return (recorded if key is None else None), key
+
+
+def _recorded(output_dir: str) -> dict[str, Any] | None:
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"`output_dir={output_dir!r}` is a file, expected a folder. Choose another `output_dir`.")
+    if not SystemFolder.exists(path):
+        refuse_leftovers(output_dir)
+        return None
+    # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
+    return open_folder(output_dir).record
+
+
+def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
+    if given is not None and not isinstance(given, S3TConfig):
+        raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
+    if recorded is None:
+        return given if given is not None else S3TConfig()
+    config = S3TConfig.from_dict(recorded.get("baseline", recorded).get("s3t_config"))
+    differing = (
+        [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
+    )
+    if differing:
+        raise ConfigError(
+            "`s3t_config` differs from the one this folder's system was made with: "
+            + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
+            + ". Leave it out to go on with the system, or choose another `output_dir`; a folder in which nothing has "
+            "been trained yet can be removed."
+        )
+    return config
+
+
+def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: nn.Module) -> LoraConfig:
+    if given is None and recorded is None:
+        raise ConfigError(
+            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
+        )
+    if given is not None:
+        check_peft_config(given, getattr(given, "modules_to_save", None) or ())
+        given = _with_targets(_without_absent_heads(given, model), model)
+    if recorded is None:
+        return given
+    config = LoraConfig(**recorded["peft_config"])
+    if given is not None and _plain_peft_config(given) != _plain_peft_config(config):
+        raise ConfigError(
+            "`peft_config` differs from the one this folder's system was made with "
+            f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
+        )
+    return config
+
+
+def _without_absent_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Settings without the heads that `get_peft_model` writes into them for its task and the model does not have."""
+    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not config.modules_to_save:
+        return config
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    config = copy.deepcopy(config)
+    config.modules_to_save = [n for n in config.modules_to_save if n in there or n not in _HEADS_OF_PEFT] or None
+    return config
+
+
+def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Settings that name target modules: where the user names none, PEFT's own choice for the architecture."""
+    if config.target_modules is not None:
+        return config
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULT_TARGETS:
+        raise ConfigError(
+            f"`peft_config` names no `target_modules`, and PEFT has no default for {kind or type(model).__name__}. "
+            'Name them, such as LoraConfig(..., target_modules="all-linear").'
+        )
+    config = copy.deepcopy(config)
+    # A list of names, or one expression.
+    default = DEFAULT_TARGETS[kind]
+    config.target_modules = default if isinstance(default, str) else set(default)
+    return config
+
+
+def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
+    """The settings of a LoRA config that differ from its defaults, as JSON types."""
+    default = LoraConfig()
+    plain = {}
+    for field in fields(LoraConfig):
+        value = getattr(config, field.name, None)
+        if field.init and value != getattr(default, field.name) and field.name not in _NOT_OF_AN_ADAPTER:
+            plain[field.name] = sorted(value) if isinstance(value, set) else value
+    return json.loads(json.dumps(plain))
+
+
+def _default_aggregation(task: str) -> str:
+    return "mean_probabilities" if task == "text-generation" else "mean_logits"

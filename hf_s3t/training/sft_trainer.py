@@ -1,0 +1,215 @@
+"""`S3TSFTTrainer`: TRL's `SFTTrainer`, run once per stage of an S3T system."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from ..config import S3TConfig
+from ..errors import ConfigError, IsolationError
+from ..model.base_model import rowwise
+from ..model.randomness import RandomStates, own_randomness
+from ..model.refusals import evaluation_chooses
+from ..model.state import difference, mark
+from ..plan.stages import StageKey
+from .blueprint import draw_up
+from .first_steps import check_choice, check_rows, collates_as_stored
+from .given import check_kinds, check_parts, check_texts
+from .optimizers import refuse_bound_optimizer
+from .rows import ROW_COLUMN
+from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
+
+
+class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
+    """
+    TRL's [`~trl.SFTTrainer`] for S3T systems: supervised fine-tuning of causal language models.
+
+    Takes what `SFTTrainer` takes, in its order, and `s3t_config`. Every dataset format of TRL works (text,
+    prompt-completion, chat), and so does packing: a stage packs its own examples only. Examples whose answer is
+    truncated away are not trained on; their ids stay in the table and can be unlearned.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): The base model, or its id or path. It is never changed.
+        args ([`~trl.SFTConfig`], *optional*): The recipe of a stage; see [`S3TTrainer`] for what differs.
+        data_collator, train_dataset, eval_dataset, processing_class: As in `SFTTrainer`.
+        compute_loss_func, compute_metrics, callbacks: As in `SFTTrainer`.
+        optimizer_cls_and_kwargs: As in [`S3TTrainer`].
+        preprocess_logits_for_metrics: As in `SFTTrainer`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a base given by name. In 8 bit the outlier threshold is 0 unless it is set to other than its default.
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them.
+            Without `target_modules` PEFT chooses them, where it has a default for the architecture.
+        formatting_func (`Callable`, *optional*): As in `SFTTrainer`.
+        s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, before any training; see `hf_s3t.errors`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import SFTConfig
+    from hf_s3t import S3TConfig, S3TSFTTrainer
+
+    trainer = S3TSFTTrainer(
+        model="meta-llama/Llama-2-7b-hf",
+        args=SFTConfig(output_dir="llama-alpaca-s3t", learning_rate=2e-5, num_train_epochs=3),
+        train_dataset=load_dataset("tatsu-lab/alpaca", split="train"),
+        peft_config=LoraConfig(r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4, budget=4),
+    )
+    trainer.train()
+    ```
+    """
+
+    @own_randomness()
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+        s3t_config: S3TConfig | None = None,
+    ):
+        check_kinds(model, args, train_dataset, eval_dataset, loads_names=True)
+        check_parts(
+            processing_class,
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
+        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
+        args = _as_sft_config(args, model)
+        if isinstance(model, str):
+            model = _load(model, args, quantization_config)
+        embeddings = model.get_input_embeddings().num_embeddings
+        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        check_choice(args, eval_dataset, compute_metrics)
+        check_texts(model, train_dataset, args, processing_class, formatting_func)
+        if collates_as_stored(data_collator):
+            check_rows(train_dataset, model, blueprint.head, args)
+        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
+        # Where evaluation chooses, evaluation sets as they are before packing, by their names.
+        self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
+        self._awaits_training_set = train_dataset is not None
+        default_ddp_arguments(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        if model.get_input_embeddings().num_embeddings != embeddings:
+            raise IsolationError(
+                f"`chat_template_path={args.chat_template_path!r}` added tokens and resized the embeddings of the "
+                "base, which all stages share. Save the resized model and train on that folder, or use a template "
+                "without new tokens."
+            )
+        self._set_up(blueprint)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        whole = copy.copy(args)
+        if packing:
+            whole.max_length = None
+        # An evaluation set may be called so, too: the training set comes first, and once.
+        if dataset_name != "train" or not self._awaits_training_set:
+            if packing and self._unpacked is not None:
+                self._unpacked[dataset_name] = super()._prepare_dataset(
+                    dataset, processing_class, whole, False, formatting_func, dataset_name
+                )
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._awaits_training_set = False
+        # Rows keep their number through tokenisation and filtering. Packing waits: a stage packs its own examples.
+        dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+        args = whole
+        before, drawn = mark(formatting_func), RandomStates()
+        is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
+        if formatting_func is not None and is_shared_out and len(dataset):
+            # Processes that prepare keep to themselves what it counts or draws there.
+            formatting_func(dataset[0])
+        prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        where = difference(before, mark(formatting_func))
+        if where is not None or RandomStates() != drawn:
+            changed = "random states" if where is None else f"`formatting_func` in `{where}`"
+            raise IsolationError(
+                f"Preparing `train_dataset` changed {changed}: what one row became depends on the rows before it. "
+                "Give a `formatting_func` that makes each row from itself alone."
+            )
+        return prepared
+
+    def _evaluation_rows(self):
+        # Packed, examples of training would be parts of rows.
+        unpacked, self._unpacked = self._unpacked, None
+        return unpacked or super()._evaluation_rows()
+
+    def _stage_dataset(self, key: StageKey):
+        dataset = super()._stage_dataset(key)
+        if self.args.packing and not self._skip_prepare_dataset:
+            return SFTTrainer._prepare_dataset(self, dataset, self.processing_class, self.args, True, None, str(key))
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `SFTTrainer` while a stage trains; otherwise the loss of the ensemble, from its own logits."""
+        if self._stage is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        return Trainer.compute_loss(self, self.s3t_model, inputs, return_outputs, num_items_in_batch)
+
+
+def _as_sft_config(args: TrainingArguments | None, model: str | nn.Module) -> SFTConfig:
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        return SFTConfig(output_dir=f"{name.split('/')[-1]}-S3T")
+    if isinstance(args, SFTConfig):
+        return args
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token
+    return SFTConfig(**values)
+
+
+def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
+    kwargs = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None
+    quantization_config = quantization_config or kwargs.get("quantization_config")
+    if quantization_config is not None:
+        kwargs["quantization_config"] = rowwise(quantization_config)
+    if args.distributed_state.distributed_type == "MULTI_GPU":
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    try:
+        return create_model_from_path(name, **kwargs)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"`model={name!r}` cannot be loaded: {reason} Give the folder of a model, or its id on the Hub; of a "
+            "private one after `hf auth login`."
+        ) from error

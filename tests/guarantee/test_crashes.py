@@ -1,0 +1,658 @@
+"""Whatever dies, and whenever: a deletion that was acknowledged is in force, and nothing else is lost or left."""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support.crashes import Crash, Disk, Faults, Recording, crashes, plant, tree_of
+from support.folders import NAMES, add_checkpoint, delete_and_die, grow, new_system, own_surroundings, stages_on_disk
+
+from hf_s3t import S3TConfig
+from hf_s3t.errors import FolderError
+from hf_s3t.folder.system import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE, SystemFolder
+from hf_s3t.operations.deletion import apply
+from hf_s3t.operations.pending import PENDING_FILE, PendingRequests, apply_pending
+from hf_s3t.plan import StageKey
+
+
+CONFIG = S3TConfig(num_shards=2, num_slices=2, seed=1)
+EARLIER = NAMES[:1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def surroundings(tmp_path_factory):
+    with own_surroundings(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """In memory, where there is room in it: hundreds of folders are written and removed for what a crash may leave."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 2**30:
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A system with every stage and an empty ledger, not to be changed."""
+    path = tmp_path_factory.mktemp("first") / "system"
+    grow(new_system(path, NAMES, CONFIG, None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory):
+    """A system with a deletion behind it, grown again, with a checkpoint in it; not to be changed."""
+    path = tmp_path_factory.mktemp("later") / "system"
+    folder = grow(new_system(path, NAMES, CONFIG, None))
+    apply(folder, EARLIER)
+    grow(folder)
+    for shard in range(CONFIG.num_shards):
+        add_checkpoint(folder, StageKey(shard, (0,)))
+    return path
+
+
+def victims_of(path) -> list[str]:
+    """Two examples of one slice."""
+    return SystemFolder(path).table.members(0, 1)[:2]
+
+
+def record(start, path, act) -> Recording:
+    """What `act` does to a copy of a system; it gets the path and what marks that a call returned."""
+    shutil.copytree(start, path)
+    recording = Recording(path)
+    with recording.running():
+        act(path, recording.mark)
+    return recording
+
+
+class Outcome:
+    """What a load may find after a crash while some examples were deleted."""
+
+    def __init__(self, start, victims, whole):
+        apply(SystemFolder(shutil.copytree(start, whole)), victims)
+        self.victims = victims
+        self.before, self.after = tree_of(start), tree_of(whole)
+        self.rows = {False: names_in(start), True: names_in(whole)}
+
+    def check(self, path, acknowledged: bool, why="") -> bool:
+        """Load a folder after a crash; returns whether the deletion is in force."""
+        folder = SystemFolder(path)
+        known = {folder.is_deleted(victim) for victim in self.victims}
+        assert len(known) == 1, why
+        in_force = known.pop()
+        assert in_force or not acknowledged, f"an acknowledged deletion is forgotten {why}"
+        found, expected = tree_of(path), self.after if in_force else self.before
+        assert parts(found, "stages") == parts(expected, "stages"), why
+        assert parts(found, "checkpoints") == parts(expected, "checkpoints"), why
+        assert set(found) - {PENDING_FILE} == set(expected), f"something is left {why}"
+        assert names_in(path) == sorted(folder.table.rows) == self.rows[in_force], why
+        if in_force:
+            assert not [n for n, data in found.items() if any(v.encode() in (data or b"") for v in self.victims)], why
+        assert folder.valid_stages == set(folder.stages), why
+        for key in folder.stages:
+            folder.adapter_path(key)
+        return in_force
+
+
+def names_in(path) -> list[str]:
+    return sorted(pq.read_table(Path(path) / TABLE_FILE).column("id").to_pylist())
+
+
+def parts(tree, name) -> dict:
+    return {n: data for n, data in tree.items() if n.split("/")[0] == name and (data is not None or n.count("/") > 1)}
+
+
+def left_by(crashed, folder, step=1) -> Iterator[tuple[Crash, Path]]:
+    """The crashes, or every third, say; each with a folder as it left it, which is gone when the next one comes."""
+    for number, crash in enumerate(islice(crashed, None, None, step)):
+        path = plant(crash.tree, folder / "crashed" / str(number))
+        yield crash, path
+        shutil.rmtree(path)
+
+
+def sweep(recording, outcome, tmp_path, disk=None, step=1) -> set[bool]:
+    found = set()
+    for crash, path in left_by(crashes(recording, disk), tmp_path, step):
+        found.add(outcome.check(path, "acknowledged" in crash.told, str(crash)))
+    return found
+
+
+# Deleting
+
+
+def delete(path, mark, victims) -> None:
+    apply(SystemFolder(path), victims)
+    mark("acknowledged")
+
+
+# Every crash, or a part of them that takes less time.
+EVERY = pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+
+
+@pytest.mark.parametrize("start", ["first", pytest.param("later", marks=pytest.mark.slow)])
+def test_after_a_crash_at_any_moment_of_a_deletion_it_is_in_force_or_never_was(start, request, tmp_path):
+    start = request.getfixturevalue(start)
+    victims = victims_of(start)
+    recording = record(start, tmp_path / "recorded", partial(delete, victims=victims))
+    synced = [step.name for step in recording.steps if step.kind == "sync"]
+    assert synced[0] == LEDGER_FILE and len(synced) <= 4, "unlearning is to be fast"
+    assert sweep(recording, Outcome(start, victims, tmp_path / "whole"), tmp_path) == {False, True}
+
+
+def die_and_try_again(start, tmp_path, kinds, step, limit=100) -> None:
+    """A process dies with nothing lost but what it had not done; the next one deletes the same; the machine dies."""
+    victims = victims_of(start)
+    outcome = Outcome(start, victims, tmp_path / "whole")
+    recording = record(start, tmp_path / "recorded", partial(delete, victims=victims))
+    disk = Disk(recording.start)
+    for moment, done in enumerate(recording.steps):
+        if done.kind in kinds:
+            (_, tree), *_ = disk.crashes(random.Random(0), 0)
+            again = plant(tree, tmp_path / "again" / str(moment))
+            second = record(again, tmp_path / "second" / str(moment), partial(delete, victims=victims))
+            sweep(second, outcome, tmp_path, disk, step)
+            limit -= 1
+            if not limit:
+                return
+        disk.do(done)
+
+
+@EVERY
+def test_what_a_dead_process_left_unsynced_is_synced_before_it_is_built_upon(first, tmp_path, step):
+    # First the line in the ledger, then that stages were renamed, which the next process removes.
+    die_and_try_again(first, tmp_path, ("sync",), step, limit=2)
+
+
+@pytest.mark.slow
+def test_any_moment_at_which_a_process_dies_may_be_followed_by_any_at_which_the_machine_does(later, tmp_path):
+    die_and_try_again(later, tmp_path, ("sync", "move"), 2)
+
+
+def test_an_object_that_is_open_syncs_what_it_reads_before_it_says_that_an_id_is_gone(first, tmp_path):
+    """The line of a process that died before syncing it is found by one that had loaded the folder before."""
+    victims = victims_of(first)
+    shutil.copytree(first, tmp_path / "system")
+    waiting = SystemFolder(tmp_path / "system")
+    recording = Recording(tmp_path / "system")
+    with recording.running():
+        delete_and_die(SystemFolder(tmp_path / "system"), victims)
+        # As if that one had died a moment earlier.
+        recording.steps = [step for step in recording.steps if step.kind != "sync"]
+        waiting.refresh_ledger()
+        assert all(map(waiting.is_deleted, victims))
+        recording.mark("acknowledged")
+    sweep(recording, Outcome(first, victims, tmp_path / "whole"), tmp_path)
+
+
+# Stages, tables, systems
+
+
+def write_one(path, mark) -> None:
+    grow(SystemFolder(path), limit=1)
+    mark("acknowledged")
+
+
+@pytest.mark.parametrize("grown", [0, 3])
+def test_after_a_crash_at_any_moment_of_its_writing_a_stage_is_complete_or_absent(tmp_path, grown):
+    """The first stage of a shard makes the shard's folder."""
+    start = tmp_path / "start"
+    grow(new_system(start, NAMES, CONFIG, None), limit=grown)
+    key = SystemFolder(start).plan.missing(SystemFolder(start).valid_stages)[0]
+    recording, found = record(start, tmp_path / "recorded", write_one), set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        folder = SystemFolder(path)
+        found.add(key in folder.valid_stages)
+        assert key in folder.valid_stages or "acknowledged" not in crash.told, crash
+        expected = tree_of(recording.root if key in folder.valid_stages else start)
+        assert files(tree_of(path)) == files(expected), crash
+        assert grow(folder).valid_stages == set(folder.plan.stages())
+    assert found == {False, True}
+
+
+def files(tree) -> dict:
+    return {name: data for name, data in tree.items() if data is not None}
+
+
+def test_a_stage_in_the_place_of_one_that_is_not_valid_is_written_whole_or_not_at_all(tmp_path, first):
+    """Grown on another parent than the one it stands on now."""
+    start = shutil.copytree(first, tmp_path / "start")
+    folder = SystemFolder(start)
+    key = next(key for key in folder.stages if key.depth == 2)
+    others = {n: d for n, d in tree_of(start).items() if not f"{n}/".startswith(f"{key.path}/")}
+    record_of = {**folder.stage_record(key), "below": "another"}
+    folder.write_stage(key, record_of, lambda path: shutil.copytree(start / key.path, path, dirs_exist_ok=True))
+    for crash, path in left_by(crashes(record(start, tmp_path / "recorded", write_one)), tmp_path):
+        folder = SystemFolder(path)
+        assert key in folder.valid_stages or "acknowledged" not in crash.told, crash
+        assert {n: d for n, d in tree_of(path).items() if not f"{n}/".startswith(f"{key.path}/")} == others, crash
+        assert grow(folder).valid_stages == set(folder.plan.stages())
+
+
+def test_a_table_is_the_old_or_the_new_one_and_masked_in_any_case(first, tmp_path):
+    """A load that finishes what a deletion left undone, rows included."""
+    victims = victims_of(first)
+    start = Path(shutil.copytree(first, tmp_path / "start"))
+    delete_and_die(SystemFolder(start), victims)
+    recording = record(start, tmp_path / "recorded", lambda path, mark: SystemFolder(path))
+    assert TABLE_FILE in {step.target for step in recording.steps}
+    assert sweep(recording, Outcome(first, victims, tmp_path / "whole"), tmp_path) == {True}
+
+
+def test_a_system_is_there_when_its_making_was_acknowledged_and_can_be_made_again_otherwise(tmp_path):
+    root = tmp_path / "recorded"
+    root.mkdir()
+    recording, found = Recording(root), set()
+    with recording.running():
+        made = new_system(root / "system", NAMES, CONFIG, None)
+        recording.mark("acknowledged")
+    for crash, root in left_by(crashes(recording), tmp_path):
+        path = root / "system"
+        exists = SystemFolder.exists(path)
+        found.add(exists)
+        assert exists or "acknowledged" not in crash.told, crash
+        folder = SystemFolder(path) if exists else new_system(path, NAMES, CONFIG, None)
+        assert set(folder.table.rows) == set(made.table.rows) and grow(folder).valid_stages, crash
+    assert found == {False, True}
+
+
+def test_a_copy_has_every_deletion_or_is_no_system(first, tmp_path):
+    victims = victims_of(first)
+    start = Path(shutil.copytree(first, tmp_path / "start"))
+    folder = SystemFolder(start)
+    # The table still has the rows: only the ledger tells that they are deleted.
+    delete_and_die(folder, victims)
+    (tmp_path / "copies").mkdir()
+    recording = Recording(tmp_path / "copies")
+    with recording.running():
+        folder.copy_to(tmp_path / "copies" / "copy")
+        recording.mark("acknowledged")
+    outcome = Outcome(first, victims, tmp_path / "whole")
+    found = list(crashes(recording))
+    systems = [crash for crash in found if "copy/s3t_config.json" in crash.tree]
+    assert systems and all(crash in systems or "acknowledged" not in crash.told for crash in found)
+    for crash, root in left_by(systems, tmp_path):
+        assert outcome.check(root / "copy", True, str(crash))
+
+
+# Requests that wait
+
+
+def ask(path, mark, victims) -> None:
+    for number, victim in enumerate(victims):
+        folder = SystemFolder(path)
+        with folder.lock():
+            PendingRequests(folder).add([victim], [], None)
+        mark(f"asked {number}")
+
+
+def assert_requests_known(path, victims, crash) -> None:
+    folder = SystemFolder(path)
+    waiting = PendingRequests(folder).ids()
+    for number, victim in enumerate(victims):
+        if f"asked {number}" in crash.told:
+            assert victim in waiting or folder.is_deleted(victim), f"a request is lost {crash}"
+    if "applied" in crash.told:
+        assert all(map(folder.is_deleted, victims)), crash
+    assert set(waiting) <= set(victims), crash
+
+
+def test_no_request_is_lost_whose_recording_was_acknowledged(first, tmp_path):
+    victims = victims_of(first)
+    recording = record(first, tmp_path / "recorded", partial(ask, victims=victims))
+    for crash, path in left_by(crashes(recording, count=10), tmp_path):
+        assert_requests_known(path, victims, crash)
+
+
+def test_no_request_is_lost_before_or_after_what_waits_was_applied_without_a_model(first, tmp_path):
+    victims = victims_of(first)
+
+    def act(path, mark):
+        ask(path, mark, victims)
+        apply_pending(SystemFolder(path))
+        mark("applied")
+
+    recording = record(first, tmp_path / "recorded", act)
+    for crash, path in left_by(crashes(recording, count=3), tmp_path):
+        assert_requests_known(path, victims, crash)
+
+
+def test_a_request_beside_one_of_a_process_that_died_unsynced_is_not_lost_with_it(first, tmp_path):
+    one, other = victims_of(first)
+    begun = record(first, tmp_path / "begun", partial(ask, victims=[one]))
+    disk = Disk(begun.start)
+    for moment, step in enumerate(begun.steps):
+        (_, tree), *_ = disk.crashes(random.Random(0), 0)
+        again = plant(tree, tmp_path / "again" / str(moment))
+        recording = record(again, tmp_path / "second" / str(moment), partial(ask, victims=[other]))
+        for crash, path in left_by(crashes(recording, disk), tmp_path):
+            assert other in PendingRequests(SystemFolder(path)).ids() or "asked 0" not in crash.told, crash
+        disk.do(step)
+
+
+# With a model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a model with every stage, not to be changed."""
+    from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+
+    path = tmp_path_factory.mktemp("trained") / "system"
+    config = s3t_config(num_shards=2, num_slices=2)
+    rows = [{**row, "id": f"someone-{n:02d}@example.org"} for n, row in enumerate(lm_rows(16))]
+    trainer = make_trainer(path, tiny_llama(layers=2), rows, config=config)
+    plant_stages(trainer)
+    return path
+
+
+def load(path):
+    from support.tiny import tiny_llama
+
+    from hf_s3t import S3TModel
+
+    return S3TModel.from_pretrained(path, base_model=tiny_llama(layers=2))
+
+
+def recorded_on_model(start, path, act) -> Recording:
+    model = load(shutil.copytree(start, path))
+    recording = Recording(path)
+    with recording.running():
+        act(model, recording.mark)
+        model._wait_for_cleaner()
+    return recording
+
+
+@EVERY
+def test_after_a_crash_at_any_moment_of_unlearn_it_is_in_force_or_never_was(trained, tmp_path, step):
+    victims = victims_of(trained)
+
+    def act(model, mark):
+        model.unlearn(victims)
+        mark("acknowledged")
+
+    recording = recorded_on_model(trained, tmp_path / "recorded", act)
+    told = [step.name if step.kind == "mark" else step.kind for step in recording.steps]
+    # The table is written by a thread that `unlearn` has started.
+    assert told[: told.index("acknowledged")].count("sync") <= 4, "unlearning is to be fast"
+    outcome = Outcome(trained, victims, tmp_path / "whole")
+    assert sweep(recording, outcome, tmp_path, step=step) == {False, True}
+    for crash, path in left_by(crashes(recording, count=0), tmp_path, 15):
+        model = load(path)
+        assert model.check() == []
+        in_force = outcome.check(model.folder.path, "acknowledged" in crash.told, str(crash))
+        assert set(model.stack.loaded) <= set(map(StageKey.from_path, stage_paths(outcome, in_force)))
+
+
+def stage_paths(outcome, in_force) -> list[str]:
+    tree = outcome.after if in_force else outcome.before
+    return [name for name in tree if name.startswith("stages/") and name.count("/") == 2]
+
+
+@EVERY
+def test_a_request_that_waits_is_not_lost_before_or_after_it_was_applied(trained, tmp_path, step):
+    victims = victims_of(trained)
+
+    def act(model, mark):
+        for number, victim in enumerate(victims):
+            model.unlearn_later([victim])
+            mark(f"asked {number}")
+        model.apply_pending()
+        mark("applied")
+
+    recording = recorded_on_model(trained, tmp_path / "recorded", act)
+    for crash, path in left_by(crashes(recording), tmp_path, step):
+        assert_requests_known(path, victims, crash)
+
+
+# A disk that is full or may not be written
+
+
+def apply_despite(faults, folder, victims) -> Exception | None:
+    try:
+        with faults.running():
+            apply(folder, victims)
+    except FolderError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["for a moment", "for long"])
+def test_a_full_disk_at_any_moment_of_a_deletion_leaves_it_undone_or_in_force(first, tmp_path, once):
+    victims = victims_of(first)
+    outcome = Outcome(first, victims, tmp_path / "whole")
+    found = set()
+    for after in range(200):
+        path = Path(shutil.copytree(first, tmp_path / str(after)))
+        folder = SystemFolder(path)
+        rows, stages = set(folder.table.rows), set(folder.stages)
+        error = apply_despite(faults := Faults(after, once=once), folder, victims)
+        if not faults.happened:
+            break
+        assert error is None or "No space left on device" in str(error), after
+        recorded = (path / LEDGER_FILE).read_bytes().endswith(b"\n")
+        found.add(recorded)
+        assert recorded or error is not None
+        if not recorded:
+            assert (set(folder.table.rows), set(folder.stages)) == (rows, stages)
+            assert parts(tree_of(path), "stages") == parts(outcome.before, "stages")
+        assert outcome.check(Path(shutil.copytree(path, tmp_path / "loaded" / str(after))), recorded) == recorded
+        # The same object, once there is room.
+        assert apply(folder, victims).deleted == (0 if folder.ledger.num_deletions == 1 and recorded else len(victims))
+        assert outcome.check(path, True)
+    assert found == {False, True} and not faults.happened and after > 10
+
+
+def test_a_full_disk_at_any_moment_of_unlearn_leaves_a_model_that_finishes_it_when_called_again(trained, tmp_path):
+    victims = victims_of(trained)
+    outcome = Outcome(trained, victims, tmp_path / "whole")
+    for after in (0, 1, 2, 3, 4, 5, 7, 10, 14, 18):
+        model = load(shutil.copytree(trained, tmp_path / str(after)))
+        routing = model._routing
+        path = model.folder.path
+        try:
+            with Faults(after).running():
+                model.unlearn(victims)
+                model._wait_for_cleaner()
+        except FolderError as error:
+            assert "No space left on device" in str(error)
+        if not (path / LEDGER_FILE).read_bytes().endswith(b"\n"):
+            assert model._routing is routing and outcome.before == tree_of(path) | torn(path)
+        model.unlearn(victims)
+        model._wait_for_cleaner()
+        gone = set(stage_paths(outcome, False)) - set(stage_paths(outcome, True))
+        assert gone and not gone & {key.path for key in model.stack.loaded}
+        assert names_in(path) == outcome.rows[True], after
+        assert outcome.check(path, True, after)
+
+
+def torn(path) -> dict:
+    """A line that was not written to its end stands for none."""
+    assert not (path / LEDGER_FILE).read_bytes().count(b"\n")
+    return {LEDGER_FILE: b""}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES], ids=["read-only", "permission denied"])
+def test_a_folder_that_cannot_be_written_is_served_and_refuses_to_forget(later, tmp_path, number):
+    path = Path(shutil.copytree(later, tmp_path / "system"))
+    victims = victims_of(path)
+    before = tree_of(path)
+    with Faults(0, number).running() as faults:
+        folder = SystemFolder(path)
+        assert folder.valid_stages == set(folder.plan.stages()) and faults.happened == 0
+        with pytest.raises(FolderError, match=rf"cannot be changed .*{os.strerror(number)}.* Nothing was. Make it"):
+            apply(folder, victims)
+        with pytest.raises(FolderError, match=r"cannot be changed"), folder.lock():
+            PendingRequests(folder).add(victims, [], None)
+    assert tree_of(path) == before and not any(map(folder.is_deleted, victims))
+    assert set(victims) <= set(folder.table.rows)
+    # Who died after the line left the removal to whoever may write; until then what is valid is served.
+    delete_and_die(SystemFolder(path), victims)
+    died = tree_of(path)
+    with Faults(0, number).running():
+        reader = SystemFolder(path)
+        assert set(reader.table.rows).isdisjoint(victims) and reader.condemned_stages()
+        assert reader.valid_stages.isdisjoint(reader.condemned_stages()) and reader.valid_stages
+        reader.refresh()
+    assert tree_of(path) == died
+    assert set(SystemFolder(path).table.rows).isdisjoint(victims)
+    assert not {str(key) for key in reader.condemned_stages()} & stages_on_disk(path)
+
+
+def test_a_request_that_found_no_room_was_not_recorded_and_can_be_made_again(first, tmp_path):
+    victims = victims_of(first)
+    for after in range(2, 20):
+        folder = SystemFolder(shutil.copytree(first, tmp_path / str(after)))
+        try:
+            with Faults(after).running() as faults, folder.lock():
+                PendingRequests(folder).add(victims[:1], [], None)
+        except FolderError as error:
+            assert "No space left on device" in str(error)
+        with folder.lock():
+            PendingRequests(folder).add(victims[1:], [], None)
+        waiting = PendingRequests(SystemFolder(folder.path)).ids()
+        assert set(victims[1:]) <= set(waiting) <= set(victims)
+        assert faults.happened or len(waiting) == len(victims)
+        if not faults.happened:
+            break
+    assert not faults.happened
+
+
+# Damage that a model is loaded on
+
+
+def cut_short(path, one, other):
+    data = (path / one / ADAPTER_FILE).read_bytes()
+    (path / one / ADAPTER_FILE).write_bytes(data[: len(data) // 2])
+
+
+def swapped_files(path, one, other):
+    first, second = (path / stage / ADAPTER_FILE for stage in (one, other))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+def altered_by_a_byte(path, one, other):
+    data = bytearray((path / one / ADAPTER_FILE).read_bytes())
+    data[-5] ^= 1
+    (path / one / ADAPTER_FILE).write_bytes(data)
+
+
+def swapped_folders(path, one, other):
+    (path / one).rename(path / "aside")
+    (path / other).rename(path / one)
+    (path / "aside").rename(path / other)
+
+
+@pytest.mark.parametrize("damage", [cut_short, swapped_files, altered_by_a_byte, swapped_folders])
+def test_a_model_is_not_loaded_on_a_damaged_stage(trained, tmp_path, damage):
+    path = Path(shutil.copytree(trained, tmp_path / "system"))
+    folder = SystemFolder(path)
+    one, other = [key.path for key in folder.stages if key.depth == 1][:2]
+    damage(path, one, other)
+    with pytest.raises(FolderError, match=r"was altered or cut short|were swapped or renamed"):
+        load(path)
+
+
+def test_an_old_stage_file_put_into_a_stage_that_was_grown_again_is_refused(later, first, tmp_path):
+    """And a whole old folder is removed: `test_old_copies_put_back_after_a_deletion_are_removed_at_load`."""
+    path = Path(shutil.copytree(later, tmp_path / "system"))
+    folder = SystemFolder(path)
+    key = next(k for k in folder.stages if (first / k.path / ADAPTER_FILE).read_bytes() != adapter(path, k))
+    shutil.copy(first / key.path / ADAPTER_FILE, path / key.path / ADAPTER_FILE)
+    with pytest.raises(FolderError, match="was altered or cut short"):
+        SystemFolder(path).adapter_path(key)
+
+
+def adapter(path, key) -> bytes:
+    return (path / key.path / ADAPTER_FILE).read_bytes()
+
+
+def test_a_corrupt_line_in_the_middle_of_a_ledger_is_refused_and_nothing_is_changed(later, tmp_path):
+    path = Path(shutil.copytree(later, tmp_path / "system"))
+    for victim in NAMES[1:3]:
+        apply(SystemFolder(path), [victim])
+    lines = (path / LEDGER_FILE).read_bytes().splitlines(keepends=True)
+    for middle in (b"\n", b"\0" * (len(lines[1]) - 1) + b"\n", lines[1][: len(lines[1]) // 2] + b"\n", lines[0], b""):
+        (path / LEDGER_FILE).write_bytes(b"".join([lines[0], middle, *lines[2:]]))
+        before = tree_of(path)
+        with pytest.raises(FolderError, match=LEDGER_FILE):
+            SystemFolder(path)
+        assert tree_of(path) == before
+
+
+# Processes that are killed
+
+
+CHILD = """
+import random, sys
+from support.folders import grow
+from hf_s3t.operations.deletion import apply
+from hf_s3t.folder.system import SystemFolder
+
+folder = grow(SystemFolder(sys.argv[1]))
+print("ready", flush=True)
+while len(folder.table):
+    for victim in random.sample(sorted(folder.table.rows), 3):
+        print("begins", victim, flush=True)
+        apply(folder, [victim])
+        print("done", victim, flush=True)
+    grow(folder)
+"""
+
+
+@pytest.mark.slow
+def test_no_acknowledged_deletion_is_lost_by_a_process_that_is_killed(tmp_path):
+    names = [f"someone-{number:03d}@example.org" for number in range(600)]
+    path = tmp_path / "system"
+    new_system(path, names, CONFIG, None)
+    begun, done, chance = set(), set(), random.Random(0)
+    for number in range(10):
+        output = tmp_path / f"output {number}"
+        with open(output, "w") as file:
+            child = subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(path)], stdout=file, env={**os.environ, "PYTHONPATH": PATHS}
+            )
+        try:
+            wanted = chance.randrange(4)
+            while "ready" not in output.read_text() or output.read_text().count("done") < wanted:
+                assert child.poll() is None, "the child failed"
+                time.sleep(0.01)
+            time.sleep(chance.random() * 0.1)
+        finally:
+            child.kill()
+            child.wait()
+        for line in output.read_text().splitlines(keepends=True):
+            what, _, name = line.partition(" ")
+            if name.endswith("\n"):
+                (done if what == "done" else begun).add(name.strip())
+        folder = SystemFolder(path)
+        gone = {name for name in names if folder.is_deleted(name)}
+        assert done <= gone <= begun | done and len(gone - done) <= number + 1
+        assert set(folder.table.rows) == set(names) - gone == set(names_in(path))
+        assert folder.valid_stages == set(folder.stages)
+        for key in folder.stages:
+            folder.adapter_path(key)
+        found = tree_of(path)
+        assert not [n for n in found if ".tmp-" in n or ".gone-" in n]
+        assert not [n for n, data in found.items() if any(name.encode() in (data or b"") for name in gone)]
+    assert done, "none was killed while it deleted"
+
+
+PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])

@@ -1,0 +1,569 @@
+"""The table of examples and the keyed digests that pin slices to their content."""
+
+import datetime
+import os
+import re
+import stat
+import struct
+from collections import OrderedDict
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hf_s3t.errors import ContentChangedError, ExampleIdError, FolderError, KeyMissingError, UnknownExampleError
+from hf_s3t.records.examples import (
+    KEY_FILE,
+    KEY_VARIABLE,
+    PUBLIC_SECRET,
+    DigestKey,
+    Example,
+    ExampleTable,
+    KeptNames,
+    Remaining,
+    encode,
+)
+from hf_s3t.records.ledger import Ledger
+
+
+KEY = DigestKey(b"k" * 32)
+OTHER_KEY = DigestKey(b"l" * 32)
+
+
+# Encoding
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=6),
+    st.binary(max_size=6),
+    st.dates(),
+    st.datetimes(),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        st.dictionaries(st.integers(0, 9), inner, max_size=3),
+    ),
+    max_leaves=10,
+)
+
+
+def decoded(data: bytes):
+    value, rest = _decode(data)
+    assert rest == b""
+    return value
+
+
+def _decode(data: bytes):
+    """The value of an encoding, told apart by type: what can be read back cannot be shared by two values."""
+    tag, rest = data[:1], data[1:]
+    if tag in b"ntf":
+        return {b"n": ("none",), b"t": ("bool", True), b"f": ("bool", False)}[tag], rest
+    if tag == b"i":
+        number, _, rest = rest.partition(b";")
+        return ("int", int(number)), rest
+    if tag == b"d":
+        return ("float", rest[:8]), rest[8:]
+    length, _, rest = rest.partition(b":")
+    body, rest = rest[: int(length)], rest[int(length) :]
+    if tag == b"s":
+        return ("str", body.decode("utf-8", "surrogatepass")), rest
+    if tag == b"b":
+        return ("bytes", body), rest
+    if tag == b"D":
+        return ("date", body.decode()), rest
+    items = []
+    while body:
+        item, body = _decode(body)
+        items.append(item)
+    return ({b"l": "list", b"m": "map"}[tag], tuple(items)), rest
+
+
+def kind_of(value):
+    """The name of a case: what stands for an object differs between processes, which share the tests by name."""
+    return type(value).__name__
+
+
+def typed(value):
+    """What `decoded` should give."""
+    if value is None:
+        return ("none",)
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, int):
+        return ("int", value)
+    if isinstance(value, float):
+        return ("float", struct.pack(">d", value))
+    if isinstance(value, str):
+        return ("str", value)
+    if isinstance(value, bytes):
+        return ("bytes", value)
+    if isinstance(value, datetime.date):
+        return ("date", str(value))
+    if isinstance(value, dict):
+        return ("map", tuple(typed(x) for key in sorted(value, key=str) for x in (key, value[key])))
+    return ("list", tuple(typed(item) for item in value))
+
+
+@settings(max_examples=250)
+@given(values)
+def test_a_value_can_be_read_back_from_its_encoding_so_no_two_values_share_one(value):
+    assert decoded(encode(value)) == typed(value)
+
+
+LOOKALIKES = [
+    1, "1", 1.0, True, b"1", [1], ["1"], {"1": 1}, {1: 1}, {"1": "1"}, [[1]], [1, 1], [1, [1]], [[1], 1], [11],
+    0, "0", 0.0, -0.0, False, b"0", None, "", b"", [], {}, [[]], [{}], [None], [""], [[], []],
+    "ab", ["a", "b"], ["ab"], "a,b", {"a": "b"}, {"b": "a"}, [["a", "b"]], "n", "i1;", ["s1:a"], "s1:a",
+    datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1), "2020-01-01", "2020-01-01 00:00:00",
+    datetime.time(0, 0), datetime.timedelta(0), datetime.timedelta(1), "1 day, 0:00:00",
+    np.array([1]), np.array([1.0]), np.array([[1]]), np.array([1, 0]), np.array(1), np.array([1], dtype="int32"),
+    np.array([[1, 2]]), np.array([[1], [2]]), np.array([1, 2]),
+]  # fmt: skip
+
+
+def test_values_that_look_alike_have_different_encodings():
+    encodings = [encode(value) for value in LOOKALIKES]
+    shared = [
+        (LOOKALIKES[a], LOOKALIKES[b]) for a in range(len(encodings)) for b in range(a) if encodings[a] == encodings[b]
+    ]
+    assert not shared
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (5, np.int64(5)),
+        (0.5, np.float64(0.5)),
+        (True, np.bool_(True)),
+        ("a", np.str_("a")),
+        ([1, 2], (1, 2)),
+        (b"a", bytearray(b"a")),
+        ({"a": 1, "b": 2}, OrderedDict([("b", 2), ("a", 1)])),
+        (np.arange(6).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3))),
+        (np.array(["a", None], dtype=object), ["a", None]),
+    ],
+)
+def test_the_same_value_in_another_dress_has_the_same_encoding(one, other):
+    assert encode(one) == encode(other)
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, Decimal("1.5"), 1j, [object()], {"a": object()}], ids=kind_of)
+def test_a_value_without_stable_bytes_is_refused_by_its_type(value):
+    with pytest.raises(ExampleIdError, match=r"A row holds a \w+, whose content cannot be digested. Give the dataset"):
+        encode(value)
+
+
+# Keys
+
+
+@given(st.one_of(st.integers(), st.text()))
+def test_another_key_gives_other_digests(example_id):
+    assert KEY.of_id(example_id) == DigestKey(b"k" * 32).of_id(example_id)
+    assert KEY.of_id(example_id) != OTHER_KEY.of_id(example_id)
+    assert KEY.of_content({"id": example_id}) != OTHER_KEY.of_content({"id": example_id})
+
+
+@given(st.integers())
+def test_a_number_and_its_text_are_different_ids(number):
+    assert KEY.of_id(number) != KEY.of_id(str(number))
+
+
+@given(st.one_of(st.integers(), st.text()), st.one_of(st.integers(), st.text()))
+def test_distinct_ids_have_distinct_digests(one, other):
+    assume(one != other)
+    assert KEY.of_id(one) != KEY.of_id(other)
+
+
+def test_a_digest_shows_neither_the_id_nor_whether_it_is_an_id_or_a_row():
+    assert re.fullmatch("[0-9a-f]{64}", KEY.of_id("person@example.org"))
+    assert re.fullmatch("[0-9a-f]{64}", KEY.of_content({"text": "hello"}))
+    # The same bytes for another purpose are another digest: a row that looks like an id gives nothing away.
+    assert len({KEY._digest(purpose, b"x") for purpose in (b"id", b"group", b"row", b"check")}) == 4
+    assert KEY.of_id("ann") != KEY.of_group("ann")
+
+
+@given(st.dictionaries(st.text(max_size=3), scalars, min_size=2, max_size=4), st.data())
+def test_the_content_of_a_row_does_not_depend_on_the_order_of_its_columns_but_on_every_value(row, data):
+    assert KEY.of_content(row) == KEY.of_content(dict(reversed(row.items())))
+    column = data.draw(st.sampled_from(sorted(row)))
+    assert KEY.of_content(row) != KEY.of_content({**row, column: ["another value"]})
+    assert KEY.of_content(row) != KEY.of_content({k: v for k, v in row.items() if k != column})
+
+
+def test_a_new_key_file_is_for_its_owner_alone(tmp_path):
+    umask = os.umask(0)
+    try:
+        DigestKey.load(tmp_path, create=True)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+
+
+def test_a_key_file_is_made_once_and_read_ever_after(tmp_path):
+    first = DigestKey.load(tmp_path, create=True)
+    text = (tmp_path / KEY_FILE).read_text()
+    assert len(text) == 64
+    for again in (DigestKey.load(tmp_path, create=True), DigestKey.load(tmp_path)):
+        assert again.of_id(1) == first.of_id(1)
+    assert (tmp_path / KEY_FILE).read_text() == text
+
+
+def test_two_systems_have_two_keys(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert DigestKey.load(tmp_path / "a", create=True).of_id(1) != DigestKey.load(tmp_path / "b", create=True).of_id(1)
+
+
+def test_the_environment_goes_before_the_file_and_makes_none(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    assert DigestKey.load(tmp_path, create=True).of_id(1) == KEY.of_id(1)
+    assert not (tmp_path / KEY_FILE).exists()
+
+
+def test_a_missing_key_is_an_error_that_names_variable_and_file(tmp_path):
+    with pytest.raises(KeyMissingError, match=rf"{KEY_VARIABLE} nor .*{KEY_FILE} holds.*Restore the file, or set"):
+        DigestKey.load(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("secret", ["", "short", "x" * 15])
+def test_a_short_key_is_refused(tmp_path, monkeypatch, secret):
+    (tmp_path / KEY_FILE).write_text(secret)
+    with pytest.raises(KeyMissingError, match=f"has {len(secret)} bytes, expected at least 16. Restore it"):
+        DigestKey.load(tmp_path)
+    with pytest.raises(KeyMissingError, match="Make one with `openssl rand -hex 32`"):
+        DigestKey.load(tmp_path, create=True)
+    monkeypatch.setenv(KEY_VARIABLE, secret or "x")
+    with pytest.raises(KeyMissingError, match=r"expected at least 16\. Restore it as it was at training"):
+        DigestKey.load(tmp_path)
+
+
+def test_a_new_key_is_in_memory_until_it_is_written(tmp_path):
+    key = DigestKey.draw(tmp_path)
+    assert not list(tmp_path.iterdir()) and DigestKey.draw(tmp_path).check != key.check
+    key.write(tmp_path)
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+    assert DigestKey.load(tmp_path).check == DigestKey.draw(tmp_path).check == key.check
+    # A run that ended before there was a system goes on with what it wrote.
+    key.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
+
+
+def test_a_key_is_not_written_over_another_that_came_meanwhile(tmp_path):
+    key = DigestKey.draw(tmp_path)
+    DigestKey.load(tmp_path, create=True)
+    with pytest.raises(FolderError, match=r"holds another secret than a moment ago.*or call again"):
+        key.write(tmp_path)
+
+
+def test_a_key_of_the_environment_is_drawn_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    key = DigestKey.draw(tmp_path)
+    key.write(tmp_path)
+    assert key.check == KEY.check and not list(tmp_path.iterdir())
+    monkeypatch.setenv(KEY_VARIABLE, "short")
+    with pytest.raises(KeyMissingError, match="Make one with"):
+        DigestKey.draw(tmp_path)
+
+
+def test_the_key_for_places_is_one_for_each_secret_and_none_where_all_know_it():
+    assert len({KEY.for_places, OTHER_KEY.for_places, KEY._secret}) == 3 and len(KEY.for_places) == 32
+    assert KEY.for_places == DigestKey(b"k" * 32).for_places
+    # No digest that is published gives it away.
+    assert KEY.for_places.hex() not in {KEY.check, KEY.of_id("places"), KEY.of_id(""), KEY.of_group("places")}
+    public = DigestKey(PUBLIC_SECRET.encode())
+    assert public.is_public and public.for_places is None and not KEY.is_public
+
+
+# The table
+
+
+def table_of(rows) -> ExampleTable:
+    return ExampleTable(dict(rows), num_shards=2, num_slices=3, seed=7)
+
+
+examples = st.builds(
+    Example, st.integers(0, 1), st.integers(0, 2), st.text("0123456789abcdef", min_size=4, max_size=4), st.none()
+)
+tables = st.dictionaries(st.one_of(st.integers(0, 50), st.text(max_size=3)), examples, max_size=15).map(table_of)
+PLACES = [(shard, slice_) for shard in range(2) for slice_ in range(3)]
+
+
+def small_table() -> ExampleTable:
+    return table_of(
+        {
+            "a": Example(0, 0, "d0", "ann"),
+            "b": Example(0, 0, "d1", "ann"),
+            "c": Example(0, 1, "d2", "bob"),
+            "d": Example(1, 2, "d3", "cat"),
+            "e": Example(1, 2, "d4", "cat"),
+        }
+    )
+
+
+def seen_from_outside(table: ExampleTable):
+    return (
+        {place: table.members(*place) for place in PLACES},
+        {place: table.slice_digest(*place) for place in PLACES},
+        {place: table.size(*place) for place in PLACES},
+        table.empty,
+        table.groups,
+        len(table),
+    )
+
+
+@settings(max_examples=150)
+@given(tables, st.data())
+def test_a_table_without_some_examples_is_the_table_of_the_others(table, data):
+    for place in PLACES[::2]:
+        table.slice_digest(*place)  # some digests are known before, some are not
+    before = dict(table.rows)
+    removed = data.draw(st.sets(st.sampled_from(list(table.rows)))) if table.rows else set()
+    first, second = list(removed)[::2], list(removed)[1::2]
+    left = table.without(first).without(second)
+    assert seen_from_outside(left) == seen_from_outside(
+        table_of((i, row) for i, row in before.items() if i not in removed)
+    )
+    assert table.rows == before
+    assert seen_from_outside(table) == seen_from_outside(table_of(before))
+
+
+@given(tables, st.data())
+def test_a_slice_digest_changes_with_its_slice_and_with_no_other(table, data):
+    assume(table.rows)
+    removed = data.draw(st.sampled_from(list(table.rows)))
+    place = (table.rows[removed].shard, table.rows[removed].slice)
+    left = table.without([removed])
+    changed = [other for other in PLACES if table.slice_digest(*other) != left.slice_digest(*other)]
+    assert changed == [place]
+
+
+@given(tables, st.data())
+def test_a_slice_digest_changes_with_the_content_of_any_of_its_examples(table, data):
+    assume(table.rows)
+    touched = data.draw(st.sampled_from(list(table.rows)))
+    row = table.rows[touched]
+    other = table_of({**table.rows, touched: Example(row.shard, row.slice, row.digest + "0")})
+    changed = [place for place in PLACES if table.slice_digest(*place) != other.slice_digest(*place)]
+    assert changed == [(row.shard, row.slice)]
+
+
+def test_a_slice_digest_tells_an_id_from_its_text_and_one_example_from_two():
+    tables = [{1: "d"}, {"1": "d"}, {1: "d", 2: "d"}, {12: "d"}, {"1\n2": "d"}, {"1": "d", "2": "d"}, {}]
+    digests = {
+        table_of((i, Example(0, 0, digest)) for i, digest in rows.items()).slice_digest(0, 0) for rows in tables
+    }
+    assert len(digests) == len(tables)
+
+
+@given(tables, st.randoms(use_true_random=False))
+def test_the_order_of_the_datasets_rows_does_not_matter(table, generator):
+    rows = list(table.rows.items())
+    generator.shuffle(rows)
+    shuffled = table_of(rows)
+    assert [shuffled.members(*place) for place in PLACES] == [table.members(*place) for place in PLACES]
+    assert [shuffled.slice_digest(*place) for place in PLACES] == [table.slice_digest(*place) for place in PLACES]
+
+
+@given(tables)
+def test_every_example_lies_in_exactly_one_slice(table):
+    members = [i for place in PLACES for i in table.members(*place)]
+    assert sorted(members, key=repr) == sorted(table.rows, key=repr)
+    assert table.empty == {place for place in PLACES if not table.members(*place)}
+
+
+def test_another_seed_orders_a_slice_otherwise():
+    rows = {number: Example(0, 0, "d") for number in range(20)}
+    orders = {tuple(ExampleTable(rows, 1, 1, seed).members(0, 0)) for seed in range(5)}
+    assert len(orders) == 5
+
+
+def test_places_and_groups_are_those_of_the_rows():
+    table = small_table()
+    assert table.places(["a", "b", "d"]) == {(0, 0), (1, 2)}
+    assert table.groups == {"ann": ["a", "b"], "bob": ["c"], "cat": ["d", "e"]}
+    assert table.without(["c", "d"]).groups == {"ann": ["a", "b"], "cat": ["e"]}
+
+
+# Requests
+
+
+def resolve(table, ids=None, groups=None, deleted=(), deleted_groups=(), **more):
+    """What of a request is in, how many ids of it were deleted before, and which of its groups are in."""
+    digests = {"ids": [KEY.of_id(i) for i in deleted], "groups": [KEY.of_group(g) for g in deleted_groups]}
+    ledger = Ledger().append("deletion", removed={}, left={}, **digests)
+    request = table.resolve(ids, groups, ledger, KeptNames(KEY, "plain"), **more)
+    return request.present, request.already_deleted, request.groups
+
+
+def test_a_request_names_ids_and_groups_each_example_once():
+    table = small_table()
+    assert resolve(table, ["c", "c", "a"]) == (["c", "a"], 0, [])
+    assert resolve(table, groups=["cat"]) == (["d", "e"], 0, ["cat"])
+    assert resolve(table, ["a", "d"], ["ann", "cat", "ann"]) == (["a", "d", "b", "e"], 0, ["ann", "cat"])
+    assert resolve(table, [], []) == ([], 0, [])
+
+
+def column(values):
+    return Dataset.from_dict({"id": list(values)})["id"]
+
+
+@pytest.mark.parametrize(
+    "collection",
+    [list, tuple, set, np.array, iter, pd.Series, pd.Index, column, pa.array, lambda v: pa.chunked_array([v])],
+)
+def test_ids_and_groups_may_come_in_any_collection(collection):
+    table = table_of({number: Example(0, 0, "d", f"group {number // 2}") for number in range(6)})
+    present, already, groups = resolve(table, collection([1, 2]), collection(["group 1", "group 2"]))
+    assert (sorted(present), already, sorted(groups)) == ([1, 2, 3, 4, 5], 0, ["group 1", "group 2"])
+    assert all(type(i) is int for i in present)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1, 2]), [torch.tensor(1), np.int64(2)], np.array([1, 2], dtype=object)])
+def test_numbers_of_tensors_and_arrays_are_ids(ids):
+    table = table_of({number: Example(0, 0, "d") for number in range(6)})
+    present, _, _ = resolve(table, ids)
+    assert present == [1, 2] and all(type(i) is int for i in present)
+
+
+def test_a_system_without_groups_says_so():
+    table = table_of({1: Example(0, 0, "d")})
+    with pytest.raises(UnknownExampleError, match=r"this system has none, so name examples by their ids\.$"):
+        table.resolve(None, ["ann"], Ledger(), KeptNames(KEY, "plain"))
+
+
+def test_ids_and_groups_deleted_before_are_counted_and_are_no_error():
+    table = small_table().without(["a", "c"])
+    assert resolve(table, ["a", "b", "a"], deleted=["a", "c"]) == (["b"], 1, [])
+    assert resolve(table, ["b"], ["bob"], deleted=["a", "c"], deleted_groups=["bob"]) == (["b"], 0, [])
+
+
+def test_unknown_ids_and_groups_are_named_all_at_once_and_before_anything_else():
+    table = small_table().without(["a"])
+    with pytest.raises(UnknownExampleError, match=r"Unknown ids: 'x', 'y'\. .* are texts\. Name") as caught:
+        resolve(table, ["b", "x", "a", "y"], deleted=["a"])
+    assert isinstance(caught.value, KeyError)
+    # Nobody else is named.
+    assert not re.search("'[abcde]'", str(caught.value))
+    with pytest.raises(UnknownExampleError, match=r"Unknown ids: 9\. The ids .* are integers such as 1\."):
+        resolve(table_of({1: Example(0, 0, "d")}), [9])
+    with pytest.raises(UnknownExampleError, match=r"Unknown groups: 'dan'\. Groups are the values of `group_column`"):
+        resolve(table, ["b"], ["cat", "dan"])
+
+
+def test_unknown_ids_and_groups_may_be_passed_over():
+    table = small_table().without(["a"])
+    request = resolve(table, ["b", "x", "a"], ["cat", "dan"], deleted=["a"], ignore_unknown=True)
+    assert request == (["b", "d", "e"], 1, ["cat"])
+    with pytest.raises(ExampleIdError, match="must be a list"):
+        resolve(table, "b", ignore_unknown=True)
+
+
+def test_a_request_counts_what_it_passes_over_and_names_groups_that_are_gone():
+    ledger = Ledger().append("deletion", removed={}, left={}, ids=[], groups=[KEY.of_group("ann")])
+    request = small_table().resolve(
+        ["c", "x", "y"], ["ann", "dan"], ledger, KeptNames(KEY, "plain"), ignore_unknown=True
+    )
+    # A group whose name was deleted and which is in again is in.
+    assert (request.groups, request.deleted_groups) == (["ann"], ())
+    assert (request.unknown, request.unknown_groups) == (2, 1)
+    gone = small_table().without(["a", "b"]).resolve(None, ["ann"], ledger, KeptNames(KEY, "plain"))
+    assert (gone.groups, gone.deleted_groups, gone.unknown_groups) == ([], ("ann",), 0)
+    assert gone.with_ids(["c"]).deleted_groups == ("ann",)
+
+
+def test_a_number_does_not_name_the_example_with_that_text():
+    table = table_of({"1": Example(0, 0, "d")})
+    with pytest.raises(UnknownExampleError, match="Unknown ids: 1"):
+        resolve(table, [1])
+
+
+def test_many_unknown_ids_are_not_all_listed():
+    with pytest.raises(UnknownExampleError, match=r"0, 1, 2, 3, 4 and 995 more"):
+        resolve(small_table(), range(1000))
+
+
+WRONG_REQUESTS = [
+    "a", b"a", 5, 5.0, True, object(), {"a": 1}, [1.0], [True], [None], [["a"]], [b"a"], ["a", 1.5], np.array([0.5]),
+    np.array(3), [{"a"}], [object()],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ids", "groups"])
+@pytest.mark.parametrize("request_", WRONG_REQUESTS, ids=kind_of)
+def test_what_is_no_list_of_ids_is_refused_by_name(name, request_):
+    with pytest.raises(ExampleIdError, match=f"`{name}` must be a list of integers or strings, got ") as caught:
+        resolve(small_table(), **{name: request_})
+    assert isinstance(caught.value, ValueError)
+
+
+# Datasets
+
+
+def check(table, rows, deleted=()):
+    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={}, left={})
+    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, KeptNames(KEY, "plain"))
+
+
+def test_a_dataset_in_any_order_fits_and_its_row_numbers_are_kept():
+    table = small_table()
+    rows = [(i, row.digest) for i, row in table.rows.items()]
+    assert check(table, rows) == [0, 1, 2, 3, 4]
+    assert check(table, rows[::-1]) == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_were_deleted_are_passed_over_whatever_they_hold():
+    table = small_table().without(["b", "d"])
+    rows = [("a", "d0"), ("b", "anything"), ("c", "d2"), ("d", "d3"), ("e", "d4")]
+    assert check(table, rows, deleted=["b", "d"]) == [0, 2, 4]
+    assert check(table, [rows[0], rows[2], rows[4]], deleted=["b", "d"]) == [0, 1, 2]
+
+
+def test_changed_content_is_an_error_that_names_the_ids():
+    rows = [("a", "d0"), ("b", "DIFFERENT"), ("c", "d2"), ("d", "d3"), ("e", "d4")]
+    with pytest.raises(ContentChangedError, match=r"content of 1 examples is not .*: 'b'\. Restore the rows"):
+        check(small_table(), rows)
+
+
+def test_new_rows_are_an_error_that_names_the_ids():
+    rows = [(i, row.digest) for i, row in small_table().rows.items()] + [("new", "d9")]
+    with pytest.raises(
+        UnknownExampleError, match=r"1 examples that this system was not partitioned with: 'new'\. Leave"
+    ):
+        check(small_table(), rows)
+
+
+def test_missing_rows_are_an_error_that_names_the_ids():
+    with pytest.raises(ExampleIdError, match=r"lacks 2 examples that this system holds: 'd', 'e'\. .*call `unlearn`"):
+        check(small_table(), [("a", "d0"), ("b", "d1"), ("c", "d2")])
+
+
+def test_what_is_left_of_rows_is_a_mapping_like_any_other():
+    rows = small_table().rows
+    left = Remaining.of(Remaining.of(rows, frozenset(["a"])), frozenset(["c"]))
+    same = {i: row for i, row in rows.items() if i not in ("a", "c")}
+    assert left == same and same == left and len(left) == len(same) and list(left) == list(same)
+    assert "a" not in left and left.get("a") is None and left["b"] is rows["b"]
+    with pytest.raises(KeyError):
+        left["a"]
+
+
+def test_a_settled_table_is_the_same_and_holds_nothing_of_what_went():
+    table = small_table().without(["a"]).without(["c"])
+    settled = table.settled()
+    assert settled == table and type(settled.rows) is dict
+    assert [settled.slice_digest(*place) for place in PLACES] == [table.slice_digest(*place) for place in PLACES]
+    assert settled.groups == table.groups and settled.duplicates_of(["b"]) == table.duplicates_of(["b"])

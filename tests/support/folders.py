@@ -1,0 +1,112 @@
+"""Systems without tensors: folders whose stages hold, in the place of weights, a digest of what weights depend on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hf_s3t import S3TConfig
+from hf_s3t.folder.files import write_checked_json
+from hf_s3t.folder.system import STAGE_FILE, SystemFolder
+from hf_s3t.operations.deletion import record
+from hf_s3t.plan import StageKey
+from hf_s3t.plan.partition import assign
+from hf_s3t.records.examples import KEY_FILE, DigestKey, Example
+
+
+NUMBERS = list(range(12))
+NAMES = [f"someone-{name}@example.org" for name in "abcdefghijkl"]
+USERS = [f"user-{number // 2}" for number in range(12)]
+# Each user has two examples.
+CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", seed=1)
+
+
+@contextmanager
+def own_surroundings(home: Path) -> Iterator[None]:
+    """Caches of our own, and no waiting for the disk: most of the time it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr("huggingface_hub.constants.HF_XET_CACHE", str(home / "xet"))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
+    """A system whose table is written and whose stages are missing."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / KEY_FILE).exists():
+        # A secret of its own, and the same in every run: so are the places.
+        DigestKey(hashlib.sha256(path.name.encode()).hexdigest().encode()).write(path)
+    key = DigestKey.load(path)
+    shape = {"num_shards": config.num_shards, "num_slices": config.num_slices}
+    places = assign(ids, **shape, seed=config.seed, groups=groups, key=key.for_places)
+    groups = [None] * len(ids) if groups is None else groups
+    rows = {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
+    return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, rows, key)
+
+
+def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
+    """Make what `train()` would make."""
+    for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
+        below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
+        record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
+        folder.write_stage(key, record, partial(_fill, seen=[str(key), record]))
+    return folder
+
+
+def _fill(path: Path, seen) -> None:
+    tensor = np.frombuffer(hashlib.sha256(json.dumps(seen).encode()).digest(), dtype=np.uint8)
+    safetensors.numpy.save_file({"lora": tensor}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+
+
+def add_checkpoint(folder: SystemFolder, key: StageKey, step: int = 1, recorded: bool = True) -> Path:
+    """A checkpoint of a stage in training, as a trainer leaves it when it dies."""
+    path = folder.checkpoints(key) / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "optimizer.pt").write_bytes(b"moments")
+    if recorded:
+        folder.write_checkpoint_record(path, {"slices": folder.slice_digests(key)})
+    return path
+
+
+def delete_and_die(folder: SystemFolder, ids) -> None:
+    """A deletion that is in the ledger, and whose process died before it removed anything."""
+    with folder.lock():
+        record(folder, ids, None)
+
+
+def files_of(path) -> dict[str, bytes | None]:
+    """Everything below a folder but the lock, which says nothing; `None` for folders and links."""
+    path = Path(path)
+    return {
+        str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() and not entry.is_symlink() else None
+        for entry in sorted(path.rglob("*"))
+        if entry.name != ".lock"
+    }
+
+
+def stages_on_disk(path) -> set[str]:
+    """The stages that have a folder."""
+    return {f"{folder.parent.name}/{folder.name}" for folder in Path(path).glob("stages/shard-*/*")}
+
+
+def forge(path: Path, **changes) -> None:
+    """Change a file that carries its own digest, and make the digest match."""
+    record = json.loads(path.read_text())
+    record.pop("digest")
+    write_checked_json(path, {**record, **changes})
+
+
+def forge_stage(path: Path, stage: str, **changes) -> None:
+    """Change the record of a stage, and make its digest match."""
+    forge(Path(path) / "stages" / stage / STAGE_FILE, **changes)
