@@ -14,7 +14,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from stand_ins import write_adapter, write_classifiers, write_configs, write_language_models
+from support.stand_ins import write_adapter, write_classifiers, write_configs, write_language_models
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +69,15 @@ def anchors_of(page: Path) -> set[str]:
 def test_a_broken_link_is_found(link):
     assert not leads(ROOT / "docs" / "cli.md", link)
     assert leads(ROOT / "docs" / "cli.md", "guarantee.md#5-what-it-does-not-say")
+
+
+def test_every_file_that_a_page_names_is_there():
+    named = re.compile(r"\b(?:benchmarks|docs|hf_s3t|model_cards|recipes|tests)/[\w/.-]*\.(?:py|md|yaml)\b")
+    # What the changelog says was so when it was written.
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    found = {(page.name, name) for page in pages for name in named.findall(page.read_text(encoding="utf-8"))}
+    assert len(found) > 30
+    assert not [(page, name) for page, name in sorted(found) if not (ROOT / name).exists()]
 
 
 # The site

@@ -10,7 +10,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-import tiny
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,6 +22,8 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+
+from support import tiny
 
 
 WORDS = "the a good bad film was is of and it who what where when ask say tell why how yes".split()
