@@ -14,7 +14,7 @@ from systems import llama, make_system, temporary_folder
 from transformers import AutoModelForCausalLM
 
 from hf_s3t import S3TConfig, S3TModel
-from hf_s3t.folder.system import ADAPTER_FILE
+from hf_s3t.folder.layout import ADAPTER_FILE
 
 
 NUM_SLICES = 4

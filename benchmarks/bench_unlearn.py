@@ -20,7 +20,7 @@ from harness import Report, Task, Timing, options
 from systems import llama, make_system, plain_peft, temporary_folder
 
 from hf_s3t import S3TConfig, S3TModel, UnlearningReport
-from hf_s3t.folder.system import LEDGER_FILE
+from hf_s3t.folder.layout import LEDGER_FILE
 from hf_s3t.plan import StageKey
 
 

@@ -17,7 +17,7 @@ _MODULE_OF = {
     "S3TModel": "model.modeling",
     "S3TSFTTrainer": "training.sft_trainer",
     "S3TTrainer": "training.trainer",
-    "UnlearningReport": "records.ledger",
+    "UnlearningReport": "records.report",
 }
 _SUBMODULES = ("analysis", "errors", "sequences")
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .config import S3TConfig
     from .errors import S3TError
     from .model.modeling import S3TModel
-    from .records.ledger import UnlearningReport
+    from .records.report import UnlearningReport
     from .training.sft_trainer import S3TSFTTrainer
     from .training.trainer import S3TTrainer
 

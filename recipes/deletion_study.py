@@ -43,7 +43,7 @@ from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
-from hf_s3t.folder.system import ADAPTER_FILE
+from hf_s3t.folder.layout import ADAPTER_FILE
 from hf_s3t.folder.versions import library_versions
 from hf_s3t.plan import Plan, StageKey
 

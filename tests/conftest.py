@@ -163,7 +163,7 @@ def system(planted, tmp_path):
 @pytest.fixture
 def repo(hub):
     """A repository that is not there yet."""
-    from hf_s3t.hub.pushing import HubRepo
+    from hf_s3t.hub.repository import HubRepo
 
     return HubRepo(f"{hub.user}/system")
 

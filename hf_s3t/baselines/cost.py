@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json, write_checked_json
-from ..folder.system import COST_FILE, SystemFolder
+from ..folder.layout import COST_FILE
+from ..folder.system import SystemFolder
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Cost:
     Example:
 
     ```python
-    >>> from hf_s3t.cost import Cost, UnitCost
+    >>> from hf_s3t.baselines.cost import Cost, UnitCost
 
     >>> cost = Cost((UnitCost("shard-0/0", 1.5, 10, 40), UnitCost("shard-0/0-1", 2.5, 20, 80)))
     >>> cost.seconds, cost.steps, cost.examples

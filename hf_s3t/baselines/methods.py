@@ -23,12 +23,12 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from ..config import S3TConfig
 from ..errors import ConfigError
 from ..folder.files import make_folders
+from ..folder.layout import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from ..folder.status import serving_depths
-from ..folder.system import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from ..model.modeling import S3TModel
 from ..model.randomness import preserved_randomness
 from ..plan.stages import StageKey, stage_seed
-from ..records.examples import PUBLIC_SECRET, DigestKey
+from ..records.digests import PUBLIC_SECRET, DigestKey
 from ..training.blueprint import Layout
 from ..training.trainer import S3TTrainer
 from .cost import Cost, UnitCost, add_cost, read_cost
@@ -57,7 +57,7 @@ class Deletion:
 def use_public_secret(output_dir: str | os.PathLike) -> None:
     """
     Give a system that is to be made in a folder the secret that everybody knows,
-    `hf_s3t.records.examples.PUBLIC_SECRET`.
+    `hf_s3t.records.digests.PUBLIC_SECRET`.
 
     All such systems place the same ids alike by the seed alone, whatever the method, folder and machine: for comparing
     on public or invented data. Of other data everybody could test who was deleted; there, set `HF_S3T_KEY` to one

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..errors import ConfigError, FolderError
 from ..folder.files import is_read_only, write_atomically
-from ..folder.system import PROTOTYPES_FILE, SystemFolder
+from ..folder.layout import PROTOTYPES_FILE
+from ..folder.system import SystemFolder
 from ..model.aggregation import aggregate
 from ..model.calls import Routing
 from ..model.ensemble_loss import take_targets

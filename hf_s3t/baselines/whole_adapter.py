@@ -12,7 +12,8 @@ from ..model.modeling import S3TModel
 from ..model.route import Route
 from ..model.stack import StageStack
 from ..plan.stages import StageKey
-from ..records.examples import DigestKey, Example, KeptNames
+from ..records.digests import DigestKey, KeptNames
+from ..records.examples import Example
 from ..training.blueprint import Layout
 from ..training.rows import TrainingRows
 

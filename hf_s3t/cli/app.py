@@ -21,17 +21,20 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import ConfigError, ExampleIdError, ExhaustedError, S3TError
+from ..folder.foreign import printable, refuse_foreign_parts
+from ..folder.opening import open_folder
+from ..folder.secret import load_key
 from ..folder.status import serving_depths, system_status
 from ..folder.system import SystemFolder
 from ..operations.deletion import DeletionPreview, apply, groups_from_texts, ids_from_texts, preview
-from ..operations.inspection import inspect, open_folder, printable, refuse_foreign_parts
+from ..operations.inspection import inspect
 from ..operations.pending import PendingReceipt, PendingRequests, request_later
 from ..operations.pending import apply_pending as apply_what_waits
 from ..operations.purge import purge as purge_remnants
 from ..operations.purge import take_inventory
-from ..operations.receipts import Receipts, load_key
+from ..operations.receipts import Receipts
 from ..records.examples import Example
-from ..records.ledger import UnlearningReport
+from ..records.report import UnlearningReport
 from . import rendering
 
 
@@ -355,8 +358,8 @@ def push(
     What a deletion removed stays in older commits until `erase`.
     """
     from ..hub.card import description
-    from ..hub.pushing import HubRepo
     from ..hub.pushing import push as push_system
+    from ..hub.repository import HubRepo
 
     describe = partial(description, repo_id=repo_id)
     repo, system = HubRepo(repo_id, token), open_folder(folder, read_only=dry_run)
@@ -399,7 +402,7 @@ def erase(repo_id: Repo, token: Token = None, dry_run: DryRun = False, as_json: 
     Push the deletion first. Where this was interrupted, calling it again finishes it.
     """
     from ..hub.erasure import erase as erase_superseded
-    from ..hub.pushing import HubRepo
+    from ..hub.repository import HubRepo
 
     done = erase_superseded(HubRepo(repo_id, token), dry_run=dry_run)
     if as_json:

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..folder.foreign import printable
 from ..operations.deletion import DeletionPreview
-from ..operations.inspection import printable
 from ..operations.pending import PendingReceipt
 from ..operations.purge import Purge
 from ..operations.receipts import Receipt, Receipts
 from ..plan.stages import Plan
 from ..records.examples import Example
-from ..records.ledger import UnlearningReport
+from ..records.report import UnlearningReport
 
 
 if TYPE_CHECKING:

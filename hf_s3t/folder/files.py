@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FolderError, S3TError
+from ..errors import FolderError
 
 
 class Stamp(NamedTuple):
@@ -82,25 +81,6 @@ def _require_digest(path: Path, found: str, expected: str) -> None:
         )
 
 
-def is_foreign(entry: Path) -> bool:
-    """Whether something is there that is neither a file nor a folder."""
-    try:
-        mode = os.lstat(entry).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def foreign_problem(entry: Path) -> str:
-    """What is wrong with a link, a pipe or a device in a system's folder."""
-    if entry.is_symlink():
-        return (
-            f"{entry} is a symbolic link: reading or removing through it would reach beyond the folder. Put what it "
-            "leads to in its place, or remove it."
-        )
-    return f"{entry} is neither a file nor a folder: reading it may never end. Remove it."
-
-
 def unreadable(path: Path, error: OSError) -> FolderError:
     """The error to raise for a file that the operating system does not let be read."""
     return FolderError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.")
@@ -120,25 +100,6 @@ def explained(what: str, advice: str) -> Iterator[None]:
 def is_read_only(error: Exception) -> bool:
     """Whether an error that was `explained` says that one may read there and not write."""
     return getattr(error.__cause__, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-@contextlib.contextmanager
-def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
-    """
-    Say that values of a wrong type come from no version of hf_s3t: who edits a file can make its digest match.
-
-    Args:
-        what (`str` or `os.PathLike`): What holds the values.
-        advice (`str`): What to do.
-    """
-    try:
-        yield
-    except S3TError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise FolderError(
-            f"{what} holds values that no version of hf_s3t writes ({type(error).__name__}: {error}). {advice}"
-        ) from error
 
 
 def sync(path: Path) -> None:

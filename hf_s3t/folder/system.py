@@ -17,8 +17,10 @@ from filelock import FileLock
 from ..config import FORMAT_VERSION, S3TConfig
 from ..errors import FolderError, FormatVersionError, KeyMissingError
 from ..plan.stages import Plan, StageKey
-from ..records.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example, ExampleTable, KeptNames
+from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
+from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
+from .checkpoints import is_checkpoint_current
 from .files import (
     REGROW,
     Stamp,
@@ -26,8 +28,6 @@ from .files import (
     digested_json,
     explained,
     file_digest,
-    forgeries_told,
-    is_foreign,
     is_read_only,
     make_folders,
     read_checked,
@@ -40,44 +40,38 @@ from .files import (
     write_atomically,
     write_checked_json,
 )
+from .foreign import forgeries_told
+from .layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CHECKPOINTS,
+    COMPANIONS,
+    CONFIG_FILE,
+    COST_FILE,
+    HEAD_FILE,
+    LEDGER_FILE,
+    LEFTOVERS,
+    PENDING_FILE,
+    PROTOTYPES_FILE,
+    STAGE_FILE,
+    STAGES,
+    TABLE_FILE,
+)
+from .ledger_file import holds, lines_lost, pin_of, read_head, write_head
 from .scratch import LOCK_FILE, folders_below, folders_of, hold, names_in, stage_of, unused
-from .table_file import holds, pin_of, read_table, write_table
+from .stage_record import checked_stage
+from .table_file import check_rows, read_table, write_table
 from .versions import library_versions
 
 
-CONFIG_FILE = "s3t_config.json"
-TABLE_FILE = "examples.parquet"
-LEDGER_FILE = "ledger.jsonl"
-HEAD_FILE = "ledger.head"
-STAGES = "stages"
-CHECKPOINTS = "checkpoints"
-STAGE_FILE = "stage.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-# Of a checkpoint: what an optimizer trains with, if that is not what serves.
-TRAINING_WEIGHTS_FILE = "training_weights.safetensors"
-PENDING_FILE = "pending.jsonl"
-COST_FILE = "cost.json"
-PROTOTYPES_FILE = "prototypes.safetensors"
 _IN_FORCE = (
     "The deletions in the ledger are in force. Make room, or make the folder writable, then load it again: that "
     "finishes the removal."
-)
-# The card, its picture, and what tokenizers, image processors and the Hub's client write beside a system.
-COMPANIONS = frozenset(
-    """
-    README.md stacks.svg LICENSE .gitattributes .gitignore .cache
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-    chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
-    sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm
-    preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
-    """.split()
 )
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _COPIES = 5
 # What is copied as it is, besides stages. Config, table and ledger are written anew, from what was read.
 _COPIED = COMPANIONS - {".cache"} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
-_LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
 
 
 class SystemFolder:
@@ -151,7 +145,7 @@ class SystemFolder:
             path (`str` or `os.PathLike`): The folder, which may exist.
             record (mapping): What `s3t_config.json` says besides the format version.
             rows (mapping from id to [`~hf_s3t.records.examples.Example`]): The table.
-            key ([`~hf_s3t.records.examples.DigestKey`]): The secret the rows were digested with.
+            key ([`~hf_s3t.records.digests.DigestKey`]): The secret the rows were digested with.
         """
         path = Path(path)
         make_folders(path / STAGES)
@@ -855,7 +849,7 @@ class SystemFolder:
                 "Restore it from a backup."
             )
         if head is not None and not holds(ledger, head):
-            raise _lines_lost(self.path / LEDGER_FILE, HEAD_FILE, head)
+            raise lines_lost(self.path / LEDGER_FILE, HEAD_FILE, head)
         self._ledger_stamp = found
         return ledger
 
@@ -866,7 +860,7 @@ class SystemFolder:
 
     def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
         if not holds(ledger, pin):
-            raise _lines_lost(self.path / LEDGER_FILE, TABLE_FILE, pin)
+            raise lines_lost(self.path / LEDGER_FILE, TABLE_FILE, pin)
         config = self.config
         table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
         return table if pin == pin_of(ledger) else self._masked(table, ledger)
@@ -914,7 +908,7 @@ class SystemFolder:
         return bool(self.is_table_behind or self._leftovers() or self.condemned_stages() or self._stale_checkpoints())
 
     def _leftovers(self) -> list[Path]:
-        return [path for pattern in _LEFTOVERS for path in self.path.glob(pattern)]
+        return [path for pattern in LEFTOVERS for path in self.path.glob(pattern)]
 
     def _remove_remains(self) -> None:
         # Again: while this waited for the lock, a stage may have been grown anew under its old name.
@@ -986,25 +980,6 @@ class SystemFolder:
         return record, files
 
 
-def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:
-    """
-    Whether an unfinished checkpoint, or the note of what its stage is trained on, saw what its slices hold now.
-
-    A checkpoint without a record of its own is being written, or its writer died: it saw what its stage does. Where
-    nothing says what that was, any deletion condemns it.
-
-    Args:
-        path (`Path`): The checkpoint's folder, or the note beside the checkpoints.
-        slices (`list[str]`): The digests of the stage's slices as they are now.
-        ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
-    """
-    for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
-        with contextlib.suppress(FolderError):
-            if not is_foreign(record):
-                return read_checked_json(record).get("slices") == slices
-    return not ledger.num_deletions
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path / STAGES / LOCK_FILE, is_singleton=True)
@@ -1014,30 +989,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-# What is read may come from anywhere
-
-
-def write_head(path: Path, ledger: Ledger) -> None:
-    """
-    Write down, beside a ledger, which line is its last.
-
-    The chain cannot show that its last lines were cut off, and the table does only once it was written without the
-    deleted rows. A line is synced before; this need not be: a part, as a crash of the machine leaves, does not count.
-    """
-    write_atomically(path / HEAD_FILE, f"{pin_of(ledger)}\n".encode(), synced=False)
-
-
-def read_head(path: Path) -> str | None:
-    """The pin of the last line, as `write_head` wrote it; `None` where it wrote none, or a crash left a part of it."""
-    try:
-        head = (path / HEAD_FILE).read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise unreadable(path / HEAD_FILE, error) from error
-    return head.removesuffix("\n") if head.endswith("\n") else None
 
 
 def _names_in(folder: str) -> list[str]:
@@ -1051,75 +1002,3 @@ def _names_in(folder: str) -> list[str]:
         ) from None
     except OSError as error:
         raise unreadable(Path(folder), error) from error
-
-
-def _lines_lost(ledger: Path, by: str, pin: str) -> FolderError:
-    return FolderError(
-        f"{ledger} does not hold the {pin.partition(' ')[0][:19]} lines with which {by} was written: lines were cut "
-        "off or edited, and deletions would be forgotten. Restore it from a backup."
-    )
-
-
-def check_rows(file: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:
-    """
-    Check that the rows of a table are examples.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If one is not, or lies outside the system's shards and slices.
-    """
-    if not all(_is_row(example_id, row, config) for example_id, row in rows.items()):
-        raise FolderError(
-            f"{file} holds rows that are no examples of this system's shards and slices. Restore it from a backup."
-        )
-
-
-def _is_row(example_id: Any, row: Any, config: S3TConfig) -> bool:
-    return (
-        isinstance(example_id, (int, str))
-        and not isinstance(example_id, bool)
-        and isinstance(row.shard, int)
-        and isinstance(row.slice, int)
-        and isinstance(row.digest, str)
-        and isinstance(row.group, (int, str, type(None)))
-        and 0 <= row.shard < config.num_shards
-        and 0 <= row.slice < config.num_slices
-    )
-
-
-def checked_stage(folder: Path, key: StageKey, record: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    What `stage.json` says.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If it lies elsewhere than it says, or has not the form it was written in.
-    """
-    if record.get("stage") != str(key):
-        raise FolderError(
-            f"{folder} holds the stage {record.get('stage')!r}: folders were swapped or renamed. Move "
-            "it back, or remove it and call `train()` to grow it again."
-        )
-    if not is_stage_record(record):
-        raise FolderError(
-            f"{folder / STAGE_FILE} does not say what the record of a stage says, or names other files than "
-            f"{ADAPTER_FILE} and {ADAPTER_CONFIG_FILE}. Remove the folder and call `train()` to grow it again."
-        )
-    return dict(record)
-
-
-def is_stage_record(record: Mapping[str, Any]) -> bool:
-    """Whether what is said of a stage has the form in which it is written."""
-    files, slices, metrics = record.get("files"), record.get("slices"), record.get("metrics")
-    return (
-        isinstance(files, dict)
-        and set(files) == {ADAPTER_FILE, ADAPTER_CONFIG_FILE}
-        and _are_texts(files.values())
-        and isinstance(slices, list)
-        and _are_texts(slices)
-        and "below" in record
-        and isinstance(metrics, dict)
-        and isinstance(metrics.get("eval_loss", 0.0), (int, float))
-    )
-
-
-def _are_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)

@@ -2,31 +2,23 @@
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..config import S3TConfig
 from ..errors import FolderError
 from ..records.examples import Example, ExampleTable
-from ..records.ledger import Ledger, line_hash
+from ..records.ledger import Ledger
 from .files import write_atomically
+from .ledger_file import pin_of
 
 
 _DIGEST = b"hf_s3t.digest"
 _PIN = b"hf_s3t.ledger"
-
-
-def pin_of(ledger: Ledger, count: int | None = None) -> str:
-    """The lines whose deletions a table is written without: how many, and the hash of the last."""
-    lines = ledger.lines[:count]
-    return f"{len(lines)} {line_hash(lines[-1])}" if lines else "0 "
-
-
-def holds(ledger: Ledger, pin: str) -> bool:
-    """Whether a ledger still has the lines of a pin, whatever came after them."""
-    count = pin.partition(" ")[0]
-    return count.isascii() and count.isdigit() and len(count) < 19 and pin == pin_of(ledger, int(count))
 
 
 def write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
@@ -98,3 +90,29 @@ def read_table(path: Path) -> tuple[dict[int | str, Example], str]:
 
 def _said(error: Exception) -> str:
     return str(error).rstrip(".")
+
+
+def check_rows(file: Path, rows: Mapping[Any, Any], config: S3TConfig) -> None:
+    """
+    Check that the rows of a table are examples.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If one is not, or lies outside the system's shards and slices.
+    """
+    if not all(_is_row(example_id, row, config) for example_id, row in rows.items()):
+        raise FolderError(
+            f"{file} holds rows that are no examples of this system's shards and slices. Restore it from a backup."
+        )
+
+
+def _is_row(example_id: Any, row: Any, config: S3TConfig) -> bool:
+    return (
+        isinstance(example_id, (int, str))
+        and not isinstance(example_id, bool)
+        and isinstance(row.shard, int)
+        and isinstance(row.slice, int)
+        and isinstance(row.digest, str)
+        and isinstance(row.group, (int, str, type(None)))
+        and 0 <= row.shard < config.num_shards
+        and 0 <= row.slice < config.num_slices
+    )

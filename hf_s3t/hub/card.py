@@ -14,12 +14,12 @@ from ..config import S3TConfig
 from ..folder.status import system_status
 from ..folder.system import SystemFolder
 from ..plan.stages import Plan, StageKey
+from .repository import CARD_FILE
 
 
 _HERE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it where it is installed.
 TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards") if p.is_dir()), _HERE)
-CARD_FILE = "README.md"
 DIAGRAM_FILE = "stacks.svg"
 TAGS = ("s3t", "machine-unlearning", "peft", "lora")
 # Recipe -> the Hub's name of its tasks.
@@ -166,7 +166,7 @@ def render_recipe_card(
     Example:
 
     ```python
-    >>> from hf_s3t.model_card import render_recipe_card
+    >>> from hf_s3t.hub.card import render_recipe_card
 
     >>> settings = {"model_name_or_path": "me/base", "dataset_name": "me/data", "num_slices": 2}
     >>> "| stages to train | 4 |" in render_recipe_card("small", settings)
@@ -379,7 +379,7 @@ def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
 
     ```python
     >>> from hf_s3t import S3TConfig
-    >>> from hf_s3t.model_card import render_diagram
+    >>> from hf_s3t.hub.card import render_diagram
     >>> from hf_s3t.plan import Plan, StageKey
 
     >>> plan = Plan.from_config(S3TConfig(num_slices=2))

@@ -17,8 +17,11 @@ from huggingface_hub.errors import (
 
 from ..errors import HubError
 from ..folder.files import make_folders, read_checked_json, write_checked_json
-from ..folder.system import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from .pushing import CARD_FILE, HubRepo, must_be_erasable, patiently, remember, state_folder, status_of, told
+from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from .client import patiently, status_of, told
+from .memory import remember, state_folder
+from .pushing import must_be_erasable
+from .repository import CARD_FILE, HubRepo
 
 
 _PROGRESS_FILE = "erasure.json"
@@ -58,7 +61,7 @@ def erase(repo: HubRepo, dry_run: bool = False) -> ErasureReport:
     calling it again finishes it, and remembers what it had begun to look for.
 
     Args:
-        repo ([`~hf_s3t.hub.pushing.HubRepo`]): The repository.
+        repo ([`~hf_s3t.hub.repository.HubRepo`]): The repository.
         dry_run (`bool`, defaults to `False`): Report what would be done, and do nothing.
 
     Returns:

@@ -9,25 +9,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
-from ..folder.files import forgeries_told, make_folders, read_checked_json, stamp, sync, write_atomically
-from ..folder.system import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE, SystemFolder, check_rows
-from ..folder.table_file import pin_of, read_table, write_table
+from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
+from ..folder.foreign import forgeries_told
+from ..folder.layout import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from ..folder.ledger_file import pin_of
+from ..folder.system import SystemFolder
+from ..folder.table_file import check_rows, read_table, write_table
 from ..plan.stages import StageKey
-from ..records.examples import KEY_FILE, KEY_VARIABLE, DigestKey, ExampleTable, KeptNames
+from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .pushing import (
-    INDEX_FILE,
-    HubRepo,
-    differing_parts,
-    may_remember,
-    patiently,
-    read_index,
-    read_ledger,
-    remember,
-    state_folder,
-    told,
-    warn_of_other_systems,
-)
+from .client import patiently, told
+from .memory import may_remember, remember, state_folder, warn_of_other_systems
+from .pushing import differing_parts
+from .repository import INDEX_FILE, HubRepo, read_index, read_ledger
 
 
 _FORGED = "Do not serve it; push the system again from its folder."
@@ -39,7 +34,7 @@ class HubFolder(SystemFolder):
 
     Only the config, the ledger, the index and the stages that serve are downloaded; the table of examples when it is
     first needed. What is deleted here is recorded in a small folder of this machine
-    ([`~hf_s3t.hub.pushing.state_folder`]), which holds the ledger and no weights, and which counts for every revision
+    ([`~hf_s3t.hub.memory.state_folder`]), which holds the ledger and no weights, and which counts for every revision
     and cache of the repository, pinned and offline, that holds the same system.
     [`~hf_s3t.S3TModel.push_to_hub`] brings it to the Hub.
 

@@ -50,7 +50,7 @@ def state_of(attribute: str, path: str, files: Mapping[str, str]) -> State:
     Example:
 
     ```python
-    >>> from hf_s3t.git_attributes import state_of
+    >>> from hf_s3t.hub.git_attributes import state_of
 
     >>> state_of("filter", "data/a.bin", {".gitattributes": "*.bin filter=lfs"})
     'lfs'

@@ -1,370 +1,44 @@
 """The repository of a system on the Hub: reading it, and bringing a system there in one commit."""
 
-import contextlib
 import hashlib
-import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-from filelock import FileLock
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    RepoFile,
-    constants,
-    hf_hub_download,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, RepoFile
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils.sha import git_hash
-from yaml import YAMLError
 
-from ..errors import ConfigError, FolderError, HubError, MergeNeededError, S3TError, TransferError
-from ..folder.files import digested_json, make_folders, read_checked_json, write_atomically
-from ..folder.system import (
-    ADAPTER_CONFIG_FILE,
+from ..errors import ConfigError, HubError, MergeNeededError, TransferError
+from ..folder.files import digested_json
+from ..folder.layout import (
     ADAPTER_FILE,
     CONFIG_FILE,
     LEDGER_FILE,
-    STAGE_FILE,
+    STAGE_FILES,
     STAGES,
     TABLE_FILE,
-    SystemFolder,
-    is_stage_record,
 )
-from ..folder.table_file import pin_of, write_table
+from ..folder.system import SystemFolder
+from ..folder.table_file import write_table
 from ..plan.stages import StageKey
-from ..records.examples import PUBLIC_SECRET, DigestKey
-from ..records.ledger import Ledger
+from ..records.digests import PUBLIC_SECRET, DigestKey
+from .client import ATTEMPTS, LONGEST_WAIT, asked, is_passing, patiently, status_of, told
 from .git_attributes import ATTRIBUTES_FILE, state_of
+from .memory import remember
+from .repository import INDEX_FILE, HubRepo, HubState, index_of
 
 
-INDEX_FILE = f"{STAGES}/index.json"
-CARD_FILE = "README.md"
 _LARGE = "filter=lfs diff=lfs merge=lfs -text"
-_STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
-# What the index repeats of each stage's record: all that choosing and checking stages needs.
-_INDEXED = ("files", "slices", "below", "recipe")
-_INDEXED_METRICS = ("eval_loss", "train_runtime")
-_ATTEMPTS = 6
-_LONGEST_WAIT = 8.0
 _CONFLICT = 412
 # What two copies of one system have in common.
 _OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
-_Result = TypeVar("_Result")
 # From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
 Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
-
-
-def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
-    """
-    Where this machine remembers the deletions of a repository: a folder without weights, outside the Hub's cache.
-
-    Each system has its own: where a repository was deleted and another system pushed under its name, the deletions of
-    the former stay remembered, for its revisions, and those of the two never mix.
-
-    Args:
-        repo_id (`str`): The repository, such as `"me/llama-s3t"`.
-        record (mapping, *optional*):
-            What `s3t_config.json` says of the system, which is known by the check of its secret. Without it, the
-            folder that holds those of all systems which were ever in the repository.
-    """
-    home = os.environ.get("HF_S3T_HOME") or Path(constants.HF_HOME) / "s3t"
-    host = urlsplit(constants.ENDPOINT).netloc.replace(":", "_")
-    folder = Path(home) / host / repo_folder_name(repo_id=repo_id, repo_type="model")
-    if record is None:
-        return folder
-    check = record.get("key_check")
-    if not isinstance(check, str):
-        raise FolderError(
-            f"{CONFIG_FILE} of {repo_id} has the key_check {check!r}, expected a digest. Push the system again from "
-            "its folder."
-        )
-    # Hashed: what comes from the Hub does not name folders here.
-    return folder / hashlib.sha256(check.encode()).hexdigest()[:16]
-
-
-def warn_of_other_systems(repo_id: str, record: Mapping[str, Any]) -> None:
-    """Say where deletions are remembered of other systems that were in a repository, and that they stay theirs."""
-    ours = state_folder(repo_id, record)
-    for ledger in sorted(state_folder(repo_id).glob(f"*/{LEDGER_FILE}")):
-        if ledger.parent != ours and read_ledger(ledger).num_deletions:
-            warnings.warn(
-                f"{repo_id} held another system, of which this machine remembers deletions ({ledger.parent}). They "
-                "stay in force for its revisions; of the system that is there now they delete nothing. Unlearn there "
-                "what it must forget too.",
-                stacklevel=2,
-            )
-
-
-def is_repo_id(path: str | os.PathLike) -> bool:
-    """Whether a text can name a repository on the Hub: an owner and a name."""
-    if not isinstance(path, str) or path.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
-
-
-def patiently(call: Callable[..., _Result], *args, **kwargs) -> _Result:
-    """
-    Call the Hub again where it fails for a moment (5xx, 429, a broken connection). For calls that may be repeated.
-
-    Args:
-        call (callable): A method of the client.
-        *args: For the call.
-        **kwargs: For the call.
-    """
-    for attempt in range(_ATTEMPTS - 1):
-        try:
-            return asked(call, *args, **kwargs)
-        except (HTTPError, TransferError) as error:
-            if not is_passing(error):
-                raise
-        time.sleep(min(0.5 * 2**attempt, _LONGEST_WAIT))
-    return asked(call, *args, **kwargs)
-
-
-def asked(call: Callable[..., _Result], *args, **kwargs) -> _Result:
-    """
-    Call the Hub. Where the transfer of a file, by Xet or LFS, raises what Python has for anything, that is told.
-
-    Args:
-        call (callable): A method of the client.
-        *args: For the call.
-        **kwargs: For the call.
-
-    Raises:
-        [`~hf_s3t.errors.TransferError`]: If the client raised no error of its own.
-    """
-    try:
-        return call(*args, **kwargs)
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, S3TError):
-        raise
-    except (OSError, RuntimeError, ValueError, XetDownloadError) as error:
-        if isinstance(error.__cause__, HTTPError):
-            # The client wraps what the upload of a file ended with.
-            raise error.__cause__ from error
-        raise TransferError(
-            f"A file could not be transferred ({type(error).__name__}: {_sentence(error)}). See that the token is "
-            "valid, the connection stands and there is room in the cache, then call again; what was done is not done "
-            "twice."
-        ) from error
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether an error of the Hub may be gone when it is asked again."""
-    if isinstance(error, TransferError):
-        return isinstance(error.__cause__, (RuntimeError, ConnectionError, TimeoutError, XetDownloadError))
-    if isinstance(error, (OfflineModeIsEnabled, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
-        return False
-    return not isinstance(error, HfHubHTTPError) or status_of(error) >= 500 or status_of(error) == 429
-
-
-def status_of(error: HfHubHTTPError) -> int:
-    """The status the Hub answered with, 0 if it did not."""
-    return getattr(error.response, "status_code", 0) or 0
-
-
-@contextlib.contextmanager
-def told(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn the client's errors into sentences with a remedy."""
-    try:
-        yield
-    except HFValidationError as error:
-        raise HubError(f"{repo_id} names no repository: {_sentence(error)}. Give one such as me/llama-s3t.") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"{repo_id} is not on the Hub, or your token may not see it. Check the name; for a private repository log "
-            "in with `hf auth login` or give `token`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{repo_id} has no such revision. Give a branch, a tag or a commit id that it has.") from error
-    except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{repo_id} cannot be reached, and what is needed of it is not in the cache. Go online, then call again: "
-            "what is fetched once serves offline too."
-        ) from error
-    except EntryNotFoundError as error:
-        raise HubError(f"{doing}: {repo_id} lacks a file. {_sentence(error)}") from error
-    except HfHubHTTPError as error:
-        raise HubError(f"{doing}: {_refusal(repo_id, error)}") from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        raise HubError(
-            f"{doing}: the Hub cannot be reached ({_sentence(error)}). Go online, then call again."
-        ) from error
-
-
-def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = status_of(error)
-    if status == 401:
-        return "the Hub does not accept the token. Log in with `hf auth login`, or give a valid `token`."
-    if status == 403:
-        return f"the token may not write to {repo_id}. Give one with write access."
-    return f"the Hub answered {status or 'nothing'} ({_sentence(error)}). Call again; what was done is not done twice."
-
-
-def _sentence(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-@dataclass(frozen=True)
-class HubState:
-    """
-    A system as it stands in one commit of a repository.
-
-    Args:
-        commit (`str`): The commit.
-        tree (`dict[str, RepoFile]`): All files by their paths.
-        record (`dict`, *optional*): What `s3t_config.json` says; `None` where the repository holds no system.
-        ledger ([`~hf_s3t.records.ledger.Ledger`]): The ledger.
-        stages (`dict`): What the index says of each stage.
-    """
-
-    commit: str
-    tree: dict[str, RepoFile]
-    record: dict[str, Any] | None = None
-    ledger: Ledger = field(default_factory=Ledger)
-    stages: dict[StageKey, dict[str, Any]] = field(default_factory=dict)
-
-
-class HubRepo:
-    """
-    One repository, through the client of `huggingface_hub`.
-
-    Args:
-        repo_id (`str`): Such as `"me/llama-s3t"`.
-        token (`str`, *optional*): The token; the one of `hf auth login` if not given.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
-    """
-
-    def __init__(self, repo_id: str, token: str | None = None, cache_dir: str | os.PathLike | None = None):
-        self.repo_id, self.token, self.cache_dir = repo_id, token, cache_dir
-        self.api = HfApi(token=token)
-
-    def download(self, name: str, revision: str | None = None) -> Path:
-        """A file of the repository, from the cache where it is there; see `hf_hub_download`."""
-        found = patiently(
-            hf_hub_download, self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir
-        )
-        return Path(found)
-
-    def state(self) -> HubState:
-        """What the main branch holds now."""
-        commit = patiently(self.api.repo_info, self.repo_id).sha
-        listed = patiently(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
-        tree = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
-        if CONFIG_FILE not in tree:
-            return HubState(commit, tree)
-        return HubState(
-            commit,
-            tree,
-            read_checked_json(self.download(CONFIG_FILE, commit)),
-            self.ledger(commit),
-            read_index(self.download(INDEX_FILE, commit))["stages"],
-        )
-
-    def ledger(self, revision: str) -> Ledger:
-        """The ledger of a revision."""
-        return read_ledger(self.download(LEDGER_FILE, revision))
-
-    def card(self, state: HubState) -> str | None:
-        """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""
-        if CARD_FILE not in state.tree:
-            return None
-        try:
-            text = self.download(CARD_FILE, state.commit).read_bytes().decode()
-            _ = ModelCard(text, ignore_metadata_errors=True)
-        except (ValueError, YAMLError) as error:
-            warnings.warn(
-                f"The {CARD_FILE} of {self.repo_id} cannot be read ({_sentence(error)}), so what it said of datasets, "
-                "licence and evaluation is not kept. Give `datasets`, `license` and `evaluation` with a push.",
-                stacklevel=2,
-            )
-            return None
-        return text
-
-
-def read_ledger(path: Path) -> Ledger:
-    """
-    The ledger in a file that came from the Hub, or is kept for what did.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If the file is none.
-    """
-    try:
-        return Ledger.parse(path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise FolderError(
-            f"{path} is not text: {error}. Restore it from a backup, or push the system again."
-        ) from error
-    except FolderError as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """
-    The index of a repository's stages: `stages` by key, `slices` by (shard, slice), and the ledger's pin.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If it does not say of each stage what the record of a stage says.
-    """
-    index = read_checked_json(path)
-    try:
-        stages = {StageKey.from_path(f"{STAGES}/{name}"): dict(record) for name, record in index["stages"].items()}
-        slices = {tuple(map(int, place.split("/"))): str(digest) for place, digest in index["slices"].items()}
-        pin = str(index["ledger"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FolderError(
-            f"{path} is no index of a system's stages ({type(error).__name__}: {error}). Push the system again "
-            "from its folder."
-        ) from error
-    damaged = next((key for key, record in stages.items() if not is_stage_record(record)), None)
-    if damaged is not None:
-        raise FolderError(
-            f"{path} says of {damaged} other than files, slices, below and metrics as they were written. Push the "
-            "system again from its folder."
-        )
-    return {**index, "stages": stages, "slices": slices, "ledger": pin}
-
-
-def _index_of(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "ledger": pin_of(folder.ledger),
-        "slices": {
-            f"{shard}/{slice_}": folder.table.slice_digest(shard, slice_)
-            for shard in range(folder.config.num_shards)
-            for slice_ in range(folder.config.num_slices)
-        },
-        "stages": {str(key): _indexed(record) for key, record in sorted(stages.items())},
-    }
-
-
-def _indexed(record: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = {name: value for name, value in record["metrics"].items() if name in _INDEXED_METRICS}
-    return {**{name: record.get(name) for name in _INDEXED}, "metrics": metrics}
 
 
 # Pushing
@@ -445,7 +119,7 @@ def push(
         if not dry_run:
             patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
         merged = _Merged()
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             state = repo.state()
             known = folder.ledger.deleted
             merged += _take_in(folder, state, merge, repo.repo_id, dry_run)
@@ -469,9 +143,9 @@ def push(
             # Somebody was first, or the answer was lost and this commit may be there: look again.
             merge = True
             folder.refresh()
-            time.sleep(min(0.25 * 2**attempt, _LONGEST_WAIT))
+            time.sleep(min(0.25 * 2**attempt, LONGEST_WAIT))
     raise HubError(
-        f"{repo.repo_id} changed, or failed, at each of {_ATTEMPTS} attempts to push. Call again; what was uploaded "
+        f"{repo.repo_id} changed, or failed, at each of {ATTEMPTS} attempts to push. Call again; what was uploaded "
         "is not uploaded twice."
     )
 
@@ -571,9 +245,9 @@ def _operations(
     wanted[CONFIG_FILE] = folder.config_bytes()
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
     wanted[TABLE_FILE] = _table_bytes(folder)
-    wanted[INDEX_FILE] = digested_json(_index_of(folder, stages))
+    wanted[INDEX_FILE] = digested_json(index_of(folder, stages))
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
-    kept = {f"{key.path}/{name}" for key in stages for name in _STAGE_FILES}
+    kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
     added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
     deleted = [
         path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
@@ -597,7 +271,7 @@ def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mappi
 
 def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool:
     """Whether the repository holds all files of a stage, and its adapter is the one of the record."""
-    files = [state.tree.get(f"{key.path}/{name}") for name in _STAGE_FILES]
+    files = [state.tree.get(f"{key.path}/{name}") for name in STAGE_FILES]
     adapter = state.tree.get(f"{key.path}/{ADAPTER_FILE}")
     return all(files) and (adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE])
 
@@ -683,38 +357,3 @@ def _create_commit(repo: HubRepo, state: HubState, added, deleted, message: str)
     return repo.api.create_commit(
         repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"
     )
-
-
-def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
-    """
-    Have every copy of a system in a repository on this machine, of whatever revision, follow a ledger's deletions.
-
-    Args:
-        repo_id (`str`): The repository.
-        record (mapping): What `s3t_config.json` says of the system.
-        ledger ([`~hf_s3t.records.ledger.Ledger`]): What was recorded.
-
-    Returns:
-        [`~hf_s3t.records.ledger.Ledger`]: What this machine knows now. Where it may write nothing, that is not kept.
-    """
-    path = state_folder(repo_id, record)
-    file = path / LEDGER_FILE
-    if not may_remember(path):
-        return read_ledger(file).merge(ledger) if file.exists() else ledger
-    make_folders(path / STAGES)
-    with FileLock(path / STAGES / ".lock", is_singleton=True):
-        known = read_ledger(file) if file.exists() else None
-        merged = ledger if known is None else known.merge(ledger)
-        if merged is not known:
-            write_atomically(file, merged.text.encode())
-    return merged
-
-
-def may_remember(state: Path) -> bool:
-    """
-    Whether deletions can be written down in a state folder.
-
-    A server whose home is read-only serves what is valid by what it reads, and refuses to delete.
-    """
-    there = next(folder for folder in (state / STAGES, state, *state.parents) if folder.exists())
-    return os.access(there, os.W_OK)

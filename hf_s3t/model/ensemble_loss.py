@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..errors import S3TError
-from .aggregation import CACHES
+from .caches import CACHES
 from .route import Route, routed
 
 

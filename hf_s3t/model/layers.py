@@ -161,7 +161,7 @@ def group_layers(
     Example:
 
     ```python
-    >>> from hf_s3t.layers import group_layers
+    >>> from hf_s3t.model.layers import group_layers
 
     >>> group_layers(7, 3, None)
     ((5, 6), (3, 4), (1, 2))

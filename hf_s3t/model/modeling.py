@@ -9,65 +9,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from ..config import require_choice, require_int
-from ..errors import ConfigError, ExhaustedError, FolderError, S3TError, UnknownExampleError
+from ..config import require_int
+from ..errors import ConfigError, ExhaustedError, S3TError, UnknownExampleError
+from ..folder.opening import check_method
 from ..folder.status import system_status
 from ..folder.system import SystemFolder
 from ..folder.versions import library_versions
 from ..hub.card import description
 from ..hub.erasure import ErasureReport, erase
 from ..hub.folder import HubFolder
-from ..hub.pushing import HubRepo, PushReport, is_repo_id, push
-from ..operations.inspection import check_method, open_folder
+from ..hub.pushing import PushReport, push
+from ..hub.repository import HubRepo
 from ..operations.inspection import inspect as inspect_folder
 from ..operations.pending import PendingRequests
 from ..records.examples import listed
 from .aggregation import (
     answers_of,
-    bind,
-    cache_of,
-    caches_in,
     check_aggregation,
-    check_cache,
     check_is_no_set,
     check_one_answer_can_be_made,
-    first_row,
-    has_cache,
-    knows_rows,
     logit_fields,
-    num_rows,
     of_sets,
+)
+from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once, name_padding
+from .batches import bind, first_row, knows_rows, num_rows, refuse_unknown_positions, repeat_rows
+from .caches import (
+    cache_of,
+    caches_in,
+    check_cache,
+    has_cache,
     refuse_other_state,
-    refuse_unknown_positions,
     reorder_cache,
-    repeat_rows,
     stamp_cache,
     without_cache,
 )
-from .base_model import check_base_is, keep_4_bit_weights, load_base, log_casts_once, name_padding
 from .calls import Routing
 from .ensemble_loss import EnsembleLoss, take_targets
-from .layers import LayerGroups, find_head, find_layers
+from .layers import find_head
+from .loading import check_options, layers_path, open_system, recorded_shape
 from .model_class import AttachedConfigs, brings_own_ways, model_class, read
-from .refusals import check_has_no_adapters, check_is_itself, check_keeps_no_state
+from .refusals import check_has_no_adapters, check_is_itself
 from .route import NoWay, Route, noting_lengths, routed
 from .stack import StageStack, seed_head
+from .stateless import check_keeps_no_state
 from .streaming import ending, streamer_of
 from .unlearning import Unlearning
 
 
 logger = logging.get_logger(__name__)
-
-_PRELOADS = ("best", "all")
 # Marks caches of the base by itself, which answers when no shard is left.
 _BASE_ALONE = Route(())
 # Where code that came with the base generates, its `base_model` is not meant to be the base without stages.
 _NO_WAY = NoWay(())
-_WHEN_EXHAUSTED = ("error", "base")
 
 
 class S3TModel(Unlearning, nn.Module):
@@ -119,7 +115,7 @@ class S3TModel(Unlearning, nn.Module):
     def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
         # Not the base class's, which would build another base.
         nn.Module.__init__(self)
-        _check_options(preload, when_exhausted, stack.head)
+        check_options(preload, when_exhausted, stack.head)
         check_method(folder.record, self.methods, folder.path)
         self.base_model = stack.base
         self.when_exhausted = when_exhausted
@@ -175,12 +171,12 @@ class S3TModel(Unlearning, nn.Module):
             [`~hf_s3t.errors.HubError`]: If the repository or revision cannot be found or reached.
             [`~hf_s3t.errors.BaseModelMismatchError`]: If the base is not the one the stages were trained on.
         """
-        folder = _open(path, revision, token, cache_dir)
+        folder = open_system(path, revision, token, cache_dir)
         record = folder.record
         # Before a base model is loaded for it.
         check_method(record, cls.methods, folder.path)
-        layers, head, peft_config = _recorded(folder)
-        _check_options(preload, when_exhausted, head)
+        layers, head, peft_config = recorded_shape(folder)
+        check_options(preload, when_exhausted, head)
         by_name = not isinstance(base_model, nn.Module)
         if not by_name:
             check_is_itself(base_model)
@@ -206,7 +202,7 @@ class S3TModel(Unlearning, nn.Module):
             )
             check_is_itself(base)
             check_has_no_adapters(base)
-        found = _layers_path(base, layers)
+        found = layers_path(base, layers)
         if found != layers.path or find_head(base, found) != head:
             raise ConfigError(
                 f"The base has its layers at {found} and the head {find_head(base, found)}; the system was trained "
@@ -787,59 +783,3 @@ def _members(routing: Routing) -> int:
 def _one_by_one(route: Route) -> list[Route]:
     """The members of a route by themselves; what stops the one stops them too."""
     return [replace(route, members=(tip,)) for tip in route.members]
-
-
-def _recorded(folder: SystemFolder) -> tuple[LayerGroups, tuple[str, ...], LoraConfig]:
-    """What the config says of layers, head and adapters."""
-    record = folder.record
-    try:
-        layers = LayerGroups(
-            str(record["layers"]["path"]),
-            int(record["layers"]["num_layers"]),
-            tuple(tuple(map(int, group)) for group in record["layers"]["groups"]),
-        )
-        _ = record["base_model"]["digest"], record["aggregation"]
-        return layers, tuple(map(str, record["head"])), LoraConfig(**record["peft_config"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FolderError(
-            f"The config of {folder.path} does not say what a system is ({type(error).__name__}: {error}). Restore it "
-            "from a backup."
-        ) from error
-
-
-def _open(path, revision, token, cache_dir) -> SystemFolder:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(
-            f"The system is given by its folder or its repository on the Hub, got a {type(path).__name__}. Give the "
-            "`output_dir` of a training run; the live model of a trainer is its `s3t_model`."
-        )
-    if os.path.isdir(path):
-        if revision is not None:
-            raise ConfigError(
-                f"revision={revision!r} is for repositories on the Hub; {path} is a folder. Leave it out."
-            )
-        return open_folder(path)
-    if not is_repo_id(path):
-        raise FolderError(
-            f"{path} is not a folder. Give the `output_dir` of a training run, or a repository on the Hub such as "
-            "me/llama-s3t."
-        )
-    return HubFolder(path, revision, token, cache_dir)
-
-
-def _check_options(preload: str, when_exhausted: str, head: Sequence[str]) -> None:
-    require_choice("preload", preload, _PRELOADS)
-    require_choice("when_exhausted", when_exhausted, _WHEN_EXHAUSTED)
-    if when_exhausted == "base" and head:
-        raise ConfigError(
-            'when_exhausted="base" is for language models: a classifier\'s base has no trained head. Use "error".'
-        )
-
-
-def _layers_path(base: nn.Module, layers: LayerGroups) -> str:
-    """Where a base holds as many layers as the system's, at the recorded place if it can be."""
-    try:
-        recorded = base.get_submodule(layers.path)
-    except AttributeError:
-        return find_layers(base)[0]
-    return layers.path if isinstance(recorded, nn.ModuleList) else find_layers(base)[0]

@@ -26,7 +26,7 @@ class Retrying:
     Example:
 
     ```python
-    >>> from hf_s3t.retrying import Retrying
+    >>> from hf_s3t.model.retrying import Retrying
 
     >>> done = []
     >>> task = Retrying(lambda: done.append(1), "Nothing was noted")

@@ -32,7 +32,7 @@ class Scope:
 
     ```python
     >>> from contextvars import copy_context
-    >>> from hf_s3t.scope import Scope
+    >>> from hf_s3t.model.scope import Scope
 
     >>> scope = Scope("example")
     >>> with scope.holding(1):

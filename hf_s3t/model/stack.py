@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..errors import FolderError, LayersNotFoundError
 from ..folder.files import explained
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
-from ..folder.system import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from ..folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from ..plan.stages import StageKey
 from .layers import LayerGroups, is_norm
 from .plain_adapter import differences

@@ -16,7 +16,7 @@ from ..folder.system import SystemFolder
 from ..operations.deletion import record
 from ..operations.pending import PendingReceipt, PendingRequests, request_later
 from ..plan.stages import StageKey
-from ..records.ledger import UnlearningReport
+from ..records.report import UnlearningReport
 from .calls import Calls, Routing
 from .retrying import Retrying
 from .stack import StageStack
@@ -286,7 +286,7 @@ class Unlearning:
             timeout (`float`, defaults to 60): Seconds to wait at most for running calls; then they are stopped.
 
         Returns:
-            [`~hf_s3t.records.ledger.UnlearningReport`]: What went, and what is left.
+            [`~hf_s3t.records.report.UnlearningReport`]: What went, and what is left.
 
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
@@ -368,7 +368,7 @@ class Unlearning:
             timeout (`float`, defaults to 60): As in [`~S3TModel.unlearn`].
 
         Returns:
-            [`~hf_s3t.records.ledger.UnlearningReport`]: As of `unlearn`; `deleted` is 0 if nothing was waiting.
+            [`~hf_s3t.records.report.UnlearningReport`]: As of `unlearn`; `deleted` is 0 if nothing was waiting.
         """
         self._calls.refuse_inside("apply_pending")
         with self._deletion_lock:

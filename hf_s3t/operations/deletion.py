@@ -12,7 +12,7 @@ from ..folder.system import SystemFolder
 from ..folder.versions import library_versions
 from ..plan.stages import StageKey
 from ..records.examples import Request
-from ..records.ledger import UnlearningReport
+from ..records.report import UnlearningReport
 
 
 MISSING = ("error", "ignore")
@@ -131,7 +131,7 @@ def apply(
             content is not known any more.
 
     Returns:
-        [`~hf_s3t.records.ledger.UnlearningReport`]:
+        [`~hf_s3t.records.report.UnlearningReport`]:
             What went, and what is left. `lock_seconds` is 0: a folder answers nobody.
 
     Raises:

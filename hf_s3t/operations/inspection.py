@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,43 +10,40 @@ from typing import Any
 
 from ..config import FORMAT_VERSION, S3TConfig
 from ..errors import ConfigError, FolderError, FormatVersionError, S3TError
-from ..folder.files import REGROW, check_digest, foreign_problem, is_foreign, read_checked, read_checked_json, stamp
+from ..folder.checkpoints import is_checkpoint_current
+from ..folder.files import REGROW, check_digest, read_checked, read_checked_json, stamp
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
-from ..folder.scratch import LOCK_FILE, stage_of
-from ..folder.system import (
-    ADAPTER_CONFIG_FILE,
+from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign, printable
+from ..folder.layout import (
     ADAPTER_FILE,
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
-    COST_FILE,
     HEAD_FILE,
+    HISTORY,
     LEDGER_FILE,
+    LEFTOVER_PREFIXES,
+    PARTS,
     PENDING_FILE,
-    PROTOTYPES_FILE,
     STAGE_FILE,
+    STAGE_FILES,
     STAGES,
     TABLE_FILE,
-    SystemFolder,
-    check_rows,
-    checked_stage,
-    is_checkpoint_current,
-    read_head,
+    TRACKER_LOGS,
 )
-from ..folder.table_file import pin_of, read_table
+from ..folder.ledger_file import pin_of, pin_problem, read_head
+from ..folder.opening import ReadOnlyFolder
+from ..folder.scratch import LOCK_FILE, stage_of
+from ..folder.secret import load_key
+from ..folder.stage_record import checked_stage
+from ..folder.table_file import check_rows, read_table
 from ..plan.stages import Plan, StageKey
-from ..records.examples import KEY_FILE, DigestKey, ExampleTable, KeptNames
+from ..records.digests import KEY_FILE, DigestKey, KeptNames
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .pending import PendingRequests
-from .receipts import load_key, pin_problem
 
 
-LEFTOVER_PREFIXES = (".tmp-", ".gone-")
-TRACKER_LOGS = ("runs", "wandb", "mlruns")
-HISTORY = ".git"
-_SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-_PARTS = (*_SYSTEM_FILES, HEAD_FILE, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
-_STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 _ATTEMPTS = 3
 
 
@@ -80,94 +77,6 @@ class Inspection:
     notes: tuple[str, ...]
     pending: tuple[Pending, ...]
     checkpoints: tuple[Path, ...]
-
-
-class ReadOnlyFolder(SystemFolder):
-    """
-    A system's folder that is only looked at: opening it leaves an interrupted removal to whoever opens it to write.
-
-    What a deletion condemned does not count as valid and deleted rows are masked, so it says the same as a folder
-    after the removal. It can be read where nothing may be written.
-    """
-
-    def _finish_removal(self) -> None:
-        """Nothing: finishing writes."""
-
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
-        """Refused: merging writes."""
-        raise FolderError(f"{self.path} was opened to be looked at. Open it to write, to merge a ledger into it.")
-
-
-def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolder:
-    """
-    Open a folder that may come from anywhere, after a look at whether it would lead writes elsewhere.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder of the system.
-        read_only (`bool`, defaults to `False`): Leave a removal that was interrupted as it is.
-
-    Returns:
-        [`~hf_s3t.folder.system.SystemFolder`]: The folder.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If it holds symbolic links, or no intact system.
-    """
-    refuse_foreign_parts(path)
-    return ReadOnlyFolder(path) if read_only else SystemFolder(path)
-
-
-def check_method(record: Mapping[str, Any], methods: Collection[str], path: str | os.PathLike) -> None:
-    """
-    Refuse a folder that another method made, whose adapters mean something else.
-
-    Args:
-        record (mapping): What `s3t_config.json` says.
-        methods (collection of `str`): The methods that fit.
-        path (`str` or `os.PathLike`): The folder.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If it was made by none of them.
-    """
-    baseline = record.get("baseline", {"method": "s3t"})
-    found = baseline.get("method") if isinstance(baseline, dict) else None
-    if found not in methods:
-        raise ConfigError(
-            f"{path} holds a system of the method {found!r}, expected {' or '.join(methods)}. Use the class of that "
-            "method (`hf_s3t.baselines.methods.METHODS`), or choose another folder."
-        )
-
-
-def refuse_foreign_parts(path: str | os.PathLike) -> None:
-    """
-    Raise [`~hf_s3t.errors.FolderError`] if a part of a system is a symbolic link, which may lead out of its folder, or
-    a pipe or device, which reading may never come back from.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder of the system; it may be a link itself.
-    """
-    entry = next(_foreign_parts(Path(path)), None)
-    if entry is not None:
-        raise FolderError(foreign_problem(entry))
-
-
-def _foreign_parts(path: Path) -> Iterator[Path]:
-    """What is neither a file nor a folder among the parts of a system: what is written to, removed, or read."""
-    roots = [path / name for name in _PARTS]
-    roots += [entry for entry in _entries(path) if entry.name.startswith(".tmp-")]
-    for root in roots:
-        for entry in (root, *walk(root)):
-            if is_foreign(entry):
-                yield entry
-
-
-def walk(path: Path) -> Iterator[Path]:
-    """Everything below a folder, without following symbolic links."""
-    waiting = [] if path.is_symlink() else [path]
-    while waiting:
-        for entry in _entries(waiting.pop()):
-            yield entry
-            if entry.is_dir() and not entry.is_symlink():
-                waiting.append(entry)
 
 
 def inspect(path: str | os.PathLike, adapters: bool = True) -> Inspection:
@@ -224,7 +133,7 @@ class _Inspector:
                     f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a "
                     "training run."
                 )
-            self.problems.extend(map(foreign_problem, _foreign_parts(self.path)))
+            self.problems.extend(map(foreign_problem, foreign_parts(self.path)))
             self._check_root()
             for step in (self._read_config, self._read_key, self._read_table_and_ledger):
                 with self._reading(self.path):
@@ -257,7 +166,7 @@ class _Inspector:
     # The root
 
     def _check_root(self) -> None:
-        for entry in _entries(self.path):
+        for entry in entries(self.path):
             name = entry.name
             if is_foreign(entry):
                 self.problems.append(foreign_problem(entry))
@@ -267,7 +176,7 @@ class _Inspector:
                 self.notes.append(f"{entry} holds logs of training, which no deletion reaches. See `hf-s3t purge`.")
             elif name == HISTORY:
                 self.notes.append(f"{entry} may hold earlier versions of the folder's files. See `hf-s3t purge`.")
-            elif name not in _PARTS and name not in COMPANIONS:
+            elif name not in PARTS and name not in COMPANIONS:
                 self._unknown(entry)
 
     def _unknown(self, entry: Path) -> None:
@@ -376,13 +285,13 @@ class _Inspector:
             return
         if not root.is_dir():
             raise FolderError(f"{root} is missing. Restore it, or make an empty folder and call `train()`.")
-        for shard in _entries(root):
+        for shard in entries(root):
             if shard.name == LOCK_FILE and shard.is_file():
                 continue
             if not shard.name.startswith("shard-") or shard.is_symlink() or not shard.is_dir():
                 self._unless_foreign(shard)
                 continue
-            for folder in _entries(shard):
+            for folder in entries(shard):
                 with self._reading(folder):
                     self._check_stage_folder(folder)
         self._check_validity()
@@ -402,8 +311,8 @@ class _Inspector:
         if key is None or not folder.is_dir() or (self.plan is not None and key not in self.plan):
             self._unknown(folder)
             return
-        for entry in _entries(folder):
-            if entry.name not in _STAGE_FILES:
+        for entry in entries(folder):
+            if entry.name not in STAGE_FILES:
                 self._unless_foreign(entry)
         _require_file(folder / STAGE_FILE, REGROW)
         record = checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW))
@@ -457,11 +366,11 @@ class _Inspector:
         root = self.path / CHECKPOINTS
         if root.is_symlink() or not _exists(root):
             return
-        for shard in _entries(root):
+        for shard in entries(root):
             if shard.is_symlink() or not shard.is_dir():
                 self._unless_foreign(shard)
                 continue
-            for folder in _entries(shard):
+            for folder in entries(shard):
                 with self._reading(folder):
                     self._check_checkpoint_folder(folder)
 
@@ -472,7 +381,7 @@ class _Inspector:
         if key is None or not folder.is_dir() or (self.plan is not None and key not in self.plan):
             self._unknown(folder)
             return
-        for entry in _entries(folder):
+        for entry in entries(folder):
             if entry.is_symlink():
                 continue
             is_checkpoint = entry.name.startswith("checkpoint-")
@@ -523,19 +432,6 @@ def _require_file(path: Path, advice: str = "Restore it from a backup.") -> None
         raise FolderError(f"{path} is missing. {advice}")
 
 
-def printable(text: str) -> str:
-    """
-    A text on one line, as it can be printed: names in a foreign folder may hold line breaks or commands to terminals.
-
-    Args:
-        text (`str`): The text.
-
-    Returns:
-        `str`: The text, unprintable characters escaped.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _key_of(folder: Path) -> StageKey | None:
     """The stage that a folder is the address of."""
     try:
@@ -554,13 +450,6 @@ def _trained_in(folder: Path) -> StageKey | None:
 
 def _is_leftover(path: Path) -> bool:
     return path.name.startswith(LEFTOVER_PREFIXES)
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _exists(path: Path) -> bool:

@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 from ..errors import ConfigError, FolderError
 from ..folder.files import explained, sync, unreadable
-from ..folder.system import PENDING_FILE, SystemFolder
-from ..records.ledger import UnlearningReport
+from ..folder.layout import PENDING_FILE
+from ..folder.system import SystemFolder
+from ..records.report import UnlearningReport
 from .deletion import apply, resolve
 
 
@@ -201,7 +202,7 @@ def apply_pending(folder: SystemFolder) -> UnlearningReport:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
 
     Returns:
-        [`~hf_s3t.records.ledger.UnlearningReport`]:
+        [`~hf_s3t.records.report.UnlearningReport`]:
             As of [`~hf_s3t.operations.deletion.apply`]; `deleted` is 0 if nothing was waiting.
     """
     with folder.lock():

@@ -11,8 +11,10 @@ from huggingface_hub import constants as hub_constants
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json
-from ..folder.system import CHECKPOINTS, CONFIG_FILE, STAGES, SystemFolder
-from .inspection import HISTORY, TRACKER_LOGS, inspect, open_folder
+from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, TRACKER_LOGS
+from ..folder.opening import open_folder
+from ..folder.system import SystemFolder
+from .inspection import inspect
 
 
 BASELINE_SUFFIX = "-full-lora"

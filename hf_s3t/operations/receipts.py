@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, KeyMissingError, UnknownExampleError
-from ..folder.files import foreign_problem, is_foreign, read_checked_json, unreadable
-from ..folder.system import CONFIG_FILE, HEAD_FILE, LEDGER_FILE, TABLE_FILE, read_head
-from ..folder.table_file import holds, read_table
+from ..errors import FolderError, UnknownExampleError
+from ..folder.foreign import foreign_problem, is_foreign
+from ..folder.layout import HEAD_FILE, LEDGER_FILE, TABLE_FILE
+from ..folder.ledger_file import pin_problem, read_head, read_ledger_text
+from ..folder.table_file import read_table
 from ..plan.stages import StageKey
-from ..records.examples import KEY_FILE, KEY_VARIABLE, DigestKey
+from ..records.digests import DigestKey
 from ..records.ledger import Ledger, LedgerEntry, line_hash
 from .deletion import candidates
 
@@ -88,7 +89,7 @@ class Receipts:
                 raise FolderError(foreign_problem(part))
         # The ledger last: whatever another process deletes between two reads, it is never behind the others.
         pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
-        text = _read_ledger_text(Path(path) / LEDGER_FILE)
+        text = read_ledger_text(Path(path) / LEDGER_FILE)
         problem = _chain_problem(text, pins)
         receipts = []
         for number, line in enumerate(text.split("\n")[:-1], start=1):
@@ -120,51 +121,13 @@ class Receipts:
 
         Args:
             text (`str`): The id as a text; an integer is recognised too.
-            key ([`~hf_s3t.records.examples.DigestKey`]): The system's secret.
+            key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
 
         Returns:
             `tuple[Receipt, ...]`: Empty if the ledger knows of no deletion of this id.
         """
         digests = {key.of_id(value) for value in candidates(text)}
         return tuple(r for r in self.receipts if r.entry.kind == "deletion" and digests.intersection(r.entry.ids))
-
-
-def load_key(path: str | os.PathLike) -> DigestKey:
-    """
-    The secret of a folder's digests, checked to be the right one: with another, no deletion would be found.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder of the system.
-
-    Returns:
-        [`~hf_s3t.records.examples.DigestKey`]: The secret.
-
-    Raises:
-        [`~hf_s3t.errors.KeyMissingError`]: If there is none, or it is another system's.
-    """
-    record = read_checked_json(Path(path) / CONFIG_FILE)
-    try:
-        key = DigestKey.load(path)
-    except UnicodeDecodeError as error:
-        raise KeyMissingError(f"{Path(path) / KEY_FILE} is not text: {error}. Restore it from a backup.") from error
-    if key.check != record.get("key_check"):
-        raise KeyMissingError(
-            f"The secret in {KEY_VARIABLE} or {Path(path) / KEY_FILE} is not the one that this system's digests were "
-            "made with: its deletions cannot be recognised. Restore the file, or set the variable to what it was at "
-            "training."
-        )
-    return key
-
-
-def _read_ledger_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise FolderError(f"{path} is missing. Give the folder of a system, or restore it from a backup.") from None
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
 
 
 def _table_pin(path: Path) -> str:
@@ -191,29 +154,6 @@ def _chain_problem(text: str, pins: Mapping[str, str | FolderError | None]) -> s
         if problem is not None:
             return problem
     return None
-
-
-def pin_problem(ledger: Ledger, pin: str, file: str = TABLE_FILE) -> str | None:
-    """
-    What is wrong between a ledger and the lines that another file was written with.
-
-    The chain alone cannot show that its last lines were cut off; the table and the head remember how many there were.
-
-    Args:
-        ledger ([`~hf_s3t.records.ledger.Ledger`]): The ledger.
-        pin (`str`): What was recorded: the number of lines and the hash of the last.
-        file (`str`, *optional*): Where.
-
-    Returns:
-        `str` or `None`: One sentence and the remedy.
-    """
-    if holds(ledger, pin):
-        return None
-    return (
-        f"{LEDGER_FILE} does not hold the lines with which {file} was written (expected "
-        f"{pin.partition(' ')[0][:19]}, found {len(ledger.lines)}): lines were cut off or edited, and deletions would "
-        "be forgotten. Restore it from a backup."
-    )
 
 
 def _stages(digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def check_ids(ids) -> list[int | str]:
     Example:
 
     ```python
-    >>> from hf_s3t.partition import check_ids
+    >>> from hf_s3t.plan.partition import check_ids
 
     >>> check_ids(["ann", "bob"])
     ['ann', 'bob']
@@ -68,7 +68,7 @@ def units_of(ids: Sequence, groups: Sequence | None, contents: Sequence[str]) ->
     Example:
 
     ```python
-    >>> from hf_s3t.partition import units_of
+    >>> from hf_s3t.plan.partition import units_of
 
     >>> units_of(["a", "b", "c"], None, ["same", "other", "same"])
     ['a', 'b', 'a']
@@ -149,7 +149,7 @@ def assign(
 
     ```python
     >>> from collections import Counter
-    >>> from hf_s3t.partition import assign
+    >>> from hf_s3t.plan.partition import assign
 
     >>> places = assign(range(100), num_shards=2, num_slices=3)
     >>> sorted(Counter(places).values())
@@ -201,7 +201,7 @@ def order_key(example_id: int | str, seed: int) -> bytes:
     Example:
 
     ```python
-    >>> from hf_s3t.partition import order_key
+    >>> from hf_s3t.plan.partition import order_key
 
     >>> sorted(range(6), key=lambda i: order_key(i, seed=42))
     [5, 4, 1, 0, 3, 2]

@@ -13,29 +13,28 @@ from torch import nn
 
 from ..config import S3TConfig
 from ..errors import ConfigError
+from ..folder.opening import check_method, open_folder
 from ..folder.system import SystemFolder
 from ..model.aggregation import check_one_answer_can_be_made
 from ..model.base_model import check_base_is, config_of, describe_base, generation_of
 from ..model.checkpoint import check_checkpoint
 from ..model.layers import LayerGroups, find_head, find_layers, find_task, group_layers
 from ..model.refusals import (
-    check_arguments,
     check_base,
-    check_datasets,
     check_has_logits,
     check_has_no_adapters,
     check_is_itself,
-    check_keeps_no_state,
     check_peft_config,
     check_task,
-    evaluation_chooses,
 )
+from ..model.stateless import check_keeps_no_state
 from ..model.targets import check_targets
-from ..operations.inspection import check_method, open_folder
-from ..records.examples import DigestKey, ExampleTable, KeptNames
+from ..records.digests import DigestKey, KeptNames
+from ..records.examples import ExampleTable
 from .circumstances import circumstances
 from .first_steps import check_columns, check_optimizer
 from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
+from .refusals import check_arguments, check_datasets, evaluation_chooses
 from .rows import FedRows, TrainingRows
 
 

@@ -41,7 +41,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import ExampleIdError
 from ..model.stack import tensors_digest
-from ..records.examples import DigestKey, encode
+from ..records.digests import DigestKey, encode
 from .circumstances import evaluation_trains
 from .rows import shown_rows, stored_rows
 
@@ -107,7 +107,7 @@ def parts_of(trainer: "S3TTrainerMixin", key: DigestKey) -> tuple[dict[str, Any]
 
     Args:
         trainer ([`S3TTrainer`]): The trainer.
-        key ([`~hf_s3t.records.examples.DigestKey`]): The system's secret.
+        key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
 
     Returns:
         `tuple[dict, list[str]]`: The description of each part, as JSON types; and which of them cannot be told from
@@ -390,7 +390,7 @@ class _Description:
     Describes objects as JSON types, the same in every process.
 
     Args:
-        key ([`~hf_s3t.records.examples.DigestKey`]): With which texts and contents are digested.
+        key ([`~hf_s3t.records.digests.DigestKey`]): With which texts and contents are digested.
         shared (sequence): What is told by its class alone: the trainer itself and what it is made on.
     """
 

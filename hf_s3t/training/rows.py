@@ -24,7 +24,8 @@ from ..model.randomness import preserved_randomness, seed_all
 from ..model.state import fresh_copy, fresh_dataset, mark
 from ..plan.partition import assign, check_ids, units_of
 from ..plan.stages import StageKey
-from ..records.examples import DigestKey, Example, ExampleTable, KeptNames, encode
+from ..records.digests import DigestKey, KeptNames, encode
+from ..records.examples import Example, ExampleTable
 
 
 logger = logging.get_logger(__name__)
@@ -107,9 +108,9 @@ class TrainingRows:
 
         Args:
             digests (sequence of `str`): The keyed content digest of each row.
-            names ([`~hf_s3t.records.examples.KeptNames`], *optional*):
+            names ([`~hf_s3t.records.digests.KeptNames`], *optional*):
                 How ids and groups shall stand in the table; as they are if not given.
-            key ([`~hf_s3t.records.examples.DigestKey`], *optional*):
+            key ([`~hf_s3t.records.digests.DigestKey`], *optional*):
                 The system's secret, without which places of a balanced partition follow from ids and seed alone.
 
         Raises:
@@ -147,7 +148,7 @@ class StageRows:
     Args:
         prepared: The dataset as the trainer will feed it, perhaps tokenised and filtered.
         rows ([`TrainingRows`]): The dataset it was prepared from.
-        names ([`~hf_s3t.records.examples.KeptNames`], *optional*):
+        names ([`~hf_s3t.records.digests.KeptNames`], *optional*):
             How ids stand in the table; as they are if not given.
     """
 

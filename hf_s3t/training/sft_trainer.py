@@ -14,13 +14,13 @@ from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError
 from ..model.base_model import rowwise
 from ..model.randomness import RandomStates, own_randomness
-from ..model.refusals import evaluation_chooses
 from ..model.state import difference, mark
 from ..plan.stages import StageKey
 from .blueprint import draw_up
 from .first_steps import check_choice, check_rows, collates_as_stored
 from .given import check_kinds, check_parts, check_texts
 from .optimizers import refuse_bound_optimizer
+from .refusals import evaluation_chooses
 from .rows import ROW_COLUMN
 from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
 

@@ -39,20 +39,24 @@ from .. import launch
 from ..config import S3TConfig
 from ..errors import CheckpointError, ConfigError, DivergedError, FolderError, HubError, IsolationError, S3TError
 from ..folder.finite import NOT_FINITE
-from ..folder.system import ADAPTER_FILE, TRAINING_WEIGHTS_FILE, SystemFolder
+from ..folder.layout import ADAPTER_FILE, TRAINING_WEIGHTS_FILE
+from ..folder.system import SystemFolder
 from ..hub.card import description
-from ..hub.pushing import HubRepo, PushReport, push, told
+from ..hub.client import told
+from ..hub.pushing import PushReport, push
+from ..hub.repository import HubRepo
 from ..model.base_model import check_precision, keep_4_bit_weights, log_casts_once
 from ..model.modeling import S3TModel
 from ..model.randomness import RandomStates, own_randomness, preserved_randomness
-from ..model.refusals import changed_for_good, check_accelerator, evaluation_chooses
 from ..model.stack import StageStack, seed_head, tensors_digest
 from ..model.state import BUFFERS, Look, Mark, TokenizerSettings, difference, fresh_copy, fresh_dataset, mark, shown
+from ..model.stateless import changed_for_good
 from ..model.targets import refuse_failing_adapter
 from ..model.tensor_files import differing_tensors, read_tensors
 from ..model.turns import PREPARED, set_attributes
 from ..plan.stages import LEAST_STEPS, Plan, StageKey, relative_cost, stage_seed
-from ..records.examples import ExampleTable, KeptNames
+from ..records.digests import KeptNames
+from ..records.examples import ExampleTable
 from .audit import VerificationReport, note_trained, verify_stages
 from .blueprint import Blueprint, Layout, check_same, draw_up
 from .circumstances import circumstances, differing, recipe_of
@@ -62,6 +66,7 @@ from .given import check_answers, check_kinds, check_parts
 from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .progress import PlanProgress
+from .refusals import check_accelerator, evaluation_chooses
 from .rows import EpochSeededSampler, FedRows, StageRows
 from .tracking import PlanHandler, last_step, tags
 

@@ -40,8 +40,8 @@ from transformers import AutoTokenizer
 
 from hf_s3t.baselines import use_public_secret
 from hf_s3t.errors import ConfigError
+from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.inspection import open_folder
 from hf_s3t.plan import StageKey
 
 

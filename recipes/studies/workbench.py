@@ -26,7 +26,8 @@ from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS, Method, use_public_secret
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.files import write_atomically, write_checked_json
-from hf_s3t.folder.system import CONFIG_FILE, STAGES, SystemFolder
+from hf_s3t.folder.layout import CONFIG_FILE, STAGES
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.plan import Plan, StageKey
 
 

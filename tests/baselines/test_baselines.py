@@ -51,7 +51,8 @@ from hf_s3t.baselines import METHODS, Method, use_public_secret
 from hf_s3t.baselines.cost import COST_FILE
 from hf_s3t.baselines.whole_adapter import WholeAdapterModel
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCacheError, UnknownExampleError
-from hf_s3t.folder.system import ADAPTER_FILE, PROTOTYPES_FILE, STAGES, SystemFolder
+from hf_s3t.folder.layout import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Routing
 from hf_s3t.model.layers import find_head, group_layers
 from hf_s3t.model.stack import seed_head

@@ -32,7 +32,7 @@ from hf_s3t.cli import app as cli
 from hf_s3t.errors import S3TError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
-from hf_s3t.records.examples import KEY_VARIABLE
+from hf_s3t.records.digests import KEY_VARIABLE
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")

@@ -21,14 +21,17 @@ import hf_s3t.folder.files as files
 import hf_s3t.folder.system as storage
 from hf_s3t import S3TConfig
 from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
-from hf_s3t.folder.system import STAGE_FILE, SystemFolder
+from hf_s3t.folder.layout import STAGE_FILE
+from hf_s3t.folder.opening import open_folder
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import read_table, write_table
 from hf_s3t.operations.deletion import apply, preview
-from hf_s3t.operations.inspection import inspect, open_folder
+from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import apply_pending, request_later
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.examples import KEY_FILE, KEY_VARIABLE, DigestKey, Example
+from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE, DigestKey
+from hf_s3t.records.examples import Example
 
 
 ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.head", "ledger.key", "stages"}

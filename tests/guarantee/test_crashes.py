@@ -20,7 +20,8 @@ from support.folders import NAMES, add_checkpoint, delete_and_die, grow, new_sys
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.system import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE, SystemFolder
+from hf_s3t.folder.layout import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.pending import PENDING_FILE, PendingRequests, apply_pending
 from hf_s3t.plan import StageKey

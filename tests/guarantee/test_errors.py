@@ -58,7 +58,7 @@ from hf_s3t.errors import (
     UnknownExampleError,
 )
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.model.refusals import check_arguments
+from hf_s3t.training.refusals import check_arguments
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,10 +23,12 @@ from support.folders import NAMES, USERS, delete_and_die, files_of, grow, new_sy
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, UnknownExampleError
+from hf_s3t.folder.layout import LEDGER_FILE, TABLE_FILE
+from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
-from hf_s3t.folder.system import LEDGER_FILE, TABLE_FILE, SystemFolder
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.inspection import inspect, open_folder
+from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests, apply_pending, request_later
 
 

@@ -23,11 +23,12 @@ from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, M
 from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.folder import HubFolder
-from hf_s3t.hub.pushing import HubRepo, state_folder
+from hf_s3t.hub.memory import state_folder
+from hf_s3t.hub.repository import HubRepo
 from hf_s3t.model.route import Route, routed
 from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.records.examples import KEY_VARIABLE
+from hf_s3t.records.digests import KEY_VARIABLE
 from hf_s3t.training.audit import differing_tensors
 
 
@@ -461,7 +462,7 @@ def test_a_server_whose_home_is_read_only_serves_by_what_it_reads(pushed, repo, 
     first = HubFolder(repo.repo_id)
     victims = [first.table.members(0, 0)[0], first.table.members(1, 0)[0]]
     apply(first, victims[:1])
-    monkeypatch.setattr("hf_s3t.hub.pushing.may_remember", lambda state: False)
+    monkeypatch.setattr("hf_s3t.hub.memory.may_remember", lambda state: False)
     monkeypatch.setattr("hf_s3t.hub.folder.may_remember", lambda state: False)
     before = (first.path / "ledger.jsonl").read_bytes()
     reader = HubFolder(repo.repo_id)

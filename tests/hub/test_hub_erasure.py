@@ -15,7 +15,8 @@ from hf_s3t.errors import HubError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub import erasure
 from hf_s3t.hub.erasure import erase
-from hf_s3t.hub.pushing import HubRepo, state_folder
+from hf_s3t.hub.memory import state_folder
+from hf_s3t.hub.repository import HubRepo
 from hf_s3t.operations.deletion import apply
 
 

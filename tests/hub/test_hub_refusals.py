@@ -16,11 +16,12 @@ from hf_s3t import S3TModel
 from hf_s3t.errors import BaseModelMismatchError, ConfigError, FolderError, HubError, S3TError, TransferError
 from hf_s3t.folder.files import digested_json, read_checked_json
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.hub import pushing as hub_module
+from hf_s3t.hub import repository
 from hf_s3t.hub.erasure import erase
-from hf_s3t.hub.pushing import HubRepo, state_folder
+from hf_s3t.hub.memory import state_folder
+from hf_s3t.hub.repository import HubRepo
 from hf_s3t.operations.deletion import apply
-from hf_s3t.records.examples import KEY_VARIABLE, PUBLIC_SECRET, DigestKey
+from hf_s3t.records.digests import KEY_VARIABLE, PUBLIC_SECRET, DigestKey
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,7 +152,7 @@ def test_a_transfer_that_fails_is_told_whatever_the_client_raises(error, pushed,
         patch.setattr(HfApi, "create_commit", fail)
         with pytest.raises(HubError, match=r"[Cc]all again"):
             send(pushed, repo)
-        patch.setattr(hub_module, "hf_hub_download", fail)
+        patch.setattr(repository, "hf_hub_download", fail)
         with pytest.raises(HubError, match=r"could not be transferred .*call again"):
             load(repo)
     assert send(pushed, repo).deleted and load(repo)

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from support.tiny import batch_of, lora, make_trainer, plant_stages, rows_for, s3t_config, tiny_bert, tiny_llama
 
 from hf_s3t.errors import LayersNotFoundError, S3TError
-from hf_s3t.model.aggregation import repeat_rows
+from hf_s3t.model.batches import repeat_rows
 from hf_s3t.model.route import Route, routed
 from hf_s3t.plan import StageKey
 from hf_s3t.training.audit import differing_tensors

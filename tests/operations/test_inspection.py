@@ -25,11 +25,13 @@ from support.folders import (
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, S3TError
+from hf_s3t.folder.foreign import printable
+from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
 from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.inspection import Inspection, inspect, open_folder, printable
+from hf_s3t.operations.inspection import Inspection, inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.plan import StageKey
 from hf_s3t.records.examples import Example, ExampleTable

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from support.folders import CONFIG, NAMES, NUMBERS, grow, new_system
 
 from hf_s3t.errors import FolderError, KeyMissingError, UnknownExampleError
+from hf_s3t.folder.secret import load_key
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations import receipts as receipt_module
 from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.receipts import Receipt, Receipts, load_key
-from hf_s3t.records.examples import KEY_VARIABLE, DigestKey
+from hf_s3t.operations.receipts import Receipt, Receipts
+from hf_s3t.records.digests import KEY_VARIABLE, DigestKey
 from hf_s3t.records.ledger import Ledger, LedgerEntry, line_hash
 
 

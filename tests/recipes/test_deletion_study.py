@@ -22,7 +22,7 @@ from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.study_figures import DRAWERS, quality_at, standard_error
 from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.errors import ConfigError
-from hf_s3t.folder.system import ADAPTER_FILE
+from hf_s3t.folder.layout import ADAPTER_FILE
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

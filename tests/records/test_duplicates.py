@@ -12,7 +12,7 @@ from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config
 
 from hf_s3t.errors import ConfigError
 from hf_s3t.plan.partition import assign, units_of
-from hf_s3t.records.examples import DigestKey
+from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.rows import TrainingRows
 
 

@@ -18,17 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, FolderError, KeyMissingError, UnknownExampleError
-from hf_s3t.records.examples import (
-    KEY_FILE,
-    KEY_VARIABLE,
-    PUBLIC_SECRET,
-    DigestKey,
-    Example,
-    ExampleTable,
-    KeptNames,
-    Remaining,
-    encode,
-)
+from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE, PUBLIC_SECRET, DigestKey, KeptNames, encode
+from hf_s3t.records.examples import Example, ExampleTable, Remaining
 from hf_s3t.records.ledger import Ledger
 
 

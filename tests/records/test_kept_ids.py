@@ -13,12 +13,13 @@ from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_l
 from hf_s3t import S3TModel
 from hf_s3t.cli.app import app
 from hf_s3t.errors import ConfigError, ContentChangedError, ExampleIdError, UnknownExampleError
+from hf_s3t.folder.secret import load_key
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import groups_from_texts, ids_from_texts, preview
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
-from hf_s3t.operations.receipts import Receipts, load_key
-from hf_s3t.records.examples import KEY_FILE, KEY_VARIABLE
+from hf_s3t.operations.receipts import Receipts
+from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_s3t.errors import FolderError, FormatVersionError
-from hf_s3t.records.ledger import KINDS, Ledger, LedgerEntry, UnlearningReport, line_hash
+from hf_s3t.records.ledger import KINDS, Ledger, LedgerEntry, line_hash
+from hf_s3t.records.report import UnlearningReport
 
 
 def ledger_of(lines: int) -> Ledger:

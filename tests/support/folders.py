@@ -14,11 +14,13 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.folder.files import write_checked_json
-from hf_s3t.folder.system import STAGE_FILE, SystemFolder
+from hf_s3t.folder.layout import STAGE_FILE
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import record
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.examples import KEY_FILE, DigestKey, Example
+from hf_s3t.records.digests import KEY_FILE, DigestKey
+from hf_s3t.records.examples import Example
 
 
 NUMBERS = list(range(12))

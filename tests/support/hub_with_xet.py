@@ -20,7 +20,7 @@ def main(home: Path) -> None:
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     from hf_s3t import S3TModel
-    from hf_s3t.hub.pushing import HubRepo
+    from hf_s3t.hub.repository import HubRepo
     from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 
     rows = lm_rows(12)

@@ -37,7 +37,7 @@ from trl import SFTConfig
 
 from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
-from hf_s3t.records.examples import DigestKey
+from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.circumstances import recipe_of
 from hf_s3t.training.parts import differing_parts, parts_of
 

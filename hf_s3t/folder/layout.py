@@ -1,0 +1,38 @@
+"""The names of everything that may lie in a system's folder."""
+
+from ..records.digests import KEY_FILE
+
+
+CONFIG_FILE = "s3t_config.json"
+TABLE_FILE = "examples.parquet"
+LEDGER_FILE = "ledger.jsonl"
+HEAD_FILE = "ledger.head"
+STAGES = "stages"
+CHECKPOINTS = "checkpoints"
+STAGE_FILE = "stage.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Of a checkpoint: what an optimizer trains with, if that is not what serves.
+TRAINING_WEIGHTS_FILE = "training_weights.safetensors"
+PENDING_FILE = "pending.jsonl"
+COST_FILE = "cost.json"
+PROTOTYPES_FILE = "prototypes.safetensors"
+# The card, its picture, and what tokenizers, image processors and the Hub's client write beside a system.
+COMPANIONS = frozenset(
+    """
+    README.md stacks.svg LICENSE .gitattributes .gitignore .cache
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
+    sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm
+    preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
+    """.split()
+)
+LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
+
+
+LEFTOVER_PREFIXES = (".tmp-", ".gone-")
+TRACKER_LOGS = ("runs", "wandb", "mlruns")
+HISTORY = ".git"
+_SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
+PARTS = (*_SYSTEM_FILES, HEAD_FILE, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
+STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)

@@ -1,0 +1,152 @@
+"""The rows of a call: how many there are, repeated for every member of an ensemble."""
+
+import dataclasses
+import inspect
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from ..errors import S3TError
+from .caches import CACHES, has_cache
+
+
+# Inputs that are not one row per example even if their length says so.
+_NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
+# One for all rows of these is common.
+_SHARED = {"attention_mask", "position_ids"}
+# What `generate` hands on of pictures that it encoded: entries in the order of the batch, and those once per layer.
+_ENCODED, _ENCODED_BY_LAYER = "pooler_output", "deepstack_features"
+
+
+def fields_of_output(base: type) -> list[str]:
+    """The fields of what a class of model says that it returns."""
+    try:
+        returned = get_type_hints(base.forward).get("return")
+    except (NameError, TypeError, AttributeError):
+        # Code that came with a model need not say it, or not so that it can be read.
+        return []
+    outputs = filter(dataclasses.is_dataclass, get_args(returned) or (returned,))
+    return [field.name for output in outputs for field in dataclasses.fields(output)]
+
+
+def bind(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a call by name."""
+    if not args:
+        return dict(kwargs)
+    names = [p for p in inspect.signature(type(base).forward).parameters if p != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def num_rows(inputs: dict[str, Any], main_input: str) -> int:
+    """Number of examples in a batch."""
+    for name in (main_input, "input_ids", "inputs_embeds", "pixel_values"):
+        if inputs.get(name) is not None:
+            return len(inputs[name])
+    raise S3TError(
+        f"The model was called without {main_input}. Pass the inputs that the base model's `forward` takes."
+    )
+
+
+def knows_rows(inputs: dict[str, Any], rows: int) -> bool:
+    """
+    Whether every input is seen to have one entry per row, or to be the same for all.
+
+    Patches of all pictures in one list, fewer pictures than rows, or sequences packed into one have none: which entry
+    is of which row, only the base knows.
+    """
+    return all(name in _NOT_ROWS or _knows_rows(name, value, rows) for name, value in inputs.items())
+
+
+def _knows_rows(name: str, value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0:
+            return True
+        length = value.shape[_dimension_of_rows(name, value)]
+        return length == rows or (length == 1 and name in _SHARED)
+    if isinstance(value, ModelOutput):
+        return _ENCODED in value or _ENCODED_BY_LAYER in value
+    if isinstance(value, dict):
+        return all(_knows_rows(name, v, rows) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return not any(isinstance(v, (torch.Tensor, dict, list, tuple)) for v in value)
+    return True
+
+
+def _dimension_of_rows(name: str, value: torch.Tensor) -> int:
+    # Positions in time, height and width come before the rows, as Transformers has it when it expands them for beams.
+    return 1 if name == "position_ids" and value.dim() == 3 else 0
+
+
+def first_row(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The inputs of the first example alone."""
+    return {n: v if n in _NOT_ROWS else _first(v, rows) for n, v in inputs.items()}
+
+
+def _first(value: Any, rows: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
+        return value[:1]
+    if isinstance(value, dict) and not isinstance(value, ModelOutput):
+        return {k: _first(v, rows) for k, v in value.items()}
+    return value
+
+
+def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, Any]:
+    """The inputs with one block of rows per member; what has no row per example stays as it is."""
+    if members == 1:
+        return inputs
+    return {n: v if n in _NOT_ROWS else _repeat(n, v, rows, members) for n, v in inputs.items()}
+
+
+def _repeat(name: str, value: Any, rows: int, members: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        dimension = _dimension_of_rows(name, value)
+        return _times(value, members, dimension) if value.shape[dimension] == rows else value
+    if isinstance(value, ModelOutput):
+        return _repeat_encoded(value, members)
+    if isinstance(value, dict):
+        return {k: _repeat(name, v, rows, members) for k, v in value.items()}
+    return value
+
+
+def _repeat_encoded(encoded: ModelOutput, members: int) -> ModelOutput:
+    """Encoded pictures once per member: they come in the order of the rows, however many a row has."""
+    repeated = dict(encoded)
+    if _ENCODED in repeated:
+        repeated[_ENCODED] = _times(repeated[_ENCODED], members)
+    if _ENCODED_BY_LAYER in repeated:
+        repeated[_ENCODED_BY_LAYER] = [_repeat_layer(layer, members) for layer in repeated[_ENCODED_BY_LAYER]]
+    return type(encoded)(**repeated)
+
+
+def _repeat_layer(features: Any, members: int) -> Any:
+    # Some put the number of the layer before its features.
+    if isinstance(features, tuple) and isinstance(features[0], int):
+        return features[0], _times(features[1], members)
+    return _times(features, members)
+
+
+def _times(value: Any, members: int, dimension: int = 0) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.repeat([members if d == dimension else 1 for d in range(value.dim())])
+    return value * members
+
+
+def refuse_unknown_positions(base: nn.Module, inputs: dict[str, Any], rows: int) -> None:
+    """
+    Refuse to go on from a cache where the base counts positions by what it noted of the pictures: one note per row
+    that it saw, which it would take for those of the members' rows in another order.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: With what to give.
+    """
+    own, name = type(base), "_prepare_position_ids_for_generation"
+    usual = getattr(GenerationMixin, name)
+    counts_itself = getattr(own, name, usual) is not usual
+    if rows > 1 and counts_itself and has_cache(inputs) and inputs.get("position_ids") is None:
+        raise S3TError(
+            f"{own.__name__} goes on from `past_key_values` by positions that it counted for each row of one member. "
+            "Give `position_ids` with them, as `generate` does."
+        )

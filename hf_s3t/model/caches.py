@@ -1,0 +1,100 @@
+"""Caches of keys and values: whose they are, and whether they still may be used."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from ..errors import S3TError, StaleCacheError
+from .route import Route
+
+
+# The names under which models take and return a `Cache`.
+CACHES = ("past_key_values", "cache_params")
+_WITH_A_CACHE = {"use_cache", "cache_position", "attention_mask", "position_ids", *CACHES}
+
+
+def without_cache(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without a cache and the masks and positions that may go with it."""
+    return {name: value for name, value in inputs.items() if name not in _WITH_A_CACHE}
+
+
+def caches_in(values: Mapping[str, Any]) -> dict[str, Cache]:
+    """What of a call's inputs or outputs is a cache of keys and values, or of states, by name."""
+    return {name: values[name] for name in CACHES if isinstance(values.get(name), Cache)}
+
+
+def cache_of(values: Mapping[str, Any]) -> Cache | None:
+    """The cache among a call's inputs or outputs."""
+    return next(iter(caches_in(values).values()), None)
+
+
+def has_cache(values: Mapping[str, Any]) -> bool:
+    """Whether there is one with something in it."""
+    cache = cache_of(values)
+    return cache is not None and not _is_empty(cache)
+
+
+def stamp_cache(cache: Cache | None, route: Route) -> None:
+    """Remember which stacks filled a cache."""
+    if cache is not None:
+        cache._s3t_route = route
+
+
+def check_cache(cache: Any, route: Route) -> None:
+    """
+    Refuse a filled cache that other stacks than the route's made.
+
+    Raises:
+        [`~hf_s3t.errors.StaleCacheError`]: With what to do.
+    """
+    if cache is None or _is_empty(cache):
+        return
+    if getattr(cache, "_s3t_route", None) is not route:
+        raise StaleCacheError(
+            "`past_key_values` was made before a deletion changed the stacks that answer, or by another model. Start "
+            "again without it, from the full prompt."
+        )
+
+
+def _is_empty(cache: Cache) -> bool:
+    # Some models add a store of their own, beside layers that stay empty.
+    stores = [value for name, value in vars(cache).items() if name != "layers"]
+    return not any(map(_is_filled, cache.layers)) and not any(map(_holds_tensors, stores))
+
+
+def _is_filled(layer: Any) -> bool:
+    states = getattr(layer, "has_previous_state", {})
+    return any(states.values()) or (hasattr(layer, "get_seq_length") and bool(layer.get_seq_length() > 0))
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor) and value.numel() > 0
+
+
+def refuse_other_state(inputs: dict[str, Any]) -> None:
+    """
+    Refuse what recurrent models carry from call to call: nobody could tell which stacks it was made with.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Naming it.
+    """
+    names = [*(name for name in CACHES if not isinstance(inputs.get(name), Cache)), "mems", "state"]
+    given = [name for name in names if inputs.get(name) is not None]
+    if given:
+        raise S3TError(
+            f"`{given[0]}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
+            "use_cache=False."
+        )
+
+
+def reorder_cache(cache: Any, beam_idx: torch.Tensor, members: int) -> Any:
+    """Reorder a cache for beam search: the same beams in every member's block."""
+    rows = len(beam_idx)
+    cache.reorder_cache(torch.cat([beam_idx + member * rows for member in range(members)]))
+    return cache
