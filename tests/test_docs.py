@@ -169,7 +169,7 @@ def stand_ins(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(stand_ins, tmp_path, monkeypatch, one_thread):
+def reader(stand_ins, tmp_path, monkeypatch, one_thread, shared_key):
     """Somebody who runs a page from its top to its end, in a folder where the stand-ins lie under their names."""
     weights, configs = stand_ins
     for folder in weights.iterdir():
