@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the pages that lie outside of `docs/`, links as GitHub reads them, and the tree of errors."""
+"""Hooks of MkDocs: the pages that lie outside of `docs/`, and links as GitHub reads them."""
 
 import os
 import posixpath
@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
-
-from hf_s3t import errors
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +19,6 @@ PAGES = {
 _SOURCES = {page: source for source, page in PAGES.items()}
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
-_TREE = "<!-- the tree of errors -->"
 
 
 def on_files(files, config):
@@ -40,7 +37,7 @@ def on_page_markdown(markdown, page, config, files):
         parts += [_with_links(markdown[end : fence.start()], name, source), fence[0]]
         end = fence.end()
     parts.append(_with_links(markdown[end:], name, source))
-    return "".join(parts).replace(_TREE, tree_of_errors())
+    return "".join(parts)
 
 
 def _with_links(text: str, page: str, source: str) -> str:
@@ -62,16 +59,3 @@ def _with_links(text: str, page: str, source: str) -> str:
         return f"[{words}]({posixpath.relpath(path, posixpath.dirname(page) or os.curdir)}{mark}{anchor})"
 
     return _LINK.sub(link, text)
-
-
-def tree_of_errors() -> str:
-    """Every error below its base, as a block of text."""
-    return "\n".join(["```text", *_branch(errors.S3TError, ""), "```"])
-
-
-def _branch(error: type, indent: str):
-    also = [base.__name__ for base in error.__bases__ if base.__module__ == "builtins" and base is not Exception]
-    yield indent + error.__name__ + (f"  (and {', '.join(also)})" if also else "")
-    for child in error.__subclasses__():
-        if child.__module__ == errors.__name__:
-            yield from _branch(child, indent + "    ")
