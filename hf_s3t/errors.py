@@ -2,26 +2,26 @@
 The errors of hf_s3t: every one is an `S3TError` and also what Python callers would expect to catch.
 
 - S3TError
-  - ConfigError (ValueError)
-  - IsolationError (ValueError)
-  - LayersNotFoundError (ValueError)
-  - ExampleIdError (ValueError)
-  - UnknownExampleError (KeyError)
-  - ContentChangedError (ValueError)
-  - EmptySliceError (ValueError)
-  - DivergedError (ArithmeticError)
-  - CheckpointError (RuntimeError)
-  - FolderError (OSError)
-    - FormatVersionError
-    - KeyMissingError
-  - BaseModelMismatchError (ValueError)
-  - ExhaustedError (RuntimeError)
-  - CallStoppedError (RuntimeError)
-  - StaleCacheError (RuntimeError)
-  - NotServedError (AttributeError)
-  - HubError (OSError)
-    - TransferError
-    - MergeNeededError
+    - ConfigError (ValueError)
+    - IsolationError (ValueError)
+    - LayersNotFoundError (ValueError)
+    - ExampleIdError (ValueError)
+    - UnknownExampleError (KeyError)
+    - ContentChangedError (ValueError)
+    - EmptySliceError (ValueError)
+    - DivergedError (ArithmeticError)
+    - CheckpointError (RuntimeError)
+    - FolderError (OSError)
+        - FormatVersionError
+        - KeyMissingError
+    - BaseModelMismatchError (ValueError)
+    - ExhaustedError (RuntimeError)
+    - CallStoppedError (RuntimeError)
+    - StaleCacheError (RuntimeError)
+    - NotServedError (AttributeError)
+    - HubError (OSError)
+        - TransferError
+        - MergeNeededError
 """
 
 

@@ -128,7 +128,7 @@ def test_optional_libraries_are_imported_where_used(library):
 def test_the_tree_of_errors_is_drawn_as_it_is():
     def drawn(error, depth=0):
         others = [base.__name__ for base in error.__bases__ if base.__module__ == "builtins" and error is not S3TError]
-        yield "  " * depth + f"- {error.__name__}" + (f" ({', '.join(others)})" if others else "")
+        yield "    " * depth + f"- {error.__name__}" + (f" ({', '.join(others)})" if others else "")
         for below in error.__subclasses__():
             if below.__module__ == errors.__name__:
                 yield from drawn(below, depth + 1)
