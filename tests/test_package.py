@@ -23,7 +23,8 @@ import hf_s3t
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 PURE = (
-    "analysis", "analysis.figures", "analysis.paper_theory", "analysis.pictures", "analysis.study_figures", "cli.app",
+    "analysis", "analysis.pictures", "analysis.plan_figure", "analysis.planning", "analysis.rates",
+    "analysis.retention", "cli.app",
     "cli.rendering", "config", "baselines.cost", "operations.deletion", "errors", "records.examples", "folder.files",
     "folder.finite", "operations.inspection", "records.ledger", "sequences.optimal", "plan.partition",
     "operations.pending", "plan.stages", "operations.purge", "operations.receipts", "folder.scratch",

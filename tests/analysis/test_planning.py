@@ -8,8 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_s3t.analysis import deletion_rate, expected_depth
-from hf_s3t.analysis.figures import _plan
 from hf_s3t.analysis.paper_theory import VIT_LARGE
+from hf_s3t.analysis.plan_figure import figure_of_plan
 from hf_s3t.analysis.planning import (
     MOST_EPOCHS,
     Backbone,
@@ -201,7 +201,7 @@ class TestPicture:
         ],
     )
     def test_labels_are_within_the_axes(self, workload, limits, until):
-        figure = _plan(recommend(workload, Backbone(num_layers=32), until=until, **limits), workload)
+        figure = figure_of_plan(recommend(workload, Backbone(num_layers=32), until=until, **limits), workload)
         FigureCanvasAgg(figure).draw()
         axes = figure.axes[1]
         frame, labels = axes.get_window_extent(), [label.get_window_extent() for label in axes.texts]
