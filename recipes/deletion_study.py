@@ -31,16 +31,16 @@ from common.options import known_options
 from common.results import hardware
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from studies.pictures_of_theory import draw
+from studies.theory import TABLE_3_GIGABYTES_PER_BUDGET, TABLE_3_RATES, VIT_LARGE
+from studies.timelines import time_of_lives, time_of_rolling_back
 from studies.workbench import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
 from theory_figures import stored_data, write_data
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_s3t import S3TConfig
 from hf_s3t.analysis import deletion_rate
-from hf_s3t.analysis.figures import draw
-from hf_s3t.analysis.paper_theory import TABLE_3_GIGABYTES_PER_BUDGET, TABLE_3_RATES, VIT_LARGE
 from hf_s3t.analysis.pictures import check_picture
-from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.layout import ADAPTER_FILE

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common import command_line
+from studies.pictures_of_theory import draw
+from studies.theory import STUDIES
 
-from hf_s3t.analysis.figures import draw
-from hf_s3t.analysis.paper_theory import STUDIES
 from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from studies.theory import VIT_LARGE
 
 from hf_s3t.analysis import deletion_rate, expected_depth
-from hf_s3t.analysis.paper_theory import VIT_LARGE
 from hf_s3t.analysis.plan_figure import figure_of_plan
 from hf_s3t.analysis.planning import (
     MOST_EPOCHS,

@@ -11,16 +11,16 @@ import pretrain_vit
 import pytest
 import torch
 from safetensors.torch import load_file
+from studies.pictures_of_studies import DRAWERS, quality_at, standard_error
+from studies.pictures_of_theory import draw
 from studies.tables import by_deleted_slices
+from studies.timelines import time_of_lives, time_of_rolling_back
 from studies.workbench import Workbench, check_budgets, delete_one_by_one, request_order, served_subset
 from support.tiny import batch_of, classification_rows, lora, s3t_config, tiny_bert, tiny_vit, training_arguments
 from transformers import ViTImageProcessorPil
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.analysis import deletion_rate_paper
-from hf_s3t.analysis.figures import draw
-from hf_s3t.analysis.study_figures import DRAWERS, quality_at, standard_error
-from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.layout import ADAPTER_FILE
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
+from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
 
 
 _PLUS_MINUS = " (± a standard error of the rows)"
@@ -32,7 +32,7 @@ def quality_at(run: Mapping[str, Any], requests: Sequence[int], when_dead: float
     Example:
 
     ```python
-    >>> from hf_s3t.analysis.study_figures import quality_at
+    >>> from studies.pictures_of_studies import quality_at
 
     >>> run = {"points": [{"request": 0, "quality": 0.9}, {"request": 2, "quality": None}]}
     >>> quality_at(run, [0, 1, 2, 3], 0.1).tolist()

@@ -1,14 +1,13 @@
-"""The pictures, by matplotlib, of what `paper_theory.py` computed."""
+"""The pictures, by matplotlib, of what `theory.py` computed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from studies import pictures_of_studies
 
-from ..errors import ConfigError
-from . import study_figures
-from .pictures import (
+from hf_s3t.analysis.pictures import (
     FIRST,
     MORE,
     OURS,
@@ -21,6 +20,7 @@ from .pictures import (
     save,
     shared_legend,
 )
+from hf_s3t.errors import ConfigError
 
 
 _METHODS = {
@@ -41,7 +41,7 @@ def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
 
     Args:
         name (`str`):
-            A key of `paper_theory.STUDIES`, or the name of a study's figure, such as `"figure-6-left"`.
+            A key of `theory.STUDIES`, or the name of a study's figure, such as `"figure-6-left"`.
         data (mapping):
             What that study returned, or the JSON of it.
         path (`str` or `Path`):
@@ -380,5 +380,5 @@ _DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "optimal-gains": _gains_of_optimal,
     "retention": _retention,
     "without-replacement": _without_replacement,
-    **study_figures.DRAWERS,
+    **pictures_of_studies.DRAWERS,
 }

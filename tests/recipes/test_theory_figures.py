@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import theory_figures
+from studies import theory
+from studies.pictures_of_theory import draw
 
-from hf_s3t.analysis import paper_theory
-from hf_s3t.analysis.figures import draw
 from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
-NAMES = sorted(paper_theory.STUDIES)
+NAMES = sorted(theory.STUDIES)
 
 
 def stored(name):
@@ -25,7 +25,7 @@ def stored(name):
 class TestNumbers:
     @pytest.mark.parametrize("name", [n if n == "table-3" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
     def test_stored_ones_are_those_of_the_code(self, name):
-        again = json.loads(json.dumps(paper_theory.STUDIES[name]()))
+        again = json.loads(json.dumps(theory.STUDIES[name]()))
         before = stored(name)
         assert before.pop("versions").keys() == {"hf_s3t", "numpy", "scipy"}
         assert flat(again) == pytest.approx(flat(before), rel=1e-9)
