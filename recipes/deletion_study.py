@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import theory_figures
 import torch
 from common import command_line
 from common.options import known_options
 from common.results import hardware
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from studies.pictures_of_theory import draw
+from studies import theory_command
+from studies.figures import draw
+from studies.stored import stored_data, write_data
 from studies.theory import TABLE_3_GIGABYTES_PER_BUDGET, TABLE_3_RATES, VIT_LARGE
 from studies.timelines import time_of_lives, time_of_rolling_back
 from studies.workbench import RECIPES, Workbench, check_budgets, delete_one_by_one, request_order
-from theory_figures import stored_data, write_data
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_s3t import S3TConfig
@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def theory(options: argparse.Namespace, others: Sequence[str]) -> None:
     """The figures that need no trained system."""
     redraw = ["--redraw"] if options.redraw else []
-    theory_figures.main(["--output", str(options.output), "--format", options.format, *redraw, *others])
+    given = ["--output", str(options.output), "--format", options.format, *redraw, *others]
+    theory_command.make_figures(theory_command.make_parser().parse_args(given))
 
 
 def check_values(options: argparse.Namespace) -> None:

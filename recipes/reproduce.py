@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from common import command_line
-from studies.pictures_of_theory import draw
+from studies.figures import draw
+from studies.stored import stored_data, write_data
 from studies.tables import study_tables
-from theory_figures import stored_data, write_data
 
 from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.baselines import use_public_secret

@@ -1,11 +1,9 @@
 """The pictures, by matplotlib, of what `theory.py` computed."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies import pictures_of_studies
 
 from hf_s3t.analysis.pictures import (
     FIRST,
@@ -13,14 +11,11 @@ from hf_s3t.analysis.pictures import (
     OURS,
     PAPER,
     SISA,
-    check_picture,
     finish,
     new_figure,
     plain_numbers,
-    save,
     shared_legend,
 )
-from hf_s3t.errors import ConfigError
 
 
 _METHODS = {
@@ -33,27 +28,6 @@ _METHODS = {
     "optimal": ("optimal", "#009E73"),
 }
 _REQUESTS = "deletion requests"
-
-
-def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
-    """
-    Draw one of the paper's figures.
-
-    Args:
-        name (`str`):
-            A key of `theory.STUDIES`, or the name of a study's figure, such as `"figure-6-left"`.
-        data (mapping):
-            What that study returned, or the JSON of it.
-        path (`str` or `Path`):
-            The picture to write, a `.png` or `.svg` file.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is no such figure, or no picture can be drawn there.
-    """
-    if name not in _DRAWERS:
-        raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(_DRAWERS)}. Name one of them.")
-    check_picture(path)
-    save(_DRAWERS[name](data), path)
 
 
 def _against_budget_alone(data):
@@ -370,7 +344,7 @@ def _without_replacement(data):
 
 
 # Name of the figure -> what draws its data.
-_DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-6-right": _against_budget_alone,
     "figure-7": _three_ways,
     "figure-8": _diversity,
@@ -380,5 +354,4 @@ _DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "optimal-gains": _gains_of_optimal,
     "retention": _retention,
     "without-replacement": _without_replacement,
-    **pictures_of_studies.DRAWERS,
 }

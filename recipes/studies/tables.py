@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies.pictures_of_studies import quality_at, standard_error
+from studies.measured import quality_at, standard_error
 
 
 AFTER = (0, 10, 20, 30, 35, 40)

@@ -11,8 +11,9 @@ import pretrain_vit
 import pytest
 import torch
 from safetensors.torch import load_file
-from studies.pictures_of_studies import DRAWERS, quality_at, standard_error
-from studies.pictures_of_theory import draw
+from studies import pictures_of_deletions, pictures_of_studies
+from studies.figures import draw
+from studies.measured import quality_at, standard_error
 from studies.tables import by_deleted_slices
 from studies.timelines import time_of_lives, time_of_rolling_back
 from studies.workbench import Workbench, check_budgets, delete_one_by_one, request_order, served_subset
@@ -27,7 +28,7 @@ from hf_s3t.folder.layout import ADAPTER_FILE
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FIGURES = DOCS / "figures"
-STORED = [*DRAWERS, "lower-rate/figure-14"]
+STORED = [*pictures_of_deletions.DRAWERS, *pictures_of_studies.DRAWERS, "lower-rate/figure-14"]
 
 
 class TestStreams:
@@ -547,7 +548,7 @@ def test_the_retraining_that_is_drawn_is_the_one_that_was_made(count, said, tmp_
 def test_the_drop_has_a_band_as_wide_as_the_error_of_the_quality():
     data = json.loads((FIGURES / "figure-12.json").read_text(encoding="utf-8"))
     run = data["runs"][0] | {"quality": [0.8, 0.5], "drop": [0.0, 0.375], "evaluation_rows": 100}
-    figure = DRAWERS["figure-12"](data | {"runs": [run]})
+    figure = pictures_of_studies.DRAWERS["figure-12"](data | {"runs": [run]})
     (band,) = figure.axes[0].collections
     ends = band.get_paths()[0].vertices
     # An accuracy of a half on 100 rows: 5 points, which are 6.25% of 80%. What has not dropped has no error.
@@ -558,5 +559,5 @@ def test_the_drop_has_a_band_as_wide_as_the_error_of_the_quality():
 @pytest.mark.parametrize(("folder", "rate"), [("", "0.01"), ("lower-rate", "0.001")])
 def test_figure_14_says_its_rate_and_whose_the_claim_is(folder, rate):
     data = json.loads((FIGURES / folder / "figure-14.json").read_text(encoding="utf-8"))
-    title = DRAWERS["figure-14"](data).axes[0].get_title()
+    title = pictures_of_studies.DRAWERS["figure-14"](data).axes[0].get_title()
     assert title == f"Figure 14, learning rate {rate} (the paper claims comparable quality)"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import theory_figures
 from studies import theory
-from studies.pictures_of_theory import draw
+from studies.figures import draw
 
 from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
