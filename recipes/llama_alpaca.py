@@ -37,9 +37,9 @@ from common.instruction_tuning import (
     write_results,
 )
 from common.options import Options, ScriptArguments, parse
+from common.prompts import PROMPT_TEMPLATES
 from common.results import Results
 from datasets import Dataset
-from demo.invented_people import PROMPT_TEMPLATES
 from demo.people_demo import DEMO, run_demo
 
 from hf_s3t.errors import ConfigError

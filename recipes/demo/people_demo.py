@@ -22,18 +22,11 @@ from common.instruction_tuning import (
     write_results,
 )
 from common.options import Options, ScriptArguments
+from common.prompts import render_prompt
 from common.results import Results
 from datasets import Dataset
-from demo.invented_people import (
-    BaseSettings,
-    base_model,
-    fact_rows,
-    held_out_rows,
-    make_people,
-    private_dataset,
-    render_prompt,
-    strangers,
-)
+from demo.invented_people import fact_rows, held_out_rows, make_people, private_dataset, strangers
+from demo.small_llama import BaseSettings, base_model
 from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer
