@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from common.command_line import console
 from common.instruction_rows import as_examples
+from common.instruction_task import ScriptArguments
 from common.instruction_tuning import (
     BASE,
     EXHAUSTED,
@@ -21,7 +22,7 @@ from common.instruction_tuning import (
     unlearn,
     write_results,
 )
-from common.options import Options, ScriptArguments
+from common.options import Options
 from common.prompts import render_prompt
 from common.results import Results
 from datasets import Dataset

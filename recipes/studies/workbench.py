@@ -10,15 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import image_classification
 import numpy as np
-import text_classification
 import torch
+from common import image_task, text_task
 from common.base_models import check_model_is_given
-from common.classification import EvaluationSet, quiet, score
+from common.classification import EvaluationSet, quiet
 from common.images import Shown
-from common.options import Options, read_options
+from common.options import Options
 from common.results import settings_of
+from common.scores import score
+from common.texts import tokenize
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, DefaultDataCollator
 
@@ -31,7 +32,7 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.plan import Plan, StageKey
 
 
-RECIPES = {"image": image_classification, "text": text_classification}
+RECIPES = {"image": image_task, "text": text_task}
 # Images of a data set that are kept in memory as the model takes them, at most so many numbers.
 _MOST_NUMBERS = 2**27
 
@@ -63,9 +64,7 @@ class Workbench:
         quiet()
         self.work_dir = Path(work_dir)
         self.recipe = RECIPES[recipe]
-        self.options: Options = read_options(
-            self.recipe.make_parser(), [*argv, "--output_dir", str(self.work_dir / "systems")]
-        )
+        self.options: Options = self.recipe.read([*argv, "--output_dir", str(self.work_dir / "systems")])
         check_model_is_given(self.options.script.model_name_or_path, self.recipe.EXAMPLE_MODEL)
         self.settings = settings_of(self.options)
 
@@ -73,7 +72,7 @@ class Workbench:
     def loaded(self) -> Loaded:
         """Rows and model, when something is first trained or measured."""
         task = self.recipe.task_of(self.options)
-        found = self._images(task) if self.recipe is image_classification else self._texts(task)
+        found = self._images(task) if self.recipe is image_task else self._texts(task)
         # Deleted rows stay in a study's data, so the number of a row names it.
         return dataclasses.replace(found, config=dataclasses.replace(self.options.s3t, id_column=None))
 
@@ -84,26 +83,26 @@ class Workbench:
 
     def _images(self, task: Any) -> Loaded:
         options = self.options
-        task, train, sets = image_classification.load_rows(options, task)
-        processor = image_classification.load_processor(options)
-        evaluation = image_classification.evaluation_set(next(iter(sets.values())), options, None)
+        task, train, sets = image_task.load_rows(options, task)
+        processor = image_task.load_processor(options)
+        evaluation = image_task.evaluation_set(next(iter(sets.values())), options, None)
         plain = Shown(processor, task)
         if options.script.augmentation == "none":
             train = as_pixels(train, plain)
         else:
             train.set_transform(Shown(processor, task, task.padding, options.script.augmentation == "crop-flip"))
         evaluation = dataclasses.replace(evaluation, dataset=as_pixels(evaluation.dataset, plain))
-        model = image_classification.load_model(options, task)
+        model = image_task.load_model(options, task)
         return Loaded(task, train, evaluation, model, DefaultDataCollator(), processor, options.s3t)
 
     def _texts(self, task: Any) -> Loaded:
         options = self.options
-        task, train, sets = text_classification.load_rows(options, task)
-        tokenizer = text_classification.load_tokenizer(options)
-        train = text_classification.tokenize(train, tokenizer, options)
+        task, train, sets = text_task.load_rows(options, task)
+        tokenizer = text_task.load_tokenizer(options)
+        train = tokenize(train, tokenizer, options)
         rows = next(iter(sets.values()))
-        tokens = text_classification.tokenize(rows.dataset, tokenizer, options, keep=())
-        model = text_classification.load_model(options, task, tokenizer)
+        tokens = tokenize(rows.dataset, tokenizer, options, keep=())
+        model = text_task.load_model(options, task, tokenizer)
         collator = DataCollatorWithPadding(tokenizer)
         evaluation = dataclasses.replace(rows, dataset=tokens)
         return Loaded(task, train, evaluation, model, collator, tokenizer, options.s3t)
