@@ -10,10 +10,10 @@ import datasets
 import transformers
 from accelerate import PartialState
 from common.command_line import console
-from common.forgetting import is_asked_for, must_train, named
+from common.forgetting import EXHAUSTED, is_asked_for, must_train, named
 from common.fresh_process import in_new_process
 from common.options import Options
-from common.results import Results, cost_of, on_hub, write_run_card
+from common.results import HELD_OUT, Results, cost_of, on_hub, write_run_card
 from common.rows import Source, check_placing_columns, label_set, sample, split_off, with_ids
 from common.scores import score, shown_predictions
 from common.tasks import METRICS
@@ -27,9 +27,6 @@ from hf_s3t.errors import ConfigError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.card import description
 from hf_s3t.training.audit import VerificationReport
-
-
-HELD_OUT = "held_out"
 
 
 @dataclass
@@ -276,7 +273,7 @@ def unlearn(
         # What the first process did is in the folder; the results are its to write.
         method.model.refresh()
     if method.is_exhausted and state.is_main_process:
-        console.print("exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data.")
+        console.print(EXHAUSTED)
     measure(method, results, task, evaluation)
 
 

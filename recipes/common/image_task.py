@@ -7,7 +7,6 @@ from typing import Any
 
 from common.base_models import check_model_is_given, reading_model
 from common.classification import (
-    HELD_OUT,
     ClassificationArguments,
     EvaluationSet,
     choose_rows,
@@ -23,7 +22,7 @@ from common.classification import (
 from common.images import PRETRAINING, ImageSource, Shown, check_images, digits
 from common.options import Options, read_options
 from common.options import make_parser as make_recipe_parser
-from common.results import Results
+from common.results import HELD_OUT, Results
 from common.rows import label_numbers, split_off
 from common.scores import check_metrics
 from common.tasks import IMAGE_TASKS, ImageTask

@@ -10,10 +10,9 @@ import transformers
 from common import lm_evaluation
 from common.base_models import check_model_is_there
 from common.command_line import console
-from common.forgetting import is_asked_for, must_train, named
+from common.forgetting import EXHAUSTED, is_asked_for, must_train, named
 from common.instruction_rows import load_data
 from common.instruction_tuning import (
-    EXHAUSTED,
     NAMES,
     RECIPE,
     ask_harness,

@@ -29,6 +29,8 @@ from hf_s3t.hub.card import render_run_card
 
 FORMAT = 1
 SUFFIX = "-results.json"
+# The set of rows that were left out of training, to measure with them.
+HELD_OUT = "held_out"
 # Where things go, and what is done after the measurement.
 _NOT_SETTINGS = (
     "output_dir", "results_file", "overwrite_results", "unlearn", "unlearn_groups", "verify", "cache_dir",

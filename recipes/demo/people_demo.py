@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from common.command_line import console
+from common.forgetting import EXHAUSTED
 from common.instruction_rows import as_examples
 from common.instruction_task import ScriptArguments
 from common.instruction_tuning import (
     BASE,
-    EXHAUSTED,
     RECIPE,
     ask_harness,
     audit,
