@@ -151,26 +151,8 @@ def task_of(options: Options) -> TextTask:
         raise ConfigError(f"`--text_columns` takes one or two columns or templates, got {len(templates)}.")
     for template in templates:
         check_template(template)
-    if script.task_name is None:
-        if not (templates and script.dataset_name):
-            raise ConfigError(
-                "Give `--task_name` (" + ", ".join(TEXT_TASKS) + "), or `--dataset_name`, `--text_columns`, "
-                "`--label_column` and `--label_set` for data of your own."
-            )
-        task = TextTask("of your own", templates, None, ())
-    elif script.task_name not in TEXT_TASKS:
-        raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(TEXT_TASKS)}.")
-    else:
-        task = TEXT_TASKS[script.task_name]
-    if script.is_regression and task.labels is not None:
-        raise ConfigError(
-            f"`--is_regression` does not fit {task.name}, whose labels are {', '.join(task.labels)}. Leave it out."
-        )
-    if script.label_set and (script.is_regression or (script.task_name and task.labels is None)):
-        raise ConfigError(
-            f"`--label_set {' '.join(script.label_set)}` does not fit a regression, whose labels are numbers. Leave "
-            "it out, or `--is_regression`."
-        )
+    task = named_task(script, templates)
+    check_kind_of_labels(script, task)
     changes: dict[str, Any] = {}
     if templates:
         changes["texts"] = templates
@@ -183,6 +165,43 @@ def task_of(options: Options) -> TextTask:
     if script.dataset_name is not None:
         changes["dataset"] = None
     return replace(task, **changes)
+
+
+def named_task(script: TextArguments, templates: Sequence[str]) -> TextTask:
+    """
+    The task of the table that is named, or one of texts of one's own.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there is no such task, or neither is given.
+    """
+    if script.task_name is None:
+        if not (templates and script.dataset_name):
+            raise ConfigError(
+                "Give `--task_name` (" + ", ".join(TEXT_TASKS) + "), or `--dataset_name`, `--text_columns`, "
+                "`--label_column` and `--label_set` for data of your own."
+            )
+        return TextTask("of your own", tuple(templates), None, ())
+    if script.task_name not in TEXT_TASKS:
+        raise ConfigError(f"`--task_name {script.task_name}` is unknown. Choose of {', '.join(TEXT_TASKS)}.")
+    return TEXT_TASKS[script.task_name]
+
+
+def check_kind_of_labels(script: TextArguments, task: TextTask) -> None:
+    """
+    Refuse options for labels of another kind than the task's.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the one to leave out.
+    """
+    if script.is_regression and task.labels is not None:
+        raise ConfigError(
+            f"`--is_regression` does not fit {task.name}, whose labels are {', '.join(task.labels)}. Leave it out."
+        )
+    if script.label_set and (script.is_regression or (script.task_name and task.labels is None)):
+        raise ConfigError(
+            f"`--label_set {' '.join(script.label_set)}` does not fit a regression, whose labels are numbers. Leave "
+            "it out, or `--is_regression`."
+        )
 
 
 def source_of(options: Options, task: TextTask) -> Source:
