@@ -7,8 +7,8 @@ Fine-tune an encoder on a text classification task as a system that can forget, 
     python recipes/text_classification.py --model_name_or_path M --dataset_name train.csv --eval_file test.csv
         --text_columns question --label_column topic --label_set sports politics science
 
-The tasks of GLUE and SuperGLUE bring their columns, label sets, metrics and data (`tasks.py`); the metrics are the
-benchmarks' own. Results go into one JSON file, with every prediction on the rows evaluated on.
+The tasks of GLUE and SuperGLUE bring their columns, label sets, metrics and data (`common/tasks.py`); the metrics are
+the benchmarks' own. Results go into one JSON file, with every prediction on the rows evaluated on.
 """
 
 from common import command_line

@@ -155,7 +155,7 @@ def run(options: Options) -> dict[str, Any]:
     Train by the method asked for beside what it is compared with, measure, forget what is named, and prove it.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told, model and dataset among it.
+        options ([`~common.options.Options`]): Everything the recipe was told, model and dataset among it.
 
     Returns:
         `dict[str, Any]`: The numbers that were printed.

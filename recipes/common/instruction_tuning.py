@@ -83,7 +83,7 @@ def audit(options: Options, trainer: Any, model: str, train: Dataset, held_out: 
     Train surviving stages again, in a process that has trained none of them, and compare them bit for bit.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         trainer: The trainer of the system.
         model (`str`): The base it was made on.
         train (`Dataset`): The rows it was trained on.

@@ -46,7 +46,7 @@ class Results:
     The results file of one run.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         recipe (`str`): The recipe's name.
     """
 
@@ -254,7 +254,7 @@ def write_run_card(results: Results, options: Any, dataset: str | None = None) -
 
     Args:
         results ([`Results`]): The run's results.
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         dataset (`str`, *optional*): Id of the dataset that the task stands for, where none was named.
     """
     if not PartialState().is_main_process:

@@ -50,7 +50,7 @@ _LINES = (
 
 @dataclass
 class TextArguments(ClassificationArguments):
-    """What the recipe trains on: a task of `tasks.py`, or columns and labels that are named here."""
+    """What the recipe trains on: a task of `common/tasks.py`, or columns and labels that are named here."""
 
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One or two columns of text, or templates such as '{word}: {sentence}'."}
@@ -94,7 +94,7 @@ def read(argv: Sequence[str] | None = None) -> Options:
         argv (sequence of `str`, *optional*): The command line; this process's if not given.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: As [`~options.read_options`].
+        [`~hf_s3t.errors.ConfigError`]: As [`~common.options.read_options`].
     """
     return read_options(make_parser(), argv)
 
@@ -104,7 +104,7 @@ def run(options: Options) -> dict[str, Any]:
     Train by the method asked for, measure at every depth, forget what is named, and write the results.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
 
     Returns:
         `dict[str, Any]`: What the results file holds.

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import theory_figures
 from studies import theory
 from studies.figures import draw
 
-from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 
 
@@ -100,20 +98,9 @@ class TestPictures:
             draw("retention", stored("retention"), tmp_path / f"{number}.png")
         assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
 
-    def test_other_files_are_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match=re.escape("drawn as .png or .svg, got 'a.pdf'")):
-            check_picture(tmp_path / "a.pdf")
-        with pytest.raises(ConfigError, match="no folder that is there"):
-            check_picture(tmp_path / "nowhere" / "a.png")
-        check_picture(tmp_path / "nowhere" / "deeper" / "a.png", make_folder=True)
-        assert not (tmp_path / "nowhere").exists()
+    def test_a_figure_of_an_unknown_name_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="no figure 'figure-99'; expected one of figure-6-right"):
             draw("figure-99", {}, tmp_path / "a.png")
-
-    def test_without_matplotlib(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ConfigError, match=re.escape('pip install -e ".[figures]"')):
-            check_picture(tmp_path / "a.png")
 
 
 class TestRecipe:
