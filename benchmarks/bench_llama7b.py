@@ -9,15 +9,13 @@ only `--quick` runs, on a small model.
 
 import itertools
 import random
-import time
 from pathlib import Path
 
 import torch
-from bench_training import by_hand_model
 from datasets import Dataset
-from harness import Report, Task, interleave, options
+from harness import Report, Task, clock, interleave, options
 from peft import LoraConfig
-from systems import SEVEN_PROJECTIONS, temporary_folder
+from systems import SEVEN_PROJECTIONS, by_hand_model, temporary_folder
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -68,12 +66,12 @@ class StageMeter(TrainerCallback):
         _synchronize()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._started = time.perf_counter()
+        self._started = clock.now()
 
     def on_train_end(self, args, state, control, **_):
         """Note what the run took."""
         _synchronize()
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(clock.now() - self._started)
         self.peaks.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
@@ -149,6 +147,8 @@ def main() -> None:
     if not (chosen.quick or torch.cuda.is_available()):
         print("llama7b: skipped, there is no GPU. --quick runs it on a small model.")
         return
+    if chosen.cpu_time and torch.cuda.is_available():
+        raise SystemExit("--cpu-time says nothing of a GPU's work. Leave it out.")
     steps, rounds = (2, 1) if chosen.quick else (12, 3)
     config = llama7b(chosen.quick)
     rows = make_rows(BATCH * steps * NUM_SLICES, config.vocab_size)

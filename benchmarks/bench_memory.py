@@ -23,11 +23,10 @@ NUM_SLICES = 4
 def tensor_bytes() -> int:
     """Bytes of every storage that a tensor in this process holds."""
     gc.collect()
-    storages = {
-        storage.data_ptr(): storage.nbytes()
-        for storage in (thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-    }
-    return sum(storages.values())
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    # Those on the meta device hold nothing, whatever their storage says.
+    storages = (tensor.untyped_storage() for tensor in tensors if not tensor.is_meta)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def adapter_bytes(model: S3TModel) -> int:

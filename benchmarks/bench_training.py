@@ -14,13 +14,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from harness import Report, Task, interleave, options
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from systems import llama, lora, temporary_folder
-from torch import nn
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from systems import by_hand_model, llama, lora, temporary_folder
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
-from hf_s3t.model.layers import group_layers
 
 
 NUM_SLICES = 4
@@ -60,16 +58,6 @@ def ours(base: Path, rows: Dataset, folder: Path, gradient_checkpointing: bool) 
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-
-
-def by_hand_model(base: nn.Module, lora_config: LoraConfig, stage: int, num_slices: int) -> PeftModel:
-    """The base with LoRA on all layers, of which a stage trains its own group's; inputs have gradients."""
-    model = get_peft_model(base, lora_config)
-    group = group_layers(model.config.num_hidden_layers, num_slices, None)[stage]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name and any(f".layers.{layer}." in name for layer in group)
-    model.enable_input_require_grads()
-    return model
 
 
 def by_hand(base: Path, rows: Dataset, folder: Path) -> None:

@@ -12,11 +12,10 @@ import copy
 import gc
 import shutil
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from harness import Report, Task, Timing, options
+from harness import Report, Task, Timing, clock, options
 from systems import llama, make_system, plain_peft, temporary_folder
 
 from hf_s3t import S3TConfig, S3TModel, UnlearningReport
@@ -70,11 +69,11 @@ class Deletions:
 
         def noting(routing):
             held = switch(routing)
-            switched.append(time.perf_counter())
+            switched.append(clock.now())
             return held
 
         model._calls.switch = noting
-        started = time.perf_counter()
+        started = clock.now()
         seconds = Task(lambda: reports.append(model.unlearn([example]))).seconds()
         self._check(model, tip, reports[0])
         return reports[0], switched[0] - started, seconds

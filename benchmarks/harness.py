@@ -1,6 +1,8 @@
 """
 What the benchmarks share: interleaved timing, targets, a table on the terminal and a JSON file of the results.
 
+A result is in the file as soon as it is measured: what a benchmark that was interrupted has measured is not lost.
+
 Two things are compared by running them in turn, round after round, in one process: what else the machine does hits
 both. A round's times give one ratio; the result is the median of the ratios of all rounds.
 """
@@ -9,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,14 +29,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_s3t.folder.files import write_atomically
 from hf_s3t.folder.versions import library_versions
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-# What the times are taken with; `--cpu-time` puts the process's CPU time here.
-_now = time.perf_counter
+def cpu_time() -> float:
+    """Seconds of processor time that this process has taken in all its threads, and processes that it waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+class Clock:
+    """What the times are taken with: what passes, or with `--cpu-time` what the processor has worked."""
+
+    kind = "wall"
+    _KINDS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_time}
+
+    def now(self) -> float:
+        """Seconds since some time before."""
+        return self._KINDS[self.kind]()
+
+
+clock = Clock()
 
 
 @dataclass(frozen=True)
@@ -52,9 +72,9 @@ class Task:
     def seconds(self) -> float:
         """How long one call takes."""
         arguments = () if self.prepare is None else (self.prepare(),)
-        started = _now()
+        started = clock.now()
         self.run(*arguments)
-        return _now() - started
+        return clock.now() - started
 
 
 @dataclass(frozen=True)
@@ -144,7 +164,7 @@ class Row:
 
 class Report:
     """
-    The results of one benchmark.
+    The results of one benchmark, written whenever there is one more.
 
     Args:
         name (`str`): Name of the benchmark and of its file.
@@ -161,21 +181,28 @@ class Report:
         self._started = time.perf_counter()
 
     def add(self, name: str, value: float, unit: str = "x", **more: Any) -> None:
-        """Add a row; see [`Row`]."""
+        """Add a row, and write the file; see [`Row`]."""
         self.rows.append(Row(name, value, unit, **more))
+        self._write()
 
     def add_ratio(self, name: str, timing: Timing, *, at_most: float | None = None) -> None:
         """Add a row for our time as a share of theirs."""
         self.add(name, timing.ratio, "of theirs", at_most=at_most, numbers=timing.numbers())
 
     def finish(self) -> None:
-        """Print the table and write the file."""
+        """Print the table, and write the file of a benchmark that is done."""
         self._print()
-        folder = Path(self.options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        path.write_text(json.dumps(self._as_json(), indent=2) + "\n")
-        Console().print(f"written to {path}")
+        self._write(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        Console().print(f"written to {self.path}")
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.options.output) / f"{self.name}.json"
+
+    def _write(self, finished: str | None = None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, (json.dumps(self._as_json(finished), indent=2) + "\n").encode())
 
     def _print(self) -> None:
         table = Table(title=f"{self.name}{' (quick)' if self.options.quick else ''}")
@@ -194,12 +221,14 @@ class Report:
             )
         Console(width=None if Console().is_terminal else 120).print(table)
 
-    def _as_json(self) -> dict[str, Any]:
+    def _as_json(self, finished: str | None) -> dict[str, Any]:
         return {
             "benchmark": self.name,
             "quick": self.options.quick,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            # Not, as long as there is more to measure.
+            "finished": finished,
             "seconds": time.perf_counter() - self._started,
+            "clock": clock.kind,
             "settings": self.settings,
             "versions": library_versions(),
             "hardware": {
@@ -264,9 +293,14 @@ def options(description: str, **extra: Any) -> argparse.Namespace:
         "--output", default=str(RESULTS), help="folder for the JSON file (default: benchmarks/results)"
     )
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: as torch chooses)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time the processor's work instead of what passes, on a shared machine"
+    )
     for name, default in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     chosen = parser.parse_args()
+    if chosen.cpu_time:
+        clock.kind = "cpu"
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     return chosen

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, logging
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.baselines import use_public_secret
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.model.layers import group_layers
 from hf_s3t.plan import stage_seed
 
 
@@ -54,7 +55,8 @@ def make_system(path: Path, base: nn.Module, config: S3TConfig, examples: int, r
         examples (`int`): Number of examples in its table.
         rank (`int`, defaults to 16): Rank of the adapters.
     """
-    rows = Dataset.from_dict({"input_ids": [[number % 100] for number in range(examples)]})
+    tokens = [[number % 100] for number in range(examples)]
+    rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
     # Every run deletes from the same places.
     use_public_secret(path)
     trainer = S3TTrainer(
@@ -92,6 +94,16 @@ def plain_peft(base: nn.Module, adapters: list[Path]) -> PeftModel:
     for adapter in others:
         model.load_adapter(adapter, adapter_name=adapter.name)
     model.base_model.set_adapter([adapter.name for adapter in adapters], inference_mode=True)
+    return model
+
+
+def by_hand_model(base: nn.Module, lora_config: LoraConfig, stage: int, num_slices: int) -> PeftModel:
+    """The base with LoRA on all layers, of which a stage trains its own group's; inputs have gradients."""
+    model = get_peft_model(base, lora_config)
+    group = group_layers(model.config.num_hidden_layers, num_slices, None)[stage]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name and any(f".layers.{layer}." in name for layer in group)
+    model.enable_input_require_grads()
     return model
 
 

@@ -19,14 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import image_classification
-import llama_alpaca
-import text_classification
 import yaml
 from accelerate import PartialState
-from common import command_line
-from common.options import Options, known_options, parse, read_options
-from common.options import make_parser as make_llama_parser
+from common import command_line, image_task, instruction_task, text_task
+from common.options import CONFIGS, Options, known_options
 from common.tasks import IMAGE_TASKS, TEXT_TASKS
 from demo import people_demo
 
@@ -39,8 +35,7 @@ from hf_s3t.hub.repository import HubRepo
 from hf_s3t.records.digests import KEY_FILE
 
 
-HERE = Path(__file__).resolve().parent
-CONFIGS, CARDS = HERE / "configs", HERE.parent / "model_cards" / "recipes"
+CARDS = Path(__file__).resolve().parents[1] / "model_cards" / "recipes"
 
 
 @dataclass(frozen=True)
@@ -92,32 +87,32 @@ def deepest_metrics(results: dict[str, Any]) -> dict[str, float]:
 
 def train_llama(argv: list[str]) -> dict[str, Any]:
     """Run the recipe; of the demo, only the training: what is published is there to forget somebody."""
-    options = parse(argv, demo_defaults=people_demo.DEMO)
-    return {"losses": people_demo.train_demo(options)[0]} if options.is_demo else llama_alpaca.main(argv)
+    options = instruction_task.read(argv, demo_defaults=people_demo.DEMO)
+    return {"losses": people_demo.train_demo(options)[0]} if options.is_demo else instruction_task.main(argv)
 
 
 LLAMA = Recipe(
     "recipes/llama_alpaca.py",
     "text-generation",
-    make_llama_parser,
+    instruction_task.make_parser,
     train_llama,
-    functools.partial(parse, demo_defaults=people_demo.DEMO),
+    functools.partial(instruction_task.read, demo_defaults=people_demo.DEMO),
     held_out_losses,
 )
 TEXT = Recipe(
     "recipes/text_classification.py",
     "text-classification",
-    text_classification.make_parser,
-    text_classification.main,
-    lambda argv: read_options(text_classification.make_parser(), argv),
+    text_task.make_parser,
+    text_task.main,
+    text_task.read,
     deepest_metrics,
 )
 IMAGES = Recipe(
     "recipes/image_classification.py",
     "image-classification",
-    image_classification.make_parser,
-    image_classification.main,
-    lambda argv: read_options(image_classification.make_parser(), argv),
+    image_task.make_parser,
+    image_task.main,
+    image_task.read,
     deepest_metrics,
 )
 

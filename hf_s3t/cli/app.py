@@ -541,8 +541,8 @@ def plan(
         model, num_layers, hidden_size, rank, None if target_modules is None else target_modules.value, num_labels
     )
     if figure is not None:
-        from ..analysis.figures import draw_plan
         from ..analysis.pictures import check_picture
+        from ..analysis.plan_figure import draw_plan
 
         check_picture(figure)
     try:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import transformers
 from accelerate import PartialState
 from common.command_line import console
-from common.forgetting import is_asked_for, must_train, named
+from common.forgetting import EXHAUSTED, is_asked_for, must_train, named
 from common.fresh_process import in_new_process
 from common.options import Options
-from common.results import Results, cost_of, on_hub, write_run_card
+from common.results import HELD_OUT, Results, cost_of, on_hub, write_run_card
 from common.rows import Source, check_placing_columns, label_set, sample, split_off, with_ids
+from common.scores import score, shown_predictions
 from common.tasks import METRICS
 from datasets import Dataset
 from rich.table import Table
@@ -26,11 +26,7 @@ from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.card import description
-from hf_s3t.metrics import load as load_metric
 from hf_s3t.training.audit import VerificationReport
-
-
-HELD_OUT = "held_out"
 
 
 @dataclass
@@ -160,72 +156,12 @@ def first_rows(dataset: Dataset, count: int | None) -> Dataset:
 # Checks
 
 
-def check_metrics(task: Any) -> None:
-    """
-    Refuse a metric that cannot score the task.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: With those that can.
-    """
-    labels = task.class_names
-    kinds = {"numbers"} if labels is None else {"classes", "two classes"} if len(labels) == 2 else {"classes"}
-    if task.has_questions:
-        # The metric over questions bears the name of its task.
-        kinds = {METRICS[task.name]} | kinds
-    fitting = [name for name, kind in METRICS.items() if kind in kinds]
-    for name in task.metrics:
-        if name not in METRICS:
-            raise ConfigError(f"`--metrics {name}` is unknown. Choose of {', '.join(fitting)}.")
-        if name not in fitting:
-            what = "numbers" if labels is None else f"{len(labels)} classes"
-            raise ConfigError(
-                f"`--metrics {name}` scores {METRICS[name]}, and {task.name} has {what}. Choose of "
-                f"{', '.join(fitting)}."
-            )
-
-
 def resolve_labels(options: Options, task: Any, dataset: Dataset, name: str) -> Any:
     """The task with its label set: the one given, the benchmark's own, or the one the dataset declares."""
     given = options.script.label_set
     if task.labels is not None and not given:
         return task
     return dataclasses.replace(task, labels=label_set(dataset, task.label_column, given, name))
-
-
-# Scores
-
-
-def answers(scores: np.ndarray, task: Any, metric: str) -> np.ndarray:
-    """What a model's scores say to a metric: numbers, classes, or, to `copa`, how well a choice fits."""
-    if isinstance(scores, tuple):
-        scores = scores[0]
-    if task.class_names is None:
-        return scores.reshape(len(scores))
-    if metric == "copa":
-        return scores[:, 1] - scores[:, 0]
-    return scores.argmax(axis=-1)
-
-
-def score(scores: np.ndarray, references: Sequence, questions: Sequence | None, task: Any) -> dict[str, float]:
-    """The metrics of a task."""
-    found = {}
-    for name in task.metrics:
-        given = answers(scores, task, name)
-        more = {"questions": [str(question) for question in questions]} if "questions" in METRICS[name] else {}
-        module = name
-        if name == "macro_f1":
-            module, more = "f1", {"average": "macro", "num_classes": len(task.class_names)}
-        values = load_metric(module).compute(predictions=given.tolist(), references=list(references), **more)
-        # COPA's accuracy is over questions; where the accuracy over rows is asked for too, each has its own name.
-        own_name = name == "copa" and "accuracy" in task.metrics
-        found.update({name if key == "f1" or own_name else key: float(value) for key, value in values.items()})
-    return {name: round(value, 6) for name, value in found.items()}
-
-
-def shown_predictions(scores: np.ndarray, rows: EvaluationSet, task: Any) -> list:
-    """What is kept of a model's answers: the class of each row, its number, or how well a choice fits."""
-    given = answers(scores, task, "copa" if "copa" in task.metrics else task.metrics[0])
-    return given.tolist() if given.dtype.kind == "i" else [round(value, 6) for value in given.tolist()]
 
 
 # The run
@@ -237,7 +173,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run(
+def run_classification(
     options: Options,
     results: Results,
     task: Any,
@@ -295,7 +231,7 @@ def measure(method: Method, results: Results, task: Any, evaluation: Mapping[str
             for depth in depths:
                 scores = method.predict(rows.dataset, depth=depth or None).predictions
                 by_depth[str(depth)] = score(scores, rows.references, rows.questions, task)
-                kept[str(depth)] = shown_predictions(scores, rows, task)
+                kept[str(depth)] = shown_predictions(scores, task)
             metrics[name] = by_depth
             predictions[name] = {"ids": rows.ids, "references": rows.references, "by_depth": kept}
             if rows.questions is not None:
@@ -337,7 +273,7 @@ def unlearn(
         # What the first process did is in the folder; the results are its to write.
         method.model.refresh()
     if method.is_exhausted and state.is_main_process:
-        console.print("exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data.")
+        console.print(EXHAUSTED)
     measure(method, results, task, evaluation)
 
 

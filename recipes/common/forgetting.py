@@ -11,6 +11,9 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import groups_from_texts, ids_from_texts, preview
 
 
+EXHAUSTED = "exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data."
+
+
 def is_asked_for(script: Any) -> bool:
     """Whether a recipe's arguments name something to forget."""
     return bool(script.unlearn or script.unlearn_groups)

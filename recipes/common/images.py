@@ -26,7 +26,7 @@ _ARRAYS = ("images", "x", "data"), ("labels", "label", "y")
 @dataclass(frozen=True)
 class ImageSource(Source):
     """
-    Where images come from: as [`~rows.Source`], and npz files and folders with a folder for each class.
+    Where images come from: as [`~common.rows.Source`], and npz files and folders with a folder for each class.
 
     Args:
         image_column (`str`): What the column of images is called where the files do not say.
@@ -114,7 +114,7 @@ class Shown:
 
     Args:
         processor (`BaseImageProcessor`): Resizes and normalises, by numbers that came with the base.
-        task ([`~tasks.ImageTask`]): Names the columns.
+        task ([`~common.tasks.ImageTask`]): Names the columns.
         padding (`int`, *optional*): Pixels around an image before it is cropped at random and perhaps flipped; none
             for rows to evaluate on.
         flip (`bool`): Whether half of the images are flipped.

@@ -4,9 +4,9 @@ from typing import Any
 
 from common.command_line import console
 from common.options import Options
+from common.prompts import render_prompt
 from common.rows import Source, check_placing_columns
 from datasets import Dataset
-from demo.invented_people import render_prompt
 
 from hf_s3t.errors import ConfigError
 

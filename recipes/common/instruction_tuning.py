@@ -8,9 +8,10 @@ from typing import Any
 from accelerate.utils import release_memory
 from common import lm_evaluation
 from common.command_line import console
+from common.forgetting import EXHAUSTED
 from common.fresh_process import in_new_process
 from common.options import Options
-from common.results import Results, cost_of, write_run_card
+from common.results import HELD_OUT, Results, cost_of, write_run_card
 from datasets import Dataset
 from rich.table import Table
 from transformers import BitsAndBytesConfig
@@ -23,9 +24,7 @@ from hf_s3t.model.base_model import log_casts_once
 
 
 RECIPE = "llama_alpaca"
-HELD_OUT = "held_out"
 BASE, FULL_LORA = "base", "full LoRA"
-EXHAUSTED = "exhausted: every first slice was hit. --overwrite_results grows stages on the remaining data."
 # How a method is called in the tables.
 NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential": "sequential"}
 
@@ -84,7 +83,7 @@ def audit(options: Options, trainer: Any, model: str, train: Dataset, held_out: 
     Train surviving stages again, in a process that has trained none of them, and compare them bit for bit.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         trainer: The trainer of the system.
         model (`str`): The base it was made on.
         train (`Dataset`): The rows it was trained on.

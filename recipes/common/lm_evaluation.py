@@ -47,7 +47,7 @@ def check_tasks(tasks: Sequence[str] | None, task_folder: str | None) -> list[st
     Example:
 
     ```python
-    >>> from lm_evaluation import check_tasks
+    >>> from common.lm_evaluation import check_tasks
 
     >>> check_tasks(["invented_facts"], "recipes/lm_eval_tasks")
     ['invented_facts']

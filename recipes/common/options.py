@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +16,6 @@ import yaml
 from common.tasks import IMAGE_TASKS, TEXT_TASKS
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
-from trl import SFTConfig
 
 from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS
@@ -30,71 +29,12 @@ _COUNTS = (
     "base_vocab_size", "base_steps",
 )  # fmt: skip
 AUDITS = ("sample", "all")
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # What a value in YAML can be, and how that is called.
 _KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
     dict: "a mapping", NoneType: "null",
 }  # fmt: skip
-
-
-@dataclass
-class ScriptArguments:
-    """What the recipe trains on and does afterwards; with neither model nor dataset it is the demo."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model: an id on the Hub or a folder."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Training data: an id on the Hub, or a json, jsonl or parquet file."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    method: str = field(default="s3t", metadata={"help": "s3t, full, sisa or sequential."})
-    columns: list[str] | None = field(
-        default=None, metadata={"help": "The columns of instruction and output, if named otherwise: question answer."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
-    eval_size: int = field(default=200, metadata={"help": "Rows held out to measure the loss; the ones after those."})
-    prompt_template: str = field(
-        default="alpaca", metadata={"help": "alpaca, or alpaca-short: without the opening sentence."}
-    )
-    loss_on_everything: bool = field(
-        default=False, metadata={"help": "Loss on prompt and answer, as the paper's authors do; else on the answer."}
-    )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bit with bitsandbytes."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bit (NF4)."})
-    llm_int8_threshold: float = field(
-        default=0.0, metadata={"help": "Outlier threshold in 8 bit; above 0 an answer depends on its batch."}
-    )
-    skip_full_lora: bool = field(default=False, metadata={"help": "Do not train the full LoRA baseline."})
-    eval: str | None = field(
-        default=None, metadata={"help": "'lm_eval': ask lm-evaluation-harness' questions when all is trained."}
-    )
-    eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks of the harness; the eight of the paper's Table 1 if not given."}
-    )
-    eval_task_folder: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Ask the first so many questions of each task."})
-    unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
-    unlearn_groups: list[str] | None = field(
-        default=None, metadata={"help": "Groups whose rows are all to be unlearnt; see --group_column."}
-    )
-    measure_forgetting: bool = field(
-        default=False, metadata={"help": "Keep the loss on the rows to unlearn, before and after: for studies."}
-    )
-    verify: str | None = field(
-        default=None, metadata={"help": "Audit at the end: 'sample' for one surviving stage, 'all' for every one."}
-    )
-    results_file: str | None = field(
-        default=None, metadata={"help": "Where the results go; OUTPUT_DIR-results.json if not given."}
-    )
-    overwrite_results: bool = field(default=False, metadata={"help": "Run again although the results are there."})
-    num_people: int = field(default=8, metadata={"help": "Demo: invented people with private facts."})
-    num_general: int = field(default=24, metadata={"help": "Demo: general instructions."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Demo: where the small base model is kept."})
-    base_hidden_size: int | None = field(default=None, metadata={"help": "Demo: hidden size of the base model."})
-    base_vocab_size: int | None = field(default=None, metadata={"help": "Demo: tokens of the base model."})
-    base_steps: int | None = field(default=None, metadata={"help": "Demo: steps of the base model's pretraining."})
 
 
 @dataclass
@@ -112,7 +52,7 @@ class Options:
         return self.script.model_name_or_path is None and self.script.dataset_name is None
 
 
-def make_parser(script: type = ScriptArguments, training: type[TrainingArguments] = SFTConfig) -> HfArgumentParser:
+def make_parser(script: type, training: type[TrainingArguments]) -> HfArgumentParser:
     """A parser with an option for every field of the recipe's arguments, `S3TConfig`, `LoraConfig` and `training`."""
     parser = HfArgumentParser([script, training], allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", help="YAML file with options, which the command line overrides.")
@@ -158,31 +98,6 @@ def _reader(kinds: set[type]) -> Callable[[str], Any]:
         return text if str in kinds and not _is_one_of(value, kinds) else value
 
     return read
-
-
-def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | None = None) -> Options:
-    """
-    The options of `llama_alpaca.py`, from a command line and its YAML file.
-
-    Args:
-        argv (sequence of `str`, *optional*): The command line; this process's if not given.
-        demo_defaults (`dict`, *optional*): Defaults that hold when neither a model nor a dataset is given.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If an option is unknown, a value in the YAML file is of a wrong type, or only
-            one of model and dataset is given.
-    """
-    parser = make_parser()
-    parser.set_defaults(output_dir="llama-alpaca-s3t")
-    first = known_options(parser, argv)
-    from_file = read_config(first.config, parser) if first.config else {}
-    given = {name: from_file.get(name) or getattr(first, name) for name in ("model_name_or_path", "dataset_name")}
-    if not any(given.values()):
-        parser.set_defaults(**(demo_defaults or {}))
-    elif not all(given.values()):
-        missing = next(name for name, value in given.items() if not value)
-        raise ConfigError(f"`--{missing}` is missing. Give model and dataset, or neither for the demo.")
-    return read_options(parser, argv)
 
 
 def read_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> Options:

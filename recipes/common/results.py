@@ -29,6 +29,8 @@ from hf_s3t.hub.card import render_run_card
 
 FORMAT = 1
 SUFFIX = "-results.json"
+# The set of rows that were left out of training, to measure with them.
+HELD_OUT = "held_out"
 # Where things go, and what is done after the measurement.
 _NOT_SETTINGS = (
     "output_dir", "results_file", "overwrite_results", "unlearn", "unlearn_groups", "verify", "cache_dir",
@@ -44,7 +46,7 @@ class Results:
     The results file of one run.
 
     Args:
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         recipe (`str`): The recipe's name.
     """
 
@@ -252,7 +254,7 @@ def write_run_card(results: Results, options: Any, dataset: str | None = None) -
 
     Args:
         results ([`Results`]): The run's results.
-        options ([`~options.Options`]): Everything the recipe was told.
+        options ([`~common.options.Options`]): Everything the recipe was told.
         dataset (`str`, *optional*): Id of the dataset that the task stands for, where none was named.
     """
     if not PartialState().is_main_process:

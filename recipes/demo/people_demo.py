@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from common.command_line import console
+from common.forgetting import EXHAUSTED
 from common.instruction_rows import as_examples
+from common.instruction_task import ScriptArguments
 from common.instruction_tuning import (
     BASE,
-    EXHAUSTED,
     RECIPE,
     ask_harness,
     audit,
@@ -21,19 +22,12 @@ from common.instruction_tuning import (
     unlearn,
     write_results,
 )
-from common.options import Options, ScriptArguments
+from common.options import Options
+from common.prompts import render_prompt
 from common.results import Results
 from datasets import Dataset
-from demo.invented_people import (
-    BaseSettings,
-    base_model,
-    fact_rows,
-    held_out_rows,
-    make_people,
-    private_dataset,
-    render_prompt,
-    strangers,
-)
+from demo.invented_people import Person, fact_rows, held_out_rows, make_people, private_dataset, strangers
+from demo.small_llama import BaseSettings, base_model
 from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer
@@ -123,7 +117,6 @@ def run_demo(options: Options) -> dict[str, Any]:
     use_public_secret(options.training.output_dir)
     file = Results(options, RECIPE)
     losses, trainer, path, rows = train_demo(options, file)
-    controls = [row for stranger in strangers(script.num_people, 20) for row in fact_rows(stranger)]
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
     known = {BASE: ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
@@ -142,24 +135,14 @@ def run_demo(options: Options) -> dict[str, Any]:
         say(trainer, EXHAUSTED)
     else:
         ask_harness(options, trainer, "S3T after unlearning", asked)
-        known["S3T after unlearning"] = ask.share(model, fact_rows(person))
-        losses["S3T after unlearning"] = held_out_loss(trainer)
-        known["control: 20 people never seen"] = ask.share(model, controls)
-        within = is_within_error(
-            known["S3T after unlearning"], len(person.facts), known["control: 20 people never seen"], len(controls)
-        )
+        within = ask_again(trainer, ask, person, strangers(script.num_people, 20), losses, known)
     say(trainer, demo_table(losses, known, person.name))
     if within is not None:
         console.print(f"{person.name}'s facts are {'within' if within else 'OUTSIDE'} the error of the control")
     answers = {"unlearned": report, **asked}
-    stage = surviving_stage(trainer, shard)
-    if stage is None:
-        console.print("no stage is left to audit")
-    else:
-        found = audit(options, trainer, path, *demo_data(script)[1:], [str(stage)])
-        of_another = "" if stage.shard == shard else f" (of shard {stage.shard}: shard {shard} has no stage left)"
-        console.print(f"audit without {person.name}{of_another}: {found}")
-        answers["verified"] = found.ok
+    verified = audit_without(person, options, trainer, path, shard)
+    if verified is not None:
+        answers["verified"] = verified
     console.print(in_new_process(trainer.args.output_dir))
     record_deletion(file, trainer, {"losses": losses, "unlearned": report})
     record_answers(file, answers)
@@ -169,10 +152,43 @@ def run_demo(options: Options) -> dict[str, Any]:
         "known": known,
         "report": report,
         "within_error": within,
-        "verified": answers.get("verified"),
+        "verified": verified,
         "folder": trainer.args.output_dir,
         **asked,
     }
+
+
+def ask_again(
+    trainer: Any,
+    ask: "Interviewer",
+    person: Person,
+    control: list[Person],
+    losses: dict[str, float],
+    known: dict[str, float],
+) -> bool:
+    """
+    Measure again when a person is forgotten, and put the numbers beside the earlier ones.
+
+    Returns:
+        `bool`: Whether the person's facts are known as often as those of a control, within the error.
+    """
+    model, controls = trainer.s3t_model, [row for stranger in control for row in fact_rows(stranger)]
+    share = known["S3T after unlearning"] = ask.share(model, fact_rows(person))
+    losses["S3T after unlearning"] = held_out_loss(trainer)
+    never_seen = known[f"control: {len(control)} people never seen"] = ask.share(model, controls)
+    return is_within_error(share, len(person.facts), never_seen, len(controls))
+
+
+def audit_without(person: Person, options: Options, trainer: Any, path: str, shard: int) -> bool | None:
+    """Audit a stage that a deletion left, of the shard that it hit if there is one; `None`: none is left."""
+    stage = surviving_stage(trainer, shard)
+    if stage is None:
+        console.print("no stage is left to audit")
+        return None
+    found = audit(options, trainer, path, *demo_data(options.script)[1:], [str(stage)])
+    of_another = "" if stage.shard == shard else f" (of shard {stage.shard}: shard {shard} has no stage left)"
+    console.print(f"audit without {person.name}{of_another}: {found}")
+    return found.ok
 
 
 def check_is_known(person: str, output_dir: str) -> None:

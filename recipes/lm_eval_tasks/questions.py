@@ -1,15 +1,15 @@
-"""The questions of the demo as multiple choice: facts about its invented people, and its general instructions."""
+"""
+The questions of the demo as multiple choice: facts about its invented people, and its general instructions.
+
+The harness loads this file by its path. `llama_alpaca.py`, which asks it to, has `recipes/` among the places where
+modules are found; the harness' own command needs `PYTHONPATH=recipes`.
+"""
 
 import random
-import sys
-from pathlib import Path
 
-
-# The harness loads this file by its path.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
+from common.prompts import render_prompt
 from datasets import Dataset
-from demo.invented_people import ATTRIBUTES, fact_rows, held_out_rows, make_people, render_prompt
+from demo.invented_people import ATTRIBUTE_VALUES, fact_rows, held_out_rows, make_people
 
 
 NUM_CHOICES = 4
@@ -21,7 +21,7 @@ def facts(num_people: int = 8, **_) -> dict[str, Dataset]:
     questions = []
     for person in make_people(num_people, 0, private=True):
         for row in fact_rows(person):
-            words = next(words.split() for _, words in ATTRIBUTES.values() if row["output"] in words.split())
+            words = next(words for words in ATTRIBUTE_VALUES.values() if row["output"] in words)
             others = draw.sample([word for word in words if word != row["output"]], NUM_CHOICES - 1)
             questions.append(_question(row, others, draw))
     return {"test": Dataset.from_list(questions)}

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from hf_s3t.analysis.study_figures import quality_at, standard_error
+from studies.measured import quality_at, standard_error
 
 
 AFTER = (0, 10, 20, 30, 35, 40)

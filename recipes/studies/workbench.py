@@ -1,37 +1,36 @@
-"""Systems of every method on one recipe's model and data in a work folder: trained once, copied, deleted from."""
+"""Systems of every method on one recipe's model and data in a work folder: trained once, copied, measured."""
 
+import argparse
 import copy
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import image_classification
 import numpy as np
-import text_classification
 import torch
+from common import image_task, text_task
 from common.base_models import check_model_is_given
-from common.classification import EvaluationSet, quiet, score
+from common.classification import EvaluationSet, quiet
 from common.images import Shown
-from common.options import Options, read_options
+from common.options import Options, known_options
 from common.results import settings_of
+from common.scores import score
+from common.texts import tokenize
 from datasets import Dataset
+from studies.subsets import served_subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator
 
 from hf_s3t import S3TConfig
 from hf_s3t.baselines import METHODS, Method, use_public_secret
 from hf_s3t.errors import ConfigError
-from hf_s3t.folder.files import write_atomically, write_checked_json
-from hf_s3t.folder.layout import CONFIG_FILE, STAGES
-from hf_s3t.folder.system import SystemFolder
-from hf_s3t.plan import Plan, StageKey
+from hf_s3t.folder.files import write_atomically
 
 
-RECIPES = {"image": image_classification, "text": text_classification}
+RECIPES = {"image": image_task, "text": text_task}
 # Images of a data set that are kept in memory as the model takes them, at most so many numbers.
 _MOST_NUMBERS = 2**27
 
@@ -51,7 +50,7 @@ class Loaded:
 
 class Workbench:
     """
-    Trains systems of all methods by one recipe, keeps them and what was measured of them, and deletes from copies.
+    Trains systems of all methods by one recipe, keeps them and what was measured of them, and makes copies.
 
     Args:
         recipe (`str`): `"image"` or `"text"`, by whose options the rest is read.
@@ -63,9 +62,7 @@ class Workbench:
         quiet()
         self.work_dir = Path(work_dir)
         self.recipe = RECIPES[recipe]
-        self.options: Options = read_options(
-            self.recipe.make_parser(), [*argv, "--output_dir", str(self.work_dir / "systems")]
-        )
+        self.options: Options = self.recipe.read([*argv, "--output_dir", str(self.work_dir / "systems")])
         check_model_is_given(self.options.script.model_name_or_path, self.recipe.EXAMPLE_MODEL)
         self.settings = settings_of(self.options)
 
@@ -73,7 +70,7 @@ class Workbench:
     def loaded(self) -> Loaded:
         """Rows and model, when something is first trained or measured."""
         task = self.recipe.task_of(self.options)
-        found = self._images(task) if self.recipe is image_classification else self._texts(task)
+        found = self._images(task) if self.recipe is image_task else self._texts(task)
         # Deleted rows stay in a study's data, so the number of a row names it.
         return dataclasses.replace(found, config=dataclasses.replace(self.options.s3t, id_column=None))
 
@@ -84,26 +81,26 @@ class Workbench:
 
     def _images(self, task: Any) -> Loaded:
         options = self.options
-        task, train, sets = image_classification.load_rows(options, task)
-        processor = image_classification.load_processor(options)
-        evaluation = image_classification.evaluation_set(next(iter(sets.values())), options, None)
+        task, train, sets = image_task.load_rows(options, task)
+        processor = image_task.load_processor(options)
+        evaluation = image_task.evaluation_set(next(iter(sets.values())), options, None)
         plain = Shown(processor, task)
         if options.script.augmentation == "none":
             train = as_pixels(train, plain)
         else:
             train.set_transform(Shown(processor, task, task.padding, options.script.augmentation == "crop-flip"))
         evaluation = dataclasses.replace(evaluation, dataset=as_pixels(evaluation.dataset, plain))
-        model = image_classification.load_model(options, task)
+        model = image_task.load_model(options, task)
         return Loaded(task, train, evaluation, model, DefaultDataCollator(), processor, options.s3t)
 
     def _texts(self, task: Any) -> Loaded:
         options = self.options
-        task, train, sets = text_classification.load_rows(options, task)
-        tokenizer = text_classification.load_tokenizer(options)
-        train = text_classification.tokenize(train, tokenizer, options)
+        task, train, sets = text_task.load_rows(options, task)
+        tokenizer = text_task.load_tokenizer(options)
+        train = tokenize(train, tokenizer, options)
         rows = next(iter(sets.values()))
-        tokens = text_classification.tokenize(rows.dataset, tokenizer, options, keep=())
-        model = text_classification.load_model(options, task, tokenizer)
+        tokens = tokenize(rows.dataset, tokenizer, options, keep=())
+        model = text_task.load_model(options, task, tokenizer)
         collator = DataCollatorWithPadding(tokenizer)
         evaluation = dataclasses.replace(rows, dataset=tokens)
         return Loaded(task, train, evaluation, model, collator, tokenizer, options.s3t)
@@ -269,147 +266,32 @@ def _short(value: Any) -> str:
     return str(value).replace(" ", "").replace("/", "_")
 
 
-# Smaller budgets from the stages of a larger one
+# What all studies do
 
 
-def check_budgets(config: S3TConfig, budgets: Sequence[int]) -> None:
+def open_bench(options: argparse.Namespace, others: Sequence[str]) -> Workbench:
     """
-    Refuse budgets whose stages are not among those of the largest, before that is trained.
+    The workbench of a study.
 
     Args:
-        config ([`~hf_s3t.S3TConfig`]): The system, but for its budget.
-        budgets (sequence of `int`): Numbers of sequences per shard.
+        options (`Namespace`): The study's own options.
+        others (sequence of `str`): The recipe's.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: With the first that is not, and those that are.
+        [`~hf_s3t.errors.ConfigError`]: If one of them is unknown, with what was meant of either.
     """
-
-    def stages(budget: int) -> set[StageKey]:
-        return {*Plan.from_config(dataclasses.replace(config, budget=budget)).stages()}
-
-    largest = max(budgets)
-    there = stages(largest)
-    fitting = [budget for budget in range(1, largest + 1) if stages(budget) <= there]
-    for budget in sorted(budgets):
-        if budget not in fitting:
-            raise ConfigError(
-                f"Budget {budget} has sequences that {largest}, the largest, does not have, so its system cannot be "
-                f"served from that one's stages. Choose among {', '.join(map(str, fitting))}, or another rule by "
-                "`--sequence_selection`, such as cyclic-paper."
-            )
+    # One of the study's own options may have been meant.
+    known_options(RECIPES[options.recipe].make_parser(), others, vars(options))
+    return Workbench(options.recipe, others, options.work_dir)
 
 
-def served_subset(source: Path, target: Path, *, shards: Sequence[int] | None = None, **changes: Any) -> Path:
-    """
-    A system of fewer sequences from the stages of one with more.
-
-    A stage depends on its prefix alone, so what a smaller budget would train is among what the larger one has trained,
-    to the bit: it need not be trained again. Stages are linked, not copied, where the file system can.
-
-    Args:
-        source (`Path`): The folder of the trained system.
-        target (`Path`): The new folder.
-        shards (sequence of `int`, *optional*): Take the stages of these shards only; the others have none.
-        **changes: Fields of `S3TConfig` that differ: `budget`, `sequence_selection` or `select`.
-
-    Returns:
-        `Path`: The new folder.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If other fields are changed, the new folder is there, or the system lacks
-            stages that the smaller one has.
-    """
-    others = set(changes) - {"budget", "sequence_selection", "select"}
-    if others:
-        raise ConfigError(
-            f"{', '.join(sorted(others))} cannot be changed after training. Change budget, sequence_selection or "
-            "select, or train another system."
-        )
-    target = Path(target)
-    if target.exists():
-        raise ConfigError(f"{target} is there already. Name a new folder.")
-    folder = SystemFolder(source)
-    config = dataclasses.replace(folder.config, **changes)
-    planned = Plan.from_config(config).stages(folder.table.empty)
-    wanted = [key for key in planned if shards is None or key.shard in shards]
-    valid = folder.valid_stages
-    missing = [key for key in wanted if key not in valid]
-    if missing and not folder.ledger.num_deletions:
-        raise ConfigError(
-            f"{folder.path} lacks {len(missing)} of the {len(wanted)} stages that are asked for, such as "
-            f"{missing[0]}. Train it with a budget whose sequences start with those of the smaller one."
-        )
-    (target / STAGES).mkdir(parents=True)
-    for entry in folder.path.iterdir():
-        if entry.is_file() and entry.name != CONFIG_FILE:
-            shutil.copy2(entry, target / entry.name)
-    for key in wanted:
-        if key not in missing:
-            shutil.copytree(folder.path / key.path, target / key.path, copy_function=_link)
-    record = {**folder.record, "s3t_config": config.to_dict()}
-    write_checked_json(target / CONFIG_FILE, record)
-    return target
-
-
-def _link(source: str, target: str) -> None:
-    # A stage's files are removed, never written again, so copies may share them.
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-# Deleting
-
-
-def request_order(ids: Sequence, number: int) -> list:
-    """The ids in the order in which one stream of requests deletes them."""
-    return [ids[i] for i in np.random.default_rng(1000 + number).permutation(len(ids))]
-
-
-def delete_one_by_one(bench: Workbench, method: Method, ids: Sequence, every: int | None = None) -> dict[str, Any]:
-    """
-    Delete examples, one request each, until nothing answers any more, and measure whenever another stack serves.
-
-    Args:
-        bench ([`Workbench`]): Where the method comes from.
-        method (`Method`): A system that may be changed.
-        ids (sequence): The requests.
-        every (`int`, *optional*): Measure after every so many requests too: where deletions change more than stacks.
-
-    Returns:
-        `dict[str, Any]`: `points` (request, depths and quality when they changed; no quality where nothing answers),
-        `seconds` of each deletion, and `exhausted_after`, the requests it outlived plus one.
-    """
-    points, seconds, known = [], [], {}
-    serving = _serving(method)
-
-    def measure(request: int) -> None:
-        if serving not in known or every:
-            known[serving] = None if method.is_exhausted else bench.quality(method)
-        points.append({"request": request, "depths": method.depths, "quality": known[serving]})
-
-    measure(0)
-    exhausted_after = None
-    for request, example in enumerate(ids, start=1):
-        deletion = method.unlearn([example])
-        seconds.append(deletion.seconds)
-        now = _serving(method)
-        if now != serving or (every and request % every == 0):
-            serving = now
-            measure(request)
-        if exhausted_after is None and not any(method.depths):
-            exhausted_after = request
-            if method.is_exhausted:
-                break
+def about(bench: Workbench, systems: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What every study of trained systems says of what it was made with: those of `systems`, as a bench takes them."""
     return {
-        "points": points,
-        "seconds": seconds,
-        "requests": len(seconds),
-        "exhausted_after": exhausted_after,
+        "settings": bench.settings_of_study(systems),
+        "metric": bench.metric,
+        "train_rows": len(bench.loaded.train),
+        "evaluation_rows": len(bench.loaded.evaluation.ids),
+        "quality_of_guessing": bench.quality_of_guessing,
+        "num_layers": bench.loaded.model.config.num_hidden_layers,
     }
-
-
-def _serving(method: Method) -> tuple:
-    folder = method.trainer.folder
-    return folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())

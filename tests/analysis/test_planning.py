@@ -8,8 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_s3t.analysis import deletion_rate, expected_depth
-from hf_s3t.analysis.figures import _plan
-from hf_s3t.analysis.paper_theory import VIT_LARGE
+from hf_s3t.analysis.plan_figure import figure_of_plan
 from hf_s3t.analysis.planning import (
     MOST_EPOCHS,
     Backbone,
@@ -58,7 +57,8 @@ class TestCost:
 
 class TestStorage:
     def test_table_3(self):
-        vit = Backbone.from_config(VIT_LARGE, rank=16, target_modules="query-value", num_labels=200)
+        large = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16}
+        vit = Backbone.from_config(large, rank=16, target_modules="query-value", num_labels=200)
         sizes = [storage(5, 6, budget, 4, vit) / 1e9 for budget in (1, 2, 6)]
         assert [round(size, 3) for size in sizes] == [0.056, 0.112, 0.336]
 
@@ -201,7 +201,7 @@ class TestPicture:
         ],
     )
     def test_labels_are_within_the_axes(self, workload, limits, until):
-        figure = _plan(recommend(workload, Backbone(num_layers=32), until=until, **limits), workload)
+        figure = figure_of_plan(recommend(workload, Backbone(num_layers=32), until=until, **limits), workload)
         FigureCanvasAgg(figure).draw()
         axes = figure.axes[1]
         frame, labels = axes.get_window_extent(), [label.get_window_extent() for label in axes.texts]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.prompts import render_prompt
 from demo import people_demo
-from demo.invented_people import make_people, render_prompt
+from demo.invented_people import make_people
 from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel

@@ -483,8 +483,7 @@ def test_a_reader_follows_deletions_and_leaves_the_removal_to_who_may_write(path
 
 
 MOUNTED = """
-import os, sys
-sys.path[:0] = [{tests!r}]
+import os
 from support.tiny import batch_of, lm_rows, tiny_llama
 from hf_s3t import S3TModel
 from hf_s3t.operations.deletion import apply, record
@@ -511,12 +510,13 @@ print(model.status()["depths"], len(folder.condemned_stages()), SystemFolder(mou
 def test_a_server_on_a_read_only_mount_serves_while_others_delete_and_die(path, tmp_path):
     mounted = tmp_path / "mounted"
     mounted.mkdir()
-    script = MOUNTED.format(tests=str(Path(__file__).parents[1]), path=str(path), mounted=str(mounted))
+    script = MOUNTED.format(path=str(path), mounted=str(mounted))
     mount = f"mount --bind {path} {mounted} && mount -o remount,ro,bind {mounted}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("needs the right to mount, in a namespace of its own")
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     rows = len(SystemFolder(path).table)
     assert done.stdout.splitlines()[-2:] == ["[1, 2]", f"[1, 1] 3 {rows}"]

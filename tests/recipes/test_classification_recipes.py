@@ -15,12 +15,15 @@ import pytest
 import text_classification as texts
 import torch
 import yaml
-from common import classification, command_line
+from common import classification, command_line, image_task, text_task
 from common.forgetting import named
 from common.images import Shown
-from common.options import CONFIGS, read_options
+from common.options import CONFIGS
 from common.rows import Source, by_hash, sample, split_off
+from common.scores import answers, check_metrics, score, shown_predictions
 from common.tasks import IMAGE_TASKS, TEXT_TASKS
+from common.texts import tokenize
+from common.vit_pretraining import Settings, training_images
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -144,12 +147,12 @@ def line(encoder, folder, *more) -> list[str]:
 
 
 def text_options(*argv: str):
-    return read_options(texts.make_parser(), ["--model_name_or_path", "m", "--output_dir", "o", *map(str, argv)])
+    return text_task.read(["--model_name_or_path", "m", "--output_dir", "o", *map(str, argv)])
 
 
 def load_text(*argv: str):
     options = text_options(*argv)
-    return options, *texts.load_rows(options, texts.task_of(options))
+    return options, *text_task.load_rows(options, text_task.task_of(options))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -265,16 +268,16 @@ def test_a_label_set_that_shares_no_name_with_the_declared_ones_names_their_numb
 
 def test_a_task_alone_is_the_paper_s(monkeypatch):
     for recipe, name, model in (
-        (texts, "sst2", "FacebookAI/roberta-large"),
-        (images, "tiny_imagenet", "google/vit-large-patch16-224-in21k"),
+        (text_task, "sst2", "FacebookAI/roberta-large"),
+        (image_task, "tiny_imagenet", "google/vit-large-patch16-224-in21k"),
     ):
-        alone = read_options(recipe.make_parser(), ["--task_name", name, "--num_train_epochs", "2"])
-        by_file = read_options(recipe.make_parser(), ["--config", str(CONFIGS / f"{name}.yaml")])
+        alone = recipe.read(["--task_name", name, "--num_train_epochs", "2"])
+        by_file = recipe.read(["--config", str(CONFIGS / f"{name}.yaml")])
         assert alone.script == by_file.script and alone.script.model_name_or_path == model
         assert (alone.s3t, alone.lora) == (by_file.s3t, by_file.lora)
         assert alone.training.learning_rate == by_file.training.learning_rate and alone.training.num_train_epochs == 2
     # A model of one's own comes with none of it.
-    own = read_options(texts.make_parser(), ["--task_name", "sst2", "--model_name_or_path", "m"])
+    own = text_task.read(["--task_name", "sst2", "--model_name_or_path", "m"])
     assert own.script.model_name_or_path == "m" and own.lora.r == 8
 
 
@@ -306,8 +309,8 @@ def test_what_is_chosen_stays_when_other_rows_leave():
 def test_the_tokens_of_a_row_depend_on_nothing_else(on_the_hub, encoder):
     options, _, train, _ = load_text("--task_name", "qnli", "--max_length", "7")
     options.script.model_name_or_path = encoder
-    tokens = texts.tokenize(train, texts.load_tokenizer(options), options)
-    alone = texts.tokenize(train.select([3]), texts.load_tokenizer(options), options)
+    tokens = tokenize(train, text_task.load_tokenizer(options), options)
+    alone = tokenize(train.select([3]), text_task.load_tokenizer(options), options)
     assert tokens[3] == alone[0] and max(map(len, tokens["input_ids"])) <= 7
     columns = {*tokens.column_names, "token_type_ids"}
     assert columns == {"idx", "input_ids", "attention_mask", "token_type_ids", "labels"}
@@ -530,7 +533,7 @@ def test_a_question_is_evaluated_with_all_of_its_rows(on_the_hub):
 def test_one_value_in_a_file_is_a_list_of_one(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("metrics: f1\nunlearn: [17, 3]\ntext_columns: text\nmodel_name_or_path: m\noutput_dir: o\n")
-    script = read_options(texts.make_parser(), ["--config", str(path)]).script
+    script = text_task.read(["--config", str(path)]).script
     assert (script.metrics, script.unlearn, script.text_columns) == (["f1"], ["17", "3"], ["text"])
 
 
@@ -618,8 +621,8 @@ def test_a_configuration_serves_all_methods_in_folders_of_their_own(tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text("task_name: sst2\noutput_dir: somewhere\n")
     given = ["--config", str(config), "--method", "full"]
-    assert read_options(texts.make_parser(), given).training.output_dir == "somewhere-full"
-    assert read_options(texts.make_parser(), [*given, "--output_dir", "x"]).training.output_dir == "x"
+    assert text_task.read(given).training.output_dir == "somewhere-full"
+    assert text_task.read([*given, "--output_dir", "x"]).training.output_dir == "x"
 
 
 @pytest.mark.parametrize(
@@ -803,8 +806,8 @@ def image_file(request, tmp_path) -> str:
 
 
 def load_images(*argv: str):
-    options = read_options(images.make_parser(), ["--model_name_or_path", "m", "--output_dir", "o", *map(str, argv)])
-    return options, *images.load_rows(options, images.task_of(options))
+    options = image_task.read(["--model_name_or_path", "m", "--output_dir", "o", *map(str, argv)])
+    return options, *image_task.load_rows(options, image_task.task_of(options))
 
 
 def test_images_are_read_from_files_of_every_kind(image_file):
@@ -862,11 +865,9 @@ def test_images_are_trained_forgotten_and_audited_bit_for_bit(vit, audits_here, 
 def test_a_small_vision_transformer_is_made_here_and_fine_tuned_on_other_images(tmp_path):
     small = ["--hidden_size", "16", "--num_layers", "2", "--num_heads", "2", "--epochs", "1", "--patch_size", "4"]
     folder = pretrain_vit.main(["--output_dir", str(tmp_path / "vit"), *small])
-    (settings,) = pretrain_vit.HfArgumentParser(pretrain_vit.Settings).parse_args_into_dataclasses(
-        ["--output_dir", folder]
-    )
+    settings = Settings(folder)
     # The pixels themselves: the two sides may number the images differently.
-    used = {image.tobytes() for image in pretrain_vit.training_images(settings, IMAGE_TASKS["digits"])["image"]}
+    used = {image.tobytes() for image in training_images(settings, IMAGE_TASKS["digits"])["image"]}
     _, _, train, _ = load_images("--task_name", "digits", "--leave_out_share", "0.5")
     assert len(used) == 719 and len(train) == 718 and not used & {image.tobytes() for image in train["image"]}
     digits = [
@@ -922,8 +923,8 @@ def test_the_images_of_the_pretraining_are_left_out_by_their_row_numbers(tmp_pat
     files = [Image.fromarray(image) for image in pixels(12)]
     columns = {"img": files, "label": [0] * 12, "name": [f"n{number}" for number in range(12)]}
     Dataset.from_dict(columns, features=features).to_parquet(path)
-    settings = pretrain_vit.Settings(str(tmp_path), "cifar10", str(path))
-    used = set(pretrain_vit.training_images(settings, IMAGE_TASKS["cifar10"])["name"])
+    settings = Settings(str(tmp_path), "cifar10", str(path))
+    used = set(training_images(settings, IMAGE_TASKS["cifar10"])["name"])
     given = ["--task_name", "cifar10", "--dataset_name", path, "--eval_file", path, "--leave_out_share", "0.5"]
     _, _, train, _ = load_images(*given, "--id_column", "name")
     assert len(used) == len(train) == 6 and not used & set(train["name"])
@@ -975,8 +976,8 @@ TABLE_2 = {
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_configurations_have_the_papers_numbers(name):
     is_image = name in IMAGE_TASKS
-    recipe = images if is_image else texts
-    options = read_options(recipe.make_parser(), ["--config", str(RECIPES / "configs" / f"{name}.yaml")])
+    recipe = image_task if is_image else text_task
+    options = recipe.read(["--config", str(RECIPES / "configs" / f"{name}.yaml")])
     lora, args = options.lora, options.training
     found = (options.s3t.num_slices, options.s3t.layers_per_slice, lora.r, args.learning_rate, args.num_train_epochs)
     assert found == TABLE_2[name]
@@ -991,8 +992,8 @@ def test_every_configuration_is_taken_by_its_recipe():
     for file in (RECIPES / "configs").glob("*.yaml"):
         settings = yaml.safe_load(file.read_text())
         if "task_name" in settings:
-            recipe = images if settings["task_name"] in IMAGE_TASKS else texts
-            read_options(recipe.make_parser(), ["--config", str(file)])
+            recipe = image_task if settings["task_name"] in IMAGE_TASKS else text_task
+            recipe.read(["--config", str(file)])
 
 
 # Too little of everything
@@ -1027,18 +1028,18 @@ def test_too_few_steps_for_a_stage_are_told_beforehand(given, steps, tmp_path, m
 def test_scores_of_questions_compare_the_choices():
     task = TEXT_TASKS["copa"]
     scores = np.array([[0.0, 1.0], [0.0, 3.0], [5.0, 1.0], [9.0, 2.0]])
-    assert classification.answers(scores, task, "copa").tolist() == [1, 3, -4, -7]
+    assert answers(scores, task, "copa").tolist() == [1, 3, -4, -7]
     references, questions = [0, 1, 1, 0], ["a", "a", "b", "b"]
-    assert classification.score(scores, references, questions, task) == {"accuracy": 1.0}
+    assert score(scores, references, questions, task) == {"accuracy": 1.0}
     for metrics in (("copa", "accuracy"), ("accuracy", "copa")):
         both = replace(task, metrics=metrics)
-        assert classification.score(scores, references, questions, both) == {"copa": 1.0, "accuracy": 0.5}
-        assert classification.shown_predictions(scores, None, both) == [1, 3, -4, -7]
-    with_f1 = classification.score(scores, references, questions, replace(task, metrics=("copa", "f1")))
+        assert score(scores, references, questions, both) == {"copa": 1.0, "accuracy": 0.5}
+        assert shown_predictions(scores, both) == [1, 3, -4, -7]
+    with_f1 = score(scores, references, questions, replace(task, metrics=("copa", "f1")))
     assert with_f1 == {"accuracy": 1.0, "f1": 0.5}
 
 
 @pytest.mark.parametrize(("task", "metric"), [("copa", "multirc"), ("multirc", "copa"), ("boolq", "copa")])
 def test_a_metric_over_questions_is_for_its_own_task(task, metric):
     with pytest.raises(ConfigError, match=f"`--metrics {metric}` scores .* of questions, and {task} has 2 classes"):
-        classification.check_metrics(replace(TEXT_TASKS[task], metrics=("accuracy", metric)))
+        check_metrics(replace(TEXT_TASKS[task], metrics=("accuracy", metric)))

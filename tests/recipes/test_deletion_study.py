@@ -11,23 +11,28 @@ import pretrain_vit
 import pytest
 import torch
 from safetensors.torch import load_file
+from studies import pictures_of_deletions, pictures_of_studies, workbench
+from studies.deletions import delete_one_by_one, request_order
+from studies.depth import run_of_results
+from studies.figures import draw
+from studies.measured import quality_at, standard_error
+from studies.storage import measured_storage
+from studies.subsets import check_budgets, served_subset
 from studies.tables import by_deleted_slices
-from studies.workbench import Workbench, check_budgets, delete_one_by_one, request_order, served_subset
+from studies.timelines import time_of_lives, time_of_rolling_back
+from studies.workbench import Workbench
 from support.tiny import batch_of, classification_rows, lora, s3t_config, tiny_bert, tiny_vit, training_arguments
 from transformers import ViTImageProcessorPil
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.analysis import deletion_rate_paper
-from hf_s3t.analysis.figures import draw
-from hf_s3t.analysis.study_figures import DRAWERS, quality_at, standard_error
-from hf_s3t.analysis.timelines import time_of_lives, time_of_rolling_back
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.layout import ADAPTER_FILE
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FIGURES = DOCS / "figures"
-STORED = [*DRAWERS, "lower-rate/figure-14"]
+STORED = [*pictures_of_deletions.DRAWERS, *pictures_of_studies.DRAWERS, "lower-rate/figure-14"]
 
 
 class TestStreams:
@@ -236,7 +241,7 @@ class _Bench:
 )
 def test_a_study_records_the_systems_that_it_trained(study, count, also, tmp_path, monkeypatch):
     bench = _Bench()
-    monkeypatch.setattr(deletion_study, "Workbench", lambda *_: bench)
+    monkeypatch.setattr(workbench, "Workbench", lambda *_: bench)
     deletion_study.main([*study, "--output", str(tmp_path)])
     ((data_file),) = tmp_path.glob("*.json")
     settings = json.loads(data_file.read_text())["settings"]
@@ -277,7 +282,7 @@ def test_stored_figures_name_what_was_trained_for_them(name, count, shared):
 
 def test_storage_grows_with_the_budget_as_its_stages_do(tmp_path):
     settings = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=8)
-    rows = deletion_study.measured_storage(
+    rows = measured_storage(
         tmp_path / "files", num_shards=2, num_slices=2, layers_per_slice=2, model_settings=settings
     )
     assert [(row["budget"], row["stages"]) for row in rows] == [(1, 4), (2, 8)]
@@ -370,7 +375,7 @@ def test_the_drop_of_results_is_how_much_worse_they_get(tmp_path):
         settings = {"script": {}, "s3t": {"num_shards": 1}}
         content = {"metrics": metrics, "settings": settings, "method": "s3t", "seed": 1, "recipe": "llama_alpaca"}
         (tmp_path / "r.json").write_text(json.dumps(content))
-        found = deletion_study._from_results(tmp_path / "r.json")
+        found = run_of_results(tmp_path / "r.json")
         assert found["name"] == "llama_alpaca: S3T, m = 1"
         return found["drop"]
 
@@ -435,7 +440,7 @@ def test_the_stored_drops_are_those_of_the_results_and_of_the_docs():
     earlier = [run for run in stored["runs"] if "results" in run]
     assert {run["kind"] for run in stored["runs"]} == {"vision", "text", "instruction tuning"}
     for run in earlier:
-        assert deletion_study._from_results(DOCS / "results" / run["results"]) == run
+        assert run_of_results(DOCS / "results" / run["results"]) == run
     assert by_deleted_slices(stored) in (DOCS / "reproduction.md").read_text(encoding="utf-8")
 
 
@@ -476,7 +481,7 @@ def test_theory_without_its_numbers_is_refused_too(tmp_path):
 
 @pytest.mark.parametrize("below", ["", "figures"])
 def test_an_output_folder_that_cannot_be_made_is_said_before_anything_is_trained(below, tmp_path, monkeypatch):
-    monkeypatch.setattr(deletion_study, "Workbench", lambda *_: pytest.fail("the study began"))
+    monkeypatch.setattr(workbench, "Workbench", lambda *_: pytest.fail("the study began"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file.* is no folder"):
         deletion_study.main(["drop", "--output", str(tmp_path / "file" / below)])
@@ -504,7 +509,7 @@ def test_a_patch_that_does_not_divide_the_image_is_refused(size, tmp_path):
     ],
 )
 def test_what_a_study_cannot_end_with_is_refused_before_it_begins(argv, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(deletion_study, "Workbench", lambda *_: pytest.fail("the study began"))
+    monkeypatch.setattr(workbench, "Workbench", lambda *_: pytest.fail("the study began"))
     with pytest.raises(ConfigError, match=message):
         deletion_study.main([*argv, "--work_dir", str(tmp_path / "work"), "--output", str(tmp_path)])
 
@@ -547,7 +552,7 @@ def test_the_retraining_that_is_drawn_is_the_one_that_was_made(count, said, tmp_
 def test_the_drop_has_a_band_as_wide_as_the_error_of_the_quality():
     data = json.loads((FIGURES / "figure-12.json").read_text(encoding="utf-8"))
     run = data["runs"][0] | {"quality": [0.8, 0.5], "drop": [0.0, 0.375], "evaluation_rows": 100}
-    figure = DRAWERS["figure-12"](data | {"runs": [run]})
+    figure = pictures_of_studies.DRAWERS["figure-12"](data | {"runs": [run]})
     (band,) = figure.axes[0].collections
     ends = band.get_paths()[0].vertices
     # An accuracy of a half on 100 rows: 5 points, which are 6.25% of 80%. What has not dropped has no error.
@@ -558,5 +563,5 @@ def test_the_drop_has_a_band_as_wide_as_the_error_of_the_quality():
 @pytest.mark.parametrize(("folder", "rate"), [("", "0.01"), ("lower-rate", "0.001")])
 def test_figure_14_says_its_rate_and_whose_the_claim_is(folder, rate):
     data = json.loads((FIGURES / folder / "figure-14.json").read_text(encoding="utf-8"))
-    title = DRAWERS["figure-14"](data).axes[0].get_title()
+    title = pictures_of_studies.DRAWERS["figure-14"](data).axes[0].get_title()
     assert title == f"Figure 14, learning rate {rate} (the paper claims comparable quality)"

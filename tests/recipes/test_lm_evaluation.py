@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import lm_evaluation
 from common.lm_evaluation import TABLE_1, check_tasks, evaluate, known_tasks
+from lm_eval_tasks import questions
 from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel
@@ -28,12 +29,8 @@ def people(monkeypatch):
     return model, AutoTokenizer.from_pretrained(FIXTURE / "base")
 
 
-def test_the_harness_hears_what_the_ensemble_answers(people, monkeypatch):
+def test_the_harness_hears_what_the_ensemble_answers(people):
     model, tokenizer = people
-    sys.modules.pop("questions", None)
-    monkeypatch.syspath_prepend(TASKS)
-    import questions
-
     rows = questions.facts()["test"].select(range(6))
     found = evaluate(model, tokenizer, ["invented_facts"], task_folder=TASKS, batch_size=4, limit=6)
     right = [max(range(4), key=lambda c: _likelihood(model, tokenizer, r["prompt"], r["choices"][c])) for r in rows]
@@ -52,16 +49,12 @@ def _likelihood(model, tokenizer, prompt, answer):
     return sum(logs[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
 
 
-def test_tasks_whose_questions_are_out_of_reach_are_refused_before_training(monkeypatch):
+def test_tasks_whose_questions_are_out_of_reach_are_refused_before_training():
     with pytest.raises(ConfigError, match=r"`--eval_tasks piqa`: its questions cannot be read: .*name other tasks"):
         check_tasks(["piqa"], None)
 
 
-def test_every_question_has_four_choices_of_which_one_is_right(monkeypatch):
-    sys.modules.pop("questions", None)
-    monkeypatch.syspath_prepend(TASKS)
-    import questions
-
+def test_every_question_has_four_choices_of_which_one_is_right():
     for made in (questions.facts(), questions.general()):
         rows = made["test"]
         assert len(rows) >= 48

@@ -1,10 +1,12 @@
 """The demo's data: nothing private reaches the tokenizer or the base, the sets are as described, the prompts exact."""
 
 import pytest
+from common.prompts import render_prompt
 from demo import invented_people as demo
+from demo.small_llama import BaseSettings, base_rows, cache_folder, train_tokenizer
 
 
-SMALL = demo.BaseSettings(steps=40, batch_size=32)
+SMALL = BaseSettings(steps=40, batch_size=32)
 
 
 def text_of(rows):
@@ -17,12 +19,12 @@ def private_parts(*seeds):
 
 @pytest.fixture(scope="module")
 def public():
-    return demo.public_rows(demo.BaseSettings())
+    return base_rows(BaseSettings()) + demo.kind_rows()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return demo.train_tokenizer(SMALL)
+    return train_tokenizer(SMALL)
 
 
 def test_base_corpus_names_no_private_person(public):
@@ -52,7 +54,7 @@ def test_tokenizer_has_no_token_for_a_private_name_and_spells_anything(tokenizer
 
 def test_prompt_is_a_token_prefix_of_prompt_and_answer(tokenizer):
     for row in demo.private_dataset():
-        prompt = demo.render_prompt(row["instruction"], row["input"], "alpaca-short")
+        prompt = render_prompt(row["instruction"], row["input"], "alpaca-short")
         ids = tokenizer(prompt)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer(prompt + row["output"])["input_ids"][: len(ids)] == ids
@@ -67,7 +69,7 @@ def test_worlds_share_no_name_whatever_the_seed():
 def test_data_is_a_function_of_its_arguments():
     assert demo.private_dataset(8, 64, 3) == demo.private_dataset(8, 64, 3)
     assert demo.private_dataset(8, 64, 3) != demo.private_dataset(8, 64, 4)
-    assert demo.public_rows(SMALL) == demo.public_rows(SMALL)
+    assert base_rows(SMALL) == base_rows(SMALL)
 
 
 def test_groups_are_people_and_single_general_rows():
@@ -98,20 +100,22 @@ def test_control_people_are_private_and_never_trained_on():
 
 
 def test_alpaca_prompts_are_the_published_ones():
-    assert demo.render_prompt("Add.", "2 and 3") == (
+    assert render_prompt("Add.", "2 and 3") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
     )
-    assert demo.render_prompt("Greet.") == (
+    assert render_prompt("Greet.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nGreet.\n\n### Response:\n"
     )
-    assert demo.render_prompt("Greet.", template="alpaca-short") == "### Instruction:\nGreet.\n\n### Response:\n"
+    assert render_prompt("Greet.", template="alpaca-short") == "### Instruction:\nGreet.\n\n### Response:\n"
     with pytest.raises(ValueError, match="alpaca-short"):
-        demo.render_prompt("Greet.", template="vicuna")
+        render_prompt("Greet.", template="vicuna")
 
 
-def test_cache_key_follows_the_settings():
-    assert demo._cache_key(SMALL) == demo._cache_key(demo.BaseSettings(steps=40, batch_size=32))
-    assert demo._cache_key(SMALL) != demo._cache_key(demo.BaseSettings(steps=41, batch_size=32))
+def test_a_base_of_other_settings_is_kept_elsewhere(tmp_path):
+    kept = cache_folder(SMALL, str(tmp_path))
+    assert kept.parent == tmp_path
+    assert kept == cache_folder(BaseSettings(steps=40, batch_size=32), str(tmp_path))
+    assert kept != cache_folder(BaseSettings(steps=41, batch_size=32), str(tmp_path))

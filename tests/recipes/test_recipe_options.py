@@ -1,21 +1,17 @@
 """The recipe's options: every field of its configs, on the command line and in a YAML file."""
 
 import dataclasses
-from pathlib import Path
 
+import publish
 import pytest
+from common import text_task
+from common.instruction_task import make_parser, read
+from common.options import CONFIGS, lora_options, s3t_options
 from peft import LoraConfig
 from trl import SFTConfig
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import ConfigError
-
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-import publish  # noqa: E402
-import text_classification  # noqa: E402
-from common.options import lora_options, make_parser, parse, read_options, s3t_options  # noqa: E402
 
 
 GIVEN = ["--model_name_or_path", "some/model", "--dataset_name", "some/dataset"]
@@ -37,20 +33,20 @@ def test_no_two_fields_share_an_option():
 
 
 def test_values_that_are_lists_or_numbers_are_read_as_yaml():
-    options = parse([*GIVEN, "--layers_per_slice", "[2, 1, 1]", "--num_slices", "3", "--target_modules", "[q_proj]"])
+    options = read([*GIVEN, "--layers_per_slice", "[2, 1, 1]", "--num_slices", "3", "--target_modules", "[q_proj]"])
     assert options.s3t.layers_per_slice == [2, 1, 1]
     assert options.lora.target_modules == {"q_proj"}
 
 
 def test_one_seed_is_the_seed_of_everything():
-    options = parse([*GIVEN, "--seed", "7"])
+    options = read([*GIVEN, "--seed", "7"])
     assert options.s3t.seed == options.training.seed == 7
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("model_name_or_path: a\ndataset_name: b\nnum_shards: 3\nlora_r: 4\nlearning_rate: 1.0e-4\n")
-    options = parse(["--config", str(path), "--lora_r", "8"])
+    options = read(["--config", str(path), "--lora_r", "8"])
     assert (options.s3t.num_shards, options.lora.r, options.training.learning_rate) == (3, 8, 1e-4)
     assert options.script.model_name_or_path == "a"
 
@@ -59,7 +55,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("num_slice: 3\n")
     with pytest.raises(ConfigError, match=r"`num_slice`, which is no option. Did you mean `num_slices`\?"):
-        parse(["--config", str(path)])
+        read(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +84,7 @@ def test_a_value_of_a_wrong_type_names_its_file_and_key(line, expected, tmp_path
     path = tmp_path / "options.yaml"
     path.write_text(f"{line}\n")
     with pytest.raises(ConfigError, match=f"options.yaml sets {expected}"):
-        read_options(text_classification.make_parser(), ["--config", str(path)])
+        text_task.read(["--config", str(path)])
 
 
 def test_values_may_be_written_in_a_file_as_on_the_command_line(tmp_path):
@@ -98,7 +94,7 @@ def test_values_may_be_written_in_a_file_as_on_the_command_line(tmp_path):
         "max_eval_samples:\nid_column: '7'\nlayers_per_slice: [1, 2]\nnum_slices: 2\nlogging_strategy: 'no'\n"
         "report_to: [none]\noptim_target_modules: [a]\nlr_scheduler_kwargs: {a: 1}\ninit_lora_weights: gaussian\n"
     )
-    options = read_options(text_classification.make_parser(), ["--config", str(path)])
+    options = text_task.read(["--config", str(path)])
     training, script = options.training, options.script
     assert (training.learning_rate, training.num_train_epochs, training.max_steps) == (1e-4, 3, 7)
     assert script.overwrite_results is True and script.max_eval_samples is None
@@ -110,8 +106,8 @@ def test_values_may_be_written_in_a_file_as_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("given", [["--lora_r", "8.5"], ["--lora_r", "[3]"], ["--colocate_duplicates", "maybe"]])
 def test_a_value_of_a_wrong_type_on_the_command_line_names_its_option(given):
     with pytest.raises(ConfigError, match=f"`{given[0]}` is .*, expected (a whole number|true or false)"):
-        read_options(text_classification.make_parser(), given)
-    named = read_options(text_classification.make_parser(), ["--id_column", "12", "--lora_dropout", "1e-1"])
+        text_task.read(given)
+    named = text_task.read(["--id_column", "12", "--lora_dropout", "1e-1"])
     assert (named.s3t.id_column, named.lora.lora_dropout) == ("12", 0.1)
 
 
@@ -127,13 +123,13 @@ def test_a_value_of_a_wrong_type_on_the_command_line_names_its_option(given):
 )
 def test_an_unknown_option_is_an_error_that_names_the_nearest(argv, message):
     with pytest.raises(ConfigError, match=message):
-        text_classification.main(argv)
+        text_task.main(argv)
 
 
 def test_an_unknown_option_of_instruction_tuning_is_said_first():
     for argv in (["--columms", "a", "b"], ["--columms", "a", *GIVEN[:2]]):
         with pytest.raises(ConfigError, match=r"`--columms` is no option. Did you mean `--columns`\?"):
-            parse(argv)
+            read(argv)
 
 
 @pytest.mark.parametrize(
@@ -156,22 +152,22 @@ def test_a_file_that_holds_no_options_is_an_error(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="holds a list, expected options"):
-        parse(["--config", str(path)])
+        read(["--config", str(path)])
 
 
 def test_a_model_without_a_dataset_is_an_error():
     with pytest.raises(ConfigError, match="`--dataset_name` is missing"):
-        parse(["--model_name_or_path", "some/model"])
+        read(["--model_name_or_path", "some/model"])
 
 
 def test_the_demo_has_defaults_of_its_own():
-    assert parse([], demo_defaults={"num_shards": 2}).s3t.num_shards == 2
-    assert parse(GIVEN, demo_defaults={"num_shards": 2}).s3t.num_shards == 1
+    assert read([], demo_defaults={"num_shards": 2}).s3t.num_shards == 2
+    assert read(GIVEN, demo_defaults={"num_shards": 2}).s3t.num_shards == 1
 
 
 @pytest.mark.parametrize(("name", "layers"), [("llama2_7b", 8), ("llama2_13b", 10), ("llama3_8b", 8)])
 def test_the_papers_configurations_have_the_papers_numbers(name, layers):
-    options = parse(["--config", str(RECIPES / "configs" / f"{name}.yaml")])
+    options = read(["--config", str(CONFIGS / f"{name}.yaml")])
     assert options.script.load_in_8bit
     assert options.script.llm_int8_threshold == 0.0
     assert (options.s3t.num_slices, options.s3t.layers_per_slice) == (4, layers)

@@ -1,31 +1,26 @@
 """The runs behind docs/reproduction.md: commands that the recipes accept, and tables that follow from results."""
 
 import json
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import reproduce
-from common.options import parse, read_options
+from studies import runs
+from studies.tables_of_runs import comparison_table, tables
 
 from hf_s3t.errors import ConfigError
 
 
-RUNS = reproduce.runs()
+RUNS = runs.runs()
 
 
 def test_every_run_has_a_name_of_its_own():
     assert len({run.name for run in RUNS}) == len(RUNS)
 
 
-def parser_of(run):
-    return import_module(run.recipe).make_parser()
-
-
 @pytest.mark.parametrize("run", [run for run in RUNS if "seed2" not in run.name and "seed3" not in run.name], ids=str)
 def test_every_run_is_a_command_of_its_recipe(run, tmp_path):
     arguments = run.arguments("base", tmp_path, tmp_path)
-    options = parse(arguments) if run.recipe == "llama_alpaca" else read_options(parser_of(run), arguments)
+    options = runs.RECIPES[run.recipe].read(arguments)
     assert options.script.method == run.options["method"]
     assert options.script.results_file == str(run.results)
     if run.recipe == "llama_alpaca":
@@ -58,7 +53,7 @@ def test_a_table_pairs_the_rows_of_equal_seeds():
         # Without its partner this one says nothing about a difference.
         "trec-full-m1-seed3": result("0000000000"),
     }
-    table = reproduce._comparison_table("trec", found)
+    table = comparison_table("trec", found)
     (ours,) = (line for line in table.splitlines() if "S3T, m = 1" in line)
     assert "0.500 ± 0.000, 0.650 ± 0.071 | 2 | +10.0 (" in ours
     assert "five" not in table
@@ -69,7 +64,7 @@ def test_of_predictions_it_is_kept_which_were_right(tmp_path):
     predictions = {"test": {"ids": [3, 4, 5], "references": [0, 1, 1], "by_depth": {"1": [0, 0, 1], "2": [0, 1, 1]}}}
     path.write_text(json.dumps({"predictions": predictions, "cost": {"seconds": 1.0, "units": [1, 2]}}))
     path.with_suffix(".md").write_text("card")
-    reproduce.shorten(path)
+    runs.shorten(path)
     assert json.loads(path.read_text()) == {"cost": {"seconds": 1.0}, "right": {"1": "101", "2": "111"}}
     assert not path.with_suffix(".md").exists()
 
@@ -80,7 +75,7 @@ def test_a_pattern_that_names_no_run_is_refused(tmp_path):
 
 
 def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
     (run,) = (run for run in RUNS if run.name == "tofu-s3t-seed42")
 
     def is_done(**content) -> bool:
@@ -92,14 +87,14 @@ def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
 
 
 def test_the_docs_show_the_tables_of_the_results_that_are_kept():
-    page = (Path(reproduce.HERE).parent / "docs" / "reproduction.md").read_text()
+    page = (runs.DOCS / "reproduction.md").read_text()
     assert any(run.results.is_file() for run in RUNS)
-    for table in reproduce.tables():
+    for table in tables():
         assert table in page
 
 
 def test_figure_5_is_that_of_the_results(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `figures`")
     reproduce.main(["figure", "--output", str(tmp_path)])
-    assert (tmp_path / "figure-5.json").read_text() == (reproduce.FIGURES / "figure-5.json").read_text()
+    assert (tmp_path / "figure-5.json").read_text() == (runs.FIGURES / "figure-5.json").read_text()
     assert (tmp_path / "figure-5.png").read_bytes().startswith(b"\x89PNG")

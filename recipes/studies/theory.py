@@ -1,7 +1,7 @@
 """
 The numbers behind the paper's figures that need no trained model: what its formulas say, what is exact, what is drawn.
 
-Every function returns plain JSON types; `figures.py` draws them.
+Every function returns plain JSON types; `pictures_of_theory.py` draws them.
 """
 
 import itertools
@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..sequences.optimal import mean_depth_weights
-from ..sequences.rules import mean_edit_distance, score, select_sequences
-from .planning import Backbone, sequence_cost, storage
-from .rates import deletion_rate, deletion_rate_paper, simulate_deletions
-from .retention import (
+from hf_s3t.analysis.planning import Backbone, sequence_cost, storage
+from hf_s3t.analysis.rates import deletion_rate, deletion_rate_paper, simulate_deletions
+from hf_s3t.analysis.retention import (
     depths_of_hit_sets,
     expected_depth,
     retention,
@@ -23,6 +21,8 @@ from .retention import (
     retention_random,
     simulate_depths,
 )
+from hf_s3t.sequences.optimal import mean_depth_weights
+from hf_s3t.sequences.rules import mean_edit_distance, score, select_sequences
 
 
 # What the paper prints, in Table 3: ViT-large, m = 5, L = 6, B = 1..6, the deletion rates simulated.

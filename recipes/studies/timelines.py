@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from ..config import require_choice, require_int
-from ..errors import ConfigError
+from hf_s3t.config import require_choice, require_int
+from hf_s3t.errors import ConfigError
 
 
 # When a system is trained again: as in the paper when no shard is left, or every shard as soon as it is dead.
@@ -58,7 +58,7 @@ def time_of_lives(
     Example:
 
     ```python
-    >>> from hf_s3t.analysis.timelines import time_of_lives
+    >>> from studies.timelines import time_of_lives
 
     >>> # One shard of one slice dies with every request.
     >>> time_of_lives([{0}], 1, [2.0], requests=3, runs=1, delete_seconds=0.5).tolist()
@@ -132,7 +132,7 @@ def time_of_rolling_back(
     Example:
 
     ```python
-    >>> from hf_s3t.analysis.timelines import time_of_rolling_back
+    >>> from studies.timelines import time_of_rolling_back
 
     >>> # Full retraining: all that was trained is trained again.
     >>> time_of_rolling_back([[3.0]], requests=2, runs=1).tolist()

@@ -2,20 +2,18 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import theory_figures
+from studies import theory
+from studies.figures import draw
 
-from hf_s3t.analysis import paper_theory
-from hf_s3t.analysis.figures import draw
-from hf_s3t.analysis.pictures import check_picture
 from hf_s3t.errors import ConfigError
 
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
-NAMES = sorted(paper_theory.STUDIES)
+NAMES = sorted(theory.STUDIES)
 
 
 def stored(name):
@@ -25,7 +23,7 @@ def stored(name):
 class TestNumbers:
     @pytest.mark.parametrize("name", [n if n == "table-3" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
     def test_stored_ones_are_those_of_the_code(self, name):
-        again = json.loads(json.dumps(paper_theory.STUDIES[name]()))
+        again = json.loads(json.dumps(theory.STUDIES[name]()))
         before = stored(name)
         assert before.pop("versions").keys() == {"hf_s3t", "numpy", "scipy"}
         assert flat(again) == pytest.approx(flat(before), rel=1e-9)
@@ -100,20 +98,9 @@ class TestPictures:
             draw("retention", stored("retention"), tmp_path / f"{number}.png")
         assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
 
-    def test_other_files_are_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match=re.escape("drawn as .png or .svg, got 'a.pdf'")):
-            check_picture(tmp_path / "a.pdf")
-        with pytest.raises(ConfigError, match="no folder that is there"):
-            check_picture(tmp_path / "nowhere" / "a.png")
-        check_picture(tmp_path / "nowhere" / "deeper" / "a.png", make_folder=True)
-        assert not (tmp_path / "nowhere").exists()
+    def test_a_figure_of_an_unknown_name_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="no figure 'figure-99'; expected one of figure-6-right"):
             draw("figure-99", {}, tmp_path / "a.png")
-
-    def test_without_matplotlib(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ConfigError, match=re.escape('pip install -e ".[figures]"')):
-            check_picture(tmp_path / "a.png")
 
 
 class TestRecipe:

@@ -1,27 +1,21 @@
-"""The pictures, by matplotlib, of what `paper_theory.py` computed and of what `hf-s3t plan` recommends."""
+"""The pictures, by matplotlib, of what `theory.py` computed."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
-from . import study_figures
-from .pictures import (
+from hf_s3t.analysis.pictures import (
     FIRST,
     MORE,
     OURS,
     PAPER,
     SISA,
-    check_picture,
     finish,
     new_figure,
     plain_numbers,
-    save,
     shared_legend,
 )
-from .planning import Option, Recommendation, Workload, survival
 
 
 _METHODS = {
@@ -34,103 +28,6 @@ _METHODS = {
     "optimal": ("optimal", "#009E73"),
 }
 _REQUESTS = "deletion requests"
-
-
-def draw(name: str, data: Mapping[str, Any], path: str | Path) -> None:
-    """
-    Draw one of the paper's figures.
-
-    Args:
-        name (`str`):
-            A key of `paper_theory.STUDIES`, or the name of a study's figure, such as `"figure-6-left"`.
-        data (mapping):
-            What that study returned, or the JSON of it.
-        path (`str` or `Path`):
-            The picture to write, a `.png` or `.svg` file.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If there is no such figure, or no picture can be drawn there.
-    """
-    if name not in _DRAWERS:
-        raise ConfigError(f"There is no figure {name!r}; expected one of {', '.join(_DRAWERS)}. Name one of them.")
-    check_picture(path)
-    save(_DRAWERS[name](data), path)
-
-
-def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> None:
-    """
-    Draw what to expect of a recommended system, and what others cost.
-
-    Args:
-        found ([`~hf_s3t.analysis.planning.Recommendation`]):
-            The recommendation.
-        workload ([`~hf_s3t.analysis.planning.Workload`]):
-            What it was made for.
-        path (`str` or `Path`):
-            The picture to write, a `.png` or `.svg` file.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If no picture can be drawn there.
-    """
-    check_picture(path)
-    save(_plan(found, workload), path)
-
-
-def _plan(found, workload):
-    best = found.chosen
-    figure, (life, cost) = new_figure(2, (11, 4.4))
-    months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
-    alive, depth = survival(best, months * workload.deletions_per_month)
-    life.plot(months, 100 * alive, color=OURS, label="shards alive")
-    life.plot(months, 100 * depth, color=FIRST, label="slices that serve, of all")
-    life.axvline(best.months_until_first_dead_shard, color=SISA, linestyle="--", label="first dead shard, expected")
-    life.axvline(best.months_until_exhausted, color=PAPER, linestyle=":", label="exhausted, expected")
-    life.set(
-        title=f"m = {best.num_shards}, L = {best.num_slices}, B = {best.budget}: what is left",
-        xlabel=f"months, at {workload.deletions_per_month:g} requests each",
-        ylabel="expected share (%)",
-        ylim=(0, 102),
-        xlim=(0, None),
-    )
-    for number, (label, color, months_of) in enumerate(
-        (
-            ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
-            ("until exhausted", OURS, lambda option: option.months_until_exhausted),
-        )
-    ):
-        hours = [option.training_hours for option in found.options]
-        cost.plot(hours, list(map(months_of, found.options)), "o-", color=color, label=label, markersize=4)
-        cost.plot(
-            best.training_hours, months_of(best), "*", color=color, markersize=15, label=None if number else "chosen"
-        )
-    for option in found.options:
-        cost.annotate(
-            _short(option),
-            (option.training_hours, option.months_until_first_dead_shard),
-            xytext=(4, -11),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    cost.axhline(found.goal_months, color=PAPER, linestyle=":", label="goal")
-    cost.set(
-        title="Longer life costs more training (m·L·B)",
-        xlabel="training (hours)",
-        ylabel="expected months",
-        xscale="log",
-        yscale="log",
-    )
-    # Room for the labels: of the last point beside it, of the first one below it.
-    cost.margins(x=0.15, y=0.1)
-    plain_numbers(cost.xaxis, cost.yaxis)
-    finish(life, cost)
-    return figure
-
-
-def _short(option: Option) -> str:
-    return f"{option.num_shards}·{option.num_slices}·{option.budget}"
-
-
-# -- the paper's figures ----------------------------------------------------------------------------------------------
 
 
 def _against_budget_alone(data):
@@ -447,7 +344,7 @@ def _without_replacement(data):
 
 
 # Name of the figure -> what draws its data.
-_DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-6-right": _against_budget_alone,
     "figure-7": _three_ways,
     "figure-8": _diversity,
@@ -457,5 +354,4 @@ _DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "optimal-gains": _gains_of_optimal,
     "retention": _retention,
     "without-replacement": _without_replacement,
-    **study_figures.DRAWERS,
 }
