@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 PURE = (
     "analysis", "analysis.figures", "analysis.paper_theory", "analysis.pictures", "analysis.study_figures", "cli.app",
+    "cli.arguments", "cli.exit_codes", "cli.folder", "cli.hub", "cli.plan",
     "cli.rendering", "config", "baselines.cost", "operations.deletion", "errors", "records.examples", "folder.files",
     "folder.finite", "operations.inspection", "records.ledger", "sequences.optimal", "plan.partition",
     "operations.pending", "plan.stages", "operations.purge", "operations.receipts", "folder.scratch",

@@ -1,5 +1,6 @@
-"""How the command line shows things to people: tables on the terminal."""
+"""How the command line shows things: tables on the terminal for people, JSON for programs."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def show_pending(receipt: PendingReceipt) -> None:
 
 
 def show_places(
-    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int]] = ()
+    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int | None]] = ()
 ) -> None:
     """Where examples lie, and the lines of the ledger in which groups were deleted."""
     for group, line in deleted_groups:
@@ -228,6 +229,27 @@ def show_recommendation(found: "Recommendation") -> None:
 def say(text: str) -> None:
     """A line, as it is: neither wrapped nor read as markup."""
     _console().print(Text(printable(text)), soft_wrap=True)
+
+
+def complain(line: str) -> None:
+    """A line on standard error."""
+    typer.echo(printable(line), err=True)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON, for programs."""
+    typer.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """A value in the types that JSON has; a number without end, which it has not, is null."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console() -> Console:

@@ -148,7 +148,7 @@ def test_errors_of_the_system_are_one_line(system, monkeypatch):
     def fail(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "system/ledger\n.jsonl")
 
-    monkeypatch.setattr(cli, "open_folder", fail)
+    monkeypatch.setattr("hf_s3t.cli.folder.open_folder", fail)
     assert refusal("status", system) == (
         "Error: system/ledger\\n.jsonl: Permission denied. Check the path and its permissions.\n"
     )
@@ -610,7 +610,7 @@ class _Model:
 @pytest.fixture
 def exported(monkeypatch):
     exported = []
-    monkeypatch.setattr(cli, "_load_model", lambda folder, base_model: _Model(exported))
+    monkeypatch.setattr("hf_s3t.cli.folder.load_model", lambda folder, base_model: _Model(exported))
     return exported
 
 
@@ -703,7 +703,7 @@ def playground(grown, tmp_path_factory):
         def load(folder, base_model):
             raise S3TError("There is no model here.")
 
-        patch.setattr(cli, "_load_model", load)
+        patch.setattr("hf_s3t.cli.folder.load_model", load)
 
         shutil.copytree(grown, "FOLDER")
 
