@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _SHORT = 12
 _UNFOLDED = 10_000
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def show_status(status: dict[str, Any], plan: Plan) -> None:
@@ -76,7 +76,7 @@ def show_push(report: "PushReport", dry_run: bool) -> None:
 def show_erasure(report: "ErasureReport") -> None:
     """What is gone from the Hub, and what nobody here can confirm."""
     done = "would erase" if report.is_dry_run else "erased"
-    say(f"{done} {_count(report.blobs, 'large file')} ({_size(report.bytes)}) of {report.repo_id}")
+    say(f"{done} {_count(report.blobs, 'large file')} ({decimal(report.bytes)}) of {report.repo_id}")
     if report.refs_removed:
         say(f"branches and tags {'to be ' if report.is_dry_run else ''}removed: {', '.join(report.refs_removed)}")
     for line in report.confirmed:
@@ -190,18 +190,18 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
     for remnant in purge.remnants:
         rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
     if rows:
-        _table(("", "kind", "size", "path"), [(a, k, _size(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
+        _table(("", "kind", "size", "path"), [(a, k, decimal(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
     for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
         say(f"{kind}: {advice}")
     going = "to remove" if dry_run else "removed"
-    say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
+    say(f"{going} {decimal(purge.size('remove', 'removed'))}, kept {decimal(purge.size('keep'))}")
 
 
 def show_recommendation(found: "Recommendation") -> None:
     """What to set up, what to expect of it, and what else there is."""
     best = found.chosen
     layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
-    size = "not known without --model or --hidden-size" if best.storage_bytes is None else _size(best.storage_bytes)
+    size = "not known without --model or --hidden-size" if best.storage_bytes is None else decimal(best.storage_bytes)
     rows = [
         ("shards (m)", best.num_shards),
         ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
@@ -363,11 +363,3 @@ def _number(value: float) -> str:
 
 def _or_empty(value: Any) -> Any:
     return "" if value is None else value
-
-
-def _size(size: float) -> str:
-    for unit in _UNITS[:-1]:
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} {_UNITS[-1]}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.filesize import decimal
 
 from ..analysis import expected_deletions_left
 from ..config import S3TConfig
@@ -260,7 +261,7 @@ def render_run_card(
         num_slices=results["settings"]["s3t"]["num_slices"],
         seconds=_duration(results["cost"]["seconds"]),
         device=results["hardware"]["device"],
-        storage=f"{results['storage_bytes'] / 2**20:.4g} MiB",
+        storage=decimal(results["storage_bytes"]),
         versions=", ".join(f"{name} {v}" for name, v in sorted(results["versions"].items()) if name != "python"),
         settings={k: _joined(v) for k, v in settings.items()},
     ).content

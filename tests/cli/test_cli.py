@@ -564,10 +564,10 @@ def test_purge_lists_and_removes(system):
     assert re.search(r"^keep +dataset cache +5\.0 kB +data \(2 files\)$", text, re.MULTILINE)
     assert "tracker logs: " in text and "to remove" in text
     text = run("purge", system, "--yes-remove", "data", "--yes-remove", "system/runs").stdout
-    assert re.search(r"^removed +checkpoint +\d+ B +system/checkpoints/", text, re.MULTILINE)
+    assert re.search(r"^removed +checkpoint +\d+ bytes +system/checkpoints/", text, re.MULTILINE)
     assert not (system / "runs").exists() and list(Path("data").iterdir()) == []
-    assert run("purge", system).stdout == "removed 0 B, kept 0 B\n"
-    assert run("purge", system, "--dry-run").stdout == "to remove 0 B, kept 0 B\n"
+    assert run("purge", system).stdout == "removed 0 bytes, kept 0 bytes\n"
+    assert run("purge", system, "--dry-run").stdout == "to remove 0 bytes, kept 0 bytes\n"
 
 
 @pytest.mark.parametrize(
