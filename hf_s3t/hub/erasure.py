@@ -19,8 +19,8 @@ from ..errors import HubError
 from ..folder.files import make_folders, read_checked_json, write_checked_json
 from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 from .client import patiently, status_of, told
+from .large_files import must_be_erasable
 from .memory import remember, state_folder
-from .pushing import must_be_erasable
 from .repository import CARD_FILE, HubRepo
 
 

@@ -21,8 +21,7 @@ from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .client import patiently, told
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
-from .pushing import differing_parts
-from .repository import INDEX_FILE, HubRepo, read_index, read_ledger
+from .repository import INDEX_FILE, HubRepo, differing_parts, read_index, read_ledger
 
 
 _FORGED = "Do not serve it; push the system again from its folder."

@@ -4,9 +4,9 @@ import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, RepoFile
@@ -28,15 +28,12 @@ from ..folder.table_file import write_table
 from ..plan.stages import StageKey
 from ..records.digests import PUBLIC_SECRET, DigestKey
 from .client import ATTEMPTS, LONGEST_WAIT, asked, is_passing, patiently, status_of, told
-from .git_attributes import ATTRIBUTES_FILE, state_of
+from .large_files import must_be_erasable, refuse_what_git_would_keep
 from .memory import remember
-from .repository import INDEX_FILE, HubRepo, HubState, index_of
+from .repository import INDEX_FILE, HubRepo, HubState, differing_parts, index_of
 
 
-_LARGE = "filter=lfs diff=lfs merge=lfs -text"
 _CONFLICT = 412
-# What two copies of one system have in common.
-_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
 Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
 
@@ -132,7 +129,7 @@ def push(
                 # Another process deleted examples meanwhile, and with them stages.
                 folder.refresh()
                 continue
-            _refuse_what_git_would_keep(repo, state, added)
+            refuse_what_git_would_keep(repo, state, added)
             if not dry_run:
                 remember(repo.repo_id, folder.record, folder.ledger)
             if dry_run or not (added or deleted):
@@ -221,17 +218,6 @@ def _stages_that_saw(
     return tuple(sorted(folder.plan.removed_by(folder.table.places(gone), stages)))
 
 
-def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What tells two systems apart by their configs; nothing if they are copies of one."""
-    return [name for name in _OF_A_SYSTEM if _of(one, name) != _of(other, name)]
-
-
-def _of(record: Mapping[str, Any], name: str) -> Any:
-    """A part of a system's record; of the base, what its tensors are."""
-    value = record.get(name)
-    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
-
-
 def _operations(
     folder: SystemFolder, state: HubState, describe: Describe, card: str | None
 ) -> tuple[dict[str, bytes | Path], list[str]]:
@@ -288,37 +274,6 @@ def _table_bytes(folder: SystemFolder) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         write_table(Path(scratch) / TABLE_FILE, folder.table, folder.ledger)
         return (Path(scratch) / TABLE_FILE).read_bytes()
-
-
-def must_be_erasable(path: str) -> bool:
-    """Whether a file holds weights or ids, and so belongs into the large-file storage: what git keeps, it keeps."""
-    return path == TABLE_FILE or path.endswith(f"/{ADAPTER_FILE}")
-
-
-def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[str]) -> None:
-    """No erasure reaches what lies in git itself, in any old commit, until the Hub collects garbage."""
-    if not state.commit:
-        # Of a repository that is not made yet; a new one has the Hub's own rules, under which these files are large.
-        return
-    paths = sorted(filter(must_be_erasable, added))
-    folders = {folder for path in paths for folder in PurePosixPath(path).parents}
-    names = state.tree.keys() & {str(folder / ATTRIBUTES_FILE) for folder in folders}
-    rules = {name: repo.download(name, state.commit).read_bytes().decode(errors="surrogateescape") for name in names}
-    top = rules.pop(ATTRIBUTES_FILE, "")
-    kept = [path for path in paths if not _is_large(path, top, rules)]
-    if kept:
-        wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
-        raise HubError(
-            f"By the {ATTRIBUTES_FILE} of {repo.repo_id}, {kept[0]}{' and others' if len(kept) > 1 else ''} would lie "
-            "in git itself, where a deletion could not be erased from old commits; expected are rules that make it a "
-            f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}, as its last lines, and remove files of "
-            "that name from the folders below. Then push again. Nothing was pushed."
-        )
-
-
-def _is_large(path: str, rules: str, below: Mapping[str, str] | None = None) -> bool:
-    """Whether a `.gitattributes` makes a file a large one, with those in folders below by their paths."""
-    return state_of("filter", path, {**(below or {}), ATTRIBUTES_FILE: rules}) == "lfs"
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:

@@ -23,6 +23,8 @@ from .client import first_line, patiently
 
 INDEX_FILE = f"{STAGES}/index.json"
 CARD_FILE = "README.md"
+# What two copies of one system have in common.
+_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
 _INDEXED = ("files", "slices", "below", "recipe")
 _INDEXED_METRICS = ("eval_loss", "train_runtime")
@@ -104,6 +106,17 @@ class HubRepo:
             )
             return None
         return text
+
+
+def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What tells two systems apart by their configs; nothing if they are copies of one."""
+    return [name for name in _OF_A_SYSTEM if _of(one, name) != _of(other, name)]
+
+
+def _of(record: Mapping[str, Any], name: str) -> Any:
+    """A part of a system's record; of the base, what its tensors are."""
+    value = record.get(name)
+    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from support.tiny import make_trainer, plant_stages, tiny_llama
 
 from hf_s3t import S3TConfig
-from hf_s3t.hub.card import render_card, render_diagram
+from hf_s3t.hub.card import render_card
+from hf_s3t.hub.diagram import render_diagram
 from hf_s3t.plan import Plan, StageKey
 
 
