@@ -25,7 +25,7 @@ TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards
 DIAGRAM_FILE = "stacks.svg"
 TAGS = ("s3t", "machine-unlearning", "peft", "lora")
 # Recipe -> the Hub's name of its tasks.
-_PIPELINE_OF = {
+_PIPELINE_TAGS = {
     "text_classification": "text-classification",
     "image_classification": "image-classification",
     "llama_alpaca": "text-generation",
@@ -67,14 +67,13 @@ def render_card(
         `str`: The card, metadata included.
     """
     before = ModelCard(previous, ignore_metadata_errors=True).data if previous else ModelCardData()
-    datasets = list(datasets) or _as_list(before.datasets)
+    datasets = list(datasets) or _as_list(before.get("datasets"))
     numbers = dict(evaluation or {})
-    if not numbers and is_same_state and before.eval_results:
-        numbers = {result.metric_name or result.metric_type: result.metric_value for result in before.eval_results}
-    record, status = folder.record, system_status(folder)
-    # Of a base that is nobody else's, the name of its folder.
-    base_id = str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
-    public = base_id if _is_public(base_id) else None
+    if not numbers and is_same_state:
+        found = before.get("eval_results") or ()
+        numbers = {result.metric_name or result.metric_type: result.metric_value for result in found}
+    record, title = folder.record, repo_id.rpartition("/")[2]
+    public = _public_base(record)
     task = record["task"]
     data = ModelCardData(
         library_name="hf_s3t",
@@ -82,66 +81,116 @@ def render_card(
         tags=list(TAGS),
         datasets=datasets or None,
         pipeline_tag=None if task == "other" else task,
-        license=license or before.license,
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type=datasets[0] if datasets else "held-out",
-                dataset_name=datasets[0] if datasets else "held-out",
-                metric_type=name.lower().replace(" ", "_"),
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in numbers.items()
-        ]
-        or None,
+        license=license or before.get("license"),
+        model_name=title,
+        eval_results=_eval_results(task, datasets, numbers),
     )
-    records = [folder.stage_record(key) for key in sorted(folder.valid_stages)]
+    return _render(
+        "system.md",
+        data,
+        title=title,
+        repo_id=repo_id,
+        task=task,
+        is_language_model=task == "text-generation",
+        datasets=datasets,
+        evaluation={name: _number(value) for name, value in numbers.items()},
+        is_base_known=folder.base_id is not None,
+        **_base_facts(record, public),
+        **_layer_facts(record),
+        **_plan_facts(folder),
+        **_stage_facts(folder),
+        **_deletion_facts(folder),
+    )
+
+
+# What the card of a system says
+
+
+def _base_name(record: Mapping[str, Any]) -> str:
+    """The base's id; of one that is nobody else's, the name of its folder."""
+    return str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
+
+
+def _public_base(record: Mapping[str, Any]) -> str | None:
+    name = _base_name(record)
+    return name if _is_public(name) else None
+
+
+def _eval_results(task: str, datasets: Sequence[str], numbers: Mapping[str, Any]) -> list[EvalResult] | None:
+    dataset = datasets[0] if datasets else "held-out"
+    found = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name.lower().replace(" ", "_"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in numbers.items()
+    ]
+    return found or None
+
+
+def _base_facts(record: Mapping[str, Any], public: str | None) -> dict[str, Any]:
+    owners = "A language model of its owner's" if record["task"] == "text-generation" else "A model of its owner's"
+    return {
+        "base_id": public or _base_name(record).rpartition("/")[2] or "a model of one's own",
+        "base_link": f"[{public}](https://huggingface.co/{public})" if public else owners,
+        "quantization": record["base_model"].get("quantization"),
+    }
+
+
+def _layer_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     # Not above: commands that render no card need not wait for it.
     from peft import LoraConfig
 
     adapters = LoraConfig(**record["peft_config"])
-    return ModelCard.from_template(
-        data,
-        template_str=_template("system.md"),
-        title=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        base_id=public or base_id.rpartition("/")[2] or "a model of one's own",
-        base_link=f"[{public}](https://huggingface.co/{public})"
-        if public
-        else "A language model of its owner's"
-        if task == "text-generation"
-        else "A model of its owner's",
-        is_language_model=task == "text-generation",
-        is_base_known=folder.base_id is not None,
-        task=task,
-        quantization=record["base_model"].get("quantization"),
-        datasets=datasets,
-        evaluation={name: _number(value) for name, value in numbers.items()},
-        depth_one=next((key.path for key in sorted(folder.valid_stages) if key.depth == 1), None),
-        num_examples=status["examples"],
-        num_shards=folder.config.num_shards,
-        num_slices=folder.config.num_slices,
-        budget=len(folder.plan.sequences[0]),
-        layers_per_slice=[len(group) for group in record["layers"]["groups"]],
-        first_layers="bottom" if folder.config.growth == "bottom-up" else "top",
-        one_slice=folder.config.stage_data == "slice",
-        num_layers=record["layers"]["num_layers"],
-        rank=adapters.r,
-        alpha=adapters.lora_alpha,
-        targets=_joined(adapters.target_modules),
-        aggregation=record["aggregation"].replace("_", " "),
-        recipe=_recipe(records),
-        training_time=_duration(sum(r["metrics"].get("train_runtime", 0.0) for r in records)),
-        num_stages=len(records),
-        versions=", ".join(f"{name} {v}" for name, v in sorted(record["versions"].items()) if name != "python"),
-        num_deletions=status["deletions"],
-        depths=status["depths"],
-        until_first=_number(status["deletions_until_first_dead_shard"]),
-        until_exhausted=_number(status["deletions_until_exhausted"]),
-        shards=_sequences(folder.plan, status["sequence_depths"]),
-    ).content
+    return {
+        "layers_per_slice": [len(group) for group in record["layers"]["groups"]],
+        "num_layers": record["layers"]["num_layers"],
+        "rank": adapters.r,
+        "alpha": adapters.lora_alpha,
+        "targets": _joined(adapters.target_modules),
+        "aggregation": record["aggregation"].replace("_", " "),
+        "versions": _joined_versions(record["versions"]),
+    }
+
+
+def _plan_facts(folder: SystemFolder) -> dict[str, Any]:
+    return {
+        "num_shards": folder.config.num_shards,
+        "num_slices": folder.config.num_slices,
+        "budget": len(folder.plan.sequences[0]),
+        "first_layers": "bottom" if folder.config.growth == "bottom-up" else "top",
+        "one_slice": folder.config.stage_data == "slice",
+    }
+
+
+def _stage_facts(folder: SystemFolder) -> dict[str, Any]:
+    keys = sorted(folder.valid_stages)
+    records = [folder.stage_record(key) for key in keys]
+    return {
+        "depth_one": next((key.path for key in keys if key.depth == 1), None),
+        "recipe": _recipe(records),
+        "training_time": _duration(sum(record["metrics"].get("train_runtime", 0.0) for record in records)),
+        "num_stages": len(records),
+    }
+
+
+def _deletion_facts(folder: SystemFolder) -> dict[str, Any]:
+    status = system_status(folder)
+    return {
+        "num_examples": status["examples"],
+        "num_deletions": status["deletions"],
+        "depths": status["depths"],
+        "until_first": _number(status["deletions_until_first_dead_shard"]),
+        "until_exhausted": _number(status["deletions_until_exhausted"]),
+        "shards": _sequences(folder.plan, status["sequence_depths"]),
+    }
+
+
+# Cards without a system
 
 
 def render_recipe_card(
@@ -179,7 +228,7 @@ def render_recipe_card(
     plan = Plan.from_config(config)
     alive = plan.first_slices_alive(set(plan.stages()))
     shards, slices = config.num_shards, config.num_slices
-    first, last = (
+    until_first, until_exhausted = (
         expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
         for until in ("first_shard", "exhausted")
     )
@@ -194,9 +243,9 @@ def render_recipe_card(
         datasets=[dataset] if _is_public(dataset) else None,
         pipeline_tag=pipeline_tag,
     )
-    return ModelCard.from_template(
+    return _render(
+        "recipe.md",
         data,
-        template_str=_template("recipe.md"),
         name=name,
         script=script,
         title=f"{name}: settings",
@@ -207,11 +256,11 @@ def render_recipe_card(
         budget=len(plan.sequences[0]),
         num_stages=len(plan.stages()),
         layers_per_slice=settings.get("layers_per_slice") or "layers of the base // slices",
-        until_first=_number(first),
-        until_exhausted=_number(last),
+        until_first=_number(until_first),
+        until_exhausted=_number(until_exhausted),
         shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
         settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
-    ).content
+    )
 
 
 def render_run_card(
@@ -241,7 +290,7 @@ def render_run_card(
         base_model=base_model,
         tags=[*TAGS, results["method"]],
         datasets=list(datasets) or None,
-        pipeline_tag=_PIPELINE_OF.get(results["recipe"]),
+        pipeline_tag=_PIPELINE_TAGS.get(results["recipe"]),
         model_name=name,
     )
     settings = {
@@ -249,9 +298,9 @@ def render_run_card(
         **results["settings"]["lora"],
         **results["settings"]["training"],
     }
-    return ModelCard.from_template(
+    return _render(
+        "run.md",
         data,
-        template_str=_template("run.md"),
         name=name,
         method=results["method"],
         recipe=results["recipe"],
@@ -263,9 +312,9 @@ def render_run_card(
         seconds=_duration(results["cost"]["seconds"]),
         device=results["hardware"]["device"],
         storage=decimal(results["storage_bytes"]),
-        versions=", ".join(f"{name} {v}" for name, v in sorted(results["versions"].items()) if name != "python"),
+        versions=_joined_versions(results["versions"]),
         settings={k: _joined(v) for k, v in settings.items()},
-    ).content
+    )
 
 
 def description(
@@ -305,10 +354,11 @@ def description(
     return {CARD_FILE: card.encode(), DIAGRAM_FILE: render_diagram(folder.plan, folder.valid_stages).encode()}
 
 
-def _template(name: str) -> str:
-    # Checked here: the Hub's client would render a missing variable as nothing.
+def _render(template: str, data: ModelCardData, **facts: Any) -> str:
+    """A card. Not by `ModelCard.from_template`, which renders a missing variable as nothing."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
-    return environment.loader.get_source(environment, name)[0]
+    text = environment.get_template(template).render(card_data=data.to_yaml(), **facts)
+    return str(ModelCard(text))
 
 
 def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
@@ -319,7 +369,7 @@ def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
 
 
 def _recipe(records: Sequence[Mapping[str, Any]]) -> str:
-    recipe = next((r["recipe"] for r in records if r.get("recipe")), {})
+    recipe: Mapping[str, Any] = next((record["recipe"] for record in records if record.get("recipe")), {})
     kept = {name: recipe[name] for name in _RECIPE if recipe.get(name) not in (None, -1)}
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
 
@@ -336,6 +386,10 @@ def _joined(value: Any) -> str:
     if isinstance(value, (set, frozenset)):
         value = sorted(value)
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _joined_versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "python")
 
 
 def _number(value: float | None) -> str:
