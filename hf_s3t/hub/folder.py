@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
 from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
@@ -19,7 +20,8 @@ from ..plan.stages import StageKey
 from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .client import patiently, told
+from .client import call_with_retries, hub_errors_as_sentences
+from .git_attributes import ATTRIBUTES_FILE
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
 from .repository import INDEX_FILE, HubRepo, differing_parts, read_index, read_ledger
 
@@ -55,12 +57,11 @@ class HubFolder(SystemFolder):
         repo_id: str,
         revision: str | None = None,
         token: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ):
         self.repo = HubRepo(repo_id, token, cache_dir)
         self.revision = revision
         self._key: DigestKey | None = None
-        self._names: KeptNames | None = None
         self._table: ExampleTable | None = None
         self.commit = ""
         with self._forgeries_told():
@@ -69,7 +70,7 @@ class HubFolder(SystemFolder):
         warn_of_other_systems(repo_id, self.record)
         self.refresh()
 
-    def _forgeries_told(self):
+    def _forgeries_told(self) -> AbstractContextManager[None]:
         return forgeries_told(f"{self.repo.repo_id} at {self.commit or self.revision or 'main'}", _FORGED)
 
     # What needs the secret, or the table, asks for it when it is needed
@@ -77,15 +78,17 @@ class HubFolder(SystemFolder):
     @property
     def key(self) -> DigestKey:
         """The system's secret."""
-        if self._key is None:
-            try:
-                self._use(DigestKey.load(self.path))
-            except KeyMissingError as error:
-                raise KeyMissingError(
-                    f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to "
-                    f"the content of the {KEY_FILE} of the folder of its training, or copy that file to {self.path}."
-                ) from error
-        return self._key
+        if self._key is not None:
+            return self._key
+        try:
+            key = DigestKey.load(self.path)
+            self._use(key)
+        except KeyMissingError as error:
+            raise KeyMissingError(
+                f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to the "
+                f"content of the {KEY_FILE} of the folder of its training, or copy that file to {self.path}."
+            ) from error
+        return key
 
     @key.setter
     def key(self, key: DigestKey) -> None:
@@ -99,7 +102,7 @@ class HubFolder(SystemFolder):
 
     @names.setter
     def names(self, names: KeptNames) -> None:
-        self._names = names
+        self._names: KeptNames = names
 
     @property
     def table(self) -> ExampleTable:
@@ -210,12 +213,12 @@ class HubFolder(SystemFolder):
         return config
 
     def _download(self, name: str, revision: str | None = "") -> Path:
-        with told(self.repo.repo_id, "The download ended"):
+        with hub_errors_as_sentences(self.repo.repo_id, "The download ended"):
             try:
                 return self.repo.download(name, self.commit if revision == "" else revision)
             except EntryNotFoundError as error:
                 # What could not be asked for is told as such; what the Hub says it has not is a damaged repository.
-                if type(error).__name__ == "LocalEntryNotFoundError":
+                if isinstance(error, LocalEntryNotFoundError):
                     raise
                 raise FolderError(f"{self.repo.repo_id} lacks {name}. Push the system again.") from error
 
@@ -274,7 +277,7 @@ class HubFolder(SystemFolder):
             found.append(str(error))
         return found
 
-    def copy_to(self, path: str | os.PathLike) -> None:
+    def copy_to(self, path: str | os.PathLike[str]) -> None:
         """
         Pull the system into an empty folder, every valid stage of it: one that can be trained on and pushed from.
 
@@ -292,15 +295,16 @@ class HubFolder(SystemFolder):
         # What another process of this machine deleted meanwhile.
         self.refresh_ledger()
         patterns = [f"{key.path}/*" for key in self.valid_stages]
-        companions = sorted(COMPANIONS - {".gitattributes", ".gitignore", ".cache"})
-        with told(self.repo.repo_id, "The pull ended"):
-            snapshot = patiently(
-                snapshot_download,
-                self.repo.repo_id,
-                revision=self.commit,
-                token=self.repo.token,
-                cache_dir=self.repo.cache_dir,
-                allow_patterns=[*patterns, *companions],
+        companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, ".gitignore", ".cache"})
+        with hub_errors_as_sentences(self.repo.repo_id, "The pull ended"):
+            snapshot = call_with_retries(
+                lambda: snapshot_download(
+                    self.repo.repo_id,
+                    revision=self.commit,
+                    token=self.repo.token,
+                    cache_dir=self.repo.cache_dir,
+                    allow_patterns=[*patterns, *companions],
+                )
             )
         make_folders(target / STAGES)
         for name in companions:

@@ -1,6 +1,6 @@
 """What must lie in the large-file storage of a repository, out of which it can be erased."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ..errors import HubError
@@ -26,8 +26,7 @@ def refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[s
     folders = {folder for path in paths for folder in PurePosixPath(path).parents}
     names = state.tree.keys() & {str(folder / ATTRIBUTES_FILE) for folder in folders}
     rules = {name: repo.download(name, state.commit).read_bytes().decode(errors="surrogateescape") for name in names}
-    top = rules.pop(ATTRIBUTES_FILE, "")
-    kept = [path for path in paths if not _is_large(path, top, rules)]
+    kept = [path for path in paths if state_of("filter", path, rules) != "lfs"]
     if kept:
         wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
         raise HubError(
@@ -36,8 +35,3 @@ def refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[s
             f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}, as its last lines, and remove files of "
             "that name from the folders below. Then push again. Nothing was pushed."
         )
-
-
-def _is_large(path: str, rules: str, below: Mapping[str, str] | None = None) -> bool:
-    """Whether a `.gitattributes` makes a file a large one, with those in folders below by their paths."""
-    return state_of("filter", path, {**(below or {}), ATTRIBUTES_FILE: rules}) == "lfs"
