@@ -76,12 +76,12 @@ def _places(
     """The examples that were asked for, `None` for those that were deleted; the deleted groups and their lines."""
     table = system.table
     request = table.resolve(ids, groups, system.ledger, system.names)
-    named = {table.find(i, system.ledger, system.names): i for i in ids}
+    named = {table.find(example_id, system.ledger, system.names): example_id for example_id in ids}
     places = [(named.get(kept, kept), table.rows.get(kept)) for kept in dict.fromkeys([*named, *request.present])]
-    return places, [(group, _line_of(system, group)) for group in request.deleted_groups]
+    return places, [(group, _deletion_line(system, group)) for group in request.deleted_groups]
 
 
-def _line_of(system: SystemFolder, group: int | str) -> int | None:
+def _deletion_line(system: SystemFolder, group: int | str) -> int | None:
     # Where groups are kept as digests, one may be named by its digest.
     return system.ledger.line_of_group(system.key.of_group(group)) or system.ledger.line_of_group(str(group))
 

@@ -42,7 +42,11 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
         f"{_count(planned, 'stage')}"
     )
     rows = [
-        (shard, depth, "  ".join(f"{_joined(s)}: {d}" for s, d in zip(sequences, depths, strict=True)))
+        (
+            shard,
+            depth,
+            "  ".join(f"{_joined(sequence)}: {own}" for sequence, own in zip(sequences, depths, strict=True)),
+        )
         for shard, (depth, sequences, depths) in enumerate(
             zip(status["depths"], plan.sequences, status["sequence_depths"], strict=True)
         )
@@ -148,15 +152,15 @@ def show_ledger(receipts: Receipts) -> None:
     """One row per line of a ledger."""
     rows = [
         (
-            r.line,
-            r.entry.time,
-            r.entry.kind,
-            len(r.entry.ids),
-            len(r.entry.removed),
-            len(r.entry.left),
-            r.hash[:_SHORT],
+            receipt.line,
+            receipt.entry.time,
+            receipt.entry.kind,
+            len(receipt.entry.ids),
+            len(receipt.entry.removed),
+            len(receipt.entry.left),
+            receipt.hash[:_SHORT],
         )
-        for r in receipts.receipts
+        for receipt in receipts.receipts
     ]
     _table(("line", "time", "kind", "ids", "stages", "left", "hash"), rows)
 
@@ -186,12 +190,14 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
     The places a purge found, and what it did to each, or would do; the cache files of a dataset as one row, by their
     folder.
     """
-    rows: dict[tuple[str, str, Path], list[int]] = {}
+    sizes: dict[tuple[str, str, Path], list[int]] = {}
     for remnant in purge.remnants:
-        rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+        sizes.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+    rows = [(action, kind, decimal(sum(own)), _place(path, own)) for (action, kind, path), own in sizes.items()]
     if rows:
-        _table(("", "kind", "size", "path"), [(a, k, decimal(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
-    for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
+        _table(("", "kind", "size", "path"), rows)
+    kept = [remnant for remnant in purge.remnants if remnant.action == "keep"]
+    for kind, advice in {remnant.kind: remnant.advice for remnant in kept}.items():
         say(f"{kind}: {advice}")
     going = "to remove" if dry_run else "removed"
     say(f"{going} {decimal(purge.size('remove', 'removed'))}, kept {decimal(purge.size('keep'))}")
@@ -302,8 +308,7 @@ def _hours(hours: float) -> str:
 
 
 def _show_depths(before: list[int], after: list[int]) -> None:
-    changed = zip(before, after, strict=True)
-    _table(("shard", "depth before", "after"), [(shard, b, a) for shard, (b, a) in enumerate(changed)])
+    _table(("shard", "depth before", "after"), zip(range(len(before)), before, after, strict=True))
 
 
 def _show_passed_over(found: UnlearningReport | DeletionPreview | PendingReceipt) -> None:

@@ -6,23 +6,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.filesize import decimal
 
 from ..analysis import expected_deletions_left
 from ..config import S3TConfig
+from ..folder.layout import CARD_FILE, DIAGRAM_FILE
 from ..folder.status import system_status
 from ..folder.system import SystemFolder
 from ..plan.stages import Plan
 from .diagram import render_diagram
-from .repository import CARD_FILE
 
 
 _HERE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it where it is installed.
-TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards") if p.is_dir()), _HERE)
-DIAGRAM_FILE = "stacks.svg"
+TEMPLATES = next(
+    (folder for folder in (_HERE / "model_cards", _HERE.parent / "model_cards") if folder.is_dir()), _HERE
+)
 TAGS = ("s3t", "machine-unlearning", "peft", "lora")
 # Recipe -> the Hub's name of its tasks.
 _PIPELINE_TAGS = {
@@ -68,10 +69,7 @@ def render_card(
     """
     before = ModelCard(previous, ignore_metadata_errors=True).data if previous else ModelCardData()
     datasets = list(datasets) or _as_list(before.get("datasets"))
-    numbers = dict(evaluation or {})
-    if not numbers and is_same_state:
-        found = before.get("eval_results") or ()
-        numbers = {result.metric_name or result.metric_type: result.metric_value for result in found}
+    numbers = dict(evaluation or (_numbers_on(before) if is_same_state else {}))
     record, title = folder.record, repo_id.rpartition("/")[2]
     public = _public_base(record)
     task = record["task"]
@@ -114,6 +112,11 @@ def _base_name(record: Mapping[str, Any]) -> str:
 def _public_base(record: Mapping[str, Any]) -> str | None:
     name = _base_name(record)
     return name if _is_public(name) else None
+
+
+def _numbers_on(card: CardData) -> dict[str, Any]:
+    results = card.get("eval_results") or ()
+    return {result.metric_name or result.metric_type: result.metric_value for result in results}
 
 
 def _eval_results(task: str, datasets: Sequence[str], numbers: Mapping[str, Any]) -> list[EvalResult] | None:
@@ -224,14 +227,7 @@ def render_recipe_card(
     True
     ```
     """
-    config = S3TConfig(**{f.name: settings[f.name] for f in fields(S3TConfig) if f.name in settings})
-    plan = Plan.from_config(config)
-    alive = plan.first_slices_alive(set(plan.stages()))
-    shards, slices = config.num_shards, config.num_slices
-    until_first, until_exhausted = (
-        expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
-        for until in ("first_shard", "exhausted")
-    )
+    config = S3TConfig(**{field.name: settings[field.name] for field in fields(S3TConfig) if field.name in settings})
     kind = "language model" if pipeline_tag == "text-generation" else "model"
     base_id = settings.get("model_name_or_path") or f"a {kind} that you name"
     dataset = settings.get("dataset_name") or dataset or "data that you name"
@@ -251,16 +247,28 @@ def render_recipe_card(
         title=f"{name}: settings",
         base_id=base_id,
         dataset=dataset,
-        num_shards=shards,
-        num_slices=slices,
-        budget=len(plan.sequences[0]),
-        num_stages=len(plan.stages()),
         layers_per_slice=settings.get("layers_per_slice") or "layers of the base // slices",
-        until_first=_number(until_first),
-        until_exhausted=_number(until_exhausted),
-        shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
-        settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
+        **_planned_facts(config),
+        settings={name: ", ".join(value) if isinstance(value, list) else value for name, value in settings.items()},
     )
+
+
+def _planned_facts(config: S3TConfig) -> dict[str, Any]:
+    plan = Plan.from_config(config)
+    alive = plan.first_slices_alive(set(plan.stages()))
+    until_first, until_exhausted = (
+        expected_deletions_left(alive, config.num_shards, config.num_slices, prior=config.deletion_prior, until=until)
+        for until in ("first_shard", "exhausted")
+    )
+    return {
+        "num_shards": config.num_shards,
+        "num_slices": config.num_slices,
+        "budget": len(plan.sequences[0]),
+        "num_stages": len(plan.stages()),
+        "until_first": _number(until_first),
+        "until_exhausted": _number(until_exhausted),
+        "shards": [["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
+    }
 
 
 def render_run_card(
@@ -280,7 +288,7 @@ def render_run_card(
     """
     script = results["settings"]["script"]
     numbers = [
-        (set_name, depth, metric, value)
+        (set_name, depth, metric, _number(value))
         for set_name, by_depth in results["metrics"].items()
         for depth, found in by_depth.items()
         for metric, value in found.items()
@@ -306,14 +314,14 @@ def render_run_card(
         recipe=results["recipe"],
         base_id=base_model or f"A model of its owner's ({script['model_name_or_path'] or 'made here'})",
         dataset=", ".join(datasets) or "data of its owner's",
-        numbers=[(s, d, m, _number(v)) for s, d, m, v in numbers],
+        numbers=numbers,
         num_shards=results["settings"]["s3t"]["num_shards"],
         num_slices=results["settings"]["s3t"]["num_slices"],
         seconds=_duration(results["cost"]["seconds"]),
         device=results["hardware"]["device"],
         storage=decimal(results["storage_bytes"]),
         versions=_joined_versions(results["versions"]),
-        settings={k: _joined(v) for k, v in settings.items()},
+        settings={name: _joined(value) for name, value in settings.items()},
     )
 
 

@@ -95,10 +95,10 @@ def is_passing(error: Exception) -> bool:
         return isinstance(error.__cause__, (RuntimeError, ConnectionError, TimeoutError, XetDownloadError))
     if isinstance(error, (OfflineModeIsEnabled, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
         return False
-    return not isinstance(error, HfHubHTTPError) or status_of(error) >= 500 or status_of(error) == 429
+    return not isinstance(error, HfHubHTTPError) or http_status(error) >= 500 or http_status(error) == 429
 
 
-def status_of(error: HfHubHTTPError) -> int:
+def http_status(error: HfHubHTTPError) -> int:
     """The status the Hub answered with, 0 if it did not."""
     return getattr(error.response, "status_code", 0) or 0
 
@@ -135,7 +135,7 @@ def hub_errors_as_sentences(repo_id: str, doing: str) -> Iterator[None]:
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = status_of(error)
+    status = http_status(error)
     if status == 401:
         return "the Hub does not accept the token. Log in with `hf auth login`, or give a valid `token`."
     if status == 403:

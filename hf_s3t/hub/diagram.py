@@ -1,5 +1,7 @@
 """The picture of a system's stacks, as SVG."""
 
+from collections.abc import Sequence
+
 from ..plan.stages import Plan, StageKey
 
 
@@ -45,16 +47,13 @@ def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
     depth = max(len(sequence) for sequences in plan.sequences for sequence in sequences)
     block = depth * (_CELL + _GAP) - _GAP
     columns = min(len(plan.sequences), max(1, (_WIDEST - 2 * _MARGIN + _APART) // (block + _APART)))
-    parts, top, bottom = [], _MARGIN, 0
+    parts: list[str] = []
+    top, bottom = _MARGIN, 0
     for shard, sequences in enumerate(plan.sequences):
         if shard % columns == 0:
             top = bottom + _MARGIN
         left = _MARGIN + shard % columns * (block + _APART)
-        parts.append(f'<text x="{left}" y="{top + 14}" class="name">shard {shard}</text>')
-        for row, sequence in enumerate(sequences):
-            for number, slice_ in enumerate(sequence):
-                x, y = left + number * (_CELL + _GAP), top + _NAME + row * (_CELL + _GAP)
-                parts.append(_box(x, y, _CELL, slice_, StageKey(shard, sequence[: number + 1]) in valid))
+        parts += _block(left, top, shard, sequences, valid)
         bottom = max(bottom, top + _NAME + len(sequences) * (_CELL + _GAP))
     width = max(columns * (block + _APART) - _APART, _LEGEND_WIDTH) + 2 * _MARGIN
     height = bottom + _LEGEND + _MARGIN
@@ -72,6 +71,18 @@ def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
     )
 
 
+def _block(
+    left: int, top: int, shard: int, sequences: Sequence[tuple[int, ...]], valid: frozenset[StageKey]
+) -> list[str]:
+    """A shard's name, and below it a row for each sequence."""
+    parts = [f'<text x="{left}" y="{top + 14}" class="name">shard {shard}</text>']
+    for row, sequence in enumerate(sequences):
+        for number, slice_ in enumerate(sequence):
+            x, y = left + number * (_CELL + _GAP), top + _NAME + row * (_CELL + _GAP)
+            parts.append(_box(x, y, slice_, StageKey(shard, sequence[: number + 1]) in valid))
+    return parts
+
+
 def _legend(y: int, depth: int) -> list[str]:
     size, baseline = 16, y + 13
     swatches = [
@@ -87,9 +98,9 @@ def _legend(y: int, depth: int) -> list[str]:
     return swatches + [f'<text x="{x}" y="{line}">{text}</text>' for x, line, text in texts]
 
 
-def _box(x: int, y: int, size: int, slice_: int, live: bool) -> str:
-    middle = x + size / 2
+def _box(x: int, y: int, slice_: int, live: bool) -> str:
+    middle = x + _CELL / 2
     return (
-        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
-        f'<text x="{middle:g}" y="{y + size // 2 + 5}" text-anchor="middle">{slice_}</text></g>'
+        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="4"/>'
+        f'<text x="{middle:g}" y="{y + _CELL // 2 + 5}" text-anchor="middle">{slice_}</text></g>'
     )

@@ -18,11 +18,11 @@ from huggingface_hub.hf_api import LFSFileInfo
 
 from ..errors import HubError
 from ..folder.files import make_folders, read_checked_json, write_checked_json
-from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from .client import call_with_retries, hub_errors_as_sentences, status_of
+from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from .client import call_with_retries, http_status, hub_errors_as_sentences
 from .large_files import must_be_erasable
 from .memory import remember, state_folder
-from .repository import CARD_FILE, HubRepo, content_id
+from .repository import HubRepo, content_id
 
 
 _PROGRESS_FILE = "erasure.json"
@@ -168,7 +168,7 @@ def _refs(repo: HubRepo) -> _Refs:
     branches = [ref for ref in found.branches if ref.name != "main"]
     stale_branches = [ref for ref in branches if _is_stale(repo, ref.ref, on_main)]
     # A branch can be squashed; a tag keeps all that its commit stands on.
-    stale_tags = [ref for ref in found.tags if any(_is_stale(repo, c, on_main) for c in _history(repo, ref))]
+    stale_tags = [ref for ref in found.tags if any(_is_stale(repo, commit, on_main) for commit in _history(repo, ref))]
     return _Refs(
         on_main,
         [*found.branches, *found.tags],
@@ -190,7 +190,8 @@ def _contents(repo: HubRepo, revision: str) -> set[str]:
 
 
 def _history(repo: HubRepo, ref: GitRefInfo) -> list[str]:
-    return [c.commit_id for c in call_with_retries(repo.api.list_repo_commits, repo.repo_id, revision=ref.ref)]
+    commits = call_with_retries(repo.api.list_repo_commits, repo.repo_id, revision=ref.ref)
+    return [commit.commit_id for commit in commits]
 
 
 def _is_stale(repo: HubRepo, revision: str, on_main: set[str]) -> bool:
@@ -228,7 +229,7 @@ def _delete(delete: Callable[_Parameters, None], *args: _Parameters.args, **kwar
         call_with_retries(delete, *args, **kwargs)
     except HfHubHTTPError as error:
         # Gone by an attempt whose answer was lost.
-        if status_of(error) != 404:
+        if http_status(error) != 404:
             raise
 
 
@@ -301,7 +302,7 @@ def _is_served(repo: HubRepo, path: str, commit: str, condemned: Iterable[str] |
         except (EntryNotFoundError, RevisionNotFoundError):
             return False
         except HfHubHTTPError as error:
-            if not isinstance(error, RepositoryNotFoundError) and status_of(error) in (404, 410):
+            if not isinstance(error, RepositoryNotFoundError) and http_status(error) in (404, 410):
                 return False
             raise
         # Under an old commit the path may hold a blob that a surviving stage has too.

@@ -12,7 +12,16 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ..errors import FolderError, HubError, KeyMissingError
 from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
-from ..folder.layout import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from ..folder.layout import (
+    ATTRIBUTES_FILE,
+    CACHE,
+    COMPANIONS,
+    CONFIG_FILE,
+    IGNORE_FILE,
+    LEDGER_FILE,
+    STAGES,
+    TABLE_FILE,
+)
 from ..folder.ledger_file import pin_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import check_rows, read_table, write_table
@@ -21,7 +30,6 @@ from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .client import call_with_retries, hub_errors_as_sentences
-from .git_attributes import ATTRIBUTES_FILE
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
 from .repository import INDEX_FILE, HubRepo, differing_parts, read_index, read_ledger
 
@@ -239,7 +247,7 @@ class HubFolder(SystemFolder):
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
         if self._table is None and self.ledger.deleted <= self._published.deleted:
-            return [self._slices[key.shard, s] for s in key.prefix]
+            return [self._slices[key.shard, slice_] for slice_ in key.prefix]
         return super().slice_digests(key)
 
     def _stage_file(self, key: StageKey, name: str) -> Path:
@@ -295,7 +303,7 @@ class HubFolder(SystemFolder):
         # What another process of this machine deleted meanwhile.
         self.refresh_ledger()
         patterns = [f"{key.path}/*" for key in self.valid_stages]
-        companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, ".gitignore", ".cache"})
+        companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, IGNORE_FILE, CACHE})
         with hub_errors_as_sentences(self.repo.repo_id, "The pull ended"):
             snapshot = call_with_retries(
                 lambda: snapshot_download(

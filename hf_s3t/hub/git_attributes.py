@@ -8,8 +8,9 @@ from typing import NamedTuple
 from pathspec.patterns.gitignore import GitIgnorePatternError
 from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
+from ..folder.layout import ATTRIBUTES_FILE
 
-ATTRIBUTES_FILE = ".gitattributes"
+
 # An attribute is set, unset, unspecified, or has a value.
 State = bool | str | None
 Said = Sequence[tuple[str, State]]

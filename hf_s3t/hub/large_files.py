@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ..errors import HubError
-from ..folder.layout import ADAPTER_FILE, TABLE_FILE
-from .git_attributes import ATTRIBUTES_FILE, state_of
+from ..folder.layout import ADAPTER_FILE, ATTRIBUTES_FILE, TABLE_FILE
+from .git_attributes import state_of
 from .repository import HubRepo, HubState
 
 

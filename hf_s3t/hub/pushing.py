@@ -33,13 +33,13 @@ from .client import (
     HTTPError,
     call_once,
     call_with_retries,
+    http_status,
     hub_errors_as_sentences,
     is_passing,
-    status_of,
 )
 from .large_files import must_be_erasable, refuse_what_git_would_keep
 from .memory import remember
-from .repository import INDEX_FILE, HubRepo, HubState, differing_parts, index_of
+from .repository import INDEX_FILE, HubRepo, HubState, differing_parts, stage_index
 
 
 _CONFLICT = 412
@@ -278,7 +278,7 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
     wanted[CONFIG_FILE] = folder.config_bytes()
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
     wanted[TABLE_FILE] = _table_bytes(folder)
-    wanted[INDEX_FILE] = digested_json(index_of(folder, stages))
+    wanted[INDEX_FILE] = digested_json(stage_index(folder, stages))
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
     added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
@@ -345,7 +345,7 @@ def _commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> 
         if not all(content.is_file() for content in changes.added.values() if isinstance(content, Path)):
             # Another process deleted examples meanwhile, and with them stages.
             return None
-        if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
+        if isinstance(error, HfHubHTTPError) and http_status(error) == _CONFLICT:
             return None
         if not is_passing(error):
             raise

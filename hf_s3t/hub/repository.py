@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from ..errors import FolderError, HubError
 from ..folder.files import read_checked_json
-from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES
+from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
 from ..folder.ledger_file import pin_of
 from ..folder.stage_record import is_stage_record
 from ..folder.system import SystemFolder
@@ -23,7 +23,6 @@ from .client import call_with_retries, first_line
 
 
 INDEX_FILE = f"{STAGES}/index.json"
-CARD_FILE = "README.md"
 # What two copies of one system have in common.
 _PARTS_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
@@ -188,7 +187,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return {**index, "stages": stages, "slices": slices, "ledger": pin}
 
 
-def index_of(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
+def stage_index(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
     """What the index says of stages."""
     return {
         "ledger": pin_of(folder.ledger),
