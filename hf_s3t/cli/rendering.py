@@ -1,5 +1,6 @@
-"""How the command line shows things to people: tables on the terminal."""
+"""How the command line shows things: tables on the terminal for people, JSON for programs."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 _SHORT = 12
 _UNFOLDED = 10_000
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def show_status(status: dict[str, Any], plan: Plan) -> None:
@@ -41,7 +42,11 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
         f"{_count(planned, 'stage')}"
     )
     rows = [
-        (shard, depth, "  ".join(f"{_joined(s)}: {d}" for s, d in zip(sequences, depths, strict=True)))
+        (
+            shard,
+            depth,
+            "  ".join(f"{_joined(sequence)}: {own}" for sequence, own in zip(sequences, depths, strict=True)),
+        )
         for shard, (depth, sequences, depths) in enumerate(
             zip(status["depths"], plan.sequences, status["sequence_depths"], strict=True)
         )
@@ -75,7 +80,7 @@ def show_push(report: "PushReport", dry_run: bool) -> None:
 def show_erasure(report: "ErasureReport") -> None:
     """What is gone from the Hub, and what nobody here can confirm."""
     done = "would erase" if report.is_dry_run else "erased"
-    say(f"{done} {_count(report.blobs, 'large file')} ({_size(report.bytes)}) of {report.repo_id}")
+    say(f"{done} {_count(report.blobs, 'large file')} ({decimal(report.bytes)}) of {report.repo_id}")
     if report.refs_removed:
         say(f"branches and tags {'to be ' if report.is_dry_run else ''}removed: {', '.join(report.refs_removed)}")
     for line in report.confirmed:
@@ -100,7 +105,7 @@ def show_pending(receipt: PendingReceipt) -> None:
 
 
 def show_places(
-    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int]] = ()
+    places: Sequence[tuple[int | str, Example | None]], deleted_groups: Sequence[tuple[int | str, int | None]] = ()
 ) -> None:
     """Where examples lie, and the lines of the ledger in which groups were deleted."""
     for group, line in deleted_groups:
@@ -147,15 +152,15 @@ def show_ledger(receipts: Receipts) -> None:
     """One row per line of a ledger."""
     rows = [
         (
-            r.line,
-            r.entry.time,
-            r.entry.kind,
-            len(r.entry.ids),
-            len(r.entry.removed),
-            len(r.entry.left),
-            r.hash[:_SHORT],
+            receipt.line,
+            receipt.entry.time,
+            receipt.entry.kind,
+            len(receipt.entry.ids),
+            len(receipt.entry.removed),
+            len(receipt.entry.left),
+            receipt.hash[:_SHORT],
         )
-        for r in receipts.receipts
+        for receipt in receipts.receipts
     ]
     _table(("line", "time", "kind", "ids", "stages", "left", "hash"), rows)
 
@@ -185,22 +190,24 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
     The places a purge found, and what it did to each, or would do; the cache files of a dataset as one row, by their
     folder.
     """
-    rows: dict[tuple[str, str, Path], list[int]] = {}
+    sizes: dict[tuple[str, str, Path], list[int]] = {}
     for remnant in purge.remnants:
-        rows.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+        sizes.setdefault((remnant.action, remnant.kind, remnant.listed_as), []).append(remnant.bytes)
+    rows = [(action, kind, decimal(sum(own)), _place(path, own)) for (action, kind, path), own in sizes.items()]
     if rows:
-        _table(("", "kind", "size", "path"), [(a, k, _size(sum(s)), _place(p, s)) for (a, k, p), s in rows.items()])
-    for kind, advice in {r.kind: r.advice for r in purge.remnants if r.action == "keep"}.items():
+        _table(("", "kind", "size", "path"), rows)
+    kept = [remnant for remnant in purge.remnants if remnant.action == "keep"]
+    for kind, advice in {remnant.kind: remnant.advice for remnant in kept}.items():
         say(f"{kind}: {advice}")
     going = "to remove" if dry_run else "removed"
-    say(f"{going} {_size(purge.size('remove', 'removed'))}, kept {_size(purge.size('keep'))}")
+    say(f"{going} {decimal(purge.size('remove', 'removed'))}, kept {decimal(purge.size('keep'))}")
 
 
 def show_recommendation(found: "Recommendation") -> None:
     """What to set up, what to expect of it, and what else there is."""
     best = found.chosen
     layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
-    size = "not known without --model or --hidden-size" if best.storage_bytes is None else _size(best.storage_bytes)
+    size = "not known without --model or --hidden-size" if best.storage_bytes is None else decimal(best.storage_bytes)
     rows = [
         ("shards (m)", best.num_shards),
         ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
@@ -228,6 +235,27 @@ def show_recommendation(found: "Recommendation") -> None:
 def say(text: str) -> None:
     """A line, as it is: neither wrapped nor read as markup."""
     _console().print(Text(printable(text)), soft_wrap=True)
+
+
+def complain(line: str) -> None:
+    """A line on standard error."""
+    typer.echo(printable(line), err=True)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON, for programs."""
+    typer.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """A value in the types that JSON has; a number without end, which it has not, is null."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console() -> Console:
@@ -280,8 +308,7 @@ def _hours(hours: float) -> str:
 
 
 def _show_depths(before: list[int], after: list[int]) -> None:
-    changed = zip(before, after, strict=True)
-    _table(("shard", "depth before", "after"), [(shard, b, a) for shard, (b, a) in enumerate(changed)])
+    _table(("shard", "depth before", "after"), zip(range(len(before)), before, after, strict=True))
 
 
 def _show_passed_over(found: UnlearningReport | DeletionPreview | PendingReceipt) -> None:
@@ -341,11 +368,3 @@ def _number(value: float) -> str:
 
 def _or_empty(value: Any) -> Any:
     return "" if value is None else value
-
-
-def _size(size: float) -> str:
-    for unit in _UNITS[:-1]:
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} {_UNITS[-1]}"

@@ -17,10 +17,15 @@ TRAINING_WEIGHTS_FILE = "training_weights.safetensors"
 PENDING_FILE = "pending.jsonl"
 COST_FILE = "cost.json"
 PROTOTYPES_FILE = "prototypes.safetensors"
+CARD_FILE = "README.md"
+DIAGRAM_FILE = "stacks.svg"
+ATTRIBUTES_FILE = ".gitattributes"
+IGNORE_FILE = ".gitignore"
+CACHE = ".cache"
 # The card, its picture, and what tokenizers, image processors and the Hub's client write beside a system.
 COMPANIONS = frozenset(
-    """
-    README.md stacks.svg LICENSE .gitattributes .gitignore .cache
+    f"""
+    {CARD_FILE} {DIAGRAM_FILE} LICENSE {ATTRIBUTES_FILE} {IGNORE_FILE} {CACHE}
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     chat_template.json additional_chat_templates vocab.json vocab.txt merges.txt tokenizer.model spiece.model
     sentencepiece.bpe.model sentencepiece.model bpe.codes source.spm target.spm

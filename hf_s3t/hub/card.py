@@ -1,4 +1,4 @@
-"""The model card of a system, and the picture of its stacks."""
+"""The cards of systems, of recipes' configurations and of runs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,24 +6,27 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.filesize import decimal
 
 from ..analysis import expected_deletions_left
 from ..config import S3TConfig
+from ..folder.layout import CARD_FILE, DIAGRAM_FILE
 from ..folder.status import system_status
 from ..folder.system import SystemFolder
-from ..plan.stages import Plan, StageKey
-from .repository import CARD_FILE
+from ..plan.stages import Plan
+from .diagram import render_diagram
 
 
 _HERE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it where it is installed.
-TEMPLATES = next((p for p in (_HERE / "model_cards", _HERE.parent / "model_cards") if p.is_dir()), _HERE)
-DIAGRAM_FILE = "stacks.svg"
+TEMPLATES = next(
+    (folder for folder in (_HERE / "model_cards", _HERE.parent / "model_cards") if folder.is_dir()), _HERE
+)
 TAGS = ("s3t", "machine-unlearning", "peft", "lora")
 # Recipe -> the Hub's name of its tasks.
-_PIPELINE_OF = {
+_PIPELINE_TAGS = {
     "text_classification": "text-classification",
     "image_classification": "image-classification",
     "llama_alpaca": "text-generation",
@@ -65,14 +68,10 @@ def render_card(
         `str`: The card, metadata included.
     """
     before = ModelCard(previous, ignore_metadata_errors=True).data if previous else ModelCardData()
-    datasets = list(datasets) or _as_list(before.datasets)
-    numbers = dict(evaluation or {})
-    if not numbers and is_same_state and before.eval_results:
-        numbers = {result.metric_name or result.metric_type: result.metric_value for result in before.eval_results}
-    record, status = folder.record, system_status(folder)
-    # Of a base that is nobody else's, the name of its folder.
-    base_id = str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
-    public = base_id if _is_public(base_id) else None
+    datasets = list(datasets) or _as_list(before.get("datasets"))
+    numbers = dict(evaluation or (_numbers_on(before) if is_same_state else {}))
+    record, title = folder.record, repo_id.rpartition("/")[2]
+    public = _public_base(record)
     task = record["task"]
     data = ModelCardData(
         library_name="hf_s3t",
@@ -80,66 +79,121 @@ def render_card(
         tags=list(TAGS),
         datasets=datasets or None,
         pipeline_tag=None if task == "other" else task,
-        license=license or before.license,
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type=datasets[0] if datasets else "held-out",
-                dataset_name=datasets[0] if datasets else "held-out",
-                metric_type=name.lower().replace(" ", "_"),
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in numbers.items()
-        ]
-        or None,
+        license=license or before.get("license"),
+        model_name=title,
+        eval_results=_eval_results(task, datasets, numbers),
     )
-    records = [folder.stage_record(key) for key in sorted(folder.valid_stages)]
+    return _render(
+        "system.md",
+        data,
+        title=title,
+        repo_id=repo_id,
+        task=task,
+        is_language_model=task == "text-generation",
+        datasets=datasets,
+        evaluation={name: _number(value) for name, value in numbers.items()},
+        is_base_known=folder.base_id is not None,
+        **_base_facts(record, public),
+        **_layer_facts(record),
+        **_plan_facts(folder),
+        **_stage_facts(folder),
+        **_deletion_facts(folder),
+    )
+
+
+# What the card of a system says
+
+
+def _base_name(record: Mapping[str, Any]) -> str:
+    """The base's id; of one that is nobody else's, the name of its folder."""
+    return str(record["base_model"]["id"] or record["base_model"].get("folder") or "")
+
+
+def _public_base(record: Mapping[str, Any]) -> str | None:
+    name = _base_name(record)
+    return name if _is_public(name) else None
+
+
+def _numbers_on(card: CardData) -> dict[str, Any]:
+    results = card.get("eval_results") or ()
+    return {result.metric_name or result.metric_type: result.metric_value for result in results}
+
+
+def _eval_results(task: str, datasets: Sequence[str], numbers: Mapping[str, Any]) -> list[EvalResult] | None:
+    dataset = datasets[0] if datasets else "held-out"
+    found = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name.lower().replace(" ", "_"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in numbers.items()
+    ]
+    return found or None
+
+
+def _base_facts(record: Mapping[str, Any], public: str | None) -> dict[str, Any]:
+    owners = "A language model of its owner's" if record["task"] == "text-generation" else "A model of its owner's"
+    return {
+        "base_id": public or _base_name(record).rpartition("/")[2] or "a model of one's own",
+        "base_link": f"[{public}](https://huggingface.co/{public})" if public else owners,
+        "quantization": record["base_model"].get("quantization"),
+    }
+
+
+def _layer_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     # Not above: commands that render no card need not wait for it.
     from peft import LoraConfig
 
     adapters = LoraConfig(**record["peft_config"])
-    return ModelCard.from_template(
-        data,
-        template_str=_template("system.md"),
-        title=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        base_id=public or base_id.rpartition("/")[2] or "a model of one's own",
-        base_link=f"[{public}](https://huggingface.co/{public})"
-        if public
-        else "A language model of its owner's"
-        if task == "text-generation"
-        else "A model of its owner's",
-        is_language_model=task == "text-generation",
-        is_base_known=folder.base_id is not None,
-        task=task,
-        quantization=record["base_model"].get("quantization"),
-        datasets=datasets,
-        evaluation={name: _number(value) for name, value in numbers.items()},
-        depth_one=next((key.path for key in sorted(folder.valid_stages) if key.depth == 1), None),
-        num_examples=status["examples"],
-        num_shards=folder.config.num_shards,
-        num_slices=folder.config.num_slices,
-        budget=len(folder.plan.sequences[0]),
-        layers_per_slice=[len(group) for group in record["layers"]["groups"]],
-        first_layers="bottom" if folder.config.growth == "bottom-up" else "top",
-        one_slice=folder.config.stage_data == "slice",
-        num_layers=record["layers"]["num_layers"],
-        rank=adapters.r,
-        alpha=adapters.lora_alpha,
-        targets=_joined(adapters.target_modules),
-        aggregation=record["aggregation"].replace("_", " "),
-        recipe=_recipe(records),
-        training_time=_duration(sum(r["metrics"].get("train_runtime", 0.0) for r in records)),
-        num_stages=len(records),
-        versions=", ".join(f"{name} {v}" for name, v in sorted(record["versions"].items()) if name != "python"),
-        num_deletions=status["deletions"],
-        depths=status["depths"],
-        until_first=_number(status["deletions_until_first_dead_shard"]),
-        until_exhausted=_number(status["deletions_until_exhausted"]),
-        shards=_sequences(folder.plan, status["sequence_depths"]),
-    ).content
+    return {
+        "layers_per_slice": [len(group) for group in record["layers"]["groups"]],
+        "num_layers": record["layers"]["num_layers"],
+        "rank": adapters.r,
+        "alpha": adapters.lora_alpha,
+        "targets": _joined(adapters.target_modules),
+        "aggregation": record["aggregation"].replace("_", " "),
+        "versions": _joined_versions(record["versions"]),
+    }
+
+
+def _plan_facts(folder: SystemFolder) -> dict[str, Any]:
+    return {
+        "num_shards": folder.config.num_shards,
+        "num_slices": folder.config.num_slices,
+        "budget": len(folder.plan.sequences[0]),
+        "first_layers": "bottom" if folder.config.growth == "bottom-up" else "top",
+        "one_slice": folder.config.stage_data == "slice",
+    }
+
+
+def _stage_facts(folder: SystemFolder) -> dict[str, Any]:
+    keys = sorted(folder.valid_stages)
+    records = [folder.stage_record(key) for key in keys]
+    return {
+        "depth_one": next((key.path for key in keys if key.depth == 1), None),
+        "recipe": _recipe(records),
+        "training_time": _duration(sum(record["metrics"].get("train_runtime", 0.0) for record in records)),
+        "num_stages": len(records),
+    }
+
+
+def _deletion_facts(folder: SystemFolder) -> dict[str, Any]:
+    status = system_status(folder)
+    return {
+        "num_examples": status["examples"],
+        "num_deletions": status["deletions"],
+        "depths": status["depths"],
+        "until_first": _number(status["deletions_until_first_dead_shard"]),
+        "until_exhausted": _number(status["deletions_until_exhausted"]),
+        "shards": _sequences(folder.plan, status["sequence_depths"]),
+    }
+
+
+# Cards without a system
 
 
 def render_recipe_card(
@@ -173,14 +227,7 @@ def render_recipe_card(
     True
     ```
     """
-    config = S3TConfig(**{f.name: settings[f.name] for f in fields(S3TConfig) if f.name in settings})
-    plan = Plan.from_config(config)
-    alive = plan.first_slices_alive(set(plan.stages()))
-    shards, slices = config.num_shards, config.num_slices
-    first, last = (
-        expected_deletions_left(alive, shards, slices, prior=config.deletion_prior, until=until)
-        for until in ("first_shard", "exhausted")
-    )
+    config = S3TConfig(**{field.name: settings[field.name] for field in fields(S3TConfig) if field.name in settings})
     kind = "language model" if pipeline_tag == "text-generation" else "model"
     base_id = settings.get("model_name_or_path") or f"a {kind} that you name"
     dataset = settings.get("dataset_name") or dataset or "data that you name"
@@ -192,24 +239,36 @@ def render_recipe_card(
         datasets=[dataset] if _is_public(dataset) else None,
         pipeline_tag=pipeline_tag,
     )
-    return ModelCard.from_template(
+    return _render(
+        "recipe.md",
         data,
-        template_str=_template("recipe.md"),
         name=name,
         script=script,
         title=f"{name}: settings",
         base_id=base_id,
         dataset=dataset,
-        num_shards=shards,
-        num_slices=slices,
-        budget=len(plan.sequences[0]),
-        num_stages=len(plan.stages()),
         layers_per_slice=settings.get("layers_per_slice") or "layers of the base // slices",
-        until_first=_number(first),
-        until_exhausted=_number(last),
-        shards=[["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
-        settings={k: ", ".join(v) if isinstance(v, list) else v for k, v in settings.items()},
-    ).content
+        **_planned_facts(config),
+        settings={name: ", ".join(value) if isinstance(value, list) else value for name, value in settings.items()},
+    )
+
+
+def _planned_facts(config: S3TConfig) -> dict[str, Any]:
+    plan = Plan.from_config(config)
+    alive = plan.first_slices_alive(set(plan.stages()))
+    until_first, until_exhausted = (
+        expected_deletions_left(alive, config.num_shards, config.num_slices, prior=config.deletion_prior, until=until)
+        for until in ("first_shard", "exhausted")
+    )
+    return {
+        "num_shards": config.num_shards,
+        "num_slices": config.num_slices,
+        "budget": len(plan.sequences[0]),
+        "num_stages": len(plan.stages()),
+        "until_first": _number(until_first),
+        "until_exhausted": _number(until_exhausted),
+        "shards": [["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
+    }
 
 
 def render_run_card(
@@ -229,7 +288,7 @@ def render_run_card(
     """
     script = results["settings"]["script"]
     numbers = [
-        (set_name, depth, metric, value)
+        (set_name, depth, metric, _number(value))
         for set_name, by_depth in results["metrics"].items()
         for depth, found in by_depth.items()
         for metric, value in found.items()
@@ -239,7 +298,7 @@ def render_run_card(
         base_model=base_model,
         tags=[*TAGS, results["method"]],
         datasets=list(datasets) or None,
-        pipeline_tag=_PIPELINE_OF.get(results["recipe"]),
+        pipeline_tag=_PIPELINE_TAGS.get(results["recipe"]),
         model_name=name,
     )
     settings = {
@@ -247,23 +306,23 @@ def render_run_card(
         **results["settings"]["lora"],
         **results["settings"]["training"],
     }
-    return ModelCard.from_template(
+    return _render(
+        "run.md",
         data,
-        template_str=_template("run.md"),
         name=name,
         method=results["method"],
         recipe=results["recipe"],
         base_id=base_model or f"A model of its owner's ({script['model_name_or_path'] or 'made here'})",
         dataset=", ".join(datasets) or "data of its owner's",
-        numbers=[(s, d, m, _number(v)) for s, d, m, v in numbers],
+        numbers=numbers,
         num_shards=results["settings"]["s3t"]["num_shards"],
         num_slices=results["settings"]["s3t"]["num_slices"],
         seconds=_duration(results["cost"]["seconds"]),
         device=results["hardware"]["device"],
-        storage=f"{results['storage_bytes'] / 2**20:.4g} MiB",
-        versions=", ".join(f"{name} {v}" for name, v in sorted(results["versions"].items()) if name != "python"),
-        settings={k: _joined(v) for k, v in settings.items()},
-    ).content
+        storage=decimal(results["storage_bytes"]),
+        versions=_joined_versions(results["versions"]),
+        settings={name: _joined(value) for name, value in settings.items()},
+    )
 
 
 def description(
@@ -303,10 +362,11 @@ def description(
     return {CARD_FILE: card.encode(), DIAGRAM_FILE: render_diagram(folder.plan, folder.valid_stages).encode()}
 
 
-def _template(name: str) -> str:
-    # Checked here: the Hub's client would render a missing variable as nothing.
+def _render(template: str, data: ModelCardData, **facts: Any) -> str:
+    """A card. Not by `ModelCard.from_template`, which renders a missing variable as nothing."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
-    return environment.loader.get_source(environment, name)[0]
+    text = environment.get_template(template).render(card_data=data.to_yaml(), **facts)
+    return str(ModelCard(text))
 
 
 def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
@@ -317,7 +377,7 @@ def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
 
 
 def _recipe(records: Sequence[Mapping[str, Any]]) -> str:
-    recipe = next((r["recipe"] for r in records if r.get("recipe")), {})
+    recipe: Mapping[str, Any] = next((record["recipe"] for record in records if record.get("recipe")), {})
     kept = {name: recipe[name] for name in _RECIPE if recipe.get(name) not in (None, -1)}
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
 
@@ -336,6 +396,10 @@ def _joined(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _joined_versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "python")
+
+
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
 
@@ -344,98 +408,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-# The picture
-
-
-# Size of a box, gaps between boxes and between the blocks of shards, margin around all; heights of names and legend.
-_CELL, _GAP, _APART, _MARGIN, _NAME, _LEGEND = 34, 6, 24, 14, 24, 44
-# Blocks stand side by side as far as a card is wide.
-_WIDEST = 900
-_LEGEND_WIDTH = 380
-_STYLE = (
-    # Named fonts, because not every program that draws knows one by the name sans-serif.
-    "text{font-family:Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:13px;fill:#333}"
-    ".name{font-weight:bold}"
-    ".live rect{fill:#2f6f9f}.live text{fill:#fff}"
-    ".gone rect{fill:#fff;stroke:#8c8c8c;stroke-dasharray:3 3}.gone text{fill:#666}"
-)
-
-
-def render_diagram(plan: Plan, valid: frozenset[StageKey]) -> str:
-    """
-    An SVG picture of the stacks: a block for each shard, in it a row for each sequence, in it a box for each stage
-    with the slice it adds.
-
-    Args:
-        plan ([`~hf_s3t.plan.stages.Plan`]): The sequences.
-        valid (set of [`~hf_s3t.plan.stages.StageKey`]): The stages that are live; the others are drawn as gone.
-
-    Returns:
-        `str`: The picture.
-
-    Example:
-
-    ```python
-    >>> from hf_s3t import S3TConfig
-    >>> from hf_s3t.hub.card import render_diagram
-    >>> from hf_s3t.plan import Plan, StageKey
-
-    >>> plan = Plan.from_config(S3TConfig(num_slices=2))
-    >>> picture = render_diagram(plan, frozenset([StageKey(0, (0,))]))
-    >>> picture.count('class="live"'), picture.count('class="gone"')
-    (1, 3)
-    ```
-    """
-    depth = max(len(sequence) for sequences in plan.sequences for sequence in sequences)
-    block = depth * (_CELL + _GAP) - _GAP
-    columns = min(len(plan.sequences), max(1, (_WIDEST - 2 * _MARGIN + _APART) // (block + _APART)))
-    parts, top, bottom = [], _MARGIN, 0
-    for shard, sequences in enumerate(plan.sequences):
-        if shard % columns == 0:
-            top = bottom + _MARGIN
-        left = _MARGIN + shard % columns * (block + _APART)
-        parts.append(f'<text x="{left}" y="{top + 14}" class="name">shard {shard}</text>')
-        for row, sequence in enumerate(sequences):
-            for number, slice_ in enumerate(sequence):
-                x, y = left + number * (_CELL + _GAP), top + _NAME + row * (_CELL + _GAP)
-                parts.append(_box(x, y, _CELL, slice_, StageKey(shard, sequence[: number + 1]) in valid))
-        bottom = max(bottom, top + _NAME + len(sequences) * (_CELL + _GAP))
-    width = max(columns * (block + _APART) - _APART, _LEGEND_WIDTH) + 2 * _MARGIN
-    height = bottom + _LEGEND + _MARGIN
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img" aria-label="Stacks of the system, live and gone">',
-            f"<style>{_STYLE}</style>",
-            f'<rect width="{width}" height="{height}" fill="#fff"/>',
-            *parts,
-            *_legend(bottom + _MARGIN, depth),
-            "</svg>",
-            "",
-        ]
-    )
-
-
-def _legend(y: int, depth: int) -> list[str]:
-    size, baseline = 16, y + 13
-    swatches = [
-        f'<rect x="{_MARGIN}" y="{y}" width="{size}" height="{size}" rx="3" fill="#2f6f9f"/>',
-        f'<rect x="{_MARGIN + 58}" y="{y}" width="{size}" height="{size}" rx="3" fill="#fff" stroke="#8c8c8c" '
-        'stroke-dasharray="3 3"/>',
-    ]
-    texts = [
-        (_MARGIN + 22, baseline, "live"),
-        (_MARGIN + 80, baseline, "gone or not trained"),
-        (_MARGIN, baseline + 24, f"row: a sequence, depth 1 to {depth}; number: the slice added"),
-    ]
-    return swatches + [f'<text x="{x}" y="{line}">{text}</text>' for x, line, text in texts]
-
-
-def _box(x: int, y: int, size: int, slice_: int, live: bool) -> str:
-    middle = x + size / 2
-    return (
-        f'<g class="{"live" if live else "gone"}"><rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
-        f'<text x="{middle:g}" y="{y + size // 2 + 5}" text-anchor="middle">{slice_}</text></g>'
-    )

@@ -4,30 +4,33 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     XetDownloadError,
 )
-from huggingface_hub.utils import validate_repo_id
+
+# The client imports these two without exporting them: its HTTP library's error, and a check of its own.
+from huggingface_hub.errors import HTTPError as HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError, S3TError, TransferError
 
 
 ATTEMPTS = 6
 LONGEST_WAIT = 8.0
+_Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 
-def is_repo_id(path: str | os.PathLike) -> bool:
+def is_repo_id(path: str | os.PathLike[str]) -> bool:
     """Whether a text can name a repository on the Hub: an owner and a name."""
     if not isinstance(path, str) or path.count("/") != 1:
         return False
@@ -38,7 +41,9 @@ def is_repo_id(path: str | os.PathLike) -> bool:
     return True
 
 
-def patiently(call: Callable[..., _Result], *args, **kwargs) -> _Result:
+def call_with_retries(
+    call: Callable[_Parameters, _Result], *args: _Parameters.args, **kwargs: _Parameters.kwargs
+) -> _Result:
     """
     Call the Hub again where it fails for a moment (5xx, 429, a broken connection). For calls that may be repeated.
 
@@ -49,15 +54,15 @@ def patiently(call: Callable[..., _Result], *args, **kwargs) -> _Result:
     """
     for attempt in range(ATTEMPTS - 1):
         try:
-            return asked(call, *args, **kwargs)
+            return call_once(call, *args, **kwargs)
         except (HTTPError, TransferError) as error:
             if not is_passing(error):
                 raise
         time.sleep(min(0.5 * 2**attempt, LONGEST_WAIT))
-    return asked(call, *args, **kwargs)
+    return call_once(call, *args, **kwargs)
 
 
-def asked(call: Callable[..., _Result], *args, **kwargs) -> _Result:
+def call_once(call: Callable[_Parameters, _Result], *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
     """
     Call the Hub. Where the transfer of a file, by Xet or LFS, raises what Python has for anything, that is told.
 
@@ -90,16 +95,16 @@ def is_passing(error: Exception) -> bool:
         return isinstance(error.__cause__, (RuntimeError, ConnectionError, TimeoutError, XetDownloadError))
     if isinstance(error, (OfflineModeIsEnabled, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
         return False
-    return not isinstance(error, HfHubHTTPError) or status_of(error) >= 500 or status_of(error) == 429
+    return not isinstance(error, HfHubHTTPError) or http_status(error) >= 500 or http_status(error) == 429
 
 
-def status_of(error: HfHubHTTPError) -> int:
+def http_status(error: HfHubHTTPError) -> int:
     """The status the Hub answered with, 0 if it did not."""
     return getattr(error.response, "status_code", 0) or 0
 
 
 @contextlib.contextmanager
-def told(repo_id: str, doing: str) -> Iterator[None]:
+def hub_errors_as_sentences(repo_id: str, doing: str) -> Iterator[None]:
     """Turn the client's errors into sentences with a remedy."""
     try:
         yield
@@ -130,7 +135,7 @@ def told(repo_id: str, doing: str) -> Iterator[None]:
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = status_of(error)
+    status = http_status(error)
     if status == 401:
         return "the Hub does not accept the token. Log in with `hf auth login`, or give a valid `token`."
     if status == 403:

@@ -2,16 +2,26 @@
 
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
 from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
-from ..folder.layout import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from ..folder.layout import (
+    ATTRIBUTES_FILE,
+    CACHE,
+    COMPANIONS,
+    CONFIG_FILE,
+    IGNORE_FILE,
+    LEDGER_FILE,
+    STAGES,
+    TABLE_FILE,
+)
 from ..folder.ledger_file import pin_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import check_rows, read_table, write_table
@@ -19,10 +29,9 @@ from ..plan.stages import StageKey
 from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .client import patiently, told
+from .client import call_with_retries, hub_errors_as_sentences
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
-from .pushing import differing_parts
-from .repository import INDEX_FILE, HubRepo, read_index, read_ledger
+from .repository import INDEX_FILE, HubRepo, differing_parts, read_index, read_ledger
 
 
 _FORGED = "Do not serve it; push the system again from its folder."
@@ -56,12 +65,11 @@ class HubFolder(SystemFolder):
         repo_id: str,
         revision: str | None = None,
         token: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ):
         self.repo = HubRepo(repo_id, token, cache_dir)
         self.revision = revision
         self._key: DigestKey | None = None
-        self._names: KeptNames | None = None
         self._table: ExampleTable | None = None
         self.commit = ""
         with self._forgeries_told():
@@ -70,7 +78,7 @@ class HubFolder(SystemFolder):
         warn_of_other_systems(repo_id, self.record)
         self.refresh()
 
-    def _forgeries_told(self):
+    def _forgeries_told(self) -> AbstractContextManager[None]:
         return forgeries_told(f"{self.repo.repo_id} at {self.commit or self.revision or 'main'}", _FORGED)
 
     # What needs the secret, or the table, asks for it when it is needed
@@ -78,15 +86,17 @@ class HubFolder(SystemFolder):
     @property
     def key(self) -> DigestKey:
         """The system's secret."""
-        if self._key is None:
-            try:
-                self._use(DigestKey.load(self.path))
-            except KeyMissingError as error:
-                raise KeyMissingError(
-                    f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to "
-                    f"the content of the {KEY_FILE} of the folder of its training, or copy that file to {self.path}."
-                ) from error
-        return self._key
+        if self._key is not None:
+            return self._key
+        try:
+            key = DigestKey.load(self.path)
+            self._use(key)
+        except KeyMissingError as error:
+            raise KeyMissingError(
+                f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to the "
+                f"content of the {KEY_FILE} of the folder of its training, or copy that file to {self.path}."
+            ) from error
+        return key
 
     @key.setter
     def key(self, key: DigestKey) -> None:
@@ -100,7 +110,7 @@ class HubFolder(SystemFolder):
 
     @names.setter
     def names(self, names: KeptNames) -> None:
-        self._names = names
+        self._names: KeptNames = names
 
     @property
     def table(self) -> ExampleTable:
@@ -211,12 +221,12 @@ class HubFolder(SystemFolder):
         return config
 
     def _download(self, name: str, revision: str | None = "") -> Path:
-        with told(self.repo.repo_id, "The download ended"):
+        with hub_errors_as_sentences(self.repo.repo_id, "The download ended"):
             try:
                 return self.repo.download(name, self.commit if revision == "" else revision)
             except EntryNotFoundError as error:
                 # What could not be asked for is told as such; what the Hub says it has not is a damaged repository.
-                if type(error).__name__ == "LocalEntryNotFoundError":
+                if isinstance(error, LocalEntryNotFoundError):
                     raise
                 raise FolderError(f"{self.repo.repo_id} lacks {name}. Push the system again.") from error
 
@@ -237,7 +247,7 @@ class HubFolder(SystemFolder):
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
         if self._table is None and self.ledger.deleted <= self._published.deleted:
-            return [self._slices[key.shard, s] for s in key.prefix]
+            return [self._slices[key.shard, slice_] for slice_ in key.prefix]
         return super().slice_digests(key)
 
     def _stage_file(self, key: StageKey, name: str) -> Path:
@@ -275,7 +285,7 @@ class HubFolder(SystemFolder):
             found.append(str(error))
         return found
 
-    def copy_to(self, path: str | os.PathLike) -> None:
+    def copy_to(self, path: str | os.PathLike[str]) -> None:
         """
         Pull the system into an empty folder, every valid stage of it: one that can be trained on and pushed from.
 
@@ -293,15 +303,16 @@ class HubFolder(SystemFolder):
         # What another process of this machine deleted meanwhile.
         self.refresh_ledger()
         patterns = [f"{key.path}/*" for key in self.valid_stages]
-        companions = sorted(COMPANIONS - {".gitattributes", ".gitignore", ".cache"})
-        with told(self.repo.repo_id, "The pull ended"):
-            snapshot = patiently(
-                snapshot_download,
-                self.repo.repo_id,
-                revision=self.commit,
-                token=self.repo.token,
-                cache_dir=self.repo.cache_dir,
-                allow_patterns=[*patterns, *companions],
+        companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, IGNORE_FILE, CACHE})
+        with hub_errors_as_sentences(self.repo.repo_id, "The pull ended"):
+            snapshot = call_with_retries(
+                lambda: snapshot_download(
+                    self.repo.repo_id,
+                    revision=self.commit,
+                    token=self.repo.token,
+                    cache_dir=self.repo.cache_dir,
+                    allow_patterns=[*patterns, *companions],
+                )
             )
         make_folders(target / STAGES)
         for name in companions:

@@ -3,17 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from pathspec.patterns.gitignore import GitIgnorePatternError
 from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
+from ..folder.layout import ATTRIBUTES_FILE
 
-ATTRIBUTES_FILE = ".gitattributes"
+
 # An attribute is set, unset, unspecified, or has a value.
 State = bool | str | None
+Said = Sequence[tuple[str, State]]
 _BLANKS = " \t\r\n"
 _MACRO = "[attr]"
-_MACROS_OF_GIT = {"binary": [("diff", False), ("merge", False), ("text", False)]}
+_MACROS_OF_GIT: dict[str, Said] = {"binary": [("diff", False), ("merge", False), ("text", False)]}
 _NAME = re.compile(r"(?!-)[-\w.]+", re.ASCII)
 # Git passes over lines from this length on.
 _TOO_LONG = 2048
@@ -32,6 +35,14 @@ _DISPUTED = re.compile(
 UNREADABLE = "unreadable pattern"
 # By this group the patterns of pathspec say that a folder of the path matches: git counts that for ignoring only.
 _BY_FOLDER = "ps_d"
+
+
+class _Line(NamedTuple):
+    """A line that says something: its pattern, or the macro that it defines, and what it says of attributes."""
+
+    name: str
+    said: Said
+    is_macro: bool
 
 
 def state_of(attribute: str, path: str, files: Mapping[str, str]) -> State:
@@ -60,20 +71,23 @@ def state_of(attribute: str, path: str, files: Mapping[str, str]) -> State:
     """
     lines = {name: _lines(text) for name, text in files.items()}
     # Only the file at the top may define macros.
-    macros = {**_MACROS_OF_GIT, **dict(macro for macro, _ in lines.get(ATTRIBUTES_FILE, ()) if macro is not None)}
+    defined = {line.name: line.said for line in lines.get(ATTRIBUTES_FILE, ()) if line.is_macro}
+    macros = {**_MACROS_OF_GIT, **defined}
     states: dict[str, State] = {}
     # What comes first here decides: the file nearest to the path, and in it the last line that fits.
     for folder in PurePosixPath(path).parents:
         below = str(PurePosixPath(path).relative_to(folder))
-        for _, rule in reversed(lines.get(str(folder / ATTRIBUTES_FILE), ())):
-            if rule is not None and _DISPUTED.search(rule[0]):
+        for line in reversed(lines.get(str(folder / ATTRIBUTES_FILE), ())):
+            if line.is_macro:
+                continue
+            if _DISPUTED.search(line.name):
                 _decide(states, [(attribute, UNREADABLE)], {})
-            elif rule is not None and _fits(rule[0], below):
-                _decide(states, rule[1], macros)
+            elif _matches(line.name, below):
+                _decide(states, line.said, macros)
     return states.get(attribute)
 
 
-def _decide(states: dict[str, State], said: Sequence[tuple[str, State]], macros: Mapping[str, list]) -> None:
+def _decide(states: dict[str, State], said: Said, macros: Mapping[str, Said]) -> None:
     """Take in what a line says of attributes that are not decided yet."""
     for name, state in reversed(said):
         if name not in states:
@@ -82,21 +96,21 @@ def _decide(states: dict[str, State], said: Sequence[tuple[str, State]], macros:
                 _decide(states, macros[name], macros)
 
 
-def _lines(text: str) -> list[tuple[tuple | None, tuple | None]]:
-    """Per line that says something its macro, or its pattern, with the attributes."""
+def _lines(text: str) -> list[_Line]:
     found = []
     for line in text.removeprefix("\ufeff").split("\n"):
         line = line.strip(_BLANKS)
         if not line or line.startswith("#") or len(line.encode(errors="surrogateescape")) >= _TOO_LONG:
             continue
         pattern, rest = _unquoted(line)
-        said = [_attribute(word) for word in rest.replace("\t", " ").replace("\r", " ").split(" ") if word]
+        words = [_attribute(word) for word in rest.replace("\t", " ").replace("\r", " ").split(" ") if word]
+        said = [word for word in words if word is not None]
         is_macro = pattern.startswith(_MACRO) and len(pattern) > len(_MACRO)
         name = pattern.removeprefix(_MACRO)
-        if None in said or pattern.startswith("!") or (is_macro and not _NAME.fullmatch(name)):
+        if len(said) < len(words) or pattern.startswith("!") or (is_macro and not _NAME.fullmatch(name)):
             # Git warns of such a line and passes over all of it.
             continue
-        found.append(((name, said), None) if is_macro else (None, (pattern, said)))
+        found.append(_Line(name if is_macro else pattern, said, is_macro))
     return found
 
 
@@ -108,7 +122,7 @@ def _unquoted(line: str) -> tuple[str, str]:
         if b"\\" not in _ESCAPE.sub(b"", data):
             plain = _ESCAPE.sub(lambda found: bytes([_ESCAPED[found[1][0]] if found[1] else int(found[2], 8)]), data)
             return plain.decode(errors="surrogateescape"), line[quoted.end() :]
-    pattern = re.match(rf"[^{_BLANKS}]*", line)[0]
+    pattern = re.split(f"[{_BLANKS}]", line, maxsplit=1)[0]
     return pattern, line[len(pattern) :]
 
 
@@ -121,7 +135,7 @@ def _attribute(word: str) -> tuple[str, State] | None:
     return (name, state) if _NAME.fullmatch(name) else None
 
 
-def _fits(pattern: str, path: str) -> bool:
+def _matches(pattern: str, path: str) -> bool:
     """Whether a pattern matches a path, as seen from the folder of the file that holds the pattern."""
     if pattern.endswith("/"):
         # A folder has no attributes, and gives none to what is in it.

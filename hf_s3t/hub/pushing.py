@@ -1,16 +1,16 @@
-"""The repository of a system on the Hub: reading it, and bringing a system there in one commit."""
+"""Bringing a system to the Hub, in one commit on top of what is there."""
 
 import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, RepoFile
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, RepoFile
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import ConfigError, HubError, MergeNeededError, TransferError
@@ -27,21 +27,24 @@ from ..folder.system import SystemFolder
 from ..folder.table_file import write_table
 from ..plan.stages import StageKey
 from ..records.digests import PUBLIC_SECRET, DigestKey
-from .client import ATTEMPTS, LONGEST_WAIT, asked, is_passing, patiently, status_of, told
-from .git_attributes import ATTRIBUTES_FILE, state_of
+from .client import (
+    ATTEMPTS,
+    LONGEST_WAIT,
+    HTTPError,
+    call_once,
+    call_with_retries,
+    http_status,
+    hub_errors_as_sentences,
+    is_passing,
+)
+from .large_files import must_be_erasable, refuse_what_git_would_keep
 from .memory import remember
-from .repository import INDEX_FILE, HubRepo, HubState, index_of
+from .repository import INDEX_FILE, HubRepo, HubState, differing_parts, stage_index
 
 
-_LARGE = "filter=lfs diff=lfs merge=lfs -text"
 _CONFLICT = 412
-# What two copies of one system have in common.
-_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
 Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
-
-
-# Pushing
 
 
 @dataclass(frozen=True)
@@ -101,53 +104,74 @@ def push(
         [`~hf_s3t.errors.HubError`]: If the Hub refuses, cannot be reached, or holds another system there.
         [`~hf_s3t.errors.ConfigError`]: If the folder holds a baseline.
     """
-    if "baseline" in folder.record:
-        raise ConfigError(
-            f"{folder.path} holds a baseline, which is for comparing: who loads it from {repo.repo_id} would take it "
-            "for an S3T system. Keep its folder, or push an S3T system."
-        )
-    if folder.base_id is None and folder.record["base_model"].get("id"):
-        warnings.warn(
-            f"The base model is a folder of this machine: who loads {repo.repo_id} must give `base_model`, and learns "
-            "the folder's name alone. Push the base to the Hub and train on it by its id to spare them that.",
-            stacklevel=2,
-        )
+    _refuse_baseline(folder, repo.repo_id)
+    _warn_of_base_of_this_machine(folder, repo.repo_id)
     _warn_of_what_tells_who(folder, repo.repo_id)
-    with told(repo.repo_id, "The push ended"):
-        if dry_run and not patiently(repo.api.repo_exists, repo.repo_id):
-            return _report(repo, HubState("", {}), *_operations(folder, HubState("", {}), describe, None), _Merged())
+    with hub_errors_as_sentences(repo.repo_id, "The push ended"):
         if not dry_run:
-            patiently(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
-        merged = _Merged()
-        for attempt in range(ATTEMPTS):
-            state = repo.state()
-            known = folder.ledger.deleted
-            merged += _take_in(folder, state, merge, repo.repo_id, dry_run)
-            if on_merge is not None and folder.ledger.deleted != known:
-                on_merge()
-            card = repo.card(state)
-            try:
-                added, deleted = _operations(folder, state, describe, card)
-            except FileNotFoundError:
-                # Another process deleted examples meanwhile, and with them stages.
-                folder.refresh()
-                continue
-            _refuse_what_git_would_keep(repo, state, added)
-            if not dry_run:
-                remember(repo.repo_id, folder.record, folder.ledger)
-            if dry_run or not (added or deleted):
-                return _report(repo, state, added, deleted, merged)
-            commit = _commit(repo, state, added, deleted, commit_message or _message(folder))
-            if commit is not None:
-                return _report(repo, HubState(commit, {}), added, deleted, merged)
-            # Somebody was first, or the answer was lost and this commit may be there: look again.
-            merge = True
+            call_with_retries(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
+        elif not call_with_retries(repo.api.repo_exists, repo.repo_id):
+            return _report(repo, "", _operations(folder, HubState("", {}), describe, None), _Merged())
+        return _commit_upon_what_is_there(folder, repo, describe, commit_message, merge, on_merge, dry_run)
+
+
+def _commit_upon_what_is_there(
+    folder: SystemFolder,
+    repo: HubRepo,
+    describe: Describe,
+    message: str | None,
+    merge: bool,
+    on_merge: Callable[[], Any] | None,
+    dry_run: bool,
+) -> PushReport:
+    """Look at the main branch, take in its deletions, and commit what it lacks; again, where somebody was first."""
+    merged = _Merged()
+    for attempt in range(ATTEMPTS):
+        state = repo.state()
+        merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
+        card = repo.card(state)
+        try:
+            changes = _operations(folder, state, describe, card)
+        except FileNotFoundError:
+            # Another process deleted examples meanwhile, and with them stages.
             folder.refresh()
-            time.sleep(min(0.25 * 2**attempt, LONGEST_WAIT))
+            continue
+        refuse_what_git_would_keep(repo, state, changes.added)
+        if not dry_run:
+            remember(repo.repo_id, folder.record, folder.ledger)
+        if dry_run or not any(changes):
+            return _report(repo, state.commit, changes, merged)
+        commit = _commit(repo, state, changes, message or _message(folder))
+        if commit is not None:
+            return _report(repo, commit, changes, merged)
+        # Somebody was first, or the answer was lost and this commit may be there: look again.
+        merge = True
+        folder.refresh()
+        time.sleep(min(0.25 * 2**attempt, LONGEST_WAIT))
     raise HubError(
         f"{repo.repo_id} changed, or failed, at each of {ATTEMPTS} attempts to push. Call again; what was uploaded "
         "is not uploaded twice."
     )
+
+
+# Before anything is sent
+
+
+def _refuse_baseline(folder: SystemFolder, repo_id: str) -> None:
+    if "baseline" in folder.record:
+        raise ConfigError(
+            f"{folder.path} holds a baseline, which is for comparing: who loads it from {repo_id} would take it for "
+            "an S3T system. Keep its folder, or push an S3T system."
+        )
+
+
+def _warn_of_base_of_this_machine(folder: SystemFolder, repo_id: str) -> None:
+    if folder.base_id is None and folder.record["base_model"].get("id"):
+        warnings.warn(
+            f"The base model is a folder of this machine: who loads {repo_id} must give `base_model`, and learns "
+            "the folder's name alone. Push the base to the Hub and train on it by its id to spare them that.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
@@ -179,6 +203,13 @@ def _message(folder: SystemFolder) -> str:
     return f"S3T system, {len(folder.valid_stages)} stages" + (f", {deletions} deletions" if deletions else "")
 
 
+class _Changes(NamedTuple):
+    """What a commit changes: the files it adds, and the paths it deletes."""
+
+    added: dict[str, bytes | Path]
+    deleted: list[str]
+
+
 @dataclass(frozen=True)
 class _Merged:
     """What a folder forgot, or would forget, because the Hub knew of it."""
@@ -190,12 +221,23 @@ class _Merged:
         return _Merged(self.forgotten + other.forgotten, (*self.stages, *other.stages))
 
 
-def _report(repo: HubRepo, state: HubState, added: Mapping[str, Any], deleted, merged: _Merged) -> PushReport:
-    files = tuple(sorted(added)), tuple(sorted(deleted))
-    return PushReport(repo.repo_id, state.commit, *files, merged.forgotten, tuple(map(str, merged.stages)))
+def _report(repo: HubRepo, commit: str, changes: _Changes, merged: _Merged) -> PushReport:
+    files = tuple(sorted(changes.added)), tuple(sorted(changes.deleted))
+    return PushReport(repo.repo_id, commit, *files, merged.forgotten, tuple(map(str, merged.stages)))
 
 
-def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, dry_run: bool) -> _Merged:
+# What the Hub knows, and what it lacks
+
+
+def _take_in(
+    folder: SystemFolder,
+    state: HubState,
+    merge: bool,
+    repo_id: str,
+    on_merge: Callable[[], Any] | None,
+    dry_run: bool,
+) -> _Merged:
+    """Forget in the folder what the Hub knows as deleted."""
     if state.record is None:
         return _Merged()
     other = differing_parts(state.record, folder.record)
@@ -210,8 +252,12 @@ def _take_in(folder: SystemFolder, state: HubState, merge: bool, repo_id: str, d
     before = folder.valid_stages if missing else frozenset()
     if dry_run:
         return _Merged(len(missing), _stages_that_saw(folder, missing, before))
+    known = folder.ledger.deleted
     folder.merge_ledger(state.ledger)
-    return _Merged(len(missing), tuple(sorted(before - folder.valid_stages)) if missing else ())
+    gone = tuple(sorted(before - folder.valid_stages)) if missing else ()
+    if on_merge is not None and folder.ledger.deleted != known:
+        on_merge()
+    return _Merged(len(missing), gone)
 
 
 def _stages_that_saw(
@@ -221,21 +267,8 @@ def _stages_that_saw(
     return tuple(sorted(folder.plan.removed_by(folder.table.places(gone), stages)))
 
 
-def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What tells two systems apart by their configs; nothing if they are copies of one."""
-    return [name for name in _OF_A_SYSTEM if _of(one, name) != _of(other, name)]
-
-
-def _of(record: Mapping[str, Any], name: str) -> Any:
-    """A part of a system's record; of the base, what its tensors are."""
-    value = record.get(name)
-    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
-
-
-def _operations(
-    folder: SystemFolder, state: HubState, describe: Describe, card: str | None
-) -> tuple[dict[str, bytes | Path], list[str]]:
-    """The files to add, and the paths to delete."""
+def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
+    """What brings a repository from a state to the one of the folder."""
     ours, stages = folder.valid_stages, _stages_to_be(folder, state)
     wanted: dict[str, bytes | Path] = {}
     for key in stages:
@@ -245,14 +278,14 @@ def _operations(
     wanted[CONFIG_FILE] = folder.config_bytes()
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
     wanted[TABLE_FILE] = _table_bytes(folder)
-    wanted[INDEX_FILE] = digested_json(index_of(folder, stages))
+    wanted[INDEX_FILE] = digested_json(stage_index(folder, stages))
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
     added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
     deleted = [
         path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
     ]
-    return added, deleted
+    return _Changes(added, deleted)
 
 
 def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mapping[str, Any]]:
@@ -271,9 +304,11 @@ def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mappi
 
 def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool:
     """Whether the repository holds all files of a stage, and its adapter is the one of the record."""
-    files = [state.tree.get(f"{key.path}/{name}") for name in STAGE_FILES]
-    adapter = state.tree.get(f"{key.path}/{ADAPTER_FILE}")
-    return all(files) and (adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE])
+    files = {name: state.tree.get(f"{key.path}/{name}") for name in STAGE_FILES}
+    adapter = files[ADAPTER_FILE]
+    if adapter is None or not all(files.values()):
+        return False
+    return adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE]
 
 
 def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
@@ -290,37 +325,6 @@ def _table_bytes(folder: SystemFolder) -> bytes:
         return (Path(scratch) / TABLE_FILE).read_bytes()
 
 
-def must_be_erasable(path: str) -> bool:
-    """Whether a file holds weights or ids, and so belongs into the large-file storage: what git keeps, it keeps."""
-    return path == TABLE_FILE or path.endswith(f"/{ADAPTER_FILE}")
-
-
-def _refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[str]) -> None:
-    """No erasure reaches what lies in git itself, in any old commit, until the Hub collects garbage."""
-    if not state.commit:
-        # Of a repository that is not made yet; a new one has the Hub's own rules, under which these files are large.
-        return
-    paths = sorted(filter(must_be_erasable, added))
-    folders = {folder for path in paths for folder in PurePosixPath(path).parents}
-    names = state.tree.keys() & {str(folder / ATTRIBUTES_FILE) for folder in folders}
-    rules = {name: repo.download(name, state.commit).read_bytes().decode(errors="surrogateescape") for name in names}
-    top = rules.pop(ATTRIBUTES_FILE, "")
-    kept = [path for path in paths if not _is_large(path, top, rules)]
-    if kept:
-        wanted = sorted({f"*{PurePosixPath(path).suffix} {_LARGE}" for path in kept})
-        raise HubError(
-            f"By the {ATTRIBUTES_FILE} of {repo.repo_id}, {kept[0]}{' and others' if len(kept) > 1 else ''} would lie "
-            "in git itself, where a deletion could not be erased from old commits; expected are rules that make it a "
-            f"large file. Add to {ATTRIBUTES_FILE} there: {'; '.join(wanted)}, as its last lines, and remove files of "
-            "that name from the folders below. Then push again. Nothing was pushed."
-        )
-
-
-def _is_large(path: str, rules: str, below: Mapping[str, str] | None = None) -> bool:
-    """Whether a `.gitattributes` makes a file a large one, with those in folders below by their paths."""
-    return state_of("filter", path, {**(below or {}), ATTRIBUTES_FILE: rules}) == "lfs"
-
-
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:
     if entry is None or (entry.lfs is None and must_be_erasable(path)):
         return False
@@ -330,29 +334,31 @@ def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:
     return entry.blob_id == git_hash(data)
 
 
-def _commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> str | None:
+def _commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> str | None:
     """The new commit, or `None` if what is there must be looked at again first."""
     try:
         with warnings.catch_warnings():
             # A table in a model's repository is meant here.
             warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            return asked(_create_commit, repo, state, added, deleted, message).oid
+            return call_once(_create_commit, repo, state, changes, message).oid
     except (HTTPError, TransferError) as error:
-        if not all(content.is_file() for content in added.values() if isinstance(content, Path)):
+        if not all(content.is_file() for content in changes.added.values() if isinstance(content, Path)):
             # Another process deleted examples meanwhile, and with them stages.
             return None
-        if isinstance(error, HfHubHTTPError) and status_of(error) == _CONFLICT:
+        if isinstance(error, HfHubHTTPError) and http_status(error) == _CONFLICT:
             return None
         if not is_passing(error):
             raise
         return None
 
 
-def _create_commit(repo: HubRepo, state: HubState, added, deleted, message: str) -> CommitInfo:
-    operations = [CommitOperationDelete(path_in_repo=path) for path in deleted]
+def _create_commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> CommitInfo:
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        CommitOperationDelete(path_in_repo=path) for path in changes.deleted
+    ]
     operations += [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
-        for path, content in sorted(added.items())
+        for path, content in sorted(changes.added.items())
     ]
     return repo.api.create_commit(
         repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"

@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, RepoFile, hf_hub_download
+from huggingface_hub.hf_api import LFSFileInfo, RepoFolder
 from yaml import YAMLError
 
-from ..errors import FolderError
+from ..errors import FolderError, HubError
 from ..folder.files import read_checked_json
-from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES
+from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
 from ..folder.ledger_file import pin_of
 from ..folder.stage_record import is_stage_record
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
 from ..records.ledger import Ledger
-from .client import first_line, patiently
+from .client import call_with_retries, first_line
 
 
 INDEX_FILE = f"{STAGES}/index.json"
-CARD_FILE = "README.md"
+# What two copies of one system have in common.
+_PARTS_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
 _INDEXED = ("files", "slices", "below", "recipe")
 _INDEXED_METRICS = ("eval_loss", "train_runtime")
@@ -58,22 +60,42 @@ class HubRepo:
         cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache; the usual one if not given.
     """
 
-    def __init__(self, repo_id: str, token: str | None = None, cache_dir: str | os.PathLike | None = None):
-        self.repo_id, self.token, self.cache_dir = repo_id, token, cache_dir
+    def __init__(self, repo_id: str, token: str | None = None, cache_dir: str | os.PathLike[str] | None = None):
+        self.repo_id, self.token = repo_id, token
+        self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.api = HfApi(token=token)
 
     def download(self, name: str, revision: str | None = None) -> Path:
         """A file of the repository, from the cache where it is there; see `hf_hub_download`."""
-        found = patiently(
-            hf_hub_download, self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir
-        )
-        return Path(found)
+
+        def downloaded() -> str:
+            return hf_hub_download(self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir)
+
+        return Path(call_with_retries(downloaded))
+
+    def newest_commit(self) -> str:
+        """The commit that the main branch stands at."""
+        commit = call_with_retries(self.api.repo_info, self.repo_id).sha
+        if commit is None:
+            raise HubError(f"The Hub names no commit of {self.repo_id}, expected that of its main branch. Call again.")
+        return commit
+
+    def files(self, revision: str) -> list[RepoFile]:
+        """All files of a revision."""
+
+        def listed() -> list[RepoFile | RepoFolder]:
+            return list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision))
+
+        return [entry for entry in call_with_retries(listed) if isinstance(entry, RepoFile)]
+
+    def large_files(self) -> list[LFSFileInfo]:
+        """All large files that the repository stores, whatever revision holds them."""
+        return call_with_retries(lambda: list(self.api.list_lfs_files(self.repo_id)))
 
     def state(self) -> HubState:
         """What the main branch holds now."""
-        commit = patiently(self.api.repo_info, self.repo_id).sha
-        listed = patiently(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
-        tree = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+        commit = self.newest_commit()
+        tree = {file.path: file for file in self.files(commit)}
         if CONFIG_FILE not in tree:
             return HubState(commit, tree)
         return HubState(
@@ -104,6 +126,22 @@ class HubRepo:
             )
             return None
         return text
+
+
+def content_id(file: RepoFile) -> str:
+    """What tells the content of a file from any other."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What tells two systems apart by their configs; nothing if they are copies of one."""
+    return [name for name in _PARTS_OF_A_SYSTEM if _part(one, name) != _part(other, name)]
+
+
+def _part(record: Mapping[str, Any], name: str) -> Any:
+    """A part of a system's record; of the base, what its tensors are."""
+    value = record.get(name)
+    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
 
 
 def read_ledger(path: Path) -> Ledger:
@@ -149,7 +187,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return {**index, "stages": stages, "slices": slices, "ledger": pin}
 
 
-def index_of(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
+def stage_index(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
     """What the index says of stages."""
     return {
         "ledger": pin_of(folder.ledger),

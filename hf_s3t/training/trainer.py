@@ -42,7 +42,7 @@ from ..folder.finite import NOT_FINITE
 from ..folder.layout import ADAPTER_FILE, TRAINING_WEIGHTS_FILE
 from ..folder.system import SystemFolder
 from ..hub.card import description
-from ..hub.client import told
+from ..hub.client import hub_errors_as_sentences
 from ..hub.pushing import PushReport, push
 from ..hub.repository import HubRepo
 from ..model.base_model import check_precision, keep_4_bit_weights, log_casts_once
@@ -716,7 +716,7 @@ class S3TTrainerMixin:
                 self._live.refresh()
 
     def _name_repo(self, token: str | None, private: bool | None) -> None:
-        with told(self.args.hub_model_id or self.args.output_dir, "The push ended"):
+        with hub_errors_as_sentences(self.args.hub_model_id or self.args.output_dir, "The push ended"):
             self.init_hf_repo(token=token, private=private)
 
     def _write(self, key: StageKey, record: dict[str, Any]) -> None:

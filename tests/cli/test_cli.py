@@ -148,7 +148,7 @@ def test_errors_of_the_system_are_one_line(system, monkeypatch):
     def fail(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "system/ledger\n.jsonl")
 
-    monkeypatch.setattr(cli, "open_folder", fail)
+    monkeypatch.setattr("hf_s3t.cli.folder.open_folder", fail)
     assert refusal("status", system) == (
         "Error: system/ledger\\n.jsonl: Permission denied. Check the path and its permissions.\n"
     )
@@ -564,10 +564,10 @@ def test_purge_lists_and_removes(system):
     assert re.search(r"^keep +dataset cache +5\.0 kB +data \(2 files\)$", text, re.MULTILINE)
     assert "tracker logs: " in text and "to remove" in text
     text = run("purge", system, "--yes-remove", "data", "--yes-remove", "system/runs").stdout
-    assert re.search(r"^removed +checkpoint +\d+ B +system/checkpoints/", text, re.MULTILINE)
+    assert re.search(r"^removed +checkpoint +\d+ bytes +system/checkpoints/", text, re.MULTILINE)
     assert not (system / "runs").exists() and list(Path("data").iterdir()) == []
-    assert run("purge", system).stdout == "removed 0 B, kept 0 B\n"
-    assert run("purge", system, "--dry-run").stdout == "to remove 0 B, kept 0 B\n"
+    assert run("purge", system).stdout == "removed 0 bytes, kept 0 bytes\n"
+    assert run("purge", system, "--dry-run").stdout == "to remove 0 bytes, kept 0 bytes\n"
 
 
 @pytest.mark.parametrize(
@@ -610,7 +610,7 @@ class _Model:
 @pytest.fixture
 def exported(monkeypatch):
     exported = []
-    monkeypatch.setattr(cli, "_load_model", lambda folder, base_model: _Model(exported))
+    monkeypatch.setattr("hf_s3t.cli.folder.load_model", lambda folder, base_model: _Model(exported))
     return exported
 
 
@@ -703,7 +703,7 @@ def playground(grown, tmp_path_factory):
         def load(folder, base_model):
             raise S3TError("There is no model here.")
 
-        patch.setattr(cli, "_load_model", load)
+        patch.setattr("hf_s3t.cli.folder.load_model", load)
 
         shutil.copytree(grown, "FOLDER")
 

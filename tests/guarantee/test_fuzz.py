@@ -719,7 +719,7 @@ def test_odd_words_end_in_a_code_and_reach_nothing_else(playground, cases, monke
     def load(folder, base_model):
         raise ConfigError("There is no model here.")
 
-    monkeypatch.setattr(cli, "_load_model", load)
+    monkeypatch.setattr("hf_s3t.cli.folder.load_model", load)
     monkeypatch.chdir(playground.path)
     for number in range(cases(40, 1200)):
         chance = random.Random(number)

@@ -443,8 +443,8 @@ def test_the_picture_shows_every_stage_live_or_gone(pushed, repo):
 
 @pytest.mark.slow
 def test_it_all_works_with_the_xet_store_too(tmp_path):
-    script = Path(__file__).parents[1] / "support" / "hub_with_xet.py"
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    program = [sys.executable, "-m", "support.hub_with_xet", tmp_path]
+    done = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip().endswith("done"), done.stdout + done.stderr
 
 

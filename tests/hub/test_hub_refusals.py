@@ -7,7 +7,7 @@ from pathlib import Path
 import hf_xet
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo, constants, hf_hub_download
 from support.hub_systems import ROWS, files_on, load, logits_of, member, on_disk, plant, send
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import AutoModelForCausalLM
@@ -440,3 +440,9 @@ def test_a_forged_config_on_the_hub_is_a_sentence(change, pushed, repo):
     replace_on_hub(repo, "s3t_config.json", digested_json({**record, **change}))
     with pytest.raises(S3TError):
         load(repo)
+
+
+def test_a_repository_without_a_commit_is_refused(monkeypatch):
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args: ModelInfo(id="me/system"))
+    with pytest.raises(HubError, match=r"names no commit of me/system, expected .* Call again\."):
+        HubRepo("me/system").state()

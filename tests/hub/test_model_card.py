@@ -6,11 +6,13 @@ from xml.etree import ElementTree
 import publish
 import pytest
 from huggingface_hub import ModelCard
+from jinja2 import UndefinedError
 from peft import LoraConfig
 from support.tiny import make_trainer, plant_stages, tiny_llama
 
 from hf_s3t import S3TConfig
-from hf_s3t.hub.card import render_card, render_diagram
+from hf_s3t.hub.card import render_card, render_recipe_card
+from hf_s3t.hub.diagram import render_diagram
 from hf_s3t.plan import Plan, StageKey
 
 
@@ -101,3 +103,12 @@ def test_a_recipe_s_system_is_trained_and_published_with_its_numbers(hub, shared
     numbers = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert numbers["Held-out loss"] < numbers["Held-out loss of the base"]
     assert card.data.license == "mit" and str(tmp_path) not in card.content
+
+
+def test_a_template_that_asks_for_what_no_card_has_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "recipe.md").write_text(
+        "---\n{{ card_data }}\n---\n{{ name }} {{ nobody_gives_this }}\n", encoding="utf-8"
+    )
+    monkeypatch.setattr("hf_s3t.hub.card.TEMPLATES", tmp_path)
+    with pytest.raises(UndefinedError, match="nobody_gives_this"):
+        render_recipe_card("small", {"model_name_or_path": "me/base", "num_slices": 2})
