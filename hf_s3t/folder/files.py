@@ -22,7 +22,7 @@ class Stamp(NamedTuple):
     time: int
 
 
-def stamp(path: str | os.PathLike) -> Stamp | None:
+def stamp(path: str | os.PathLike[str]) -> Stamp | None:
     """The stamp of a file or folder, at one look; `None` if it cannot be seen."""
     try:
         status = os.stat(path)
@@ -187,7 +187,7 @@ def read_checked_json(path: Path, advice: str = "Restore it from a backup.") -> 
         [`~hf_s3t.errors.FolderError`]: If the file is missing or altered.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(path.read_bytes())
         intact = record.pop("digest", None) == _digest_of(record)
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. {advice}") from None

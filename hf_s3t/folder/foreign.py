@@ -30,7 +30,7 @@ def foreign_problem(entry: Path) -> str:
 
 
 @contextlib.contextmanager
-def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
+def forgeries_told(what: str | os.PathLike[str], advice: str) -> Iterator[None]:
     """
     Say that values of a wrong type come from no version of hf_s3t: who edits a file can make its digest match.
 
@@ -48,7 +48,7 @@ def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_foreign_parts(path: str | os.PathLike) -> None:
+def refuse_foreign_parts(path: str | os.PathLike[str]) -> None:
     """
     Raise [`~hf_s3t.errors.FolderError`] if a part of a system is a symbolic link, which may lead out of its folder, or
     a pipe or device, which reading may never come back from.

@@ -1,15 +1,15 @@
 """The names of everything that may lie in a system's folder."""
 
-from ..records.digests import KEY_FILE
-
-
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
+KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
+# Of a folder that more than one process may write to: of a system's stages, and of each trainer's checkpoints.
+LOCK_FILE = ".lock"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Of a checkpoint: what an optimizer trains with, if that is not what serves.
@@ -28,8 +28,6 @@ COMPANIONS = frozenset(
     """.split()
 )
 LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
-
-
 LEFTOVER_PREFIXES = (".tmp-", ".gone-")
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"

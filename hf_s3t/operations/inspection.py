@@ -21,8 +21,10 @@ from ..folder.layout import (
     CONFIG_FILE,
     HEAD_FILE,
     HISTORY,
+    KEY_FILE,
     LEDGER_FILE,
     LEFTOVER_PREFIXES,
+    LOCK_FILE,
     PARTS,
     PENDING_FILE,
     STAGE_FILE,
@@ -33,12 +35,12 @@ from ..folder.layout import (
 )
 from ..folder.ledger_file import pin_of, pin_problem, read_head
 from ..folder.opening import ReadOnlyFolder
-from ..folder.scratch import LOCK_FILE, stage_of
+from ..folder.scratch import stage_of
 from ..folder.secret import load_key
 from ..folder.stage_record import checked_stage
 from ..folder.table_file import check_rows, read_table
 from ..plan.stages import Plan, StageKey
-from ..records.digests import KEY_FILE, DigestKey, KeptNames
+from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .pending import PendingRequests
@@ -79,7 +81,7 @@ class Inspection:
     checkpoints: tuple[Path, ...]
 
 
-def inspect(path: str | os.PathLike, adapters: bool = True) -> Inspection:
+def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
     """
     Read everything in a folder and say what is wrong with it: ledger, digests, validity, what does not belong there.
 

@@ -90,10 +90,10 @@ class Purge:
 
 
 def take_inventory(
-    path: str | os.PathLike,
-    dataset_caches: Sequence[str | os.PathLike] | None = None,
+    path: str | os.PathLike[str],
+    dataset_caches: Sequence[str | os.PathLike[str]] | None = None,
     repo_id: str | None = None,
-    consent: Iterable[str | os.PathLike] = (),
+    consent: Iterable[str | os.PathLike[str]] = (),
 ) -> Purge:
     """
     List every place of a run that may still hold deleted data or weights. Nothing is changed.
@@ -130,10 +130,10 @@ def take_inventory(
 
 
 def purge(
-    path: str | os.PathLike,
-    dataset_caches: Sequence[str | os.PathLike] | None = None,
+    path: str | os.PathLike[str],
+    dataset_caches: Sequence[str | os.PathLike[str]] | None = None,
     repo_id: str | None = None,
-    consent: Iterable[str | os.PathLike] = (),
+    consent: Iterable[str | os.PathLike[str]] = (),
 ) -> Purge:
     """
     Remove what deletions condemned and what interrupted writes left in a system's folder, and what consent names.
@@ -190,7 +190,7 @@ def _remove(path: Path) -> None:
 # What may go, and what must not
 
 
-def _with_consent(remnants: dict[str, Remnant], consent: Iterable[str | os.PathLike]) -> dict[str, Remnant]:
+def _with_consent(remnants: dict[str, Remnant], consent: Iterable[str | os.PathLike[str]]) -> dict[str, Remnant]:
     for place in consent:
         address = os.path.abspath(place)
         named = [r for r in remnants.values() if address in map(os.path.abspath, (r.path, r.listed_as))]

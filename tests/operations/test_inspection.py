@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from support.folders import (
     NAMES,
     add_checkpoint,
+    apply,
     delete_and_die,
     files_of,
     forge,
@@ -30,7 +31,6 @@ from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import Inspection, inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.plan import StageKey
