@@ -220,7 +220,7 @@ class FolderView:
 
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
-        return [self.table.slice_digest(key.shard, s) for s in key.prefix]
+        return self.table.slice_digests(key.shard, key.prefix)
 
     def adapter_digest(self, key: StageKey) -> str:
         """The digest of a stage's adapter file, as it was written."""

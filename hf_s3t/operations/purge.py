@@ -221,8 +221,8 @@ def _remnant(path: Path, kind: str, folder: Path | None = None) -> Remnant:
 def _condemned(folder: SystemFolder) -> Iterator[Remnant]:
     """What a load removes, and the checkpoints that training would resume from."""
     inspection = inspect(folder.path, adapters=False)
-    for pending in inspection.pending:
-        yield _remnant(pending.path, pending.kind)
+    for condemned in inspection.to_remove:
+        yield _remnant(condemned.path, condemned.kind)
     finished = folder.finished_checkpoints()
     for checkpoint in inspection.checkpoints:
         yield _remnant(checkpoint, "checkpoint" if checkpoint.parent in finished else "resumable checkpoint")

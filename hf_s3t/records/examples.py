@@ -161,6 +161,10 @@ class ExampleTable:
             self._digests[place] = hashlib.sha256(b"\n".join(lines)).hexdigest()
         return self._digests[place]
 
+    def slice_digests(self, shard: int, slices: Iterable[int]) -> list[str]:
+        """The digests of some slices of a shard, in their order."""
+        return [self.slice_digest(shard, slice_) for slice_ in slices]
+
     def places(self, ids: Iterable[int | str]) -> set[tuple[int, int]]:
         """The (shard, slice) pairs that hold any of the ids."""
         return {(self.rows[i].shard, self.rows[i].slice) for i in ids}
