@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FolderError, S3TError
-from .layout import PARTS
+from .layout import PARTS, TEMPORARY
 
 
 def is_foreign(entry: Path) -> bool:
@@ -64,7 +64,7 @@ def refuse_foreign_parts(path: str | os.PathLike[str]) -> None:
 def foreign_parts(path: Path) -> Iterator[Path]:
     """What is neither a file nor a folder among the parts of a system: what is written to, removed, or read."""
     roots = [path / name for name in PARTS]
-    roots += [entry for entry in entries(path) if entry.name.startswith(".tmp-")]
+    roots += [entry for entry in entries(path) if entry.name.startswith(TEMPORARY)]
     for root in roots:
         for entry in (root, *walk(root)):
             if is_foreign(entry):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .files import remove, sync
-from .layout import LEFTOVERS
+from .layout import GONE, LEFTOVERS
 
 
 def discard(folders: Iterable[Path]) -> None:
@@ -15,7 +15,7 @@ def discard(folders: Iterable[Path]) -> None:
     renamed = []
     for folder in folders:
         if folder.exists():
-            renamed.append(folder.with_name(f".gone-{folder.name}-{uuid.uuid4().hex[:8]}"))
+            renamed.append(folder.with_name(f"{GONE}{folder.name}-{uuid.uuid4().hex[:8]}"))
             os.rename(folder, renamed[-1])
     # A crash must not give a folder its name back that has lost files.
     for parent in sorted({gone.parent for gone in renamed}):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import FolderError, KeyMissingError
 from ..records.digests import DigestKey
-from .files import read_checked_json
+from .files import read_checked_json, temporary_beside
 from .layout import CONFIG_FILE, KEY_FILE
 
 
@@ -118,7 +118,7 @@ def _read_secret(file: Path) -> bytes:
 
 def _write_secret(file: Path, secret: str) -> None:
     """Make a file with a secret, whole or not at all, and never in the place of another."""
-    temporary = file.with_name(f".tmp-{file.name}-{secrets.token_hex(4)}")
+    temporary = temporary_beside(file)
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
             new.write(secret)

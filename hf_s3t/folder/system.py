@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from .files import (
     stamp,
     sync,
     sync_above,
+    temporary_beside,
     write_atomically,
 )
 from .layout import (
@@ -142,7 +142,7 @@ class SystemFolder(FolderView):
                 `stage_record` says what is there.
         """
         target = self.path / key.path
-        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+        temporary = temporary_beside(target)
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
             make_folders(target.parent)

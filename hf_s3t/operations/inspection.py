@@ -15,7 +15,8 @@ from ..folder.layout import (
     PARTS,
     PENDING_FILE,
     STAGES,
-    TRACKER_LOGS,
+    TEMPORARY,
+    is_log,
 )
 from ..folder.opening import ReadOnlyFolder
 from .findings import Findings, Inspection, counted, require_file
@@ -75,9 +76,9 @@ def _inspect_root(path: Path, findings: Findings) -> None:
         name = entry.name
         if is_foreign(entry):
             findings.problems.append(foreign_problem(entry))
-        elif name.startswith(".tmp-"):
+        elif name.startswith(TEMPORARY):
             findings.condemned(entry, "leftover")
-        elif name in TRACKER_LOGS or ".tfevents." in name:
+        elif is_log(name):
             findings.notes.append(f"{entry} holds logs of training, which no deletion reaches. See `hf-s3t purge`.")
         elif name == HISTORY:
             findings.notes.append(f"{entry} may hold earlier versions of the folder's files. See `hf-s3t purge`.")

@@ -11,7 +11,7 @@ from huggingface_hub import constants as hub_constants
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json
-from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, TRACKER_LOGS
+from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
 from ..folder.opening import open_folder
 from ..folder.system import SystemFolder
 from .inspection import inspect
@@ -242,12 +242,12 @@ def _beside_stages(path: Path) -> Iterator[Remnant]:
             yield _remnant(entry, "dataset cache")
     # A stage that trains may log below its own checkpoints.
     for entry in _below(path / CHECKPOINTS):
-        if _is_log(entry) and not _is_log(entry.parent):
+        if is_log(entry.name) and not is_log(entry.parent.name):
             yield _remnant(entry, "tracker logs")
 
 
 def _kind_in_output(entry: Path) -> str | None:
-    if _is_log(entry):
+    if is_log(entry.name):
         return "tracker logs"
     if entry.name == HISTORY:
         return "git history"
@@ -256,10 +256,6 @@ def _kind_in_output(entry: Path) -> str | None:
     if entry.name.startswith(("optimizer.", "scheduler.", "global_step", "rng_state")):
         return "optimizer state"
     return "saved dataset" if _is_saved_dataset(entry) else None
-
-
-def _is_log(entry: Path) -> bool:
-    return entry.name in TRACKER_LOGS or ".tfevents." in entry.name
 
 
 # Outside of it
