@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ExampleIdError
 from ..folder.system import SystemFolder
-from ..operations.deletion import groups_from_texts, ids_from_texts
+from ..operations.written_ids import groups_from_texts, ids_from_texts
 
 
 _STDIN = "-"

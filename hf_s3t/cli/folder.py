@@ -22,6 +22,7 @@ from ..operations.purge import take_inventory
 from ..operations.receipts import Receipts
 from ..records.examples import Example
 from ..records.report import UnlearningReport
+from ..records.request import DeletionRequest
 from . import rendering
 from .arguments import AsJson, DryRun, Folder, FromFile, Groups, Ids, Missing, named_examples
 from .exit_codes import EXHAUSTED, FINE, REFUSED
@@ -121,15 +122,14 @@ def unlearn(
     _check_later(later, max_delay, include_duplicates, dry_run)
     system = open_folder(folder, read_only=dry_run)
     named_ids, named_groups = named_examples(system, ids, from_file, group)
+    request = DeletionRequest(named_ids, named_groups, missing.value, include_duplicates)
     if later:
-        _show_pending(request_later(system, named_ids, named_groups, missing.value, max_delay), as_json)
+        _show_pending(request_later(system, request, max_delay), as_json)
         return
     if dry_run:
-        exhausts = _show_preview(preview(system, named_ids, named_groups, missing.value, include_duplicates), as_json)
+        exhausts = _show_preview(preview(system, request), as_json)
     else:
-        exhausts = _show_report(
-            system, apply(system, named_ids, named_groups, missing.value, include_duplicates), as_json
-        )
+        exhausts = _show_report(system, apply(system, request), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)
 
 
@@ -137,8 +137,7 @@ def apply_pending(folder: Folder, dry_run: DryRun = False, as_json: AsJson = Fal
     """Forget, in one go, what `unlearn --later` (or `S3TModel.unlearn_later`) recorded."""
     system = open_folder(folder, read_only=dry_run)
     if dry_run:
-        waiting = PendingRequests(system)
-        exhausts = _show_preview(preview(system, waiting.ids(), waiting.groups(), "ignore"), as_json)
+        exhausts = _show_preview(preview(system, PendingRequests(system).request()), as_json)
     else:
         exhausts = _show_report(system, apply_what_waits(system), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ..errors import FolderError, HubError
 from ..folder.files import read_checked_json
 from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
-from ..folder.ledger_file import pin_of
+from ..folder.ledger_file import pin_of, read_ledger
 from ..folder.stage_record import is_stage_record
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
@@ -23,6 +23,8 @@ from .client import call_with_retries, first_line
 
 
 INDEX_FILE = f"{STAGES}/index.json"
+# What to do about a file that came from the Hub, or is kept for what did.
+REMEDY = "Restore it from a backup, or push the system again"
 # What two copies of one system have in common.
 _PARTS_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
@@ -108,7 +110,7 @@ class HubRepo:
 
     def ledger(self, revision: str) -> Ledger:
         """The ledger of a revision."""
-        return read_ledger(self.download(LEDGER_FILE, revision))
+        return read_ledger(self.download(LEDGER_FILE, revision), advice=REMEDY)
 
     def card(self, state: HubState) -> str | None:
         """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""
@@ -142,23 +144,6 @@ def _part(record: Mapping[str, Any], name: str) -> Any:
     """A part of a system's record; of the base, what its tensors are."""
     value = record.get(name)
     return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
-
-
-def read_ledger(path: Path) -> Ledger:
-    """
-    The ledger in a file that came from the Hub, or is kept for what did.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If the file is none.
-    """
-    try:
-        return Ledger.parse(path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise FolderError(
-            f"{path} is not text: {error}. Restore it from a backup, or push the system again."
-        ) from error
-    except FolderError as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import S3TConfig
 from ..errors import ConfigError
 from ..folder.opening import check_method, open_folder
+from ..folder.secret import draw_key
 from ..folder.system import SystemFolder
 from ..model.aggregation import check_one_answer_can_be_made
 from ..model.base_model import check_base_is, config_of, describe_base, generation_of
@@ -204,7 +205,7 @@ def _match(rows: TrainingRows, output_dir: str) -> None:
 def _agreed(args) -> tuple[dict[str, Any] | None, DigestKey | None]:
     """What is recorded of the system; where none is there yet, the secret that it will have."""
     recorded = _recorded(args.output_dir)
-    key = DigestKey.draw(args.output_dir) if recorded is None else None
+    key = draw_key(args.output_dir) if recorded is None else None
     if args.world_size > 1:
         # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
         (key,) = broadcast_object_list([key])

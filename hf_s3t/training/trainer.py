@@ -40,6 +40,7 @@ from ..config import S3TConfig
 from ..errors import CheckpointError, ConfigError, DivergedError, FolderError, HubError, IsolationError, S3TError
 from ..folder.finite import NOT_FINITE
 from ..folder.layout import ADAPTER_FILE, TRAINING_WEIGHTS_FILE
+from ..folder.secret import write_key
 from ..folder.system import SystemFolder
 from ..hub.card import description
 from ..hub.client import hub_errors_as_sentences
@@ -186,7 +187,7 @@ class S3TTrainerMixin:
             if SystemFolder.exists(output_dir):
                 check_same(blueprint, self.model, output_dir)
                 return
-            blueprint.key.write(output_dir)
+            write_key(output_dir, blueprint.key)
             SystemFolder.create(output_dir, blueprint.record(self.model), blueprint.planned.rows, blueprint.key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
