@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, S3TError
 from .batches import fields_of_output
@@ -88,14 +89,14 @@ def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
     ```
     """
     members = len(weights)
-    stacked = logits.unflatten(0, (members, -1))
+    stacked = torch.unflatten(logits, 0, (members, -1))
     weights = weights.to(stacked.device, _precision(logits)).view(-1, *[1] * (stacked.dim() - 1))
     if how == "mean_logits":
-        return (stacked * weights).sum(0)
+        return torch.sum(stacked * weights, 0)
     if how == "mean_probabilities":
         return _log_of_mean(stacked, weights)
     votes = nn.functional.one_hot(stacked.argmax(-1), stacked.shape[-1])
-    return (votes * weights).sum(0)
+    return torch.sum(votes * weights, 0)
 
 
 def _precision(logits: torch.Tensor) -> torch.dtype:
@@ -111,8 +112,8 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # A vocabulary is long: piece by piece, what lies between stays in a processor's cache, and little of it in memory.
     rows = max(1, _AT_ONCE["cpu" if stacked.device.type == "cpu" else "other"] // classes)
     weights = weights.view(members, 1, 1)
-    pieces = stacked.reshape(members, -1, classes).split(rows, dim=1)
-    for piece, part in zip(pieces, answer.view(-1, classes).split(rows), strict=True):
+    pieces = torch.split(stacked.reshape(members, -1, classes), rows, dim=1)
+    for piece, part in zip(pieces, torch.split(answer.view(-1, classes), rows), strict=True):
         part.zero_()
         for logits, weight in zip(piece, weights, strict=True):
             part.addcmul_(logits.softmax(-1, dtype=part.dtype), weight)
@@ -128,7 +129,7 @@ def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Te
     return torch.logsumexp(stacked.log_softmax(-1, dtype=weights.dtype) + weights.log(), dim=0)
 
 
-def check_aggregation(how: str, config) -> None:
+def check_aggregation(how: str, config: PreTrainedConfig) -> None:
     """Refuse to average probabilities, or vote, where the logits are no distribution over classes."""
     problem = getattr(config, "problem_type", None)
     if how in _DISTRIBUTIONS and (problem in ("regression", "multi_label_classification")):

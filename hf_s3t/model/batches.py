@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
 from .caches import CACHES, has_cache
@@ -21,7 +21,7 @@ _SHARED = {"attention_mask", "position_ids"}
 _ENCODED, _ENCODED_BY_LAYER = "pooler_output", "deepstack_features"
 
 
-def fields_of_output(base: type) -> list[str]:
+def fields_of_output(base: type[nn.Module]) -> list[str]:
     """The fields of what a class of model says that it returns."""
     try:
         returned = get_type_hints(base.forward).get("return")
@@ -32,7 +32,7 @@ def fields_of_output(base: type) -> list[str]:
     return [field.name for output in outputs for field in dataclasses.fields(output)]
 
 
-def bind(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a call by name."""
     if not args:
         return dict(kwargs)

@@ -1,17 +1,18 @@
 """The loss of the ensemble's answer: what the base computes, of other logits than its own."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..errors import S3TError
 from .caches import CACHES
 from .route import Route, routed
+from .uncompiled import uncompiled
 
 
 # How near two ways to compute a loss come.
@@ -19,14 +20,16 @@ _NEAR = dict(rtol=1e-5, atol=1e-6)
 _IGNORED = -100
 # What says where a span begins and ends, in the place of labels.
 _SPANS = ("start_positions", "end_positions")
+# What goes with labels, and with nothing else.
+_BESIDE_LABELS = ("num_items_in_batch", "shift_labels")
 
 
 def take_targets(inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
     """Labels or spans, and what goes with them, which is taken out of the inputs; nothing if there are no such."""
-    others = {name: inputs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+    others: dict[str, Any] = {name: inputs.pop(name) for name in _BESIDE_LABELS if name in inputs}
     spans = {name: inputs.pop(name) for name in _SPANS if name in inputs}
-    asked = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}
-    return {**asked, **others} if asked else {}
+    targets = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}
+    return {**targets, **others} if targets else {}
 
 
 class EnsembleLoss:
@@ -44,14 +47,14 @@ class EnsembleLoss:
         base ([`~transformers.PreTrainedModel`]): The base model.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: PreTrainedModel):
         self._base = base
         # By kinds of batches: whether the function of the config gives the base's loss; whether that is of the logits.
-        self._is_of_its_config: dict[tuple, bool] = {}
-        self._is_of_its_logits: set[tuple] = set()
+        self._is_of_its_config: dict[tuple[Any, ...], bool] = {}
+        self._is_of_its_logits: set[tuple[Any, ...]] = set()
 
     # Where torch compiles, calls cannot be counted.
-    @torch.compiler.disable
+    @uncompiled
     def __call__(
         self,
         answers: dict[str, torch.Tensor],
@@ -89,18 +92,27 @@ class EnsembleLoss:
         self._is_of_its_config[self._kind(targets, inputs)] = is_same
         return same if is_same else loss
 
-    def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple:
+    def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
         """What a base may go by when it prepares labels or logits for its loss, and how it weighs rows."""
         described = tuple((name, *_described(value)) for name, value in sorted({**inputs, **targets}.items()))
         config, mask, labels = self._base.config, inputs.get("attention_mask"), targets.get("labels")
         is_padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
-        special = [_IGNORED, getattr(config, "pad_token_id", None)] if isinstance(labels, torch.Tensor) else []
-        found = tuple(token is not None and bool((labels == token).any()) for token in special)
+        special: tuple[bool, ...] = ()
+        if isinstance(labels, torch.Tensor):
+            tokens = (_IGNORED, getattr(config, "pad_token_id", None))
+            special = tuple(token is not None and bool(torch.eq(labels, token).any()) for token in tokens)
         lengths = {len(value) for value in targets.values() if isinstance(value, torch.Tensor) and value.dim()}
-        return described, is_padded, found, getattr(config, "problem_type", None), lengths <= {1}
+        return described, is_padded, special, getattr(config, "problem_type", None), lengths <= {1}
 
     @torch.no_grad()
-    def _is_the_same_for_others(self, answers, targets, inputs, route: Route, kind: tuple) -> bool:
+    def _is_the_same_for_others(
+        self,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        route: Route,
+        kind: tuple[Any, ...],
+    ) -> bool:
         """Whether the function of the config gives the base's loss of other labels as well, of all the classes."""
         classes = next(iter(answers.values())).shape[-1]
         targets = {name: _varied(value, classes) for name, value in targets.items()}
@@ -126,11 +138,21 @@ class EnsembleLoss:
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         others = {"pooled_logits": answers["logits"]} if "logits" in answers else {}
         try:
-            return self._base.loss_function(**answers, **others, config=config, vocab_size=vocabulary, **targets)
+            loss: torch.Tensor = self._base.loss_function(
+                **answers, **others, config=config, vocab_size=vocabulary, **targets
+            )
+            return loss
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return None
 
-    def _by_base(self, answers, targets, inputs, members, kind) -> torch.Tensor:
+    def _by_base(
+        self,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        members: Sequence[tuple[Route, float]],
+        kind: tuple[Any, ...],
+    ) -> torch.Tensor:
         caches = [name for name in CACHES if inputs.get(name) is not None]
         if caches:
             raise S3TError(
@@ -155,7 +177,9 @@ class EnsembleLoss:
             losses.append(weight * loss)
         return torch.stack(losses).sum(0)
 
-    def _place(self, given: dict[str, Any], answers: dict[str, torch.Tensor], kind: tuple) -> dict[str, int] | None:
+    def _place(
+        self, given: dict[str, Any], answers: dict[str, torch.Tensor], kind: tuple[Any, ...]
+    ) -> dict[str, int] | None:
         """At which calls of torch the base makes its logits, if its loss is made of these."""
         with _Making() as making:
             outputs = self._base(**given, return_dict=True)
@@ -217,7 +241,7 @@ def _is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.to(other), other, **_NEAR, equal_nan=True)
 
 
-def _described(value: Any) -> tuple:
+def _described(value: Any) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.dim())
     return (type(value), value if isinstance(value, (bool, str)) else None)
@@ -226,11 +250,17 @@ def _described(value: Any) -> tuple:
 class _Counting(TorchFunctionMode):
     """Counts the calls of torch in this thread, inside."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         return self.see(result, getattr(func, "__name__", ""))
@@ -243,9 +273,9 @@ class _Counting(TorchFunctionMode):
 class _Making(_Counting):
     """Notes at which call each tensor was made."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[weakref.ref, int]] = {}
+        self._made: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def see(self, result: Any, name: str) -> Any:
         # Some calls give what they were given: the first one made it, or the last that wrote to it. What is gone may
@@ -255,8 +285,8 @@ class _Making(_Counting):
         return result
 
     def call_of(self, tensor: torch.Tensor) -> int | None:
-        made, call = self._made.get(id(tensor), (lambda: None, None))
-        return call if made() is tensor else None
+        made, call = self._made.get(id(tensor), (None, None))
+        return call if made is not None and made() is tensor else None
 
 
 def _writes(name: str) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.utils import ModelOutput, logging
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError
@@ -90,7 +92,7 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
         )
 
 
-def check_base(model: nn.Module, config: S3TConfig) -> None:
+def check_base(model: PreTrainedModel, config: S3TConfig) -> None:
     """
     Refuse base models in which a stage could depend on more than its prefix.
 
@@ -146,30 +148,29 @@ def check_has_logits(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With what they answer with, and the way out.
     """
-    answers = _answer_class(model)
-    fields = [field.name for field in dataclasses.fields(answers)] if answers is not None else []
+    fields = _answer_fields(model)
     if fields and not logit_fields(fields):
-        told = ", ".join(name for name in fields if name not in ("loss", "hidden_states", "attentions"))
+        others = ", ".join(name for name in fields if name not in ("loss", "hidden_states", "attentions"))
         raise ConfigError(
-            f"{type(model).__name__} has no logits: it answers with {told}, and the members of an ensemble are "
+            f"{type(model).__name__} has no logits: it answers with {others}, and the members of an ensemble are "
             "aggregated by their logits. Use a class with a head, such as AutoModelForSequenceClassification; or, for "
             "embeddings and losses of your own, a class of yours around the backbone whose forward returns them as "
             '`logits`, with aggregation="mean_logits".'
         )
 
 
-def _answer_class(model: nn.Module) -> type[ModelOutput] | None:
-    """The class of what a model's forward returns, if it says so."""
+def _answer_fields(model: nn.Module) -> list[str]:
+    """The fields of what a model's forward returns, if it says so of one class; none otherwise."""
     returned = inspect.signature(type(model).forward).return_annotation
     if isinstance(returned, str):
         with contextlib.suppress(Exception):
             returned = typing.get_type_hints(type(model).forward).get("return")
     found = [
-        one
+        [field.name for field in dataclasses.fields(one)]
         for one in (returned, *typing.get_args(returned))
         if isinstance(one, type) and issubclass(one, ModelOutput) and dataclasses.is_dataclass(one)
     ]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else []
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
@@ -242,11 +243,11 @@ def _quantization_method(model: nn.Module) -> str | None:
     return getattr(method, "value", method)
 
 
-def _check_embeddings(model: nn.Module) -> None:
+def _check_embeddings(model: PreTrainedModel) -> None:
     """Embeddings with other rows than the checkpoint's were resized: the new rows are in no checkpoint."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
-    if not name or not hasattr(model, "get_input_embeddings"):
+    if config is None or not name or not hasattr(model, "get_input_embeddings"):
         return
     try:
         embeddings = model.get_input_embeddings()

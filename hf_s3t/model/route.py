@@ -2,18 +2,23 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Self
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import CallStoppedError, NotServedError, S3TError
 from ..plan.stages import StageKey
+from .peft_layers import AdaptedLayer
 from .scope import Scope
+
+
+# Positional and named arguments of a call of a module.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Route:
     members: tuple[StageKey, ...]
     stopped: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.members)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A copied cache was made with the same stacks, and they are compared by identity.
         return self
 
@@ -80,6 +85,9 @@ class NoWay(Route):
         )
 
 
+# The base by itself answers. Caches are stamped with it where no shard is left.
+BASE_ALONE = Route(())
+
 # The route of the call under way; unset, the base behaves as PEFT's active adapters say (which is how stages train).
 _ROUTE = Scope("hf_s3t_route")
 
@@ -118,7 +126,7 @@ def noting_lengths() -> Iterator[list[int]]:
         yield lengths
 
 
-def cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def cut_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
     """
     Let no gradient-requiring tensor enter the lowest layer, so that layers below the trained group build no graph.
 
@@ -132,21 +140,21 @@ def cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
     return args, kwargs
 
 
-def _note_length(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _note_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     lengths = _LENGTHS.get()
     if lengths is not None:
         lengths.append(_length(args, kwargs))
 
 
-def _base_only(layer: LoraLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _base_only(layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
     """With a route, PEFT computes the base layer alone, whatever adapters are active."""
     if _ROUTE.get() is None or layer.disable_adapters:
         return None
     return args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])}
 
 
-def _adder(group: int):
-    def add_members(layer: LoraLayer, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+def _adder(group: int) -> Callable[[AdaptedLayer, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
+    def add_members(layer: AdaptedLayer, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """With a route, add each member's adapter to its block of rows."""
         route = _ROUTE.get()
         if route is None:
@@ -180,18 +188,15 @@ def _adder(group: int):
     return add_members
 
 
-def _add_products(layer: LoraLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor) -> bool:
+def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor) -> bool:
     """
     Add each member's adapter to its block of rows by one product of matrices, writing nothing in between.
 
     Returns:
         `bool`: False, and nothing is changed, if they are no plain LoRA of linear layers in the output's precision.
     """
-    lora_A, lora_B = layer.lora_A, layer.lora_B
-    pairs = [None if name is None else (lora_A[name], lora_B[name]) for name in names]
-    if not output.is_contiguous() or not all(_is_plain(*pair, output.dtype) for pair in pairs if pair is not None):
-        return False
-    if any(name in layer.lora_variant for name in names):
+    pairs = _plain_pairs(layer, names, output.dtype) if output.is_contiguous() else None
+    if pairs is None:
         return False
     blocks = output.view(-1, output.shape[-1]).chunk(len(names))
     inputs = x.to(output.dtype).flatten(0, -2).chunk(len(names))
@@ -202,32 +207,49 @@ def _add_products(layer: LoraLayer, names: Sequence[str | None], x: torch.Tensor
     return True
 
 
-def _is_plain(lora_A: nn.Module, lora_B: nn.Module, dtype: torch.dtype) -> bool:
-    return type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None and lora_B.weight.dtype == dtype
+def _plain_pairs(
+    layer: AdaptedLayer, names: Sequence[str | None], dtype: torch.dtype
+) -> list[tuple[nn.Linear, nn.Linear] | None] | None:
+    """Per member the two linear layers of its adapter, if it has one here; `None` if any adapter is something else."""
+    pairs: list[tuple[nn.Linear, nn.Linear] | None] = []
+    for name in names:
+        if name is None:
+            pairs.append(None)
+            continue
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+        if name in layer.lora_variant or type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+            return None
+        if lora_B.bias is not None or lora_B.weight.dtype != dtype:
+            return None
+        pairs.append((lora_A, lora_B))
+    return pairs
 
 
-def _apply(layer: LoraLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool) -> torch.Tensor:
-    lora_A = layer.lora_A[name]
+def _apply(layer: AdaptedLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool) -> torch.Tensor:
+    lora_A: Any = layer.lora_A[name]
     x = x.to(lora_A.weight.dtype)
     if name in layer.lora_variant:
-        combined = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result).to(result.dtype)
+        combined: torch.Tensor = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result)
+        combined = combined.to(result.dtype)
         return result.copy_(combined) if in_place else combined
     # As PEFT does: the sum in the adapter's precision, rounded once.
     combined = (result + layer.lora_B[name](lora_A(x)) * layer.scaling[name]).to(result.dtype)
     return result.copy_(combined) if in_place else combined
 
 
-def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict, output):
+def _answer_with_heads(
+    wrapper: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> torch.Tensor | None:
     """With a route, each member's block of rows goes through that member's head."""
     route = _ROUTE.get()
     if not route:
         return None
     rows = _length(args, kwargs)
 
-    def answer(member: int, head: nn.Module):
+    def answer(member: int, head: nn.Module) -> torch.Tensor:
         dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), None)
 
-        def block(value):
+        def block(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if value.dim() > 0 and len(value) == rows:
@@ -235,11 +257,12 @@ def _answer_with_heads(wrapper: ModulesToSaveWrapper, args: tuple, kwargs: dict,
             # On a base of another precision than at training; as adapters, a head is what its file says.
             return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
-        return head(*map(block, args), **{name: block(value) for name, value in kwargs.items()})
+        logits: torch.Tensor = head(*map(block, args), **{name: block(value) for name, value in kwargs.items()})
+        return logits
 
     return torch.cat([answer(member, wrapper.modules_to_save[name]) for member, name in enumerate(route.heads)])
 
 
-def _length(args: tuple, kwargs: dict) -> int:
+def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Length of the first tensor that a module is given."""
     return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))

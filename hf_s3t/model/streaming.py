@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 
-def streamer_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+def streamer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The streamer among the arguments of `generate`."""
     generate = inspect.signature(GenerationMixin.generate)
     try:

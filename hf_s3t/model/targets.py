@@ -7,6 +7,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -15,13 +16,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigError, LayersNotFoundError, S3TError
 from .layers import LayerGroups
 from .plain_adapter import bare_copy
 from .randomness import preserved_randomness
-from .stack import is_all_linear, stage_configs
+from .stage_configs import is_all_linear, pattern_means, stage_configs
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +33,7 @@ _KNOWN: set[int] = set()
 _SHOWN = 4
 
 
-def check_targets(model: nn.Module, config: LoraConfig, layers: LayerGroups, head: Sequence[str]) -> None:
+def check_targets(model: PreTrainedModel, config: LoraConfig, layers: LayerGroups, head: Sequence[str]) -> None:
     """
     Refuse settings under which PEFT would adapt what stages do not, and those that PEFT itself would refuse.
 
@@ -48,7 +50,7 @@ def check_targets(model: nn.Module, config: LoraConfig, layers: LayerGroups, hea
         [`~hf_s3t.errors.ConfigError`]: With what PEFT says of the settings.
     """
     modules = tuple((name, type(module)) for name, module in model.named_modules())
-    kind = hash((modules, repr(sorted(config.to_dict().items(), key=str)), layers, tuple(head)))
+    kind = hash((modules, repr(sorted(vars(config).items(), key=str)), layers, tuple(head)))
     if kind in _KNOWN:
         return
     names = [name for name, _ in modules if name]
@@ -68,7 +70,7 @@ def check_targets(model: nn.Module, config: LoraConfig, layers: LayerGroups, hea
     _KNOWN.add(kind)
 
 
-def _adapted(model: nn.Module, config: LoraConfig, **changes) -> dict[str, LoraLayer]:
+def _adapted(model: nn.Module, config: LoraConfig, **changes: Any) -> dict[str, LoraLayer]:
     """The modules that PEFT adapts by a config, by their names; none if it finds none."""
     config = copy.deepcopy(config)
     for name, value in changes.items():
@@ -170,7 +172,7 @@ def _refuse_unmatched(config: LoraConfig, names: Sequence[str], adapted: Mapping
         wrong = sorted(
             key
             for key in getattr(config, field) or {}
-            if adapted and not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted)
+            if adapted and not any(pattern_means(key, name) for name in adapted)
         )
         if wrong:
             raise LayersNotFoundError(
