@@ -55,8 +55,7 @@ class Deletion:
 
 def use_public_secret(output_dir: str | os.PathLike[str]) -> None:
     """
-    Give a system that is to be made in a folder the secret that everybody knows,
-    `hf_s3t.records.digests.PUBLIC_SECRET`.
+    Give a system that is to be made in a folder the secret that everybody knows: it is written in this package.
 
     All such systems place the same ids alike by the seed alone, whatever the method, folder and machine: for comparing
     on public or invented data. Of other data everybody could test who was deleted; there, set `HF_S3T_KEY` to one
@@ -233,8 +232,7 @@ class Method(ABC):
             [`~hf_s3t.errors.ConfigError`]: If the method has no such depth.
         """
         with self._limited_to(depth), self._in_order_of_rows():
-            answers: PredictionOutput = self.trainer.predict(self._prepared(dataset))
-        return answers
+            return self.trainer.predict(self._prepared(dataset))
 
     def evaluate(self, dataset: Any = None, depth: int | None = None) -> dict[str, float]:
         """
@@ -251,8 +249,7 @@ class Method(ABC):
         if dataset is None and self.trainer.eval_dataset is None:
             raise ConfigError("`evaluate()` without a dataset needs the method's `eval_dataset`. Give one of them.")
         with self._limited_to(depth):
-            metrics: dict[str, float] = self.trainer.evaluate(None if dataset is None else self._prepared(dataset))
-        return metrics
+            return self.trainer.evaluate(None if dataset is None else self._prepared(dataset))
 
     @contextlib.contextmanager
     def _limited_to(self, depth: int | None) -> Iterator[None]:

@@ -37,7 +37,14 @@ _TEMPERATURE = 0.1
 
 @dataclass(frozen=True)
 class _Sums:
-    """What one slice adds to the prototypes: per class the sum of its examples' features, and their number."""
+    """
+    What one slice adds to the prototypes.
+
+    Args:
+        digest (`str`): The slice's digest.
+        features (`torch.Tensor` of shape `(classes, features)`): Per class the sum of its examples' features.
+        counts (`torch.Tensor` of shape `(classes,)`): Per class the number of its examples.
+    """
 
     digest: str
     features: torch.Tensor
@@ -125,7 +132,7 @@ class ClassPrototypes:
         What the prototypes say to a batch.
 
         Args:
-            inputs (mapping): The inputs of the base model, without labels.
+            inputs (mapping): The inputs of the base model, without labels: tensors of shape `(rows, ...)`.
 
         Returns:
             The base's own outputs, for their type, and a `torch.Tensor` of shape `(rows, classes)`: cosines to the
@@ -139,7 +146,7 @@ class ClassPrototypes:
 
     @torch.no_grad()
     def _look_at(self, inputs: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
-        """The base's outputs, and what its head was given: one vector per row."""
+        """The base's outputs, and what its head was given: a `torch.Tensor` of shape `(rows, features)`."""
         device = next(self.base.parameters()).device
         inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         # By a route of no members: the adapters of a stage in training must not act.
@@ -171,7 +178,7 @@ class ClassPrototypes:
         for (shard, slice_), s in self._sums.items():
             tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
             digests[f"{shard}.{slice_}"] = s.digest
-        # Of no tensors and empty metadata safetensors writes what it cannot read.
+        # safetensors cannot read what it writes of no tensors with empty metadata.
         write_atomically(self.path, save(tensors, metadata=digests or None))
 
     def _average(self) -> None:
@@ -224,7 +231,16 @@ def _noting(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def _pooled(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """One vector per row: the mean over positions, those of padding left out."""
+    """
+    One vector per row: the mean over positions, those of padding left out.
+
+    Args:
+        features (`torch.Tensor` of shape `(rows, features)` or `(rows, ..., features)`): What a head is given.
+        mask (`torch.Tensor` of shape `(rows, positions)`, *optional*): 1 where a position is none of padding.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, features)`.
+    """
     if features.dim() == 2:
         return features
     features = features.flatten(1, -2)

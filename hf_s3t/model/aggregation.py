@@ -1,4 +1,4 @@
-"""One batched pass for all members of the ensemble, and how their answers become one."""
+"""How the answers of an ensemble's members become one."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,9 +29,14 @@ def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how:
     What a route answers, by field, from what the base did: once for all members, or once for each.
 
     Args:
-        outputs (sequence of mappings): What the base answered, members one after the other.
+        outputs (sequence of mappings):
+            What the base answered, members one after the other: logits of shape `(members * rows, ..., classes)` in
+            one output, or of shape `(rows, ..., classes)` in one for each.
         weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
         how (`str`): As for `answer_of`.
+
+    Returns:
+        `dict` of `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
 
     Raises:
         [`~hf_s3t.errors.S3TError`]: If there are no logits among it.
@@ -57,6 +62,9 @@ def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
         logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): As for `aggregate`.
         weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
         how (`str`): As for `aggregate`; a vote is a vote also where only one votes.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
     """
     if len(weights) == 1 and how != "majority_vote":
         return logits.to(_precision(logits))
@@ -104,7 +112,16 @@ def _precision(logits: torch.Tensor) -> torch.dtype:
 
 
 def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The logarithm of the mean of the members' probabilities."""
+    """
+    The logarithm of the mean of the members' probabilities.
+
+    Args:
+        stacked (`torch.Tensor` of shape `(members, rows, ..., classes)`): Their logits.
+        weights (`torch.Tensor` of shape `(members, 1, ..., 1)`): Their weights, in the precision of the answer.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, ..., classes)`.
+    """
     if stacked.requires_grad:
         return _exact_log_of_mean(stacked, weights)
     members, classes = len(stacked), stacked.shape[-1]
@@ -126,6 +143,7 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same, of probabilities of any size; shapes as for `_log_of_mean`."""
     return torch.logsumexp(stacked.log_softmax(-1, dtype=weights.dtype) + weights.log(), dim=0)
 
 
@@ -152,7 +170,7 @@ def check_one_answer_can_be_made(base: nn.Module, num_shards: int, select: str) 
 
 def check_is_no_set(fields: Iterable[str], base: type, members: int) -> None:
     """The same, of what a base answered: not all say beforehand what they return."""
-    sets = of_sets(fields)
+    sets = fields_of_sets(fields)
     if sets and members > 1:
         raise ConfigError(
             f"{base.__name__} answers with `{sets[0]}`, a set of predictions in no order: those of several members do "
@@ -160,6 +178,6 @@ def check_is_no_set(fields: Iterable[str], base: type, members: int) -> None:
         )
 
 
-def of_sets(fields: Iterable[str]) -> list[str]:
+def fields_of_sets(fields: Iterable[str]) -> list[str]:
     """Which fields of an output hold one entry per query, in no order."""
     return [name for name in fields if name in ("pred_boxes", "pred_masks") or "_queries_" in name]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
-from .aggregation import answers_of, check_is_no_set, logit_fields, of_sets
+from .aggregation import answers_of, check_is_no_set, fields_of_sets, logit_fields
 from .batches import num_rows, refuse_unknown_positions, repeat_rows
 from .caches import cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
 from .calls import Routing
@@ -124,7 +124,7 @@ class Ensemble:
         """
         check_is_no_set(outputs, type(self._base), members)
         # What comes with the logits of a set of predictions is of one member: several are refused.
-        kept: dict[str, Any] = dict(outputs) if of_sets(outputs) else dict(caches_in(outputs))
+        kept: dict[str, Any] = dict(outputs) if fields_of_sets(outputs) else dict(caches_in(outputs))
         kept = {**kept, "loss": loss, **answers}
         return type(outputs)(**{k: v for k, v in kept.items() if v is not None})
 

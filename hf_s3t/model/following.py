@@ -102,10 +102,10 @@ class Following:
                 raise
             problems = [error]
             self._has_followed(state)
-        said = " ".join(map(str, problems))
-        if said and said != self._not_taken_up:
-            logger.warning(f"Stages of {self.folder.path} are not taken up: {said}")
-        self._not_taken_up = said or None
+        sentences = " ".join(map(str, problems))
+        if sentences and sentences != self._not_taken_up:
+            logger.warning(f"Stages of {self.folder.path} are not taken up: {sentences}")
+        self._not_taken_up = sentences or None
 
     def _switch_off(self) -> None:
         """Follow the ledger while a stage trains on the same base: condemned stages stop answering, none is loaded."""

@@ -66,13 +66,13 @@ class Generating(Following, _Host):
             answer.result()  # raises CallStoppedError if a deletion cut the text short
         ```
         """
-        with ending(streamer_of(args, kwargs)) as end_is_told:
+        with ending(streamer_of(args, kwargs)) as has_ended_itself:
             if not self.can_generate():
                 raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
             own_ways = brings_own_ways(type(self.base_model))
             with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
                 answer = super().generate(*args, **kwargs)
-                end_is_told()
+                has_ended_itself()
             return answer
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -50,8 +50,10 @@ SETTINGS = frozenset({
     "supports_tp_plan", "tp_plan", "tp_size", "use_kernels",
 })  # fmt: skip
 FROM_THE_BASE = PREPARING | SETTINGS
-# What the served model asks its base by itself while it generates.
-_ASKED = frozenset({"_prepare_multimodal_encoder_kwargs_for_generation", "_update_model_kwargs_for_generation"})
+# Steps of generation that the served model has as methods of its own, which call the base's.
+_CALLED_ON_THE_BASE = frozenset(
+    {"_prepare_multimodal_encoder_kwargs_for_generation", "_update_model_kwargs_for_generation"}
+)
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
@@ -122,7 +124,9 @@ def _with_signature(served: type[nn.Module], base: type[PreTrainedModel]) -> Cal
 
 def brings_own_ways(base: type) -> bool:
     """Whether something else than Transformers says how a class of base generates."""
-    ways = (inspect.getattr_static(base, name, None) for name in DECODING | PREPARING | _ASKED | {"generate"})
+    ways = (
+        inspect.getattr_static(base, name, None) for name in DECODING | PREPARING | _CALLED_ON_THE_BASE | {"generate"}
+    )
     return any(getattr(way, "__module__", "transformers").split(".")[0] != "transformers" for way in ways)
 
 
@@ -141,10 +145,10 @@ class _OfTheBase:
         if model is None:
             return getattr(self.base, self.name)
         served: Any = model
-        return read(served.base_model, self.name)
+        return read_from_base(served.base_model, self.name)
 
 
-def read(base: nn.Module, name: str) -> Any:
+def read_from_base(base: nn.Module, name: str) -> Any:
     """
     What a served model answers with its base's: what is listed above, and plain data.
 

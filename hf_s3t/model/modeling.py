@@ -26,7 +26,7 @@ from .ensemble_loss import take_targets
 from .generating import Generating
 from .handing_out import HandingOut
 from .loading import check_base_fits, check_options, find_base, make_ready, open_system, recorded_shape
-from .model_class import AttachedConfigs, model_class, read
+from .model_class import AttachedConfigs, model_class, read_from_base
 from .stack import StageStack
 from .unlearning import Unlearning
 
@@ -169,7 +169,7 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-        return read(self.base_model, name)
+        return read_from_base(self.base_model, name)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise S3TError(

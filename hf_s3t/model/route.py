@@ -107,8 +107,8 @@ def hook(module: nn.Module, group: int) -> None:
     if isinstance(module, ModulesToSaveWrapper):
         module.register_forward_hook(_answer_with_heads, with_kwargs=True)
     else:
-        module.register_forward_pre_hook(_base_only, with_kwargs=True)
-        module.register_forward_hook(_adder(group))
+        module.register_forward_pre_hook(_compute_base_only, with_kwargs=True)
+        module.register_forward_hook(_member_adder(group))
 
 
 @contextlib.contextmanager
@@ -132,6 +132,14 @@ def cut_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     Gradient checkpointing and k-bit preparation make embeddings require gradients; with non-reentrant checkpointing
     nothing needs that. An ensemble that serves may be differentiated by its inputs.
+
+    Args:
+        module (`nn.Module`): The lowest layer.
+        args (`tuple`): What it is given, hidden states of shape `(rows, positions, features)` first.
+        kwargs (`dict`): What it is given by name: masks, positions, caches.
+
+    Returns:
+        Both, without gradients; `None`, and nothing is changed, with a route.
     """
     if _ROUTE.get() is not None:
         return None
@@ -146,16 +154,33 @@ def _note_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         lengths.append(_length(args, kwargs))
 
 
-def _base_only(layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
-    """With a route, PEFT computes the base layer alone, whatever adapters are active."""
+def _compute_base_only(layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+    """
+    With a route, PEFT computes the base layer alone, whatever adapters are active.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        args (`tuple`): What it is given: a tensor of shape `(members * rows, ..., features_in)`.
+        kwargs (`dict`): What it is given by name.
+    """
     if _ROUTE.get() is None or layer.disable_adapters:
         return None
     return args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])}
 
 
-def _adder(group: int) -> Callable[[AdaptedLayer, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
+def _member_adder(group: int) -> Callable[[AdaptedLayer, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
     def add_members(layer: AdaptedLayer, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        """With a route, add each member's adapter to its block of rows."""
+        """
+        With a route, add each member's adapter to its block of rows.
+
+        Args:
+            layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+            args (`tuple`): What it was given: a tensor of shape `(members * rows, ..., features_in)`.
+            output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
+
+        Returns:
+            `torch.Tensor` of the output's shape; the output itself where no gradients are needed.
+        """
         route = _ROUTE.get()
         if route is None:
             return None
@@ -176,11 +201,11 @@ def _adder(group: int) -> Callable[[AdaptedLayer, tuple[Any, ...], torch.Tensor]
         if in_place:
             for name, x, block in zip(names, inputs, blocks, strict=True):
                 if name is not None:
-                    _apply(layer, name, x, block, in_place=True)
+                    _add_adapter(layer, name, x, block, in_place=True)
             return output
         return torch.cat(
             [
-                block if name is None else _apply(layer, name, x, block, in_place=False)
+                block if name is None else _add_adapter(layer, name, x, block, in_place=False)
                 for name, x, block in zip(names, inputs, blocks, strict=True)
             ]
         )
@@ -191,6 +216,12 @@ def _adder(group: int) -> Callable[[AdaptedLayer, tuple[Any, ...], torch.Tensor]
 def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor) -> bool:
     """
     Add each member's adapter to its block of rows by one product of matrices, writing nothing in between.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        names (sequence of `str`): Per member the adapter, `None` below its stack.
+        x (`torch.Tensor` of shape `(members * rows, ..., features_in)`): What the layer was given.
+        output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
 
     Returns:
         `bool`: False, and nothing is changed, if they are no plain LoRA of linear layers in the output's precision.
@@ -225,7 +256,22 @@ def _plain_pairs(
     return pairs
 
 
-def _apply(layer: AdaptedLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool) -> torch.Tensor:
+def _add_adapter(
+    layer: AdaptedLayer, name: str, x: torch.Tensor, result: torch.Tensor, in_place: bool
+) -> torch.Tensor:
+    """
+    Add one adapter to the output of the base layer.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        name (`str`): The adapter.
+        x (`torch.Tensor` of shape `(rows, ..., features_in)`): The member's block of what the layer was given.
+        result (`torch.Tensor` of shape `(rows, ..., features_out)`): Its block of what the base layer made of it.
+        in_place (`bool`): Whether to write the sum there.
+
+    Returns:
+        `torch.Tensor` of the result's shape and precision.
+    """
     lora_A: Any = layer.lora_A[name]
     x = x.to(lora_A.weight.dtype)
     if name in layer.lora_variant:
@@ -240,7 +286,18 @@ def _apply(layer: AdaptedLayer, name: str, x: torch.Tensor, result: torch.Tensor
 def _answer_with_heads(
     wrapper: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> torch.Tensor | None:
-    """With a route, each member's block of rows goes through that member's head."""
+    """
+    With a route, each member's block of rows goes through that member's head.
+
+    Args:
+        wrapper ([`~peft.utils.ModulesToSaveWrapper`]): The wrapper of the heads.
+        args (`tuple`): What it is given: features of shape `(members * rows, ..., features)`.
+        kwargs (`dict`): What it is given by name.
+        output: What the base's own head made of it, which is passed over.
+
+    Returns:
+        `torch.Tensor` of shape `(members * rows, ..., classes)`; `None`, and nothing is changed, without a route.
+    """
     route = _ROUTE.get()
     if not route:
         return None
@@ -264,5 +321,5 @@ def _answer_with_heads(
 
 
 def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Length of the first tensor that a module is given."""
+    """Length of the first tensor that a module is given: how many rows it has, where rows come first."""
     return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))

@@ -45,7 +45,7 @@ def check_keeps_no_state(model: PreTrainedModel) -> None:
     before = Look(model)
     try:
         with preserved_randomness():
-            looks = [_look_after(model, read) for read in (one, other, [*one, *other], one)]
+            looks = [_look_after_reading(model, those) for those in (one, other, [*one, *other], one)]
             left = looks[1].changed(looks[0]) or changed_for_good(model, before, looks[1])
     except Exception as error:
         # It needs something else than words.
@@ -103,8 +103,8 @@ def _is_a_size(model: nn.Module, attribute: str) -> bool:
         return False
 
 
-def _look_after(model: nn.Module, words: Sequence[int]) -> Look:
-    read(model, words)
+def _look_after_reading(model: nn.Module, words: Sequence[int]) -> Look:
+    _read_words(model, words)
     return Look(model)
 
 
@@ -114,13 +114,13 @@ def changed_for_good(model: nn.Module, before: Look, after: Look) -> dict[str, t
     words = getattr(getattr(model, "config", None), "vocab_size", None)
     if left and isinstance(words, int):
         with contextlib.suppress(Exception):
-            read(model, [words // 5, words // 3, words // 2], training=True)
+            _read_words(model, [words // 5, words // 3, words // 2], training=True)
             left = Look(model).changed(before)
     return left
 
 
 @torch.no_grad()
-def read(model: nn.Module, words: Sequence[int], training: bool = False) -> None:
+def _read_words(model: nn.Module, words: Sequence[int], training: bool = False) -> None:
     """Have a model read a few words."""
     model.train(training)
     model(input_ids=torch.tensor([list(words)], device=next(model.parameters()).device))

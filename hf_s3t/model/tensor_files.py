@@ -57,7 +57,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors: names, dtypes, shapes and bits."""
+    """SHA-256 of named tensors of any shape: names, dtypes, shapes and bits."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
