@@ -19,7 +19,7 @@ from ..errors import ConfigError, FolderError
 from ..folder.files import is_read_only, write_atomically
 from ..folder.layout import PROTOTYPES_FILE
 from ..folder.system import SystemFolder
-from ..model.aggregation import aggregate
+from ..model.aggregation import NOT_OF_EXCLUSIVE_CLASSES, aggregate
 from ..model.calls import Routing
 from ..model.ensemble_loss import take_targets
 from ..model.head import find_head
@@ -263,7 +263,7 @@ def check_is_classifier(model: PreTrainedModel, layers_pattern: str | Sequence[s
     """
     head = find_head(model, find_layers(model, layers_pattern)[0])
     problem = getattr(model.config, "problem_type", None)
-    if not head or (model.config.num_labels or 0) < 2 or problem in ("regression", "multi_label_classification"):
+    if not head or (model.config.num_labels or 0) < 2 or problem in NOT_OF_EXCLUSIVE_CLASSES:
         task = "has no classification head" if not head else f"has the task {problem or 'regression'}"
         raise ConfigError(
             f'{type(model).__name__} {task}, and the prototypes of "protosisa" are means of exclusive classes. Use '

@@ -17,6 +17,8 @@ _HEADS = (("logits",), ("start_logits", "end_logits"))
 _AT_ONCE = {"cpu": 2**18, "other": 2**26}
 _VANISHING = 1e-30
 _DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
+# Kinds of problems whose logits are no distribution over classes of which one is right.
+NOT_OF_EXCLUSIVE_CLASSES = ("regression", "multi_label_classification")
 
 
 def logit_fields(names: Collection[str]) -> tuple[str, ...]:
@@ -150,7 +152,7 @@ def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Te
 def check_aggregation(how: str, config: PreTrainedConfig) -> None:
     """Refuse to average probabilities, or vote, where the logits are no distribution over classes."""
     problem = getattr(config, "problem_type", None)
-    if how in _DISTRIBUTIONS and (problem in ("regression", "multi_label_classification")):
+    if how in _DISTRIBUTIONS and (problem in NOT_OF_EXCLUSIVE_CLASSES):
         raise S3TError(
             f'aggregation="{how}" needs exclusive classes, and the task is {problem}. Use aggregation="mean_logits".'
         )

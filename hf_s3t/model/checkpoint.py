@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import IsolationError
+from .quantisation import is_quantised
 from .randomness import preserved_randomness
 
 
@@ -72,11 +73,6 @@ def left_at_random(model: nn.Module, report: Mapping[str, Any], head: Sequence[s
         for key in {*report["missing_keys"], *_resized(report)}
         if key in parameters and not key.startswith(left_out) and _module_of(key) not in stored
     )
-
-
-def is_quantised(model: nn.Module) -> bool:
-    """Whether a model was loaded quantised."""
-    return getattr(model.config, "quantization_config", None) is not None
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

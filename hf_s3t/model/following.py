@@ -24,7 +24,7 @@ PATIENCE = 60.0
 # Seconds: how long a call waits before it looks at the ledger again, how long `unlearn` has to return before the id
 # table is written, within which two changes of a folder may bear one time, and how often stages are looked at whatever
 # their folders' times say.
-_A_MOMENT = 0.005
+_BETWEEN_LOOKS = 0.005
 _HEAD_START = 0.002
 _GRAIN = 2.0
 _IN_ANY_CASE = 60.0
@@ -77,7 +77,7 @@ class Following:
         """Before a call: do what the folder says since another process wrote to it, deletions and new stages."""
         while self._is_behind():
             # Whoever holds this lock is reading the folder, or writing to it: soon there is no news any more.
-            if self._deletion_lock.acquire(timeout=_A_MOMENT):
+            if self._deletion_lock.acquire(timeout=_BETWEEN_LOOKS):
                 try:
                     if not self._is_behind():
                         continue

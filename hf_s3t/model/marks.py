@@ -31,7 +31,7 @@ OPAQUE = (
     type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, logging.Handler, PreTrainedModel,
     PreTrainedTokenizerBase, ProcessorMixin, FeatureExtractionMixin,
 )  # fmt: skip
-# Libraries of tables and files, whose objects are data, and of quantisation, which keeps its own with the weights.
+# Libraries of tables and files, whose objects are data.
 DATA_LIBRARIES = {"pandas", "pyarrow", "polars", "PIL", "h5py", "zarr", "lmdb"}
 CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 

@@ -14,6 +14,7 @@ from .turns import PREPARED
 from .uncompiled import uncompiled
 
 
+# Libraries of quantisation, which keep what they need beside the weights.
 _QUANTIZERS = {"bitsandbytes", "hqq", "torchao", "optimum", "eetq"}
 # Attributes of modules that say how they are run and wrapped, not what they compute.
 _HOW_IT_IS_RUN = {
@@ -33,7 +34,7 @@ class Look:
         model (`nn.Module`): The model; adapters on it are passed over.
     """
 
-    # It looks at what is there.
+    # A compiled graph would look at what was there when it was made.
     @uncompiled
     def __init__(self, model: nn.Module):
         self._model = model

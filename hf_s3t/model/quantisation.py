@@ -13,6 +13,20 @@ from ..errors import IsolationError
 logger = transformers_logging.get_logger(__name__)
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model was loaded quantised."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def quantization_method(model: nn.Module) -> str | None:
+    """By what a model was quantised, if it was."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return getattr(method, "value", method)
+
+
 def settings_as_dict(quantization: Any) -> Any:
     """The settings of a quantisation as JSON types; `None` of a model that is not quantised."""
     return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization

@@ -83,7 +83,7 @@ class _Holder:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """As of no thread."""
+        """Be held by no thread."""
         self.lock = threading.RLock()
         self.depth = 0
 

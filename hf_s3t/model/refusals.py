@@ -16,7 +16,8 @@ from transformers.utils.generic import ModelOutput
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError, S3TError
-from .aggregation import logit_fields
+from .aggregation import NOT_OF_EXCLUSIVE_CLASSES, logit_fields
+from .quantisation import quantization_method
 
 
 logger = logging.get_logger(__name__)
@@ -159,7 +160,7 @@ def _base_problems(model: PreTrainedModel, config: S3TConfig) -> Iterator[S3TErr
             "model's input and drags the backward pass through frozen layers. Call "
             "`model.gradient_checkpointing_disable()` and set `gradient_checkpointing=True` in the training arguments."
         )
-    method = _quantization_method(model)
+    method = quantization_method(model)
     if method is not None and method not in DATA_FREE_QUANTIZATION and not config.base_is_public:
         yield IsolationError(
             f"The base model is quantised by {method}, which calibrates on data that cannot be unlearned. If that "
@@ -279,14 +280,6 @@ def check_has_no_adapters(model: nn.Module) -> None:
         )
 
 
-def _quantization_method(model: nn.Module) -> str | None:
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return getattr(method, "value", method)
-
-
 def _resized_embeddings(model: PreTrainedModel) -> tuple[int, int] | None:
     """How many rows the checkpoint's embeddings have and how many the model's, if they were resized."""
     config = getattr(model, "config", None)
@@ -327,7 +320,7 @@ def check_task(model: nn.Module, aggregation: str) -> None:
     config = model.config
     regression = not is_language_model and getattr(config, "num_labels", 2) == 1
     problem = getattr(config, "problem_type", None)
-    if aggregation != "mean_logits" and (regression or problem in ("regression", "multi_label_classification")):
+    if aggregation != "mean_logits" and (regression or problem in NOT_OF_EXCLUSIVE_CLASSES):
         raise ConfigError(
             f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
             'aggregation="mean_logits".'
