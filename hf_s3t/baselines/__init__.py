@@ -1,6 +1,6 @@
 """S3T and the methods that it is compared with, under one interface."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "S3T", "SISA", "Deletion", "Full", "Method", "ProtoSISA", "Sequential", "use_public_secret"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # The other modules of this room are asked for without the trainers that the methods bring.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

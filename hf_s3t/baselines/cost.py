@@ -71,7 +71,7 @@ class Cost:
         return Cost(self.units[len(earlier.units) :])
 
 
-def read_cost(folder: str | os.PathLike) -> Cost:
+def read_cost(folder: str | os.PathLike[str]) -> Cost:
     """
     What the training of a folder's system has cost so far, over all sessions.
 

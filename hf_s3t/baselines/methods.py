@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
-from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from ..config import S3TConfig
@@ -55,10 +54,9 @@ class Deletion:
     depths_after: list[int]
 
 
-def use_public_secret(output_dir: str | os.PathLike) -> None:
+def use_public_secret(output_dir: str | os.PathLike[str]) -> None:
     """
-    Give a system that is to be made in a folder the secret that everybody knows,
-    `hf_s3t.records.digests.PUBLIC_SECRET`.
+    Give a system that is to be made in a folder the secret that everybody knows: it is written in this package.
 
     All such systems place the same ids alike by the seed alone, whatever the method, folder and machine: for comparing
     on public or invented data. Of other data everybody could test who was deleted; there, set `HF_S3T_KEY` to one
@@ -144,21 +142,22 @@ class Method(ABC):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: TrainingArguments,
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         processing_class: Any = None,
-        compute_metrics: Callable | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         peft_config: PeftConfig | None = None,
         s3t_config: S3TConfig | None = None,
         trainer_class: type[Trainer] = Trainer,
     ):
         self._check(model, args, peft_config)
-        trainer_type = _trainer_type(trainer_class, self._layout, self._model_type)
+        # mypy takes classes for what they make, which cannot be hashed.
+        trainer_type = _trainer_type(trainer_class, self._layout, self._model_type)  # type: ignore[arg-type]
         self.trainer = trainer_type(
             model=model,
             args=args,
@@ -174,7 +173,7 @@ class Method(ABC):
         # The last process may have ended between a deletion and what follows from it.
         self._settle()
 
-    def _check(self, model: nn.Module, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+    def _check(self, model: PreTrainedModel, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
         """Refuse what the method cannot do, before anything is made."""
         if args.push_to_hub and self.name != "s3t":
             raise ConfigError(
@@ -185,7 +184,7 @@ class Method(ABC):
     @property
     def output_dir(self) -> Path:
         """The method's folder: everything that outlives the process is there."""
-        return Path(self.trainer.args.output_dir)
+        return self.trainer.folder.path
 
     @property
     def model(self) -> S3TModel:
@@ -233,7 +232,7 @@ class Method(ABC):
             [`~hf_s3t.errors.ExhaustedError`]: If nothing is left to answer.
             [`~hf_s3t.errors.ConfigError`]: If the method has no such depth.
         """
-        with self._at(depth), self._in_order():
+        with self._limited_to(depth), self._in_order_of_rows():
             return self.trainer.predict(self._prepared(dataset))
 
     def evaluate(self, dataset: Any = None, depth: int | None = None) -> dict[str, float]:
@@ -250,11 +249,11 @@ class Method(ABC):
         """
         if dataset is None and self.trainer.eval_dataset is None:
             raise ConfigError("`evaluate()` without a dataset needs the method's `eval_dataset`. Give one of them.")
-        with self._at(depth):
+        with self._limited_to(depth):
             return self.trainer.evaluate(None if dataset is None else self._prepared(dataset))
 
     @contextlib.contextmanager
-    def _at(self, depth: int | None) -> Iterator[None]:
+    def _limited_to(self, depth: int | None) -> Iterator[None]:
         if depth is None:
             yield
             return
@@ -264,7 +263,7 @@ class Method(ABC):
             yield
 
     @contextlib.contextmanager
-    def _in_order(self) -> Iterator[None]:
+    def _in_order_of_rows(self) -> Iterator[None]:
         """Trainer answers in the order of its batches, which with `group_by_length` is not that of the rows."""
         args = self.trainer.args
         strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"
@@ -380,18 +379,19 @@ class ProtoSISA(SISA):
     _layout = SliceBySlice("protosisa")
     _model_type = ProtoSISAModel
 
-    def _check(self, model: nn.Module, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+    def _check(self, model: PreTrainedModel, args: TrainingArguments, peft_config: PeftConfig | None) -> None:
         super()._check(model, args, peft_config)
         check_is_classifier(model, getattr(peft_config, "layers_pattern", None))
         if args.world_size > 1:
             raise ConfigError(f'"protosisa" runs in one process, and there are {args.world_size}. Start one.')
 
     def _settle(self) -> None:
-        trainer, prototypes = self.trainer, self.model.prototypes
-        if prototypes.is_empty and not any(self.depths) and not trainer.folder.ledger.num_deletions:
+        trainer, prototypes, rows = self.trainer, self.model.prototypes, self.trainer._stage_rows
+        is_new = prototypes.is_empty and not any(self.depths) and not trainer.folder.ledger.num_deletions
+        if is_new or rows is None:
             # Nothing has been trained.
             return
-        table, rows = trainer.folder.table, trainer._stage_rows
+        table = trainer.folder.table
         prototypes.drop_stale(table)
         sums = {}
         for place in prototypes.missing(table):
@@ -429,12 +429,19 @@ class Sequential(Method):
 METHODS: dict[str, type[Method]] = {method.name: method for method in (S3T, Full, SISA, ProtoSISA, Sequential)}
 
 
-class _Measured:
+if TYPE_CHECKING:
+    # What `_Measured` is put before.
+    _Host = S3TTrainer
+else:
+    _Host = object
+
+
+class _Measured(_Host):
     """The part of a trainer that notes what every unit cost. It comes before the trainer's class."""
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        output = super()._train_stage(key, resume, ignore_keys_for_eval)
-        if self.is_world_process_zero():
+        output: TrainOutput = super()._train_stage(key, resume, ignore_keys_for_eval)
+        if self.is_world_process_zero() and self._stage_rows is not None:
             rows = len(self._stage_rows.positions(key, self.folder.table))
             seen = round((self.state.epoch or 0) * rows)
             add_cost(self.folder, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen))
@@ -444,11 +451,12 @@ class _Measured:
 @cache
 def _trainer_type(trainer_class: type[Trainer], layout: Layout, model_type: type[S3TModel]) -> type[S3TTrainer]:
     """The trainer of a method's units."""
-    base = S3TTrainer
+    base: type = S3TTrainer
     if trainer_class is not Trainer:
         # Only here may TRL be imported: whoever gives its trainer has imported it.
-        from ..training.sft_trainer import S3TSFTTrainer as base
+        from ..training.sft_trainer import S3TSFTTrainer
 
+        base = S3TSFTTrainer
         if trainer_class not in base.__mro__:
             raise ConfigError(
                 f"`trainer_class` is {trainer_class.__name__}, expected transformers.Trainer or trl.SFTTrainer. Give "

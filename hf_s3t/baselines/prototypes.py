@@ -1,6 +1,7 @@
 """Class prototypes on the base's features: what ProtoSISA answers with besides its adapters."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from ..errors import ConfigError, FolderError
 from ..folder.files import is_read_only, write_atomically
 from ..folder.layout import PROTOTYPES_FILE
 from ..folder.system import SystemFolder
-from ..model.aggregation import aggregate
+from ..model.aggregation import NOT_OF_EXCLUSIVE_CLASSES, aggregate
 from ..model.calls import Routing
 from ..model.ensemble_loss import take_targets
-from ..model.layers import find_head, find_layers
-from ..model.route import Route, routed
+from ..model.head import find_head
+from ..model.layers import find_layers
+from ..model.route import BASE_ALONE, routed
 from ..model.stack import StageStack
 from ..model.tensor_files import metadata_of
 from ..records.examples import ExampleTable
@@ -33,7 +37,14 @@ _TEMPERATURE = 0.1
 
 @dataclass(frozen=True)
 class _Sums:
-    """What one slice adds to the prototypes: per class the sum of its examples' features, and their number."""
+    """
+    What one slice adds to the prototypes.
+
+    Args:
+        digest (`str`): The slice's digest.
+        features (`torch.Tensor` of shape `(classes, features)`): Per class the sum of its examples' features.
+        counts (`torch.Tensor` of shape `(classes,)`): Per class the number of its examples.
+    """
 
     digest: str
     features: torch.Tensor
@@ -54,20 +65,21 @@ class ClassPrototypes:
         head (sequence of `str`): Names of the modules that are its head.
     """
 
-    def __init__(self, folder: SystemFolder, base: nn.Module, head: Sequence[str]):
+    def __init__(self, folder: SystemFolder, base: PreTrainedModel, head: Sequence[str]):
         self.folder = folder
         self.path = folder.path / PROTOTYPES_FILE
         self.base = base
         self._head = tuple(head)
-        self._classes = base.config.num_labels
+        self._classes = base.config.num_labels or 0
         self._sums: dict[tuple[int, int], _Sums] = _read(self.path)
-        self._means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        # The mean of all, the mean of each class, and which classes have examples; nothing if none has.
+        self._means: tuple[torch.Tensor, ...] = ()
         self._average()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no prototype."""
-        return self._means is None
+        return not self._means
 
     def drop_stale(self, table: ExampleTable) -> None:
         """Leave out, in memory and in the file, slices that are not what they were when their sums were made."""
@@ -94,7 +106,9 @@ class ClassPrototypes:
             batches (iterable of mappings): The slice's examples as a data loader gives them, with `labels`.
             digest (`str`): The slice's digest.
         """
-        features = counts = None
+        # As wide as the first batch's features.
+        features = torch.zeros(self._classes, 0, dtype=torch.float64)
+        counts = torch.zeros(self._classes, dtype=torch.int64)
         for batch in batches:
             batch = dict(batch)
             if "labels" not in batch:
@@ -105,15 +119,12 @@ class ClassPrototypes:
             labels = batch.pop("labels").cpu()
             _, found = self._look_at(batch)
             found = found.cpu().double()
-            if features is None:
+            if not features.shape[1]:
                 features = torch.zeros(self._classes, found.shape[1], dtype=torch.float64)
-                counts = torch.zeros(self._classes, dtype=torch.int64)
             # A label below zero stands for none.
             known = labels >= 0
             features.index_add_(0, labels[known], found[known])
             counts += torch.bincount(labels[known], minlength=self._classes)
-        if features is None:
-            return _Sums(digest, torch.zeros(self._classes, 0, dtype=torch.float64), torch.zeros(self._classes).long())
         return _Sums(digest, features, counts)
 
     def logits(self, inputs: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
@@ -121,7 +132,7 @@ class ClassPrototypes:
         What the prototypes say to a batch.
 
         Args:
-            inputs (mapping): The inputs of the base model, without labels.
+            inputs (mapping): The inputs of the base model, without labels: tensors of shape `(rows, ...)`.
 
         Returns:
             The base's own outputs, for their type, and a `torch.Tensor` of shape `(rows, classes)`: cosines to the
@@ -135,11 +146,11 @@ class ClassPrototypes:
 
     @torch.no_grad()
     def _look_at(self, inputs: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
-        """The base's outputs, and what its head was given: one vector per row."""
+        """The base's outputs, and what its head was given: a `torch.Tensor` of shape `(rows, features)`."""
         device = next(self.base.parameters()).device
         inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         # By a route of no members: the adapters of a stage in training must not act.
-        with routed(Route(())), _noting(map(self.base.get_submodule, self._head)) as given:
+        with routed(BASE_ALONE), _noting(map(self.base.get_submodule, self._head)) as given:
             outputs = self.base(**inputs, return_dict=True)
         return outputs, _pooled(given[0].float(), inputs.get("attention_mask"))
 
@@ -162,22 +173,28 @@ class ClassPrototypes:
                 raise
 
     def _write_file(self) -> None:
-        tensors, digests = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        digests: dict[str, str] = {}
         for (shard, slice_), s in self._sums.items():
             tensors |= {f"{shard}.{slice_}.features": s.features, f"{shard}.{slice_}.counts": s.counts}
             digests[f"{shard}.{slice_}"] = s.digest
-        # Of no tensors and empty metadata safetensors writes what it cannot read.
+        # safetensors cannot read what it writes of no tensors with empty metadata.
         write_atomically(self.path, save(tensors, metadata=digests or None))
 
     def _average(self) -> None:
         # In one order whatever order they came in: sums of floats depend on it.
         full = [s for _, s in sorted(self._sums.items()) if s.counts.sum()]
         if not full:
-            self._means = None
+            self._means = ()
             return
-        features, counts = sum(s.features for s in full), sum(s.counts for s in full)
+        features, counts = _total([s.features for s in full]), _total([s.counts for s in full])
         means = features / counts.clamp(min=1)[:, None]
         self._means = ((features.sum(0) / counts.sum()).float(), means.float(), counts > 0)
+
+
+def _total(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors of one shape, from the first to the last."""
+    return functools.reduce(torch.add, tensors, torch.zeros_like(tensors[0]))
 
 
 def _read(path: Path) -> dict[tuple[int, int], _Sums]:
@@ -186,10 +203,11 @@ def _read(path: Path) -> dict[tuple[int, int], _Sums]:
     try:
         data = path.read_bytes()
         tensors = load(data)
-        return {
-            tuple(map(int, name.split("."))): _Sums(digest, tensors[f"{name}.features"], tensors[f"{name}.counts"])
-            for name, digest in metadata_of(data).items()
-        }
+        sums = {}
+        for name, digest in metadata_of(data).items():
+            shard, slice_ = map(int, name.split("."))
+            sums[shard, slice_] = _Sums(digest, tensors[f"{name}.features"], tensors[f"{name}.counts"])
+        return sums
     except (SafetensorError, LookupError, ValueError) as error:
         raise FolderError(f"{path} is damaged: {error}. Remove it; training makes it again.") from error
 
@@ -200,7 +218,7 @@ def _noting(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
     given: list[torch.Tensor] = []
     thread = threading.get_ident()
 
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:
             given.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)))
 
@@ -213,7 +231,16 @@ def _noting(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def _pooled(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """One vector per row: the mean over positions, those of padding left out."""
+    """
+    One vector per row: the mean over positions, those of padding left out.
+
+    Args:
+        features (`torch.Tensor` of shape `(rows, features)` or `(rows, ..., features)`): What a head is given.
+        mask (`torch.Tensor` of shape `(rows, positions)`, *optional*): 1 where a position is none of padding.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, features)`.
+    """
     if features.dim() == 2:
         return features
     features = features.flatten(1, -2)
@@ -223,7 +250,7 @@ def _pooled(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def check_is_classifier(model: nn.Module, layers_pattern: str | Sequence[str] | None = None) -> None:
+def check_is_classifier(model: PreTrainedModel, layers_pattern: str | Sequence[str] | None = None) -> None:
     """
     Refuse a model without classes to have prototypes of.
 
@@ -236,7 +263,7 @@ def check_is_classifier(model: nn.Module, layers_pattern: str | Sequence[str] | 
     """
     head = find_head(model, find_layers(model, layers_pattern)[0])
     problem = getattr(model.config, "problem_type", None)
-    if not head or model.config.num_labels < 2 or problem in ("regression", "multi_label_classification"):
+    if not head or (model.config.num_labels or 0) < 2 or problem in NOT_OF_EXCLUSIVE_CLASSES:
         task = "has no classification head" if not head else f"has the task {problem or 'regression'}"
         raise ConfigError(
             f'{type(model).__name__} {task}, and the prototypes of "protosisa" are means of exclusive classes. Use '
@@ -276,9 +303,9 @@ class ProtoSISAModel(WholeAdapterModel):
         self.prototypes.drop_stale(self.folder.table)
         return seconds
 
-    def _answer(self, routing: Routing, inputs: dict[str, Any], labels, return_dict):
+    def _answer(self, routing: Routing, inputs: dict[str, Any], labels: torch.Tensor | None) -> ModelOutput:
         if self.prototypes.is_empty:
-            return super()._answer(routing, inputs, labels, return_dict)
+            return super()._answer(routing, inputs, labels)
         if self.base_model.training:
             self.eval()
         targets = take_targets(inputs, labels)
@@ -286,7 +313,9 @@ class ProtoSISAModel(WholeAdapterModel):
         # The same kind of numbers as the ensemble's: logits, logarithms of probabilities, or votes.
         logits = aggregate(logits, torch.ones(1), self.aggregation)
         if routing.route is not None:
-            outputs = super()._answer(routing, inputs, None, True)
-            logits = torch.lerp(outputs.logits, logits.to(outputs.logits), self.prototype_weight)
+            outputs = super()._answer(routing, inputs, None)
+            theirs = outputs["logits"]
+            logits = torch.lerp(theirs, logits.to(theirs), self.prototype_weight)
         answers = {"logits": logits}
-        return self._output(outputs, answers, self._loss(routing, answers, targets, inputs), return_dict)
+        loss = self._ensemble.loss(routing, answers, targets, inputs)
+        return self._ensemble.output(outputs, answers, loss)

@@ -1,5 +1,6 @@
 """Systems whose units train one adapter on all layers: SISA, sequential training, full fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from ..config import S3TConfig
 from ..model.calls import Routing
 from ..model.modeling import S3TModel
+from ..model.peft_layers import AdapterHolder
 from ..model.route import Route
 from ..model.stack import StageStack
 from ..plan.stages import StageKey
@@ -86,7 +88,7 @@ class _SlicesTogether(TrainingRows):
     """A training dataset that is partitioned into slices, of which only the shards are kept."""
 
     def partition(
-        self, digests, names: KeptNames | None = None, key: DigestKey | None = None
+        self, digests: Sequence[str], names: KeptNames | None = None, key: DigestKey | None = None
     ) -> dict[int | str, Example]:
         """Put every row into its shard."""
         return {i: replace(row, slice=0) for i, row in super().partition(digests, names, key).items()}
@@ -118,7 +120,7 @@ class WholeAdapterStack(StageStack):
     def _acting(self, key: StageKey) -> tuple[StageKey, ...]:
         return (key,)
 
-    def _hook(self, module, group: int) -> None:
+    def _hook(self, module: AdapterHolder, group: int) -> None:
         super()._hook(module, 0)
 
 
@@ -150,8 +152,8 @@ class WholeAdapterModel(S3TModel):
     """
 
     stack_type = WholeAdapterStack
-    methods = ("full", "sisa", "sequential")
+    methods: tuple[str, ...] = ("full", "sisa", "sequential")
 
-    def _routing_of(self, valid) -> Routing:
+    def _routing_of(self, valid: frozenset[StageKey]) -> Routing:
         routing = super()._routing_of(valid)
         return WholeAdapterRouting(routing.served, routing.identity[1])

@@ -62,5 +62,5 @@ def check_method(record: Mapping[str, Any], methods: Collection[str], path: str 
     if found not in methods:
         raise ConfigError(
             f"{path} holds a system of the method {found!r}, expected {' or '.join(methods)}. Use the class of that "
-            "method (`hf_s3t.baselines.methods.METHODS`), or choose another folder."
+            "method (`hf_s3t.baselines.METHODS`), or choose another folder."
         )

@@ -1,10 +1,11 @@
-"""One batched pass for all members of the ensemble, and how their answers become one."""
+"""How the answers of an ensemble's members become one."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, S3TError
 from .batches import fields_of_output
@@ -16,6 +17,8 @@ _HEADS = (("logits",), ("start_logits", "end_logits"))
 _AT_ONCE = {"cpu": 2**18, "other": 2**26}
 _VANISHING = 1e-30
 _DISTRIBUTIONS = ("mean_probabilities", "majority_vote")
+# Kinds of problems whose logits are no distribution over classes of which one is right.
+NOT_OF_EXCLUSIVE_CLASSES = ("regression", "multi_label_classification")
 
 
 def logit_fields(names: Collection[str]) -> tuple[str, ...]:
@@ -28,9 +31,14 @@ def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how:
     What a route answers, by field, from what the base did: once for all members, or once for each.
 
     Args:
-        outputs (sequence of mappings): What the base answered, members one after the other.
+        outputs (sequence of mappings):
+            What the base answered, members one after the other: logits of shape `(members * rows, ..., classes)` in
+            one output, or of shape `(rows, ..., classes)` in one for each.
         weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
         how (`str`): As for `answer_of`.
+
+    Returns:
+        `dict` of `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
 
     Raises:
         [`~hf_s3t.errors.S3TError`]: If there are no logits among it.
@@ -56,6 +64,9 @@ def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
         logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): As for `aggregate`.
         weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
         how (`str`): As for `aggregate`; a vote is a vote also where only one votes.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
     """
     if len(weights) == 1 and how != "majority_vote":
         return logits.to(_precision(logits))
@@ -88,14 +99,14 @@ def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
     ```
     """
     members = len(weights)
-    stacked = logits.unflatten(0, (members, -1))
+    stacked = torch.unflatten(logits, 0, (members, -1))
     weights = weights.to(stacked.device, _precision(logits)).view(-1, *[1] * (stacked.dim() - 1))
     if how == "mean_logits":
-        return (stacked * weights).sum(0)
+        return torch.sum(stacked * weights, 0)
     if how == "mean_probabilities":
         return _log_of_mean(stacked, weights)
     votes = nn.functional.one_hot(stacked.argmax(-1), stacked.shape[-1])
-    return (votes * weights).sum(0)
+    return torch.sum(votes * weights, 0)
 
 
 def _precision(logits: torch.Tensor) -> torch.dtype:
@@ -103,7 +114,16 @@ def _precision(logits: torch.Tensor) -> torch.dtype:
 
 
 def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The logarithm of the mean of the members' probabilities."""
+    """
+    The logarithm of the mean of the members' probabilities.
+
+    Args:
+        stacked (`torch.Tensor` of shape `(members, rows, ..., classes)`): Their logits.
+        weights (`torch.Tensor` of shape `(members, 1, ..., 1)`): Their weights, in the precision of the answer.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, ..., classes)`.
+    """
     if stacked.requires_grad:
         return _exact_log_of_mean(stacked, weights)
     members, classes = len(stacked), stacked.shape[-1]
@@ -111,8 +131,8 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # A vocabulary is long: piece by piece, what lies between stays in a processor's cache, and little of it in memory.
     rows = max(1, _AT_ONCE["cpu" if stacked.device.type == "cpu" else "other"] // classes)
     weights = weights.view(members, 1, 1)
-    pieces = stacked.reshape(members, -1, classes).split(rows, dim=1)
-    for piece, part in zip(pieces, answer.view(-1, classes).split(rows), strict=True):
+    pieces = torch.split(stacked.reshape(members, -1, classes), rows, dim=1)
+    for piece, part in zip(pieces, torch.split(answer.view(-1, classes), rows), strict=True):
         part.zero_()
         for logits, weight in zip(piece, weights, strict=True):
             part.addcmul_(logits.softmax(-1, dtype=part.dtype), weight)
@@ -125,13 +145,14 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same, of probabilities of any size; shapes as for `_log_of_mean`."""
     return torch.logsumexp(stacked.log_softmax(-1, dtype=weights.dtype) + weights.log(), dim=0)
 
 
-def check_aggregation(how: str, config) -> None:
+def check_aggregation(how: str, config: PreTrainedConfig) -> None:
     """Refuse to average probabilities, or vote, where the logits are no distribution over classes."""
     problem = getattr(config, "problem_type", None)
-    if how in _DISTRIBUTIONS and (problem in ("regression", "multi_label_classification")):
+    if how in _DISTRIBUTIONS and (problem in NOT_OF_EXCLUSIVE_CLASSES):
         raise S3TError(
             f'aggregation="{how}" needs exclusive classes, and the task is {problem}. Use aggregation="mean_logits".'
         )
@@ -151,7 +172,7 @@ def check_one_answer_can_be_made(base: nn.Module, num_shards: int, select: str) 
 
 def check_is_no_set(fields: Iterable[str], base: type, members: int) -> None:
     """The same, of what a base answered: not all say beforehand what they return."""
-    sets = of_sets(fields)
+    sets = fields_of_sets(fields)
     if sets and members > 1:
         raise ConfigError(
             f"{base.__name__} answers with `{sets[0]}`, a set of predictions in no order: those of several members do "
@@ -159,6 +180,6 @@ def check_is_no_set(fields: Iterable[str], base: type, members: int) -> None:
         )
 
 
-def of_sets(fields: Iterable[str]) -> list[str]:
+def fields_of_sets(fields: Iterable[str]) -> list[str]:
     """Which fields of an output hold one entry per query, in no order."""
     return [name for name in fields if name in ("pred_boxes", "pred_masks") or "_queries_" in name]

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
 from .caches import CACHES, has_cache
@@ -21,7 +21,7 @@ _SHARED = {"attention_mask", "position_ids"}
 _ENCODED, _ENCODED_BY_LAYER = "pooler_output", "deepstack_features"
 
 
-def fields_of_output(base: type) -> list[str]:
+def fields_of_output(base: type[nn.Module]) -> list[str]:
     """The fields of what a class of model says that it returns."""
     try:
         returned = get_type_hints(base.forward).get("return")
@@ -32,7 +32,7 @@ def fields_of_output(base: type) -> list[str]:
     return [field.name for output in outputs for field in dataclasses.fields(output)]
 
 
-def bind(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a call by name."""
     if not args:
         return dict(kwargs)
@@ -41,7 +41,16 @@ def bind(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]
 
 
 def num_rows(inputs: dict[str, Any], main_input: str) -> int:
-    """Number of examples in a batch."""
+    """
+    Number of examples in a batch.
+
+    Args:
+        inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)`.
+        main_input (`str`): Name of the one that the base is mainly called with.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: If none is there that tells.
+    """
     for name in (main_input, "input_ids", "inputs_embeds", "pixel_values"):
         if inputs.get(name) is not None:
             return len(inputs[name])
@@ -56,6 +65,10 @@ def knows_rows(inputs: dict[str, Any], rows: int) -> bool:
 
     Patches of all pictures in one list, fewer pictures than rows, or sequences packed into one have none: which entry
     is of which row, only the base knows.
+
+    Args:
+        inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)` or of others.
+        rows (`int`): Number of examples.
     """
     return all(name in _NOT_ROWS or _knows_rows(name, value, rows) for name, value in inputs.items())
 
@@ -81,41 +94,60 @@ def _dimension_of_rows(name: str, value: torch.Tensor) -> int:
 
 
 def first_row(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The inputs of the first example alone."""
-    return {n: v if n in _NOT_ROWS else _first(v, rows) for n, v in inputs.items()}
+    """
+    The inputs of the first example alone.
+
+    Args:
+        inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)`.
+        rows (`int`): Number of examples.
+
+    Returns:
+        `dict`: The same, tensors of shape `(1, ...)`.
+    """
+    return {n: v if n in _NOT_ROWS else _first_of_rows(v, rows) for n, v in inputs.items()}
 
 
-def _first(value: Any, rows: int) -> Any:
+def _first_of_rows(value: Any, rows: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
         return value[:1]
     if isinstance(value, dict) and not isinstance(value, ModelOutput):
-        return {k: _first(v, rows) for k, v in value.items()}
+        return {k: _first_of_rows(v, rows) for k, v in value.items()}
     return value
 
 
 def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, Any]:
-    """The inputs with one block of rows per member; what has no row per example stays as it is."""
+    """
+    The inputs with one block of rows per member; what has no row per example stays as it is.
+
+    Args:
+        inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)`.
+        rows (`int`): Number of examples.
+        members (`int`): Number of members.
+
+    Returns:
+        `dict`: The same, tensors of shape `(members * rows, ...)`.
+    """
     if members == 1:
         return inputs
-    return {n: v if n in _NOT_ROWS else _repeat(n, v, rows, members) for n, v in inputs.items()}
+    return {n: v if n in _NOT_ROWS else _repeat_value(n, v, rows, members) for n, v in inputs.items()}
 
 
-def _repeat(name: str, value: Any, rows: int, members: int) -> Any:
+def _repeat_value(name: str, value: Any, rows: int, members: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() > 0:
         dimension = _dimension_of_rows(name, value)
-        return _times(value, members, dimension) if value.shape[dimension] == rows else value
+        return _repeat_along(value, members, dimension) if value.shape[dimension] == rows else value
     if isinstance(value, ModelOutput):
         return _repeat_encoded(value, members)
     if isinstance(value, dict):
-        return {k: _repeat(name, v, rows, members) for k, v in value.items()}
+        return {k: _repeat_value(name, v, rows, members) for k, v in value.items()}
     return value
 
 
 def _repeat_encoded(encoded: ModelOutput, members: int) -> ModelOutput:
-    """Encoded pictures once per member: they come in the order of the rows, however many a row has."""
+    """Pictures, of shape `(pictures, ...)`, once per member: in the order of the rows, however many a row has."""
     repeated = dict(encoded)
     if _ENCODED in repeated:
-        repeated[_ENCODED] = _times(repeated[_ENCODED], members)
+        repeated[_ENCODED] = _repeat_along(repeated[_ENCODED], members)
     if _ENCODED_BY_LAYER in repeated:
         repeated[_ENCODED_BY_LAYER] = [_repeat_layer(layer, members) for layer in repeated[_ENCODED_BY_LAYER]]
     return type(encoded)(**repeated)
@@ -124,11 +156,11 @@ def _repeat_encoded(encoded: ModelOutput, members: int) -> ModelOutput:
 def _repeat_layer(features: Any, members: int) -> Any:
     # Some put the number of the layer before its features.
     if isinstance(features, tuple) and isinstance(features[0], int):
-        return features[0], _times(features[1], members)
-    return _times(features, members)
+        return features[0], _repeat_along(features[1], members)
+    return _repeat_along(features, members)
 
 
-def _times(value: Any, members: int, dimension: int = 0) -> Any:
+def _repeat_along(value: Any, members: int, dimension: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return value.repeat([members if d == dimension else 1 for d in range(value.dim())])
     return value * members

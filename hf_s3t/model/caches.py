@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 
 from ..errors import S3TError, StaleCacheError
-from .route import Route
+from .route import BASE_ALONE, Route
 
 
 # The names under which models take and return a `Cache`.
@@ -39,7 +39,7 @@ def has_cache(values: Mapping[str, Any]) -> bool:
 def stamp_cache(cache: Cache | None, route: Route) -> None:
     """Remember which stacks filled a cache."""
     if cache is not None:
-        cache._s3t_route = route
+        vars(cache)["_s3t_route"] = route
 
 
 def check_cache(cache: Any, route: Route) -> None:
@@ -93,8 +93,14 @@ def refuse_other_state(inputs: dict[str, Any]) -> None:
         )
 
 
-def reorder_cache(cache: Any, beam_idx: torch.Tensor, members: int) -> Any:
-    """Reorder a cache for beam search: the same beams in every member's block."""
-    rows = len(beam_idx)
+def reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
+    """
+    Reorder a cache for beam search: the same beams in the block of rows of every member that filled it.
+
+    Args:
+        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows.
+        beam_idx (`torch.Tensor` of shape `(rows,)`): For each row the one that it goes on from.
+    """
+    rows, members = len(beam_idx), max(1, len(getattr(cache, "_s3t_route", BASE_ALONE)))
     cache.reorder_cache(torch.cat([beam_idx + member * rows for member in range(members)]))
     return cache

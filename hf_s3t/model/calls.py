@@ -46,9 +46,16 @@ class Routing:
         if depth is None or depth >= max(self.depths, default=0):
             return self
         if depth not in self._cuts:
-            tips = [dict.fromkeys(tip.lineage[min(depth, tip.depth) - 1] for tip in tips) for tips in self.served]
+            tips = [
+                list(dict.fromkeys(tip.lineage[min(depth, tip.depth) - 1] for tip in tips)) for tips in self.served
+            ]
             self._cuts[depth] = type(self)(tips, (*self.identity[1], str(depth)))
         return self._cuts[depth]
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks of rows a pass has: one per member, or the one of the base alone."""
+        return max(1, len(self.route or ()))
 
     @property
     def depths(self) -> list[int]:
@@ -172,7 +179,7 @@ class Calls:
         finally:
             self._leave(self._passes, routing)
 
-    def _leave(self, counter: Counter, routing: Routing) -> None:
+    def _leave(self, counter: Counter[Routing], routing: Routing) -> None:
         with self._changed:
             counter[routing] -= 1
             if not counter[routing]:
@@ -209,14 +216,15 @@ class Calls:
         """
         with self._changed:
             for routing in self._using(self._calls, stages):
-                routing.route.stopped.set()
+                if routing.route is not None:
+                    routing.route.stopped.set()
         self._wait(lambda: not self._using(self._passes, stages), None)
 
     def _wait(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         with self._changed:
             return self._changed.wait_for(condition, timeout)
 
-    def _using(self, counter: Counter, stages: frozenset[StageKey]) -> list[Routing]:
+    def _using(self, counter: Counter[Routing], stages: frozenset[StageKey]) -> list[Routing]:
         return [routing for routing in counter if routing.stages & stages]
 
 

@@ -2,21 +2,23 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from logging import ERROR
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import IsolationError
+from .quantisation import is_quantised
 from .randomness import preserved_randomness
 
 
 logger = logging.get_logger(__name__)
 
 
-def check_checkpoint(model: nn.Module, head: Sequence[str]) -> None:
+def check_checkpoint(model: PreTrainedModel, head: Sequence[str]) -> None:
     """
     Refuse a base with parameters that its checkpoint lacks, besides the head: they are random, and nobody could load
     them again.
@@ -73,11 +75,6 @@ def left_at_random(model: nn.Module, report: Mapping[str, Any], head: Sequence[s
     )
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether a model was loaded quantised."""
-    return getattr(model.config, "quantization_config", None) is not None
-
-
 def some_of(names: Sequence[str], most: int = 5) -> str:
     """The first of several names, and how many there are."""
     return ", ".join(names[:most]) + (f" and others, {len(names)} in all" if len(names) > most else "")
@@ -118,7 +115,7 @@ def _remedy(model: nn.Module, missing: Sequence[str]) -> str:
     return remedy
 
 
-def _load_names(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]] | None:
+def _load_names(model: PreTrainedModel, name: str) -> tuple[nn.Module, dict[str, Any]] | None:
     """
     A base's checkpoint loaded once more without its values, and the report; `None` if it is not on this machine.
 
@@ -131,7 +128,7 @@ def _load_names(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]
     revision = getattr(config, "_commit_hash", None)
     try:
         with preserved_randomness(), quietly():
-            return type(model).from_pretrained(
+            loaded: Any = type(model).from_pretrained(
                 name,
                 config=config,
                 **({"revision": revision} if revision else {}),
@@ -140,6 +137,8 @@ def _load_names(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+            again, report = loaded
+            return again, report
     except Exception as error:
         # It is elsewhere, or was loaded in some way of its own.
         logger.debug(f"What the checkpoint {name!r} holds cannot be looked at: {error}")
@@ -158,13 +157,13 @@ class quietly:
     def __init__(self, bars: bool = True):
         self.bars = bars
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
+        logging.set_verbosity(ERROR)
         if self.bars:
             self.hook = logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{**kwargs, "disable": True}))
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         logging.set_verbosity(self.verbosity)
         if self.bars:
             logging.set_tqdm_hook(self.hook)

@@ -1,17 +1,18 @@
 """The loss of the ensemble's answer: what the base computes, of other logits than its own."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..errors import S3TError
 from .caches import CACHES
 from .route import Route, routed
+from .uncompiled import uncompiled
 
 
 # How near two ways to compute a loss come.
@@ -19,14 +20,16 @@ _NEAR = dict(rtol=1e-5, atol=1e-6)
 _IGNORED = -100
 # What says where a span begins and ends, in the place of labels.
 _SPANS = ("start_positions", "end_positions")
+# What goes with labels, and with nothing else.
+_BESIDE_LABELS = ("num_items_in_batch", "shift_labels")
 
 
 def take_targets(inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
     """Labels or spans, and what goes with them, which is taken out of the inputs; nothing if there are no such."""
-    others = {name: inputs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+    others: dict[str, Any] = {name: inputs.pop(name) for name in _BESIDE_LABELS if name in inputs}
     spans = {name: inputs.pop(name) for name in _SPANS if name in inputs}
-    asked = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}
-    return {**asked, **others} if asked else {}
+    targets = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}
+    return {**targets, **others} if targets else {}
 
 
 class EnsembleLoss:
@@ -44,14 +47,14 @@ class EnsembleLoss:
         base ([`~transformers.PreTrainedModel`]): The base model.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: PreTrainedModel):
         self._base = base
         # By kinds of batches: whether the function of the config gives the base's loss; whether that is of the logits.
-        self._is_of_its_config: dict[tuple, bool] = {}
-        self._is_of_its_logits: set[tuple] = set()
+        self._is_of_its_config: dict[tuple[Any, ...], bool] = {}
+        self._is_of_its_logits: set[tuple[Any, ...]] = set()
 
     # Where torch compiles, calls cannot be counted.
-    @torch.compiler.disable
+    @uncompiled
     def __call__(
         self,
         answers: dict[str, torch.Tensor],
@@ -61,27 +64,29 @@ class EnsembleLoss:
     ) -> torch.Tensor | None:
         """
         Args:
-            answers (`dict` of `torch.Tensor`): The answer: `logits`, or the two heads of question answering.
-            targets (`dict`): `labels` or positions, and what else only the loss is made of.
-            inputs (`dict`): What else the base was called with.
+            answers (`dict` of `torch.Tensor` of shape `(rows, ..., classes)`):
+                The answer: `logits`, or the two heads of question answering.
+            targets (`dict`):
+                `labels` of shape `(rows, ...)` or positions of shape `(rows,)`, and what else the loss alone is of.
+            inputs (`dict`): What else the base was called with, tensors of shape `(rows, ...)`.
             members (sequence of routes and weights): Each member by itself.
 
         Returns:
-            `torch.Tensor`, or `None` if the base makes no loss of these, as of one end of a span alone.
+            `torch.Tensor` of shape `()`, or `None` if the base makes no loss of these, as of one end of a span alone.
 
         Raises:
             [`~hf_s3t.errors.S3TError`]: If the base does not compute its loss from the logits that it returns.
         """
         kind = self._kind(targets, inputs)
-        by_config = self._by_config(answers, targets) if self._is_of_its_config.get(kind) else None
+        by_config = self._loss_by_config(answers, targets) if self._is_of_its_config.get(kind) else None
         # Where that function cannot compute it, the base says why.
         if by_config is not None:
             return by_config
         try:
-            loss = self._by_base(answers, targets, inputs, members, kind)
+            loss = self._loss_by_base(answers, targets, inputs, members, kind)
         except _NoLoss:
             return None
-        same = self._by_config(answers, targets) if self._has_its_own_function else None
+        same = self._loss_by_config(answers, targets) if self._has_its_own_function else None
         if same is None or not torch.isfinite(loss):
             return loss
         is_same = _is_near(same, loss) and self._is_the_same_for_others(answers, targets, inputs, members[0][0], kind)
@@ -89,30 +94,39 @@ class EnsembleLoss:
         self._is_of_its_config[self._kind(targets, inputs)] = is_same
         return same if is_same else loss
 
-    def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple:
+    def _kind(self, targets: dict[str, Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
         """What a base may go by when it prepares labels or logits for its loss, and how it weighs rows."""
-        described = tuple((name, *_described(value)) for name, value in sorted({**inputs, **targets}.items()))
+        described = tuple((name, *_kind_of_value(value)) for name, value in sorted({**inputs, **targets}.items()))
         config, mask, labels = self._base.config, inputs.get("attention_mask"), targets.get("labels")
         is_padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
-        special = [_IGNORED, getattr(config, "pad_token_id", None)] if isinstance(labels, torch.Tensor) else []
-        found = tuple(token is not None and bool((labels == token).any()) for token in special)
+        special: tuple[bool, ...] = ()
+        if isinstance(labels, torch.Tensor):
+            tokens = (_IGNORED, getattr(config, "pad_token_id", None))
+            special = tuple(token is not None and bool(torch.eq(labels, token).any()) for token in tokens)
         lengths = {len(value) for value in targets.values() if isinstance(value, torch.Tensor) and value.dim()}
-        return described, is_padded, found, getattr(config, "problem_type", None), lengths <= {1}
+        return described, is_padded, special, getattr(config, "problem_type", None), lengths <= {1}
 
     @torch.no_grad()
-    def _is_the_same_for_others(self, answers, targets, inputs, route: Route, kind: tuple) -> bool:
+    def _is_the_same_for_others(
+        self,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        route: Route,
+        kind: tuple[Any, ...],
+    ) -> bool:
         """Whether the function of the config gives the base's loss of other labels as well, of all the classes."""
         classes = next(iter(answers.values())).shape[-1]
-        targets = {name: _varied(value, classes) for name, value in targets.items()}
-        answers = {name: _others(logits) for name, logits in answers.items()}
+        targets = {name: _made_up_labels(value, classes) for name, value in targets.items()}
+        answers = {name: _made_up_logits(logits) for name, logits in answers.items()}
         try:
             with routed(route):
-                at = self._place({**inputs, **targets}, answers, kind)
-                loss = None if at is None else self._with(answers, at, {**inputs, **targets})
+                calls = self._find_logits({**inputs, **targets}, answers, kind)
+                loss = None if calls is None else self._loss_with(answers, calls, {**inputs, **targets})
         except (TypeError, ValueError, RuntimeError, IndexError):
             # Some take no others.
             return False
-        same = self._by_config(answers, targets)
+        same = self._loss_by_config(answers, targets)
         return loss is not None and same is not None and _is_near(same, loss)
 
     @property
@@ -120,17 +134,27 @@ class EnsembleLoss:
         """Whether the config names a loss function; for others Transformers falls back to one, and says so."""
         return hasattr(self._base, "_loss_function") or getattr(self._base, "loss_type", None) in LOSS_MAPPING
 
-    def _by_config(self, answers: dict[str, torch.Tensor], targets: dict[str, Any]) -> torch.Tensor | None:
+    def _loss_by_config(self, answers: dict[str, torch.Tensor], targets: dict[str, Any]) -> torch.Tensor | None:
         """What the loss function of the config says; `None` if it is not made for these arguments."""
         config = self._base.config
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         others = {"pooled_logits": answers["logits"]} if "logits" in answers else {}
         try:
-            return self._base.loss_function(**answers, **others, config=config, vocab_size=vocabulary, **targets)
+            loss: torch.Tensor = self._base.loss_function(
+                **answers, **others, config=config, vocab_size=vocabulary, **targets
+            )
+            return loss
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             return None
 
-    def _by_base(self, answers, targets, inputs, members, kind) -> torch.Tensor:
+    def _loss_by_base(
+        self,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        members: Sequence[tuple[Route, float]],
+        kind: tuple[Any, ...],
+    ) -> torch.Tensor:
         caches = [name for name in CACHES if inputs.get(name) is not None]
         if caches:
             raise S3TError(
@@ -138,14 +162,15 @@ class EnsembleLoss:
                 "Give `labels` with all of the text, without a cache."
             )
         given = {**inputs, **targets}
-        at, losses = None, []
+        calls: dict[str, int] | None = None
+        losses = []
         for route, weight in members:
             with routed(route):
-                loss = None if at is None else self._with(answers, at, given)
+                loss = None if calls is None else self._loss_with(answers, calls, given)
                 if loss is None:
                     # Others may come to their logits by other calls: their experts are.
-                    at = self._place(given, answers, kind)
-                    loss = None if at is None else self._with(answers, at, given)
+                    calls = self._find_logits(given, answers, kind)
+                    loss = None if calls is None else self._loss_with(answers, calls, given)
             if loss is None:
                 raise S3TError(
                     f"{type(self._base).__name__} does not compute its loss from the logits that it returns, so that "
@@ -155,38 +180,40 @@ class EnsembleLoss:
             losses.append(weight * loss)
         return torch.stack(losses).sum(0)
 
-    def _place(self, given: dict[str, Any], answers: dict[str, torch.Tensor], kind: tuple) -> dict[str, int] | None:
+    def _find_logits(
+        self, given: dict[str, Any], answers: dict[str, torch.Tensor], kind: tuple[Any, ...]
+    ) -> dict[str, int] | None:
         """At which calls of torch the base makes its logits, if its loss is made of these."""
         with _Making() as making:
             outputs = self._base(**given, return_dict=True)
         if outputs.get("loss") is None:
             raise _NoLoss
-        at = {name: making.call_of(outputs[name]) for name in answers}
-        if None in at.values():
+        calls = {name: making.call_of(outputs[name]) for name in answers}
+        if None in calls.values():
             return None
         if kind not in self._is_of_its_logits:
             # What is done to them in their place afterwards would be done to the ensemble's once more.
-            with_own = self._with({name: outputs[name] for name in answers}, at, given)
+            with_own = self._loss_with({name: outputs[name] for name in answers}, calls, given)
             if with_own is None or not _is_near(with_own, outputs.loss):
                 return None
             # One that is none, or nothing at all, is so whatever the logits are.
             tells = bool(torch.isfinite(outputs.loss).all() and outputs.loss.any())
             for name in answers:
-                with_others = self._with({**answers, name: _others(answers[name])}, at, given)
+                with_others = self._loss_with({**answers, name: _made_up_logits(answers[name])}, calls, given)
                 if with_others is None or (tells and torch.equal(with_others.to(outputs.loss), outputs.loss)):
                     return None
             if tells:
                 self._is_of_its_logits.add(kind)
-        return at
+        return calls
 
-    def _with(
-        self, answers: dict[str, torch.Tensor], at: dict[str, int], given: dict[str, Any]
+    def _loss_with(
+        self, answers: dict[str, torch.Tensor], calls: dict[str, int], given: dict[str, Any]
     ) -> torch.Tensor | None:
-        """The base's loss with other logits in the place of those it makes; `None` if they are not there."""
+        """The base's loss with other logits, of their shape, for those it makes; `None` if they are not there."""
         # Copies: some bases write to their logits.
-        with _Replacing({at[name]: logits.clone() for name, logits in answers.items()}) as replacing:
+        with _Replacing({calls[name]: logits.clone() for name, logits in answers.items()}) as replacing:
             outputs = self._base(**given, return_dict=True)
-        there = all(outputs[name] is replacing.by[call] for name, call in at.items())
+        there = all(outputs[name] is replacing.replacements[call] for name, call in calls.items())
         return outputs.loss if there else None
 
 
@@ -194,13 +221,13 @@ class _NoLoss(Exception):
     """The base makes no loss of what it was given."""
 
 
-def _others(logits: torch.Tensor) -> torch.Tensor:
-    """Logits that no base comes to, which differ from class to class."""
+def _made_up_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of the shape of others, `(rows, ..., classes)`, that no base comes to and that differ by class."""
     return torch.arange(logits.numel(), device=logits.device).sin().to(logits.dtype).view_as(logits)
 
 
-def _varied(labels: Any, classes: int) -> Any:
-    """Other labels, of every class in turn; where some count for nothing, rows count for unlike much."""
+def _made_up_labels(labels: Any, classes: int) -> Any:
+    """Labels of the shape of others, of every class in turn; if some are ignored, rows have unlike many that count."""
     if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
         return labels
     numbers = torch.arange(labels.numel(), device=labels.device).view_as(labels)
@@ -217,7 +244,7 @@ def _is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.to(other), other, **_NEAR, equal_nan=True)
 
 
-def _described(value: Any) -> tuple:
+def _kind_of_value(value: Any) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.dim())
     return (type(value), value if isinstance(value, (bool, str)) else None)
@@ -226,11 +253,17 @@ def _described(value: Any) -> tuple:
 class _Counting(TorchFunctionMode):
     """Counts the calls of torch in this thread, inside."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         return self.see(result, getattr(func, "__name__", ""))
@@ -243,9 +276,9 @@ class _Counting(TorchFunctionMode):
 class _Making(_Counting):
     """Notes at which call each tensor was made."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[weakref.ref, int]] = {}
+        self._made: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def see(self, result: Any, name: str) -> Any:
         # Some calls give what they were given: the first one made it, or the last that wrote to it. What is gone may
@@ -255,8 +288,8 @@ class _Making(_Counting):
         return result
 
     def call_of(self, tensor: torch.Tensor) -> int | None:
-        made, call = self._made.get(id(tensor), (lambda: None, None))
-        return call if made() is tensor else None
+        made, call = self._made.get(id(tensor), (None, None))
+        return call if made is not None and made() is tensor else None
 
 
 def _writes(name: str) -> bool:
@@ -267,10 +300,11 @@ def _writes(name: str) -> bool:
 class _Replacing(_Counting):
     """Gives other tensors for those that are made at some calls, if they have their shapes."""
 
-    def __init__(self, by: dict[int, torch.Tensor]):
+    def __init__(self, replacements: dict[int, torch.Tensor]):
         super().__init__()
-        self.by = by
+        self.replacements = replacements
 
     def see(self, result: Any, name: str) -> Any:
-        by = self.by.get(self.calls)
-        return by if by is not None and isinstance(result, torch.Tensor) and result.shape == by.shape else result
+        other = self.replacements.get(self.calls)
+        fits = other is not None and isinstance(result, torch.Tensor) and result.shape == other.shape
+        return other if fits else result

@@ -1,6 +1,6 @@
 """Finds a model's transformer layers, groups them for stages, and finds its head. No architecture is named here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +9,7 @@ from transformers.models.auto import modeling_auto
 from ..errors import ConfigError, IsolationError, LayersNotFoundError
 
 
-_TASKS = {
+_TASKS: dict[str, Mapping[str, Sequence[str]]] = {
     "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -79,7 +79,7 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
             longest = max((len(m) for m in plain.values()), default=0)
             fitting = {n: m for n, m in plain.items() if len(m) == longest and len({type(x) for x in m}) == 1}
     if len(fitting) > 1:
-        fitting = _of_the_text(model, fitting) or fitting
+        fitting = _in_the_text_part(model, fitting) or fitting
     if len(fitting) != 1:
         found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in outer.items()) or "none"
         raise LayersNotFoundError(
@@ -92,10 +92,10 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
     return path, layers
 
 
-def _of_the_text(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+def _in_the_text_part(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Of lists that fit alike in a language model of several parts, those of the part that reads the words."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     if text is config or getattr(model, "get_output_embeddings", lambda: None)() is None:
         return {}
     of_text = tuple(f"{name}." for name, m in model.named_modules() if type(getattr(m, "config", None)) is type(text))
@@ -114,7 +114,7 @@ def _refuse_tied_modules(path: str, layers: nn.ModuleList) -> None:
                 )
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def _has_parameters(module: nn.ModuleList) -> bool:
     return len(module) > 0 and next(module.parameters(), None) is not None
 
 
@@ -201,59 +201,3 @@ def find_task(model: nn.Module) -> str:
 def _guess_task(model: nn.Module) -> str:
     generates = getattr(model, "can_generate", lambda: False)()
     return "text-generation" if generates else "other"
-
-
-def find_head(model: nn.Module, layers_path: str) -> tuple[str, ...]:
-    """
-    Names of the modules that turn the backbone's output into a classification; empty for a language model.
-
-    Everything with parameters outside the backbone (the child that holds the layers) is the head, whatever it is
-    called. In a model that holds its layers itself, it is what comes after them, less embeddings and norms.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model.
-        layers_path (`str`): Name of the list of transformer layers.
-
-    Raises:
-        [`~hf_s3t.errors.LayersNotFoundError`]:
-            If a head's parameters are quantised or belong to no module that could be trained by itself.
-    """
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        return ()
-    backbone = layers_path.partition(".")[0]
-    is_flat = backbone == layers_path
-    own = [name for name, _ in model.named_parameters(recurse=False)]
-    if own and not is_flat:
-        raise LayersNotFoundError(
-            f"{type(model).__name__} holds the parameters {', '.join(own)} itself, outside any module: they cannot be "
-            "kept per stage. Put them into a module of their own."
-        )
-    children = [(n, m) for n, m in model.named_children() if next(m.parameters(), None) is not None]
-    if is_flat:
-        after = children[[n for n, _ in children].index(backbone) :]
-        children = [(n, m) for n, m in after if not isinstance(m, nn.Embedding) and not is_norm(m)]
-    head = tuple(n for n, _ in children if n != backbone)
-    _refuse_namesakes(model, head)
-    quantised = [n for n in head for p in model.get_submodule(n).parameters() if not p.is_floating_point()]
-    if quantised:
-        raise LayersNotFoundError(
-            f"The head {', '.join(sorted(set(quantised)))} is quantised and cannot be trained. Load the base with "
-            f"`llm_int8_skip_modules={sorted(set(quantised))}` in its BitsAndBytesConfig."
-        )
-    return head
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm layer, by its class or the name of its class."""
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or "norm" in type(module).__name__.lower()
-
-
-def _refuse_namesakes(model: nn.Module, head: Sequence[str]) -> None:
-    """PEFT finds modules to train in full by the ends of their names: others that match would be trained too."""
-    for name, _ in model.named_modules():
-        namesakes = [h for h in head if name.endswith(h) and name not in head]
-        if namesakes:
-            raise LayersNotFoundError(
-                f"PEFT would take {name} for the head {namesakes[0]}, because its name ends the same, and train it in "
-                "every stage. Give one of them another name."
-            )

@@ -5,12 +5,13 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Callable
 from types import FunctionType, new_class
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, NotServedError
 
@@ -49,8 +50,10 @@ SETTINGS = frozenset({
     "supports_tp_plan", "tp_plan", "tp_size", "use_kernels",
 })  # fmt: skip
 FROM_THE_BASE = PREPARING | SETTINGS
-# What the served model asks its base by itself while it generates.
-_ASKED = frozenset({"_prepare_multimodal_encoder_kwargs_for_generation", "_update_model_kwargs_for_generation"})
+# Steps of generation that the served model has as methods of its own, which call the base's.
+_CALLED_ON_THE_BASE = frozenset(
+    {"_prepare_multimodal_encoder_kwargs_for_generation", "_update_model_kwargs_for_generation"}
+)
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
@@ -58,11 +61,11 @@ _PLAIN = (
 )  # fmt: skip
 
 # By the served model's class and the base's. A made class lives as long as a model of it, and keeps the base's alive.
-_made: "weakref.WeakValueDictionary[tuple[type, type], type]" = weakref.WeakValueDictionary()
+_made: "weakref.WeakValueDictionary[tuple[type, type], type[nn.Module]]" = weakref.WeakValueDictionary()
 _making = threading.Lock()
 
 
-def model_class(served: type, base: type) -> type:
+def model_class(served: type[nn.Module], base: type[PreTrainedModel]) -> type[nn.Module]:
     """
     The class of a served model on bases of some class: of the base's name, and a subclass of both.
 
@@ -84,7 +87,7 @@ def model_class(served: type, base: type) -> type:
     return made
 
 
-def _make(served: type, base: type) -> type:
+def _make(served: type[nn.Module], base: type[PreTrainedModel]) -> type[nn.Module]:
     own = {name for one in served.__mro__ if one not in (nn.Module, object) for name in vars(one)}
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
@@ -106,22 +109,24 @@ def _make(served: type, base: type) -> type:
     return new_class(base.__name__, (served, base), exec_body=lambda body: body.update(namespace))
 
 
-def _with_signature(served: type, base: type):
+def _with_signature(served: type[nn.Module], base: type[PreTrainedModel]) -> Callable[..., Any]:
     """The served model's `forward`, which says that it takes what the base's takes."""
 
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return served.forward(self, *args, **kwargs)
 
+    functools.update_wrapper(forward, base.forward)
     # Whoever unwraps it, as Accelerate does where it takes mixed precision away, shall not come to the base's.
-    forward.__signature__ = inspect.signature(base.forward)
-    del forward.__wrapped__
+    vars(forward)["__signature__"] = inspect.signature(base.forward)
+    del vars(forward)["__wrapped__"]
     return forward
 
 
 def brings_own_ways(base: type) -> bool:
     """Whether something else than Transformers says how a class of base generates."""
-    ways = (inspect.getattr_static(base, name, None) for name in DECODING | PREPARING | _ASKED | {"generate"})
+    ways = (
+        inspect.getattr_static(base, name, None) for name in DECODING | PREPARING | _CALLED_ON_THE_BASE | {"generate"}
+    )
     return any(getattr(way, "__module__", "transformers").split(".")[0] != "transformers" for way in ways)
 
 
@@ -139,10 +144,11 @@ class _OfTheBase:
     def __get__(self, model: nn.Module | None, owner: type) -> Any:
         if model is None:
             return getattr(self.base, self.name)
-        return read(model.base_model, self.name)
+        served: Any = model
+        return read_from_base(served.base_model, self.name)
 
 
-def read(base: nn.Module, name: str) -> Any:
+def read_from_base(base: nn.Module, name: str) -> Any:
     """
     What a served model answers with its base's: what is listed above, and plain data.
 
@@ -179,7 +185,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-class AttachedConfigs(dict):
+class AttachedConfigs(dict[str, Any]):
     """
     The configs of the adapters in memory by name. PEFT adds to them before it attaches an adapter of its own, which no
     route would go through: that is refused.
@@ -197,7 +203,7 @@ class AttachedConfigs(dict):
         """
         _refuse_adapters()
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 

@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .peft_layers import PEFT_PREFIX, AdaptedLayer, unwrapped
 from .tensor_files import differing_tensors
 
 
-# What `PeftModel` puts before a module's name.
-_PREFIX = "base_model.model."
 # By which PEFT computes with a LoRA layer, besides its tensors.
 _SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "lora_variant")
 
 
 def differences(
-    base: nn.Module, folder: str | os.PathLike, layers: Mapping[str, tuple[LoraLayer, str]], heads: Mapping[str, Any]
+    base: nn.Module,
+    folder: str | os.PathLike[str],
+    layers: Mapping[str, tuple[AdaptedLayer, str]],
+    heads: Mapping[str, Any],
 ) -> list[str]:
     """
     How the adapter in a folder, loaded by PEFT onto the bare base, differs from what is in memory.
@@ -34,7 +34,7 @@ def differences(
     Args:
         base ([`~transformers.PreTrainedModel`]): The base model, adapted or not.
         folder (`str` or `os.PathLike`): The adapter's folder.
-        layers (mapping from `str` to `tuple[LoraLayer, str]`):
+        layers (mapping from `str` to `tuple[AdaptedLayer, str]`):
             By their names, the adapted modules, each with the name of the adapter that acts in it.
         heads (mapping from `str` to `nn.Module`): By their names, the modules that are trained in full.
 
@@ -48,16 +48,16 @@ def differences(
             bare_copy(base), folder, low_cpu_mem_usage=True, autocast_adapter_dtype=False, torch_device="cpu"
         )
     found = {
-        name.removeprefix(_PREFIX): module
+        name.removeprefix(PEFT_PREFIX): module
         for name, module in plain.named_modules()
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+        if isinstance(module, (AdaptedLayer, ModulesToSaveWrapper))
     }
     expected = {**layers, **heads}
     problems = [f"PEFT would not adapt {name}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"PEFT would adapt {name} as well" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         theirs, ours = found[name], expected[name]
-        if isinstance(theirs, LoraLayer) and isinstance(ours, tuple):
+        if isinstance(theirs, AdaptedLayer) and isinstance(ours, tuple):
             unequal = _differing_settings(theirs, *ours) + _differing(_tensors(theirs, "default"), _tensors(*ours))
         elif isinstance(theirs, ModulesToSaveWrapper) and not isinstance(ours, tuple):
             unequal = _differing(theirs.modules_to_save["default"].state_dict(), ours.state_dict())
@@ -74,10 +74,7 @@ def bare_copy(model: nn.Module) -> nn.Module:
 
 
 def _bare(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    elif isinstance(module, ModulesToSaveWrapper):
-        module = module.original_module
+    module = unwrapped(module)
     if module not in made:
         # Not by `copy`: parametrised modules refuse it, and it would copy tensors.
         twin = made[module] = module.__new__(type(module))
@@ -93,7 +90,7 @@ def _bare(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     return made[module]
 
 
-def _differing_settings(theirs: LoraLayer, ours: LoraLayer, adapter: str) -> list[str]:
+def _differing_settings(theirs: AdaptedLayer, ours: AdaptedLayer, adapter: str) -> list[str]:
     unequal = [name for name in _SETTINGS if _plain(theirs, name, "default") != _plain(ours, name, adapter)]
     if type(theirs) is not type(ours) or getattr(theirs, "fan_in_fan_out", None) != getattr(
         ours, "fan_in_fan_out", None
@@ -102,12 +99,12 @@ def _differing_settings(theirs: LoraLayer, ours: LoraLayer, adapter: str) -> lis
     return unequal
 
 
-def _plain(layer: LoraLayer, setting: str, adapter: str) -> Any:
+def _plain(layer: AdaptedLayer, setting: str, adapter: str) -> Any:
     value = getattr(layer, setting).get(adapter)
     return type(value) if setting == "lora_variant" else value
 
 
-def _tensors(layer: LoraLayer, adapter: str) -> dict[str, torch.Tensor]:
+def _tensors(layer: AdaptedLayer, adapter: str) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": tensor
         for part in layer.adapter_layer_names

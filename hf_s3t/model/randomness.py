@@ -19,20 +19,21 @@ class RandomStates:
     They are read when this is made.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._python = random.getstate()
-        self._numpy = np.random.get_state()
+        self._numpy: Any = np.random.get_state()
         self._torch = torch.get_rng_state()
         self._accelerator = _accelerator_states()
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, RandomStates):
             return NotImplemented
         return self._key() == other._key()
 
-    __hash__ = None
+    # Two of the same states are equal, and states change: nothing to look one up by.
+    __hash__ = None  # type: ignore[assignment]
 
-    def _key(self) -> tuple:
+    def _key(self) -> tuple[Any, ...]:
         states = self._accelerator if isinstance(self._accelerator, (list, tuple)) else [self._accelerator]
         numbers = [None if state is None else state.cpu().numpy().tobytes() for state in (self._torch, *states)]
         kind, words, *others = self._numpy
@@ -78,7 +79,11 @@ def preserved_randomness() -> Iterator[None]:
 class _Holder:
     """The thread of this process that has its random states, and how often it asked for them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Be held by no thread."""
         self.lock = threading.RLock()
         self.depth = 0
 
@@ -86,7 +91,7 @@ class _Holder:
 _HOLDER = _Holder()
 # In a process that is forked meanwhile, nobody is left who would let go of them.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_HOLDER.__init__)
+    os.register_at_fork(after_in_child=_HOLDER.begin_anew)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.utils import ModelOutput, logging
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from ..config import S3TConfig
-from ..errors import ConfigError, IsolationError
-from .aggregation import logit_fields
+from ..errors import ConfigError, IsolationError, S3TError
+from .aggregation import NOT_OF_EXCLUSIVE_CLASSES, logit_fields
+from .quantisation import quantization_method
 
 
 logger = logging.get_logger(__name__)
@@ -41,17 +45,51 @@ _REFUSED_LORA_FIELDS = {
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
+def _is_unset(value: Any) -> bool:
+    # The index 0 is a layer, no absence of one.
+    return not value and not (type(value) is int and value == 0)
+
+
+# Of a PEFT config: a field, what it may hold, and what is wrong with anything else.
+_LORA_SETTINGS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "bias",
+        lambda value: value == "none",
+        '`peft_config.bias="{value}"` trains biases of the base, which all stages share. Use bias="none".',
+    ),
+    (
+        "init_lora_weights",
+        lambda value: value in _INITIALISATIONS,
+        '`peft_config.init_lora_weights="{value}"` changes the base or reads training data. Use True, False, '
+        "'gaussian' or 'orthogonal'.",
+    ),
+    *(
+        (field, _is_unset, f"`peft_config.{field}` cannot be used: {reason}.")
+        for field, reason in _REFUSED_LORA_FIELDS.items()
+    ),
+)
+
+
+def _raise_together(problems: Sequence[S3TError], what: str) -> None:
+    """Raise what was found: one problem by itself, several as one error of the first one's class."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "".join(f"\n- {problem}" for problem in problems)
+        raise type(problems[0])(f"{what} cannot be used, for {len(problems)} reasons:{listed}")
+
+
 def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
     """
-    Refuse PEFT settings that would break E1.
+    Refuse PEFT settings that would break E1, all of them in one error.
 
     Args:
         config ([`~peft.PeftConfig`]): The user's config.
         head (sequence of `str`): Names of the modules that are trained as the head, the only `modules_to_save`.
 
     Raises:
-        [`~hf_s3t.errors.IsolationError`]: Naming the setting and the way out.
-        [`~hf_s3t.errors.ConfigError`]: If the rank or the dropout is none.
+        [`~hf_s3t.errors.IsolationError`]: Naming the settings and the ways out.
+        [`~hf_s3t.errors.ConfigError`]: If the rank or the dropout is none, and nothing worse is wrong.
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         name = getattr(config, "peft_type", None) or type(config).__name__
@@ -59,74 +97,83 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
             f"`peft_config` is a {getattr(name, 'value', name)}; stages are LoRA adapters. Use `peft.LoraConfig` "
             "(rsLoRA and DoRA by its flags)."
         )
-    if config.bias != "none":
-        raise IsolationError(
-            f'`peft_config.bias="{config.bias}"` trains biases of the base, which all stages share. Use bias="none".'
-        )
-    if config.init_lora_weights not in _INITIALISATIONS:
-        raise IsolationError(
-            f'`peft_config.init_lora_weights="{config.init_lora_weights}"` changes the base or reads training data. '
-            "Use True, False, 'gaussian' or 'orthogonal'."
-        )
-    for field, reason in _REFUSED_LORA_FIELDS.items():
-        # The index 0 is a layer, no absence of one.
+    _raise_together([*_isolation_problems(config, head), *_number_problems(config)], "`peft_config`")
+
+
+def _isolation_problems(config: LoraConfig, head: Sequence[str]) -> Iterator[S3TError]:
+    for field, may_be, sentence in _LORA_SETTINGS:
         value = getattr(config, field, None)
-        if value or (type(value) is int and value == 0):
-            raise IsolationError(f"`peft_config.{field}` cannot be used: {reason}.")
-    for rank in (config.r, *dict(config.rank_pattern or {}).values()):
-        if type(rank) is not int or rank < 1:
-            raise ConfigError(
-                f"`peft_config` has the rank {rank!r}, expected 1 or more. Give a whole number such as 16."
-            )
-    if type(config.lora_dropout) not in (int, float) or not 0 <= config.lora_dropout < 1:
-        raise ConfigError(
-            f"`peft_config.lora_dropout` is {config.lora_dropout!r}, expected a share, from 0 to below 1. Give 0.05."
-        )
+        if not may_be(value):
+            yield IsolationError(sentence.format(value=value))
     extra = sorted(set(config.modules_to_save or ()) - set(head))
     if extra:
-        raise IsolationError(
+        yield IsolationError(
             f"`peft_config.modules_to_save` names {', '.join(extra)}, which every stage would train in full. Only the "
             f"head ({', '.join(head) or 'a language model trains none'}) is, and it is found without being named."
         )
 
 
-def check_base(model: nn.Module, config: S3TConfig) -> None:
+def _number_problems(config: LoraConfig) -> Iterator[S3TError]:
+    for rank in (config.r, *dict(config.rank_pattern or {}).values()):
+        if type(rank) is not int or rank < 1:
+            yield ConfigError(
+                f"`peft_config` has the rank {rank!r}, expected 1 or more. Give a whole number such as 16."
+            )
+    if type(config.lora_dropout) not in (int, float) or not 0 <= config.lora_dropout < 1:
+        yield ConfigError(
+            f"`peft_config.lora_dropout` is {config.lora_dropout!r}, expected a share, from 0 to below 1. Give 0.05."
+        )
+
+
+def check_base(model: PreTrainedModel, config: S3TConfig) -> None:
     """
-    Refuse base models in which a stage could depend on more than its prefix.
+    Refuse base models in which a stage could depend on more than its prefix, with all that is wrong in one error.
 
     Raises:
-        [`~hf_s3t.errors.IsolationError`]: Naming the property and the way out.
+        [`~hf_s3t.errors.IsolationError`]: Naming the properties and the ways out.
+        [`~hf_s3t.errors.ConfigError`]: If gradient checkpointing is reentrant, and nothing comes before it.
     """
+    _raise_together([*_base_problems(model, config)], "The base model")
+
+
+def _base_problems(model: PreTrainedModel, config: S3TConfig) -> Iterator[S3TError]:
     if _has_two_stacks(model):
-        raise IsolationError(
+        yield IsolationError(
             f"{type(model).__name__} is an encoder-decoder: it has two stacks of layers, and S3T's top-to-bottom "
             "order is defined for one. Use a decoder-only or encoder-only model."
         )
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if norms:
-        raise IsolationError(
+        yield IsolationError(
             f"The base model has batch norms ({norms[0]} and {len(norms) - 1} more) whose running statistics change "
             "with every batch and are shared by all stages. Use a model with layer norms."
         )
     if any("dynamic" in str(getattr(module, "rope_type", "")) for module in model.modules()):
-        raise IsolationError(
+        yield IsolationError(
             "The base model has dynamic rotary embeddings (`rope_type`), whose frequencies depend on the longest "
             "input that it has seen, whichever stage or call that was of. Use a model with a fixed scaling (linear, "
             "yarn, llama3 or longrope)."
         )
     if any(_checkpoints_reentrantly(module) for module in model.modules()):
-        raise ConfigError(
+        yield ConfigError(
             "The base model has gradient checkpointing on with `use_reentrant=True`, which needs gradients at the "
             "model's input and drags the backward pass through frozen layers. Call "
             "`model.gradient_checkpointing_disable()` and set `gradient_checkpointing=True` in the training arguments."
         )
-    method = _quantization_method(model)
+    method = quantization_method(model)
     if method is not None and method not in DATA_FREE_QUANTIZATION and not config.base_is_public:
-        raise IsolationError(
+        yield IsolationError(
             f"The base model is quantised by {method}, which calibrates on data that cannot be unlearned. If that "
             "data is public, say so with S3TConfig(base_is_public=True); otherwise use bitsandbytes."
         )
-    _check_embeddings(model)
+    resized = _resized_embeddings(model)
+    if resized is not None:
+        expected, found = resized
+        yield IsolationError(
+            f"The embeddings were resized from {expected} to {found} rows: the new rows are in no "
+            "checkpoint, so nobody could load this base again. Save the resized model with `save_pretrained` and "
+            "train on that folder."
+        )
 
 
 def _has_two_stacks(model: nn.Module) -> bool:
@@ -146,30 +193,29 @@ def check_has_logits(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With what they answer with, and the way out.
     """
-    answers = _answer_class(model)
-    fields = [field.name for field in dataclasses.fields(answers)] if answers is not None else []
+    fields = _answer_fields(model)
     if fields and not logit_fields(fields):
-        told = ", ".join(name for name in fields if name not in ("loss", "hidden_states", "attentions"))
+        others = ", ".join(name for name in fields if name not in ("loss", "hidden_states", "attentions"))
         raise ConfigError(
-            f"{type(model).__name__} has no logits: it answers with {told}, and the members of an ensemble are "
+            f"{type(model).__name__} has no logits: it answers with {others}, and the members of an ensemble are "
             "aggregated by their logits. Use a class with a head, such as AutoModelForSequenceClassification; or, for "
             "embeddings and losses of your own, a class of yours around the backbone whose forward returns them as "
             '`logits`, with aggregation="mean_logits".'
         )
 
 
-def _answer_class(model: nn.Module) -> type[ModelOutput] | None:
-    """The class of what a model's forward returns, if it says so."""
+def _answer_fields(model: nn.Module) -> list[str]:
+    """The fields of what a model's forward returns, if it says so of one class; none otherwise."""
     returned = inspect.signature(type(model).forward).return_annotation
     if isinstance(returned, str):
         with contextlib.suppress(Exception):
             returned = typing.get_type_hints(type(model).forward).get("return")
     found = [
-        one
+        [field.name for field in dataclasses.fields(one)]
         for one in (returned, *typing.get_args(returned))
         if isinstance(one, type) and issubclass(one, ModelOutput) and dataclasses.is_dataclass(one)
     ]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else []
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
@@ -186,7 +232,7 @@ def check_is_itself(model: nn.Module) -> None:
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With the way out.
     """
-    inner = next((getattr(model, name) for name in _WRAPPED if _is_around(model, name)), None)
+    inner = next((getattr(model, name) for name in _WRAPPED if _is_wrapper_of(model, name)), None)
     if inner is not None:
         raise ConfigError(
             f"The model is a {type(model).__name__} around a {type(inner).__name__}, expected the latter by itself: "
@@ -208,7 +254,7 @@ def check_is_itself(model: nn.Module) -> None:
         )
 
 
-def _is_around(model: nn.Module, name: str) -> bool:
+def _is_wrapper_of(model: nn.Module, name: str) -> bool:
     """Whether all that a module holds is, under this name, a whole model."""
     return list(dict(model.named_children())) == [name] and hasattr(getattr(model, name), "config")
 
@@ -234,41 +280,28 @@ def check_has_no_adapters(model: nn.Module) -> None:
         )
 
 
-def _quantization_method(model: nn.Module) -> str | None:
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return getattr(method, "value", method)
-
-
-def _check_embeddings(model: nn.Module) -> None:
-    """Embeddings with other rows than the checkpoint's were resized: the new rows are in no checkpoint."""
+def _resized_embeddings(model: PreTrainedModel) -> tuple[int, int] | None:
+    """How many rows the checkpoint's embeddings have and how many the model's, if they were resized."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
-    if not name or not hasattr(model, "get_input_embeddings"):
-        return
+    if config is None or not name or not hasattr(model, "get_input_embeddings"):
+        return None
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # models of audio or images may have none
-        return
+        return None
     if not isinstance(embeddings, nn.Embedding):
-        return
+        return None
     revision = getattr(config, "_commit_hash", None)
     try:
         # By the model's own class: what came with its own code is found by no other way without running it.
         original = type(config).from_pretrained(
             name, local_files_only=True, **({"revision": revision} if revision else {})
         )
+        expected = getattr(original.get_text_config(), "vocab_size", None)
     except (OSError, ValueError):
-        return
-    expected = getattr(original.get_text_config(), "vocab_size", None)
-    if expected not in (None, embeddings.num_embeddings):
-        raise IsolationError(
-            f"The embeddings were resized from {expected} to {embeddings.num_embeddings} rows: the new rows are in no "
-            "checkpoint, so nobody could load this base again. Save the resized model with `save_pretrained` and "
-            "train on that folder."
-        )
+        return None
+    return None if expected in (None, embeddings.num_embeddings) else (expected, embeddings.num_embeddings)
 
 
 def check_task(model: nn.Module, aggregation: str) -> None:
@@ -287,7 +320,7 @@ def check_task(model: nn.Module, aggregation: str) -> None:
     config = model.config
     regression = not is_language_model and getattr(config, "num_labels", 2) == 1
     problem = getattr(config, "problem_type", None)
-    if aggregation != "mean_logits" and (regression or problem in ("regression", "multi_label_classification")):
+    if aggregation != "mean_logits" and (regression or problem in NOT_OF_EXCLUSIVE_CLASSES):
         raise ConfigError(
             f'aggregation="{aggregation}" needs exclusive classes, and the task is {problem or "regression"}. Use '
             'aggregation="mean_logits".'

@@ -79,8 +79,8 @@ class Retrying:
 
     def _failed(self, error: Exception) -> None:
         # Errors of hf_s3t are sentences; of others the name says most.
-        said = str(error) if isinstance(error, S3TError) else f"{type(error).__name__}: {error}."
-        problem = f"{self._sentence}: {said} It is tried again, every {_AT_THE_LATEST:.0f} seconds at the latest."
+        what = str(error) if isinstance(error, S3TError) else f"{type(error).__name__}: {error}."
+        problem = f"{self._sentence}: {what} It is tried again, every {_AT_THE_LATEST:.0f} seconds at the latest."
         if problem != self.problem:
             logger.error(problem)
         self.start_in(self._pause)

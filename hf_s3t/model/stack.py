@@ -3,97 +3,36 @@
 import contextlib
 import copy
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig
-from peft.functional import cast_adapter_dtype, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.functional import cast_adapter_dtype, inject_adapter_in_model
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from safetensors.torch import save_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import FolderError, LayersNotFoundError
-from ..folder.files import explained
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
-from ..folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from ..plan.stages import StageKey
-from .layers import LayerGroups, is_norm
-from .plain_adapter import differences
+from .adapter_places import AdapterPlaces, find_places, holds_adapter
+from .call_watch import CallWatch
+from .layers import LayerGroups
+from .peft_layers import PEFT_PREFIX, AdaptedLayer, AdapterHolder
 from .refusals import check_peft_config
 from .route import cut_graph, hook
-from .state import CallWatch
-from .tensor_files import differing_tensors, read_tensors
+from .stage_configs import PATTERNS, config_of_stack, stage_configs
+from .stage_files import check_is_written, check_peft_reads, whole_or_nothing, write_adapter
+from .tensor_files import differing_tensors, read_tensors, tensors_digest
 from .turns import Turns
 
 
 logger = logging.get_logger(__name__)
 
-# What PEFT puts before a module's name in the files of an adapter.
-# By which single modules have a rank or a scale of their own.
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-_PREFIX = "base_model.model."
-
 # Kinds of models and configs of which PEFT was seen to make, from a stage's files, what was in memory.
 _KNOWN_AS_PLAIN: set[str] = set()
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """
-    Where a tensor of an adapter lies: at a path from an adapted module, or the wrapper of a head, that leads through
-    the adapter's name.
-    """
-
-    module: nn.Module
-    before: str
-    after: str
-
-    def tensor(self, adapter: str) -> torch.Tensor:
-        owner, name = self._place(adapter)
-        return getattr(owner, name)
-
-    def set(self, adapter: str, tensor: torch.Tensor) -> None:
-        """Put a copy there as it is, on the device of the module; PEFT would round it to the base's precision."""
-        owner, name = self._place(adapter)
-        # Memory of torch's own, aligned as what is trained: products may be summed in another order elsewhere.
-        own = tensor.to(_device_of(self.module), copy=True)
-        is_parameter = isinstance(getattr(owner, name), nn.Parameter)
-        setattr(owner, name, nn.Parameter(own, requires_grad=False) if is_parameter else own)
-
-    def _place(self, adapter: str) -> tuple[nn.Module, str]:
-        path, _, name = f"{self.before}{adapter}{self.after}".rpartition(".")
-        return self.module.get_submodule(path), name
-
-
-@dataclass(frozen=True)
-class _Places:
-    """
-    What PEFT makes of the config of a group: where its stages lie.
-
-    Args:
-        layers (mapping from `str` to `LoraLayer`): By their names, the adapted modules.
-        heads (mapping from `str` to `ModulesToSaveWrapper`): By their names, the wrappers of heads.
-        blanks (mapping from `str` to mapping): By the names of adapted modules, what an adapter without tensors is.
-        slots (mapping from `str` to `_Slot`): By the names that they have in a file, the tensors.
-    """
-
-    layers: Mapping[str, LoraLayer]
-    heads: Mapping[str, ModulesToSaveWrapper]
-    blanks: Mapping[str, Mapping[str, Any]]
-    slots: Mapping[str, _Slot]
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [*self.layers.values(), *self.heads.values()]
 
 
 class StageStack:
@@ -114,7 +53,7 @@ class StageStack:
         [`~hf_s3t.errors.LayersNotFoundError`]: If the config targets nothing in some group.
     """
 
-    def __init__(self, base: nn.Module, peft_config: LoraConfig, layers: LayerGroups, head: Sequence[str] = ()):
+    def __init__(self, base: PreTrainedModel, peft_config: LoraConfig, layers: LayerGroups, head: Sequence[str] = ()):
         # One from a folder may ask for anything; some settings name a module that PEFT imports.
         check_peft_config(peft_config, head)
         self.base = base
@@ -123,21 +62,21 @@ class StageStack:
         # Full names, on the bare model: what PEFT shall adapt, whatever its config calls it.
         self._names = [name for name, _ in base.named_modules()]
         self._targets, self._configs = stage_configs(base, peft_config, layers, self.head)
-        self._patterns = {field: getattr(peft_config, field) or {} for field in _PATTERNS}
-        self._places: dict[int, _Places] = {}
+        self._patterns = {field: getattr(peft_config, field) or {} for field in PATTERNS}
+        self._places: dict[int, AdapterPlaces] = {}
         self._kind = hash(tuple((name, type(module)) for name, module in base.named_modules()))
-        self._modules: dict[StageKey, list[nn.Module]] = {}
+        self._modules: dict[StageKey, list[AdapterHolder]] = {}
         # The digest of each stage's file, by which a stage is told from another one grown under the same name.
         self._digests: dict[StageKey, str | None] = {}
         self.in_training: StageKey | None = None
         self.turns = Turns(base)
         self.watch = CallWatch(base, self.turns)
-        self._hooked: set[nn.Module] = set()
+        self._hooked: set[AdapterHolder] = set()
         base.requires_grad_(False)
         # Trainer refuses to train a quantised base unless adapters are known to live on it.
         base._hf_peft_config_loaded = True
         base.peft_config = {}
-        first = base.get_submodule(layers.path)[0]
+        first = next(base.get_submodule(layers.path).children())
         first.register_forward_pre_hook(cut_graph, with_kwargs=True)
 
     # What is in memory
@@ -305,7 +244,8 @@ class StageStack:
             self._inject(key, low_cpu_mem_usage=True)
             return
         self._modules[key] = places.modules
-        self.base.peft_config[key.adapter_name] = copy.deepcopy(self._configs[key.group])
+        attached: dict[str, Any] = self.base.peft_config
+        attached[key.adapter_name] = copy.deepcopy(self._configs[key.group])
         for name, layer in places.layers.items():
             for part, blank in places.blanks[name].items():
                 getattr(layer, part)[key.adapter_name] = copy.deepcopy(blank)
@@ -320,9 +260,9 @@ class StageStack:
         finally:
             self.base.peft_config = known
         known[key.adapter_name] = config
-        found = {n: m for n, m in self.base.named_modules() if _holds(m, key.adapter_name)}
+        found = {n: m for n, m in self.base.named_modules() if holds_adapter(m, key.adapter_name)}
         self._modules[key] = list(found.values())
-        adapted = {n for n, m in found.items() if isinstance(m, LoraLayer)}
+        adapted = {n for n, m in found.items() if isinstance(m, AdaptedLayer)}
         if adapted != set(self._targets[key.group]):
             self.drop([key])
             raise LayersNotFoundError(
@@ -331,28 +271,10 @@ class StageStack:
                 "inside the transformer layers only."
             )
         if key.group not in self._places:
-            self._places[key.group] = self._found(key, found)
+            self._places[key.group] = find_places(self.base, key.adapter_name, found)
         for module in found.values():
             self._hook(module, key.group)
         self.deactivate()
-
-    def _found(self, key: StageKey, modules: Mapping[str, nn.Module]) -> _Places:
-        """Where the tensors of an injected adapter lie, by the names that PEFT gives them in files."""
-        adapter = key.adapter_name
-        # The tensors themselves, by which they are found again.
-        state = get_peft_model_state_dict(
-            self.base, self.base.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
-        )
-        paths = {
-            id(tensor): _Slot(module, *path.split(adapter, 1))
-            for module in modules.values()
-            for path, tensor in (*module.named_parameters(), *module.named_buffers())
-            if adapter in path.split(".")
-        }
-        slots = {_PREFIX + name: paths[id(tensor)] for name, tensor in sorted(state.items())}
-        layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
-        heads = {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
-        return _Places(layers, heads, {name: _blank(layer, adapter) for name, layer in layers.items()}, slots)
 
     # Training
 
@@ -361,8 +283,8 @@ class StageStack:
         return [w for w in map(self.base.get_submodule, self.head) if isinstance(w, ModulesToSaveWrapper)]
 
     @property
-    def _lora_layers(self) -> list[LoraLayer]:
-        return [m for m in self._hooked if isinstance(m, LoraLayer)]
+    def _lora_layers(self) -> list[AdaptedLayer]:
+        return [m for m in self._hooked if isinstance(m, AdaptedLayer)]
 
     def train_only(self, key: StageKey) -> None:
         """Activate a stage and those it stands on, and let only its own adapter and head have gradients."""
@@ -386,9 +308,10 @@ class StageStack:
 
         They are also disabled, which attaching another adapter does not undo: calls in other threads go on meanwhile.
         """
-        for module in (*self._lora_layers, *self._wrappers):
+        holders: list[AdapterHolder] = [*self._lora_layers, *self._wrappers]
+        for module in holders:
             module.enable_adapters(False)
-            if isinstance(module, LoraLayer):
+            if isinstance(module, AdaptedLayer):
                 # Of one that is active when it is dropped PEFT makes another the successor, and trainable.
                 module.set_adapter([], inference_mode=True)
 
@@ -413,10 +336,11 @@ class StageStack:
         Raises:
             [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of the files.
         """
-        self._write(folder, self._configs[key.group], self.tensors(key), base_name, revision)
-        kind = f"{self._kind} {self._configs[key.group].to_dict()}"
+        config = self._configs[key.group]
+        write_adapter(folder, config, self.tensors(key), type(self.base), base_name, revision)
+        kind = f"{self._kind} {vars(config)}"
         if kind not in _KNOWN_AS_PLAIN:
-            self._require_plain(folder, [key], str(key))
+            self._check_peft_reads(folder, [key], str(key))
             _KNOWN_AS_PLAIN.add(kind)
 
     def export(self, tip: StageKey, folder: Path, base_name: str | None, revision: str | None = None) -> None:
@@ -427,9 +351,8 @@ class StageStack:
         Raises:
             [`~hf_s3t.errors.LayersNotFoundError`]: If PEFT makes something else of it. No file of it is left then.
         """
-        was_there = folder.is_dir()
         acting = self._acting(tip)
-        heads = tuple(f"{_PREFIX}{name}." for name in self.head)
+        heads = tuple(f"{PEFT_PREFIX}{name}." for name in self.head)
         tensors = {
             name: tensor
             for key in acting
@@ -437,43 +360,13 @@ class StageStack:
             if key == tip or not name.startswith(heads)
         }
         targets = {name for key in acting for name in self._places[key.group].layers}
-        try:
-            with explained(f"{folder} cannot be made", "Give another folder."):
-                folder.mkdir(parents=True, exist_ok=True)
-            config = _with_patterns(_anywhere(self._configs[tip.group]), self._patterns, targets)
-            config = _matching(config, targets, self._names)
-            self._write(folder, config, tensors, base_name, revision)
-            if differing_tensors(read_tensors((folder / ADAPTER_FILE).read_bytes(), str(folder)), tensors):
-                raise FolderError(f"{folder / ADAPTER_FILE} does not hold what was written. Export to another disk.")
-            self._require_plain(folder, acting, f"the stack of {tip}")
-        except BaseException:
-            for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-                with contextlib.suppress(OSError):
-                    (folder / name).unlink(missing_ok=True)
-            # What others put there meanwhile keeps it from being removed.
-            with contextlib.suppress(OSError):
-                if not was_there:
-                    folder.rmdir()
-            raise
+        with whole_or_nothing(folder):
+            config = config_of_stack(self._configs[tip.group], self._patterns, targets, self._names)
+            write_adapter(folder, config, tensors, type(self.base), base_name, revision)
+            check_is_written(folder, tensors)
+            self._check_peft_reads(folder, acting, f"the stack of {tip}")
 
-    def _write(
-        self,
-        folder: Path,
-        config: LoraConfig,
-        tensors: Mapping[str, torch.Tensor],
-        base_name: str | None,
-        revision: str | None,
-    ) -> None:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / ADAPTER_FILE, {"format": "pt"})
-        config = copy.deepcopy(config)
-        config.base_model_name_or_path, config.revision = base_name, revision
-        config.inference_mode = True
-        # By which PEFT's auto classes find the base's class. A task would do, and have modules trained for it too.
-        kind = type(self.base)
-        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        config.save_pretrained(folder)
-
-    def _require_plain(self, folder: Path, acting: Sequence[StageKey], what: str) -> None:
+    def _check_peft_reads(self, folder: Path, acting: Sequence[StageKey], what: str) -> None:
         places = [self._places[key.group] for key in acting]
         layers = {
             name: (layer, key.adapter_name)
@@ -482,40 +375,12 @@ class StageStack:
         }
         tip = acting[-1].adapter_name
         heads = {name: wrapper.modules_to_save[tip] for name, wrapper in places[-1].heads.items()}
-        problems = differences(self.base, folder, layers, heads)
-        if problems:
-            raise LayersNotFoundError(
-                f"PEFT would make something else of the files of {what} than is in memory: {'; '.join(problems[:3])} "
-                f"({len(problems)} in all). Nothing is written. Name the modules in `target_modules` in full, and "
-                "please report this."
-            )
+        check_peft_reads(self.base, folder, layers, heads, what)
 
-    def _hook(self, module: nn.Module, group: int) -> None:
+    def _hook(self, module: AdapterHolder, group: int) -> None:
         if module not in self._hooked:
             self._hooked.add(module)
             hook(module, group)
-
-
-def _holds(module: nn.Module, adapter: str) -> bool:
-    if isinstance(module, ModulesToSaveWrapper):
-        return adapter in module.modules_to_save
-    return isinstance(module, LoraLayer) and adapter in module.lora_A
-
-
-def _blank(layer: LoraLayer, adapter: str) -> dict[str, Any]:
-    """What an adapter is in a layer besides its tensors, which are on the meta device."""
-    found = {}
-    for part in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
-        if adapter in getattr(layer, part):
-            blank = copy.deepcopy(getattr(layer, part)[adapter])
-            found[part] = blank.to("meta") if isinstance(blank, nn.Module) else blank
-    return found
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where an adapted module, or the wrapper of a head, computes."""
-    inner = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
-    return next(inner.parameters()).device
 
 
 @contextlib.contextmanager
@@ -527,159 +392,3 @@ def _single_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def stage_configs(
-    base: nn.Module, config: LoraConfig, layers: LayerGroups, head: Sequence[str]
-) -> tuple[list[list[str]], list[LoraConfig]]:
-    """
-    By group, the full names of the modules that a stage adapts, and the config by which PEFT adapts these.
-
-    Args:
-        base ([`~transformers.PreTrainedModel`]): The bare base model.
-        config ([`~peft.LoraConfig`]): The user's settings.
-        layers ([`~hf_s3t.model.layers.LayerGroups`]): Which layers each stage adapts.
-        head (sequence of `str`): Names of the modules trained as the head.
-
-    Raises:
-        [`~hf_s3t.errors.LayersNotFoundError`]: If the config targets nothing in some group.
-    """
-    names = [name for name, _ in base.named_modules()]
-    groups = range(len(layers.groups))
-    targets = [_targets(base, config, layers, group) for group in groups]
-    return targets, [_stage_config(config, layers, g, targets[g], tuple(head), base, names) for g in groups]
-
-
-def is_all_linear(target_modules: Any) -> bool:
-    """Whether target modules are PEFT's shorthand for all linear layers."""
-    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-
-def _targets(base: nn.Module, config: LoraConfig, layers: LayerGroups, group: int) -> list[str]:
-    """Full names of the modules that the user's config targets in a group, found on the bare model."""
-    names = [
-        f"{layer}.{n}" for layer in layers.module_names(group) for n, _ in base.get_submodule(layer).named_modules()
-    ]
-    if is_all_linear(config.target_modules):
-        linear = (nn.Linear, Conv1D)
-        matched = [n for n in names if isinstance(base.get_submodule(n.rstrip(".")), linear)]
-        # PEFT leaves out what is excluded also of these.
-        named = copy.deepcopy(config)
-        named.target_modules = set(matched)
-        matched = [n for n in matched if _is_match(named, n)]
-    else:
-        matched = [n for n in names if check_target_module_exists(config, n) is True or _is_match(config, n)]
-    if not matched:
-        raise LayersNotFoundError(
-            f"`target_modules={config.target_modules!r}` matches nothing in layers {layers.groups[group]} of "
-            f"{type(base).__name__}, the group of stage {group}. Modules there: {_leaf_names(base, layers, group)}."
-        )
-    _refuse_unroutable(base, matched)
-    return matched
-
-
-def _is_match(config: LoraConfig, name: str) -> bool:
-    found = check_target_module_exists(config, name)
-    return bool(found) and not type(found).__name__.startswith("_Excluded")
-
-
-def _refuse_unroutable(base: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        module = base.get_submodule(name)
-        if isinstance(module, (nn.MultiheadAttention, nn.Embedding)):
-            raise LayersNotFoundError(
-                f"{name} is a {type(module).__name__}, whose adapters cannot be routed per ensemble member. Target "
-                "linear layers."
-            )
-
-
-def _leaf_names(base: nn.Module, layers: LayerGroups, group: int) -> str:
-    layer = base.get_submodule(layers.module_names(group)[0])
-    return ", ".join(n for n, m in layer.named_modules() if isinstance(m, (nn.Linear, Conv1D))) or "no linear layers"
-
-
-def _stage_config(
-    config: LoraConfig,
-    layers: LayerGroups,
-    group: int,
-    targets: list[str],
-    head: tuple[str, ...],
-    base: nn.Module,
-    names: Sequence[str],
-) -> LoraConfig:
-    """The user's config narrowed to one group; by layer indices where these name its targets and nothing else."""
-    config = copy.deepcopy(config)
-    first = f"{layers.module_names(group)[0]}."
-    config.exclude_modules = None
-    config.modules_to_save = list(head) or None
-    config.task_type = None
-    # PEFT corrects this flag with a warning; the right value is known.
-    config.fan_in_fan_out = all(isinstance(base.get_submodule(t), Conv1D) for t in targets)
-    _with_patterns(config, {field: getattr(config, field) or {} for field in _PATTERNS}, targets)
-    by_index = copy.deepcopy(config)
-    by_index.target_modules = {t.removeprefix(first) for t in targets if t.startswith(first)}
-    by_index.layers_to_transform = list(layers.groups[group])
-    by_index.layers_pattern = [layers.pattern]
-    return by_index if _matched(by_index, names) == set(targets) else _matching(_anywhere(config), targets, names)
-
-
-def _with_patterns(config: LoraConfig, patterns: Mapping[str, Mapping], targets: Iterable[str]) -> LoraConfig:
-    """The config with those of the user's keys that mean a target; PEFT would say of others that none does."""
-    for field, values in patterns.items():
-        setattr(config, field, {k: v for k, v in values.items() if any(_means(k, target) for target in targets)})
-    return config
-
-
-def _means(key: str, name: str) -> bool:
-    """Whether a key of a pattern of ranks or alphas means a module, as PEFT has it."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def _anywhere(config: LoraConfig) -> LoraConfig:
-    """A copy of the config that knows of no layer indices."""
-    config = copy.deepcopy(config)
-    config.layers_to_transform = config.layers_pattern = None
-    return config
-
-
-def _matching(config: LoraConfig, targets: Iterable[str], names: Sequence[str]) -> LoraConfig:
-    """The config with target modules that match these names and nothing else."""
-    targets = set(targets)
-    config.target_modules = targets
-    if _matched(config, names) != targets:
-        # A name in a list is that of every module whose name ends with it; an expression has to match all of one.
-        config.target_modules = "|".join(map(re.escape, sorted(targets)))
-    return config
-
-
-def _matched(config: LoraConfig, names: Iterable[str]) -> set[str]:
-    return {name for name in names if _is_match(config, name)}
-
-
-def seed_head(base: nn.Module, head: Sequence[str], seed: int) -> None:
-    """Initialise the base's head from a seed and nothing else: where every first stage starts (section 5)."""
-    std = getattr(getattr(base, "config", None), "initializer_range", None) or 0.02
-    # Not the process's random states: a stage in another thread may be drawing from them.
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in (m for name in head for m in base.get_submodule(name).modules()):
-            own = list(module.parameters(recurse=False))
-            if is_norm(module):
-                for name, parameter in module.named_parameters(recurse=False):
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            for parameter in own:
-                values = torch.zeros(parameter.shape, dtype=torch.float32)
-                if parameter.dim() > 1:
-                    values.normal_(0.0, std, generator=generator)
-                parameter.copy_(values)
-
-
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors: names, dtypes, shapes and bits."""
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        hasher.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
-    return hasher.hexdigest()

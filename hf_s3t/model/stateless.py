@@ -2,24 +2,27 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import IsolationError
+from .marks import Mark
+from .module_state import Derived, Look, shown
 from .randomness import preserved_randomness
-from .state import Derived, Look, Mark, shown
 
 
 logger = logging.get_logger(__name__)
 
 
 # The kinds of models that were tried out and found to keep no state, and what each pass makes for itself.
-_KNOWN_KINDS: dict[tuple, Derived] = {}
+_KNOWN_KINDS: dict[tuple[Any, ...], Derived] = {}
 
 
-def check_keeps_no_state(model: nn.Module) -> None:
+def check_keeps_no_state(model: PreTrainedModel) -> None:
     """
     Refuse base models whose forward pass leaves in their modules what a later pass could read.
 
@@ -42,7 +45,7 @@ def check_keeps_no_state(model: nn.Module) -> None:
     before = Look(model)
     try:
         with preserved_randomness():
-            looks = [_look_after(model, read) for read in (one, other, [*one, *other], one)]
+            looks = [_look_after_reading(model, those) for those in (one, other, [*one, *other], one)]
             left = looks[1].changed(looks[0]) or changed_for_good(model, before, looks[1])
     except Exception as error:
         # It needs something else than words.
@@ -62,7 +65,7 @@ def check_keeps_no_state(model: nn.Module) -> None:
     _KNOWN_KINDS[kind].hold_for(model)
 
 
-def _settle_on_pictures(model: nn.Module) -> None:
+def _settle_on_pictures(model: PreTrainedModel) -> None:
     """
     Show a model of pictures one of the size that it is configured for.
 
@@ -100,8 +103,8 @@ def _is_a_size(model: nn.Module, attribute: str) -> bool:
         return False
 
 
-def _look_after(model: nn.Module, words: Sequence[int]) -> Look:
-    read(model, words)
+def _look_after_reading(model: nn.Module, words: Sequence[int]) -> Look:
+    _read_words(model, words)
     return Look(model)
 
 
@@ -111,19 +114,19 @@ def changed_for_good(model: nn.Module, before: Look, after: Look) -> dict[str, t
     words = getattr(getattr(model, "config", None), "vocab_size", None)
     if left and isinstance(words, int):
         with contextlib.suppress(Exception):
-            read(model, [words // 5, words // 3, words // 2], training=True)
+            _read_words(model, [words // 5, words // 3, words // 2], training=True)
             left = Look(model).changed(before)
     return left
 
 
 @torch.no_grad()
-def read(model: nn.Module, words: Sequence[int], training: bool = False) -> None:
+def _read_words(model: nn.Module, words: Sequence[int], training: bool = False) -> None:
     """Have a model read a few words."""
     model.train(training)
     model(input_ids=torch.tensor([list(words)], device=next(model.parameters()).device))
 
 
-def _kind_of(model: nn.Module) -> tuple | None:
+def _kind_of(model: nn.Module) -> tuple[Any, ...] | None:
     """What decides whether a model keeps state: models of one kind need to be tried out once. `None`: never."""
     config = getattr(model, "config", None)
     if getattr(model, "main_input_name", None) != "input_ids" or getattr(model, "is_quantized", False):

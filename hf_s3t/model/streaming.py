@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 
-def streamer_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+def streamer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The streamer among the arguments of `generate`."""
     generate = inspect.signature(GenerationMixin.generate)
     try:
@@ -35,12 +35,12 @@ def ending(streamer: Any) -> Iterator[Callable[[], None]]:
     """
     has_ended = False
 
-    def end_is_told() -> None:
+    def has_ended_itself() -> None:
         nonlocal has_ended
         has_ended = True
 
     try:
-        yield end_is_told
+        yield has_ended_itself
     except BaseException:
         if streamer is not None and not has_ended:
             _end(streamer)

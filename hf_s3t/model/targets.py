@@ -7,6 +7,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -15,13 +16,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigError, LayersNotFoundError, S3TError
 from .layers import LayerGroups
 from .plain_adapter import bare_copy
 from .randomness import preserved_randomness
-from .stack import is_all_linear, stage_configs
+from .stage_configs import is_all_linear, pattern_means, stage_configs
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +33,7 @@ _KNOWN: set[int] = set()
 _SHOWN = 4
 
 
-def check_targets(model: nn.Module, config: LoraConfig, layers: LayerGroups, head: Sequence[str]) -> None:
+def check_targets(model: PreTrainedModel, config: LoraConfig, layers: LayerGroups, head: Sequence[str]) -> None:
     """
     Refuse settings under which PEFT would adapt what stages do not, and those that PEFT itself would refuse.
 
@@ -48,34 +50,34 @@ def check_targets(model: nn.Module, config: LoraConfig, layers: LayerGroups, hea
         [`~hf_s3t.errors.ConfigError`]: With what PEFT says of the settings.
     """
     modules = tuple((name, type(module)) for name, module in model.named_modules())
-    kind = hash((modules, repr(sorted(config.to_dict().items(), key=str)), layers, tuple(head)))
+    kind = hash((modules, repr(sorted(vars(config).items(), key=str)), layers, tuple(head)))
     if kind in _KNOWN:
         return
     names = [name for name, _ in modules if name]
     # Experts refuse dropout, and are none of ours anyway.
-    adapted = _adapted(model, config, lora_dropout=0.0)
+    adapted = _adapted_modules(model, config, lora_dropout=0.0)
     _refuse_unmatched(config, names, adapted)
     _refuse_parameters(layers, adapted)
     _refuse_outside(config, layers, head, adapted)
     targets, configs = stage_configs(model, config, layers, head)
     for group, (expected, own) in enumerate(zip(targets, configs, strict=True)):
-        other = set(expected) ^ _adapted(model, own).keys()
+        other = set(expected) ^ _adapted_modules(model, own).keys()
         if other:
             raise LayersNotFoundError(
-                f"PEFT adapts other modules than the config of stage {group} names: {_some(other)}. Name "
+                f"PEFT adapts other modules than the config of stage {group} names: {_shown(other)}. Name "
                 "`target_modules` so that they match inside the transformer layers only."
             )
     _KNOWN.add(kind)
 
 
-def _adapted(model: nn.Module, config: LoraConfig, **changes) -> dict[str, LoraLayer]:
+def _adapted_modules(model: nn.Module, config: LoraConfig, **changes: Any) -> dict[str, LoraLayer]:
     """The modules that PEFT adapts by a config, by their names; none if it finds none."""
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
     twin = bare_copy(model)
     try:
-        with _as_it_is(model), warnings.catch_warnings():
+        with _flags_kept(model), warnings.catch_warnings():
             # What PEFT warns of is refused here, or said again when it adapts the model itself.
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, twin, low_cpu_mem_usage=True)
@@ -91,7 +93,7 @@ def _adapted(model: nn.Module, config: LoraConfig, **changes) -> dict[str, LoraL
 
 
 @contextlib.contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
+def _flags_kept(model: nn.Module) -> Iterator[None]:
     """Puts back what PEFT does to parameters, which a copy of the modules shares."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -114,7 +116,7 @@ def _refuse_parameters(layers: LayerGroups, adapted: Mapping[str, LoraLayer]) ->
         others = {name.rpartition(".")[2] for name in inside if not isinstance(adapted[name], ParamWrapper)}
         remedy = f"Give `target_modules={sorted(others)}`" if others else "Target linear layers, of attention say"
         raise LayersNotFoundError(
-            f"PEFT would adapt {_some(fused)}: by `target_modules` it means experts that are bare parameters, whose "
+            f"PEFT would adapt {_shown(fused)}: by `target_modules` it means experts that are bare parameters, whose "
             f"adapters cannot be routed per ensemble member. {remedy}."
         )
 
@@ -129,26 +131,26 @@ def _refuse_outside(config: LoraConfig, layers: LayerGroups, head: Sequence[str]
     if is_all_linear(config.target_modules):
         if others:
             logger.warning_once(
-                f'`target_modules="all-linear"` would adapt {_some(others)} in plain PEFT. Stages adapt the layers '
+                f'`target_modules="all-linear"` would adapt {_shown(others)} in plain PEFT. Stages adapt the layers '
                 f"{layers.path} alone, and leave these as they are. To say that you know: `exclude_modules={wanted}`."
             )
         return
     if others:
         raise LayersNotFoundError(
-            f"`target_modules` matches {_some(others)} outside the transformer layers {layers.path}: PEFT would adapt "
-            "them, and a stage adapts its own layers alone, since what lies outside is shared by all stages. Leave "
-            f"them out of `target_modules`, or by `exclude_modules={wanted}`."
+            f"`target_modules` matches {_shown(others)} outside the transformer layers {layers.path}: "
+            "PEFT would adapt them, and a stage adapts its own layers alone, since what lies outside is shared by all "
+            f"stages. Leave them out of `target_modules`, or by `exclude_modules={wanted}`."
         )
     if heads:
         raise LayersNotFoundError(
-            f"`target_modules` matches {_some(heads)} of the head, which every stage trains in full, without an "
+            f"`target_modules` matches {_shown(heads)} of the head, which every stage trains in full, without an "
             f"adapter. Leave it out of `target_modules`, or by `exclude_modules={_exclusion(heads, layers, inside)}`."
         )
 
 
 def _exclusion(names: Sequence[str], layers: LayerGroups, inside: Sequence[str]) -> str:
     """What leaves out modules outside the layers and no other: their names, or if these are many an expression."""
-    is_exact = not any(_ends(other, name) for other in inside for name in names)
+    is_exact = not any(_is_named_by(other, name) for other in inside for name in names)
     return repr(list(names)) if is_exact and len(names) <= _SHOWN else f'r"(?!{re.escape(layers.path)}\\.).*"'
 
 
@@ -160,17 +162,17 @@ def _refuse_unmatched(config: LoraConfig, names: Sequence[str], adapted: Mapping
         given = getattr(config, field)
         if not given or isinstance(given, str) or (field == "target_modules" and (is_fused or not adapted)):
             continue
-        wrong = sorted(target for target in given if not any(_ends(name, target) for name in names))
+        wrong = sorted(target for target in given if not any(_is_named_by(name, target) for name in names))
         if wrong:
             raise LayersNotFoundError(
                 f"`{field}` names {', '.join(map(repr, wrong))}, and no module of the model ends so"
-                f"{_meant(wrong, names)}. Expected names that all match something: correct or remove them."
+                f"{_nearest_names(wrong, names)}. Expected names that all match something: correct or remove them."
             )
     for field in ("rank_pattern", "alpha_pattern"):
         wrong = sorted(
             key
             for key in getattr(config, field) or {}
-            if adapted and not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted)
+            if adapted and not any(pattern_means(key, name) for name in adapted)
         )
         if wrong:
             raise LayersNotFoundError(
@@ -204,17 +206,17 @@ def refuse_failing_adapter(error: BaseException, model: nn.Module) -> None:
         ) from error
 
 
-def _meant(wrong: Sequence[str], names: Sequence[str]) -> str:
+def _nearest_names(wrong: Sequence[str], names: Sequence[str]) -> str:
     ends = {name.rpartition(".")[2] for name in names}
     near = sorted({match for name in wrong for match in difflib.get_close_matches(name, ends, n=1, cutoff=0.8)})
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
-def _ends(name: str, target: str) -> bool:
+def _is_named_by(name: str, target: str) -> bool:
     """Whether a name in a list means a module, as PEFT has it."""
     return name == target or name.endswith(f".{target}")
 
 
-def _some(names: Iterable[str]) -> str:
+def _shown(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

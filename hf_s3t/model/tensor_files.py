@@ -1,5 +1,6 @@
 """Tensors from the bytes of files, and whether two sets of tensors are the same to the bit."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 
@@ -31,7 +32,8 @@ def read_tensors(data: bytes, source: str) -> dict[str, torch.Tensor]:
 def metadata_of(data: bytes) -> dict[str, str]:
     """What the header of a safetensors file says besides its tensors, which `safetensors` reads of files alone."""
     size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    metadata: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return metadata
 
 
 def differing_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> list[str]:
@@ -52,3 +54,13 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     # A scalar has no last dimension to divide into bytes.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors of any shape: names, dtypes, shapes and bits."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        hasher.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return hasher.hexdigest()

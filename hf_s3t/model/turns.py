@@ -4,11 +4,12 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ..errors import S3TError
@@ -113,15 +114,17 @@ class Turns:
 
     def _place(self) -> "_Place | None":
         """Where in a callback the training thread is; where it stays the same, training comes to no next step."""
-        if not self._in_callbacks:
+        trainer = self._trainer
+        if trainer is None or not self._in_callbacks:
             return None
-        frame = sys._current_frames()[self._trainer]
+        frame = sys._current_frames()[trainer]
         # In milliseconds: a thread that computes uses more of them between two looks.
-        used = round(1000 * _cpu_seconds(self._trainer))
+        used = round(1000 * _cpu_seconds(trainer))
         return _Place(self._events, id(frame), frame.f_lasti, used, frame.f_globals is vars(threading))
 
     def _let_in(self, turns: set[object]) -> None:
-        if self._is_held and self._aside is None:
+        # Of calls there are states as soon as a stage has the base.
+        if self._is_held and self._aside is None and self._of_calls is not None:
             self._aside = _Aside(self._base, self._bare)
             self._of_calls.restore()
             self._since, self._patience = time.monotonic(), _PATIENCE
@@ -274,10 +277,13 @@ class TurnTakingHandler(CallbackHandler):
         vars(self).update(vars(given))
         self.turns = turns
 
-    def call_event(self, event, args, state, control, **kwargs):
+    def call_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """As in Transformers."""
         with self.turns.callbacks(event):
-            return super().call_event(event, args, state, control, **kwargs)
+            call_event: Callable[..., TrainerControl] = super().call_event
+            return call_event(event, args, state, control, **kwargs)
 
 
 def set_attributes(module: nn.Module, values: dict[str, Any]) -> None:

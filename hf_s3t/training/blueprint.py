@@ -17,9 +17,11 @@ from ..folder.opening import check_method, open_folder
 from ..folder.secret import draw_key
 from ..folder.system import SystemFolder
 from ..model.aggregation import check_one_answer_can_be_made
-from ..model.base_model import check_base_is, config_of, describe_base, generation_of
+from ..model.base_recognition import check_base_is
+from ..model.base_record import config_of, describe_base, generation_of
 from ..model.checkpoint import check_checkpoint
-from ..model.layers import LayerGroups, find_head, find_layers, find_task, group_layers
+from ..model.head import find_head
+from ..model.layers import LayerGroups, find_layers, find_task, group_layers
 from ..model.refusals import (
     check_base,
     check_has_logits,

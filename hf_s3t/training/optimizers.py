@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from ..errors import ConfigError
-from ..model.state import Mark, mark, reached
+from ..model.marks import Mark, mark, reached
 from ..model.tensor_files import differing_tensors
 
 

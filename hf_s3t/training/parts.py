@@ -40,7 +40,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from ..errors import ExampleIdError
-from ..model.stack import tensors_digest
+from ..model.tensor_files import tensors_digest
 from ..records.digests import DigestKey, encode
 from .circumstances import evaluation_trains
 from .rows import shown_rows, stored_rows

@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from ..config import S3TConfig
 from ..errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
+from ..model.fresh_copies import fresh_copy, fresh_dataset
+from ..model.marks import mark
 from ..model.randomness import preserved_randomness, seed_all
-from ..model.state import fresh_copy, fresh_dataset, mark
 from ..plan.partition import assign, check_ids, units_of
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames, encode

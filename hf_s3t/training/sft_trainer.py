@@ -12,9 +12,9 @@ from trl.trainer.utils import create_model_from_path
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError
-from ..model.base_model import rowwise
+from ..model.marks import difference, mark
+from ..model.quantisation import rowwise
 from ..model.randomness import RandomStates, own_randomness
-from ..model.state import difference, mark
 from ..plan.stages import StageKey
 from .blueprint import draw_up
 from .first_steps import check_choice, check_rows, collates_as_stored

@@ -46,14 +46,19 @@ from ..hub.card import description
 from ..hub.client import hub_errors_as_sentences
 from ..hub.pushing import PushReport, push
 from ..hub.repository import HubRepo
-from ..model.base_model import check_precision, keep_4_bit_weights, log_casts_once
+from ..model.base_precision import check_precision
+from ..model.fresh_copies import fresh_copy, fresh_dataset
+from ..model.head import seed_head
+from ..model.marks import Mark, difference, mark
 from ..model.modeling import S3TModel
+from ..model.module_state import BUFFERS, Look, shown
+from ..model.quantisation import keep_4_bit_weights, log_casts_once
 from ..model.randomness import RandomStates, own_randomness, preserved_randomness
-from ..model.stack import StageStack, seed_head, tensors_digest
-from ..model.state import BUFFERS, Look, Mark, TokenizerSettings, difference, fresh_copy, fresh_dataset, mark, shown
+from ..model.stack import StageStack
 from ..model.stateless import changed_for_good
 from ..model.targets import refuse_failing_adapter
-from ..model.tensor_files import differing_tensors, read_tensors
+from ..model.tensor_files import differing_tensors, read_tensors, tensors_digest
+from ..model.tokenizer_settings import TokenizerSettings
 from ..model.turns import PREPARED, set_attributes
 from ..plan.stages import LEAST_STEPS, Plan, StageKey, relative_cost, stage_seed
 from ..records.digests import KeptNames

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.model.base_model import log_casts_once
+from hf_s3t.model.quantisation import log_casts_once
 from hf_s3t.operations.purge import BASELINE_SUFFIX
 
 

@@ -55,8 +55,8 @@ from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCa
 from hf_s3t.folder.layout import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Routing
-from hf_s3t.model.layers import find_head, group_layers
-from hf_s3t.model.stack import seed_head
+from hf_s3t.model.head import find_head, seed_head
+from hf_s3t.model.layers import group_layers
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.plan.partition import assign
 from hf_s3t.training.audit import differing_tensors

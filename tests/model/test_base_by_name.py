@@ -34,7 +34,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import BaseModelMismatchError, IsolationError
-from hf_s3t.model.base_model import describe_base, load_base
+from hf_s3t.model.base_loading import load_base
+from hf_s3t.model.base_record import describe_base
 from hf_s3t.model.checkpoint import check_checkpoint
 
 

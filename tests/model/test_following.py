@@ -251,7 +251,7 @@ def test_an_exhausted_server_comes_back_by_itself(path):
 
 def test_two_changes_that_bear_one_time_are_both_followed(path, monkeypatch):
     """File systems stamp folders by a coarse clock: what comes right after a look may leave the time as it was."""
-    monkeypatch.setattr("hf_s3t.model.unlearning._GRAIN", 0.1)
+    monkeypatch.setattr("hf_s3t.model.following._GRAIN", 0.1)
     live = load(path)
     shard = path / "stages/shard-0"
     away = path.parent / "away"
@@ -267,7 +267,7 @@ def test_two_changes_that_bear_one_time_are_both_followed(path, monkeypatch):
 
 
 def test_a_look_at_a_folder_in_which_nothing_changed_reads_no_stage(path, monkeypatch):
-    monkeypatch.setattr("hf_s3t.model.unlearning._GRAIN", 0.1)
+    monkeypatch.setattr("hf_s3t.model.following._GRAIN", 0.1)
     live = load(path)
     time.sleep(0.15)
     logits(live)

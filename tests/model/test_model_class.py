@@ -546,7 +546,7 @@ def test_no_keys_outlive_the_call(tmp_path, monkeypatch, settings):
 
 def test_a_step_to_compile_is_taken_as_it_is_and_that_is_said(system, monkeypatch):
     said, model = [], system("llama").model
-    monkeypatch.setattr("hf_s3t.model.modeling.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_s3t.model.generating.logger.warning_once", said.append)
     decoded(model, words(), **compiled())
     assert said == [
         "The ensemble's decoding steps are not compiled, so that a static cache brings no speed. Leave out "

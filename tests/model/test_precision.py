@@ -38,10 +38,12 @@ from hf_s3t import S3TModel
 from hf_s3t.baselines import ProtoSISA
 from hf_s3t.errors import BaseModelMismatchError, FolderError, IsolationError, LayersNotFoundError
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.model.adapter_places import Slot
 from hf_s3t.model.aggregation import answer_of
 from hf_s3t.model.layers import LayerGroups
 from hf_s3t.model.route import Route, routed
-from hf_s3t.model.stack import StageStack, _matching, _Slot
+from hf_s3t.model.stack import StageStack
+from hf_s3t.model.stage_configs import _matching
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import StageKey
 
@@ -500,10 +502,10 @@ def test_a_stage_that_memory_does_not_hold_as_its_file_says_is_refused(tmp_path,
     trainer = make_trainer(tmp_path / "system")
     plant_stages(trainer)
 
-    def rounding(slot, adapter, tensor, real=_Slot.set):
+    def rounding(slot, adapter, tensor, real=Slot.set):
         real(slot, adapter, tensor.bfloat16().float())
 
-    monkeypatch.setattr(_Slot, "set", rounding)
+    monkeypatch.setattr(Slot, "set", rounding)
     with pytest.raises(FolderError, match=r"would not serve what its file says: .* are others in memory"):
         trainer.s3t_model.refresh()
     assert trainer._stack.loaded == []
@@ -773,7 +775,7 @@ def test_an_export_that_peft_would_take_for_something_else_is_none(tmp_path, mon
     trainer = make_trainer(tmp_path / "system")
     plant_stages(trainer)
     model = trainer.s3t_model
-    monkeypatch.setattr("hf_s3t.model.stack._matching", mistake)
+    monkeypatch.setattr("hf_s3t.model.stage_configs._matching", mistake)
     with pytest.raises(LayersNotFoundError, match=rf"PEFT would make something else .*{why}.*Nothing is written"):
         model.export_adapter(0, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
@@ -812,7 +814,7 @@ def test_a_stage_that_peft_would_take_for_something_else_is_not_written(tmp_path
     trainer = make_trainer(tmp_path / "system", tiny_llama(3, seed=77), config=s3t_config(num_slices=3))
     monkeypatch.setattr("hf_s3t.model.stack._KNOWN_AS_PLAIN", set())
     monkeypatch.setattr(
-        "hf_s3t.model.stack.differences", lambda *args: ["PEFT would not adapt model.layers.2.mlp.up_proj"]
+        "hf_s3t.model.stage_files.differences", lambda *args: ["PEFT would not adapt model.layers.2.mlp.up_proj"]
     )
     with pytest.raises(LayersNotFoundError, match=r"would not adapt model\.layers\.2\.mlp\.up_proj"):
         plant_stages(trainer, 1)

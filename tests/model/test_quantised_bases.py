@@ -16,7 +16,8 @@ from transformers.utils import is_optimum_quanto_available, is_torchao_available
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import BaseModelMismatchError
-from hf_s3t.model.base_model import check_base_is, describe_base
+from hf_s3t.model.base_recognition import check_base_is
+from hf_s3t.model.base_record import describe_base
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

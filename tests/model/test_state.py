@@ -27,7 +27,9 @@ from torch import nn
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import IsolationError
-from hf_s3t.model.state import Look, difference, fresh_copy, fresh_dataset, mark
+from hf_s3t.model.fresh_copies import fresh_copy, fresh_dataset
+from hf_s3t.model.marks import difference, mark
+from hf_s3t.model.module_state import Look
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,7 +322,7 @@ def test_looking_costs_few_calls(tmp_path, monkeypatch):
     plant_stages(trainer)
     served = S3TModel.from_pretrained(tmp_path, base_model=tiny_vit(2))
     looks = []
-    monkeypatch.setattr("hf_s3t.model.state.Look", lambda model: looks.append(1) or Look(model))
+    monkeypatch.setattr("hf_s3t.model.call_watch.Look", lambda model: looks.append(1) or Look(model))
     for _, batch in zip(range(40), itertools.repeat({"pixel_values": batch_of(image_rows(1))["pixel_values"]})):
         served(**batch)
     # Before and after the second, the fourth, ... the thirty-second.

@@ -1,0 +1,255 @@
+"""What a served model keeps in step with its folder: the stages in memory, and which of them answer."""
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.utils import logging
+
+from ..errors import S3TError
+from ..folder.system import SystemFolder
+from ..plan.stages import StageKey
+from .calls import Calls, Routing
+from .retrying import Retrying
+from .stack import StageStack
+
+
+logger = logging.get_logger(__name__)
+
+# Seconds that running calls are waited for.
+PATIENCE = 60.0
+# Seconds: how long a call waits before it looks at the ledger again, how long `unlearn` has to return before the id
+# table is written, within which two changes of a folder may bear one time, and how often stages are looked at whatever
+# their folders' times say.
+_BETWEEN_LOOKS = 0.005
+_HEAD_START = 0.002
+_GRAIN = 2.0
+_IN_ANY_CASE = 60.0
+# How often stages that another process removes meanwhile are tried to be loaded.
+_ATTEMPTS = 10
+
+
+class Following:
+    """
+    The part of [`~hf_s3t.S3TModel`] that keeps what serves in step with the folder.
+
+    Args:
+        stack ([`~hf_s3t.model.stack.StageStack`]): The adapters in memory.
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The folder that is served and written to.
+        preload (`str`): `"best"` or `"all"`; see [`~hf_s3t.S3TModel`].
+    """
+
+    def _begin_serving(self, stack: StageStack, folder: SystemFolder, preload: str) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.preload = preload
+        self._calls = Calls(Routing(()))
+        # What serves goes by so many lines of the ledger, and by the stages that were there then: others than this
+        # model read the folder too, and write to it.
+        self._followed: tuple[int, tuple[Any, ...]] | None = None
+        self._look_again = 0.0
+        self._not_taken_up: str | None = None
+        self._deletion_lock = threading.RLock()
+        compact = functools.partial(_compact, folder)
+        self._cleaner = Retrying(compact, "The table of examples still holds deleted rows")
+        self.refresh()
+        # Before there are calls, also where no stage serves yet: what is attached later must replace no module.
+        stack.wrap()
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[Routing]:
+        """A call: it works on what the folder says when it begins, from start to end, with the base to itself."""
+        with self.stack.call(), self._calls.call(self._follow) as routing:
+            yield routing
+
+    def _catch_up(self) -> None:
+        """Follow the folder, unless inside of a call, or while a deletion is under way: neither is waited for."""
+        if not self._calls.is_inside and self._is_behind() and self._deletion_lock.acquire(blocking=False):
+            try:
+                self._follow()
+            finally:
+                self._deletion_lock.release()
+
+    def _follow(self) -> None:
+        """Before a call: do what the folder says since another process wrote to it, deletions and new stages."""
+        while self._is_behind():
+            # Whoever holds this lock is reading the folder, or writing to it: soon there is no news any more.
+            if self._deletion_lock.acquire(timeout=_BETWEEN_LOOKS):
+                try:
+                    if not self._is_behind():
+                        continue
+                    if self.stack.in_training is not None:
+                        self._switch_off()
+                    elif self._knows_all_deletions():
+                        self._take_up_stages()
+                    else:
+                        self.refresh()
+                finally:
+                    self._deletion_lock.release()
+
+    def _take_up_stages(self) -> None:
+        """Serve what was grown. What of it is damaged is no reason to fail a call that can be answered without."""
+        state = self._state()
+        try:
+            problems: list[OSError] = [*self.folder.look_at_stages()]
+            self.folder.prepare()
+            self._serve()
+        except OSError as error:
+            if self._routing.route is None:
+                raise
+            problems = [error]
+            self._has_followed(state)
+        sentences = " ".join(map(str, problems))
+        if sentences and sentences != self._not_taken_up:
+            logger.warning(f"Stages of {self.folder.path} are not taken up: {sentences}")
+        self._not_taken_up = sentences or None
+
+    def _switch_off(self) -> None:
+        """Follow the ledger while a stage trains on the same base: condemned stages stop answering, none is loaded."""
+        folder = self.folder
+        folder.refresh_ledger()
+        followed = self._state()
+        here = self._routing.stages & folder.valid_stages
+        held = frozenset(key for key in here if self.stack.holds(key, folder.adapter_digest(key)))
+        self._calls.switch(self._routing_of(held))
+        self._has_followed(followed)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no other thread attaches or drops stages; what is deleted by now answers no more."""
+        with self._deletion_lock:
+            self._wait_for_cleaner()
+            self._switch_off()
+            yield
+
+    def free(self, stages: frozenset[StageKey]) -> None:
+        """Wait until no call uses any of the stages, and stop the calls that take too long."""
+        if not self._calls.wait_for(stages, PATIENCE):
+            self._calls.stop(stages)
+
+    def _is_behind(self) -> bool:
+        return self.folder.has_news() or self._followed != self._state() or time.monotonic() >= self._look_again
+
+    def _knows_all_deletions(self) -> bool:
+        known = self._followed is not None and self._followed[0] == len(self.folder.ledger.lines)
+        return known and not self.folder.has_news()
+
+    def _state(self) -> tuple[int, tuple[Any, ...]]:
+        """What is known of the folder, before stages are looked at: what comes meanwhile is news again."""
+        return len(self.folder.ledger.lines), self.folder.stages_stamp()
+
+    def _has_followed(self, state: tuple[int, tuple[Any, ...]]) -> None:
+        self._followed = state
+        # A change that came right after may bear the same time as the one that was seen.
+        newest = max((stamp.time for stamp in state[1] if stamp is not None), default=0)
+        is_recent = abs(time.time_ns() - newest) < _GRAIN * 1e9
+        self._look_again = time.monotonic() + (_GRAIN if is_recent else _IN_ANY_CASE)
+
+    def refresh(self) -> None:
+        """
+        Follow what is in the folder now: deletions by other processes, stages a trainer added.
+
+        Calls notice what other processes deleted or grew by themselves when they begin; this is for not waiting for
+        one, and for what only the Hub knows. Calls under way on a stage that has gone are waited for, as in
+        [`~S3TModel.unlearn`].
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: If called while a stage trains, or from inside a running call of this model.
+        """
+        self._calls.refuse_inside("refresh")
+        with self._deletion_lock:
+            self._refuse_while_training()
+            self._wait_for_cleaner()
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Read what is in the folder, and serve it."""
+        for attempt in range(_ATTEMPTS):
+            seen = self.folder.stages_stamp()
+            self.folder.refresh()
+            self.folder.prepare()
+            try:
+                self._serve()
+                break
+            except OSError:
+                # What another process removes or replaces while it is loaded here.
+                is_news = self.folder.has_news() or self.folder.stages_stamp() != seen
+                if not is_news or attempt == _ATTEMPTS - 1:
+                    raise
+        self._not_taken_up = None
+
+    def _refuse_while_training(self) -> None:
+        if self.stack.in_training is not None:
+            raise S3TError(
+                f"The stage {self.stack.in_training} is in training on this model's base. Call this after `train()`, "
+                "or on a model that another process loaded from the folder."
+            )
+
+    def _serve(self, on_running: str = "wait", timeout: float = PATIENCE) -> float:
+        """Load what shall be in memory, switch to it, and drop the rest; returns how long the lock was held."""
+        folder, stack, calls = self.folder, self.stack, self._calls
+        # In this order: what comes in between is followed before the next call.
+        followed = self._state()
+        valid = folder.valid_stages
+        present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
+        routing = self._routing_of(valid)
+        # What is in memory and may stay answers first: loading what is not may fail, and a removed stage must not
+        # answer then. Where nothing was removed, the stacks that serve go on until the new ones are there.
+        first = routing if routing.stages <= present else self._routing_of(present)
+        gone = frozenset(stack.loaded) - present
+        wanted = set(valid) if self.preload == "all" else routing.stages
+        new = sorted(wanted - present, key=lambda key: (key.shard, key.depth, key.prefix))
+        # A system of which a stack is left is not exhausted while that is loaded: calls wait for it.
+        is_awaited = first.route is None and routing.route is not None
+        lock_seconds = 0.0
+        try:
+            with calls.awaited() if is_awaited else contextlib.nullcontext():
+                if not self._routing.stages <= present:
+                    lock_seconds = calls.switch(first)
+                # What serves from here on is valid; new calls need not wait for what follows. Where nothing serves
+                # they do, and if it fails the next one tries it again.
+                self._followed = None
+                if not is_awaited:
+                    self._has_followed(followed)
+                # Of two stages under one name only one can be in memory.
+                self._let_go(gone.intersection(new), on_running, timeout)
+                # All files are read, and so checked, before any is attached.
+                stack.load_all([(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in new])
+                lock_seconds = max(lock_seconds, calls.switch(routing))
+                self._has_followed(followed)
+        finally:
+            self._let_go(gone.difference(new), on_running, timeout)
+        spare = frozenset(stack.loaded) - wanted
+        # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
+        if calls.wait_for(spare, timeout):
+            stack.drop(spare)
+        return lock_seconds
+
+    def _let_go(self, gone: frozenset[StageKey], on_running: str, timeout: float) -> None:
+        """Drop stages that must answer no more, when no call computes with them."""
+        if on_running == "cancel" or not self._calls.wait_for(gone, timeout):
+            self._calls.stop(gone)
+        self.stack.drop(gone)
+
+    def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
+        folder = self.folder
+        served = folder.plan.served(valid, folder.config.select, folder.losses())
+        return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
+
+    @property
+    def _routing(self) -> Routing:
+        return self._calls.routing
+
+    def _wait_for_cleaner(self) -> None:
+        """The id table is written without the deleted rows a moment after `unlearn` returned."""
+        self._cleaner.wait()
+
+
+def _compact(folder: SystemFolder) -> None:
+    # Else this thread would hold the interpreter, and the folder's lock, before `unlearn` could return.
+    time.sleep(_HEAD_START)
+    folder.compact()
+    folder.prepare()
