@@ -32,8 +32,8 @@ from ..model.targets import check_targets
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances
-from .first_steps import check_columns, check_optimizer
-from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
+from .early_checks import check_columns, check_optimizer
+from .inputs import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .refusals import check_arguments, check_datasets, evaluation_chooses
 from .rows import FedRows, TrainingRows
 

@@ -17,8 +17,8 @@ from ..model.randomness import RandomStates, own_randomness
 from ..model.state import difference, mark
 from ..plan.stages import StageKey
 from .blueprint import draw_up
-from .first_steps import check_choice, check_rows, collates_as_stored
-from .given import check_kinds, check_parts, check_texts
+from .early_checks import check_choice, check_rows, collates_as_stored
+from .inputs import check_kinds, check_parts, check_texts
 from .optimizers import refuse_bound_optimizer
 from .refusals import evaluation_chooses
 from .rows import ROW_COLUMN

@@ -61,8 +61,8 @@ from .audit import VerificationReport, note_trained, verify_stages
 from .blueprint import Blueprint, Layout, check_same, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .divergence import FiniteWatch, is_finite, refuse_diverged
-from .first_steps import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
-from .given import check_answers, check_kinds, check_parts
+from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
+from .inputs import check_answers, check_kinds, check_parts
 from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .progress import PlanProgress

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..model.layers import LayerGroups, find_task
 from ..plan.stages import Plan, StageKey, relative_cost
 from ..records.examples import ExampleTable
-from .first_steps import LABELS
+from .early_checks import LABELS
 
 
 logger = logging.get_logger(__name__)
