@@ -33,9 +33,10 @@ from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances
 from .early_checks import check_columns, check_optimizer
+from .fed_rows import FedRows
 from .inputs import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .refusals import check_arguments, check_datasets, evaluation_chooses
-from .rows import FedRows, TrainingRows
+from .rows import TrainingRows
 
 
 # What a PEFT config says of the model around an adapter, and of files it was read from.

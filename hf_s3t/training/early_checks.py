@@ -17,10 +17,9 @@ from ..config import S3TConfig
 from ..errors import ConfigError
 from ..model.layers import find_task
 from .circumstances import evaluation_trains
+from .dataset_rows import LABELS
 
 
-# What collators and models call the answer.
-LABELS = ("labels", "label", "label_ids")
 # What trainers of TRL read of a row, before a model does.
 _READ_BY_TRL = (
     "prompt",

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..model.layers import LayerGroups, find_task
 from ..plan.stages import Plan, StageKey, relative_cost
 from ..records.examples import ExampleTable
-from .early_checks import LABELS
+from .dataset_rows import LABELS
 
 
 logger = logging.get_logger(__name__)

@@ -43,7 +43,7 @@ from ..errors import ExampleIdError
 from ..model.stack import tensors_digest
 from ..records.digests import DigestKey, encode
 from .circumstances import evaluation_trains
-from .rows import shown_rows, stored_rows
+from .dataset_rows import shown_rows, stored_rows
 
 
 if TYPE_CHECKING:

@@ -62,12 +62,14 @@ from .blueprint import Blueprint, Layout, check_same, draw_up
 from .circumstances import circumstances, differing, recipe_of
 from .divergence import FiniteWatch, is_finite, refuse_diverged
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
+from .fed_rows import FedRows
 from .inputs import check_answers, check_kinds, check_parts
 from .optimizers import StageOptimizer, refuse_bound_optimizer
 from .parts import accelerator_settings, compiles, differing_parts, lacking, parts_of, recorded_parts, shown_parts
 from .progress import PlanProgress
 from .refusals import check_accelerator, evaluation_chooses
-from .rows import EpochSeededSampler, FedRows, StageRows
+from .rows import StageRows
+from .sampler import EpochSeededSampler
 from .tracking import PlanHandler, last_step, tags
 
 
