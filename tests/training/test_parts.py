@@ -39,6 +39,7 @@ from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.circumstances import recipe_of
+from hf_s3t.training.descriptions import Description
 from hf_s3t.training.parts import differing_parts, parts_of
 
 
@@ -576,9 +577,7 @@ def loss(outputs, labels, power=2):
 def described(part):
     """A loss, as records have it."""
     trainer = type("T", (), {})
-    from hf_s3t.training.parts import _Description
-
-    description = _Description(DigestKey(b"a secret of these tests"), (trainer,))
+    description = Description(DigestKey(b"a secret of these tests"), (trainer,))
     return description.of(part, "loss"), description.unstable
 
 
