@@ -12,26 +12,24 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import ExampleIdError
 from ..records.digests import DigestKey, encode
+from .accelerator import accelerator_settings
 from .bytecode import COMPILER, attributes_set_in, codes_in, functions_in, members_of, names_read_in_steps, settings_of
 from .circumstances import evaluation_trains
 from .dataset_rows import shown_rows, stored_rows
 from .descriptions import Description
+from .host import TrainerPart
 from .library_code import is_of_library, qualified
-
-
-if TYPE_CHECKING:
-    from .trainer import S3TTrainerMixin
 
 
 _UNKNOWN = "something"
@@ -53,7 +51,7 @@ _STEPPING = {"optimizer", "lr_scheduler", "should_training_stop", "should_epoch_
 _WRITING = {"grad", "data", "requires_grad", "load_state_dict"}
 
 
-def parts_of(trainer: "S3TTrainerMixin", key: DigestKey) -> tuple[dict[str, Any], list[str]]:
+def parts_of(trainer: TrainerPart, key: DigestKey) -> tuple[dict[str, Any], list[str]]:
     """
     What decides the stages of a trainer besides its arguments and rows: optimizer, loss, collator, tokenizer or
     processor, methods and attributes of a trainer class of the user's, callbacks that reach what is trained,
@@ -166,29 +164,7 @@ def _compare(name: str, then: Any, now: Any, found: dict[str, tuple[Any, Any]]) 
         found.setdefault(name, (then, now))
 
 
-def accelerator_settings(accelerator: Any) -> dict[str, Any]:
-    """What an accelerator says of how it trains, whether arguments, a config file or the environment told it."""
-    dynamo, state = accelerator.state.dynamo_plugin, accelerator.gradient_state
-    feeding = accelerator.dataloader_config
-    return {
-        "mixed_precision": accelerator.mixed_precision,
-        "dynamo": {name: str(value) for name, value in dynamo.to_dict().items()} if compiles(accelerator) else None,
-        "split_batches": feeding.split_batches,
-        "dispatch_batches": feeding.dispatch_batches,
-        "even_batches": feeding.even_batches,
-        "use_seedable_sampler": feeding.use_seedable_sampler,
-        "gradient_accumulation": dict(state.plugin_kwargs),
-        "step_scheduler_with_optimizer": accelerator.step_scheduler_with_optimizer,
-        "autocast": str(accelerator.autocast_handler) if accelerator.autocast_handler is not None else None,
-    }
-
-
-def compiles(accelerator: Any) -> bool:
-    """Whether an accelerator compiles the models that it prepares."""
-    return accelerator.state.dynamo_plugin.backend.value != "NO"
-
-
-def _optimizer(given: tuple[type, Mapping[str, Any]] | None, description: "Description") -> Any:
+def _optimizer(given: tuple[type, Mapping[str, Any]] | None, description: Description) -> Any:
     if given is None:
         return None
     kind, arguments = given
@@ -204,11 +180,12 @@ def _special_tokens(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if not name.startswith(("hub", "push_to_hub"))}
 
 
-def _trainer(trainer: "S3TTrainerMixin", description: "Description") -> dict[str, Any]:
+def _trainer(trainer: TrainerPart, description: Description) -> dict[str, Any]:
     """The class that is a library's, what the user's classes put in the place of its methods, and what they keep."""
     aside = _ASIDE if evaluation_trains(trainer.args) else _ASIDE | _OF_EVALUATION
     own = [kind for kind in type(trainer).__mro__ if not is_of_library(kind)]
-    base = next(kind for kind in type(trainer).__mro__ if is_of_library(kind) and kind.__name__ != "S3TTrainerMixin")
+    # Of this package's classes, mixins are no trainers by themselves.
+    base = next(kind for kind in type(trainer).__mro__ if is_of_library(kind) and not _is_our_mixin(kind))
     methods: dict[str, Any] = {}
     for name, value in vars(trainer).items():
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) and hasattr(base, name):
@@ -227,6 +204,10 @@ def _trainer(trainer: "S3TTrainerMixin", description: "Description") -> dict[str
     }
 
 
+def _is_our_mixin(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == __name__.split(".")[0] and not issubclass(kind, Trainer)
+
+
 def _is_setting(value: Any) -> bool:
     """Whether an attribute is one that a loss goes by, and not what a run gathers."""
     if isinstance(value, (list, tuple)):
@@ -235,7 +216,7 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, kinds)
 
 
-def _callbacks(callbacks: Iterable[TrainerCallback], description: "Description") -> list[Any]:
+def _callbacks(callbacks: Iterable[TrainerCallback], description: Description) -> list[Any]:
     """Callbacks that decide when a stage ends, and those of the user's that reach what is trained."""
     found = []
     for callback in callbacks:
@@ -268,7 +249,7 @@ def _reaches_training(kind: type) -> bool:
     return "on_pre_optimizer_step" in vars(kind) or not _STEPPING.isdisjoint(names) or ("model" in names and writes)
 
 
-def _model(model: nn.Module, description: "Description") -> dict[str, Any]:
+def _model(model: nn.Module, description: Description) -> dict[str, Any]:
     loss = getattr(model, "_loss_function", None)
     return {
         "class": description.of(type(model), "model"),
@@ -277,7 +258,7 @@ def _model(model: nn.Module, description: "Description") -> dict[str, Any]:
     }
 
 
-def _dataset(dataset: Any, description: "Description") -> dict[str, Any]:
+def _dataset(dataset: Any, description: Description) -> dict[str, Any]:
     """How rows are shown. What they hold is compared by itself."""
     if not isinstance(dataset, datasets.Dataset):
         return {"class": description.of(type(dataset), "train_dataset")}
@@ -286,7 +267,7 @@ def _dataset(dataset: Any, description: "Description") -> dict[str, Any]:
     return {"transform": description.of(shown, "train_dataset.transform")}
 
 
-def _rows_digest(dataset: Any, description: "Description") -> Any:
+def _rows_digest(dataset: Any, description: Description) -> Any:
     if isinstance(dataset, dict):
         return {name: _rows_digest(one, description) for name, one in dataset.items()}
     if dataset is None:

@@ -16,7 +16,7 @@ from ..model.base_model import rowwise
 from ..model.randomness import RandomStates, own_randomness
 from ..model.state import difference, mark
 from ..plan.stages import StageKey
-from .blueprint import draw_up
+from .blueprint import TrainerInputs, draw_up
 from .early_checks import check_choice, check_rows, collates_as_stored
 from .inputs import check_kinds, check_parts, check_texts
 from .optimizers import refuse_bound_optimizer
@@ -104,7 +104,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
-        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
+        blueprint = draw_up(given, self._layout)
         check_choice(args, eval_dataset, compute_metrics)
         check_texts(model, train_dataset, args, processing_class, formatting_func)
         if collates_as_stored(data_collator):
