@@ -31,13 +31,13 @@ class AuditKey(StageKey):
     __slots__ = ()
 
     # As tuples the two would be the same key, and lie in memory beside each other.
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, AuditKey) and tuple.__eq__(self, other)
 
-    def __ne__(self, other):
+    def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(("audit", *self))
 
     @property
@@ -83,7 +83,7 @@ class VerificationReport:
         """Whether every stage came out bit for bit the same."""
         return not self.mismatches
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.ok:
             return f"{len(self.stages)} stages trained again in {self.seconds:.1f} s: bit for bit the same"
         lines = [f"recorded {name}: {then!r}, now {now!r}" for name, (then, now) in self.circumstances.items()]

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
 from ..errors import ConfigError
@@ -104,7 +104,7 @@ class Blueprint:
     new: NewSystem | None
     task: str
 
-    def record(self, model: nn.Module, key: DigestKey) -> dict[str, Any]:
+    def record(self, model: PreTrainedModel, key: DigestKey) -> dict[str, Any]:
         """What `s3t_config.json` says of a system that is made with a secret."""
         baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
         return {
@@ -140,7 +140,7 @@ class TrainerInputs:
         s3t_config ([`S3TConfig`], *optional*): The system; the recorded one if not given.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     args: TrainingArguments
     train_dataset: Any
     eval_dataset: Any
@@ -160,13 +160,13 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
-    model, args = given.model, given.args
+    model, args, output_dir = given.model, given.args, str(given.args.output_dir)
     if isinstance(model, nn.Module):
         check_is_itself(model)
     check_has_no_adapters(model)
     recorded, key = _recorded_or_new(args)
     if recorded is not None:
-        check_method(recorded, (layout.method,), args.output_dir)
+        check_method(recorded, (layout.method,), output_dir)
     asked = _merged_config(given.s3t_config, recorded)
     config = layout.settings(asked)
     peft_config = _merged_peft_config(given.peft_config, recorded, model)
@@ -185,7 +185,7 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
         check_base_is(model, recorded["base_model"], layers.path, head, for_training=True)
         base = recorded["base_model"]
     elif rows is None:
-        raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
+        raise ConfigError(f"{output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
     else:
         base = describe_base(model, layers.path, head)
     if rows is not None and evaluation_chooses(args, config):
@@ -197,13 +197,13 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
         if given.s3t_config is None:
             say_what_the_default_costs(config, layers, new.table, args.max_steps)
     elif rows is not None:
-        _match(rows, args.output_dir)
+        _match(rows, output_dir)
     say_which_seed_rules(args, config)
     return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
 
 
 def _layers_and_head(
-    model: nn.Module, config: S3TConfig, peft_config: LoraConfig, layout: Layout
+    model: PreTrainedModel, config: S3TConfig, peft_config: LoraConfig, layout: Layout
 ) -> tuple[LayerGroups, tuple[str, ...]]:
     """Where stages and their head lie in a model that has places for them."""
     check_base(model, config)
@@ -224,7 +224,7 @@ def _planned(rows: TrainingRows, key: DigestKey, config: S3TConfig) -> ExampleTa
     return ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
 
 
-def check_same(blueprint: Blueprint, model: nn.Module, output_dir: str) -> None:
+def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) -> None:
     """
     Check that the system which is in the folder by now is the one that a trainer was about to make there.
 
@@ -236,12 +236,13 @@ def check_same(blueprint: Blueprint, model: nn.Module, output_dir: str) -> None:
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
-    recorded = _recorded_system(output_dir)
+    recorded = open_folder(output_dir).record
     check_method(recorded, (blueprint.layout.method,), output_dir)
     _merged_config(blueprint.asked, recorded)
     _merged_peft_config(blueprint.peft_config, recorded, model)
     check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
-    _match(blueprint.rows, output_dir)
+    if blueprint.rows is not None:
+        _match(blueprint.rows, output_dir)
 
 
 def _match(rows: TrainingRows, output_dir: str) -> None:
@@ -252,8 +253,9 @@ def _match(rows: TrainingRows, output_dir: str) -> None:
 
 def _recorded_or_new(args: TrainingArguments) -> tuple[dict[str, Any] | None, DigestKey | None]:
     """What is recorded of the system; where none is there yet, the secret that it will have."""
-    recorded = _recorded_system(args.output_dir)
-    key = DigestKey.draw(args.output_dir) if recorded is None else None
+    output_dir = str(args.output_dir)
+    recorded = _recorded_system(output_dir)
+    key = DigestKey.draw(output_dir) if recorded is None else None
     if args.world_size > 1:
         # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
         (key,) = broadcast_object_list([key])
@@ -290,18 +292,22 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
     return config
 
 
-def _merged_peft_config(given: PeftConfig | None, recorded: dict[str, Any] | None, model: nn.Module) -> LoraConfig:
-    if given is None and recorded is None:
-        raise ConfigError(
-            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
-        )
+def _merged_peft_config(
+    given: PeftConfig | None, recorded: dict[str, Any] | None, model: PreTrainedModel
+) -> LoraConfig:
+    settings = None
     if given is not None:
         check_peft_config(given, getattr(given, "modules_to_save", None) or ())
-        given = _with_targets(_without_absent_heads(given, model), model)
+    if isinstance(given, LoraConfig):
+        settings = _with_targets(_without_absent_heads(given, model), model)
     if recorded is None:
-        return given
+        if settings is None:
+            raise ConfigError(
+                "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
+            )
+        return settings
     config = LoraConfig(**recorded["peft_config"])
-    if given is not None and _plain_peft_config(given) != _plain_peft_config(config):
+    if settings is not None and _plain_peft_config(settings) != _plain_peft_config(config):
         raise ConfigError(
             "`peft_config` differs from the one this folder's system was made with "
             f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
@@ -309,17 +315,18 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict[str, Any] | Non
     return config
 
 
-def _without_absent_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def _without_absent_heads(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """Settings without the heads that `get_peft_model` writes into them for its task and the model does not have."""
-    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not config.modules_to_save:
+    saved = config.modules_to_save
+    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not saved:
         return config
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = copy.deepcopy(config)
-    config.modules_to_save = [n for n in config.modules_to_save if n in there or n not in _HEADS_OF_PEFT] or None
+    config.modules_to_save = [n for n in saved if n in there or n not in _HEADS_OF_PEFT] or None
     return config
 
 
-def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def _with_targets(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """Settings that name target modules: where the user names none, PEFT's own choice for the architecture."""
     if config.target_modules is not None:
         return config
@@ -332,7 +339,8 @@ def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     config = copy.deepcopy(config)
     # A list of names, or one expression.
     default = DEFAULT_TARGETS[kind]
-    config.target_modules = default if isinstance(default, str) else set(default)
+    # Declared is the list of which PEFT makes a set.
+    config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]
     return config
 
 
@@ -344,7 +352,8 @@ def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
         value = getattr(config, field.name, None)
         if field.init and value != getattr(default, field.name) and field.name not in _NOT_OF_AN_ADAPTER:
             plain[field.name] = sorted(value) if isinstance(value, set) else value
-    return json.loads(json.dumps(plain))
+    as_json: dict[str, Any] = json.loads(json.dumps(plain))
+    return as_json
 
 
 def _default_aggregation(task: str) -> str:

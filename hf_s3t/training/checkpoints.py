@@ -172,7 +172,7 @@ class StageCheckpoints(StageWatch):
         # What is loaded are weights that serve.
         self._know_optimizer().serve()
         try:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         except OSError:
             if not self._is_condemned():
                 raise
@@ -180,8 +180,10 @@ class StageCheckpoints(StageWatch):
     def _has_ended(self) -> bool:
         """Whether the checkpoint that is resumed from was written as the stage came to its end, or was ended."""
         # Of a stage that begins, this says how the one before it ended.
-        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        return self.args.restore_callback_states_from_checkpoint and control.get("should_training_stop", False)
+        # Declared is the list of which `TrainerState` makes a dict.
+        states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        control = states.get("TrainerControl", {}).get("args", {})
+        return self.args.restore_callback_states_from_checkpoint and bool(control.get("should_training_stop", False))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, which would go on for a step where the checkpoint is of the last one, inside an epoch."""

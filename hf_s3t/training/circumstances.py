@@ -41,7 +41,8 @@ def recipe_of(args: TrainingArguments) -> dict[str, Any]:
     kept = {name: value for name, value in kept.items() if value or name not in _ONLY_WHERE_SET}
     if evaluation_trains(args):
         kept.update({name: getattr(args, name) for name in _CHOOSING})
-    return json.loads(json.dumps(kept, default=_told))
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=_same_in_every_process))
+    return plain
 
 
 def evaluation_trains(args: TrainingArguments) -> bool:
@@ -49,7 +50,7 @@ def evaluation_trains(args: TrainingArguments) -> bool:
     return args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
 
-def _told(value: Any) -> Any:
+def _same_in_every_process(value: Any) -> Any:
     """What JSON has no type for, the same in every process: no addresses, sets in one order."""
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=repr)

@@ -47,7 +47,8 @@ class TrainingCurve(TrainerPart):
             super().log({**logs, **tags(self._stage, self.folder.plan)}, start_time)
         finally:
             state.global_step, self._is_logging = steps, outer
-        state.log_history[number]["stage"] = str(self._stage)
+        # `Trainer` declares numbers alone.
+        state.log_history[number]["stage"] = str(self._stage)  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def _unheard(self) -> Iterator[None]:

@@ -251,15 +251,18 @@ class Description:
 
     def _own(self, part: types.FunctionType | type, name: str) -> Any:
         """What a function or class says itself."""
-        if isinstance(part, type):
-            bases = [qualified(base) for base in part.__bases__ if is_of_library(base)]
-            return [bases, {n: self._own_member(value, name) for n, value in sorted(members_of(part).items())}]
-        if free_names(part) and part is not inspect.unwrap(part):
-            part = inspect.unwrap(part)
-        elif free_names(part):
-            self.unstable.append(f"`{name}`, which goes by the closure {qualified(part)}")
-        defaults = [[n, self.of(value, name)] for n, value in defaults_of(part).items()]
-        return [self.digest(plain_code(part.__code__)), defaults]
+        if isinstance(part, types.FunctionType):
+            return self._own_function(part, name)
+        bases = [qualified(base) for base in part.__bases__ if is_of_library(base)]
+        return [bases, {n: self._own_member(value, name) for n, value in sorted(members_of(part).items())}]
+
+    def _own_function(self, function: types.FunctionType, name: str) -> Any:
+        if free_names(function) and function is not inspect.unwrap(function):
+            function = inspect.unwrap(function)
+        elif free_names(function):
+            self.unstable.append(f"`{name}`, which goes by the closure {qualified(function)}")
+        defaults = [[n, self.of(value, name)] for n, value in defaults_of(function).items()]
+        return [self.digest(plain_code(function.__code__)), defaults]
 
     def _own_member(self, value: Any, name: str) -> Any:
         if isinstance(value, property):

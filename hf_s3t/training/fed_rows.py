@@ -32,7 +32,7 @@ class FedRows:
             What makes a batch of rows; for rows that are no inputs of the model by themselves.
     """
 
-    def __init__(self, model: nn.Module, collate: Callable | None = None):
+    def __init__(self, model: nn.Module, collate: Callable[[list[Any]], Any] | None = None):
         self._inputs = set(inspect.signature(model.forward).parameters) - set(LABELS)
         self._collate = collate
 
@@ -55,7 +55,7 @@ class FedRows:
         sets = [dataset for dataset in sets if dataset is not None]
         own: dict[tuple[str, ...], set[bytes]] = {}
         for dataset in sets:
-            ways = [()]
+            ways: list[tuple[str, ...]] = [()]
             if not (self._holds_inputs(train_dataset) and self._holds_inputs(dataset)):
                 # Before any transform, too: it may draw, or be another one.
                 ways += filter(None, [_common_columns(train_dataset, dataset, besides)])
@@ -85,18 +85,18 @@ class FedRows:
     def _fed(self, dataset: Any) -> Iterator[dict[str, Any]]:
         if self._holds_inputs(dataset):
             names = [name for name in dataset.column_names if name in self._inputs or name in LABELS]
-            yield from map(self._of, stored_rows(dataset, names))
+            yield from map(self._inputs_of, stored_rows(dataset, names))
             return
         for row in shown_rows(dataset):
-            inputs = self._of(row)
+            inputs = self._inputs_of(row)
             if inputs is None and self._collate is not None:
                 with preserved_randomness():
                     seed_all(0)
-                    inputs = self._of(_collated(self._collate, row))
+                    inputs = self._inputs_of(_collated(self._collate, row))
             if inputs is not None:
                 yield inputs
 
-    def _of(self, row: Any) -> dict[str, Any] | None:
+    def _inputs_of(self, row: Any) -> dict[str, Any] | None:
         """What of a row a model reads, without what goes without saying; `None` for a row that it cannot read."""
         if not hasattr(row, "keys") or not self._inputs & set(row.keys()):
             return None
@@ -114,7 +114,10 @@ class FedRows:
         words = inputs.get("input_ids")
         if _repeats(inputs.get("labels"), words):
             del inputs["labels"]
-        implied = {"token_type_ids": np.zeros_like(words), "position_ids": np.arange(np.size(words))}
+        implied = {
+            "token_type_ids": np.zeros_like(words),
+            "position_ids": np.arange(0 if words is None else np.size(words)),
+        }
         return {
             name: value
             for name, value in inputs.items()
@@ -122,7 +125,7 @@ class FedRows:
         }
 
 
-def _collated(collate: Callable, row: dict[str, Any]) -> Any:
+def _collated(collate: Callable[[list[Any]], Any], row: dict[str, Any]) -> Any:
     try:
         return fresh_copy(collate, ())([row])
     except Exception as error:

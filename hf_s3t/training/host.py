@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from ..config import S3TConfig
 from ..errors import ConfigError, S3TError
 from ..folder.system import SystemFolder
@@ -20,6 +22,7 @@ else:
 class TrainerPart(_Host):
     """A part of a trainer: a mixin that comes before a class of Transformers' [`~transformers.Trainer`]."""
 
+    model: PreTrainedModel
     folder: SystemFolder
     s3t_config: S3TConfig
     _stack: StageStack
@@ -30,6 +33,11 @@ class TrainerPart(_Host):
     _prepared: Any
     # None between stages.
     _stage: StageKey | None
+
+    @property
+    def _output_dir(self) -> str:
+        # `TrainingArguments` put a name in the place of none.
+        return str(self.args.output_dir)
 
     @property
     def _rows_of_stages(self) -> StageRows:

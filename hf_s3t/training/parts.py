@@ -87,13 +87,15 @@ def parts_of(trainer: TrainerPart, key: DigestKey) -> tuple[dict[str, Any], list
         parts["train_dataset"] = _dataset(trainer._prepared, description)
     if evaluation_trains(trainer.args):
         parts["eval_dataset"] = _rows_digest(trainer.eval_dataset, description)
-    return json.loads(json.dumps(parts)), description.unstable
+    plain: dict[str, Any] = json.loads(json.dumps(parts))
+    return plain, description.unstable
 
 
 def recorded_parts(record: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that the record of a stage or checkpoint tells of; before they were recorded, precision was."""
-    if isinstance(record.get("parts"), dict):
-        return record["parts"]
+    parts = record.get("parts")
+    if isinstance(parts, dict):
+        return parts
     known = record.get("circumstances", {}).get("mixed_precision")
     return {} if known is None else {"accelerator": {"mixed_precision": known}}
 

@@ -54,7 +54,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     @old_objects_passed_over()
     def train(
         self,
-        resume_from_checkpoint: bool | None = None,
+        resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -203,6 +203,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._refuse_other_recipe(resume=False)
             self._agreed = folder.valid_stages
         missing = self._stage_order(self._missing())
+        key: StageKey | None
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
 
@@ -259,8 +260,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         if missing:
             self._refuse_rows_fed_otherwise(records)
         for key in missing if resume else ():
-            record = self._unfinished(key)
-            other = record and (self._other_recipe(record) or self._fed_otherwise(key, record))
+            begun = self._unfinished(key)
+            other = None if begun is None else self._other_recipe(begun) or self._fed_otherwise(key, begun)
             if other:
                 raise ConfigError(
                     f"{key} was begun by another recipe: {other}. Give the trainer the recorded arguments and parts "

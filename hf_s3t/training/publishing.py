@@ -19,7 +19,11 @@ logger = logging.get_logger(__name__)
 class Publishing(LiveModel):
     """The part of a trainer that pushes the system."""
 
-    def push_to_hub(
+    # `Trainer` begins with none.
+    hub_model_id: str | None  # type: ignore[assignment]
+
+    # A push brings a system, and tells what it brought.
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -54,14 +58,11 @@ class Publishing(LiveModel):
         if not self.is_world_process_zero():
             return None
         token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self._name_repo(token, private)
+        repo_id = self.hub_model_id if self.hub_model_id is not None else self._make_repo(token, private)
         merge = kwargs.pop("merge", False)
-        describe = functools.partial(description, repo_id=self.hub_model_id, **kwargs)
+        describe = functools.partial(description, repo_id=repo_id, **kwargs)
         try:
-            return push(
-                self.folder, HubRepo(self.hub_model_id, token), describe, commit_message=commit_message, merge=merge
-            )
+            return push(self.folder, HubRepo(repo_id, token), describe, commit_message=commit_message, merge=merge)
         finally:
             if self._live is not None and self._stack.in_training is None:
                 self._live.refresh()
@@ -73,9 +74,10 @@ class Publishing(LiveModel):
         except HubError as error:
             logger.warning(f"{message} could not be pushed: {error} It is tried again with the next.")
 
-    def _name_repo(self, token: str | None, private: bool | None) -> None:
-        with told(self.args.hub_model_id or self.args.output_dir, "The push ended"):
+    def _make_repo(self, token: str | None, private: bool | None) -> str:
+        with told(self.args.hub_model_id or self._output_dir, "The push ended"):
             self.init_hf_repo(token=token, private=private)
+        return str(self.hub_model_id)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints hold an optimizer's state; the system is pushed as its sequences complete."""

@@ -71,8 +71,9 @@ class TrainingRows:
                     "gets it."
                 )
 
-    def _column(self, name: str) -> list:
-        return self.dataset.with_format(None)[name][:]
+    def _column(self, name: str) -> list[Any]:
+        values: list[Any] = self.dataset.with_format(None)[name][:]
+        return values
 
     def digests(self, key: DigestKey) -> list[str]:
         """The keyed digest of every row's content: of what is trained on, its id, group and place aside."""
@@ -114,8 +115,8 @@ class TrainingRows:
             method=config.partition,
             seed=config.seed,
             groups=units_of(self.ids, self.groups, digests) if config.colocate_duplicates else self.groups,
-            shards=self._column(config.shard_column) if by_column else None,
-            slices=self._column(config.slice_column) if by_column else None,
+            shards=self._column(config.shard_column) if by_column and config.shard_column else None,
+            slices=self._column(config.slice_column) if by_column and config.slice_column else None,
             key=None if key is None else key.for_places,
         )
         groups = self.groups if self.groups is not None else [None] * len(self.ids)
@@ -149,7 +150,7 @@ class StageRows:
         else:
             numbers = range(len(prepared))
         config = rows.config
-        ours = {config.id_column, config.group_column, config.shard_column, config.slice_column} & set(columns)
+        ours = rows.own_columns & set(columns)
         if ours and prepared.format["type"] != "custom":
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared

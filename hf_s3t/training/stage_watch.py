@@ -97,7 +97,7 @@ class StageWatch(LiveModel):
         written, and it will be discarded.
         """
         self.folder.refresh_ledger()
-        return self._stage_origin["slices"] != self.folder.slice_digests(self._stage_in_training)
+        return bool(self._stage_origin["slices"] != self.folder.slice_digests(self._stage_in_training))
 
     def _has_moved(self) -> bool:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""

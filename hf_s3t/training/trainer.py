@@ -1,15 +1,16 @@
 """`S3TTrainer`: Transformers' `Trainer`, run once per stage of an S3T system."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
-from torch import nn
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import align_special_tokens
@@ -41,6 +42,9 @@ from .tracking import PlanHandler
 
 logger = logging.get_logger(__name__)
 
+# What is given as the model: one, or the name of one.
+_Base = TypeVar("_Base")
+
 
 class S3TTrainerMixin(PlanRuns):
     """
@@ -64,7 +68,7 @@ class S3TTrainerMixin(PlanRuns):
         if blueprint.new is not None and self.is_world_process_zero():
             self._make_folder(blueprint, blueprint.new)
         self.accelerator.wait_for_everyone()
-        self.folder = SystemFolder(self.args.output_dir)
+        self.folder = SystemFolder(self._output_dir)
         # Another trainer may have made it first, with a secret of its own.
         is_ours = blueprint.new is not None and blueprint.new.key.check == self.folder.key.check
         if blueprint.rows is not None and not is_ours:
@@ -107,7 +111,7 @@ class S3TTrainerMixin(PlanRuns):
 
     def _make_folder(self, blueprint: Blueprint, new: NewSystem) -> None:
         """Make the system, unless another trainer made the same one while this one was being set up."""
-        output_dir = self.args.output_dir
+        output_dir = self._output_dir
         with SystemFolder.making(output_dir):
             if SystemFolder.exists(output_dir):
                 check_same(blueprint, self.model, output_dir)
@@ -227,19 +231,19 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     @own_randomness()
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        model_init: Callable | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
-        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         peft_config: PeftConfig | None = None,
         s3t_config: S3TConfig | None = None,
     ):
@@ -252,7 +256,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         args = args if args is not None else TrainingArguments(output_dir="s3t_system")
-        refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func)
+        model = shared_base(model, model_init, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         blueprint = draw_up(given, self._layout)
@@ -291,7 +295,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
 
 
-def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
+def stack_of(model: PreTrainedModel, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
     # First what may be refused: nothing of the base has changed then.
     keep_4_bit_weights(model)
@@ -302,7 +306,7 @@ def stack_of(model: nn.Module, blueprint: Blueprint, stack_type: type[StageStack
     return stack
 
 
-def checkpoint_without_reentry(model: nn.Module) -> None:
+def checkpoint_without_reentry(model: PreTrainedModel) -> None:
     """
     Have a base that checkpoints activations do so in the way that needs no gradients at its input.
 
@@ -313,8 +317,14 @@ def checkpoint_without_reentry(model: nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def refuse_shared_state(model, model_init, optimizers, data_collator, compute_loss_func) -> None:
-    """Refuse arguments that would carry state from one stage into the next."""
+def shared_base(
+    model: _Base | None,
+    model_init: Callable[..., Any] | None,
+    optimizers: tuple[Any, Any],
+    data_collator: Callable[..., Any] | None,
+    compute_loss_func: Callable[..., Any] | None,
+) -> _Base:
+    """The model that all stages share. Arguments that would carry state from one stage into the next are refused."""
     for part in (data_collator, compute_loss_func):
         fresh_copy(part, (model,))
     if model is None or model_init is not None:
@@ -327,6 +337,7 @@ def refuse_shared_state(model, model_init, optimizers, data_collator, compute_lo
             "`optimizers` would carry an optimizer's state from stage to stage. Give `optimizer_cls_and_kwargs`, from "
             "which every stage makes its own."
         )
+    return model
 
 
 def default_ddp_arguments(args: TrainingArguments) -> None:
