@@ -1,4 +1,4 @@
-"""How an accelerator trains, whoever told it, and whether that is still so."""
+"""The settings of an accelerator that decide how it trains, and whether they are still the same."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def refuse_changed_accelerator(accelerator: Accelerator, settings: dict[str, Any
     try:
         now = accelerator_settings(accelerator)
     except AttributeError:
-        # Cleared, and not set up again.
+        # The state that all accelerators share was reset, and nobody has set it up again.
         now = None
     if now != settings:
         what = "" if now is None else f" ({', '.join(differing(settings, now))})"

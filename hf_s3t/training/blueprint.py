@@ -269,7 +269,7 @@ def _recorded_system(output_dir: str) -> dict[str, Any] | None:
     if not SystemFolder.exists(path):
         refuse_leftovers(output_dir)
         return None
-    # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
+    # The folder may come from anywhere, and opening it to write removes files: `open_folder` refuses links in it.
     return open_folder(output_dir).record
 
 
@@ -337,7 +337,7 @@ def _with_targets(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
             'Name them, such as LoraConfig(..., target_modules="all-linear").'
         )
     config = copy.deepcopy(config)
-    # A list of names, or one expression.
+    # Of some architectures the default is a regular expression.
     default = DEFAULT_TARGETS[kind]
     # Declared is the list of which PEFT makes a set.
     config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]

@@ -97,7 +97,7 @@ def _plain_const(const: Any) -> Any:
     if isinstance(const, tuple):
         return ["tuple", *map(_plain_const, const)]
     if isinstance(const, frozenset):
-        # In the order of their hashes, which are others in every process.
+        # Its own order follows from hashes, which differ from process to process.
         return ["frozenset", *sorted(map(repr, const))]
     return repr(const) if isinstance(const, (complex, types.EllipsisType)) else const
 
@@ -111,7 +111,7 @@ def unstable_kind(function: types.FunctionType) -> str | None:
     """What makes a function one that cannot be told from another of its name."""
     if function.__name__ == "<lambda>":
         return "lambda"
-    # What a decorator puts around a function is told by what is inside.
+    # The wrapper that a decorator puts around a function has a closure itself; what counts is the function.
     return "closure" if free_names(inspect.unwrap(function)) else None
 
 
@@ -156,7 +156,7 @@ def names_read_in_steps(kinds: Iterable[type], aside: set[str]) -> set[str]:
             part = inspect.unwrap(part)
             seen.add(part)
             names = names_in(part.__code__)
-            # Such as those that `getattr` is given.
+            # Texts count as names, since `getattr` may be given them.
             found |= {
                 *names,
                 *(const for code in codes_in(part.__code__) for const in code.co_consts if isinstance(const, str)),

@@ -65,7 +65,7 @@ class StageCheckpoints(StageWatch):
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                # Between epochs there are no workers, unless they live on.
+                # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
                 between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
                 at_rest = not self._batches_are_random or between
                 exact = at_rest and not self._has_moved() and self._is_optimizer_held()
@@ -138,13 +138,13 @@ class StageCheckpoints(StageWatch):
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # What is its own from the beginning is seen before anything is read.
+        # Its attributes are noted as they begin, so before anything is read into them.
         self._know_optimizer()
         try:
             why = self._read_optimizer(Path(checkpoint))
         except Exception as error:
             if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, S3TError):
-                # No memory, no disk: the checkpoint has no part in it.
+                # Memory or disk failed, and not the checkpoint.
                 raise
             why = f"{type(error).__name__}: {error}"
         if why is None and not is_finite(self._stack.tensors(self._stage_in_training)):
@@ -169,7 +169,7 @@ class StageCheckpoints(StageWatch):
         return optimizer.not_read_back()
 
     def _load_best_model(self) -> None:
-        # What is loaded are weights that serve.
+        # A checkpoint holds the weights that serve, so these have to be the ones in the model.
         self._know_optimizer().serve()
         try:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -179,8 +179,8 @@ class StageCheckpoints(StageWatch):
 
     def _has_ended(self) -> bool:
         """Whether the checkpoint that is resumed from was written as the stage came to its end, or was ended."""
-        # Of a stage that begins, this says how the one before it ended.
-        # Declared is the list of which `TrainerState` makes a dict.
+        # Where nothing is resumed, the state is still that of the stage before.
+        # Declared as the list of which `TrainerState` makes a dict.
         states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
         control = states.get("TrainerControl", {}).get("args", {})
         return self.args.restore_callback_states_from_checkpoint and bool(control.get("should_training_stop", False))

@@ -26,7 +26,8 @@ _IRRELEVANT = {
     "include_for_metrics", "include_num_input_tokens_seen", "remove_unused_columns", "debug",
     "dataloader_prefetch_factor", "torch_empty_cache_steps", "restore_callback_states_from_checkpoint",
 }  # fmt: skip
-# Workers that live on draw on, and each process packs its own part; without either there is nothing to say.
+# Persistent workers keep their random states from epoch to epoch, and processes that prepare pack rows among
+# themselves. Where an argument is not set it changes nothing, and earlier records do not have it.
 _ONLY_WHERE_SET = {"dataloader_persistent_workers", "dataset_num_proc"}
 # Which evaluations there are, and what may move the last bits of their losses.
 _CHOOSING = (

@@ -52,7 +52,8 @@ _MANY = 16
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _PROCESSORS = (PreTrainedTokenizerBase, ProcessorMixin, FeatureExtractionMixin, ImageProcessingMixin)
 _CONTAINERS = (list, tuple, collections.deque)
-# Where things lie, what is written down, what runs, or reaches everything there is: told apart by kind alone.
+# Told apart by kind alone: paths and loggers decide nothing, datasets are compared by themselves, and modules reach
+# everything there is.
 _OPAQUE = (
     types.ModuleType, os.PathLike, datasets.Dataset, torch.utils.data.Dataset, logging.Logger, logging.Handler,
     type(os.environ),
@@ -142,7 +143,7 @@ class Description:
         if isinstance(value, nn.Module):
             return self._module(value, name)
         if hasattr(value, "__name__") and not hasattr(value, "__dict__"):
-            # Written in another language.
+            # Compiled code has nothing to look into.
             return qualified(value)
         attributes = {**getattr(value, "__dict__", {}), **dict(_slots(value))}
         return {"class": self._class(type(value), name), "attributes": self.named(attributes, name)}
@@ -202,7 +203,7 @@ class Description:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return {**about, "vocabulary": self.digest(sorted(tokenizer.get_vocab().items(), key=str))}
-        # Not the whole, whose truncation and padding are those of its last call.
+        # Not the whole backend: its truncation and padding are left over from its last call.
         ways = ("model", "normalizer", "pre_tokenizer", "post_processor")
         states = [getattr(backend, way).__getstate__() if getattr(backend, way) is not None else None for way in ways]
         return {**about, "vocabulary": self.digest(states)}

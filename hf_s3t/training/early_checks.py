@@ -32,7 +32,7 @@ _READ_BY_TRL = (
     "chat_template_kwargs",
     "assistant_masks",
 )
-# A label that counts for nothing.
+# The label that losses ignore.
 _IGNORED = -100
 
 
@@ -108,7 +108,7 @@ def check_loss(
     if model is None or overridden or compute_loss_func is not None:
         return
     takes = inspect.signature(type(model).forward).parameters.values()
-    # Of a class of the user's own, what takes anything may take labels.
+    # A class of the user's own may take labels by `**kwargs`.
     is_known = type(model).__module__.startswith("transformers.") or not any(p.kind is p.VAR_KEYWORD for p in takes)
     names = find_labels(type(model))
     if not names and not can_return_loss(type(model)) and is_known:
@@ -147,10 +147,10 @@ def check_rows(dataset: Any, model: PreTrainedModel, head: Sequence[str], args: 
     """
     if not _is_stored(dataset):
         return
-    # Of other tasks a label may be a choice, a character, a place.
+    # In other tasks a label is no class but, say, the number of a choice or a position.
     if head and find_task(model).endswith("-classification"):
         _check_labels(dataset, model)
-    # Of models that read more than words, some know tokens of their own beside, and other towers have positions.
+    # Models that read images or sound too may have tokens outside of the embeddings, and positions of their own.
     config = getattr(model, "config", None)
     is_of_words = config is not None and getattr(model, "main_input_name", None) == "input_ids"
     if "input_ids" in dataset.column_names and is_of_words and model.config.get_text_config() is config:
@@ -249,7 +249,7 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
             return "other", (None, None)
         kind, found = "whole", pc.min_max(values).as_py()
         if found["min"] is not None:
-            # What counts for nothing is aside, unless there is something below.
+            # The ignored label is left out of the range, unless a label below it shows that it is none.
             if found["min"] == _IGNORED:
                 found = pc.min_max(values.filter(pc.not_equal(values, _IGNORED))).as_py()
                 if found["min"] is None:
@@ -310,8 +310,8 @@ def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except Exception as error:
         raise ConfigError(
-            f"`optim={getattr(args.optim, 'value', args.optim)!r}` cannot be made: {_said(error)}. Mend that, or "
-            "choose another optimizer."
+            f"`optim={getattr(args.optim, 'value', args.optim)!r}` cannot be made: {_message_of(error)}. Mend that, "
+            "or choose another optimizer."
         ) from error
     settings, steps = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}, 10
     try:
@@ -325,9 +325,9 @@ def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
     except Exception as error:
         raise ConfigError(
             f"`lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)!r}` with "
-            f"`lr_scheduler_kwargs={settings!r}` makes no schedule: {_said(error)}. Mend these settings."
+            f"`lr_scheduler_kwargs={settings!r}` makes no schedule: {_message_of(error)}. Mend these settings."
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"

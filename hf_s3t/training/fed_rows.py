@@ -57,7 +57,7 @@ class FedRows:
         for dataset in sets:
             ways: list[tuple[str, ...]] = [()]
             if not (self._holds_inputs(train_dataset) and self._holds_inputs(dataset)):
-                # Before any transform, too: it may draw, or be another one.
+                # As stored, too: a transform may draw at random, or differ between the datasets.
                 ways += filter(None, [_common_columns(train_dataset, dataset, besides)])
             for columns in ways:
                 if columns not in own:
@@ -129,7 +129,7 @@ def _collated(collate: Callable[[list[Any]], Any], row: dict[str, Any]) -> Any:
     try:
         return fresh_copy(collate, ())([row])
     except Exception as error:
-        # Of other columns than the trainer's loader leaves, say: nothing can be told then.
+        # It may need columns that the trainer leaves out: then this row is not compared.
         logger.debug(f"A row could not be collated by itself: {error}")
         return None
 
@@ -156,7 +156,7 @@ def _canonical(value: Any) -> Any:
     try:
         array = np.asarray(value)
     except ValueError:
-        # Rows within the row, of several lengths.
+        # A list of lists of several lengths.
         array = np.empty(0, object)
     if array.dtype.kind in "biu":
         return np.squeeze(array.astype(np.int64))

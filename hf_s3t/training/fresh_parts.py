@@ -15,7 +15,7 @@ from ..plan.stages import StageKey
 from .serving import LiveModel
 
 
-# Of these, copies share what cannot be copied.
+# What a closure or a bound object holds and cannot be copied, copies of these share: so they are compared.
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
@@ -36,7 +36,7 @@ class FreshParts:
         self._before = {name: mark(part, trainer._shared) for name, part in parts.items()}
         # Copies, and in which state each began the stage.
         self._copies: list[tuple[Any, Mark]] = []
-        # Large, and shared by all copies.
+        # Tokenizers are large and shared by all copies, so their settings are put back instead.
         self._tokenizers = TokenizerSettings([trainer.processing_class, *parts.values()])
         self.note(trainer.train_dataset)
 
@@ -96,7 +96,8 @@ class FreshParts:
                 )
 
     def _put_callbacks_back(self) -> None:
-        # Others may have come and gone. In the place of those that keep state a resume has put ones of its own.
+        # What the stage added or removed stays so. Those that keep state are the given ones again: a resume replaces
+        # them.
         handler = self._trainer.callback_handler
         kinds = {type(callback) for callback in self._callbacks if isinstance(callback, ExportableState)}
         now = [callback for callback in handler.callbacks if type(callback) not in kinds]

@@ -147,7 +147,7 @@ class StageOptimizer:
     def train(self) -> None:
         """Put the weights of training back."""
         aside, self._aside = self._aside, None
-        # What somebody wrote to the weights that serve shall have the effect that it has without us.
+        # Where somebody wrote to the weights that serve, the optimizer makes of it what it does by itself.
         training = aside[0] if aside is not None and self._are(aside[1]) else None
         self._to_training()
         if training is not None:
@@ -227,7 +227,7 @@ def _numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _attributes_of_all() -> frozenset[str]:
-    # The others come from schedulers and from us.
+    # `step` is put there by schedulers, `train` and `eval` by `StageOptimizer`.
     return frozenset({*vars(torch.optim.SGD([torch.zeros(1)])), "step", "train", "eval"})
 
 

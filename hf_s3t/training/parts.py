@@ -122,10 +122,10 @@ def lacking(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str
 
 def shown_parts(differing: Mapping[str, tuple[Any, Any]]) -> str:
     """Parts that differ, as a message names them."""
-    return ", ".join(_shown(name, then, now) for name, (then, now) in differing.items())
+    return ", ".join(_shown_difference(name, then, now) for name, (then, now) in differing.items())
 
 
-def _shown(name: str, then: Any, now: Any) -> str:
+def _shown_difference(name: str, then: Any, now: Any) -> str:
     if any(_is_digest(value) for value in (then, now)):
         return f"another `{name}`"
     then, now = _name_of(then), _name_of(now)
@@ -278,5 +278,5 @@ def _rows_digest(dataset: Any, description: Description) -> Any:
     try:
         return description.digest([hashlib.sha256(encode(row)).digest() for row in rows])
     except ExampleIdError:
-        # Of what has no bytes of its own.
+        # The rows hold values without stable bytes.
         return qualified(type(dataset))

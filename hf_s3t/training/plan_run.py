@@ -95,7 +95,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             outputs = self._train_missing(len(keys), resume_from_checkpoint is not False, ignore_keys_for_eval)
         except BaseException:
             if self._live is not None:
-                # What training did to stages that serve, before it was stopped, answers no more.
+                # Stages that training changed before it stopped must not answer.
                 with contextlib.suppress(S3TError):
                     self._live.refresh()
             raise
@@ -128,7 +128,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         if evaluation_chooses(self.args, self.s3t_config):
             self._compare_evaluation_set()
         self.folder.refresh()
-        # It may have been cast since, by way of the base itself.
+        # The base may have been cast since the trainer was made.
         check_precision(self.model, self.folder.record["base_model"])
         self._describe_parts()
         self._refuse_other_recipe(resume)
@@ -170,7 +170,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _after_stage(self, key: StageKey) -> None:
         self._agreed |= {key}
         if self._live is not None and self.accelerator.num_processes == 1:
-            # One that was exhausted answers again.
+            # A model that was exhausted can answer again.
             self._live._catch_up()
         if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
             self._push_meanwhile(f"Sequence {key}")

@@ -227,7 +227,7 @@ def _is_spread(args: TrainingArguments) -> bool:
 
 
 def _precision_of(args: TrainingArguments) -> str:
-    # Accelerate's environment is in the second.
+    # `mixed_precision` knows what Accelerate's environment says.
     return "fp16" if args.fp16 else getattr(args, "mixed_precision", "no")
 
 
@@ -263,7 +263,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
         [`~hf_s3t.errors.ConfigError`]: If the base would be spread over processes.
     """
     state = accelerator.state
-    # A state that was not set up for one has no such attribute.
+    # Accelerate makes these attributes only where it was set up for them.
     plugins = [getattr(state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed", "megatron_lm")]
     spreading = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     parallel = getattr(accelerator, "parallelism_config", None)

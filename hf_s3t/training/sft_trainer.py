@@ -161,7 +161,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         whole = copy.copy(args)
         if packing:
             whole.max_length = None
-        # An evaluation set may be called so, too: the training set comes first, and once.
+        # An evaluation set may be named "train" too. The training set is prepared first, and once.
         if dataset_name != "train" or not self._awaits_training_set:
             if packing and self._unpacked is not None:
                 self._unpacked[dataset_name] = super()._prepare_dataset(
@@ -175,7 +175,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         before, drawn = mark(formatting_func), RandomStates()
         is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
         if formatting_func is not None and is_shared_out and len(dataset):
-            # Processes that prepare keep to themselves what it counts or draws there.
+            # What it counts or draws in other processes is not seen here, so it is called here once.
             formatting_func(dataset[0])
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         where = difference(before, mark(formatting_func))
@@ -188,7 +188,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         return prepared
 
     def _evaluation_rows(self) -> Any:
-        # Packed, examples of training would be parts of rows.
+        # In packed rows, training examples would be parts of rows and not be found.
         unpacked, self._unpacked = self._unpacked, None
         return unpacked or super()._evaluation_rows()
 

@@ -75,7 +75,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
     def _refuse_changed_below(self, key: StageKey, before: str, after: str) -> None:
         if after == before:
             return
-        # Not what their files say any more: whoever needs them loads them again.
+        # They differ from their files now, so they are loaded again when they are needed.
         for stage in key.lineage[:-1]:
             self._stack.mark(stage, None)
         raise S3TError(
@@ -113,7 +113,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
             with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
                 self._stack.in_training = key
         try:
-            # Not before: whoever holds the live model's lock may wait for a call.
+            # After the live model's lock is released: its holder may wait for a call, which waits for its turn.
             with own_randomness(), self._stack.turns.taken():
                 yield
         finally:
@@ -136,7 +136,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
         self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
         self._begin_watch(key, output_dir, origin)
-        # Loaders of evaluations that keep their workers keep what these have drawn.
+        # Persistent workers of evaluations keep random states from stage to stage: each stage makes its own.
         vars(self).pop("_eval_dataloaders", None)
         paged, state = len(paged_tensors()), self.state
         self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
@@ -197,7 +197,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
             self.is_in_train = False
             raise
         if self._stage_optimizer is not None:
-            # Whether or not an evaluation came last: a stage is what serves.
+            # A stage is the weights that serve, also where no evaluation has put them into the model.
             self._stage_optimizer.serve()
         return output
 

@@ -24,7 +24,7 @@ class PlanHandler(TurnTakingHandler):
 
     def __init__(self, given: CallbackHandler, turns: Turns) -> None:
         super().__init__(given, turns)
-        # Those that were told that the run began, and whether any is told of anything.
+        # Trackers that were told that the run began.
         self._told: list[TrainerCallback] = []
         self._is_silent = False
 

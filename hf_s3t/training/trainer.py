@@ -297,7 +297,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
 def stack_of(model: PreTrainedModel, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:
     """The stack of a blueprint, on its base model with a head from the seed."""
-    # First what may be refused: nothing of the base has changed then.
+    # What may be refused comes first, while the base is as it was given.
     keep_4_bit_weights(model)
     stack = stack_type(model, blueprint.peft_config, blueprint.layers, blueprint.head)
     seed_head(model, blueprint.head, blueprint.config.seed)
