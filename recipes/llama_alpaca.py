@@ -45,6 +45,7 @@ from demo.people_demo import DEMO, run_demo
 from hf_s3t.errors import ConfigError
 from hf_s3t.launch import start_cpu_processes
 from hf_s3t.operations.deletion import preview
+from hf_s3t.records.request import DeletionRequest
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def forget(
     """Unlearn what the command line names, and measure again."""
     script, name = options.script, NAMES[options.script.method]
     forgotten = forgotten_rows(trainer, train, ids, groups) if script.measure_forgetting else None
-    if forgotten is not None and preview(trainer.folder, ids, groups).present:
+    if forgotten is not None and preview(trainer.folder, DeletionRequest(ids, groups)).present:
         # Kept before the deletion: nothing can measure it afterwards.
         file.keep(forgotten={"before": held_out_loss(trainer, forgotten)})
     results["unlearned"] = unlearn(trainer, file, ids, groups)

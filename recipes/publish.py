@@ -31,12 +31,11 @@ from common.tasks import IMAGE_TASKS, TEXT_TASKS
 from demo import people_demo
 
 from hf_s3t.errors import ConfigError
-from hf_s3t.folder.layout import CONFIG_FILE
+from hf_s3t.folder.layout import CONFIG_FILE, KEY_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.card import description, render_recipe_card
 from hf_s3t.hub.pushing import Describe, PushReport, push
 from hf_s3t.hub.repository import HubRepo
-from hf_s3t.records.digests import KEY_FILE
 
 
 HERE = Path(__file__).resolve().parent

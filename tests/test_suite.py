@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_s3t.records.digests import KEY_VARIABLE
+from hf_s3t.folder.secret import KEY_VARIABLE
 
 
 TESTS = Path(__file__).parent

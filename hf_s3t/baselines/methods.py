@@ -24,6 +24,7 @@ from ..config import S3TConfig
 from ..errors import ConfigError
 from ..folder.files import make_folders
 from ..folder.layout import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
+from ..folder.secret import write_key
 from ..folder.status import serving_depths
 from ..model.modeling import S3TModel
 from ..model.randomness import preserved_randomness
@@ -79,7 +80,7 @@ def use_public_secret(output_dir: str | os.PathLike) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return
     make_folders(folder)
-    DigestKey(PUBLIC_SECRET.encode()).write(output_dir)
+    write_key(output_dir, DigestKey(PUBLIC_SECRET.encode()))
 
 
 class Method(ABC):

@@ -26,15 +26,17 @@ from ..folder.opening import open_folder
 from ..folder.secret import load_key
 from ..folder.status import serving_depths, system_status
 from ..folder.system import SystemFolder
-from ..operations.deletion import DeletionPreview, apply, groups_from_texts, ids_from_texts, preview
+from ..operations.deletion import DeletionPreview, apply, preview
 from ..operations.inspection import inspect
 from ..operations.pending import PendingReceipt, PendingRequests, request_later
 from ..operations.pending import apply_pending as apply_what_waits
 from ..operations.purge import purge as purge_remnants
 from ..operations.purge import take_inventory
 from ..operations.receipts import Receipts
+from ..operations.written_ids import groups_from_texts, ids_from_texts
 from ..records.examples import Example
 from ..records.report import UnlearningReport
+from ..records.request import DeletionRequest
 from . import rendering
 
 
@@ -198,13 +200,14 @@ def unlearn(
     _check_later(later, max_delay, include_duplicates, dry_run)
     system = open_folder(folder, read_only=dry_run)
     ids, groups = _request(system, ids, from_file, group)
+    request = DeletionRequest(ids, groups, missing.value, include_duplicates)
     if later:
-        _show_pending(request_later(system, ids, groups, missing.value, max_delay), as_json)
+        _show_pending(request_later(system, request, max_delay), as_json)
         return
     if dry_run:
-        exhausts = _show_preview(preview(system, ids, groups, missing.value, include_duplicates), as_json)
+        exhausts = _show_preview(preview(system, request), as_json)
     else:
-        exhausts = _show_report(system, apply(system, ids, groups, missing.value, include_duplicates), as_json)
+        exhausts = _show_report(system, apply(system, request), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)
 
 
@@ -213,8 +216,7 @@ def apply_pending(folder: Folder, dry_run: DryRun = False, as_json: AsJson = Fal
     """Forget, in one go, what `unlearn --later` (or `S3TModel.unlearn_later`) recorded."""
     system = open_folder(folder, read_only=dry_run)
     if dry_run:
-        waiting = PendingRequests(system)
-        exhausts = _show_preview(preview(system, waiting.ids(), waiting.groups(), "ignore"), as_json)
+        exhausts = _show_preview(preview(system, PendingRequests(system).request()), as_json)
     else:
         exhausts = _show_report(system, apply_what_waits(system), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)

@@ -1,13 +1,83 @@
-"""Checkpoints of stages in training: whether they saw only what their slices hold now."""
+"""Checkpoints of stages in training: where they lie, what they hold, and which of them a deletion condemned."""
 
 import contextlib
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock
 
 from ..errors import FolderError
+from ..plan.stages import StageKey
 from ..records.ledger import Ledger
-from .files import read_checked_json
+from ..records.validity import is_current
+from .files import (
+    check_digest,
+    file_digest,
+    make_folders,
+    read_checked,
+    read_checked_json,
+    sync,
+    write_checked_json,
+)
 from .foreign import is_foreign
-from .layout import STAGE_FILE
+from .layout import ADAPTER_FILE, CHECKPOINTS, STAGE_FILE, STAGES
+from .scratch import folders_below, folders_of, hold, names_in, stage_of, unused
+
+
+# What one holds
+
+
+def write_checkpoint_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Mark a checkpoint, synced, with the slices it saw and its files' digests; without, it is not resumed."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != STAGE_FILE]
+    for file in files:
+        sync(file)
+    digests = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+    write_checked_json(folder / STAGE_FILE, {**record, "files": digests})
+
+
+def read_checkpoint_record(folder: Path) -> dict[str, Any]:
+    """
+    What `write_checkpoint_record` was given.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
+    """
+    record, files = _record_and_files(folder)
+    for name, digest in files.items():
+        check_digest(folder / name, digest)
+    return record
+
+
+def read_checkpoint_adapter(folder: Path) -> bytes:
+    """
+    The bytes of the adapter file of a checkpoint, as `write_checkpoint_record` found it, read once.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
+    """
+    return read_checkpoint_file(folder, ADAPTER_FILE)
+
+
+def read_checkpoint_file(folder: Path, name: str) -> bytes:
+    """
+    The bytes of a file of a checkpoint, as `write_checkpoint_record` found it, read once.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the record or the file is missing or altered.
+    """
+    _, files = _record_and_files(folder)
+    return read_checked(folder / name, files.get(name, ""))
+
+
+def _record_and_files(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    record = read_checked_json(folder / STAGE_FILE)
+    files = record.pop("files", None)
+    if not isinstance(files, dict):
+        raise FolderError(f"{folder / STAGE_FILE} names no files. Remove the checkpoint.")
+    return record, files
 
 
 def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:
@@ -25,5 +95,101 @@ def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool
     for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
         with contextlib.suppress(FolderError):
             if not is_foreign(record):
-                return read_checked_json(record).get("slices") == slices
+                return is_current(read_checked_json(record), slices)
     return not ledger.num_deletions
+
+
+# Where they lie
+
+
+class Checkpoints:
+    """
+    The folders for checkpoints in a system's folder, and those among them that are held through this object.
+
+    Args:
+        path (`Path`): The folder of the system.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._held: set[Path] = set()
+
+    def of(self, key: StageKey) -> Path:
+        """Where the checkpoints of a stage in training lie; beside it those of a second trainer, see `take`."""
+        return self.path / CHECKPOINTS / key.path.removeprefix(f"{STAGES}/")
+
+    def are_there(self, key: StageKey) -> bool:
+        """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
+        return bool(folders_of(self.of(key)))
+
+    def take(self, key: StageKey, slices: list[str]) -> tuple[Path, BaseFileLock]:
+        """
+        Hold a folder that no other trainer touches; the system's lock must be held, as for every removal of one.
+
+        Args:
+            key ([`~hf_s3t.plan.stages.StageKey`]): The stage that is trained.
+            slices (`list[str]`): The digests of what it is trained on.
+
+        Returns:
+            The folder, one with checkpoints to resume from before an empty one, and its lock for `let_go`.
+        """
+        first = self.of(key)
+        for folder in (*folders_of(first), *unused(first)):
+            make_folders(folder)
+            lock = hold(folder)
+            if lock is not None:
+                # By this a checkpoint without a record of its own is judged.
+                write_checked_json(folder / STAGE_FILE, {"slices": slices})
+                self._held.add(folder)
+                return folder, lock
+        raise FolderError(f"Other trainers hold every folder for checkpoints beside {first}. Call again.")
+
+    def let_go(self, folder: Path, lock: BaseFileLock) -> None:
+        """Hold a folder no more; it stays until the stage is written."""
+        self._held.discard(folder)
+        lock.release()
+
+    def remove(self, key: StageKey) -> None:
+        """
+        Remove the checkpoints of a stage but those of another trainer at work, and the folders this leaves empty. The
+        system's lock must be held.
+        """
+        first = self.of(key)
+        for folder in folders_of(first):
+            if folder in self._held:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            with contextlib.suppress(OSError):
+                lock = hold(folder)
+                if lock is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.release()
+        with contextlib.suppress(OSError):
+            first.parent.rmdir()
+            first.parent.parent.rmdir()
+
+    def stale(self, slices_of: Callable[[StageKey], list[str]], ledger: Ledger) -> list[Path]:
+        """
+        Checkpoints of stages whose slices are no longer what they saw.
+
+        Args:
+            slices_of (callable): From a stage to the digests of its slices as they are now.
+            ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
+        """
+        stale = []
+        for folder in folders_below(self.path / CHECKPOINTS):
+            # What others put there is not ours to judge, and no reason to leave a deletion half done.
+            with contextlib.suppress(FolderError):
+                slices = slices_of(stage_of(folder))
+                names = (name for name in names_in(folder) if name.startswith("checkpoint-") or name == STAGE_FILE)
+                stale += [c for name in names if not is_checkpoint_current(c := folder / name, slices, ledger)]
+        return stale
+
+    def finished(self, is_valid: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
+        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
+        found = {}
+        for folder in folders_below(self.path / CHECKPOINTS):
+            with contextlib.suppress(FolderError):
+                if is_valid(key := stage_of(folder)):
+                    found[folder] = key
+        return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FolderError
+from .layout import TEMPORARY
 
 
 class Stamp(NamedTuple):
@@ -22,7 +23,7 @@ class Stamp(NamedTuple):
     time: int
 
 
-def stamp(path: str | os.PathLike) -> Stamp | None:
+def stamp(path: str | os.PathLike[str]) -> Stamp | None:
     """The stamp of a file or folder, at one look; `None` if it cannot be seen."""
     try:
         status = os.stat(path)
@@ -134,6 +135,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def temporary_beside(path: Path) -> Path:
+    """Where something is written before it gets its name; what a crash leaves there is known by its own."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
 def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
     """
     Write a file that is there whole or not at all, whenever this process dies. Its permissions stay what they were.
@@ -144,7 +150,7 @@ def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
         synced (`bool`, defaults to `True`):
             Make it last through a crash of the machine when this returns; otherwise it may be empty after one.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -187,7 +193,7 @@ def read_checked_json(path: Path, advice: str = "Restore it from a backup.") -> 
         [`~hf_s3t.errors.FolderError`]: If the file is missing or altered.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(path.read_bytes())
         intact = record.pop("digest", None) == _digest_of(record)
     except FileNotFoundError:
         raise FolderError(f"{path} is missing. {advice}") from None

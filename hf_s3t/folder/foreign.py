@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FolderError, S3TError
-from .layout import PARTS
+from .layout import PARTS, TEMPORARY
 
 
 def is_foreign(entry: Path) -> bool:
@@ -30,7 +30,7 @@ def foreign_problem(entry: Path) -> str:
 
 
 @contextlib.contextmanager
-def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
+def forgeries_told(what: str | os.PathLike[str], advice: str) -> Iterator[None]:
     """
     Say that values of a wrong type come from no version of hf_s3t: who edits a file can make its digest match.
 
@@ -48,7 +48,7 @@ def forgeries_told(what: str | os.PathLike, advice: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_foreign_parts(path: str | os.PathLike) -> None:
+def refuse_foreign_parts(path: str | os.PathLike[str]) -> None:
     """
     Raise [`~hf_s3t.errors.FolderError`] if a part of a system is a symbolic link, which may lead out of its folder, or
     a pipe or device, which reading may never come back from.
@@ -64,7 +64,7 @@ def refuse_foreign_parts(path: str | os.PathLike) -> None:
 def foreign_parts(path: Path) -> Iterator[Path]:
     """What is neither a file nor a folder among the parts of a system: what is written to, removed, or read."""
     roots = [path / name for name in PARTS]
-    roots += [entry for entry in entries(path) if entry.name.startswith(".tmp-")]
+    roots += [entry for entry in entries(path) if entry.name.startswith(TEMPORARY)]
     for root in roots:
         for entry in (root, *walk(root)):
             if is_foreign(entry):

@@ -1,15 +1,15 @@
 """The names of everything that may lie in a system's folder."""
 
-from ..records.digests import KEY_FILE
-
-
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
+KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
+# Of a folder that more than one process may write to: of a system's stages, and of each trainer's checkpoints.
+LOCK_FILE = ".lock"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Of a checkpoint: what an optimizer trains with, if that is not what serves.
@@ -27,12 +27,28 @@ COMPANIONS = frozenset(
     preprocessor_config.json processor_config.json video_preprocessor_config.json image_processor_config.json
     """.split()
 )
-LEFTOVERS = (".tmp-*", f"{STAGES}/shard-*/.tmp-*", f"{STAGES}/shard-*/.gone-*")
-
-
-LEFTOVER_PREFIXES = (".tmp-", ".gone-")
+# What is being written, or removed, begins so; who finds it while holding the lock knows that its writer died.
+TEMPORARY = ".tmp-"
+GONE = ".gone-"
+LEFTOVER_PREFIXES = (TEMPORARY, GONE)
+LEFTOVERS = (f"{TEMPORARY}*", *(f"{STAGES}/shard-*/{prefix}*" for prefix in LEFTOVER_PREFIXES))
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
-_SYSTEM_FILES = (CONFIG_FILE, TABLE_FILE, LEDGER_FILE)
-PARTS = (*_SYSTEM_FILES, HEAD_FILE, PENDING_FILE, KEY_FILE, COST_FILE, PROTOTYPES_FILE, STAGES, CHECKPOINTS)
+PARTS = (
+    CONFIG_FILE,
+    TABLE_FILE,
+    LEDGER_FILE,
+    HEAD_FILE,
+    PENDING_FILE,
+    KEY_FILE,
+    COST_FILE,
+    PROTOTYPES_FILE,
+    STAGES,
+    CHECKPOINTS,
+)
 STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
+
+
+def is_log(name: str) -> bool:
+    """Whether a file or folder of this name holds what a tracker logged of a training."""
+    return name in TRACKER_LOGS or ".tfevents." in name

@@ -1,14 +1,66 @@
 """The file of the ledger, and the pins by which other files remember its last line."""
 
+import os
 from pathlib import Path
 
 from ..errors import FolderError
 from ..records.ledger import Ledger, line_hash
 from .files import unreadable, write_atomically
-from .layout import HEAD_FILE, LEDGER_FILE, TABLE_FILE
+from .layout import HEAD_FILE, LEDGER_FILE
 
 
-# What is read may come from anywhere
+_BACKUP = "Restore it from a backup"
+
+
+def read_ledger(file: Path, known: Ledger | None = None, advice: str = _BACKUP) -> Ledger:
+    """
+    The ledger in a file, its chain checked.
+
+    Args:
+        file (`Path`): The file.
+        known ([`~hf_s3t.records.ledger.Ledger`], *optional*): What was read of it before, and is not read again.
+        advice (`str`, *optional*): What to do where it is missing or damaged, without a full stop.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If it is missing, no text, or no unbroken chain of lines.
+    """
+    return parse_ledger(file, read_ledger_text(file, advice), known, advice)
+
+
+def read_ledger_text(file: Path, advice: str = _BACKUP) -> str:
+    """The text of a ledger, whatever it says."""
+    try:
+        return file.read_bytes().decode()
+    except FileNotFoundError:
+        raise FolderError(f"{file} is missing: without it deletions could be forgotten. {advice}.") from None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except UnicodeDecodeError as error:
+        raise FolderError(f"{file} is not text: {error}. {advice}.") from error
+
+
+def parse_ledger(file: Path, text: str, known: Ledger | None = None, advice: str = _BACKUP) -> Ledger:
+    """The ledger of a text, in whose errors the file is named from which it was read."""
+    try:
+        return Ledger.parse(text, known)
+    except FolderError as error:
+        remedy = "" if str(error).endswith(".") else f". {advice}; do not serve this system."
+        raise type(error)(f"{file}: {error}{remedy}") from error
+
+
+def append_line(path: Path, ledger: Ledger) -> None:
+    """
+    Put the last line of a ledger into the file of a system that holds the lines before it, synced.
+
+    A torn last line was never acknowledged; the new line takes its place.
+    """
+    *before, line = ledger.lines
+    with open(path / LEDGER_FILE, "r+b") as file:
+        file.truncate(len(Ledger(tuple(before)).text.encode()))
+        file.seek(0, os.SEEK_END)
+        file.write((line + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_head(path: Path, ledger: Ledger) -> None:
@@ -32,14 +84,6 @@ def read_head(path: Path) -> str | None:
     return head.removesuffix("\n") if head.endswith("\n") else None
 
 
-def lines_lost(ledger: Path, by: str, pin: str) -> FolderError:
-    """The error of a ledger without the lines that another file was written with."""
-    return FolderError(
-        f"{ledger} does not hold the {pin.partition(' ')[0][:19]} lines with which {by} was written: lines were cut "
-        "off or edited, and deletions would be forgotten. Restore it from a backup."
-    )
-
-
 def pin_of(ledger: Ledger, count: int | None = None) -> str:
     """The lines whose deletions a table is written without: how many, and the hash of the last."""
     lines = ledger.lines[:count]
@@ -52,19 +96,7 @@ def holds(ledger: Ledger, pin: str) -> bool:
     return count.isascii() and count.isdigit() and len(count) < 19 and pin == pin_of(ledger, int(count))
 
 
-def read_ledger_text(path: Path) -> str:
-    """The text of a ledger, whatever it says."""
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise FolderError(f"{path} is missing. Give the folder of a system, or restore it from a backup.") from None
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        raise FolderError(f"{path} is not text: {error}. Restore it from a backup.") from error
-
-
-def pin_problem(ledger: Ledger, pin: str, file: str = TABLE_FILE) -> str | None:
+def pin_problem(ledger: Ledger, pin: str, by: str, file: str | Path = LEDGER_FILE) -> str | None:
     """
     What is wrong between a ledger and the lines that another file was written with.
 
@@ -73,15 +105,28 @@ def pin_problem(ledger: Ledger, pin: str, file: str = TABLE_FILE) -> str | None:
     Args:
         ledger ([`~hf_s3t.records.ledger.Ledger`]): The ledger.
         pin (`str`): What was recorded: the number of lines and the hash of the last.
-        file (`str`, *optional*): Where.
+        by (`str`): The name of the file that recorded it.
+        file (`str` or `Path`, *optional*): How the ledger's file is named.
 
     Returns:
         `str` or `None`: One sentence and the remedy.
     """
     if holds(ledger, pin):
         return None
+    expected = pin.partition(" ")[0][:19]
     return (
-        f"{LEDGER_FILE} does not hold the lines with which {file} was written (expected "
-        f"{pin.partition(' ')[0][:19]}, found {len(ledger.lines)}): lines were cut off or edited, and deletions would "
-        "be forgotten. Restore it from a backup."
+        f"{file} does not hold the {expected} lines with which {by} was written (expected {expected}, found "
+        f"{len(ledger.lines)}): lines were cut off or edited, and deletions would be forgotten. {_BACKUP}."
     )
+
+
+def require_pinned(file: Path, ledger: Ledger, pin: str, by: str) -> None:
+    """
+    Check that a ledger still has the lines that another file was written with.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If it lost some.
+    """
+    problem = pin_problem(ledger, pin, by, file)
+    if problem is not None:
+        raise FolderError(problem)

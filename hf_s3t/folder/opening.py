@@ -27,7 +27,7 @@ class ReadOnlyFolder(SystemFolder):
         raise FolderError(f"{self.path} was opened to be looked at. Open it to write, to merge a ledger into it.")
 
 
-def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolder:
+def open_folder(path: str | os.PathLike[str], read_only: bool = False) -> SystemFolder:
     """
     Open a folder that may come from anywhere, after a look at whether it would lead writes elsewhere.
 
@@ -45,7 +45,7 @@ def open_folder(path: str | os.PathLike, read_only: bool = False) -> SystemFolde
     return ReadOnlyFolder(path) if read_only else SystemFolder(path)
 
 
-def check_method(record: Mapping[str, Any], methods: Collection[str], path: str | os.PathLike) -> None:
+def check_method(record: Mapping[str, Any], methods: Collection[str], path: str | os.PathLike[str]) -> None:
     """
     Refuse a folder that another method made, whose adapters mean something else.
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ..plan.stages import StageKey
+from .layout import LOCK_FILE
 
 
-LOCK_FILE = ".lock"
 # The folder of a stage, or beside it, with a number, that of another trainer which came to the same stage meanwhile.
 _NAME = re.compile(r"(?P<stage>[^.]+)(?:\.(?P<number>[1-9][0-9]{0,8}))?")
 _STEP = re.compile(r"checkpoint-([0-9]+)")
@@ -60,7 +60,7 @@ def names_in(folder: Path) -> list[str]:
     return []
 
 
-def hold(folder: Path) -> FileLock | None:
+def hold(folder: Path) -> BaseFileLock | None:
     """Hold a folder until the lock is released or this process ends; `None` if a trainer that lives holds it."""
     # Released by whoever ends the stage. A process that is forked does not hold it.
     lock = FileLock(folder / LOCK_FILE, thread_local=False)

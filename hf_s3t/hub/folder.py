@@ -9,20 +9,22 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
+from ..folder.config_file import read_record
 from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
-from ..folder.layout import COMPANIONS, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from ..folder.ledger_file import pin_of
+from ..folder.layout import COMPANIONS, CONFIG_FILE, KEY_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from ..folder.ledger_file import pin_of, read_ledger
+from ..folder.secret import KEY_VARIABLE, load_key
 from ..folder.system import SystemFolder
 from ..folder.table_file import check_rows, read_table, write_table
 from ..plan.stages import StageKey
-from ..records.digests import KEY_FILE, KEY_VARIABLE, DigestKey, KeptNames
+from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .client import patiently, told
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
 from .pushing import differing_parts
-from .repository import INDEX_FILE, HubRepo, read_index, read_ledger
+from .repository import INDEX_FILE, REMEDY, HubRepo, read_index
 
 
 _FORGED = "Do not serve it; push the system again from its folder."
@@ -65,8 +67,8 @@ class HubFolder(SystemFolder):
         self._table: ExampleTable | None = None
         self.commit = ""
         with self._forgeries_told():
-            self._begin(self._resolve())
-        self.path = state_folder(repo_id, self.record)
+            record = read_record(self._resolve())
+            self._begin(state_folder(repo_id, record), record)
         warn_of_other_systems(repo_id, self.record)
         self.refresh()
 
@@ -80,7 +82,7 @@ class HubFolder(SystemFolder):
         """The system's secret."""
         if self._key is None:
             try:
-                self._use(DigestKey.load(self.path))
+                self._use(load_key(self.path, self.record))
             except KeyMissingError as error:
                 raise KeyMissingError(
                     f"Matching ids with the deletions of {self.repo.repo_id} needs its secret. Set {KEY_VARIABLE} to "
@@ -140,7 +142,7 @@ class HubFolder(SystemFolder):
 
     def _follow_branch(self) -> None:
         self._resolve()
-        self._published = read_ledger(self._download(LEDGER_FILE))
+        self._published = read_ledger(self._download(LEDGER_FILE), advice=REMEDY)
         ledger = remember(self.repo.repo_id, self.record, self._published)
         if self.revision is not None:
             ledger = remember(self.repo.repo_id, self.record, self._newest())
@@ -148,8 +150,8 @@ class HubFolder(SystemFolder):
         # All that may fail comes before anything changes.
         table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
         self.ledger = self._read_ledger()
-        self._slices, self._stages, self._table = index["slices"], index["stages"], table
-        self._condemned = {}
+        self._slices, self._table = index["slices"], table
+        self._stages.take_over(index["stages"])
 
     def _read_ledger(self) -> Ledger:
         if may_remember(self.path):
@@ -187,7 +189,7 @@ class HubFolder(SystemFolder):
             if differing_parts(read_checked_json(config), self.record):
                 # Of another system that was pushed under this name.
                 return Ledger()
-            return read_ledger(self._download(LEDGER_FILE, config.parent.name))
+            return read_ledger(self._download(LEDGER_FILE, config.parent.name), advice=REMEDY)
         except HubError:
             return Ledger()
 

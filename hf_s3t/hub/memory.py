@@ -14,9 +14,10 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import FolderError
 from ..folder.files import make_folders, write_atomically
-from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES
+from ..folder.layout import CONFIG_FILE, LEDGER_FILE, LOCK_FILE, STAGES
+from ..folder.ledger_file import read_ledger
 from ..records.ledger import Ledger
-from .repository import read_ledger
+from .repository import REMEDY
 
 
 def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
@@ -51,7 +52,7 @@ def warn_of_other_systems(repo_id: str, record: Mapping[str, Any]) -> None:
     """Say where deletions are remembered of other systems that were in a repository, and that they stay theirs."""
     ours = state_folder(repo_id, record)
     for ledger in sorted(state_folder(repo_id).glob(f"*/{LEDGER_FILE}")):
-        if ledger.parent != ours and read_ledger(ledger).num_deletions:
+        if ledger.parent != ours and read_ledger(ledger, advice=REMEDY).num_deletions:
             warnings.warn(
                 f"{repo_id} held another system, of which this machine remembers deletions ({ledger.parent}). They "
                 "stay in force for its revisions; of the system that is there now they delete nothing. Unlearn there "
@@ -75,10 +76,10 @@ def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
     path = state_folder(repo_id, record)
     file = path / LEDGER_FILE
     if not may_remember(path):
-        return read_ledger(file).merge(ledger) if file.exists() else ledger
+        return read_ledger(file, advice=REMEDY).merge(ledger) if file.exists() else ledger
     make_folders(path / STAGES)
-    with FileLock(path / STAGES / ".lock", is_singleton=True):
-        known = read_ledger(file) if file.exists() else None
+    with FileLock(path / STAGES / LOCK_FILE, is_singleton=True):
+        known = read_ledger(file, advice=REMEDY) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
             write_atomically(file, merged.text.encode())

@@ -23,10 +23,12 @@ from ..folder.layout import (
     STAGES,
     TABLE_FILE,
 )
+from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import write_table
 from ..plan.stages import StageKey
 from ..records.digests import PUBLIC_SECRET, DigestKey
+from ..records.validity import fits
 from .client import ATTEMPTS, LONGEST_WAIT, asked, is_passing, patiently, status_of, told
 from .git_attributes import ATTRIBUTES_FILE, state_of
 from .memory import remember
@@ -277,11 +279,10 @@ def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool
 
 
 def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
-    if record["slices"] != folder.slice_digests(key):
+    if key.parent is not None and key.parent not in chosen:
         return False
-    if key.parent is None:
-        return True
-    return key.parent in chosen and record["below"] == chosen[key.parent]["files"][ADAPTER_FILE]
+    below = None if key.parent is None else adapter_of(chosen[key.parent])
+    return fits(record, folder.slice_digests(key), below)
 
 
 def _table_bytes(folder: SystemFolder) -> bytes:

@@ -13,7 +13,7 @@ from yaml import YAMLError
 from ..errors import FolderError
 from ..folder.files import read_checked_json
 from ..folder.layout import CONFIG_FILE, LEDGER_FILE, STAGES
-from ..folder.ledger_file import pin_of
+from ..folder.ledger_file import pin_of, read_ledger
 from ..folder.stage_record import is_stage_record
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
@@ -23,6 +23,8 @@ from .client import first_line, patiently
 
 INDEX_FILE = f"{STAGES}/index.json"
 CARD_FILE = "README.md"
+# What to do about a file that came from the Hub, or is kept for what did.
+REMEDY = "Restore it from a backup, or push the system again"
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
 _INDEXED = ("files", "slices", "below", "recipe")
 _INDEXED_METRICS = ("eval_loss", "train_runtime")
@@ -86,7 +88,7 @@ class HubRepo:
 
     def ledger(self, revision: str) -> Ledger:
         """The ledger of a revision."""
-        return read_ledger(self.download(LEDGER_FILE, revision))
+        return read_ledger(self.download(LEDGER_FILE, revision), advice=REMEDY)
 
     def card(self, state: HubState) -> str | None:
         """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""
@@ -104,23 +106,6 @@ class HubRepo:
             )
             return None
         return text
-
-
-def read_ledger(path: Path) -> Ledger:
-    """
-    The ledger in a file that came from the Hub, or is kept for what did.
-
-    Raises:
-        [`~hf_s3t.errors.FolderError`]: If the file is none.
-    """
-    try:
-        return Ledger.parse(path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise FolderError(
-            f"{path} is not text: {error}. Restore it from a backup, or push the system again."
-        ) from error
-    except FolderError as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from ..hub.erasure import ErasureReport, erase
 from ..hub.folder import HubFolder
 from ..hub.pushing import PushReport, push
 from ..hub.repository import HubRepo
-from ..operations.inspection import inspect as inspect_folder
 from ..operations.pending import PendingRequests
 from ..records.examples import listed
 from .aggregation import (
@@ -624,11 +623,14 @@ class S3TModel(Unlearning, nn.Module):
         Returns:
             `list[str]`: One sentence per problem; empty if all is well.
         """
+        # Whoever only serves does not load the inspector.
+        from ..operations.inspection import inspect
+
         self._wait_for_cleaner()
         if isinstance(self.folder, HubFolder):
             with self._deletion_lock:
                 return self.folder.problems()
-        return list(inspect_folder(self.folder.path).problems)
+        return list(inspect(self.folder.path).problems)
 
     # Handing out
 

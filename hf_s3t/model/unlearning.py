@@ -13,10 +13,11 @@ from transformers.utils import logging
 from ..config import require_choice
 from ..errors import ConfigError, S3TError
 from ..folder.system import SystemFolder
-from ..operations.deletion import record
+from ..operations.deletion import record_request
 from ..operations.pending import PendingReceipt, PendingRequests, request_later
 from ..plan.stages import StageKey
 from ..records.report import UnlearningReport
+from ..records.request import DeletionRequest
 from .calls import Calls, Routing
 from .retrying import Retrying
 from .stack import StageStack
@@ -297,19 +298,20 @@ class Unlearning:
         require_choice("on_running", on_running, ("wait", "cancel"))
         _require_seconds("timeout", timeout)
         self._calls.refuse_inside("unlearn")
+        request = DeletionRequest(ids, groups, missing, include_duplicates)
         started = time.perf_counter()
         with self._deletion_lock:
             self._refuse_while_training()
             self._wait_for_cleaner()
             with self.folder.lock():
-                return self._unlearn(ids, groups, missing, include_duplicates, on_running, timeout, started)
+                return self._unlearn(request, on_running, timeout, started)
 
-    def _unlearn(self, ids, groups, missing, include_duplicates, on_running, timeout, started) -> UnlearningReport:
+    def _unlearn(self, request: DeletionRequest, on_running: str, timeout: float, started: float) -> UnlearningReport:
         folder = self.folder
         folder.refresh_ledger()
         folder.refresh_stages()
         before = self._routing.depths
-        deletion = record(folder, ids, groups, missing, include_duplicates)
+        deletion = record_request(folder, request)
         lock_seconds = self._serve(on_running, timeout)
         folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
@@ -353,9 +355,10 @@ class Unlearning:
         self._calls.refuse_inside("unlearn_later")
         if max_delay is not None:
             _require_seconds("max_delay", max_delay)
+        request = DeletionRequest(ids, groups, missing)
         with self._deletion_lock:
             self._wait_for_cleaner()
-            receipt = request_later(self.folder, ids, groups, missing, max_delay)
+            receipt = request_later(self.folder, request, max_delay)
             self._apply_in_time()
         return receipt
 

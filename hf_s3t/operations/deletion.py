@@ -1,23 +1,16 @@
 """A deletion as applied to a folder, by any process and without a model: what it would do, and doing it."""
 
-import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..config import require_choice
-from ..errors import ConfigError, ExampleIdError, UnknownExampleError
+from ..errors import UnknownExampleError
 from ..folder.status import deletions_left, serving_depths
 from ..folder.system import SystemFolder
 from ..folder.versions import library_versions
 from ..plan.stages import StageKey
-from ..records.examples import Request
 from ..records.report import UnlearningReport
-
-
-MISSING = ("error", "ignore")
-# One way only to write each number, so that a text names one id; 20 digits hold every 64-bit integer.
-_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,19}")
+from ..records.request import DeletionRequest, RequestedExamples
 
 
 @dataclass(frozen=True)
@@ -56,24 +49,13 @@ class DeletionPreview:
     unknown_groups: int = 0
 
 
-def preview(
-    folder: SystemFolder,
-    ids: Sequence[int | str] | None = None,
-    groups: Sequence[int | str] | None = None,
-    missing: str = "error",
-    include_duplicates: bool = False,
-) -> DeletionPreview:
+def preview(folder: SystemFolder, request: DeletionRequest) -> DeletionPreview:
     """
     What [`apply`] would do now. Nothing is written.
 
     Args:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
-        ids (sequence of `int` or `str`, *optional*): Ids of the examples.
-        groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
-        missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
-        include_duplicates (`bool`, defaults to `False`):
-            The examples whose content equals that of one of these are meant too; of ids that were deleted before the
-            content is not known any more.
+        request ([`~hf_s3t.records.request.DeletionRequest`]): What to forget.
 
     Returns:
         [`DeletionPreview`]: What would go, and what would be left.
@@ -81,19 +63,18 @@ def preview(
     Raises:
         [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
-        [`~hf_s3t.errors.ConfigError`]: If neither is given.
     """
     folder.refresh_ledger()
     folder.refresh_stages()
-    request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
-    removed = _touched(folder, request, folder.condemned_stages())
+    examples, duplicates = resolve(folder, request)
+    removed = _touched(folder, examples, folder.condemned_stages())
     before = folder.valid_stages
     after = before.difference(removed)
     depths = serving_depths(folder, after)
     return DeletionPreview(
-        requested=len(request.present) + request.already_deleted,
-        present=tuple(request.present),
-        already_deleted=request.already_deleted,
+        requested=len(examples.present) + examples.already_deleted,
+        present=tuple(examples.present),
+        already_deleted=examples.already_deleted,
         duplicates=duplicates,
         stages_removed=tuple(str(key) for key in removed),
         depths_before=serving_depths(folder, before),
@@ -101,19 +82,13 @@ def preview(
         would_exhaust=not any(depths),
         deletions_left_before=deletions_left(folder, before),
         deletions_left_after=deletions_left(folder, after),
-        deleted_groups=request.deleted_groups,
-        unknown=request.unknown,
-        unknown_groups=request.unknown_groups,
+        deleted_groups=examples.deleted_groups,
+        unknown=examples.unknown,
+        unknown_groups=examples.unknown_groups,
     )
 
 
-def apply(
-    folder: SystemFolder,
-    ids: Sequence[int | str] | None = None,
-    groups: Sequence[int | str] | None = None,
-    missing: str = "error",
-    include_duplicates: bool = False,
-) -> UnlearningReport:
+def apply(folder: SystemFolder, request: DeletionRequest) -> UnlearningReport:
     """
     Forget examples: remove from the folder every stage that saw one (Algorithm 4). No model, no training.
 
@@ -123,12 +98,7 @@ def apply(
 
     Args:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
-        ids (sequence of `int` or `str`, *optional*): Ids of the examples.
-        groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
-        missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
-        include_duplicates (`bool`, defaults to `False`):
-            The examples whose content equals that of one of these are meant too; of ids that were deleted before the
-            content is not known any more.
+        request ([`~hf_s3t.records.request.DeletionRequest`]): What to forget.
 
     Returns:
         [`~hf_s3t.records.report.UnlearningReport`]:
@@ -137,13 +107,12 @@ def apply(
     Raises:
         [`~hf_s3t.errors.UnknownExampleError`]: If an id or group is unknown and `missing="error"`.
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
-        [`~hf_s3t.errors.ConfigError`]: If neither is given.
     """
     started = time.perf_counter()
     with folder.lock():
         folder.refresh()
         before = serving_depths(folder, folder.valid_stages)
-        deletion = record(folder, ids, groups, missing, include_duplicates)
+        deletion = record_request(folder, request)
         folder.remove_stages(deletion.condemned)
         folder.remove_stale_checkpoints()
         if folder.is_table_behind:
@@ -158,12 +127,12 @@ class RecordedDeletion:
     A deletion that is in the ledger, and what is to be removed because of it.
 
     Args:
-        request ([`~hf_s3t.records.examples.Request`]): What was deleted.
+        examples ([`~hf_s3t.records.request.RequestedExamples`]): What was deleted.
         duplicates (`tuple[int | str, ...]`): Examples of equal content that are still in.
         condemned (`list[StageKey]`): The stages to remove, those included that an earlier call did not live to remove.
     """
 
-    request: Request
+    examples: RequestedExamples
     duplicates: tuple[int | str, ...]
     condemned: list[StageKey]
 
@@ -172,9 +141,9 @@ class RecordedDeletion:
     ) -> UnlearningReport:
         """The report of the call that recorded it, from the depths before and after and how long it took."""
         return UnlearningReport(
-            requested=len(self.request.present) + self.request.already_deleted,
-            deleted=len(self.request.present),
-            already_deleted=self.request.already_deleted,
+            requested=len(self.examples.present) + self.examples.already_deleted,
+            deleted=len(self.examples.present),
+            already_deleted=self.examples.already_deleted,
             stages_removed=tuple(map(str, self.condemned)),
             depths_before=before,
             depths_after=after,
@@ -182,15 +151,13 @@ class RecordedDeletion:
             seconds=seconds,
             lock_seconds=lock_seconds,
             duplicates=self.duplicates,
-            deleted_groups=self.request.deleted_groups,
-            unknown=self.request.unknown,
-            unknown_groups=self.request.unknown_groups,
+            deleted_groups=self.examples.deleted_groups,
+            unknown=self.examples.unknown,
+            unknown_groups=self.examples.unknown_groups,
         )
 
 
-def record(
-    folder: SystemFolder, ids, groups, missing: str = "error", include_duplicates: bool = False
-) -> RecordedDeletion:
+def record_request(folder: SystemFolder, request: DeletionRequest) -> RecordedDeletion:
     """
     Check a request and put it into the ledger: the step that [`apply`] and a model's `unlearn` have in common.
 
@@ -198,49 +165,39 @@ def record(
 
     Args:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
-        ids (sequence of `int` or `str`, *optional*): As in [`apply`].
-        groups (sequence of `int` or `str`, *optional*): As in [`apply`].
-        missing (`str`, defaults to `"error"`): As in [`apply`].
-        include_duplicates (`bool`, defaults to `False`): As in [`apply`].
+        request ([`~hf_s3t.records.request.DeletionRequest`]): What to forget.
 
     Returns:
         [`RecordedDeletion`]: What was recorded. A request of which nothing is in writes nothing.
     """
-    request, duplicates = resolve(folder, ids, groups, missing, include_duplicates)
+    examples, duplicates = resolve(folder, request)
     condemned = folder.condemned_stages()
-    if request.present:
-        groups = dict.fromkeys([*request.groups, *_emptied(folder, request.present)])
-        touched = _touched(folder, request, condemned)
-        folder.record_deletion(request.present, touched, library_versions(), groups)
+    if examples.present:
+        groups = dict.fromkeys([*examples.groups, *_emptied(folder, examples.present)])
+        touched = _touched(folder, examples, condemned)
+        folder.record_deletion(examples.present, touched, library_versions(), groups)
         condemned = sorted({*condemned, *touched})
-    return RecordedDeletion(request, duplicates, condemned)
+    return RecordedDeletion(examples, duplicates, condemned)
 
 
-def resolve(
-    folder: SystemFolder, ids, groups, missing: str = "error", include_duplicates: bool = False
-) -> tuple[Request, tuple[int | str, ...]]:
+def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedExamples, tuple[int | str, ...]]:
     """
     The examples that a request names, all checked, and those of equal content that it leaves.
 
     Args:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
-        ids (sequence of `int` or `str`, *optional*): As in [`apply`].
-        groups (sequence of `int` or `str`, *optional*): As in [`apply`].
-        missing (`str`, defaults to `"error"`): As in [`apply`].
-        include_duplicates (`bool`, defaults to `False`): As in [`apply`].
+        request ([`~hf_s3t.records.request.DeletionRequest`]): What to forget.
     """
-    require_choice("missing", missing, MISSING)
-    if ids is None and groups is None:
-        raise ConfigError("A deletion was asked for with neither `ids` nor `groups`. Name what to forget.")
+    table, passes_over = folder.table, request.passes_over_unknown
     try:
-        request = folder.table.resolve(ids, groups, folder.ledger, folder.names, ignore_unknown=missing == "ignore")
+        examples = table.resolve(request.ids, request.groups, folder.ledger, folder.names, ignore_unknown=passes_over)
     except UnknownExampleError as error:
         raise UnknownExampleError(
             f'{error} Nothing was deleted; missing="ignore" (`--missing ignore`) passes over what was never trained '
             "on."
         ) from None
-    duplicates = tuple(folder.table.duplicates_of(request.present))
-    return (request.with_ids(duplicates), ()) if include_duplicates else (request, duplicates)
+    duplicates = tuple(table.duplicates_of(examples.present))
+    return (examples.with_ids(duplicates), ()) if request.include_duplicates else (examples, duplicates)
 
 
 def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
@@ -250,88 +207,7 @@ def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
     return [g for g in named if g is not None and gone.issuperset(folder.table.groups[g])]
 
 
-def _touched(folder: SystemFolder, request: Request, condemned: Collection[StageKey]) -> list[StageKey]:
+def _touched(folder: SystemFolder, examples: RequestedExamples, condemned: Collection[StageKey]) -> list[StageKey]:
     # What an earlier deletion condemned goes in its name, not in that of this one.
     standing = set(folder.stages).difference(condemned)
-    return sorted(folder.plan.removed_by(folder.table.places(request.present), standing))
-
-
-# Ids as texts
-
-
-def ids_from_texts(folder: SystemFolder, texts: Sequence[str]) -> list[int | str]:
-    """
-    Ids that were written as texts, in the type that this system's ids have.
-
-    Args:
-        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system, whose table says what its ids are.
-        texts (sequence of `str`): Ids as they stand on a command line or in a file.
-
-    Returns:
-        `list[int | str]`: The ids. Where none is left in the table to show the type, those that the ledger knows.
-
-    Raises:
-        [`~hf_s3t.errors.ExampleIdError`]: If ids are integers and a text is none.
-    """
-    deleted = folder.ledger.deleted
-    if folder.names.are_digests:
-        kept, digest_of = folder.table.rows, folder.key.of_id
-        return [_known(text, lambda i: digest_of(i) in kept or digest_of(i) in deleted) for text in texts]
-    return [_typed(text, folder.table.rows, lambda i: folder.key.of_id(i) in deleted, "ids") for text in texts]
-
-
-def groups_from_texts(folder: SystemFolder, texts: Sequence[str]) -> list[int | str]:
-    """
-    Groups that were written as texts, in the type that this system's groups have.
-
-    Args:
-        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system, whose table says what its groups are.
-        texts (sequence of `str`): Names of groups as they stand on a command line.
-
-    Returns:
-        `list[int | str]`: The names.
-
-    Raises:
-        [`~hf_s3t.errors.ExampleIdError`]: If names are integers and a text is none, or the system has no groups.
-    """
-    if texts and folder.config.group_column is None and not folder.table.groups:
-        raise ExampleIdError(
-            f"Got the group {texts[0]!r}, but this system was trained without a `group_column`. Name the examples by "
-            "their ids."
-        )
-    deleted = folder.ledger.deleted_groups
-    if folder.names.are_digests:
-        kept, digest_of = folder.table.groups, folder.key.of_group
-        return [_known(text, lambda g: digest_of(g) in kept or digest_of(g) in deleted) for text in texts]
-    return [_typed(text, folder.table.groups, lambda g: folder.key.of_group(g) in deleted, "groups") for text in texts]
-
-
-def candidates(text: str) -> tuple[int | str, ...]:
-    """What a text can name: the text itself, and the integer where it is written as one."""
-    number = _as_number(text)
-    return (text,) if number is None else (text, number)
-
-
-def _typed(text: str, known: Collection[int | str], is_deleted: Callable[[int | str], bool], what: str) -> int | str:
-    sample = next(iter(known), None)
-    if isinstance(sample, str):
-        return text
-    number = _as_number(text)
-    if sample is None:
-        # Everything was deleted, and the table no longer shows the type; the ledger knows which it was.
-        return _known(text, is_deleted)
-    if number is None:
-        raise ExampleIdError(
-            f"Got {text!r}, but the {what} of this system are integers such as {sample}. Write each number by "
-            "itself, in plain digits without leading zeros."
-        )
-    return number
-
-
-def _known(text: str, is_known: Callable[[int | str], bool]) -> int | str:
-    return next((value for value in candidates(text) if is_known(value)), text)
-
-
-def _as_number(text: str) -> int | None:
-    stripped = text.strip()
-    return int(stripped) if _NUMBER.fullmatch(stripped) else None
+    return sorted(folder.plan.removed_by(folder.table.places(examples.present), standing))

@@ -5,12 +5,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from ..errors import ConfigError, FolderError
 from ..folder.files import explained, sync, unreadable
 from ..folder.layout import PENDING_FILE
 from ..folder.system import SystemFolder
 from ..records.report import UnlearningReport
+from ..records.request import DeletionRequest
 from .deletion import apply, resolve
 
 
@@ -71,9 +73,10 @@ class PendingRequests:
         """
         now = datetime.now(UTC)
         due = None if max_delay is None else _due(now, max_delay)
+        time = now.isoformat(timespec="milliseconds")
         line = {
             "version": _VERSION,
-            "time": now.isoformat(timespec="milliseconds"),
+            "time": time,
             "ids": sorted(map(self.folder.names.id_digest, ids)),
             "groups": sorted(map(self.folder.names.group_digest, groups)),
             "apply_by": None if due is None else due.isoformat(),
@@ -88,7 +91,7 @@ class PendingRequests:
                 os.fsync(file.fileno())
             # Also where the file was there: who made it may have died before this.
             sync(self.path.parent)
-        return line["time"]
+        return time
 
     def ids(self) -> list[int | str]:
         """The examples that wait and are still in."""
@@ -99,6 +102,10 @@ class PendingRequests:
         """The groups that were named and still have examples."""
         digests = {digest for line in self._lines() for digest in line["groups"]}
         return [g for g in self.folder.table.groups if self.folder.names.group_digest(g) in digests] if digests else []
+
+    def request(self) -> DeletionRequest:
+        """All that waits, as one request."""
+        return DeletionRequest(self.ids(), self.groups(), missing="ignore")
 
     def apply_by(self) -> datetime | None:
         """The time by which the most urgent request is to be applied, if any has one."""
@@ -116,7 +123,7 @@ class PendingRequests:
     def _acknowledged(self) -> int:
         return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
 
-    def _lines(self) -> list[dict]:
+    def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         try:
@@ -125,9 +132,9 @@ class PendingRequests:
             raise unreadable(self.path, error) from error
         return [self._read(number, line) for number, line in enumerate(lines, start=1)]
 
-    def _read(self, number: int, line: bytes) -> dict:
+    def _read(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            values = json.loads(line)
+            values: dict[str, Any] = json.loads(line)
             texts = [*values["ids"], *values["groups"]]
             if values["version"] != _VERSION or not all(isinstance(text, str) for text in texts):
                 raise ValueError("its fields are not those of a request")
@@ -152,21 +159,13 @@ def _due(now: datetime, max_delay: float) -> datetime:
         ) from error
 
 
-def request_later(
-    folder: SystemFolder,
-    ids: Sequence[int | str] | None = None,
-    groups: Sequence[int | str] | None = None,
-    missing: str = "error",
-    max_delay: float | None = None,
-) -> PendingReceipt:
+def request_later(folder: SystemFolder, request: DeletionRequest, max_delay: float | None = None) -> PendingReceipt:
     """
     Record a deletion request durably, to be applied with others: see [`~hf_s3t.S3TModel.unlearn_later`].
 
     Args:
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
-        ids (sequence of `int` or `str`, *optional*): Ids of the examples.
-        groups (sequence of `int` or `str`, *optional*): Groups whose examples are all meant.
-        missing (`str`, defaults to `"error"`): `"ignore"` passes over ids this system never saw.
+        request ([`~hf_s3t.records.request.DeletionRequest`]): What to forget.
         max_delay (`float`, *optional*): Seconds after which it shall be applied at the latest.
 
     Returns:
@@ -178,19 +177,19 @@ def request_later(
     """
     with folder.lock():
         folder.refresh_ledger()
-        request, _ = resolve(folder, ids, groups, missing)
+        examples, _ = resolve(folder, request)
         pending = PendingRequests(folder)
-        time_of_request = pending.add(request.present, request.groups, max_delay)
+        time_of_request = pending.add(examples.present, examples.groups, max_delay)
         apply_by = pending.apply_by()
         return PendingReceipt(
             time=time_of_request,
-            requested=len(request.present),
-            already_deleted=request.already_deleted,
+            requested=len(examples.present),
+            already_deleted=examples.already_deleted,
             pending=len(pending.ids()),
             apply_by=None if apply_by is None else apply_by.isoformat(),
-            deleted_groups=request.deleted_groups,
-            unknown=request.unknown,
-            unknown_groups=request.unknown_groups,
+            deleted_groups=examples.deleted_groups,
+            unknown=examples.unknown,
+            unknown_groups=examples.unknown_groups,
         )
 
 
@@ -208,7 +207,7 @@ def apply_pending(folder: SystemFolder) -> UnlearningReport:
     with folder.lock():
         folder.refresh()
         pending = PendingRequests(folder)
-        report = apply(folder, pending.ids(), pending.groups(), missing="ignore")
+        report = apply(folder, pending.request())
         # In the ledger now; a crash before this line finds them there, and nothing to delete.
         pending.clear()
     return report

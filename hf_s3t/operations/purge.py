@@ -11,7 +11,7 @@ from huggingface_hub import constants as hub_constants
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json
-from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, TRACKER_LOGS
+from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
 from ..folder.opening import open_folder
 from ..folder.system import SystemFolder
 from .inspection import inspect
@@ -90,10 +90,10 @@ class Purge:
 
 
 def take_inventory(
-    path: str | os.PathLike,
-    dataset_caches: Sequence[str | os.PathLike] | None = None,
+    path: str | os.PathLike[str],
+    dataset_caches: Sequence[str | os.PathLike[str]] | None = None,
     repo_id: str | None = None,
-    consent: Iterable[str | os.PathLike] = (),
+    consent: Iterable[str | os.PathLike[str]] = (),
 ) -> Purge:
     """
     List every place of a run that may still hold deleted data or weights. Nothing is changed.
@@ -130,10 +130,10 @@ def take_inventory(
 
 
 def purge(
-    path: str | os.PathLike,
-    dataset_caches: Sequence[str | os.PathLike] | None = None,
+    path: str | os.PathLike[str],
+    dataset_caches: Sequence[str | os.PathLike[str]] | None = None,
     repo_id: str | None = None,
-    consent: Iterable[str | os.PathLike] = (),
+    consent: Iterable[str | os.PathLike[str]] = (),
 ) -> Purge:
     """
     Remove what deletions condemned and what interrupted writes left in a system's folder, and what consent names.
@@ -190,7 +190,7 @@ def _remove(path: Path) -> None:
 # What may go, and what must not
 
 
-def _with_consent(remnants: dict[str, Remnant], consent: Iterable[str | os.PathLike]) -> dict[str, Remnant]:
+def _with_consent(remnants: dict[str, Remnant], consent: Iterable[str | os.PathLike[str]]) -> dict[str, Remnant]:
     for place in consent:
         address = os.path.abspath(place)
         named = [r for r in remnants.values() if address in map(os.path.abspath, (r.path, r.listed_as))]
@@ -221,8 +221,8 @@ def _remnant(path: Path, kind: str, folder: Path | None = None) -> Remnant:
 def _condemned(folder: SystemFolder) -> Iterator[Remnant]:
     """What a load removes, and the checkpoints that training would resume from."""
     inspection = inspect(folder.path, adapters=False)
-    for pending in inspection.pending:
-        yield _remnant(pending.path, pending.kind)
+    for condemned in inspection.to_remove:
+        yield _remnant(condemned.path, condemned.kind)
     finished = folder.finished_checkpoints()
     for checkpoint in inspection.checkpoints:
         yield _remnant(checkpoint, "checkpoint" if checkpoint.parent in finished else "resumable checkpoint")
@@ -242,12 +242,12 @@ def _beside_stages(path: Path) -> Iterator[Remnant]:
             yield _remnant(entry, "dataset cache")
     # A stage that trains may log below its own checkpoints.
     for entry in _below(path / CHECKPOINTS):
-        if _is_log(entry) and not _is_log(entry.parent):
+        if is_log(entry.name) and not is_log(entry.parent.name):
             yield _remnant(entry, "tracker logs")
 
 
 def _kind_in_output(entry: Path) -> str | None:
-    if _is_log(entry):
+    if is_log(entry.name):
         return "tracker logs"
     if entry.name == HISTORY:
         return "git history"
@@ -256,10 +256,6 @@ def _kind_in_output(entry: Path) -> str | None:
     if entry.name.startswith(("optimizer.", "scheduler.", "global_step", "rng_state")):
         return "optimizer state"
     return "saved dataset" if _is_saved_dataset(entry) else None
-
-
-def _is_log(entry: Path) -> bool:
-    return entry.name in TRACKER_LOGS or ".tfevents." in entry.name
 
 
 # Outside of it

@@ -14,7 +14,7 @@ from ..folder.table_file import read_table
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey
 from ..records.ledger import Ledger, LedgerEntry, line_hash
-from .deletion import candidates
+from .written_ids import candidates
 
 
 RECEIPT_VERSION = 1
@@ -71,7 +71,7 @@ class Receipts:
     problem: str | None = None
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "Receipts":
+    def read(cls, path: str | os.PathLike[str]) -> "Receipts":
         """
         The receipts of a system's folder. Only reads, and reads a damaged ledger too: that it is, shows on each.
 
@@ -89,7 +89,7 @@ class Receipts:
                 raise FolderError(foreign_problem(part))
         # The ledger last: whatever another process deletes between two reads, it is never behind the others.
         pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
-        text = read_ledger_text(Path(path) / LEDGER_FILE)
+        text = read_ledger_text(Path(path) / LEDGER_FILE, "Give the folder of a system, or restore it from a backup")
         problem = _chain_problem(text, pins)
         receipts = []
         for number, line in enumerate(text.split("\n")[:-1], start=1):
@@ -134,7 +134,7 @@ def _table_pin(path: Path) -> str:
     return read_table(path / TABLE_FILE)[1]
 
 
-def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike) -> str | FolderError | None:
+def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike[str]) -> str | FolderError | None:
     try:
         return read(Path(path))
     except FolderError as error:

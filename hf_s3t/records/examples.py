@@ -1,8 +1,8 @@
 """The table of examples: which id lies in which slice, and the keyed digests that pin slices to their content."""
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError
 from ..plan.partition import order_key
 from .digests import KeptNames, encode
 from .ledger import Ledger
+from .request import RequestedExamples
 
 
 @dataclass(frozen=True)
@@ -22,33 +23,7 @@ class Example:
     group: int | str | None = None
 
 
-@dataclass(frozen=True)
-class Request:
-    """
-    What a request names.
-
-    Args:
-        present (`list[int | str]`): The ids that are in, without repetitions, those of its groups included.
-        already_deleted (`int`): How many of its ids were deleted before.
-        groups (`list[int | str]`): The groups that are in.
-        deleted_groups (`tuple[int | str, ...]`): The groups that were deleted before, as they were given.
-        unknown (`int`): How many ids were never trained on.
-        unknown_groups (`int`): How many groups were never trained on.
-    """
-
-    present: list[int | str]
-    already_deleted: int
-    groups: list[int | str]
-    deleted_groups: tuple[int | str, ...] = ()
-    unknown: int = 0
-    unknown_groups: int = 0
-
-    def with_ids(self, ids: Sequence[int | str]) -> "Request":
-        """The request with more ids."""
-        return replace(self, present=[*self.present, *ids])
-
-
-class Remaining(Mapping):
+class Remaining(Mapping[int | str, Example]):
     """
     The rows of a table less some, without a copy of the others, for which a deletion would have to wait.
 
@@ -57,28 +32,28 @@ class Remaining(Mapping):
         gone (`frozenset`): The keys that are left out.
     """
 
-    def __init__(self, rows: Mapping, gone: frozenset):
+    def __init__(self, rows: Mapping[int | str, Example], gone: frozenset[int | str]):
         self._rows, self._gone = rows, gone
 
     @classmethod
-    def of(cls, rows: Mapping, gone: frozenset) -> "Remaining":
+    def of(cls, rows: Mapping[int | str, Example], gone: frozenset[int | str]) -> "Remaining":
         """The rows less some more; every one of these must be there."""
         if isinstance(rows, cls):
             return cls(rows._rows, rows._gone | gone)
         return cls(rows, gone)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | str) -> Example:
         if key in self._gone:
             raise KeyError(key)
         return self._rows[key]
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         return key not in self._gone and key in self._rows
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int | str]:
         return (key for key in self._rows if key not in self._gone)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows) - len(self._gone)
 
 
@@ -92,7 +67,6 @@ class ExampleTable:
         num_shards (`int`): Number of shards.
         num_slices (`int`): Number of slices per shard.
         seed (`int`): The system's seed, which orders the examples inside a slice.
-        slice_digests (`dict`, *optional*): Digests already computed for (shard, slice) pairs that did not change.
     """
 
     rows: Mapping[int | str, Example]
@@ -100,12 +74,14 @@ class ExampleTable:
     num_slices: int
     seed: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
     def _members(self) -> dict[tuple[int, int], list[int | str]]:
-        members = {(k, s): [] for k in range(self.num_shards) for s in range(self.num_slices)}
+        members: dict[tuple[int, int], list[int | str]] = {
+            (k, s): [] for k in range(self.num_shards) for s in range(self.num_slices)
+        }
         for example_id, row in self.rows.items():
             members[row.shard, row.slice].append(example_id)
         return members
@@ -141,7 +117,7 @@ class ExampleTable:
                 order shall be the same as without.
         """
 
-        def order(kept):
+        def order(kept: int | str) -> tuple[Any, str]:
             example_id = kept if original is None else original.get(kept, kept)
             return order_key(example_id, self.seed), str(example_id)
 
@@ -185,6 +161,10 @@ class ExampleTable:
             self._digests[place] = hashlib.sha256(b"\n".join(lines)).hexdigest()
         return self._digests[place]
 
+    def slice_digests(self, shard: int, slices: Iterable[int]) -> list[str]:
+        """The digests of some slices of a shard, in their order."""
+        return [self.slice_digest(shard, slice_) for slice_ in slices]
+
     def places(self, ids: Iterable[int | str]) -> set[tuple[int, int]]:
         """The (shard, slice) pairs that hold any of the ids."""
         return {(self.rows[i].shard, self.rows[i].slice) for i in ids}
@@ -214,18 +194,18 @@ class ExampleTable:
 
     def resolve(
         self,
-        ids: Sequence[int | str] | None,
-        groups: Sequence[int | str] | None,
+        ids: Iterable[int | str] | None,
+        groups: Iterable[int | str] | None,
         ledger: Ledger,
         names: KeptNames,
         ignore_unknown: bool = False,
-    ) -> "Request":
+    ) -> RequestedExamples:
         """
         The examples that a request names, checked all before any is acted on.
 
         Args:
-            ids (sequence, *optional*): Example ids.
-            groups (sequence, *optional*): Group names; all members are meant.
+            ids (iterable, *optional*): Example ids.
+            groups (iterable, *optional*): Group names; all members are meant.
             ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted before.
             names ([`KeptNames`]): How the system keeps ids and groups.
             ignore_unknown (`bool`, defaults to `False`): Pass over ids and groups that were never trained on.
@@ -255,7 +235,7 @@ class ExampleTable:
                 f"Unknown ids: {_some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
                 "ids that they had at the first training."
             )
-        return Request(
+        return RequestedExamples(
             present,
             len(deleted),
             [group for group in named if group in self.groups],
@@ -289,7 +269,7 @@ class ExampleTable:
         digests: Sequence[str],
         ledger: Ledger,
         names: KeptNames,
-        groups: Sequence | None = None,
+        groups: Sequence[int | str | None] | None = None,
     ) -> list[int]:
         """
         Match a dataset's rows with the table: which row numbers to train on.
@@ -308,7 +288,9 @@ class ExampleTable:
             [`~hf_s3t.errors.ContentChangedError`]: If the content of a row is not what it was.
             [`~hf_s3t.errors.ExampleIdError`]: If an example of the table is not in the dataset.
         """
-        new, changed, found = [], [], {}
+        new: list[int | str] = []
+        changed: list[int | str] = []
+        found: dict[int | str, int] = {}
         for number, (example_id, digest) in enumerate(zip(ids, digests, strict=True)):
             kept = names.of_id(example_id)
             row = self.rows.get(kept)
@@ -340,7 +322,7 @@ class ExampleTable:
 
 
 def _parted(
-    named: Mapping[int | str, int | str], there: Container, is_deleted: Callable[[int | str], bool]
+    named: Mapping[int | str, int | str], there: Container[int | str], is_deleted: Callable[[int | str], bool]
 ) -> tuple[list[int | str], list[int | str]]:
     """What was named, by what would stand for it in the table, and is not there: the deleted, and the unknown."""
     absent = [(is_deleted(kept), given) for kept, given in named.items() if kept not in there]
@@ -392,6 +374,6 @@ def _remedy(value: Any) -> str:
     return "Give the ids as they were at the first training, and leave out what is missing."
 
 
-def _some(values: Sequence, limit: int = 5) -> str:
+def _some(values: Sequence[Any], limit: int = 5) -> str:
     shown = ", ".join(map(repr, list(values)[:limit]))
     return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -125,10 +125,12 @@ class Ledger:
             [`~hf_s3t.errors.FolderError`]: If a line is corrupt or the chain is broken.
         """
         lines = tuple(text.split("\n")[:-1])
-        entries = known.entries if known is not None and lines[: len(known.lines)] == known.lines else ()
-        hashes = dict.fromkeys(known.hashes if entries else ())
+        if known is None or lines[: len(known.lines)] != known.lines:
+            known = cls()
+        entries = known.entries
+        hashes = dict.fromkeys(known.hashes)
         # What no line continues yet; after the last line that is the last line alone.
-        loose = {known.hashes[-1]} if entries else set()
+        loose = set(known.hashes[-1:])
         for number, line in enumerate(lines[len(entries) :], start=len(entries) + 1):
             entry = LedgerEntry.from_line(line)
             if not hashes.keys() >= set(entry.previous):

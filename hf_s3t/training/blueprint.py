@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..config import S3TConfig
 from ..errors import ConfigError
 from ..folder.opening import check_method, open_folder
+from ..folder.secret import draw_key
 from ..folder.system import SystemFolder
 from ..model.aggregation import check_one_answer_can_be_made
 from ..model.base_model import check_base_is, config_of, describe_base, generation_of
@@ -255,7 +256,7 @@ def _recorded_or_new(args: TrainingArguments) -> tuple[dict[str, Any] | None, Di
     """What is recorded of the system; where none is there yet, the secret that it will have."""
     output_dir = str(args.output_dir)
     recorded = _recorded_system(output_dir)
-    key = DigestKey.draw(output_dir) if recorded is None else None
+    key = draw_key(output_dir) if recorded is None else None
     if args.world_size > 1:
         # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
         (key,) = broadcast_object_list([key])

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .. import launch
 from ..config import S3TConfig
 from ..errors import ConfigError
+from ..folder.secret import write_key
 from ..folder.system import SystemFolder
 from ..model.base_model import keep_4_bit_weights, log_casts_once
 from ..model.randomness import own_randomness
@@ -116,7 +117,7 @@ class S3TTrainerMixin(PlanRuns):
             if SystemFolder.exists(output_dir):
                 check_same(blueprint, self.model, output_dir)
                 return
-            new.key.write(output_dir)
+            write_key(output_dir, new.key)
             SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table.rows, new.key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)

@@ -8,7 +8,9 @@ from datasets import Dataset
 from hf_s3t import S3TConfig
 from hf_s3t.errors import UnknownExampleError
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import groups_from_texts, ids_from_texts, preview
+from hf_s3t.operations.deletion import preview
+from hf_s3t.operations.written_ids import groups_from_texts, ids_from_texts
+from hf_s3t.records.request import DeletionRequest
 
 
 def is_asked_for(script: Any) -> bool:
@@ -48,7 +50,7 @@ def named(script: Any, train: Dataset, s3t: S3TConfig, folder: str | os.PathLike
         system = SystemFolder(folder)
         ids = [*found["unlearn"], *ids_from_texts(system, unknown["unlearn"])]
         groups = [*found["unlearn_groups"], *groups_from_texts(system, unknown["unlearn_groups"])]
-        preview(system, ids, groups)  # refuses what it never saw
+        preview(system, DeletionRequest(ids, groups))  # refuses what it never saw
         return ids, groups
     for option, names in unknown.items():
         if names:
@@ -78,7 +80,7 @@ def must_train(is_finished: bool, folder: str | os.PathLike, ids: list, groups: 
     """
     if is_finished or not SystemFolder.exists(folder):
         return not is_finished
-    return not (ids or groups) or bool(preview(SystemFolder(folder), ids, groups).present)
+    return not (ids or groups) or bool(preview(SystemFolder(folder), DeletionRequest(ids, groups)).present)
 
 
 def num_deletions(folder: str | os.PathLike) -> int:

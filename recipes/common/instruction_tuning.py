@@ -20,6 +20,7 @@ from hf_s3t.baselines import METHODS, Method
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.base_model import log_casts_once
+from hf_s3t.operations.purge import BASELINE_SUFFIX
 
 
 RECIPE = "llama_alpaca"
@@ -140,7 +141,7 @@ def baseline_losses(
 ) -> dict[str, float]:
     """Held-out loss of the base and, if wanted, of the same LoRA config trained on everything at once."""
     args = copy.deepcopy(options.training)
-    args.output_dir = f"{args.output_dir}-full-lora"
+    args.output_dir = f"{args.output_dir}{BASELINE_SUFFIX}"
     args.save_strategy = "no"
     trainer = SFTTrainer(
         model=model,

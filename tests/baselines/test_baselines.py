@@ -14,6 +14,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
+from support.folders import apply
 from support.tiny import (
     BOS,
     EOS,
@@ -56,7 +57,6 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Routing
 from hf_s3t.model.layers import find_head, group_layers
 from hf_s3t.model.stack import seed_head
-from hf_s3t.operations.deletion import apply
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.plan.partition import assign
 from hf_s3t.training.audit import differing_tensors

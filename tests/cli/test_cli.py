@@ -19,6 +19,7 @@ from support.folders import (
     NUMBERS,
     USERS,
     add_checkpoint,
+    apply,
     delete_and_die,
     files_of,
     grow,
@@ -30,9 +31,8 @@ from typer.testing import CliRunner
 import hf_s3t
 from hf_s3t.cli import app as cli
 from hf_s3t.errors import S3TError
+from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
-from hf_s3t.records.digests import KEY_VARIABLE
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")

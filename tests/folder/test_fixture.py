@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from hf_s3t import S3TModel
 from hf_s3t.baselines.cost import COST_FILE
 from hf_s3t.errors import BaseModelMismatchError, ConfigError, UnknownExampleError
+from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.hub.card import description
 from hf_s3t.hub.pushing import push
 from hf_s3t.hub.repository import HubRepo
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.records.digests import KEY_VARIABLE
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,22 +15,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-from support.folders import delete_and_die, forge, forge_stage
+from support.folders import apply, delete_and_die, forge, forge_stage, preview, request_later
 
 import hf_s3t.folder.files as files
 import hf_s3t.folder.system as storage
 from hf_s3t import S3TConfig
 from hf_s3t.errors import ConfigError, FolderError, FormatVersionError, KeyMissingError
-from hf_s3t.folder.layout import STAGE_FILE
+from hf_s3t.folder import known_stages, ledger_file
+from hf_s3t.folder.layout import KEY_FILE, STAGE_FILE
 from hf_s3t.folder.opening import open_folder
+from hf_s3t.folder.secret import KEY_VARIABLE, draw_key, read_key, write_key
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import read_table, write_table
-from hf_s3t.operations.deletion import apply, preview
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.operations.pending import apply_pending, request_later
+from hf_s3t.operations.pending import apply_pending
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE, DigestKey
 from hf_s3t.records.examples import Example
 
 
@@ -59,7 +59,8 @@ def rows_of(ids, key, config=CONFIG, groups=None):
 
 def new_system(path, ids=IDS, config=CONFIG, groups=None) -> SystemFolder:
     path.mkdir(parents=True, exist_ok=True)
-    key = DigestKey.load(path, create=True)
+    key = draw_key(path)
+    write_key(path, key)
     record = {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}
     return SystemFolder.create(path, record, rows_of(ids, key, config, groups), key)
 
@@ -217,7 +218,7 @@ def test_a_system_that_was_not_made_to_the_end_is_none_and_can_be_made_again(tmp
         # The config comes last: whatever comes after its renaming is only syncing.
         if not SystemFolder.exists(path):
             new_system(path)
-        assert SystemFolder(path).table.rows == rows_of(IDS, DigestKey.load(path))
+        assert SystemFolder(path).table.rows == rows_of(IDS, read_key(path))
     assert not crash.happened and number > 5
 
 
@@ -505,7 +506,7 @@ def test_the_table_has_no_row_of_a_deleted_example(deleted_system):
     table = pq.read_table(deleted_system / "examples.parquet")
     assert sorted(table["id"].to_pylist()) == IDS[3:]
     assert set(table.column_names) == {"id", "shard", "slice", "digest"}
-    digests = {DigestKey.load(deleted_system).of_content({"id": i}) for i in IDS[:3]}
+    digests = {read_key(deleted_system).of_content({"id": i}) for i in IDS[:3]}
     assert not digests & set(table["digest"].to_pylist())
 
 
@@ -608,7 +609,7 @@ class Crash:
         for name in self.OPERATIONS:
             patch.setattr(storage.os, name, self._counted(getattr(os, name)))
         patch.setattr(storage.shutil, "rmtree", self._counted(shutil.rmtree))
-        for module in (storage, files):
+        for module in (ledger_file, files):
             patch.setattr(module, "open", self._counted(open), raising=False)
         # A dead process tidies nothing up.
         patch.setattr(Path, "unlink", self._silent(Path.unlink))
@@ -1065,20 +1066,20 @@ def test_a_deletion_by_one_process_is_seen_by_another(system):
 
 def removed_when_it_is_named(monkeypatch, remove) -> None:
     """Have something removed between the look at the folders of stages and at what is in them."""
-    named = SystemFolder._stage_folders
+    named = known_stages.stages_in
 
-    def name_then_remove(self, root):
-        for key in list(named(self, root)):
-            remove(self.path / key.path)
+    def name_then_remove(path, problems):
+        for key in list(named(path, problems)):
+            remove(path / key.path)
             yield key
 
-    monkeypatch.setattr(SystemFolder, "_stage_folders", name_then_remove)
+    monkeypatch.setattr(known_stages, "stages_in", name_then_remove)
 
 
 @pytest.mark.parametrize("look", [SystemFolder.refresh, SystemFolder.refresh_stages])
 def test_a_stage_that_another_process_removes_while_the_stages_are_read_is_passed_over(system, monkeypatch, look):
     folder, gone = SystemFolder(system), StageKey(0, (0,))
-    folder._stages = {}  # as if it came when this one was open
+    folder._stages.take_over({})  # as if it came when this one was open
     removed_when_it_is_named(monkeypatch, lambda path: path == system / gone.path and shutil.rmtree(path))
     look(folder)
     assert set(folder.stages) == set(folder.plan.stages()) - {gone}
@@ -1087,7 +1088,7 @@ def test_a_stage_that_another_process_removes_while_the_stages_are_read_is_passe
 @pytest.mark.parametrize("look", [SystemFolder.refresh, SystemFolder.refresh_stages])
 def test_a_stage_that_is_there_without_its_record_is_refused_however_it_came_about(system, monkeypatch, look):
     folder, damaged = SystemFolder(system), system / StageKey(0, (0,)).path
-    folder._stages = {}
+    folder._stages.take_over({})
     removed_when_it_is_named(monkeypatch, lambda path: path == damaged and (path / STAGE_FILE).unlink())
     with pytest.raises(FolderError, match=f"{damaged / STAGE_FILE} is missing"):
         look(folder)

@@ -16,13 +16,21 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from support.crashes import Crash, Disk, Faults, Recording, crashes, plant, tree_of
-from support.folders import NAMES, add_checkpoint, delete_and_die, grow, new_system, own_surroundings, stages_on_disk
+from support.folders import (
+    NAMES,
+    add_checkpoint,
+    apply,
+    delete_and_die,
+    grow,
+    new_system,
+    own_surroundings,
+    stages_on_disk,
+)
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.layout import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.pending import PENDING_FILE, PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 
@@ -603,8 +611,7 @@ def test_a_corrupt_line_in_the_middle_of_a_ledger_is_refused_and_nothing_is_chan
 
 CHILD = """
 import random, sys
-from support.folders import grow
-from hf_s3t.operations.deletion import apply
+from support.folders import apply, grow
 from hf_s3t.folder.system import SystemFolder
 
 folder = grow(SystemFolder(sys.argv[1]))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.crashes import plant
-from support.folders import NAMES, USERS, add_checkpoint, forge, forge_stage, grow, new_system
+from support.folders import NAMES, USERS, add_checkpoint, apply, forge, forge_stage, grow, new_system, request_later
 from typer.testing import CliRunner
 
 from hf_s3t import S3TConfig
@@ -27,14 +27,13 @@ from hf_s3t.folder import table_file
 from hf_s3t.folder.files import file_digest, read_checked_json, write_checked_json
 from hf_s3t.folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, LEDGER_FILE, STAGE_FILE, TABLE_FILE
 from hf_s3t.folder.opening import open_folder
+from hf_s3t.folder.secret import read_key
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.operations.pending import PENDING_FILE, PendingRequests, request_later
+from hf_s3t.operations.pending import PENDING_FILE, PendingRequests
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.records.digests import DigestKey
 from hf_s3t.records.ledger import Ledger, line_hash
 
 
@@ -451,7 +450,7 @@ def twist_key(path: Path, chance: random.Random) -> None:
     """A secret of another kind, and a system that says it is its own."""
     (path / KEY).write_bytes(chance.choice([chance.randbytes(40), b"\xff\xfe" * 20, b"k" * 16, b"\0" * 32, b" " * 40]))
     with contextlib.suppress(S3TError):
-        forge(path / CONFIG_FILE, key_check=DigestKey.load(path).check)
+        forge(path / CONFIG_FILE, key_check=read_key(path).check)
 
 
 def twist_adapter(path: Path, chance: random.Random) -> None:

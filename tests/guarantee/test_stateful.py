@@ -19,7 +19,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.crashes import Faults
-from support.folders import NAMES, USERS, delete_and_die, files_of, grow, new_system, stages_on_disk
+from support.folders import (
+    NAMES,
+    USERS,
+    apply,
+    delete_and_die,
+    files_of,
+    grow,
+    new_system,
+    request_later,
+    stages_on_disk,
+)
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, UnknownExampleError
@@ -27,9 +37,8 @@ from hf_s3t.folder.layout import LEDGER_FILE, TABLE_FILE
 from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.operations.pending import PendingRequests, apply_pending, request_later
+from hf_s3t.operations.pending import PendingRequests, apply_pending
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")

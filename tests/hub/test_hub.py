@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.folders import files_of, forge_stage
+from support.folders import apply, files_of, forge_stage
 from support.hub_systems import ROWS, SETTINGS, files_on, load, logits_of, member, send
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
 from typer.testing import CliRunner
@@ -21,14 +21,13 @@ from hf_s3t import S3TModel
 from hf_s3t.cli.app import app
 from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, MergeNeededError
 from hf_s3t.folder.files import file_digest
+from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.folder import HubFolder
 from hf_s3t.hub.memory import state_folder
 from hf_s3t.hub.repository import HubRepo
 from hf_s3t.model.route import Route, routed
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.records.digests import KEY_VARIABLE
 from hf_s3t.training.audit import differing_tensors
 
 

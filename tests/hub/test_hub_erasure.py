@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, _tree_cache, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from support.folders import apply
 from support.hub_systems import ROWS, load, logits_of, member, on_disk, plant, send
 from support.tiny import tiny_llama
 
@@ -17,7 +18,6 @@ from hf_s3t.hub import erasure
 from hf_s3t.hub.erasure import erase
 from hf_s3t.hub.memory import state_folder
 from hf_s3t.hub.repository import HubRepo
-from hf_s3t.operations.deletion import apply
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

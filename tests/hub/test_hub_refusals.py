@@ -8,6 +8,7 @@ import hf_xet
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
+from support.folders import apply
 from support.hub_systems import ROWS, files_on, load, logits_of, member, on_disk, plant, send
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import AutoModelForCausalLM
@@ -15,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from hf_s3t import S3TModel
 from hf_s3t.errors import BaseModelMismatchError, ConfigError, FolderError, HubError, S3TError, TransferError
 from hf_s3t.folder.files import digested_json, read_checked_json
+from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub import repository
 from hf_s3t.hub.erasure import erase
 from hf_s3t.hub.memory import state_folder
 from hf_s3t.hub.repository import HubRepo
-from hf_s3t.operations.deletion import apply
-from hf_s3t.records.digests import KEY_VARIABLE, PUBLIC_SECRET, DigestKey
+from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from support.folders import apply
 from support.tiny import make_trainer, s3t_config
 
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import read_table, write_table
 from hf_s3t.hub.pushing import _operations
 from hf_s3t.hub.repository import HubState
-from hf_s3t.operations.deletion import apply
 from hf_s3t.records.digests import DigestKey, KeptNames
 from hf_s3t.records.examples import ExampleTable
 from hf_s3t.records.ledger import Ledger

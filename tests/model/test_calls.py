@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.folders import apply
 from support.tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers.generation.streamers import BaseStreamer
 
@@ -24,7 +25,6 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Calls, Routing
 from hf_s3t.model.route import _LENGTHS, _ROUTE, Route, noting_lengths, routed
 from hf_s3t.model.scope import Scope
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.pending import PENDING_FILE
 from hf_s3t.plan import StageKey
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.folders import apply, preview, record
 from support.tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import LogitsProcessor, TrainerCallback
 
@@ -21,7 +22,6 @@ from hf_s3t.errors import ExhaustedError, FolderError, S3TError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.retrying import Retrying
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
-from hf_s3t.operations.deletion import apply, preview, record
 from hf_s3t.plan import StageKey
 
 
@@ -485,9 +485,9 @@ def test_a_reader_follows_deletions_and_leaves_the_removal_to_who_may_write(path
 MOUNTED = """
 import os, sys
 sys.path[:0] = [{tests!r}]
+from support.folders import apply, record
 from support.tiny import batch_of, lm_rows, tiny_llama
 from hf_s3t import S3TModel
-from hf_s3t.operations.deletion import apply, record
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
 

@@ -14,17 +14,19 @@ from support.folders import (
     NUMBERS,
     USERS,
     add_checkpoint,
+    apply,
     delete_and_die,
     files_of,
     grow,
     new_system,
+    preview,
     stages_on_disk,
 )
 
 from hf_s3t.errors import ConfigError, ExampleIdError, FolderError, UnknownExampleError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
-from hf_s3t.operations.deletion import apply, groups_from_texts, ids_from_texts, preview
+from hf_s3t.operations.written_ids import groups_from_texts, ids_from_texts
 from hf_s3t.plan import StageKey
 
 

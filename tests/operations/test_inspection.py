@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from support.folders import (
     NAMES,
     add_checkpoint,
+    apply,
     delete_and_die,
     files_of,
     forge,
@@ -30,8 +31,8 @@ from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
-from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.inspection import Inspection, inspect
+from hf_s3t.operations.findings import Inspection
+from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.plan import StageKey
 from hf_s3t.records.examples import Example, ExampleTable
@@ -83,7 +84,7 @@ def problem_of(path) -> str:
 def test_an_intact_folder_has_no_problems(system, untouched, tmp_path):
     for path in (system, untouched, new_system(tmp_path / "new").path):
         found = inspect(path)
-        assert (found.problems, found.notes, found.pending, found.checkpoints) == ((), (), (), ())
+        assert (found.problems, found.notes, found.to_remove, found.checkpoints) == ((), (), (), ())
 
 
 def test_a_system_as_training_and_serving_leave_it_has_no_problems(tmp_path):
@@ -267,7 +268,7 @@ def test_a_stage_on_another_one_is_named(untouched):
 def test_where_nothing_was_deleted_a_stage_of_other_examples_is_named(untouched):
     forge_stage(untouched, "shard-0/0-1-2", slices=["aa", "bb", "cc"])
     found = inspect(untouched)
-    assert "was trained on other examples" in problem_of(untouched) and found.pending == ()
+    assert "was trained on other examples" in problem_of(untouched) and found.to_remove == ()
 
 
 def test_an_old_copy_of_a_stage_is_condemned(tmp_path):
@@ -309,13 +310,13 @@ def test_an_interrupted_removal_is_told_and_left_to_the_next_load(tmp_path):
     before = files_of(folder.path)
     found = inspect(folder.path)
     assert files_of(folder.path) == before
-    kinds = {item.kind for item in found.pending}
-    assert kinds == {"stage", "checkpoint", "leftover", "rows"} and len(found.pending) == len(found.problems)
+    kinds = {item.kind for item in found.to_remove}
+    assert kinds == {"stage", "checkpoint", "leftover", "rows"} and len(found.to_remove) == len(found.problems)
     assert all("next load" in problem for problem in found.problems)
-    assert checkpoint in [item.path for item in found.pending]
+    assert checkpoint in [item.path for item in found.to_remove]
     SystemFolder(folder.path)
     assert inspect(folder.path).problems == ()
-    assert not [item.path for item in found.pending if item.kind != "rows" and item.path.exists()]
+    assert not [item.path for item in found.to_remove if item.kind != "rows" and item.path.exists()]
 
 
 def test_a_folder_opened_to_read_says_the_same_as_after_the_removal(tmp_path):
@@ -454,7 +455,7 @@ def test_an_unreadable_file_is_a_sentence(system, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hf_s3t.operations.inspection.read_table", refuse)
+    monkeypatch.setattr("hf_s3t.operations.inspected_records.read_table", refuse)
     assert "examples.parquet cannot be read: Permission denied" in problem_of(system)
 
 

@@ -6,13 +6,13 @@ import shutil
 import time
 
 import pytest
+from support.folders import apply
 from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import TrainerCallback
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, FolderError, S3TError, UnknownExampleError
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.pending import PENDING_FILE
 
 

@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.folders import CONFIG, NAMES, NUMBERS, grow, new_system
+from support.folders import CONFIG, NAMES, NUMBERS, apply, grow, new_system
 
 from hf_s3t.errors import FolderError, KeyMissingError, UnknownExampleError
-from hf_s3t.folder.secret import load_key
+from hf_s3t.folder.secret import KEY_VARIABLE, load_key, read_key
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations import receipts as receipt_module
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.receipts import Receipt, Receipts
-from hf_s3t.records.digests import KEY_VARIABLE, DigestKey
 from hf_s3t.records.ledger import Ledger, LedgerEntry, line_hash
 
 
@@ -73,7 +71,7 @@ def test_a_receipt_says_what_was_asked_when_what_went_and_what_stays(system):
     assert receipt["chain_verified"] is True
     assert receipt["hash"] == line_hash(lines_of(system)[1])
     assert receipt["previous"] == [line_hash(lines_of(system)[0])]
-    key = DigestKey.load(system)
+    key = read_key(system)
     assert receipt["ids"] == sorted(map(key.of_id, NAMES[4:6])) and receipt["groups"] == [key.of_group("user-2")]
     entry = SystemFolder(system).ledger.entries[1]
     assert {s["stage"]: s["adapter_sha256"] for s in receipt["stages_removed"]} == entry.removed

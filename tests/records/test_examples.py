@@ -1,9 +1,7 @@
 """The table of examples and the keyed digests that pin slices to their content."""
 
 import datetime
-import os
 import re
-import stat
 import struct
 from collections import OrderedDict
 from decimal import Decimal
@@ -17,8 +15,8 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_s3t.errors import ContentChangedError, ExampleIdError, FolderError, KeyMissingError, UnknownExampleError
-from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE, PUBLIC_SECRET, DigestKey, KeptNames, encode
+from hf_s3t.errors import ContentChangedError, ExampleIdError, UnknownExampleError
+from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey, KeptNames, encode
 from hf_s3t.records.examples import Example, ExampleTable, Remaining
 from hf_s3t.records.ledger import Ledger
 
@@ -194,84 +192,8 @@ def test_the_content_of_a_row_does_not_depend_on_the_order_of_its_columns_but_on
     assert KEY.of_content(row) != KEY.of_content({k: v for k, v in row.items() if k != column})
 
 
-def test_a_new_key_file_is_for_its_owner_alone(tmp_path):
-    umask = os.umask(0)
-    try:
-        DigestKey.load(tmp_path, create=True)
-    finally:
-        os.umask(umask)
-    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
-
-
-def test_a_key_file_is_made_once_and_read_ever_after(tmp_path):
-    first = DigestKey.load(tmp_path, create=True)
-    text = (tmp_path / KEY_FILE).read_text()
-    assert len(text) == 64
-    for again in (DigestKey.load(tmp_path, create=True), DigestKey.load(tmp_path)):
-        assert again.of_id(1) == first.of_id(1)
-    assert (tmp_path / KEY_FILE).read_text() == text
-
-
-def test_two_systems_have_two_keys(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    assert DigestKey.load(tmp_path / "a", create=True).of_id(1) != DigestKey.load(tmp_path / "b", create=True).of_id(1)
-
-
-def test_the_environment_goes_before_the_file_and_makes_none(tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
-    assert DigestKey.load(tmp_path, create=True).of_id(1) == KEY.of_id(1)
-    assert not (tmp_path / KEY_FILE).exists()
-
-
-def test_a_missing_key_is_an_error_that_names_variable_and_file(tmp_path):
-    with pytest.raises(KeyMissingError, match=rf"{KEY_VARIABLE} nor .*{KEY_FILE} holds.*Restore the file, or set"):
-        DigestKey.load(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("secret", ["", "short", "x" * 15])
-def test_a_short_key_is_refused(tmp_path, monkeypatch, secret):
-    (tmp_path / KEY_FILE).write_text(secret)
-    with pytest.raises(KeyMissingError, match=f"has {len(secret)} bytes, expected at least 16. Restore it"):
-        DigestKey.load(tmp_path)
-    with pytest.raises(KeyMissingError, match="Make one with `openssl rand -hex 32`"):
-        DigestKey.load(tmp_path, create=True)
-    monkeypatch.setenv(KEY_VARIABLE, secret or "x")
-    with pytest.raises(KeyMissingError, match=r"expected at least 16\. Restore it as it was at training"):
-        DigestKey.load(tmp_path)
-
-
-def test_a_new_key_is_in_memory_until_it_is_written(tmp_path):
-    key = DigestKey.draw(tmp_path)
-    assert not list(tmp_path.iterdir()) and DigestKey.draw(tmp_path).check != key.check
-    key.write(tmp_path)
-    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
-    assert DigestKey.load(tmp_path).check == DigestKey.draw(tmp_path).check == key.check
-    # A run that ended before there was a system goes on with what it wrote.
-    key.write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
-
-
-def test_a_key_is_not_written_over_another_that_came_meanwhile(tmp_path):
-    key = DigestKey.draw(tmp_path)
-    DigestKey.load(tmp_path, create=True)
-    with pytest.raises(FolderError, match=r"holds another secret than a moment ago.*or call again"):
-        key.write(tmp_path)
-
-
-def test_a_key_of_the_environment_is_drawn_and_not_written(tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
-    key = DigestKey.draw(tmp_path)
-    key.write(tmp_path)
-    assert key.check == KEY.check and not list(tmp_path.iterdir())
-    monkeypatch.setenv(KEY_VARIABLE, "short")
-    with pytest.raises(KeyMissingError, match="Make one with"):
-        DigestKey.draw(tmp_path)
-
-
 def test_the_key_for_places_is_one_for_each_secret_and_none_where_all_know_it():
-    assert len({KEY.for_places, OTHER_KEY.for_places, KEY._secret}) == 3 and len(KEY.for_places) == 32
+    assert len({KEY.for_places, OTHER_KEY.for_places, KEY.secret}) == 3 and len(KEY.for_places) == 32
     assert KEY.for_places == DigestKey(b"k" * 32).for_places
     # No digest that is published gives it away.
     assert KEY.for_places.hex() not in {KEY.check, KEY.of_id("places"), KEY.of_id(""), KEY.of_group("places")}

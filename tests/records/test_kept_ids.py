@@ -7,19 +7,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.folders import files_of
+from support.folders import files_of, preview
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 
 from hf_s3t import S3TModel
 from hf_s3t.cli.app import app
 from hf_s3t.errors import ConfigError, ContentChangedError, ExampleIdError, UnknownExampleError
-from hf_s3t.folder.secret import load_key
+from hf_s3t.folder.layout import KEY_FILE
+from hf_s3t.folder.secret import KEY_VARIABLE, load_key
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import groups_from_texts, ids_from_texts, preview
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.operations.receipts import Receipts
-from hf_s3t.records.digests import KEY_FILE, KEY_VARIABLE
+from hf_s3t.operations.written_ids import groups_from_texts, ids_from_texts
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

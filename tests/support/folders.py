@@ -14,13 +14,16 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.folder.files import write_checked_json
-from hf_s3t.folder.layout import STAGE_FILE
+from hf_s3t.folder.layout import KEY_FILE, STAGE_FILE
+from hf_s3t.folder.secret import read_key, write_key
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import record
+from hf_s3t.operations import deletion, pending
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.digests import KEY_FILE, DigestKey
+from hf_s3t.records.digests import DigestKey
 from hf_s3t.records.examples import Example
+from hf_s3t.records.report import UnlearningReport
+from hf_s3t.records.request import DeletionRequest
 
 
 NUMBERS = list(range(12))
@@ -47,8 +50,8 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
     path.mkdir(parents=True, exist_ok=True)
     if not (path / KEY_FILE).exists():
         # A secret of its own, and the same in every run: so are the places.
-        DigestKey(hashlib.sha256(path.name.encode()).hexdigest().encode()).write(path)
-    key = DigestKey.load(path)
+        write_key(path, DigestKey(hashlib.sha256(path.name.encode()).hexdigest().encode()))
+    key = read_key(path)
     shape = {"num_shards": config.num_shards, "num_slices": config.num_slices}
     places = assign(ids, **shape, seed=config.seed, groups=groups, key=key.for_places)
     groups = [None] * len(ids) if groups is None else groups
@@ -81,10 +84,30 @@ def add_checkpoint(folder: SystemFolder, key: StageKey, step: int = 1, recorded:
     return path
 
 
+def apply(folder: SystemFolder, ids=None, groups=None, **how) -> UnlearningReport:
+    """Forget examples of a folder."""
+    return deletion.apply(folder, DeletionRequest(ids, groups, **how))
+
+
+def preview(folder: SystemFolder, ids=None, groups=None, **how) -> deletion.DeletionPreview:
+    """What `apply` would do."""
+    return deletion.preview(folder, DeletionRequest(ids, groups, **how))
+
+
+def record(folder: SystemFolder, ids=None, groups=None, **how) -> deletion.RecordedDeletion:
+    """Put a deletion into the ledger, and remove nothing yet."""
+    return deletion.record_request(folder, DeletionRequest(ids, groups, **how))
+
+
+def request_later(folder: SystemFolder, ids=None, groups=None, max_delay=None, **how) -> pending.PendingReceipt:
+    """Note a request that is to be applied with others."""
+    return pending.request_later(folder, DeletionRequest(ids, groups, **how), max_delay)
+
+
 def delete_and_die(folder: SystemFolder, ids) -> None:
     """A deletion that is in the ledger, and whose process died before it removed anything."""
     with folder.lock():
-        record(folder, ids, None)
+        record(folder, ids)
 
 
 def files_of(path) -> dict[str, bytes | None]:

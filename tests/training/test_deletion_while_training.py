@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.folders import apply
 from support.launched import launched
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, training_arguments
 from transformers import TrainerCallback
@@ -19,7 +20,6 @@ from transformers import TrainerCallback
 from hf_s3t import S3TTrainer, launch
 from hf_s3t.errors import ExhaustedError, S3TError
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.folders import apply
 from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,7 +18,6 @@ from trl import SFTConfig
 
 from hf_s3t import S3TSFTTrainer
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.plan import StageKey
 from hf_s3t.training.tracking import last_step
 

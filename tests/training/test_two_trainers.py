@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from support.folders import add_checkpoint, new_system
+from support.folders import add_checkpoint, apply, new_system
 from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
 
@@ -18,7 +18,6 @@ from hf_s3t import S3TTrainer
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.scratch import hold
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.purge import purge
 from hf_s3t.plan import StageKey

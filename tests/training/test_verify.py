@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from support.folders import files_of, forge_stage
+from support.folders import apply, files_of, forge_stage
 from support.tiny import (
     classification_rows,
     lm_rows,
@@ -26,7 +26,6 @@ from hf_s3t import S3TTrainer
 from hf_s3t.errors import ConfigError, S3TError
 from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.deletion import apply
 from hf_s3t.training.audit import AuditKey
 from hf_s3t.training.circumstances import differing, recipe_of
 

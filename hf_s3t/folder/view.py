@@ -1,0 +1,327 @@
+"""What a system's folder says: settings, ledger, table, stages; every read is checked (see `docs/format.md`)."""
+
+import errno
+import os
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..config import S3TConfig
+from ..errors import FolderError
+from ..plan.stages import Plan, StageKey
+from ..records.digests import DigestKey, KeptNames
+from ..records.examples import Example, ExampleTable
+from ..records.ledger import Ledger
+from ..records.validity import fits, is_current
+from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
+from .config_file import base_id_of, read_record
+from .files import Stamp, check_digest, read_checked, stamp, sync
+from .foreign import forgeries_told
+from .known_stages import KnownStages
+from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from .ledger_file import pin_of, read_head, read_ledger, require_pinned
+from .secret import load_key
+from .stage_record import adapter_of
+from .table_file import check_rows, read_table
+
+
+class FolderView:
+    """
+    What the folder of one system says: settings, table, ledger, and which stages are valid. It is not written to.
+
+    Holds no tensors. What was read stays as it was read until it is refreshed, whole or in parts.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder. It must hold a system.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not (self.path / CONFIG_FILE).is_file():
+            raise FolderError(
+                f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
+                "or the folder of `save_pretrained`."
+            )
+        with forgeries_told(self.path, "`hf-s3t check` says where; restore the folder from a backup."):
+            self._begin(self.path, read_record(self.path / CONFIG_FILE))
+            self._use(load_key(self.path, self.record))
+            self.refresh()
+
+    def _begin(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        # What `s3t_config.json` says.
+        self.record = record
+        self.config = S3TConfig.from_dict(record["s3t_config"])
+        self.plan = Plan.from_config(self.config)
+        self.ledger = Ledger()
+        self._stages = KnownStages(path)
+        self._checkpoints = Checkpoints(path)
+        # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
+        self._settled = 0
+        self._table_pin = ""
+        # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
+        # holds it waits for nothing, so that it may be taken inside the folder's lock.
+        self._reading = threading.RLock()
+
+    def _use(self, key: DigestKey) -> None:
+        self.key = key
+        self.names = KeptNames(key, self.config.keep_ids)
+
+    def refresh(self) -> None:
+        """
+        Read ledger, table and stages again.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is damaged, or the ledger no longer holds what was read before.
+        """
+        self._read_all()
+
+    def _read_all(self) -> None:
+        with self._reading:
+            # The table first: the ledger is never behind it, whatever another process does between the two reads.
+            rows, pin = self._read_rows()
+            ledger = self._read_ledger()
+            # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
+            self.table = self._table_of(rows, pin, ledger)
+            self.ledger = ledger
+            self._table_pin = pin
+        self.refresh_stages()
+
+    # The ledger, and the table that goes by it
+
+    def refresh_ledger(self) -> None:
+        """
+        Take in deletions that another process recorded.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the ledger no longer holds what was read from it before.
+        """
+        with self._reading:
+            if not self.has_news():
+                return
+            ledger = self._read_ledger()
+            if ledger != self.ledger:
+                self.table = self._masked(self.table, ledger)
+                self.ledger = ledger
+                self._settle()
+
+    def has_news(self) -> bool:
+        """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
+        return stamp(self.path / LEDGER_FILE) != self._ledger_stamp
+
+    def is_deleted(self, example_id: int | str) -> bool:
+        """Whether the ledger knows the id as deleted."""
+        return self.names.id_digest(self.names.of_id(example_id)) in self.ledger.deleted
+
+    @property
+    def is_table_behind(self) -> bool:
+        """Whether lines came to the ledger since the table on the disk was written: it may hold deleted rows."""
+        return self._table_pin != pin_of(self.ledger)
+
+    def prepare(self) -> None:
+        """Compute now what the first deletion would otherwise wait for."""
+        self.table.index()
+
+    def _read_ledger(self) -> Ledger:
+        # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
+        # meanwhile is news again.
+        head = read_head(self.path)
+        found = stamp(self.path / LEDGER_FILE)
+        ledger = read_ledger(self.path / LEDGER_FILE, known=self.ledger)
+        if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+            raise FolderError(
+                f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
+                "Restore it from a backup."
+            )
+        if head is not None:
+            require_pinned(self.path / LEDGER_FILE, ledger, head, HEAD_FILE)
+        self._ledger_stamp = found
+        return ledger
+
+    def _settle(self) -> None:
+        """
+        Sync the ledger as it was read, before anything is done or said because of it.
+
+        Who wrote a line may have died before syncing it: then a crash of the machine could still lose the line, and
+        leave what was done because of it.
+        """
+        if self._settled < len(self.ledger.lines):
+            try:
+                sync(self.path / LEDGER_FILE)
+            except OSError as error:
+                # Where nothing can be written, nothing waits to be synced.
+                if error.errno not in (errno.EROFS, errno.EINVAL):
+                    raise
+            self._settled = len(self.ledger.lines)
+
+    def _read_rows(self) -> tuple[dict[int | str, Example], str]:
+        rows, pin = read_table(self.path / TABLE_FILE)
+        check_rows(self.path / TABLE_FILE, rows, self.config)
+        return rows, pin
+
+    def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
+        require_pinned(self.path / LEDGER_FILE, ledger, pin, TABLE_FILE)
+        config = self.config
+        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
+        return table if pin == pin_of(ledger) else self._masked(table, ledger)
+
+    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
+        return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
+
+    # The stages
+
+    def refresh_stages(self) -> None:
+        """
+        Take in stages that another process added, removed or grew again; records that did not change are kept.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If something among the stages is none, or damaged.
+        """
+        for problem in self.look_at_stages():
+            raise problem
+
+    def look_at_stages(self) -> list[FolderError]:
+        """
+        Take in what `refresh_stages` does, but for what is damaged: of that, what was known before stays known.
+
+        Returns:
+            `list[FolderError]`: What is wrong among the stages.
+        """
+        # One thread at a time: what another notes meanwhile, or removes, must not be taken back.
+        with self._reading:
+            return self._stages.look()
+
+    def stages_stamp(self) -> tuple[Stamp | None, ...]:
+        """What changes when a stage comes or goes, at one look at the folder of each shard: every call takes one."""
+        return tuple(map(stamp, self._shard_folders))
+
+    @cached_property
+    def _shard_folders(self) -> tuple[str, ...]:
+        return tuple(f"{self.path / STAGES}/shard-{shard}" for shard in range(self.plan.num_shards))
+
+    @property
+    def stages(self) -> list[StageKey]:
+        """The stages that have a folder, valid or not."""
+        return list(self._stages.records)
+
+    def stage_record(self, key: StageKey) -> dict[str, Any]:
+        """What `stage.json` says."""
+        return self._stages.records[key]
+
+    @property
+    def stage_records(self) -> Mapping[StageKey, dict[str, Any]]:
+        """What `stage.json` says of each stage that has a folder."""
+        return self._stages.records
+
+    def slice_digests(self, key: StageKey) -> list[str]:
+        """The digests of the slices of a stage as they are now."""
+        return self.table.slice_digests(key.shard, key.prefix)
+
+    def adapter_digest(self, key: StageKey) -> str:
+        """The digest of a stage's adapter file, as it was written."""
+        return adapter_of(self._stages.records[key])
+
+    def is_valid(self, key: StageKey) -> bool:
+        """
+        Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
+        there.
+        """
+        return all(stage in self._stages.records and self._fits(stage) for stage in key.lineage)
+
+    def _fits(self, key: StageKey) -> bool:
+        below = None if key.parent is None else self.adapter_digest(key.parent)
+        return fits(self._stages.records[key], self.slice_digests(key), below)
+
+    @property
+    def valid_stages(self) -> frozenset[StageKey]:
+        """The planned stages that are valid."""
+        valid: set[StageKey] = set()
+        for key in self.plan.stages():
+            # Parents come first, so one look at the parent stands for the whole lineage.
+            if key in self._stages.records and (key.parent is None or key.parent in valid) and self._fits(key):
+                valid.add(key)
+        return frozenset(valid)
+
+    def condemned_stages(self) -> list[StageKey]:
+        """The stages that saw an example which was deleted since."""
+        found = (key for key, record in self._stages.records.items() if self._saw_deleted(key, record))
+        return sorted({*self._stages.condemned, *found})
+
+    def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
+        # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
+        return bool(self.ledger.num_deletions) and not is_current(record, self.slice_digests(key))
+
+    def losses(self) -> dict[StageKey, float]:
+        """The evaluation loss recorded with each stage that has one."""
+        return {
+            key: record["metrics"]["eval_loss"]
+            for key, record in self._stages.records.items()
+            if "eval_loss" in record["metrics"]
+        }
+
+    def adapter_path(self, key: StageKey) -> Path:
+        """
+        The folder of a stage whose files are as they were written.
+
+        What is loaded from it by name may have changed since: load what `read_adapter` returns.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
+        """
+        files = self._stages.records[key]["files"]
+        for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+            check_digest(self._stage_file(key, name), files[name])
+        return self._stage_file(key, ADAPTER_FILE).parent
+
+    def read_adapter(self, key: StageKey) -> bytes:
+        """
+        The bytes of a stage's adapter file, as it was written, read once.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file of the stage is missing, truncated or altered.
+        """
+        files = self._stages.records[key]["files"]
+        check_digest(self._stage_file(key, ADAPTER_CONFIG_FILE), files[ADAPTER_CONFIG_FILE])
+        return read_checked(self._stage_file(key, ADAPTER_FILE), files[ADAPTER_FILE])
+
+    def _stage_file(self, key: StageKey, name: str) -> Path:
+        return self.path / key.path / name
+
+    # Checkpoints of stages in training
+
+    def checkpoints(self, key: StageKey) -> Path:
+        """Where the checkpoints of a stage in training lie; beside it those of a second trainer, see `scratch`."""
+        return self._checkpoints.of(key)
+
+    def has_checkpoints(self, key: StageKey) -> bool:
+        """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
+        return self._checkpoints.are_there(key)
+
+    def finished_checkpoints(self) -> dict[Path, StageKey]:
+        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
+        return self._checkpoints.finished(self.is_valid)
+
+    def _stale_checkpoints(self) -> list[Path]:
+        return self._checkpoints.stale(self.slice_digests, self.ledger)
+
+    read_checkpoint_record = staticmethod(read_checkpoint_record)
+    read_checkpoint_adapter = staticmethod(read_checkpoint_adapter)
+    read_checkpoint_file = staticmethod(read_checkpoint_file)
+
+    # The base
+
+    @property
+    def base_id(self) -> str | None:
+        """The id that others can load the base by; `None` if it is a folder of this machine, or was made in memory."""
+        return base_id_of(self.record)
+
+    @property
+    def base_revision(self) -> str | None:
+        """The revision of the base that others can load by `base_id`, if it came from a repository."""
+        revision: str | None = self.record["base_model"].get("revision")
+        return revision if self.base_id is not None else None

@@ -1,0 +1,152 @@
+"""Looks at what a folder says of its system as a whole: config, secret, ledger, and the table of examples."""
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import S3TConfig
+from ..errors import ConfigError, FolderError
+from ..folder.config_file import read_record
+from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
+from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
+from ..folder.secret import load_key
+from ..folder.table_file import check_rows, read_table
+from ..plan.stages import Plan
+from ..records.digests import DigestKey
+from ..records.examples import Example, ExampleTable
+from ..records.ledger import Ledger
+from .findings import Findings, counted, require_file
+
+
+@dataclass
+class Records:
+    """
+    What could be read; `None` is what could not, or what depends on it.
+
+    Args:
+        config ([`~hf_s3t.S3TConfig`], *optional*): The settings.
+        plan ([`~hf_s3t.plan.stages.Plan`], *optional*): The stages that they ask for.
+        key ([`~hf_s3t.records.digests.DigestKey`], *optional*): The secret.
+        ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger, if it holds all lines that it had.
+        table ([`~hf_s3t.records.examples.ExampleTable`], *optional*): The examples that are in.
+    """
+
+    config: S3TConfig | None = None
+    plan: Plan | None = None
+    key: DigestKey | None = None
+    ledger: Ledger | None = None
+    table: ExampleTable | None = None
+
+
+def inspect_records(path: Path, findings: Findings) -> Records:
+    """
+    Read config, secret, ledger and table of a system.
+
+    Args:
+        path (`Path`): The folder of the system.
+        findings ([`~hf_s3t.operations.findings.Findings`]): Gets what is wrong with them.
+
+    Returns:
+        [`Records`]: What could be read.
+    """
+    records = Records()
+    with findings.reading(path):
+        records.config = _read_config(path)
+        records.plan = Plan.from_config(records.config)
+    with findings.reading(path):
+        _check_key_file(path / KEY_FILE, findings)
+        if records.config is not None:
+            records.key = load_key(path)
+    with findings.reading(path):
+        _read_ledger_and_table(path, records, findings)
+    return records
+
+
+def _read_config(path: Path) -> S3TConfig:
+    require_file(path / CONFIG_FILE)
+    record = read_record(path / CONFIG_FILE)
+    try:
+        return S3TConfig.from_dict(record["s3t_config"])
+    except ConfigError as error:
+        raise FolderError(f"{path / CONFIG_FILE}: {error} Restore it from a backup.") from error
+
+
+def _check_key_file(file: Path, findings: Findings) -> None:
+    if not os.path.lexists(file):
+        return
+    require_file(file)
+    mode = stat.S_IMODE(os.lstat(file).st_mode)
+    if os.name == "posix" and mode != 0o600:
+        findings.problems.append(
+            f"{file} has mode {mode:03o}, expected 600: others could test who was deleted. Run `chmod 600` on it."
+        )
+
+
+def _read_ledger_and_table(path: Path, records: Records, findings: Findings) -> None:
+    # In the order of SystemFolder: the ledger is never behind the table, nor behind its head.
+    rows = pin = head = ledger = None
+    with findings.reading(path / TABLE_FILE):
+        require_file(path / TABLE_FILE)
+        rows, pin = read_table(path / TABLE_FILE)
+    with findings.reading(path / HEAD_FILE):
+        # Folders of earlier versions have none.
+        if os.path.lexists(path / HEAD_FILE):
+            require_file(path / HEAD_FILE)
+            head = read_head(path)
+    with findings.reading(path / LEDGER_FILE):
+        ledger = _read_ledger(path / LEDGER_FILE, findings)
+    for by, known in ((TABLE_FILE, pin), (HEAD_FILE, head)):
+        if ledger is not None and known is not None:
+            require_pinned(path / LEDGER_FILE, ledger, known, by)
+    records.ledger = ledger
+    if rows is not None:
+        with findings.reading(path / TABLE_FILE):
+            is_behind = ledger is not None and pin != pin_of(ledger)
+            _check_table(path / TABLE_FILE, rows, is_behind, records, findings)
+
+
+def _read_ledger(file: Path, findings: Findings) -> Ledger:
+    require_file(file)
+    text = read_ledger_text(file)
+    ledger = parse_ledger(file, text)
+    if not text.endswith("\n") and text:
+        findings.notes.append(
+            f"{file} ends within a line. That deletion was never acknowledged; the next one takes its place."
+        )
+    return ledger
+
+
+def _check_table(
+    file: Path, rows: dict[int | str, Example], is_behind: bool, records: Records, findings: Findings
+) -> None:
+    config = records.config
+    if config is None:
+        return
+    check_rows(file, rows, config)
+    deleted = _deleted(rows, config, records)
+    if deleted is None:
+        return
+    if is_behind:
+        findings.condemned(file, "rows")
+    elif deleted:
+        findings.problems.append(
+            f"{file} still holds {counted(len(deleted), 'deleted example')}, though it says that it was written "
+            "without. Restore it from a backup."
+        )
+    table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
+    records.table = table.without(deleted)
+
+
+def _deleted(ids: Iterable[int | str], config: S3TConfig, records: Records) -> list[int | str] | None:
+    """The ids that the ledger knows as deleted; `None` where that cannot be told, nor then what is valid."""
+    ledger, key = records.ledger, records.key
+    if ledger is None:
+        return None
+    if not ledger.deleted:
+        return []
+    if config.keep_ids == "digest":
+        # The ledger says what the table says, and no secret is needed.
+        return [i for i in ids if str(i) in ledger.deleted]
+    return None if key is None else [i for i in ids if key.of_id(i) in ledger.deleted]
