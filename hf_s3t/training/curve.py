@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..plan.stages import StageKey
+from ..records.validity import is_current
 from .host import TrainerPart
 from .tracking import PlanHandler, last_step, tags
 
@@ -19,16 +20,16 @@ class TrainingCurve(TrainerPart):
         # stage came.
         self._first_step = self._last_step = self._reached = 0
         self._is_logging = False
-        # Per stage the slices that it saw, and its entries of `log_history`.
-        self._logs: dict[StageKey, tuple[list[str], list[dict[str, Any]]]] = {}
+        # Per stage what it was made from, and its entries of `log_history`.
+        self._logs: dict[StageKey, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
     def _begin_stage_on_curve(self) -> None:
         # What was trained by others, or before, is on the curve already.
         self._first_step = max(self._last_step, last_step(self.folder.stage_records))
 
-    def _keep_logs(self, key: StageKey, slices: list[str]) -> None:
+    def _keep_logs(self, key: StageKey, origin: dict[str, Any]) -> None:
         self._logs.pop(key, None)
-        self._logs[key] = (slices, self.state.log_history)
+        self._logs[key] = (origin, self.state.log_history)
         self._reached = self._first_step + self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -66,8 +67,8 @@ class TrainingCurve(TrainerPart):
         if self._logs:
             self.state.log_history = [
                 entry
-                for key, (slices, entries) in self._logs.items()
-                if slices == self.folder.slice_digests(key)
+                for key, (origin, entries) in self._logs.items()
+                if is_current(origin, self.folder.slice_digests(key))
                 for entry in entries
             ]
             self.state.global_step = self.state.max_steps = self._reached

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
 from ..model.base_model import check_precision
 from ..plan.stages import StageKey, relative_cost
+from ..records.validity import fits
 from .evaluation import Evaluation
 from .progress import PlanProgress
 from .publishing import Publishing
@@ -289,7 +290,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         below = folder.adapter_digest(key.parent) if key.parent else None
         for _, record in self._checkpoints(key, self.folder.checkpoints(key)):
             whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
-            if whole and record["slices"] == folder.slice_digests(key) and record["below"] == below:
+            if whole and fits(record, folder.slice_digests(key), below):
                 return record
         return None
 

@@ -152,7 +152,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
             if self._stage_optimizer is not None:
                 self._stage_optimizer.release()
             if self.state is not state:
-                self._keep_logs(key, origin["slices"])
+                self._keep_logs(key, origin)
             self._let_go(paged)
 
     def _let_go(self, paged: int) -> None:

@@ -13,6 +13,7 @@ from ..model.state import BUFFERS, Look, shown
 from ..model.stateless import changed_for_good
 from ..model.targets import refuse_failing_adapter
 from ..plan.stages import StageKey
+from ..records.validity import is_current
 from .divergence import FiniteWatch, refuse_diverged
 from .fresh_parts import FreshParts
 from .optimizers import StageOptimizer
@@ -97,7 +98,7 @@ class StageWatch(LiveModel):
         written, and it will be discarded.
         """
         self.folder.refresh_ledger()
-        return bool(self._stage_origin["slices"] != self.folder.slice_digests(self._stage_in_training))
+        return not is_current(self._stage_origin, self.folder.slice_digests(self._stage_in_training))
 
     def _has_moved(self) -> bool:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""
