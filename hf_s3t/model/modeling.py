@@ -384,8 +384,4 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         if isinstance(self.folder, HubFolder):
             with self._deletion_lock:
                 return self.folder.problems()
-        # Only here: a model is loaded without what looks through whole folders.
-
-        return list(inspect(self.folder.path).problems)
-
         return list(inspect(self.folder.path).problems)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,22 +18,11 @@ from ..model.randomness import preserved_randomness
 from ..model.tensor_files import differing_tensors, read_tensors
 from ..plan.stages import StageKey
 from .circumstances import differing, threads
-
-
-if TYPE_CHECKING:
-    from .trainer import S3TTrainerMixin
+from .stage_memory import was_trained_here
+from .stage_run import StageRuns
 
 
 logger = logging.get_logger(__name__)
-
-
-# The digests of the adapter files of stages that this process trained.
-_TRAINED_HERE: set[str] = set()
-
-
-def note_trained(digest: str) -> None:
-    """Remember that this process trained the stage whose adapter file has a digest."""
-    _TRAINED_HERE.add(digest)
 
 
 class AuditKey(StageKey):
@@ -42,13 +31,13 @@ class AuditKey(StageKey):
     __slots__ = ()
 
     # As tuples the two would be the same key, and lie in memory beside each other.
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, AuditKey) and tuple.__eq__(self, other)
 
-    def __ne__(self, other):
+    def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(("audit", *self))
 
     @property
@@ -94,7 +83,7 @@ class VerificationReport:
         """Whether every stage came out bit for bit the same."""
         return not self.mismatches
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.ok:
             return f"{len(self.stages)} stages trained again in {self.seconds:.1f} s: bit for bit the same"
         lines = [f"recorded {name}: {then!r}, now {now!r}" for name, (then, now) in self.circumstances.items()]
@@ -102,7 +91,7 @@ class VerificationReport:
         return "\n".join(lines)
 
 
-def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | str] | None) -> VerificationReport:
+def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | None) -> VerificationReport:
     """
     Train stages again and compare; see `S3TTrainer.verify`.
 
@@ -123,18 +112,31 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
     (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
-    trained_here = tuple(str(key) for key in closure if folder.adapter_digest(key) in _TRAINED_HERE)
+    trained_here = tuple(str(key) for key in closure if was_trained_here(folder.adapter_digest(key)))
     if trained_here:
         logger.warning_once(
             "The audit trains stages again in the process that trained them. State that one left in this process "
             "would act on both alike, and not be found. Make the same trainer in a fresh process and call `verify()` "
             "there."
         )
+    differences = _compare_circumstances(trainer, closure)
+    try:
+        mismatches = _compare_tensors(trainer, closure)
+    finally:
+        trainer.train_dataset = trainer._prepared
+        if trainer._live is not None:
+            trainer._live.refresh()
+    seconds = time.perf_counter() - started
+    return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
+
+
+def _compare_circumstances(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str, tuple[Any, Any]]:
+    """Refuse another recipe, and what would change sums; what else differs is returned."""
     differences: dict[str, tuple[Any, Any]] = {}
     trainer._describe_parts()
-    trainer._say_what_is_not_compared({key: folder.stage_record(key) for key in closure})
-    for key in closure:
-        record = folder.stage_record(key)
+    trainer._say_what_is_not_compared({key: trainer.folder.stage_record(key) for key in stages})
+    for key in stages:
+        record = trainer.folder.stage_record(key)
         _refuse_other_recipe(key, record, trainer)
         found = differing(record["circumstances"], trainer._circumstances(key))
         found.pop("threads", None)
@@ -145,31 +147,30 @@ def verify_stages(trainer: "S3TTrainerMixin", stages: str | Sequence[StageKey | 
                     "would differ. Run the audit as the training ran."
                 )
         differences.update(found)
+    return differences
+
+
+def _compare_tensors(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str, list[str]]:
+    """Train stages again; the tensors of each that differ, by name."""
     mismatches: dict[str, list[str]] = {}
-    try:
-        with (
-            trainer._occupied(closure[0]),
-            preserved_randomness(),
-            trainer._unheard(),
-            tempfile.TemporaryDirectory() as own,
-        ):
-            (scratch,) = broadcast_object_list([own])
-            try:
-                for key in closure:
-                    again = _retrain(trainer, key, Path(scratch))
-                    _refuse_deleted_meanwhile(folder, closure)
-                    unequal = differing_tensors(read_tensors(folder.read_adapter(key), str(key)), again)
-                    if unequal:
-                        mismatches[str(key)] = unequal
-                trainer.accelerator.wait_for_everyone()
-            finally:
-                trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
-    finally:
-        trainer.train_dataset = trainer._prepared
-        if trainer._live is not None:
-            trainer._live.refresh()
-    seconds = time.perf_counter() - started
-    return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
+    with (
+        trainer._occupied(stages[0]),
+        preserved_randomness(),
+        trainer._unheard(),
+        tempfile.TemporaryDirectory() as own,
+    ):
+        (scratch,) = broadcast_object_list([own])
+        try:
+            for key in stages:
+                again = _retrain(trainer, key, Path(scratch))
+                _refuse_deleted_meanwhile(trainer.folder, stages)
+                unequal = differing_tensors(read_tensors(trainer.folder.read_adapter(key), str(key)), again)
+                if unequal:
+                    mismatches[str(key)] = unequal
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
+    return mismatches
 
 
 def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:
@@ -203,7 +204,7 @@ def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[Stage
     return keys
 
 
-def _refuse_other_recipe(key: StageKey, record: dict[str, Any], trainer: "S3TTrainerMixin") -> None:
+def _refuse_other_recipe(key: StageKey, record: dict[str, Any], trainer: StageRuns) -> None:
     other = trainer._other_recipe(record)
     if other:
         raise ConfigError(
@@ -211,7 +212,7 @@ def _refuse_other_recipe(key: StageKey, record: dict[str, Any], trainer: "S3TTra
         )
 
 
-def _retrain(trainer: "S3TTrainerMixin", key: StageKey, scratch: Path) -> dict[str, torch.Tensor]:
+def _retrain(trainer: StageRuns, key: StageKey, scratch: Path) -> dict[str, torch.Tensor]:
     shadow = AuditKey(key.shard, key.prefix)
     record = trainer.folder.stage_record(key)
     origin = {name: record[name] for name in ("slices", "below", "recipe")}

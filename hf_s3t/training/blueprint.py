@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
 from ..errors import ConfigError
@@ -35,10 +37,11 @@ from ..model.targets import check_targets
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances
-from .first_steps import check_columns, check_optimizer
-from .given import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
+from .early_checks import check_columns, check_optimizer
+from .fed_rows import FedRows
+from .inputs import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .refusals import check_arguments, check_datasets, evaluation_chooses
-from .rows import FedRows, TrainingRows
+from .rows import TrainingRows
 
 
 # What a PEFT config says of the model around an adapter, and of files it was read from.
@@ -75,6 +78,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class NewSystem:
+    """
+    What a system that is to be made has before anything of it is written.
+
+    Args:
+        key ([`~hf_s3t.records.digests.DigestKey`]): Its secret.
+        table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
+    """
+
+    key: DigestKey
+    table: ExampleTable
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """What a trainer knows about its system before anything is written."""
 
@@ -86,13 +103,12 @@ class Blueprint:
     head: tuple[str, ...]
     base: dict[str, Any]
     rows: TrainingRows | None
-    # Of a system that is to be made: its secret, and its table.
-    key: DigestKey | None
-    planned: ExampleTable | None
+    # None where the system is there.
+    new: NewSystem | None
     task: str
 
-    def record(self, model: nn.Module) -> dict[str, Any]:
-        """What `s3t_config.json` says."""
+    def record(self, model: PreTrainedModel, key: DigestKey) -> dict[str, Any]:
+        """What `s3t_config.json` says of a system that is made with a secret."""
         baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
         return {
             **({} if self.layout.method == "s3t" else {"baseline": baseline}),
@@ -107,14 +123,15 @@ class Blueprint:
                 "groups": [list(group) for group in self.layers.groups],
             },
             "head": list(self.head),
-            "keyed_places": self.config.partition == "balanced" and self.key.for_places is not None,
+            "keyed_places": self.config.partition == "balanced" and key.for_places is not None,
             "versions": circumstances(model)["versions"],
         }
 
 
-def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, layout: Layout) -> Blueprint:
+@dataclass(frozen=True)
+class TrainerInputs:
     """
-    Check everything that can be checked before anything is changed or written.
+    What a trainer was given of which its system is made.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The bare base model.
@@ -124,22 +141,74 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
         callbacks (`list`, *optional*): As in `Trainer`.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
         s3t_config ([`S3TConfig`], *optional*): The system; the recorded one if not given.
+    """
+
+    model: PreTrainedModel
+    args: TrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
+    callbacks: Sequence[TrainerCallback] | None
+    peft_config: PeftConfig | None
+    s3t_config: S3TConfig | None
+
+
+def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
+    """
+    Check everything that can be checked before anything is changed or written.
+
+    Args:
+        given ([`TrainerInputs`]): What the trainer was given.
         layout ([`Layout`]): How stages lie on layers and data.
 
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
+    model, args, output_dir = given.model, given.args, str(given.args.output_dir)
     if isinstance(model, nn.Module):
         check_is_itself(model)
     check_has_no_adapters(model)
-    recorded, key = _agreed(args)
+    recorded, key = _recorded_or_new(args)
     if recorded is not None:
-        check_method(recorded, (layout.method,), args.output_dir)
-    asked = _merged_config(s3t_config, recorded)
+        check_method(recorded, (layout.method,), output_dir)
+    asked = _merged_config(given.s3t_config, recorded)
     config = layout.settings(asked)
-    peft_config = _merged_peft_config(peft_config, recorded, model)
-    check_arguments(args, callbacks)
-    check_datasets(train_dataset, eval_dataset, args, config)
+    peft_config = _merged_peft_config(given.peft_config, recorded, model)
+    check_arguments(args, given.callbacks)
+    check_datasets(given.train_dataset, given.eval_dataset, args, config)
+    layers, head = _layers_and_head(model, config, peft_config, layout)
+    if recorded is None:
+        check_targets(model, peft_config, layers, head)
+    check_keeps_no_state(model)
+    check_optimizer(args, model)
+    rows = None
+    if given.train_dataset is not None:
+        check_columns(given.train_dataset, model, args, asked)
+        rows = layout.rows(given.train_dataset, asked)
+    if recorded is not None:
+        check_base_is(model, recorded["base_model"], layers.path, head, for_training=True)
+        base = recorded["base_model"]
+    elif rows is None:
+        raise ConfigError(f"{output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
+    else:
+        base = describe_base(model, layers.path, head)
+    if rows is not None and evaluation_chooses(args, config):
+        if FedRows(model).refuse_shared(given.train_dataset, given.eval_dataset, rows.own_columns):
+            rows.compared_with = given.eval_dataset
+    new = None
+    if rows is not None and key is not None:
+        new = NewSystem(key, _planned(rows, key, config))
+        if given.s3t_config is None:
+            say_what_the_default_costs(config, layers, new.table, args.max_steps)
+    elif rows is not None:
+        _match(rows, output_dir)
+    say_which_seed_rules(args, config)
+    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
+
+
+def _layers_and_head(
+    model: PreTrainedModel, config: S3TConfig, peft_config: LoraConfig, layout: Layout
+) -> tuple[LayerGroups, tuple[str, ...]]:
+    """Where stages and their head lie in a model that has places for them."""
     check_base(model, config)
     check_has_logits(model)
     path, module_list = find_layers(model, peft_config.layers_pattern)
@@ -149,36 +218,16 @@ def draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3
     check_task(model, config.aggregation or _default_aggregation(find_task(model)))
     check_one_answer_can_be_made(model, config.num_shards, config.select)
     check_peft_config(peft_config, head)
-    if recorded is None:
-        check_targets(model, peft_config, layers, head)
-    check_keeps_no_state(model)
-    check_optimizer(args, model)
-    if train_dataset is not None:
-        check_columns(train_dataset, model, args, asked)
-    rows = layout.rows(train_dataset, asked) if train_dataset is not None else None
-    if recorded is None and rows is None:
-        raise ConfigError(f"{args.output_dir} holds no system yet, and there is no `train_dataset` to make one with.")
-    if recorded is not None:
-        check_base_is(model, recorded["base_model"], path, head, for_training=True)
-        base = recorded["base_model"]
-    else:
-        base = describe_base(model, path, head)
-    if rows is not None and evaluation_chooses(args, config):
-        if FedRows(model).refuse_shared(train_dataset, eval_dataset, rows.own_columns):
-            rows.compared_with = eval_dataset
-    planned = None
-    if key is not None:
-        placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
-        planned = ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
-        if s3t_config is None:
-            say_what_the_default_costs(config, layers, planned, args.max_steps)
-    elif rows is not None:
-        _match(rows, args.output_dir)
-    say_which_seed_rules(args, config)
-    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, key, planned, find_task(model))
+    return layers, head
 
 
-def check_same(blueprint: Blueprint, model, output_dir: str) -> None:
+def _planned(rows: TrainingRows, key: DigestKey, config: S3TConfig) -> ExampleTable:
+    """The table of a system that is to be made: every row in its shard and slice."""
+    placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
+    return ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+
+
+def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) -> None:
     """
     Check that the system which is in the folder by now is the one that a trainer was about to make there.
 
@@ -190,12 +239,13 @@ def check_same(blueprint: Blueprint, model, output_dir: str) -> None:
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
-    recorded = _recorded(output_dir)
+    recorded = open_folder(output_dir).record
     check_method(recorded, (blueprint.layout.method,), output_dir)
     _merged_config(blueprint.asked, recorded)
     _merged_peft_config(blueprint.peft_config, recorded, model)
     check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
-    _match(blueprint.rows, output_dir)
+    if blueprint.rows is not None:
+        _match(blueprint.rows, output_dir)
 
 
 def _match(rows: TrainingRows, output_dir: str) -> None:
@@ -204,28 +254,29 @@ def _match(rows: TrainingRows, output_dir: str) -> None:
     folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
 
 
-def _agreed(args) -> tuple[dict[str, Any] | None, DigestKey | None]:
+def _recorded_or_new(args: TrainingArguments) -> tuple[dict[str, Any] | None, DigestKey | None]:
     """What is recorded of the system; where none is there yet, the secret that it will have."""
-    recorded = _recorded(args.output_dir)
-    key = draw_key(args.output_dir) if recorded is None else None
+    output_dir = str(args.output_dir)
+    recorded = _recorded_system(output_dir)
+    key = draw_key(output_dir) if recorded is None else None
     if args.world_size > 1:
         # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
         (key,) = broadcast_object_list([key])
     return (recorded if key is None else None), key
 
 
-def _recorded(output_dir: str) -> dict[str, Any] | None:
+def _recorded_system(output_dir: str) -> dict[str, Any] | None:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"`output_dir={output_dir!r}` is a file, expected a folder. Choose another `output_dir`.")
     if not SystemFolder.exists(path):
         refuse_leftovers(output_dir)
         return None
-    # It may come from anywhere, and opening it to write removes what deletions condemned: not through links.
+    # The folder may come from anywhere, and opening it to write removes files: `open_folder` refuses links in it.
     return open_folder(output_dir).record
 
 
-def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
+def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> S3TConfig:
     if given is not None and not isinstance(given, S3TConfig):
         raise ConfigError(f"`s3t_config` must be an S3TConfig, got {type(given).__name__}.")
     if recorded is None:
@@ -244,18 +295,22 @@ def _merged_config(given: S3TConfig | None, recorded: dict | None) -> S3TConfig:
     return config
 
 
-def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: nn.Module) -> LoraConfig:
-    if given is None and recorded is None:
-        raise ConfigError(
-            "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
-        )
+def _merged_peft_config(
+    given: PeftConfig | None, recorded: dict[str, Any] | None, model: PreTrainedModel
+) -> LoraConfig:
+    settings = None
     if given is not None:
         check_peft_config(given, getattr(given, "modules_to_save", None) or ())
-        given = _with_targets(_without_absent_heads(given, model), model)
+    if isinstance(given, LoraConfig):
+        settings = _with_targets(_without_absent_heads(given, model), model)
     if recorded is None:
-        return given
+        if settings is None:
+            raise ConfigError(
+                "`peft_config` is missing. Give a `peft.LoraConfig`, such as LoraConfig(r=16, lora_alpha=32)."
+            )
+        return settings
     config = LoraConfig(**recorded["peft_config"])
-    if given is not None and _plain_peft_config(given) != _plain_peft_config(config):
+    if settings is not None and _plain_peft_config(settings) != _plain_peft_config(config):
         raise ConfigError(
             "`peft_config` differs from the one this folder's system was made with "
             f"({recorded['peft_config']}). Leave it out to go on with the system, or choose another `output_dir`."
@@ -263,17 +318,18 @@ def _merged_peft_config(given: PeftConfig | None, recorded: dict | None, model: 
     return config
 
 
-def _without_absent_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def _without_absent_heads(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """Settings without the heads that `get_peft_model` writes into them for its task and the model does not have."""
-    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not config.modules_to_save:
+    saved = config.modules_to_save
+    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not saved:
         return config
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = copy.deepcopy(config)
-    config.modules_to_save = [n for n in config.modules_to_save if n in there or n not in _HEADS_OF_PEFT] or None
+    config.modules_to_save = [n for n in saved if n in there or n not in _HEADS_OF_PEFT] or None
     return config
 
 
-def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def _with_targets(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     """Settings that name target modules: where the user names none, PEFT's own choice for the architecture."""
     if config.target_modules is not None:
         return config
@@ -284,9 +340,10 @@ def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
             'Name them, such as LoraConfig(..., target_modules="all-linear").'
         )
     config = copy.deepcopy(config)
-    # A list of names, or one expression.
+    # Of some architectures the default is a regular expression.
     default = DEFAULT_TARGETS[kind]
-    config.target_modules = default if isinstance(default, str) else set(default)
+    # Declared is the list of which PEFT makes a set.
+    config.target_modules = default if isinstance(default, str) else set(default)  # type: ignore[assignment]
     return config
 
 
@@ -298,7 +355,8 @@ def _plain_peft_config(config: LoraConfig) -> dict[str, Any]:
         value = getattr(config, field.name, None)
         if field.init and value != getattr(default, field.name) and field.name not in _NOT_OF_AN_ADAPTER:
             plain[field.name] = sorted(value) if isinstance(value, set) else value
-    return json.loads(json.dumps(plain))
+    as_json: dict[str, Any] = json.loads(json.dumps(plain))
+    return as_json
 
 
 def _default_aggregation(task: str) -> str:

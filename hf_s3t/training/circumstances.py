@@ -26,7 +26,8 @@ _IRRELEVANT = {
     "include_for_metrics", "include_num_input_tokens_seen", "remove_unused_columns", "debug",
     "dataloader_prefetch_factor", "torch_empty_cache_steps", "restore_callback_states_from_checkpoint",
 }  # fmt: skip
-# Workers that live on draw on, and each process packs its own part; without either there is nothing to say.
+# Persistent workers keep their random states from epoch to epoch, and processes that prepare pack rows among
+# themselves. Where an argument is not set it changes nothing, and earlier records do not have it.
 _ONLY_WHERE_SET = {"dataloader_persistent_workers", "dataset_num_proc"}
 # Which evaluations there are, and what may move the last bits of their losses.
 _CHOOSING = (
@@ -41,7 +42,8 @@ def recipe_of(args: TrainingArguments) -> dict[str, Any]:
     kept = {name: value for name, value in kept.items() if value or name not in _ONLY_WHERE_SET}
     if evaluation_trains(args):
         kept.update({name: getattr(args, name) for name in _CHOOSING})
-    return json.loads(json.dumps(kept, default=_told))
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=_same_in_every_process))
+    return plain
 
 
 def evaluation_trains(args: TrainingArguments) -> bool:
@@ -49,7 +51,7 @@ def evaluation_trains(args: TrainingArguments) -> bool:
     return args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
 
-def _told(value: Any) -> Any:
+def _same_in_every_process(value: Any) -> Any:
     """What JSON has no type for, the same in every process: no addresses, sets in one order."""
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=repr)

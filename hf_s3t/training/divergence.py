@@ -17,7 +17,7 @@ class FiniteWatch:
     nothing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._first: torch.Tensor | None = None
 
     @torch.no_grad()

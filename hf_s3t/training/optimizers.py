@@ -92,13 +92,14 @@ class StageOptimizer:
 
     def __init__(self, optimizer: Any, model: nn.Module, shared: Sequence[Any]):
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        self._optimizer, self._shared = inner, (*shared, model)
+        self._optimizer: Any = inner
+        self._shared = (*shared, model)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._refuse_idle()
         self._begun = self._own_state()
         # Weights of training, and the ones that serve, while these are in the model.
         self._aside: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
-        modes = [getattr(inner, name, None) for name in ("train", "eval")]
+        modes: list[Any] = [getattr(inner, name, None) for name in ("train", "eval")]
         self.has_two_weights = all(map(callable, modes))
         if self.has_two_weights:
             self._to_training, self._to_serving = modes
@@ -146,15 +147,18 @@ class StageOptimizer:
     def train(self) -> None:
         """Put the weights of training back."""
         aside, self._aside = self._aside, None
-        # What somebody wrote to the weights that serve shall have the effect that it has without us.
-        is_untouched = aside is not None and self._are(aside[1])
+        # Where somebody wrote to the weights that serve, the optimizer makes of it what it does by itself.
+        training = aside[0] if aside is not None and self._are(aside[1]) else None
         self._to_training()
-        if is_untouched:
-            self._put(aside[0])
+        if training is not None:
+            self._put(training)
 
     @contextmanager
     def weights_of_training(self) -> Iterator[None]:
         """Inside, the weights of training are in the model, while the optimizer goes on serving."""
+        if self._aside is None:
+            yield
+            return
         training, serving = self._aside
         self._put(training)
         try:
@@ -183,7 +187,7 @@ class StageOptimizer:
             parameter.copy_(tensor)
 
     def _are(self, tensors: list[torch.Tensor]) -> bool:
-        return not differing_tensors(dict(enumerate(self._trained)), dict(enumerate(tensors)))
+        return not differing_tensors(_numbered(self._trained), _numbered(tensors))
 
     # Checkpoints
 
@@ -217,9 +221,13 @@ class StageOptimizer:
         return [mark(one) for one in held if isinstance(one, kinds) and not isinstance(one, (bool, nn.Parameter))]
 
 
+def _numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
+
+
 @functools.cache
 def _attributes_of_all() -> frozenset[str]:
-    # The others come from schedulers and from us.
+    # `step` is put there by schedulers, `train` and `eval` by `StageOptimizer`.
     return frozenset({*vars(torch.optim.SGD([torch.zeros(1)])), "step", "train", "eval"})
 
 

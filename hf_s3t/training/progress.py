@@ -1,7 +1,9 @@
 """One progress bar for the whole plan, with the time left; inside a stage the usual one."""
 
+from typing import Any
+
 from tqdm.auto import tqdm
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class PlanProgress(ProgressCallback):
@@ -10,7 +12,7 @@ class PlanProgress(ProgressCallback):
     stage by what it computes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.plan_bar: tqdm | None = None
         self._cost = 0.0
@@ -37,7 +39,9 @@ class PlanProgress(ProgressCallback):
             self.plan_bar.close()
             self.plan_bar = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Open the bar of a stage, which does not stay."""
         super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
@@ -46,13 +50,22 @@ class PlanProgress(ProgressCallback):
         if state.max_steps:
             self._advance(state.global_step / state.max_steps)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Move both bars."""
         steps = state.global_step - self.current_step
         super().on_step_end(args, state, control, **kwargs)
         self._advance(steps / state.max_steps)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Print what is logged, but not each stage's summary where the user asked for no logs."""
         if args.logging_strategy != "no":
             super().on_log(args, state, control, logs=logs, **kwargs)

@@ -2,12 +2,13 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError
@@ -37,117 +38,219 @@ def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None
     if args.load_best_model_at_end:
         return "load_best_model_at_end=True"
     if evaluation_trains(args):
-        return f"lr_scheduler_type={args.lr_scheduler_type.value}"
+        return f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value}"
     return 'select="metric"' if config.select == "metric" else None
 
 
-def _check_numbers(args: TrainingArguments) -> None:
-    """Refuse what an optimizer or a data loader would refuse when the system's folder is written already."""
-    if not 0 <= args.learning_rate < math.inf:
-        raise ConfigError(
-            f"`learning_rate` is {args.learning_rate!r}, expected 0 or more. Give a number such as 1e-4."
-        )
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        raise ConfigError(
-            f"`num_train_epochs` is {args.num_train_epochs!r}, expected more than 0: a stage would take no step. Give "
-            "a number such as 3."
-        )
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"`{name}` is {getattr(args, name)!r}, expected 1 or more. Give a whole number.")
+class _Asked(NamedTuple):
+    """The arguments of a trainer that are looked at together."""
+
+    args: TrainingArguments
+    callbacks: Sequence[TrainerCallback]
+
+
+class _Refusal(NamedTuple):
+    """One thing that is refused: when, as which error, and what is said (got, expected, the way out)."""
+
+    applies: Callable[[_Asked], Any]
+    error: type[ConfigError] | type[IsolationError]
+    says: Callable[[_Asked], str]
+
+
+def _not_positive(name: str) -> _Refusal:
+    return _Refusal(
+        lambda asked: getattr(asked.args, name) < 1,
+        ConfigError,
+        lambda asked: f"`{name}` is {getattr(asked.args, name)!r}, expected 1 or more. Give a whole number.",
+    )
+
+
+def _uploads(tracker: str, variable: str) -> _Refusal:
+    return _Refusal(
+        lambda asked: (
+            tracker in (asked.args.report_to or ())
+            and os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
+        ),
+        ConfigError,
+        lambda asked: (
+            f"`{variable}={os.environ[variable]}` has {tracker} upload weights, which no deletion reaches and no "
+            "ledger notes. Unset it; `push_to_hub` and `export_adapter` note what is handed out."
+        ),
+    )
+
+
+# What an optimizer or a data loader would refuse when the system's folder is written already.
+_OF_NUMBERS = (
+    _Refusal(
+        lambda asked: not 0 <= asked.args.learning_rate < math.inf,
+        ConfigError,
+        lambda asked: (
+            f"`learning_rate` is {asked.args.learning_rate!r}, expected 0 or more. Give a number such as 1e-4."
+        ),
+    ),
+    _Refusal(
+        lambda asked: asked.args.max_steps <= 0 and not 0 < asked.args.num_train_epochs < math.inf,
+        ConfigError,
+        lambda asked: (
+            f"`num_train_epochs` is {asked.args.num_train_epochs!r}, expected more than 0: a stage would take no "
+            "step. Give a number such as 3."
+        ),
+    ),
+    _not_positive("per_device_train_batch_size"),
+    _not_positive("per_device_eval_batch_size"),
+    _not_positive("gradient_accumulation_steps"),
+)
+_OF_ARGUMENTS = (
+    *_OF_NUMBERS,
+    _Refusal(
+        lambda asked: any(map(_stops_early, asked.callbacks)) and not asked.args.load_best_model_at_end,
+        ConfigError,
+        lambda asked: (
+            "`EarlyStoppingCallback` lets an evaluation end a stage, and `load_best_model_at_end` is off. Turn it on, "
+            "with an `eval_dataset` that holds no training example."
+        ),
+    ),
+    _Refusal(
+        lambda asked: asked.args.n_gpu > 1,
+        ConfigError,
+        lambda asked: (
+            f"This process sees {asked.args.n_gpu} GPUs and would split every batch over them (DataParallel). Use "
+            "`accelerate launch --num_processes N`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        ),
+    ),
+    _Refusal(
+        lambda asked: asked.args.auto_find_batch_size,
+        IsolationError,
+        lambda asked: (
+            "`auto_find_batch_size=True` lets free memory decide the batch size, so that a stage could not be trained "
+            "again. Set `per_device_train_batch_size`."
+        ),
+    ),
+    _Refusal(
+        lambda asked: _of_checkpointing(asked.args).get("use_reentrant"),
+        ConfigError,
+        lambda asked: (
+            "Reentrant gradient checkpointing needs gradients at the model's input and drags the backward pass "
+            "through frozen layers. Use `use_reentrant=False`, which is the default."
+        ),
+    ),
+    _Refusal(lambda asked: _is_spread(asked.args), ConfigError, lambda asked: _SPREADS_THE_BASE),
+    _Refusal(
+        lambda asked: _refused_precision(_precision_of(asked.args)),
+        IsolationError,
+        lambda asked: str(_refused_precision(_precision_of(asked.args))),
+    ),
+    _Refusal(
+        lambda asked: asked.args.bf16_full_eval or asked.args.fp16_full_eval,
+        IsolationError,
+        lambda asked: (
+            "`bf16_full_eval`/`fp16_full_eval` cast the base in place, so that stages trained after an evaluation "
+            "would stand on another base. Use `bf16=True`, which casts nothing."
+        ),
+    ),
+    _Refusal(
+        lambda asked: not getattr(asked.args.accelerator_config, "use_seedable_sampler", True),
+        IsolationError,
+        lambda asked: _SAMPLES_BY_WHAT_RAN,
+    ),
+    _Refusal(
+        lambda asked: not getattr(asked.args, "dataloader_in_order", True),
+        IsolationError,
+        lambda asked: (
+            "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
+        ),
+    ),
+    *(_uploads(tracker, variable) for tracker, variable in _UPLOADS.items()),
+    _Refusal(
+        lambda asked: getattr(asked.args, "enable_jit_checkpoint", False),
+        ConfigError,
+        lambda asked: (
+            "`enable_jit_checkpoint=True` ends the stage in training at a signal, as if it were complete. Leave it "
+            "off: with `save_strategy` a stage is resumed from its last checkpoint."
+        ),
+    ),
+    _Refusal(
+        lambda asked: asked.args.ignore_data_skip,
+        IsolationError,
+        lambda asked: (
+            "`ignore_data_skip=True` makes a resumed stage see other batches than an uninterrupted one. Leave it off."
+        ),
+    ),
+    _Refusal(
+        lambda asked: asked.args.save_only_model and asked.args.save_strategy != "no",
+        IsolationError,
+        lambda asked: (
+            "`save_only_model=True` leaves the optimizer out of checkpoints, so a resumed stage would differ from an "
+            'uninterrupted one. Leave it off, or use save_strategy="no": a stage then starts again from its beginning.'
+        ),
+    ),
+)
 
 
 def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None) -> None:
     """
-    Refuse training arguments under which a stage would depend on more than its recipe.
+    Refuse training arguments under which a stage would depend on more than its recipe. Of several that are refused
+    one error tells; it is an `IsolationError` if one of them alone would be.
 
     Raises:
-        [`~hf_s3t.errors.IsolationError`]: Naming the argument and the way out.
-        [`~hf_s3t.errors.ConfigError`]: If an argument cannot be used with stages.
+        [`~hf_s3t.errors.IsolationError`]: Naming the arguments and the ways out.
+        [`~hf_s3t.errors.ConfigError`]: If arguments cannot be used with stages, and none breaks isolation.
     """
-    _check_numbers(args)
-    early = any(
-        isinstance(c, EarlyStoppingCallback) or (isinstance(c, type) and issubclass(c, EarlyStoppingCallback))
-        for c in callbacks or ()
-    )
-    if early and not args.load_best_model_at_end:
-        raise ConfigError(
-            "`EarlyStoppingCallback` lets an evaluation end a stage, and `load_best_model_at_end` is off. Turn it on, "
-            "with an `eval_dataset` that holds no training example."
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"This process sees {args.n_gpu} GPUs and would split every batch over them (DataParallel). Use "
-            "`accelerate launch --num_processes N`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-        )
-    if args.auto_find_batch_size:
-        raise IsolationError(
-            "`auto_find_batch_size=True` lets free memory decide the batch size, so that a stage could not be trained "
-            "again. Set `per_device_train_batch_size`."
-        )
-    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
-        args, "gradient_checkpointing_kwargs", None
-    )
-    if kwargs and kwargs.get("use_reentrant"):
-        raise ConfigError(
-            "Reentrant gradient checkpointing needs gradients at the model's input and drags the backward pass "
-            "through frozen layers. Use `use_reentrant=False`, which is the default."
-        )
-    if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None) or _is_spread_by_launcher(args):
-        raise ConfigError(_SPREADS_THE_BASE)
-    # Accelerate's environment is in it.
-    _check_precision("fp16" if args.fp16 else getattr(args, "mixed_precision", "no"))
-    if args.bf16_full_eval or args.fp16_full_eval:
-        raise IsolationError(
-            "`bf16_full_eval`/`fp16_full_eval` cast the base in place, so that stages trained after an evaluation "
-            "would stand on another base. Use `bf16=True`, which casts nothing."
-        )
-    if not args.accelerator_config.use_seedable_sampler:
-        raise IsolationError(_SAMPLES_BY_WHAT_RAN)
-    if not getattr(args, "dataloader_in_order", True):
-        raise IsolationError(
-            "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
-        )
-    for tracker, variable in _UPLOADS.items():
-        if tracker in args.report_to and os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off"):
-            raise ConfigError(
-                f"`{variable}={os.environ[variable]}` has {tracker} upload weights, which no deletion reaches and no "
-                "ledger notes. Unset it; `push_to_hub` and `export_adapter` note what is handed out."
-            )
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigError(
-            "`enable_jit_checkpoint=True` ends the stage in training at a signal, as if it were complete. Leave it "
-            "off: with `save_strategy` a stage is resumed from its last checkpoint."
-        )
-    if args.ignore_data_skip:
-        raise IsolationError(
-            "`ignore_data_skip=True` makes a resumed stage see other batches than an uninterrupted one. Leave it off."
-        )
-    if args.save_only_model and args.save_strategy != "no":
-        raise IsolationError(
-            "`save_only_model=True` leaves the optimizer out of checkpoints, so a resumed stage would differ from an "
-            'uninterrupted one. Leave it off, or use save_strategy="no": a stage then starts again from its beginning.'
-        )
+    asked = _Asked(args, tuple(callbacks or ()))
+    refused = [refusal for refusal in _OF_ARGUMENTS if refusal.applies(asked)]
+    _refuse([(refusal.error, refusal.says(asked)) for refusal in refused])
+
+
+def _refuse(problems: Sequence[tuple[type[ConfigError] | type[IsolationError], str]]) -> None:
+    """Raise one error that tells of all problems, if there are any."""
+    if not problems:
+        return
+    error = IsolationError if any(kind is IsolationError for kind, _ in problems) else ConfigError
+    sentences = [sentence for _, sentence in problems]
+    if len(sentences) == 1:
+        raise error(sentences[0])
+    raise error("\n- ".join([f"{len(sentences)} things are refused:", *sentences]))
+
+
+def _stops_early(callback: Any) -> bool:
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, EarlyStoppingCallback)
+
+
+def _of_checkpointing(args: TrainingArguments) -> dict[str, Any]:
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    return next(filter(None, (getattr(args, name, None) for name in names)), {})
+
+
+def _is_spread(args: TrainingArguments) -> bool:
+    return bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)) or _is_spread_by_launcher(args)
+
+
+def _precision_of(args: TrainingArguments) -> str:
+    # `mixed_precision` knows what Accelerate's environment says.
+    return "fp16" if args.fp16 else getattr(args, "mixed_precision", "no")
 
 
 def _is_spread_by_launcher(args: TrainingArguments) -> bool:
     """Whether Accelerate's launcher, or an environment like the one it makes, asks for what spreads the base."""
-    asked = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in _SPREADING)
-    return asked or getattr(args, "deepspeed_plugin", None) is not None
+    is_asked = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in _SPREADING)
+    return is_asked or getattr(args, "deepspeed_plugin", None) is not None
 
 
-def _check_precision(mixed_precision: str) -> None:
+def _refused_precision(mixed_precision: str) -> str | None:
+    """Why a mixed precision is refused, if it is."""
     if mixed_precision == "fp16":
-        raise IsolationError(
+        return (
             "`fp16=True` (or `mixed_precision: fp16` in Accelerate's config file or environment) scales the loss by a "
             "factor that goes from stage to stage, so that a stage would depend on what was trained before it. Use "
             "`bf16=True`."
         )
     if mixed_precision not in ("no", "bf16"):
-        raise IsolationError(
+        return (
             f"`mixed_precision: {mixed_precision}` in Accelerate's config file or environment puts layers of its own "
             "in the place of the base's, and may scale by what earlier batches held. Use `bf16=True`."
         )
+    return None
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
@@ -160,51 +263,62 @@ def check_accelerator(accelerator: Accelerator) -> None:
         [`~hf_s3t.errors.ConfigError`]: If the base would be spread over processes.
     """
     state = accelerator.state
-    # A state that was not set up for one has no such attribute.
+    # Accelerate makes these attributes only where it was set up for them.
     plugins = [getattr(state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed", "megatron_lm")]
     spreading = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     parallel = getattr(accelerator, "parallelism_config", None)
     is_split = parallel is not None and (parallel.dp_shard_enabled or parallel.non_data_parallel_size > 1)
     if any(plugins) or state.distributed_type in spreading or is_split:
         raise ConfigError(_SPREADS_THE_BASE)
-    _check_precision("fp16" if accelerator.scaler is not None else accelerator.mixed_precision)
+    precision = _refused_precision("fp16" if accelerator.scaler is not None else accelerator.mixed_precision)
+    if precision is not None:
+        raise IsolationError(precision)
     if not accelerator.dataloader_config.use_seedable_sampler:
         raise IsolationError(_SAMPLES_BY_WHAT_RAN)
 
 
-def check_datasets(train_dataset, eval_dataset, args: TrainingArguments, config: S3TConfig) -> None:
+def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArguments, config: S3TConfig) -> None:
     """
-    Refuse datasets whose rows cannot be told apart, and evaluation that would let training rows choose a model.
+    Refuse datasets whose rows cannot be told apart, and evaluation that would let training rows choose a model. Of
+    several problems one error tells, as in `check_arguments`.
 
     Raises:
-        [`~hf_s3t.errors.IsolationError`]: Naming the problem and the way out.
+        [`~hf_s3t.errors.IsolationError`]: Naming the problems and the ways out.
+        [`~hf_s3t.errors.ConfigError`]: If there is not one dataset to train on, or to choose by.
     """
     if train_dataset is None:
         return
+    problems: list[tuple[type[ConfigError] | type[IsolationError], str]] = []
     if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
-        raise IsolationError(
+        streaming = (
             f"`train_dataset` is a streaming {type(train_dataset).__name__}: its rows have no ids and no order that "
             "could be repeated. Give a map-style dataset (`load_dataset(..., streaming=False)`)."
         )
+        problems.append((IsolationError, streaming))
     if isinstance(train_dataset, dict):
-        raise ConfigError(
+        several = (
             f"`train_dataset` is a {type(train_dataset).__name__} of {', '.join(map(str, train_dataset))}, expected "
             "one dataset. Give the split to train on."
         )
+        problems.append((ConfigError, several))
     if "seq_lengths" in (getattr(train_dataset, "column_names", None) or ()):
-        raise IsolationError(
+        packed = (
             "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
             "set `packing=True`, which packs every stage's own examples."
         )
+        problems.append((IsolationError, packed))
     if config.select == "metric" and isinstance(eval_dataset, dict):
-        raise ConfigError(
+        which = (
             f'`select="metric"` needs one evaluation set to compare stacks on, and `eval_dataset` is a dict of '
             f"{len(eval_dataset)}. Give the one that shall decide."
         )
+        problems.append((ConfigError, which))
     setting = evaluation_chooses(args, config)
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if setting and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
-        raise IsolationError(
+        separate = (
             f"`{setting}` lets an evaluation choose the model, and there is no separate `eval_dataset`. Give one that "
             "holds no training example."
         )
+        problems.append((IsolationError, separate))
+    _refuse(problems)

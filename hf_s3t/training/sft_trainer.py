@@ -6,8 +6,17 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..config import S3TConfig
@@ -16,13 +25,13 @@ from ..model.marks import difference, mark
 from ..model.quantisation import rowwise
 from ..model.randomness import RandomStates, own_randomness
 from ..plan.stages import StageKey
-from .blueprint import draw_up
-from .first_steps import check_choice, check_rows, collates_as_stored
-from .given import check_kinds, check_parts, check_texts
+from .blueprint import TrainerInputs, draw_up
+from .early_checks import check_choice, check_rows, collates_as_stored
+from .inputs import check_kinds, check_parts, check_texts
 from .optimizers import refuse_bound_optimizer
 from .refusals import evaluation_chooses
 from .rows import ROW_COLUMN
-from .trainer import S3TTrainerMixin, default_ddp_arguments, refuse_shared_state, stack_of
+from .trainer import S3TTrainerMixin, default_ddp_arguments, shared_base, stack_of
 
 
 class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
@@ -69,24 +78,27 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
     ```
     """
 
+    args: SFTConfig
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+
     @own_randomness()
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | PreTrainedModel,
         args: SFTConfig | TrainingArguments | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
-        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        formatting_func: Callable | None = None,
+        formatting_func: Callable[..., Any] | None = None,
         s3t_config: S3TConfig | None = None,
     ):
         check_kinds(model, args, train_dataset, eval_dataset, loads_names=True)
@@ -98,13 +110,14 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             formatting_func=formatting_func,
         )
-        refuse_shared_state(model, None, optimizers, data_collator, compute_loss_func)
+        shared_base(model, None, optimizers, data_collator, compute_loss_func)
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
         embeddings = model.get_input_embeddings().num_embeddings
-        blueprint = draw_up(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config, self._layout)
+        given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
+        blueprint = draw_up(given, self._layout)
         check_choice(args, eval_dataset, compute_metrics)
         check_texts(model, train_dataset, args, processing_class, formatting_func)
         if collates_as_stored(data_collator):
@@ -136,11 +149,19 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             )
         self._set_up(blueprint)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[..., Any] | None,
+        dataset_name: str,
+    ) -> Any:
         whole = copy.copy(args)
         if packing:
             whole.max_length = None
-        # An evaluation set may be called so, too: the training set comes first, and once.
+        # An evaluation set may be named "train" too. The training set is prepared first, and once.
         if dataset_name != "train" or not self._awaits_training_set:
             if packing and self._unpacked is not None:
                 self._unpacked[dataset_name] = super()._prepare_dataset(
@@ -154,7 +175,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         before, drawn = mark(formatting_func), RandomStates()
         is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
         if formatting_func is not None and is_shared_out and len(dataset):
-            # Processes that prepare keep to themselves what it counts or draws there.
+            # What it counts or draws in other processes is not seen here, so it is called here once.
             formatting_func(dataset[0])
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         where = difference(before, mark(formatting_func))
@@ -166,18 +187,24 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             )
         return prepared
 
-    def _evaluation_rows(self):
-        # Packed, examples of training would be parts of rows.
+    def _evaluation_rows(self) -> Any:
+        # In packed rows, training examples would be parts of rows and not be found.
         unpacked, self._unpacked = self._unpacked, None
         return unpacked or super()._evaluation_rows()
 
-    def _stage_dataset(self, key: StageKey):
+    def _stage_dataset(self, key: StageKey) -> Any:
         dataset = super()._stage_dataset(key)
         if self.args.packing and not self._skip_prepare_dataset:
             return SFTTrainer._prepare_dataset(self, dataset, self.processing_class, self.args, True, None, str(key))
         return dataset
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """As in `SFTTrainer` while a stage trains; otherwise the loss of the ensemble, from its own logits."""
         if self._stage is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -185,7 +212,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         return Trainer.compute_loss(self, self.s3t_model, inputs, return_outputs, num_items_in_batch)
 
 
-def _as_sft_config(args: TrainingArguments | None, model: str | nn.Module) -> SFTConfig:
+def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel) -> SFTConfig:
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         return SFTConfig(output_dir=f"{name.split('/')[-1]}-S3T")
@@ -196,8 +223,8 @@ def _as_sft_config(args: TrainingArguments | None, model: str | nn.Module) -> SF
     return SFTConfig(**values)
 
 
-def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
-    kwargs = dict(args.model_init_kwargs or {})
+def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
+    kwargs = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
     args.model_init_kwargs = None
     quantization_config = quantization_config or kwargs.get("quantization_config")
     if quantization_config is not None:

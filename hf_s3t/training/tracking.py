@@ -5,12 +5,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 from ..model.randomness import preserved_randomness
-from ..model.turns import TurnTakingHandler
+from ..model.turns import Turns, TurnTakingHandler
 from ..plan.stages import Plan, StageKey
 
 
@@ -22,9 +22,9 @@ class PlanHandler(TurnTakingHandler):
     a run, is not missing from the random numbers of a stage.
     """
 
-    def __init__(self, given: CallbackHandler, turns):
+    def __init__(self, given: CallbackHandler, turns: Turns) -> None:
         super().__init__(given, turns)
-        # Those that were told that the run began, and whether any is told of anything.
+        # Trackers that were told that the run began.
         self._told: list[TrainerCallback] = []
         self._is_silent = False
 
@@ -32,7 +32,7 @@ class PlanHandler(TurnTakingHandler):
         """A run begins with the next stage."""
         self._told = []
 
-    def end_run(self, args, state, control) -> None:
+    def end_run(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Tell the trackers that the run has come to its end."""
         told, self._told = [callback for callback in self._told if callback in self.callbacks], []
         self._tell(told, "on_train_end", args, state, control)
@@ -46,11 +46,14 @@ class PlanHandler(TurnTakingHandler):
         finally:
             self._is_silent = False
 
-    def call_event(self, event, args, state, control, **kwargs):
+    def call_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """As in Transformers; the trackers come first."""
-        trackers = [callback for callback in self.callbacks if isinstance(callback, _kinds())]
+        trackers: list[TrainerCallback] = [callback for callback in self.callbacks if isinstance(callback, _kinds())]
         if not trackers:
-            return super().call_event(event, args, state, control, **kwargs)
+            heard: TrainerControl = super().call_event(event, args, state, control, **kwargs)
+            return heard
         with self.turns.callbacks(event):
             control = self._tell(self._due(trackers, event), event, args, state, control, **kwargs)
             others = [callback for callback in self.callbacks if callback not in trackers]
@@ -64,20 +67,37 @@ class PlanHandler(TurnTakingHandler):
             self._told += trackers
         return trackers
 
-    def _tell(self, trackers, event, args, state, control, **kwargs):
+    def _tell(
+        self,
+        trackers: list[TrainerCallback],
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
         trackers = [t for t in trackers if getattr(type(t), event) is not getattr(TrainerCallback, event)]
         if not trackers:
             return control
         with preserved_randomness():
             return self._call(trackers, event, args, state, control, **kwargs)
 
-    def _call(self, callbacks, event, args, state, control, **kwargs):
+    def _call(
+        self,
+        callbacks: list[TrainerCallback],
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
         some = copy.copy(self)
         some.callbacks = callbacks
-        return CallbackHandler.call_event(some, event, args, state, control, **kwargs)
+        heard: TrainerControl = CallbackHandler.call_event(some, event, args, state, control, **kwargs)
+        return heard
 
 
-def _kinds() -> tuple[type, ...]:
+def _kinds() -> tuple[type[TrainerCallback], ...]:
     """The trackers that `report_to` knows by now: others may have been entered there."""
     return tuple(INTEGRATION_TO_CALLBACK.values())
 

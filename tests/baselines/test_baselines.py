@@ -49,17 +49,16 @@ from transformers import (
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.baselines import METHODS, Method, use_public_secret
-from hf_s3t.baselines.cost import COST_FILE
 from hf_s3t.baselines.whole_adapter import WholeAdapterModel
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, StaleCacheError, UnknownExampleError
-from hf_s3t.folder.layout import ADAPTER_FILE, PROTOTYPES_FILE, STAGES
+from hf_s3t.folder.layout import ADAPTER_FILE, COST_FILE, PROTOTYPES_FILE, STAGES
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Routing
 from hf_s3t.model.head import find_head, seed_head
 from hf_s3t.model.layers import group_layers
+from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.plan.partition import assign
-from hf_s3t.training.audit import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ from demo.invented_people import make_people
 from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel
-from hf_s3t.baselines.cost import COST_FILE
 from hf_s3t.errors import BaseModelMismatchError, ConfigError, UnknownExampleError
+from hf_s3t.folder.layout import COST_FILE
 from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.hub.card import description
 from hf_s3t.hub.pushing import push

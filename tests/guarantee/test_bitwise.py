@@ -20,7 +20,7 @@ from support.bitwise_scenarios import (
     truncated_logits,
 )
 
-from hf_s3t.training.audit import differing_tensors
+from hf_s3t.model.tensor_files import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,9 +29,9 @@ from support.folders import (
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.layout import ADAPTER_FILE, LEDGER_FILE, TABLE_FILE
+from hf_s3t.folder.layout import ADAPTER_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.pending import PENDING_FILE, PendingRequests, apply_pending
+from hf_s3t.operations.pending import PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 
 

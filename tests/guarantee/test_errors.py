@@ -407,6 +407,19 @@ def test_a_tracker_that_uploads_weights_is_refused(tracker, variable, value, mon
     check_arguments(training_arguments(tmp_path / "other", report_to=[]))
 
 
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [(ConfigError, {"max_steps": -1, "num_train_epochs": 0}), (IsolationError, {"ignore_data_skip": True})],
+)
+def test_all_arguments_that_are_refused_are_told_at_once(error, broken, tmp_path):
+    args = training_arguments(tmp_path / "system", learning_rate=-1.0, **broken)
+    with pytest.raises(error) as raised:
+        check_arguments(args)
+    first, *told = str(raised.value).split("\n- ")
+    assert first == "2 things are refused:"
+    assert [sentence.split("`")[1].partition("=")[0] for sentence in told] == ["learning_rate", list(broken)[-1]]
+
+
 @pytest.mark.parametrize(("name", "value"), [("deepspeed", "zero2.json"), ("fsdp", ["full_shard"])])
 def test_a_base_spread_over_processes_is_refused(name, value, tmp_path):
     case = Refusal(

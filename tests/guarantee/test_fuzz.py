@@ -25,13 +25,21 @@ from hf_s3t.cli import app as cli
 from hf_s3t.errors import ConfigError, FolderError, IsolationError, S3TError
 from hf_s3t.folder import table_file
 from hf_s3t.folder.files import file_digest, read_checked_json, write_checked_json
-from hf_s3t.folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, LEDGER_FILE, STAGE_FILE, TABLE_FILE
+from hf_s3t.folder.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    LEDGER_FILE,
+    PENDING_FILE,
+    STAGE_FILE,
+    TABLE_FILE,
+)
 from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.secret import read_key
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.operations.pending import PENDING_FILE, PendingRequests
+from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.plan import Plan, StageKey
 from hf_s3t.records.ledger import Ledger, line_hash

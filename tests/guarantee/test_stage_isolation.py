@@ -51,7 +51,7 @@ from trl import SFTConfig
 
 from hf_s3t import S3TModel, S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, EmptySliceError
-from hf_s3t.training.audit import differing_tensors
+from hf_s3t.model.tensor_files import differing_tensors
 
 
 # Minutes on two cores: part of `make test-slow`.

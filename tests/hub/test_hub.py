@@ -27,8 +27,8 @@ from hf_s3t.hub.folder import HubFolder
 from hf_s3t.hub.memory import state_folder
 from hf_s3t.hub.repository import HubRepo
 from hf_s3t.model.route import Route, routed
+from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.operations.inspection import inspect
-from hf_s3t.training.audit import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,11 +21,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TError, StaleCacheError
+from hf_s3t.folder.layout import PENDING_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Calls, Routing
 from hf_s3t.model.route import _LENGTHS, _ROUTE, Route, noting_lengths, routed
 from hf_s3t.model.scope import Scope
-from hf_s3t.operations.pending import PENDING_FILE
 from hf_s3t.plan import StageKey
 
 

@@ -10,8 +10,8 @@ from support.tiny import batch_of, lora, make_trainer, plant_stages, rows_for, s
 from hf_s3t.errors import LayersNotFoundError, S3TError
 from hf_s3t.model.batches import repeat_rows
 from hf_s3t.model.route import Route, routed
+from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import StageKey
-from hf_s3t.training.audit import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

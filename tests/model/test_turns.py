@@ -35,8 +35,8 @@ from hf_s3t.errors import ExhaustedError, S3TError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model import turns as turns_module
 from hf_s3t.model.randomness import RandomStates
+from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.model.turns import Turns
-from hf_s3t.training.audit import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")

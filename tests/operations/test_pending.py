@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, FolderError, S3TError, UnknownExampleError
+from hf_s3t.folder.layout import PENDING_FILE
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.operations.pending import PENDING_FILE
 
 
 IDS = ids_of(12)

@@ -19,8 +19,8 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 
 from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.model.route import Route, routed
+from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.training.audit import differing_tensors
 from support import tiny
 
 

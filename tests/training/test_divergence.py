@@ -189,7 +189,7 @@ def test_a_checkpoint_of_nan_of_an_earlier_version_is_not_resumed(tmp_path, monk
 
     saving = dict(save_strategy="steps", save_steps=4)
     with monkeypatch.context() as earlier:
-        earlier.setattr("hf_s3t.training.trainer.refuse_diverged", lambda *args: None)
+        earlier.setattr("hf_s3t.training.stage_watch.refuse_diverged", lambda *args: None)
         with pytest.raises(KeyboardInterrupt):
             trainer_on(tmp_path / "old", more={"callbacks": [Dies("earlier")]}, **saving).train()
     # Callbacks that write to the model are of the recipe.

@@ -42,7 +42,7 @@ from trl import SFTConfig
 
 from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
-from hf_s3t.training.audit import differing_tensors
+from hf_s3t.model.tensor_files import differing_tensors
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")

@@ -332,7 +332,7 @@ def slow_but(cls, *others):
 )
 def test_where_checkpoints_do_not_hold_an_optimizer_a_stage_begins_anew_and_that_is_said(cls, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_s3t.training.checkpoints.logger.warning_once", said.append)
     by = {"more": {"optimizer_cls_and_kwargs": (cls, {"lr": 0.05})}}
     stage, checkpoints = resumed(tmp_path / "resumed", **by)
     assert checkpoints == []
@@ -357,7 +357,7 @@ def test_where_checkpoints_do_not_hold_an_optimizer_a_stage_begins_anew_and_that
 )
 def test_where_they_do_nothing_is_said_and_a_stage_goes_on(settings, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_s3t.training.checkpoints.logger.warning_once", said.append)
     stage, checkpoints = resumed(tmp_path / "resumed", **settings)
     assert checkpoints == ["checkpoint-4"]
     assert not [one for one in said if "checkpoint" in one.lower()]
@@ -372,7 +372,7 @@ def test_a_checkpoint_of_an_earlier_version_that_does_not_hold_it_is_not_resumed
     by = {"more": {"optimizer_cls_and_kwargs": (cls, {"lr": 0.05})}}
     with monkeypatch.context() as patch:
         patch.setattr(StageOptimizer, "not_held", lambda self: None)
-        patch.setattr("hf_s3t.training.trainer.save_file", lambda *args: None)
+        patch.setattr("hf_s3t.training.checkpoints.save_file", lambda *args: None)
         with pytest.raises(KeyboardInterrupt):
             more = {**by["more"], "callbacks": [Dies(5)]}
             trainer_on(tmp_path / "old", save_strategy="steps", save_steps=4, more=more).train()

@@ -39,6 +39,7 @@ from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.circumstances import recipe_of
+from hf_s3t.training.descriptions import Description
 from hf_s3t.training.parts import differing_parts, parts_of
 
 
@@ -576,9 +577,7 @@ def loss(outputs, labels, power=2):
 def described(part):
     """A loss, as records have it."""
     trainer = type("T", (), {})
-    from hf_s3t.training.parts import _Description
-
-    description = _Description(DigestKey(b"a secret of these tests"), (trainer,))
+    description = Description(DigestKey(b"a secret of these tests"), (trainer,))
     return description.of(part, "loss"), description.unstable
 
 
@@ -663,7 +662,7 @@ def test_what_cannot_be_told_from_another_of_its_name_is_told_by_the_name_and_sa
     warned = []
     record_parts_of(trainer_of(system, **make()))
     trainer = trainer_of(system, **make())
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
     trainer._refuse_other_recipe(True)
     assert len(warned) == 1 and said in warned[0] and "another of the same name would go unnoticed" in warned[0]
 
@@ -673,7 +672,7 @@ def test_functions_by_name_and_objects_have_nothing_said_of_them(system, monkeyp
     parts = {"compute_loss_func": loss_of, "data_collator": Collator(), "cls": WeightedTrainer}
     record_parts_of(trainer_of(system, **parts))
     trainer = trainer_of(system, **parts)
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
     trainer._refuse_other_recipe(True)
     assert not warned
 
@@ -736,7 +735,7 @@ def test_a_folder_of_an_earlier_version_goes_on_and_that_is_said_once(names, sys
     forget(system, *names)
     warned = []
     trainer = trainer_of(system, compute_loss_func=loss_of)
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
     trainer._refuse_other_recipe(True)
     assert len(warned) == 1 and "cannot be compared in: " in warned[0] and "compute_loss_func" in warned[0]
     assert ("data_collator" in warned[0]) == (not names)
@@ -837,7 +836,7 @@ def test_another_formatting_or_special_token_or_template_of_texts_is_refused(tmp
 def test_a_formatting_that_makes_the_same_rows_is_the_same(tmp_path, monkeypatch):
     plant_stages(sft_trainer(tmp_path), limit=1)
     trainer, warned = sft_trainer(tmp_path, lambda row: spoken(row)), []
-    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
     trainer._refuse_other_recipe(True)
     assert not warned
 

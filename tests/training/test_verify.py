@@ -265,7 +265,7 @@ def test_only_an_audit_in_a_fresh_process_finds_what_stages_left_in_theirs(tmp_p
     assert report.ok and report.trained_here == report.stages == ("shard-1/0",)
     # What a new process begins with. That the recipes audit in one is tested with them.
     SWITCHED.clear()
-    monkeypatch.setattr("hf_s3t.training.audit._TRAINED_HERE", set())
+    monkeypatch.setattr("hf_s3t.training.stage_memory.TRAINED_HERE", set())
     report = leaking_trainer(tmp_path).verify(["shard-1/0"])
     assert not report.ok and report.trained_here == ()
 

@@ -15,22 +15,20 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
     logging,
 )
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from ..config import S3TConfig
 from ..errors import ConfigError
 from ..model.layers import LayerGroups, find_task
 from ..plan.stages import Plan, StageKey, relative_cost
 from ..records.examples import ExampleTable
-from .first_steps import LABELS
+from .dataset_rows import LABELS
 
 
 logger = logging.get_logger(__name__)
@@ -175,7 +173,7 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
             "or 'prompt' and 'completion'. Rename them (`rename_columns`), set `dataset_text_field`, or give a "
             "`formatting_func`."
         )
-    # Of a row that has several, the first is read.
+    # TRL reads the first of these that a row has.
     chat = next((name for name in ("input_ids", "messages", "conversations") if name in columns), None)
     read = [chat] if chat is not None and not set(pair) <= set(columns) else single or pair
     for name in () if formatting_func is not None else read:
@@ -183,7 +181,7 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
 
 
 def _refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
-    # Of all rows that are stored, these perhaps not among them: to look is needed only where there are some.
+    # This counts all rows of the table, of which the dataset may have selected some: it only says whether to look.
     if dataset.data.column(column).null_count:
         missing = sum(value is None for value in dataset.with_format(None)[column][:])
         if missing:

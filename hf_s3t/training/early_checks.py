@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.generic import can_return_loss, find_labels
 
 from ..config import S3TConfig
 from ..errors import ConfigError
 from ..model.layers import find_task
 from .circumstances import evaluation_trains
+from .dataset_rows import LABELS
 
 
-# What collators and models call the answer.
-LABELS = ("labels", "label", "label_ids")
 # What trainers of TRL read of a row, before a model does.
 _READ_BY_TRL = (
     "prompt",
@@ -32,11 +32,11 @@ _READ_BY_TRL = (
     "chat_template_kwargs",
     "assistant_masks",
 )
-# A label that counts for nothing.
+# The label that losses ignore.
 _IGNORED = -100
 
 
-def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, config: S3TConfig) -> None:
+def check_columns(dataset: Any, model: PreTrainedModel, args: TrainingArguments, config: S3TConfig) -> None:
     """
     Refuse settings that take away what the model is trained on.
 
@@ -51,7 +51,7 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
     """
     is_prepared_by_trl = hasattr(args, "dataset_text_field")
     read = set(inspect.signature(model.forward).parameters) | set(LABELS)
-    read |= {args.dataset_text_field, *_READ_BY_TRL} if is_prepared_by_trl else set()
+    read |= {getattr(args, "dataset_text_field", ""), *_READ_BY_TRL} if is_prepared_by_trl else set()
     for field in ("id_column", "group_column", "shard_column", "slice_column"):
         column = getattr(config, field)
         if column in read and column in (getattr(dataset, "column_names", None) or ()):
@@ -62,7 +62,7 @@ def check_columns(dataset: Any, model: nn.Module, args: TrainingArguments, confi
             )
 
 
-def check_inputs(dataset: Any, model: nn.Module, args: TrainingArguments) -> None:
+def check_inputs(dataset: Any, model: PreTrainedModel, args: TrainingArguments) -> None:
     """
     Refuse rows of which the model would get nothing.
 
@@ -87,7 +87,9 @@ def check_inputs(dataset: Any, model: nn.Module, args: TrainingArguments) -> Non
         )
 
 
-def check_loss(trainer_type: type, model: nn.Module, args: TrainingArguments, dataset: Any, given: Any) -> None:
+def check_loss(
+    trainer_type: type[Trainer], model: PreTrainedModel, args: TrainingArguments, dataset: Any, given: Any
+) -> None:
     """
     Refuse training without a loss.
 
@@ -106,7 +108,7 @@ def check_loss(trainer_type: type, model: nn.Module, args: TrainingArguments, da
     if model is None or overridden or compute_loss_func is not None:
         return
     takes = inspect.signature(type(model).forward).parameters.values()
-    # Of a class of the user's own, what takes anything may take labels.
+    # A class of the user's own may take labels by `**kwargs`.
     is_known = type(model).__module__.startswith("transformers.") or not any(p.kind is p.VAR_KEYWORD for p in takes)
     names = find_labels(type(model))
     if not names and not can_return_loss(type(model)) and is_known:
@@ -128,7 +130,7 @@ def collates_as_stored(data_collator: Any) -> bool:
     return data_collator is None or (kind.__module__ or "").startswith(("transformers.", "trl."))
 
 
-def check_rows(dataset: Any, model: nn.Module, head: Sequence[str], args: TrainingArguments) -> None:
+def check_rows(dataset: Any, model: PreTrainedModel, head: Sequence[str], args: TrainingArguments) -> None:
     """
     Refuse labels and tokens that the model has no place for.
 
@@ -145,23 +147,26 @@ def check_rows(dataset: Any, model: nn.Module, head: Sequence[str], args: Traini
     """
     if not _is_stored(dataset):
         return
-    # Of other tasks a label may be a choice, a character, a place.
+    # In other tasks a label is no class but, say, the number of a choice or a position.
     if head and find_task(model).endswith("-classification"):
         _check_labels(dataset, model)
-    # Of models that read more than words, some know tokens of their own beside, and other towers have positions.
+    # Models that read images or sound too may have tokens outside of the embeddings, and positions of their own.
     config = getattr(model, "config", None)
-    is_of_words = getattr(model, "main_input_name", None) == "input_ids" and config is not None
-    if "input_ids" in dataset.column_names and is_of_words and config.get_text_config() is config:
+    is_of_words = config is not None and getattr(model, "main_input_name", None) == "input_ids"
+    if "input_ids" in dataset.column_names and is_of_words and model.config.get_text_config() is config:
         _check_tokens(dataset, model, _cut_to(args))
 
 
 def _cut_to(args: TrainingArguments) -> float:
     """To which length TRL cuts rows, or packs them; a collator of its own may do without."""
-    is_prepared = hasattr(args, "dataset_text_field") and not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
-    return args.max_length if is_prepared and args.max_length is not None else math.inf
+    is_prepared = hasattr(args, "dataset_text_field") and not (getattr(args, "dataset_kwargs", None) or {}).get(
+        "skip_prepare_dataset"
+    )
+    max_length = getattr(args, "max_length", None)
+    return max_length if is_prepared and max_length is not None else math.inf
 
 
-def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
+def _check_labels(dataset: datasets.Dataset, model: PreTrainedModel) -> None:
     column = next((name for name in LABELS if name in dataset.column_names), None)
     classes = getattr(model.config, "num_labels", None)
     if column is None or classes is None or "labels" not in inspect.signature(model.forward).parameters:
@@ -190,7 +195,7 @@ def _check_labels(dataset: datasets.Dataset, model: nn.Module) -> None:
         )
 
 
-def _check_tokens(dataset: datasets.Dataset, model: nn.Module, cut_to: float) -> None:
+def _check_tokens(dataset: datasets.Dataset, model: PreTrainedModel, cut_to: float) -> None:
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:
@@ -244,7 +249,7 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
             return "other", (None, None)
         kind, found = "whole", pc.min_max(values).as_py()
         if found["min"] is not None:
-            # What counts for nothing is aside, unless there is something below.
+            # The ignored label is left out of the range, unless a label below it shows that it is none.
             if found["min"] == _IGNORED:
                 found = pc.min_max(values.filter(pc.not_equal(values, _IGNORED))).as_py()
                 if found["min"] is None:
@@ -255,7 +260,7 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: Any) -> None:
@@ -272,8 +277,8 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
     """
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ConfigError(
-            f"`eval_strategy={args.eval_strategy.value}` evaluates while a stage trains, and there is no "
-            '`eval_dataset`. Give one, or set eval_strategy="no".'
+            f"`eval_strategy={IntervalStrategy(args.eval_strategy).value}` evaluates while a stage trains, and there "
+            'is no `eval_dataset`. Give one, or set eval_strategy="no".'
         )
     metric = args.metric_for_best_model
     chooses = evaluation_trains(args) or args.save_strategy == "best"
@@ -294,7 +299,7 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
         )
 
 
-def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
+def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
     """
     Refuse an optimizer or schedule that cannot be made from the arguments: a library that is not there, say.
 
@@ -305,10 +310,10 @@ def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except Exception as error:
         raise ConfigError(
-            f"`optim={getattr(args.optim, 'value', args.optim)!r}` cannot be made: {_said(error)}. Mend that, or "
-            "choose another optimizer."
+            f"`optim={getattr(args.optim, 'value', args.optim)!r}` cannot be made: {_message_of(error)}. Mend that, "
+            "or choose another optimizer."
         ) from error
-    settings, steps = args.lr_scheduler_kwargs or {}, 10
+    settings, steps = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}, 10
     try:
         get_scheduler(
             args.lr_scheduler_type,
@@ -320,9 +325,9 @@ def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
     except Exception as error:
         raise ConfigError(
             f"`lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)!r}` with "
-            f"`lr_scheduler_kwargs={settings!r}` makes no schedule: {_said(error)}. Mend these settings."
+            f"`lr_scheduler_kwargs={settings!r}` makes no schedule: {_message_of(error)}. Mend these settings."
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"

@@ -1,0 +1,52 @@
+"""What the parts of a trainer share. To type checkers each is a `Trainer`, beside which it is put at run time."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from ..config import S3TConfig
+from ..errors import ConfigError, S3TError
+from ..folder.system import SystemFolder
+from ..model.layers import LayerGroups
+from ..model.stack import StageStack
+from ..plan.stages import StageKey
+from .rows import StageRows
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+
+class TrainerPart(_Host):
+    """A part of a trainer: a mixin that comes before a class of Transformers' [`~transformers.Trainer`]."""
+
+    model: PreTrainedModel
+    folder: SystemFolder
+    s3t_config: S3TConfig
+    _stack: StageStack
+    _layers: LayerGroups
+    # None where there is no training set.
+    _stage_rows: StageRows | None
+    # The dataset of all stages, ready to be fed.
+    _prepared: Any
+    # None between stages.
+    _stage: StageKey | None
+
+    @property
+    def _output_dir(self) -> str:
+        # `TrainingArguments` put a name in the place of none.
+        return str(self.args.output_dir)
+
+    @property
+    def _rows_of_stages(self) -> StageRows:
+        if self._stage_rows is None:
+            raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
+        return self._stage_rows
+
+    @property
+    def _stage_in_training(self) -> StageKey:
+        if self._stage is None:
+            raise S3TError("No stage is in training: this belongs to the steps of one. Call `train()`.")
+        return self._stage

@@ -1,0 +1,103 @@
+"""What a stage is made from, as its record has it, and whether another trainer would make it from the same."""
+
+import math
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+from ..folder.layout import ADAPTER_FILE
+from ..plan.stages import StageKey, stage_seed
+from .circumstances import circumstances, differing, recipe_of
+from .curve import TrainingCurve
+from .parts import differing_parts, lacking, parts_of, recorded_parts, shown_parts
+
+
+logger = logging.get_logger(__name__)
+
+
+class StageRecords(TrainingCurve):
+    """The part of a trainer that tells what its stages are made from, and compares that with records."""
+
+    def _begin_undescribed(self) -> None:
+        # The parts of the recipe, once somebody asks.
+        self._described: dict[str, Any] | None = None
+
+    def _describe_parts(self) -> None:
+        """Look at the parts anew. What knows its rank is told as the first process, which writes records, has it."""
+        self._described = None
+        if self.accelerator.num_processes > 1:
+            (self._described,) = broadcast_object_list([self._parts])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What was given to this trainer besides arguments and rows, as `train` or `verify` found it."""
+        if self._described is None:
+            self._described, unstable = parts_of(self, self.folder.key)
+            if unstable:
+                logger.warning_once(
+                    f"What decides the stages includes {', '.join(unstable)}: of these only names are recorded, and "
+                    "another of the same name would go unnoticed. Give functions and classes that are defined by "
+                    "name, with what they need as arguments of `functools.partial` or as attributes, and seeds in "
+                    "the place of generators."
+                )
+        return self._described
+
+    def _origin(self, key: StageKey) -> dict[str, Any]:
+        """What a stage is made from; by it a checkpoint is told from one of other data or another recipe."""
+        folder = self.folder
+        return {
+            "slices": folder.slice_digests(key),
+            "below": folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None,
+            "recipe": recipe_of(self.args),
+            "parts": self._parts,
+            "circumstances": self._circumstances(key),
+        }
+
+    def _record(
+        self, key: StageKey, origin: dict[str, Any], frozen: str, frozen_after: str, metrics: dict[str, float]
+    ) -> dict[str, Any]:
+        """What `stage.json` says of a stage that is trained."""
+        return {
+            **origin,
+            "seed": stage_seed(self.s3t_config.seed, key),
+            "layers": list(self._layers.groups[key.group]),
+            "counts": [self.folder.table.size(key.shard, s) for s in key.prefix],
+            "examples_dropped": self._dropped(key),
+            "frozen_before": frozen,
+            "frozen_after": frozen_after,
+            "steps": [self._first_step, self._last_step],
+            # NaN is no JSON.
+            "metrics": {n: v for n, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
+        }
+
+    def _circumstances(self, key: StageKey) -> dict[str, Any]:
+        fed = self._rows_of_stages.digest(key, self.folder.table, self.folder.key)
+        return {**circumstances(self.model, self.accelerator), "data_digest": fed}
+
+    def _dropped(self, key: StageKey) -> int:
+        owned = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
+        return owned - len(self._rows_of_stages.positions(key, self.folder.table))
+
+    def _other_recipe(self, record: dict[str, Any]) -> str | None:
+        """How arguments and parts of this trainer differ from the recorded ones; `None` if they do not."""
+        arguments = differing(record["recipe"], recipe_of(self.args))
+        shown = [f"{name}={new!r} (was {old!r})" for name, (old, new) in arguments.items()]
+        parts = differing_parts(recorded_parts(record), self._parts)
+        return ", ".join([*shown, *([shown_parts(parts)] if parts else [])]) or None
+
+    def _say_what_is_not_compared(self, records: dict[StageKey, dict[str, Any]]) -> None:
+        recorded = map(recorded_parts, records.values())
+        unknown = sorted({part for parts in recorded for part in lacking(parts, self._parts)})
+        if unknown:
+            logger.warning_once(
+                f"Stages of {self.args.output_dir} were trained by an earlier hf_s3t, or in another version of "
+                f"Python, and their records cannot be compared in: {', '.join(unknown)}. Make sure that these are "
+                "the same."
+            )
+
+    def _fed_otherwise(self, key: StageKey, record: dict[str, Any]) -> str | None:
+        then = record.get("circumstances", {}).get("data_digest")
+        if then is None or self._rows_of_stages.digest(key, self.folder.table, self.folder.key) in (None, then):
+            return None
+        return "rows that were fed otherwise (by another tokenizer, template, `formatting_func` or `max_length`)"
