@@ -1,12 +1,18 @@
 """The picture, by matplotlib, of what `hf-s3t plan` recommends."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .pictures import FIRST, OURS, PAPER, SISA, check_picture, finish, new_figure, plain_numbers, save
 from .planning import Option, Recommendation, Workload, survival
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> None:
@@ -28,7 +34,7 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
     save(figure_of_plan(found, workload), path)
 
 
-def figure_of_plan(found: Recommendation, workload: Workload) -> Any:
+def figure_of_plan(found: Recommendation, workload: Workload) -> "Figure":
     """
     The figure that [`draw_plan`] writes.
 
@@ -48,7 +54,7 @@ def figure_of_plan(found: Recommendation, workload: Workload) -> Any:
     return figure
 
 
-def _draw_life(axes: Any, best: Option, workload: Workload) -> None:
+def _draw_life(axes: "Axes", best: Option, workload: Workload) -> None:
     months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
     alive, depth = survival(best, months * workload.deletions_per_month)
     axes.plot(months, 100 * alive, color=OURS, label="shards alive")
@@ -64,14 +70,13 @@ def _draw_life(axes: Any, best: Option, workload: Workload) -> None:
     )
 
 
-def _draw_costs(axes: Any, found: Recommendation) -> None:
+def _draw_costs(axes: "Axes", found: Recommendation) -> None:
     best = found.chosen
-    for number, (label, color, months_of) in enumerate(
-        (
-            ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
-            ("until exhausted", OURS, lambda option: option.months_until_exhausted),
-        )
-    ):
+    ends: tuple[tuple[str, str, Callable[[Option], float]], ...] = (
+        ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
+        ("until exhausted", OURS, lambda option: option.months_until_exhausted),
+    )
+    for number, (label, color, months_of) in enumerate(ends):
         hours = [option.training_hours for option in found.options]
         axes.plot(hours, list(map(months_of, found.options)), "o-", color=color, label=label, markersize=4)
         axes.plot(

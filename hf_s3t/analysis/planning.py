@@ -5,7 +5,7 @@ sequences and epochs, with what they cost and how long they last.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Backbone:
     adapter_weights_per_layer: int | None = None
     head_weights: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_int("num_layers", self.num_layers, 1)
 
     @classmethod
@@ -141,7 +141,7 @@ class Workload:
     epochs: int = 3
     batch_size: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_examples", "epochs", "batch_size"):
             require_int(name, getattr(self, name), 1)
         for name in ("deletions_per_month", "hours_per_epoch"):
@@ -378,7 +378,7 @@ def survival(option: Option, deletions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return _left(option.num_slices, option.budget, np.asarray(deletions, dtype=float) / option.num_shards)
 
 
-def _left(num_slices, budget, hits) -> tuple[np.ndarray, np.ndarray]:
+def _left(num_slices: int, budget: int, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The chance that a shard is alive after these numbers of requests hit it, and its expected share of depth."""
     hit = -np.expm1(-hits / num_slices)
     alive, depth = np.zeros_like(hit), np.zeros_like(hit)
@@ -391,7 +391,7 @@ def _left(num_slices, budget, hits) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _left_by_hit_slices(num_slices, budget) -> tuple[tuple[int, int], ...]:
+def _left_by_hit_slices(num_slices: int, budget: int) -> tuple[tuple[int, int], ...]:
     """For each number of hit slices, how many sets of so many leave the shard alive, and the sum of their depths."""
     depths = depths_of_hit_sets(select_sequences(num_slices, budget))
     sizes = np.array([state.bit_count() for state in range(1 << num_slices)])
@@ -400,11 +400,12 @@ def _left_by_hit_slices(num_slices, budget) -> tuple[tuple[int, int], ...]:
 
 
 @functools.cache
-def _hits_until_half_depth(num_slices, budget) -> float:
+def _hits_until_half_depth(num_slices: int, budget: int) -> float:
     most = 1.0
     while _left(num_slices, budget, np.array([most]))[1][0] > 0.5:
         most *= 2
-    return brentq(lambda hits: float(_left(num_slices, budget, np.array([hits]))[1][0]) - 0.5, 0.0, most)
+    half: float = brentq(lambda hits: float(_left(num_slices, budget, np.array([hits]))[1][0]) - 0.5, 0.0, most)
+    return half
 
 
 # -- the options ------------------------------------------------------------------------------------------------------
@@ -423,15 +424,15 @@ class _Shape:
     hours: float
     num_stages: int
 
-    def order(self) -> tuple:
+    def order(self) -> tuple[float, int, int, int]:
         return round(self.hours, 9), self.num_shards, self.num_slices, self.budget
 
-    def bound(self, until) -> float:
+    def bound(self, until: str) -> float:
         """The expected number of requests it lasts if they hit slices with replacement, which is longer."""
         scale = self.num_shards * self.num_slices
         return scale * _life_per_slice(self.num_shards, self.budget, until)
 
-    def option(self, workload, backbone) -> Option:
+    def option(self, workload: Workload, backbone: Backbone) -> Option:
         m, size, budget = self.num_shards, self.num_slices, self.budget
         first, exhausted = (
             deletion_rate(m, size, budget, num_examples=workload.num_examples, until=until)
@@ -460,12 +461,12 @@ class _Shape:
 
 
 @functools.cache
-def _life_per_slice(num_shards, budget, until) -> float:
+def _life_per_slice(num_shards: int, budget: int, until: str) -> float:
     # A slice more makes every slice be hit the more seldom, and changes nothing else.
     return deletion_rate(num_shards, budget, budget, until=until) / (num_shards * budget)
 
 
-def _shapes(workload, backbone, max_shards) -> list[_Shape]:
+def _shapes(workload: Workload, backbone: Backbone, max_shards: int) -> list[_Shape]:
     layers = backbone.num_layers
     # One layer a slice works badly; a model of fewer than four layers leaves no choice.
     most = min(_MOST_SLICES, layers // 2 if layers >= 4 else layers)
@@ -494,7 +495,7 @@ def _shapes(workload, backbone, max_shards) -> list[_Shape]:
     return found
 
 
-def _epochs(workload, slice_examples) -> tuple[int, int]:
+def _epochs(workload: Workload, slice_examples: int) -> tuple[int, int]:
     """Epochs of each stage, and the steps they give the first one."""
     per_epoch = math.ceil(slice_examples / workload.batch_size)
     if per_epoch == 0:
@@ -504,20 +505,21 @@ def _epochs(workload, slice_examples) -> tuple[int, int]:
 
 
 @functools.cache
-def _stages_by_depth(num_slices, budget) -> tuple[int, ...]:
+def _stages_by_depth(num_slices: int, budget: int) -> tuple[int, ...]:
     stages = Plan((tuple(select_sequences(num_slices, budget)),)).stages()
     return tuple(sum(key.depth == depth for key in stages) for depth in range(1, num_slices + 1))
 
 
-def _stage_cost(depth, num_slices, layers_per_slice, num_layers) -> float:
+def _stage_cost(depth: int, num_slices: int, layers_per_slice: int, num_layers: int) -> float:
     """What an epoch of a stage costs, as a share of an epoch of ordinary training of the shard."""
     forward, backward = num_layers, depth * layers_per_slice
     return depth / num_slices * (forward + backward) / (2 * num_layers)
 
 
-def _front(shapes, workload, backbone, until) -> list[Option]:
+def _front(shapes: Iterable[_Shape], workload: Workload, backbone: Backbone, until: str) -> list[Option]:
     """The cheapest ways to last longer and longer."""
-    found, longest = [], 0.0
+    found: list[Option] = []
+    longest = 0.0
     for shape in sorted(shapes, key=lambda shape: (shape.order()[0], -shape.bound(until), shape.num_shards)):
         if shape.bound(until) >= longest * _WORTH_SHOWING:
             longest = shape.bound(until)
@@ -525,10 +527,12 @@ def _front(shapes, workload, backbone, until) -> list[Option]:
     return found
 
 
-def _longest(shapes, workload, backbone, until) -> Option:
+def _longest(shapes: Iterable[_Shape], workload: Workload, backbone: Backbone, until: str) -> Option:
     """The option that is expected to last longest, and of those that last as long the cheapest."""
-    best, requests = None, 0.0
-    for shape in sorted(shapes, key=lambda shape: (-shape.bound(until), *shape.order())):
+    first, *others = sorted(shapes, key=lambda shape: (-shape.bound(until), *shape.order()))
+    best = first.option(workload, backbone)
+    requests = best.months(until) * workload.deletions_per_month
+    for shape in others:
         if shape.bound(until) <= requests:
             break
         option = shape.option(workload, backbone)
@@ -537,7 +541,7 @@ def _longest(shapes, workload, backbone, until) -> Option:
     return best
 
 
-def _notes(chosen, meets_goal, workload, goal_months, until):
+def _notes(chosen: Option, meets_goal: bool, workload: Workload, goal_months: float, until: str) -> Iterator[str]:
     end = "until the first shard is dead" if until == "first_shard" else "until all shards are dead"
     if not meets_goal:
         yield (
@@ -557,7 +561,7 @@ def _notes(chosen, meets_goal, workload, goal_months, until):
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def _setting(config, name) -> int | None:
+def _setting(config: Mapping[str, Any], name: str) -> int | None:
     for key in _NAMES[name]:
         value = config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -565,11 +569,11 @@ def _setting(config, name) -> int | None:
     return None
 
 
-def _matrices(config, hidden, target_modules) -> list[tuple[int, int]]:
+def _matrices(config: Mapping[str, Any], hidden: int, target_modules: str) -> list[tuple[int, int]]:
     """Inputs and outputs of the matrices of one layer that get an adapter."""
     heads = _setting(config, "num_heads") or 1
-    size = config.get("head_dim") if isinstance(config.get("head_dim"), int) else hidden // heads
-    shared = config.get("num_key_value_heads")
+    own, shared = config.get("head_dim"), config.get("num_key_value_heads")
+    size = own if isinstance(own, int) else hidden // heads
     query, value = heads * size, (shared if isinstance(shared, int) else heads) * size
     if target_modules == "query-value":
         return [(hidden, query), (hidden, value)]
@@ -580,6 +584,6 @@ def _matrices(config, hidden, target_modules) -> list[tuple[int, int]]:
     return [*attention, *[(hidden, inner)] * (2 if gated else 1), (inner, hidden)]
 
 
-def _require_positive(name, value):
+def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigError(f"`{name}` must be a number above 0, got {value!r}.")

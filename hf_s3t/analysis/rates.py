@@ -8,6 +8,8 @@ Where each example can be deleted only once, giving every example an exponential
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -15,6 +17,10 @@ from ..config import check_prior, require_choice, require_int
 from ..errors import ConfigError
 from ..sequences.rules import check_sequences
 
+
+# One list for all shards, or one per shard.
+Prior = Sequence[float] | Sequence[Sequence[float]]
+Sequences = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 
 UNTIL = ("exhausted", "first_shard")
 
@@ -27,8 +33,8 @@ def deletion_rate(
     num_slices: int,
     budget: int,
     *,
-    prior=None,
-    sequences=None,
+    prior: Prior | None = None,
+    sequences: Sequences | None = None,
     num_examples: int | list[list[int]] | None = None,
     until: str = "exhausted",
 ) -> float:
@@ -126,7 +132,7 @@ def expected_deletions_left(
     num_shards: int,
     num_slices: int,
     *,
-    prior=None,
+    prior: Prior | None = None,
     until: str = "exhausted",
 ) -> float:
     """
@@ -185,8 +191,8 @@ def simulate_deletions(
     num_slices: int,
     budget: int,
     *,
-    prior=None,
-    sequences=None,
+    prior: Prior | None = None,
+    sequences: Sequences | None = None,
     num_examples: int | list[list[int]] | None = None,
     until: str = "exhausted",
     runs: int = 1000,
@@ -250,7 +256,7 @@ def simulate_deletions(
     return np.concatenate([_lifetimes_of_examples(mortal, examples, block, rng) for block in blocks])
 
 
-def _lifetimes(shards, runs, rng) -> np.ndarray:
+def _lifetimes(shards: Sequence[np.ndarray], runs: int, rng: np.random.Generator) -> np.ndarray:
     """
     Lifetimes of a system that ends with its first shard, each shard being the rates of the slices that must be hit.
 
@@ -264,10 +270,13 @@ def _lifetimes(shards, runs, rng) -> np.ndarray:
     hit_at = np.empty_like(requests)
     np.put_along_axis(hit_at, order, requests, axis=1)
     ends = np.cumsum([len(shard) for shard in shards])[:-1]
-    return np.min([part.max(axis=1) for part in np.split(hit_at, ends, axis=1)], axis=0)
+    lifetimes: np.ndarray = np.min([part.max(axis=1) for part in np.split(hit_at, ends, axis=1)], axis=0)
+    return lifetimes
 
 
-def _lifetimes_of_examples(shards, examples, runs, rng) -> np.ndarray:
+def _lifetimes_of_examples(
+    shards: Sequence[np.ndarray], examples: "_Examples", runs: int, rng: np.random.Generator
+) -> np.ndarray:
     """
     The same where each example is deleted once, each shard being the numbers of the slices that must be hit.
 
@@ -279,10 +288,11 @@ def _lifetimes_of_examples(shards, examples, runs, rng) -> np.ndarray:
     end = np.min([hit_at[:, members].max(axis=1) for members in shards], axis=0)[:, None]
     since = np.where(hit_at <= end, end - hit_at, 0.0)
     others = rng.binomial(examples.sizes - 1, -np.expm1(-examples.weights * since))
-    return ((hit_at <= end) * (1.0 + others)).sum(axis=1)
+    deleted: np.ndarray = ((hit_at <= end) * (1.0 + others)).sum(axis=1)
+    return deleted
 
 
-def _mean_count_at_first_death(shards, examples) -> float:
+def _mean_count_at_first_death(shards: Sequence[np.ndarray], examples: "_Examples") -> float:
     """
     Expected number of examples deleted when the first of the shards dies, each being the slices that must be hit.
 
@@ -309,7 +319,7 @@ def _mean_count_at_first_death(shards, examples) -> float:
     return step * math.fsum(counted.sum(axis=1).tolist())
 
 
-def _mean_time_to_first_death(shards) -> float:
+def _mean_time_to_first_death(shards: Sequence[np.ndarray]) -> float:
     """
     The integral over t of the probability that every shard is alive, 1 - product over its slices of 1 - exp(-rate t).
 
@@ -322,7 +332,7 @@ def _mean_time_to_first_death(shards) -> float:
     # Shards are often alike.
     kinds = Counter(tuple(sorted(shard.tolist())) for shard in shards)
     start, end = math.log(1e-18 / rates.sum()), math.log((45 + math.log(len(rates))) / rates.min())
-    total = []
+    total: list[float] = []
     for y in np.array_split(np.arange(start, end + step, step), 16):
         t = np.exp(y)
         alive = np.ones_like(t)
@@ -333,13 +343,16 @@ def _mean_time_to_first_death(shards) -> float:
     return step * math.fsum(total)
 
 
-def _log_hit(x) -> np.ndarray:
+def _log_hit(x: np.ndarray) -> np.ndarray:
     """The logarithm of 1 - exp(-x), precise for small and for large x."""
     small = np.log(-np.expm1(-np.minimum(x, 1.0)))
-    return np.where(x < 1.0, small, np.log1p(-np.exp(-np.maximum(x, 1.0))))
+    logarithm: np.ndarray = np.where(x < 1.0, small, np.log1p(-np.exp(-np.maximum(x, 1.0))))
+    return logarithm
 
 
-def _first_slices(num_shards, num_slices, budget, prior, sequences) -> list[set[int]]:
+def _first_slices(
+    num_shards: int, num_slices: int, budget: int, prior: Prior | None, sequences: Sequences | None
+) -> list[set[int]]:
     require_int("num_shards", num_shards, 1)
     require_int("num_slices", num_slices, 1)
     require_int("budget", budget, 1)
@@ -355,22 +368,24 @@ def _first_slices(num_shards, num_slices, budget, prior, sequences) -> list[set[
     return [{k * num_slices // starts for k in range(starts)}] * num_shards
 
 
-def _checked_sequences(sequences, num_shards, num_slices, budget) -> list[list[tuple[int, ...]]]:
+def _checked_sequences(
+    sequences: Sequences, num_shards: int, num_slices: int, budget: int
+) -> list[list[tuple[int, ...]]]:
     per_shard = _is_list(sequences) and _is_list(sequences[0]) and _is_list(sequences[0][0])
-    lists = list(sequences) if per_shard else [sequences] * num_shards
-    if len(lists) != num_shards:
+    given: list[Any] = list(sequences) if per_shard else [sequences] * num_shards
+    if len(given) != num_shards:
         raise ConfigError(
-            f"`sequences` lists sequences for {len(lists)} shards, but num_shards={num_shards}. Give one list for all "
+            f"`sequences` lists sequences for {len(given)} shards, but num_shards={num_shards}. Give one list for all "
             "shards or one per shard."
         )
-    lists = [check_sequences(shard, num_slices) for shard in lists]
+    lists = [check_sequences(shard, num_slices) for shard in given]
     wrong = sorted({len(shard) for shard in lists} - {budget})
     if wrong:
         raise ConfigError(f"`sequences` gives a shard {wrong[0]} sequences, but budget={budget}. Make them agree.")
     return lists
 
 
-def _checked_sets(first_slices_alive, num_shards, num_slices) -> list[set[int]]:
+def _checked_sets(first_slices_alive: Iterable[Iterable[int]], num_shards: int, num_slices: int) -> list[set[int]]:
     try:
         sets = [set(alive) for alive in first_slices_alive]
     except TypeError as error:
@@ -398,7 +413,7 @@ class _Examples:
     `rates` are those of slices, `weights` those of each of their examples.
     """
 
-    def __init__(self, num_shards, num_slices, num_examples, prior):
+    def __init__(self, num_shards: int, num_slices: int, num_examples: int | list[list[int]], prior: Prior | None):
         self.num_slices = num_slices
         self.sizes = np.array(_slice_sizes(num_shards, num_slices, num_examples)).ravel()
         self.rates = np.array(_priors(prior, num_shards, num_slices)).ravel() / num_shards
@@ -407,23 +422,23 @@ class _Examples:
             self.rates = self.sizes / self.sizes.sum()
         self.weights = self.rates / self.sizes
 
-    def members(self, first_slices) -> list[np.ndarray]:
+    def members(self, first_slices: Iterable[Iterable[int]]) -> list[np.ndarray]:
         return _members(first_slices, self.num_slices)
 
 
-def _members(first_slices, num_slices) -> list[np.ndarray]:
+def _members(first_slices: Iterable[Iterable[int]], num_slices: int) -> list[np.ndarray]:
     """Per shard, the numbers of its first slices among all slices of the system."""
     return [np.array([shard * num_slices + s for s in sorted(alive)]) for shard, alive in enumerate(first_slices)]
 
 
-def _mortal(members, rates, until) -> list[np.ndarray] | None:
+def _mortal(members: list[np.ndarray], rates: np.ndarray, until: str) -> list[np.ndarray] | None:
     """The groups of slices of which the first to be hit altogether ends it; `None` if nothing does."""
     if until == "exhausted":
         members = [np.concatenate(members)]
     return [group for group in members if rates[group].min() > 0] or None
 
 
-def _slice_sizes(num_shards, num_slices, num_examples) -> list[list[int]]:
+def _slice_sizes(num_shards: int, num_slices: int, num_examples: int | list[list[int]]) -> list[list[int]]:
     cells = num_shards * num_slices
     if isinstance(num_examples, int) and not isinstance(num_examples, bool):
         if num_examples < cells:
@@ -433,10 +448,9 @@ def _slice_sizes(num_shards, num_slices, num_examples) -> list[list[int]]:
             )
         share, extra = divmod(num_examples, cells)
         return [[share + (s * num_shards + k < extra) for s in range(num_slices)] for k in range(num_shards)]
-    rows = [list(row) if _is_list(row) else row for row in num_examples] if _is_list(num_examples) else num_examples
+    rows = [list(row) if _is_list(row) else row for row in num_examples] if _is_list(num_examples) else []
     good = (
-        isinstance(rows, list)
-        and len(rows) == num_shards
+        len(rows) == num_shards
         and all(isinstance(row, list) and len(row) == num_slices for row in rows)
         and all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1 for row in rows for n in row)
     )
@@ -448,13 +462,13 @@ def _slice_sizes(num_shards, num_slices, num_examples) -> list[list[int]]:
     return rows
 
 
-def _priors(prior, num_shards, num_slices) -> list[list[float]]:
+def _priors(prior: Prior | None, num_shards: int, num_slices: int) -> list[Sequence[float]]:
     """The prior of every shard."""
     if prior is None:
         return [[1 / num_slices] * num_slices] * num_shards
     if not _is_list(prior):
         raise ConfigError(f"`prior` must be a list of probabilities or one such list per shard, got {prior!r}.")
-    priors = list(prior) if _is_list(prior[0]) else [prior] * num_shards
+    priors: list[Sequence[float]] = list(prior) if _is_list(prior[0]) else [prior] * num_shards
     if len(priors) != num_shards:
         raise ConfigError(
             f"`prior` has {len(priors)} lists, but num_shards={num_shards}. Give one list for all shards or one per "
@@ -465,7 +479,9 @@ def _priors(prior, num_shards, num_slices) -> list[list[float]]:
     return priors
 
 
-def _rates(first_slices, num_shards, num_slices, prior) -> list[np.ndarray]:
+def _rates(
+    first_slices: Iterable[Iterable[int]], num_shards: int, num_slices: int, prior: Prior | None
+) -> list[np.ndarray]:
     """For every shard, the probability that a request hits each of its first slices."""
     return [
         np.array([values[s] / num_shards for s in sorted(alive)], dtype=float)
@@ -477,5 +493,5 @@ def _harmonic(n: int) -> float:
     return math.fsum(1 / k for k in range(1, n + 1))
 
 
-def _is_list(value) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0

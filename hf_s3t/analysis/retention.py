@@ -6,6 +6,7 @@ hit, this depth is a function of `H`, and there are only `2 ** L` of them.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,12 +62,12 @@ def retention(
     sequences = check_sequences(sequences)
     num_slices = len(sequences[0])
     _check_numbers(num_slices, hits, at_least)
-    prior = _checked_prior(prior, num_slices)
+    likelihoods = _checked_prior(prior, num_slices)
     if num_slices <= _MOST_BITS:
-        return _mean_over_hit_sets(depths_of_hit_sets(sequences) >= at_least, num_slices, hits, prior)
+        return _mean_over_hit_sets(depths_of_hit_sets(sequences) >= at_least, num_slices, hits, likelihoods)
     kept = {frozenset(sequence[:at_least]) for sequence in sequences}
     if len(kept) <= _MOST_BITS:
-        return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits, prior)
+        return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits, likelihoods)
     raise ConfigError(
         f"Got {num_slices} slices and {len(kept)} different sets of first {at_least} slices; exact retention needs "
         f"at most {_MOST_BITS} of either. Give fewer sequences, or sample the hits."
@@ -106,13 +107,13 @@ def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[f
     sequences = check_sequences(sequences)
     num_slices = len(sequences[0])
     _check_numbers(num_slices, hits, 0)
-    prior = _checked_prior(prior, num_slices)
+    likelihoods = _checked_prior(prior, num_slices)
     if num_slices > _MOST_BITS:
         raise ConfigError(
             f"Got {num_slices} slices; the exact depth is a sum over their subsets, for at most {_MOST_BITS} of them. "
             "Take the mean of `simulate_depths`."
         )
-    return _mean_over_hit_sets(depths_of_hit_sets(sequences), num_slices, hits, prior)
+    return _mean_over_hit_sets(depths_of_hit_sets(sequences), num_slices, hits, likelihoods)
 
 
 def simulate_depths(
@@ -155,22 +156,22 @@ def simulate_depths(
     array([3, 3, 3, 3])
     ```
     """
-    sequences = np.array(check_sequences(sequences))
-    num_slices = sequences.shape[1]
+    rows = np.array(check_sequences(sequences))
+    num_slices = rows.shape[1]
     _check_numbers(num_slices, hits, 0)
     require_int("runs", runs, 1)
     require_int("seed", seed, 0)
-    prior = _checked_prior(prior, num_slices)
+    likelihoods = _checked_prior(prior, num_slices)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // max(1, hits, sequences.size))
+    block = max(1, _BLOCK // max(1, hits, rows.size))
     depths = []
     for done in range(0, runs, block):
         count = min(block, runs - done)
         hit = np.zeros((count, num_slices + 1), dtype=bool)
         # A column more, hit in every run: a sequence of which nothing was hit ends there.
         hit[:, -1] = True
-        np.put_along_axis(hit, rng.choice(num_slices, size=(count, hits), p=prior), True, axis=1)
-        ends = np.pad(sequences, ((0, 0), (0, 1)), constant_values=num_slices)
+        np.put_along_axis(hit, rng.choice(num_slices, size=(count, hits), p=likelihoods), True, axis=1)
+        ends = np.pad(rows, ((0, 0), (0, 1)), constant_values=num_slices)
         depths.append(hit[:, ends].argmax(axis=2).max(axis=1))
     return np.concatenate(depths)
 
@@ -254,31 +255,32 @@ def retention_paper(num_slices: int, budget: int, hits: int, at_least: int) -> f
     return 1 - (1 - (1 - at_least / num_slices) ** hits) ** prefixes
 
 
-def _check_numbers(num_slices, hits, at_least):
+def _check_numbers(num_slices: int, hits: int, at_least: int) -> None:
     require_int("hits", hits, 0)
     require_int("at_least", at_least, 0)
     if at_least > num_slices:
         raise ConfigError(f"at_least={at_least}, expected at most the {num_slices} slices that a sequence has.")
 
 
-def _distinct_hits(num_slices, hits) -> list[float]:
+def _distinct_hits(num_slices: int, hits: int) -> list[float]:
     """The probabilities that exactly 0, 1, ..., `num_slices` different slices are hit."""
     weights = np.zeros(num_slices + 1)
     weights[0] = 1.0
     old = np.arange(num_slices + 1) / num_slices
     for _ in range(hits):
         weights = weights * old + np.concatenate(([0.0], (weights * (1 - old))[:-1]))
-    return weights.tolist()
+    chances: list[float] = weights.tolist()
+    return chances
 
 
-def _checked_prior(prior, num_slices) -> np.ndarray | None:
+def _checked_prior(prior: Sequence[float] | None, num_slices: int) -> np.ndarray | None:
     if prior is None:
         return None
     check_prior(prior, num_slices)
     return np.array(prior, dtype=float) / math.fsum(prior)
 
 
-def depths_of_hit_sets(sequences) -> np.ndarray:
+def depths_of_hit_sets(sequences: Sequence[Sequence[int]]) -> np.ndarray:
     """The depth that serves, for every set of hit slices as a bit mask: a prefix is kept if the set misses it."""
     num_slices = len(sequences[0])
     everything = (1 << num_slices) - 1
@@ -294,7 +296,7 @@ def depths_of_hit_sets(sequences) -> np.ndarray:
     return depths
 
 
-def _mean_over_hit_sets(values, num_slices, hits, prior) -> float:
+def _mean_over_hit_sets(values: np.ndarray, num_slices: int, hits: int, prior: np.ndarray | None) -> float:
     """The mean of whole numbers that belong to the sets of hit slices, over the sets that `hits` requests make."""
     if prior is not None:
         return _mean_under_prior(values, hits, prior)
@@ -309,7 +311,7 @@ def _mean_over_hit_sets(values, num_slices, hits, prior) -> float:
     )
 
 
-def _mean_under_prior(values, hits, prior) -> float:
+def _mean_under_prior(values: np.ndarray, hits: int, prior: np.ndarray) -> float:
     """
     Inclusion and exclusion: the requests stay within a set `T` with probability `p(T) ** r`.
 
@@ -326,7 +328,9 @@ def _mean_under_prior(values, hits, prior) -> float:
     return max(0.0, math.fsum(terms[terms != 0]))
 
 
-def _over_sets_of_prefixes(kept, num_slices, hits, prior) -> float:
+def _over_sets_of_prefixes(
+    kept: Sequence[Sequence[int]], num_slices: int, hits: int, prior: np.ndarray | None
+) -> float:
     """Inclusion and exclusion over the prefixes: some of them are all kept if every request misses their union."""
     missed = np.zeros(1 << len(kept))
     for s in range(num_slices):
