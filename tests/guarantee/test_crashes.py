@@ -663,4 +663,4 @@ def test_no_acknowledged_deletion_is_lost_by_a_process_that_is_killed(tmp_path):
     assert done, "none was killed while it deleted"
 
 
-PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
