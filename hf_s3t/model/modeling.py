@@ -377,11 +377,11 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         Returns:
             `list[str]`: One sentence per problem; empty if all is well.
         """
+        # Whoever only serves does not load the inspector.
+        from ..operations.inspection import inspect
+
         self._wait_for_cleaner()
         if isinstance(self.folder, HubFolder):
             with self._deletion_lock:
                 return self.folder.problems()
-        # Only here: a model is loaded without what looks through whole folders.
-        from ..operations.inspection import inspect
-
         return list(inspect(self.folder.path).problems)
