@@ -430,7 +430,7 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (S3T, Full
 
 
 if TYPE_CHECKING:
-    # What `_Measured` is put before.
+    # The class that `_Measured` is put before.
     _Host = S3TTrainer
 else:
     _Host = object

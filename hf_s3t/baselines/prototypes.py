@@ -31,7 +31,7 @@ from ..records.examples import ExampleTable
 from .whole_adapter import WholeAdapterModel
 
 
-# By which cosines, which lie between -1 and 1, become logits.
+# Cosines lie between -1 and 1; divided by this, they are logits.
 _TEMPERATURE = 0.1
 
 
@@ -149,7 +149,7 @@ class ClassPrototypes:
         """The base's outputs, and what its head was given: a `torch.Tensor` of shape `(rows, features)`."""
         device = next(self.base.parameters()).device
         inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-        # By a route of no members: the adapters of a stage in training must not act.
+        # A route of no members keeps the adapters of a stage in training from acting.
         with routed(BASE_ALONE), _noting(map(self.base.get_submodule, self._head)) as given:
             outputs = self.base(**inputs, return_dict=True)
         return outputs, _pooled(given[0].float(), inputs.get("attention_mask"))

@@ -102,7 +102,7 @@ class Ensemble:
         return self.output(outputs, answers, loss, len(each))
 
     def _answer_as_base(self, inputs: dict[str, Any], targets: dict[str, Any]) -> ModelOutput:
-        # By a route of no members: the adapters of a stage in training must not act.
+        # A route of no members keeps the adapters of a stage in training from acting.
         with routed(BASE_ALONE):
             outputs = self._base(**inputs, **targets, return_dict=True)
         stamp_cache(cache_of(inputs), BASE_ALONE)

@@ -12,13 +12,13 @@ from .checkpoint import parts_of
 from .quantisation import settings_as_dict
 
 
-# Of a config: where it came from, how it was loaded, and what is decided per call.
+# Settings that say nothing of what a base computes: where it came from, how it was loaded, what is decided per call.
 _NOT_THE_FUNCTION = {
     "_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config",
     "use_cache", "architectures", "attn_implementation", "_attn_implementation", "return_dict", "output_hidden_states",
     "output_attentions", "experts_implementation",
 }  # fmt: skip
-# By what a base computes, each of its parts its own way: bits depend on it.
+# What a base computes its attention and its experts with, each of its parts its own way: bits depend on it.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 

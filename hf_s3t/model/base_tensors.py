@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .quantisation import settings_as_dict
 
 
-# What is digested apart, and what it is called.
+# The parts of a base that have digests of their own, and what messages call them.
 PARTS = {
     "layers": "the weights of its layers",
     "rest": "its embeddings, norms or biases",

@@ -17,7 +17,8 @@ from .caches import CACHES, has_cache
 _NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
 # One for all rows of these is common.
 _SHARED = {"attention_mask", "position_ids"}
-# What `generate` hands on of pictures that it encoded: entries in the order of the batch, and those once per layer.
+# Fields of the pictures that `generate` encoded and hands on: one entry each, in the order of the batch; or one list
+# of such per layer.
 _ENCODED, _ENCODED_BY_LAYER = "pooler_output", "deepstack_features"
 
 

@@ -49,7 +49,7 @@ class EnsembleLoss:
 
     def __init__(self, base: PreTrainedModel):
         self._base = base
-        # By kinds of batches: whether the function of the config gives the base's loss; whether that is of the logits.
+        # By kind of batch: whether the config's function gives the base's loss, and whether that is of the logits.
         self._is_of_its_config: dict[tuple[Any, ...], bool] = {}
         self._is_of_its_logits: set[tuple[Any, ...]] = set()
 
@@ -124,7 +124,7 @@ class EnsembleLoss:
                 calls = self._find_logits({**inputs, **targets}, answers, kind)
                 loss = None if calls is None else self._loss_with(answers, calls, {**inputs, **targets})
         except (TypeError, ValueError, RuntimeError, IndexError):
-            # Some take no others.
+            # Some bases take no labels but those that fit the inputs.
             return False
         same = self._loss_by_config(answers, targets)
         return loss is not None and same is not None and _is_near(same, loss)
@@ -168,7 +168,7 @@ class EnsembleLoss:
             with routed(route):
                 loss = None if calls is None else self._loss_with(answers, calls, given)
                 if loss is None:
-                    # Others may come to their logits by other calls: their experts are.
+                    # This member may make its logits at other calls of torch: its words went to other experts.
                     calls = self._find_logits(given, answers, kind)
                     loss = None if calls is None else self._loss_with(answers, calls, given)
             if loss is None:
@@ -192,7 +192,7 @@ class EnsembleLoss:
         if None in calls.values():
             return None
         if kind not in self._is_of_its_logits:
-            # What is done to them in their place afterwards would be done to the ensemble's once more.
+            # Where the base writes to its logits afterwards, it would write to the ensemble's once more.
             with_own = self._loss_with({name: outputs[name] for name in answers}, calls, given)
             if with_own is None or not _is_near(with_own, outputs.loss):
                 return None

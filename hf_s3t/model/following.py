@@ -214,7 +214,7 @@ class Following:
                 self._followed = None
                 if not is_awaited:
                     self._has_followed(followed)
-                # Of two stages under one name only one can be in memory.
+                # Two stages of one name cannot be in memory at once.
                 self._let_go(gone.intersection(new), on_running, timeout)
                 # All files are read, and so checked, before any is attached.
                 stack.load_all([(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in new])
@@ -223,7 +223,7 @@ class Following:
         finally:
             self._let_go(gone.difference(new), on_running, timeout)
         spare = frozenset(stack.loaded) - wanted
-        # These may answer: calls that use them run to their end, and if that takes long they are dropped another time.
+        # These may still answer: calls that use them run to their end; if that takes long, they are dropped later.
         if calls.wait_for(spare, timeout):
             stack.drop(spare)
         return lock_seconds

@@ -30,7 +30,7 @@ def fresh_copy(part: Any, shared: Sequence[Any]) -> Any:
     try:
         found = list(held_as_it_is(part, memo))
         memo |= {id(one): one for one in found if not isinstance(one, types.FunctionType)}
-        # After what they share.
+        # Functions come last: what they share must be in the memo by then.
         for one in found:
             if isinstance(one, types.FunctionType):
                 _copy_function(one, memo)

@@ -90,7 +90,7 @@ class Generating(Following, _Host):
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-    # What `generate` asks on its way
+    # Steps of `generate` that an ensemble takes otherwise
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """

@@ -60,7 +60,8 @@ _PLAIN = (
     PreTrainedConfig, GenerationConfig,
 )  # fmt: skip
 
-# By the served model's class and the base's. A made class lives as long as a model of it, and keeps the base's alive.
+# Keyed by the served model's class and the base's. A made class lives as long as a model of it, and keeps the
+# base's alive.
 _made: "weakref.WeakValueDictionary[tuple[type, type], type[nn.Module]]" = weakref.WeakValueDictionary()
 _making = threading.Lock()
 

@@ -22,7 +22,7 @@ _HOW_IT_IS_RUN = {
     "_gradient_checkpointing_func", "neftune_noise_alpha", "_parameters", "_modules", "_buffers", "_hf_hook",
     "_old_forward", "_compiled_call_impl", "_is_accelerate_prepared", "_hf_peft_config_loaded",
 }  # fmt: skip
-# By this name buffers are seen, which are never put back.
+# The name of a module's buffers among its attributes; they are looked at, and never put back.
 BUFFERS = "buffers"
 
 

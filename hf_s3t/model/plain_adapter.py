@@ -15,7 +15,7 @@ from .peft_layers import PEFT_PREFIX, AdaptedLayer, unwrapped
 from .tensor_files import differing_tensors
 
 
-# By which PEFT computes with a LoRA layer, besides its tensors.
+# The settings that decide, besides its tensors, what PEFT computes with a LoRA layer.
 _SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "lora_variant")
 
 

@@ -312,7 +312,7 @@ class StageStack:
         for module in holders:
             module.enable_adapters(False)
             if isinstance(module, AdaptedLayer):
-                # Of one that is active when it is dropped PEFT makes another the successor, and trainable.
+                # When an active adapter is dropped, PEFT makes another one active, and trainable.
                 module.set_adapter([], inference_mode=True)
 
     def wrap(self) -> None:

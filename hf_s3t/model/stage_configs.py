@@ -16,7 +16,7 @@ from ..errors import LayersNotFoundError
 from .layers import LayerGroups
 
 
-# By which single modules have a rank or a scale of their own.
+# The fields of a config that give single modules a rank or a scale of their own.
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
 

@@ -156,7 +156,7 @@ def _exclusion(names: Sequence[str], layers: LayerGroups, inside: Sequence[str])
 
 def _refuse_unmatched(config: LoraConfig, names: Sequence[str], adapted: Mapping[str, LoraLayer]) -> None:
     """Names that mean nothing on this model, though others do."""
-    # Of experts, what is fused has their names no more.
+    # Experts that are fused into one parameter have no modules of those names any more.
     is_fused = any(isinstance(module, ParamWrapper) for module in adapted.values())
     for field in ("target_modules", "exclude_modules"):
         given = getattr(config, field)

@@ -123,7 +123,7 @@ class Turns:
         return _Place(self._events, id(frame), frame.f_lasti, used, frame.f_globals is vars(threading))
 
     def _let_in(self, turns: set[object]) -> None:
-        # Of calls there are states as soon as a stage has the base.
+        # The random states of calls are read as soon as a stage has the base.
         if self._is_held and self._aside is None and self._of_calls is not None:
             self._aside = _Aside(self._base, self._bare)
             self._of_calls.restore()
