@@ -100,8 +100,8 @@ class FreshParts:
     def _put_callbacks_back(self) -> None:
         # What the stage added or removed stays so. Those that keep state are the given ones again: a resume replaces
         # them.
-        handler = self._trainer.callback_handler
+        present = self._trainer.callback_handler.callbacks
         kinds = {type(callback) for callback in self._callbacks if isinstance(callback, ExportableState)}
-        now = [callback for callback in handler.callbacks if type(callback) not in kinds]
+        now = [callback for callback in present if type(callback) not in kinds]
         kept = [callback for callback in self._callbacks if type(callback) in kinds or callback in now]
-        handler.callbacks = kept + [callback for callback in now if callback not in kept]
+        self._trainer._have_callbacks(kept + [callback for callback in now if callback not in kept])

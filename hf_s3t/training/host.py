@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..config import S3TConfig
 from ..errors import ConfigError, S3TError
@@ -33,6 +33,9 @@ class TrainerPart(_Host):
     _prepared: Any
     # None between stages.
     _stage: StageKey | None
+
+    def _have_callbacks(self, callbacks: list[TrainerCallback]) -> None:
+        self.callback_handler.callbacks = callbacks
 
     @property
     def _output_dir(self) -> str:

@@ -84,10 +84,11 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
                 written. What was written before stays.
         """
         self._refuse_to_choose(resume_from_checkpoint, trial)
+        rows = self._rows_of_stages
         self._look_before_training(resume_from_checkpoint is not False)
         self._agreed = self.folder.valid_stages
         keys = self._stage_order(self._missing())
-        check_batches(keys, self._rows_of_stages, self.folder.table, self.args, self.accelerator.num_processes)
+        check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
         self._logs = {}
@@ -123,8 +124,6 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
 
     def _look_before_training(self, resume: bool) -> None:
         """Refuse to train where something is not as it was when the trainer, or stages that are there, were made."""
-        if self._stage_rows is None:
-            raise ConfigError("There is no `train_dataset` to train on. Give it to the trainer.")
         self._refuse_changed_accelerator()
         if evaluation_chooses(self.args, self.s3t_config):
             self._compare_evaluation_set()

@@ -157,7 +157,8 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _let_go(self, paged: int) -> None:
         """Keep nothing of a stage: what it trained may be unlearned at any time."""
-        vars(self).pop("_epoch_iterator", None)
+        for name in ("_epoch_iterator", "_fresh_parts"):
+            vars(self).pop(name, None)
         self.accelerator.free_memory()
         for name in ("optimizer", "lr_scheduler", "train_dataloader"):
             setattr(self.callback_handler, name, None)
@@ -224,7 +225,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""
         given = self.data_collator
         self.data_collator = self._copy(given)
-        if kwargs.get("is_training"):
+        if kwargs.get("is_training") and self._stage is not None:
             self._fresh_parts.note(self.data_collator)
         try:
             return super()._get_dataloader(*args, **kwargs)

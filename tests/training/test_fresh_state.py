@@ -312,15 +312,17 @@ def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_pa
     assert kept is of_another_model
 
 
-def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path):
+def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path, monkeypatch):
     """One slice at a time, the deeper stage may be the shorter one."""
     rows = [{**row, "shard": 0, "slice": int(number >= 22)} for number, row in enumerate(lm_rows(24))]
     config = s3t_config(
         partition="column", shard_column="shard", slice_column="slice", stage_data="slice", sequence_selection=[[0, 1]]
     )
     args = training_arguments(tmp_path / "system", per_device_train_batch_size=1)
-    trainer = make_trainer(tmp_path / "system", rows=rows, config=config, args=args)
-    assert trainer._fewest_steps() == 2
+    said = []
+    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", said.append)
+    make_trainer(tmp_path / "system", rows=rows, config=config, args=args)
+    assert [text for text in said if text.startswith("The shortest stage gets 2 optimizer steps")]
 
 
 class Ends(TrainerCallback):
