@@ -40,14 +40,6 @@ IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
 CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk():
-    """What is synced, and when, is seen by who takes `os.fsync`'s place in a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
 # Systems without tensors: what training would write is a file that depends on what it would depend on.
 
 

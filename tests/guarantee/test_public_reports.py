@@ -4,7 +4,6 @@ import copy
 import gc
 import inspect
 import json
-import os
 import uuid
 from pathlib import Path
 
@@ -64,12 +63,6 @@ def tokenizer(pad: int = 0, eos: int = 2) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=f"w{pad}", eos_token=f"w{eos}", bos_token="w1", unk_token="w3"
     )
-
-
-@pytest.fixture(autouse=True)
-def disk_in_no_hurry(monkeypatch):
-    """Nobody waits for the disk: most of the time that a checkpoint takes."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
