@@ -606,7 +606,7 @@ def with_processes(path, mode):
 def test_processes_that_train_together_serve_meanwhile(tmp_path):
     bits = []
     for mode in ("quiet", "served"):
-        run = {"processes": 2, "port": 29643, "environment": {"OMP_NUM_THREADS": "1"}}
+        run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
         launched(Path(__file__), str(tmp_path / mode), mode, **run)
         folder = SystemFolder(tmp_path / mode)
         bits.append({str(key): folder.adapter_digest(key) for key in folder.stages})

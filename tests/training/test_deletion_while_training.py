@@ -396,7 +396,7 @@ def test_all_processes_train_a_stage_on_the_same_examples(tmp_path, monkeypatch)
     digests = []
     for moment in ("before", "late"):
         path = tmp_path / moment
-        run = {"processes": 2, "port": 29617, "environment": {"OMP_NUM_THREADS": "1"}}
+        run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
         launched(Path(__file__), str(path), moment, **run)
         folder = SystemFolder(path)
         assert folder.ledger.num_deletions == 1 and folder.valid_stages == set(folder.plan.stages())

@@ -520,7 +520,7 @@ except KeyboardInterrupt:
 def test_parts_that_know_the_rank_of_their_process_go_on(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
-    printed = launched(script, str(tmp_path / "system"), processes=2, port=29617)
+    printed = launched(script, str(tmp_path / "system"), processes=2)
     said = sorted(line for line in printed.splitlines() if line.startswith("rank"))
     assert said == ["rank 0: (1, True)", "rank 1: (1, True)"]
 
