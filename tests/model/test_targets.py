@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors.torch import load_file
+from support.refusals import digest_of
 from support.tiny import (
     build,
     classification_rows,
@@ -25,7 +26,6 @@ from support.tiny import (
     tiny_roberta,
     tiny_vit,
 )
-from test_errors import digest_of
 
 from hf_s3t.errors import ConfigError, LayersNotFoundError
 

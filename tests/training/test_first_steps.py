@@ -10,6 +10,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
+from support.refusals import Refusal, assert_trainer_refuses, cases
 from support.tiny import (
     batch_of,
     build,
@@ -24,7 +25,6 @@ from support.tiny import (
     tiny_vit,
     training_arguments,
 )
-from test_errors import Refusal, assert_trainer_refuses, cases
 from test_targets import llava
 from torch import nn
 from transformers.debug_utils import DebugUnderflowOverflow
