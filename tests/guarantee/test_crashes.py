@@ -1,4 +1,4 @@
-"""Whatever dies, and whenever: a deletion that was acknowledged is in force, and nothing else is lost or left."""
+"""Whatever dies, and whenever: a deletion that was acknowledged is in force, and nothing else is lost or left (E4)."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The guarantee on a GPU: training again gives the same bits, and the ensemble answers as its members do."""
+"""The guarantee on a GPU: training again gives the same bits (E3), and the ensemble answers as its members do."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""What users of the libraries beneath reported, tried on this package; `docs/public_reports.md` has the verdicts."""
+"""
+What users of the libraries beneath reported, tried on this package (E1, E3, E6); `docs/public_reports.md` has the
+verdicts.
+"""
 
 import copy
 import gc

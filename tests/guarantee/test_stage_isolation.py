@@ -1,6 +1,6 @@
 """
 A stage sees the examples of its slices and nothing else, trains its own adapter and nothing else, and depends on
-nothing else.
+nothing else (E1).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The life of a system in any order: whoever does what to it, and whoever dies, it is what a plain model says."""
+"""The life of a system in any order: whoever does what, and whoever dies, it is what a plain model says (E2, E4)."""
 
 import itertools
 import shutil
