@@ -19,6 +19,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from support.folders import forge
+from support.insides import routing_of, wait_for_cleaner
 from support.refusals import CARRIES, Refusal, cases, digest_of, files_of, inactive_adapters, with_lora
 from support.tiny import (
     batch_of,
@@ -126,7 +127,7 @@ def test_what_does_not_fit_the_system_that_is_there_is_refused_and_leaves_it_alo
 def test_deleted_rows_that_are_still_in_the_dataset_are_no_error(system):
     model = S3TModel.from_pretrained(system, base_model=base())
     model.unlearn(["example-003"])
-    model._wait_for_cleaner()
+    wait_for_cleaner(model)
     trainer = make_trainer(system, base(), rewritten(3, labels=[9] * 8), config=GROUPED)
     assert "example-003" not in trainer.folder.table.rows
 
@@ -153,7 +154,7 @@ def state_of(model: S3TModel):
         files_of(model.folder.path),
         digest_of(model.base_model),
         sorted(map(str, model.stack.loaded)),
-        model._routing,
+        routing_of(model),
         dict(model.folder.table.rows),
         model.folder.ledger,
         logits.numpy().tobytes(),
@@ -220,13 +221,13 @@ def test_an_unlearn_that_is_refused_changes_nothing(case, untouched):
     with pytest.raises(S3TError) as caught:
         untouched.unlearn(**case.given)
     case.check(caught)
-    untouched._wait_for_cleaner()
+    wait_for_cleaner(untouched)
     assert state_of(untouched) == before
 
 
 def test_ids_that_were_deleted_before_are_no_error_and_no_second_deletion(model):
     model.unlearn(["example-001"])
-    model._wait_for_cleaner()
+    wait_for_cleaner(model)
     before = state_of(model)
     report = model.unlearn(["example-001"])
     assert (report.requested, report.deleted, report.already_deleted, report.stages_removed) == (1, 0, 1, ())
@@ -557,7 +558,7 @@ def test_a_system_can_be_opened_without_data_but_not_trained(system):
     opened = S3TTrainer(model=base(), args=args)
     with pytest.raises(ConfigError, match=r"There is no `train_dataset` to train on. Give it to the trainer"):
         opened.train()
-    assert opened.s3t_model._routing.depths == [2]
+    assert routing_of(opened.s3t_model).depths == [2]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tokenizers
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from support.insides import rows_of_stages
 from support.refusals import Refusal, cases, files_of
 from support.tiny import (
     ids_of,
@@ -84,7 +85,7 @@ def test_a_slice_of_which_truncation_leaves_nothing_is_refused_before_anything_i
 def test_examples_of_which_truncation_leaves_nothing_are_no_error_where_others_remain(tmp_path):
     rows = text_rows([" ".join(f"w{n}" for n in range(4, 40)) if n == 5 else "w4" for n in range(8)])
     trainer = sft_trainer(tmp_path / "system", rows, s3t_config(partition="balanced"))
-    assert len(trainer.folder.table) == 8 and trainer._stage_rows.dropped(trainer.folder.table) == 1
+    assert len(trainer.folder.table) == 8 and rows_of_stages(trainer).dropped(trainer.folder.table) == 1
 
 
 def test_a_slice_of_which_a_deletion_leaves_only_what_truncation_dropped_is_grown_no_more(tmp_path):

@@ -21,6 +21,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from support.insides import rows_of_stages
 from support.tiny import (
     batch_of,
     build,
@@ -302,7 +303,7 @@ def test_accumulated_batches_of_unequal_length_weigh_as_in_plain_peft(tmp_path):
     Trainer(
         plain,
         training_arguments(tmp_path / "plain", seed=seed, **settings),
-        train_dataset=trainer._stage_rows.select(key, trainer.folder.table),
+        train_dataset=rows_of_stages(trainer).select(key, trainer.folder.table),
         data_collator=collator,
     ).train()
     expected = {n.replace(".default", ""): t for n, t in plain.state_dict().items() if "lora_" in n}

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 from support.crashes import Faults
 from support.folders import NAMES, USERS, delete_and_die, files_of, grow, new_system, stages_on_disk
+from support.insides import wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, UnknownExampleError
@@ -433,7 +434,7 @@ class ModelLife(Life):
         assert self.model.check() == []
 
     def settle(self):
-        self.model._wait_for_cleaner()
+        wait_for_cleaner(self.model)
 
     def follow(self, way):
         if way == "refresh":

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
+from support.insides import routing_of
 from support.tiny import (
     BOS,
     EOS,
@@ -1019,7 +1020,7 @@ def live_tensors() -> tuple[int, int]:
 
 def of_model(model: S3TModel) -> tuple[int, int]:
     """The same for what a model consists of: its base, the adapters in memory and the members' weights."""
-    found = storages([*model.parameters(), *model.buffers(), model._routing.weights])
+    found = storages([*model.parameters(), *model.buffers(), routing_of(model).weights])
     return len(found), sum(found.values())
 
 
@@ -1034,7 +1035,7 @@ def test_after_unlearning_no_tensor_lives_but_those_of_the_base_and_of_what_serv
     left, (count, size) = of_model(model), live_tensors()
     assert left < held and model.status()["depths"] == [2, 1]
     assert (count - before[0], size - before[1]) == left
-    weights = model._routing.weights
+    weights = routing_of(model).weights
     served = bytes_of_stages(tmp_path / "copy", [(0, 2), (1, 1)])
     assert size - before[1] == bytes_of_model(made.fresh()) + served + weights.untyped_storage().nbytes()
 
@@ -1047,7 +1048,7 @@ def test_twenty_rounds_of_unlearning_and_growing_again_hold_no_more_memory_than_
     model = S3TModel.from_pretrained(path, base_model=tiny_llama(2))
     held = []
     for number in range(21):
-        (tip,) = model._routing.served[number % 2]
+        (tip,) = routing_of(model).served[number % 2]
         model.unlearn(model.folder.table.members(tip.shard, tip.prefix[-1])[:1])
         model(**inputs_of(Made(path, tiny_llama, rows), 2))
         trainer.folder.refresh()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.plan import stage_seed
+from support.insides import stack_of
 
 
 VOCABULARY = 60
@@ -237,7 +238,7 @@ def plant_stages(trainer, limit: int | None = None, seed: int = 0) -> None:
     Make missing stages exist without training: adapters of random numbers that differ from stage to stage (and seed to
     seed), written as training writes them. A hundred times faster, for tests of everything that comes after it.
     """
-    folder, stack = trainer.folder, trainer._stack
+    folder, stack = trainer.folder, stack_of(trainer)
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
         for stage in key.lineage[:-1]:
             if stage not in stack:

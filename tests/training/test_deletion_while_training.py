@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.insides import routing_of, stack_of
 from support.launched import launched
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, training_arguments
 from transformers import TrainerCallback
@@ -135,7 +136,7 @@ class AskedFromAThread(TrainerCallback):
         """Note who answers."""
         try:
             self.model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
-            stages = self.model._routing.stages
+            stages = routing_of(self.model).stages
             # One that was grown again since is another, under the same name.
             self.answered_by.append({(str(key), self.model.folder.adapter_digest(key)) for key in stages})
         except ExhaustedError:
@@ -205,13 +206,13 @@ def test_a_stage_that_is_discarded_and_has_nothing_left_to_be_grown_on_is_out_of
     trainer = make_trainer(tmp_path, rows=rows, config=config, callbacks=[forget])
     trainer.train()
     first, second = trainer.folder.plan.stages()
-    assert trainer.folder.stages == [first] and second not in trainer._stack
+    assert trainer.folder.stages == [first] and second not in stack_of(trainer)
     assert not [name for name, _ in trainer.model.named_parameters() if second.adapter_name in name.split(".")]
 
 
 def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(tmp_path):
     trainer, seen, victim, hit = served_and_hit(
-        tmp_path, lambda trainer: lambda: (trainer._stage, trainer._stack.loaded)
+        tmp_path, lambda trainer: lambda: (stack_of(trainer).in_training, stack_of(trainer).loaded)
     )
     by_another_folder(tmp_path, victim)
     trainer.train()
@@ -222,7 +223,7 @@ def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(t
 def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeypatch):
     begun, go_on, computed = (threading.Event() for _ in range(3))
     trainer, _, victim, hit = served_and_hit(tmp_path, lambda trainer: None)
-    model, drop, had_computed = trainer.s3t_model, trainer._stack.drop, []
+    model, drop, had_computed = trainer.s3t_model, stack_of(trainer).drop, []
 
     def wait_inside(*args):
         if threading.current_thread() is not threading.main_thread():
@@ -241,7 +242,7 @@ def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeyp
 
     model.get_input_embeddings().register_forward_pre_hook(wait_inside)
     model.base_model.model.register_forward_hook(note_the_end)
-    monkeypatch.setattr(trainer._stack, "drop", noted_drop)
+    monkeypatch.setattr(stack_of(trainer), "drop", noted_drop)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(lambda: model(input_ids=torch.tensor([ROWS[0]["input_ids"]])))
         assert begun.wait(20)
@@ -319,7 +320,7 @@ class StepsAndCheckpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Before the checkpoint of this step, if there is one."""
-        self.stages.append(self.trainer._stage)
+        self.stages.append(stack_of(self.trainer).in_training)
         self.checkpoints.append(len(list(self.trainer.folder.path.glob("checkpoints/*/*/checkpoint-*"))))
 
 

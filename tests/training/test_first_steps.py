@@ -10,6 +10,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
+from support.insides import stack_of
 from support.refusals import Refusal, assert_trainer_refuses, cases
 from support.tiny import (
     batch_of,
@@ -323,7 +324,9 @@ def test_settings_that_say_nothing_of_a_stage_do_not_change_it(tmp_path):
         settings = {"args": args, "peft_config": config, "config": s3t_config(budget=1)}
         trainer = make_trainer(tmp_path / name, tiny_llama(layers=2), lm_rows(12), **settings)
         trainer.train()
-        stages.append([trainer._stack.digest([stage]) for stage in trainer.folder.plan.stages() if stage.depth == 2])
+        stages.append(
+            [stack_of(trainer).digest([stage]) for stage in trainer.folder.plan.stages() if stage.depth == 2]
+        )
     assert stages[0] == stages[1]
 
 
@@ -357,7 +360,7 @@ def test_looking_for_overflows_leaves_no_hook_on_the_base(tmp_path):
     assert watched(looked.model) == 0
     # And one look at a time while a stage trains.
     assert min(seen) > 0 and max(seen) < 2 * min(seen)
-    digests = [[t._stack.digest([s]) for s in t.folder.plan.stages() if s in t._stack] for t in (plain, looked)]
+    digests = [[stack_of(t).digest([s]) for s in t.folder.plan.stages() if s in stack_of(t)] for t in (plain, looked)]
     assert digests[0] == digests[1] != []
 
 

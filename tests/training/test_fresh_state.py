@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from support.folders import files_of
+from support.insides import routing_of, stack_of
 from support.tiny import (
     batch_of,
     classification_rows,
@@ -215,7 +216,7 @@ def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tm
     trainer = make_trainer(tmp_path / "system", model=keeping(tiny_llama()), rows=lm_rows(16), config=CONFIG)
     with pytest.raises(IsolationError, match=r"shard-0/0 changed buffers of the base .* Use a model whose forward"):
         trainer.train()
-    assert trainer.folder.stages == [] and trainer._stack.loaded == []
+    assert trainer.folder.stages == [] and stack_of(trainer).loaded == []
 
 
 class Remembers(TrainerCallback):
@@ -260,9 +261,9 @@ class WritesBelow(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """By one element."""
-        parent = self.trainer._stage.parent
+        parent = stack_of(self.trainer).in_training.parent
         if parent is not None:
-            next(iter(self.trainer._stack.tensors(parent).values())).data.view(-1)[0] += 1
+            next(iter(stack_of(self.trainer).tensors(parent).values())).data.view(-1)[0] += 1
 
 
 def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_upon_it(tmp_path):
@@ -284,7 +285,7 @@ def test_a_live_model_does_not_answer_with_what_training_changed_before_it_was_s
     trainer.add_callback(WritesBelow(trainer))
     with pytest.raises(S3TError, match="changed a stage below it"):
         trainer.train()
-    assert live._routing.depths == [1] and torch.equal(live(**batch).logits, before)
+    assert routing_of(live).depths == [1] and torch.equal(live(**batch).logits, before)
 
 
 class PagedSGD(torch.optim.SGD):
@@ -337,7 +338,7 @@ def test_a_stage_that_something_ends_before_its_last_step_is_none(tmp_path):
     trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD, callbacks=[Ends()], args=args)
     with pytest.raises(IsolationError, match=r"shard-0/\d was ended after 2 of 3 steps, and is discarded"):
         trainer.train()
-    assert not trainer.folder.stages and not trainer._stack.loaded
+    assert not trainer.folder.stages and not stack_of(trainer).loaded
     trainer.pop_callback(Ends)
     trainer.train()
     assert trainer.verify().ok
@@ -389,7 +390,7 @@ def test_training_does_not_go_on_by_another_recipe(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"by another recipe: learning_rate=0.5 \(was 0.01\)"):
         other.train()
-    assert len(other.folder.stages) == 1 and other._stack.loaded == []
+    assert len(other.folder.stages) == 1 and stack_of(other).loaded == []
     trainer.train()
     assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
 
