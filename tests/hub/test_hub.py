@@ -439,7 +439,7 @@ def test_the_picture_shows_every_stage_live_or_gone(pushed, repo):
     picture = ElementTree.fromstring(Path(hf_hub_download(repo.repo_id, "stacks.svg")).read_bytes())
     boxes = [group.get("class") for group in picture.iter("{http://www.w3.org/2000/svg}g")]
     depths = [depth for shard in pushed.plan.depths(pushed.valid_stages) for depth in shard]
-    assert boxes.count("live") == sum(depths) and len(boxes) == 2 * 3 * 3
+    assert boxes.count("live") == sum(depths) and len(boxes) == 2 * 2 * 2
 
 
 @pytest.mark.slow
