@@ -113,6 +113,30 @@ def tiny_vit(layers: int = 4, seed: int = 0, *, labels: int = LABELS, **changes)
     return build("ViTForImageClassification", "ViTConfig", seed, **{**settings, **changes})
 
 
+def tiny_llava() -> PreTrainedModel:
+    """A LLaVA model: a Llama behind a tower that sees images of 8 by 8 pixels."""
+    tower = dict(
+        model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, image_size=8, patch_size=4,
+    )  # fmt: skip
+    return build(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        vision_config=tower,
+        text_config=dict(
+            model_type="llama",
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        ),
+        image_token_id=50,
+    )
+
+
 LORA_TARGETS = {
     "llama": "all-linear",
     "qwen2": ["q_proj", "v_proj", "down_proj"],

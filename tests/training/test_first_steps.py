@@ -23,10 +23,10 @@ from support.tiny import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_llava,
     tiny_vit,
     training_arguments,
 )
-from test_targets import llava
 from torch import nn
 from transformers.debug_utils import DebugUnderflowOverflow
 from trl import SFTConfig, SFTTrainer
@@ -115,7 +115,7 @@ def test_rows_that_it_has_a_place_for_are_not(rows, model, tmp_path):
 def test_the_positions_of_a_tower_of_pictures_are_none_of_words(tmp_path):
     """It has five of them here."""
     trainer = make_trainer(
-        tmp_path, llava(), lm_rows(12), peft_config=LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+        tmp_path, tiny_llava(), lm_rows(12), peft_config=LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
     )
     assert trainer.model.main_input_name == "input_ids"
 
