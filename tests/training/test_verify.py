@@ -237,9 +237,9 @@ def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
     resets, reset = [], torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
     args = training_arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    # All batches of one size: others would be compiled again.
-    config = s3t_config(budget=1, partition="balanced")
-    trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=config, args=args)
+    # One layer, and all batches of one size: others would be compiled again.
+    config = s3t_config(num_shards=2, num_slices=1, budget=1, partition="balanced")
+    trainer = make_trainer(tmp_path, tiny_llama(1), lm_rows(8), config=config, args=args)
     trainer.train()
     assert len(resets) == len(trainer.folder.stages) == 2
 
