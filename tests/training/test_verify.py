@@ -233,6 +233,8 @@ def test_what_decides_how_batches_come_about_is_part_of_the_recipe(changed, tmp_
     assert {*differing(plain, recipe_of(training_arguments(tmp_path, SFTConfig, **changed)))} == {*changed}
 
 
+# That the compiler is reset for each is shown in `test_parts.py`; this one compiles, which takes its time.
+@pytest.mark.slow
 def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
     resets, reset = [], torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
