@@ -19,7 +19,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # A process per core, each with one thread: more would wait for each other. A file's tests share what they set up.
 # `nproc` takes OMP_NUM_THREADS for the number of cores.
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo docs test test-slow test-all test-lowest coverage lint format bench dist clean

@@ -81,6 +81,14 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a GPU, and this machine has none")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk():
+    """Nor for a machine that dies. What is synced, and when, is seen by who takes `os.fsync`'s place in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """The number of threads decides the order of float sums; and more of them are no faster on tiny models."""
@@ -88,11 +96,13 @@ def one_thread():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # Trainer collects garbage at every stage; what the imports left behind need not be looked through each time.
+    # Trainer collects garbage at every stage; what imports and earlier modules left behind need not be looked through
+    # each time, nor counted, which takes as long: a trainer only asks whether something is frozen.
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: 1)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -131,8 +141,7 @@ def hub(monkeypatch, tmp_path):
     _HUB.users[token] = (user, "write", {user})
     _HUB.user, _HUB.token = user, token
     monkeypatch.setenv("HF_TOKEN", token)
-    # Nobody waits for a Hub that recovers at once, nor for the disk.
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    # Nobody waits for a Hub that recovers at once.
     monkeypatch.setattr("hf_s3t.hub.pushing.time.sleep", lambda seconds: None)
     monkeypatch.setattr(_http, "time", type("Time", (), {"sleep": lambda seconds: None, "time": time.time}))
     _HUB.faults.clear()

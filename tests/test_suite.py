@@ -1,6 +1,8 @@
-"""What the suite itself promises: it says the same on every machine, whatever is set there."""
+"""What the suite itself promises: it says the same on every machine, and which file proves which clause."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,15 @@ CHOSEN = {
         "operations/test_pending.py",
     ],
 }
+
+
+def test_every_file_of_the_guarantee_names_its_clauses_and_has_its_place_in_the_table():
+    table = (TESTS / "guarantee" / "README.md").read_text(encoding="utf-8")
+    for file in sorted((TESTS / "guarantee").glob("test_*.py")):
+        assert f"`{file.name}`" in table
+        assert re.search(r"\b(E[1-6])\b", ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))), file.name
+    for path in re.findall(r"`(\w+/test_\w+\.py)`", table):
+        assert (TESTS / path).exists(), path
 
 
 @pytest.mark.parametrize("chosen", ["secrets", pytest.param("models", marks=pytest.mark.slow)])

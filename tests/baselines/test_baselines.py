@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from support.folders import apply
+from support.insides import calls_of, routing_of, rows_of_stages, stack_of
 from support.tiny import (
     BOS,
     EOS,
@@ -443,7 +444,7 @@ def test_prototypes_are_those_of_the_examples_that_are_left(copy_of, tmp_path):
         {
             (shard, slice_): method.model.prototypes.sum_up(
                 never.trainer.get_test_dataloader(
-                    never.trainer._stage_rows.select(StageKey(shard, (slice_,)), never.trainer.folder.table)
+                    rows_of_stages(never.trainer).select(StageKey(shard, (slice_,)), never.trainer.folder.table)
                 ),
                 never.trainer.folder.table.slice_digest(shard, slice_),
             )
@@ -604,9 +605,9 @@ def test_bottom_up_builds_no_graph_below_the_trained_group(tmp_path):
 
     def note(index):
         def hook(module, args, output):
-            if trainer._stage is not None and module.training:
+            if stack_of(trainer).in_training is not None and module.training:
                 tensor = output[0] if isinstance(output, tuple) else output
-                made.setdefault(str(trainer._stage), set()).add((index, tensor.requires_grad))
+                made.setdefault(str(stack_of(trainer).in_training), set()).add((index, tensor.requires_grad))
 
         return hook
 
@@ -674,7 +675,7 @@ def test_a_limit_counts_for_its_thread_and_a_deletion_takes_effect_inside(langua
             other.start()
             other.join()
             # Two sequences: the shard falls back on the one that begins with the other slice.
-            (key,) = (tip for tip in model._routing.served[0])
+            (key,) = (tip for tip in routing_of(model).served[0])
             gone = next(
                 i for i, row in model.folder.table.rows.items() if (row.shard, row.slice) == (0, key.prefix[0])
             )
@@ -697,7 +698,7 @@ def test_a_deletion_waits_for_calls_that_are_limited_or_stops_them(language, tmp
 
     def call():
         try:
-            with torch.no_grad(), model.limited_to(1), model._calls.call():
+            with torch.no_grad(), model.limited_to(1), calls_of(model).call():
                 inside.set()
                 go_on.wait(30)
                 model(**batch_of(lm_rows(3, seed=4)))
@@ -707,7 +708,7 @@ def test_a_deletion_waits_for_calls_that_are_limited_or_stops_them(language, tmp
     caller = threading.Thread(target=call)
     caller.start()
     assert inside.wait(30)
-    first = model._routing.served[0][0].prefix[0]
+    first = routing_of(model).served[0][0].prefix[0]
     gone = next(i for i, row in model.folder.table.rows.items() if (row.shard, row.slice) == (0, first))
     deleter = threading.Thread(target=model.unlearn, args=[[gone]], kwargs={"on_running": on_running})
     deleter.start()

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 from support.folders import apply, delete_and_die, forge, forge_stage, preview, request_later
+from support.insides import routing_of, wait_for_cleaner
 
 import hf_s3t.folder.files as files
 import hf_s3t.folder.system as storage
@@ -38,14 +39,6 @@ ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.hea
 STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
 IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
 CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk():
-    """What is synced, and when, is seen by who takes `os.fsync`'s place in a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 # Systems without tensors: what training would write is a file that depends on what it would depend on.
@@ -1265,7 +1258,7 @@ def served(planted, tmp_path):
 def test_after_unlearn_no_deleted_id_stands_in_any_byte_of_any_file(served):
     victims = list(served.folder.table.rows)[:3]
     served.unlearn(victims)
-    served._wait_for_cleaner()
+    wait_for_cleaner(served)
     for name, data in files_of(served.folder.path).items():
         assert not [victim for victim in victims if victim.encode() in data], name
     table = pq.read_table(served.folder.path / "examples.parquet")
@@ -1340,7 +1333,7 @@ def test_a_model_goes_on_without_what_was_deleted_although_the_folders_cannot_be
     with pytest.raises(FolderError, match=r"could not be removed.*The deletions in the ledger are in force"):
         served.unlearn(victim)
     assert served(torch.tensor([[5, 6, 7]])).logits is not None
-    assert not gone & {str(key) for key in (*served.stack.loaded, *served._routing.stages)}
+    assert not gone & {str(key) for key in (*served.stack.loaded, *routing_of(served).stages)}
     assert all(map(served.folder.is_deleted, victim)) and served.status()["depths"] == [1, 2]
     monkeypatch.undo()
     assert not gone & stages_on_disk(SystemFolder(served.folder.path).path)
@@ -1354,7 +1347,7 @@ def test_a_model_that_changes_its_system_holds_the_lock(served, monkeypatch):
         served.unlearn_later(other, max_delay=600)
         served.apply_pending()
         served.unlearn(last)
-        served._wait_for_cleaner()
+        wait_for_cleaner(served)
 
     number, unlocked = done_without_the_lock(monkeypatch, served.folder.path, act)
     assert number and not unlocked
@@ -1368,7 +1361,7 @@ def test_a_live_model_refuses_what_was_put_back_from_before_a_deletion(served, w
     aside = Path(shutil.copytree(path, path.parent / "aside"))
     victims = served.folder.table.members(0, 0)[:1]
     removed = set(served.unlearn(victims).stages_removed)
-    served._wait_for_cleaner()
+    wait_for_cleaner(served)
     if what:
         shutil.copy(aside / what, path / what)
     else:
@@ -1379,7 +1372,7 @@ def test_a_live_model_refuses_what_was_put_back_from_before_a_deletion(served, w
     for call in calls:
         with pytest.raises(FolderError, match=r"ledger.jsonl lacks lines that it had.*Restore it from a backup"):
             call()
-    assert not removed & {str(key) for key in (*served.stack.loaded, *served._routing.stages)}
+    assert not removed & {str(key) for key in (*served.stack.loaded, *routing_of(served).stages)}
     assert all(map(served.folder.is_deleted, victims))
 
 

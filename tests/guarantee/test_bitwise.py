@@ -1,4 +1,4 @@
-"""Train on everything and unlearn, or train without: every surviving stage is the same to the bit (contract E3)."""
+"""Train on everything and unlearn, or train without: every surviving stage is the same to the bit (E3)."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Whatever dies, and whenever: a deletion that was acknowledged is in force, and nothing else is lost or left."""
+"""Whatever dies, and whenever: a deletion that was acknowledged is in force, and nothing else is lost or left (E4)."""
 
 import errno
 import os
@@ -26,6 +26,7 @@ from support.folders import (
     own_surroundings,
     stages_on_disk,
 )
+from support.insides import routing_of, wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
@@ -383,7 +384,7 @@ def recorded_on_model(start, path, act) -> Recording:
     recording = Recording(path)
     with recording.running():
         act(model, recording.mark)
-        model._wait_for_cleaner()
+        wait_for_cleaner(model)
     return recording
 
 
@@ -472,18 +473,18 @@ def test_a_full_disk_at_any_moment_of_unlearn_leaves_a_model_that_finishes_it_wh
     outcome = Outcome(trained, victims, tmp_path / "whole")
     for after in (0, 1, 2, 3, 4, 5, 7, 10, 14, 18):
         model = load(shutil.copytree(trained, tmp_path / str(after)))
-        routing = model._routing
+        routing = routing_of(model)
         path = model.folder.path
         try:
             with Faults(after).running():
                 model.unlearn(victims)
-                model._wait_for_cleaner()
+                wait_for_cleaner(model)
         except FolderError as error:
             assert "No space left on device" in str(error)
         if not (path / LEDGER_FILE).read_bytes().endswith(b"\n"):
-            assert model._routing is routing and outcome.before == tree_of(path) | torn(path)
+            assert routing_of(model) is routing and outcome.before == tree_of(path) | torn(path)
         model.unlearn(victims)
-        model._wait_for_cleaner()
+        wait_for_cleaner(model)
         gone = set(stage_paths(outcome, False)) - set(stage_paths(outcome, True))
         assert gone and not gone & {key.path for key in model.stack.loaded}
         assert names_in(path) == outcome.rows[True], after

@@ -1,4 +1,6 @@
-"""Whatever a folder's files hold, by accident or design: a reader works or says what is wrong, and does no more."""
+"""
+Whatever a folder's files hold, by accident or design: a reader works or says what is wrong, and does no more (E4, E6).
+"""
 
 import contextlib
 import hashlib

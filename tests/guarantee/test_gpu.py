@@ -1,8 +1,9 @@
-"""The guarantee on a GPU: training again gives the same bits, and the ensemble answers as its members do."""
+"""The guarantee on a GPU: training again gives the same bits (E3), and the ensemble answers as its members do."""
 
 import pytest
 import torch
 from support import tiny
+from support.insides import routing_of
 
 from hf_s3t.model.route import Route, routed
 
@@ -28,7 +29,7 @@ def test_the_batched_pass_equals_the_members_one_by_one(trainer):
     model = trainer.s3t_model
     assert model.device.type == "cuda"
     inputs = {"input_ids": tiny.batch_of(tiny.lm_rows(4))["input_ids"].to(model.device)}
-    members = model._routing.route.members
+    members = routing_of(model).route.members
     with torch.no_grad():
         together = model(**inputs).logits
         alone = []

@@ -1,4 +1,7 @@
-"""Whether anything of deleted authors can be read off a system: real text, a real small Llama, deletion by author."""
+"""
+Whether anything of deleted authors can be read off a system (E1, E5): real text, a real small Llama, deletion by
+author.
+"""
 
 import json
 import shutil

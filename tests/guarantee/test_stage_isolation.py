@@ -1,6 +1,6 @@
 """
 A stage sees the examples of its slices and nothing else, trains its own adapter and nothing else, and depends on
-nothing else.
+nothing else (E1).
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from support.insides import stack_of
 from support.tiny import (
     BOS,
     EOS,
@@ -701,7 +702,7 @@ class Watch(TrainerCallback):
         self.with_gradients: dict[str, set[str]] = {}
         self.nonzero: dict[str, set[str]] = {}
         self.reached_embeddings = False
-        layers = trainer.model.get_submodule(trainer._layers.path)
+        layers = trainer.model.get_submodule(stack_of(trainer).layers.path)
         for index, layer in enumerate(layers):
             layer.register_forward_hook(partial(self._note, index))
         # The last to see what leaves the embeddings, after hooks that make it require gradients.
@@ -714,9 +715,9 @@ class Watch(TrainerCallback):
         trainer.add_callback(self)
 
     def _note(self, index: int, layer, args, output):
-        if self.trainer._stage is not None and torch.is_grad_enabled():
+        if stack_of(self.trainer).in_training is not None and torch.is_grad_enabled():
             hidden = output[0] if isinstance(output, tuple) else output
-            by_layer = self.outputs.setdefault(self.trainer._stage.prefix, {})
+            by_layer = self.outputs.setdefault(stack_of(self.trainer).in_training.prefix, {})
             by_layer.setdefault(index, set()).add(hidden.requires_grad)
 
     def _watch_embeddings(self, layer, args, kwargs):
@@ -728,7 +729,7 @@ class Watch(TrainerCallback):
         self.reached_embeddings = True
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        stage = str(self.trainer._stage)
+        stage = str(stack_of(self.trainer).in_training)
         for noted, holds in (
             (self.trainable, lambda p: p.requires_grad),
             (self.with_gradients, lambda p: p.grad is not None),
@@ -737,18 +738,18 @@ class Watch(TrainerCallback):
             noted.setdefault(stage, set()).update(n for n, p in self.trainer.model.named_parameters() if holds(p))
 
     def check(self, depths: int, head: tuple[str, ...] = ()) -> None:
-        groups = self.trainer._layers.groups
+        groups = stack_of(self.trainer).layers.groups
         assert {len(prefix) for prefix in self.outputs} == set(range(1, depths + 1))
         for prefix, by_layer in self.outputs.items():
             lowest = min(groups[len(prefix) - 1])
-            expected = {index: {index >= lowest} for index in range(self.trainer._layers.num_layers)}
+            expected = {index: {index >= lowest} for index in range(stack_of(self.trainer).layers.num_layers)}
             assert by_layer == expected, prefix
         assert not self.reached_embeddings
         for stage, names in self.trainable.items():
             shard, prefix = stage.removeprefix("shard-").split("/")
             adapter = f"shard{shard}_{prefix.replace('-', '_')}"
             assert names and all(f".{adapter}." in name for name in names), stage
-            layers = self.trainer._layers.module_names(prefix.count("-"))
+            layers = stack_of(self.trainer).layers.module_names(prefix.count("-"))
             for name in names:
                 assert name.startswith((*(f"{layer}." for layer in layers), *(f"{h}." for h in head))), name
             # All of them take part.

@@ -1,4 +1,4 @@
-"""The life of a system in any order: whoever does what to it, and whoever dies, it is what a plain model says."""
+"""The life of a system in any order: whoever does what, and whoever dies, it is what a plain model says (E2, E4)."""
 
 import itertools
 import shutil
@@ -30,6 +30,7 @@ from support.folders import (
     request_later,
     stages_on_disk,
 )
+from support.insides import wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, UnknownExampleError
@@ -442,7 +443,7 @@ class ModelLife(Life):
         assert self.model.check() == []
 
     def settle(self):
-        self.model._wait_for_cleaner()
+        wait_for_cleaner(self.model)
 
     def follow(self, way):
         if way == "refresh":

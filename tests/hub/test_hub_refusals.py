@@ -212,7 +212,7 @@ LFS = "filter=lfs diff=lfs merge=lfs -text"
         (f"*.parquet {LFS}\n# *.safetensors {LFS}\n", "adapter_model.safetensors"),
         (f"*.parquet {LFS}\n*.safetensors {LFS}\nstages/** !filter\n", "adapter_model.safetensors"),
         (f"*.parquet {LFS}\nstages/*.safetensors {LFS}\n", "adapter_model.safetensors"),
-        (f"*.parquet {LFS}\n*.safetensors {LFS}\n**/2/* -filter\n", "adapter_model.safetensors"),
+        (f"*.parquet {LFS}\n*.safetensors {LFS}\n**/1/* -filter\n", "adapter_model.safetensors"),
         (f"*.safetensors {LFS}\n*.parquet {LFS}\n[attr]small -filter\n/examples.parquet small\n", "examples.parquet"),
         (f"*.safetensors {LFS}\n*.parquet {LFS}\n[[:alpha:]]*.parquet -filter\n", "examples.parquet"),
     ],

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.plain_peft import difference, naive_ensemble, naive_member
 from support.tiny import (
     BOS,
     EOS,
@@ -31,7 +32,6 @@ from support.tiny import (
     tiny_llama,
     training_arguments,
 )
-from test_serving import difference, naive_ensemble, naive_member
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.folders import apply
+from support.insides import calls_of, routing_of
 from support.tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers.generation.streamers import BaseStreamer
 
@@ -370,7 +371,7 @@ def load(folder, preload="best", **more) -> S3TModel:
 
 def last_of(model: S3TModel, shard: int) -> int | str:
     """An example of the slice that only the tip of the stack of a shard has seen."""
-    (tip,) = model._routing.served[shard]
+    (tip,) = routing_of(model).served[shard]
     return model.folder.table.members(shard, tip.prefix[-1])[0]
 
 
@@ -414,7 +415,7 @@ def test_a_call_follows_a_deletion_that_something_else_read_first(model):
     model.unlearn_later([last_of(model, 1)])
     assert not model.folder.has_news()
     model(**batch_of(lm_rows(1)))
-    assert model._routing.depths == [2, 3]
+    assert routing_of(model).depths == [2, 3]
 
 
 def test_a_generation_ends_on_the_stacks_it_began_with_and_unlearn_waits_for_it(model):
@@ -423,7 +424,7 @@ def test_a_generation_ends_on_the_stacks_it_began_with_and_unlearn_waits_for_it(
     with in_thread(generating(model, pause)) as generated:
         assert pause.reached.wait(PATIENCE)
         with in_thread(lambda: model.unlearn([last_of(model, 0)])) as unlearned:
-            while model._routing.depths == [3, 3]:
+            while routing_of(model).depths == [3, 3]:
                 time.sleep(0.001)
             assert model.generate(batch_of(lm_rows(1))["input_ids"], max_new_tokens=1) is not None
             assert not unlearned and model.folder.ledger.num_deletions == 1
@@ -446,7 +447,7 @@ def test_a_generation_can_be_stopped_although_its_callback_never_returns(model, 
 def test_a_stopped_call_computes_to_the_next_adapted_module_and_no_further(model):
     batch = {"input_ids": batch_of(lm_rows(1))["input_ids"]}
     answers_of(model, batch)  # the first call also finds out whether members can share a pass
-    route, layers, begun, ran = model._routing.route, model.base_model.model.layers, threading.Event(), []
+    route, layers, begun, ran = routing_of(model).route, model.base_model.model.layers, threading.Event(), []
 
     def until_stopped(*args):
         begun.set()
@@ -464,7 +465,7 @@ def test_a_stopped_call_computes_to_the_next_adapted_module_and_no_further(model
 
 def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
     pause = Pause()
-    (tip,) = model._routing.served[0]
+    (tip,) = routing_of(model).served[0]
     tensors = [weakref.ref(tensor) for tensor in model.stack.tensors(tip).values()]
     with in_thread(generating(model, pause)):
         assert pause.reached.wait(PATIENCE)
@@ -487,7 +488,7 @@ class Leaving(Streamer):
 def test_what_a_call_left_behind_answers_by_what_is_left(model, how):
     batch, streamer = batch_of(lm_rows(1)), Leaving()
     model.generate(batch["input_ids"], max_new_tokens=1, min_new_tokens=1, do_sample=False, streamer=streamer)
-    (tip,) = model._routing.served[0]
+    (tip,) = routing_of(model).served[0]
     before, path = model(**batch).logits, model.folder.path
 
     def left_behind():
@@ -508,7 +509,7 @@ def test_what_a_call_left_behind_answers_by_what_is_left(model, how):
     with in_thread(lambda: streamer.context.run(left_behind)) as answered:
         assert begun.wait(PATIENCE)
         with in_thread(lambda: model.unlearn([last_of(model, 0)])) as unlearned:
-            while model._routing.depths == [3, 3]:
+            while routing_of(model).depths == [3, 3]:
                 time.sleep(0.001)
             assert not unlearned and tip in model.stack.loaded, "the call is waited for"
             go_on.set()
@@ -571,14 +572,14 @@ def test_deeper_stacks_are_attached_without_replacing_a_module_under_a_running_c
         if stage.name.count("-") >= depth:
             shutil.rmtree(stage)
     model = load(folder, when_exhausted="base")
-    assert model._routing.depths == [depth, depth]
+    assert routing_of(model).depths == [depth, depth]
     modules, pause = dict(model.base_model.named_modules()), Pause()
     expected = generating(model, lambda: None)()
     with in_thread(generating(model, pause)) as generated:
         assert pause.reached.wait(PATIENCE)
         shutil.copytree(made / "stages", folder / "stages", dirs_exist_ok=True)
         model.refresh()
-        assert model._routing.depths == [3, 3]
+        assert routing_of(model).depths == [3, 3]
         now = dict(model.base_model.named_modules())
         assert [name for name, module in modules.items() if now[name] is not module] == []
         pause.go_on.set()
@@ -642,7 +643,7 @@ def test_a_generation_ends_on_the_stacks_it_began_with_and_the_next_call_follows
             by_another_process(model, [victims.pop()])
 
     assert torch.equal(generating(model, at_the_first_token)(), expected)
-    assert not torch.equal(generating(model, lambda: None)(), expected) and model._routing.depths == [2, 3]
+    assert not torch.equal(generating(model, lambda: None)(), expected) and routing_of(model).depths == [2, 3]
 
 
 def exported(folder) -> dict[str, torch.Tensor]:
@@ -650,14 +651,14 @@ def exported(folder) -> dict[str, torch.Tensor]:
 
 
 def test_an_export_after_a_deletion_by_another_process_is_of_what_is_left(model, tmp_path):
-    (tip,) = model._routing.served[0]
+    (tip,) = routing_of(model).served[0]
     model.export_adapter(0, tmp_path / "before")
     by_another_process(model, [last_of(model, 0)])
     model.export_adapter(0, tmp_path / "after")
     assert exported(tmp_path / "after").keys() < exported(tmp_path / "before").keys()
     (noted,) = [entry for entry in SystemFolder(model.folder.path).ledger.entries if entry.kind == "export"][1:]
     assert set(noted.removed) == {str(key) for key in tip.lineage[:-1]}
-    assert model._routing.depths == [2, 3]
+    assert routing_of(model).depths == [2, 3]
 
 
 @pytest.mark.parametrize("shard", [0, 1], ids=["the exported shard", "another"])
@@ -674,13 +675,13 @@ def test_a_deletion_by_another_process_that_gets_in_before_an_export_is_followed
     deletion, export = SystemFolder(model.folder.path).ledger.entries
     assert (deletion.kind, export.kind) == ("deletion", "export")
     assert set(export.removed).isdisjoint(deletion.removed) and len(export.removed) == (2 if shard == 0 else 3)
-    assert model._routing.depths == ([2, 3] if shard == 0 else [3, 2])
+    assert routing_of(model).depths == ([2, 3] if shard == 0 else [3, 2])
     model(**batch_of(lm_rows(1)))
     assert not {str(key) for key in model.stack.loaded} & set(deletion.removed)
 
 
 def test_a_deletion_that_arrives_while_the_stacks_left_by_another_are_loaded_is_followed_too(model, monkeypatch):
-    by_another_process(model, model.folder.table.members(0, model._routing.served[0][0].prefix[0])[:1])
+    by_another_process(model, model.folder.table.members(0, routing_of(model).served[0][0].prefix[0])[:1])
     read_adapter = model.folder.read_adapter
 
     def overtaken(key):
@@ -690,8 +691,8 @@ def test_a_deletion_that_arrives_while_the_stacks_left_by_another_are_loaded_is_
 
     monkeypatch.setattr(model.folder, "read_adapter", overtaken)
     assert answers_of(model, {"input_ids": batch_of(lm_rows(1))["input_ids"]}) is not None
-    assert model.folder.ledger.num_deletions == 2 and set(model.stack.loaded) == model._routing.stages
-    assert model._routing.stages <= SystemFolder(model.folder.path).valid_stages
+    assert model.folder.ledger.num_deletions == 2 and set(model.stack.loaded) == routing_of(model).stages
+    assert routing_of(model).stages <= SystemFolder(model.folder.path).valid_stages
     assert model.check() == []
 
 
@@ -705,7 +706,7 @@ def answers_of(model: S3TModel, batch) -> torch.Tensor:
 
 def naive_answer(model: S3TModel, routing: Routing, batch) -> torch.Tensor | None:
     """The ensemble on a snapshot, with nothing else going on; `None` where no shard is left."""
-    model._calls.switch(Routing(routing.served))
+    calls_of(model).switch(Routing(routing.served))
     return None if model.is_exhausted else answers_of(model, batch)
 
 
@@ -744,9 +745,9 @@ def hammer(made, tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
         shutil.copytree(untouched, folder)
         rng, over = random.Random(number), threading.Event()
         model = load(folder, preload)
-        history, switch = [model._routing], model._calls.switch
+        history, switch = [routing_of(model)], calls_of(model).switch
         # Noted before it takes place: no call can work on a snapshot that is not in the list.
-        model._calls.switch = lambda routing, h=history, s=switch: (h.append(routing), s(routing))[1]
+        calls_of(model).switch = lambda routing, h=history, s=switch: (h.append(routing), s(routing))[1]
         callers = [Caller(model, batch, history, over, seed) for seed in range(threads)]
         with contextlib.ExitStack() as stack:
             outcomes = [stack.enter_context(in_thread(caller)) for caller in callers]
@@ -758,7 +759,7 @@ def hammer(made, tmp_path, rounds: int, preload: str, threads: int = 8) -> int:
             over.set()
         assert outcomes == [[None]] * threads
         assert set(model.stack.loaded) == (
-            set(model.folder.valid_stages) if preload == "all" else model._routing.stages
+            set(model.folder.valid_stages) if preload == "all" else routing_of(model).stages
         )
         assert not model._calls._calls and not model._calls._passes
         assert model.check() == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.folders import apply, preview, record
+from support.insides import routing_of
 from support.tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import LogitsProcessor, TrainerCallback
 
@@ -232,9 +233,9 @@ def test_a_live_model_follows_regrowth_before_its_next_call(path):
     live = load(path)
     delete_elsewhere(path, of_slice(path, 0, 0), of_slice(path, 0, 1))
     logits(live)
-    assert live._routing.depths == [0, 2]
+    assert routing_of(live).depths == [0, 2]
     regrow(path)
-    assert torch.equal(logits(live), logits(load(path))) and live._routing.depths == [2, 2]
+    assert torch.equal(logits(live), logits(load(path))) and routing_of(live).depths == [2, 2]
 
 
 def test_an_exhausted_server_comes_back_by_itself(path):
@@ -299,7 +300,7 @@ def test_calls_wait_for_the_only_stack_that_is_left(tmp_path, monkeypatch, when_
     path = tmp_path / "system"
     plant_stages(trainer_on(path, num_shards=1))
     live = load(path, when_exhausted=when_exhausted)
-    (tip,) = live._routing.served[0]
+    (tip,) = routing_of(live).served[0]
     begun, go_on = slow_down(monkeypatch, live)
     outcome = []
 
@@ -325,7 +326,7 @@ def test_where_the_only_stack_cannot_be_loaded_calls_say_why_and_go_on_when_it_c
     path = tmp_path / "system"
     plant_stages(trainer_on(path, num_shards=1))
     live = load(path)
-    (tip,) = live._routing.served[0]
+    (tip,) = routing_of(live).served[0]
     other = next(key for key in live.folder.valid_stages if key.depth == 1 and key.prefix[0] != tip.prefix[0])
     file = path / other.path / "adapter_model.safetensors"
     whole = file.read_bytes()
@@ -342,7 +343,7 @@ def test_a_call_that_waited_for_what_could_not_be_loaded_is_told_why(tmp_path, m
     path = tmp_path / "system"
     plant_stages(trainer_on(path, num_shards=1))
     live = load(path, when_exhausted="base")
-    (tip,) = live._routing.served[0]
+    (tip,) = routing_of(live).served[0]
     begun, go_on, outcome = threading.Event(), threading.Event(), []
 
     def failing_load(*args):
@@ -376,12 +377,14 @@ def test_neither_status_nor_other_calls_wait_for_a_call_that_a_deletion_waits_fo
     path = tmp_path / "system"
     plant_stages(trainer_on(path, num_shards=1))
     live, victim = load(path), None
-    (tip,) = live._routing.served[0]
+    (tip,) = routing_of(live).served[0]
     victim = of_slice(path, 0, tip.prefix[0])
     with held_up(live):
         unlearning = threading.Thread(target=live.unlearn, args=[[victim]])
         unlearning.start()
-        wait_for(lambda: live._routing.route is not None and live._routing.served[0][0].prefix[0] != tip.prefix[0])
+        wait_for(
+            lambda: routing_of(live).route is not None and routing_of(live).served[0][0].prefix[0] != tip.prefix[0]
+        )
         answer = logits(live)
         assert live.status()["deletions"] == 1 and not live.is_exhausted and unlearning.is_alive()
     unlearning.join(PATIENCE)

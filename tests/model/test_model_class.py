@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from support.insides import routing_of
 from support.tiny import (
     BOS,
     EOS,
@@ -247,7 +248,7 @@ def system(tmp_path_factory) -> Callable[..., Made]:
 
 
 def of_the_last_stage(model: S3TModel, shard: int = 0) -> int | str:
-    (tip,) = model._routing.served[shard]
+    (tip,) = routing_of(model).served[shard]
     return model.folder.table.members(shard, tip.prefix[-1])[0]
 
 

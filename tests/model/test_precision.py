@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save
 from support.hub_systems import send
+from support.insides import routing_of, stack_of, wait_for_cleaner
 from support.tiny import (
     batch_of,
     build,
@@ -199,7 +200,7 @@ def test_a_system_that_is_loaded_is_the_one_that_was_trained(made, tmp_path):
     model = S3TModel.from_pretrained(made.copy(tmp_path / "copy"), base_model=made.base(), preload="all")
     assert sorted(map(str, model.stack.loaded)) == BOTH
     check_memory(model.stack, made.path)
-    check_memory(made.trainer._stack, made.path)
+    check_memory(stack_of(made.trainer), made.path)
     assert torch.equal(answer(model, made.inputs), answer(made.trainer.s3t_model, made.inputs))
 
 
@@ -233,7 +234,7 @@ def test_what_is_regrown_is_what_was_never_trained_on_the_deleted(made, tmp_path
     live, fresh = made.new(path), tmp_path / "fresh"
     answer(live.s3t_model, made.inputs)
     live.s3t_model.unlearn([victim])
-    live.s3t_model._wait_for_cleaner()
+    wait_for_cleaner(live.s3t_model)
     assert list(files_of(path)) == BOTH[:1]
     shutil.copytree(path, fresh)
     answer(live.s3t_model, made.inputs)
@@ -265,7 +266,7 @@ def test_what_is_exported_is_what_serves(made, tmp_path):
     model = S3TModel.from_pretrained(made.copy(tmp_path / "copy"), base_model=made.base())
     model.export_adapter(0, tmp_path / "plain")
     written, files = load_file(tmp_path / "plain" / ADAPTER), files_of(made.path)
-    (tip,) = model._routing.served[0]
+    (tip,) = routing_of(model).served[0]
     stages = {name: tensor for key in tip.lineage for name, tensor in files[str(key)].items()}
     assert differing_tensors(written, stages) == []
     plain = PeftModel.from_pretrained(made.base(), tmp_path / "plain").eval()
@@ -356,13 +357,13 @@ def test_initial_values_do_not_depend_on_what_the_process_has_set_before(tmp_pat
         drawn = []
         for trainer in trainers:
             torch.manual_seed(0)
-            trainer._stack.add(StageKey(1, (0,)))
-            drawn.append(trainer._stack.tensors(StageKey(1, (0,))))
+            stack_of(trainer).add(StageKey(1, (0,)))
+            drawn.append(stack_of(trainer).tensors(StageKey(1, (0,))))
     finally:
         torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    trainers[1]._stack.add(StageKey(2, (0,)))
-    drawn.append(trainers[1]._stack.tensors(StageKey(2, (0,))))
+    stack_of(trainers[1]).add(StageKey(2, (0,)))
+    drawn.append(stack_of(trainers[1]).tensors(StageKey(2, (0,))))
     assert differing_tensors(drawn[0], drawn[1]) == differing_tensors(drawn[1], drawn[2]) == []
 
 
@@ -398,7 +399,7 @@ def test_a_base_in_4_bit_is_what_it_was_after_it_has_answered(tmp_path):
     trainer = make_trainer(tmp_path / "system", base, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     plant_stages(trainer)
     answer(trainer.s3t_model, {"input_ids": torch.tensor([[5, 6, 7, 8]])})
-    trainer._stack.drop(trainer._stack.loaded)
+    stack_of(trainer).drop(stack_of(trainer).loaded)
     after = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
     assert len(after) > 40 and differing_tensors(before, after) == []
 
@@ -508,13 +509,13 @@ def test_a_stage_that_memory_does_not_hold_as_its_file_says_is_refused(tmp_path,
     monkeypatch.setattr(Slot, "set", rounding)
     with pytest.raises(FolderError, match=r"would not serve what its file says: .* are others in memory"):
         trainer.s3t_model.refresh()
-    assert trainer._stack.loaded == []
+    assert stack_of(trainer).loaded == []
 
 
 def test_where_one_stage_cannot_be_loaded_none_is_attached(tmp_path):
     trainer = make_trainer(tmp_path / "system")
     plant_stages(trainer)
-    stack, folder = trainer._stack, trainer.folder
+    stack, folder = stack_of(trainer), trainer.folder
     first, second = StageKey(0, (0,)), StageKey(0, (0, 1))
     files = [(key, folder.read_adapter(key), folder.adapter_digest(key)) for key in (first, second)]
     files[1] = (second, files[0][1], files[1][2])
@@ -583,7 +584,7 @@ def test_stages_below_one_in_training_do_not_follow_what_becomes_of_their_files(
     assert maps_of(tmp_path) == []
     overwrite(tmp_path / "system" / key.path / ADAPTER)
     other._bring_in(child)
-    assert differing_tensors(trainer._stack.tensors(key), other._stack.tensors(key)) == []
+    assert differing_tensors(stack_of(trainer).tensors(key), stack_of(other).tensors(key)) == []
 
 
 def test_prototypes_do_not_follow_what_becomes_of_their_file(tmp_path):
@@ -612,8 +613,8 @@ def test_what_is_loaded_is_what_was_checked(tmp_path):
     expected, data = load_file(file), folder.read_adapter(key)
     expected = {name: tensor.clone() for name, tensor in expected.items()}
     overwrite(file)
-    trainer._stack.load(key, data, folder.adapter_digest(key))
-    assert differing_tensors(trainer._stack.tensors(key), expected) == []
+    stack_of(trainer).load(key, data, folder.adapter_digest(key))
+    assert differing_tensors(stack_of(trainer).tensors(key), expected) == []
     with pytest.raises(FolderError, match=r"adapter_model.safetensors was altered or cut short"):
         folder.read_adapter(key)
 
@@ -740,7 +741,7 @@ def test_an_export_holds_every_adapted_module_whatever_it_is_called(made, tmp_pa
         base = answer_of(made.build()(**inputs).logits, torch.ones(1), model.aggregation)
     answered = answer(model, inputs)
     assert (answered - expected).abs().max() <= 1e-5 < (answered - base).abs().max()
-    for key in model._routing.served[0][0].lineage:
+    for key in routing_of(model).served[0][0].lineage:
         # And each stage's folder is an adapter for its own layers.
         alone = PeftModel.from_pretrained(made.build(), tmp_path / "system" / key.path)
         adapted = {n.removeprefix("base_model.model.") for n, m in alone.named_modules() if hasattr(m, "lora_A")}

@@ -14,9 +14,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
+from support.insides import routing_of
+from support.plain_peft import difference, naive_ensemble, naive_member
 from support.tiny import (
     BOS,
     EOS,
@@ -66,62 +66,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 TOLERANCE = 1e-5
-
-
-# The oracle: plain PEFT
-
-
-def naive_member(base: nn.Module, system: Path, shard: int, prefix: tuple[int, ...]) -> PeftModel:
-    """The stack of some stages of one shard: their folders loaded as plain PEFT adapters, one on top of the other."""
-    names, model = [], None
-    for depth in range(1, len(prefix) + 1):
-        folder = str(system / "stages" / f"shard-{shard}" / "-".join(map(str, prefix[:depth])))
-        names.append(f"stage{depth}")
-        if model is None:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=names[-1])
-        else:
-            model.load_adapter(folder, adapter_name=names[-1])
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(names)
-        # Every stage has a head, of which one can be active: the last stage's.
-        if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter(names[-1:])
-    return model.eval().requires_grad_(False)
-
-
-def naive_ensemble(members: list[list[nn.Module]], how: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    The mean over shards of the mean over a shard's stacks, one pass each; where there is one stack, its logits.
-
-    Args:
-        members: Per shard its stacks; shards without are left out of the mean.
-        how: `"mean_logits"` or `"mean_probabilities"`.
-        inputs: What the base takes.
-    """
-    shards = []
-    with torch.no_grad():
-        for stacks in members:
-            answers = [stack(**inputs).logits for stack in stacks]
-            if how == "mean_probabilities":
-                answers = [answer.softmax(-1) for answer in answers]
-            if answers:
-                shards.append(sum(answers) / len(answers))
-    if how == "mean_probabilities" and sum(map(len, members)) == 1:
-        return answers_alone(members, inputs)
-    mean = sum(shards) / len(shards)
-    return mean.log() if how == "mean_probabilities" else mean
-
-
-def answers_alone(members: list[list[nn.Module]], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    ((stack,),) = [stacks for stacks in members if stacks]
-    with torch.no_grad():
-        return stack(**inputs).logits
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    assert one.shape == other.shape
-    return (one - other).abs().max().item()
 
 
 # Systems
@@ -1019,7 +963,7 @@ def live_tensors() -> tuple[int, int]:
 
 def of_model(model: S3TModel) -> tuple[int, int]:
     """The same for what a model consists of: its base, the adapters in memory and the members' weights."""
-    found = storages([*model.parameters(), *model.buffers(), model._routing.weights])
+    found = storages([*model.parameters(), *model.buffers(), routing_of(model).weights])
     return len(found), sum(found.values())
 
 
@@ -1034,7 +978,7 @@ def test_after_unlearning_no_tensor_lives_but_those_of_the_base_and_of_what_serv
     left, (count, size) = of_model(model), live_tensors()
     assert left < held and model.status()["depths"] == [2, 1]
     assert (count - before[0], size - before[1]) == left
-    weights = model._routing.weights
+    weights = routing_of(model).weights
     served = bytes_of_stages(tmp_path / "copy", [(0, 2), (1, 1)])
     assert size - before[1] == bytes_of_model(made.fresh()) + served + weights.untyped_storage().nbytes()
 
@@ -1047,7 +991,7 @@ def test_twenty_rounds_of_unlearning_and_growing_again_hold_no_more_memory_than_
     model = S3TModel.from_pretrained(path, base_model=tiny_llama(2))
     held = []
     for number in range(21):
-        (tip,) = model._routing.served[number % 2]
+        (tip,) = routing_of(model).served[number % 2]
         model.unlearn(model.folder.table.members(tip.shard, tip.prefix[-1])[:1])
         model(**inputs_of(Made(path, tiny_llama, rows), 2))
         trainer.folder.refresh()

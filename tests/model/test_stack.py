@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save
+from support.insides import stack_of
 from support.tiny import batch_of, lora, make_trainer, plant_stages, rows_for, s3t_config, tiny_bert, tiny_llama
 
 from hf_s3t.errors import LayersNotFoundError, S3TError
@@ -25,7 +26,7 @@ def make(path, base, **settings) -> SimpleNamespace:
     trainer = make_trainer(path / "system", base, config=s3t_config(), peft_config=lora(base, **settings))
     answers = answer(trainer.model)
     plant_stages(trainer)
-    return SimpleNamespace(stack=trainer._stack, base=trainer.model, answers=answers, folder=trainer.folder)
+    return SimpleNamespace(stack=stack_of(trainer), base=trainer.model, answers=answers, folder=trainer.folder)
 
 
 @pytest.fixture(params=MODELS)

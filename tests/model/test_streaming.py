@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from support.insides import routing_of
 from support.tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_bert, tiny_llama
 from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -215,7 +216,7 @@ def stopped_by_a_deletion(model: S3TModel, streamer: Pausing):
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     assert streamer.reached.wait(PATIENCE)
-    (tip,) = model._routing.served[0]
+    (tip,) = routing_of(model).served[0]
     model.unlearn([model.folder.table.members(0, tip.prefix[-1])[0]], on_running="cancel")
     yield
     streamer.go_on.set()

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors.torch import load_file
+from support.refusals import digest_of
 from support.tiny import (
     build,
     classification_rows,
@@ -21,11 +22,11 @@ from support.tiny import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_llava,
     tiny_qwen2,
     tiny_roberta,
     tiny_vit,
 )
-from test_errors import digest_of
 
 from hf_s3t.errors import ConfigError, LayersNotFoundError
 
@@ -50,20 +51,6 @@ def mixtral():
 
 def mamba():
     return build("MambaForCausalLM", "MambaConfig", vocab_size=60, hidden_size=16, num_hidden_layers=2, state_size=4)
-
-
-def llava():
-    tower = dict(
-        model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=2, image_size=8, patch_size=4,
-    )  # fmt: skip
-    return build(
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        vision_config=tower,
-        text_config=dict(model_type="llama", **SMALL),
-        image_token_id=50,
-    )
 
 
 def plainly_adapted(make, **config) -> set[str]:
@@ -110,8 +97,8 @@ def stage_targets(trainer) -> set[str]:
         (qwen3_moe, {"target_modules": ["q_proj", "o_proj"]}),
         (mixtral, {"target_modules": ["q_proj", "v_proj"]}),
         (mamba, {"target_modules": "all-linear", "exclude_modules": ["out_proj"]}),
-        (llava, {"target_modules": r".*language_model.*\.(q_proj|v_proj)"}),
-        (llava, {"target_modules": ["q_proj"], "exclude_modules": r"(?!model\.language_model\.layers\.).*"}),
+        (tiny_llava, {"target_modules": r".*language_model.*\.(q_proj|v_proj)"}),
+        (tiny_llava, {"target_modules": ["q_proj"], "exclude_modules": r"(?!model\.language_model\.layers\.).*"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )  # fmt: skip
@@ -148,7 +135,11 @@ def test_stages_adapt_together_what_peft_adapts(make, config, tmp_path):
         (mixtral, {"target_modules": "all-linear"}, ["model.layers.0.mlp.experts", "model.layers.0.mlp.gate"]),
         (qwen3_moe, {"target_modules": "all-linear"}, ["model.layers.1.mlp.experts", "model.layers.0.mlp.gate"]),
         # A tower of pictures has layers of its own, with modules of the same names.
-        (llava, {"target_modules": ["q_proj", "v_proj"]}, ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]),
+        (
+            tiny_llava,
+            {"target_modules": ["q_proj", "v_proj"]},
+            ["model.vision_tower.encoder.layers.0.self_attn.q_proj"],
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )  # fmt: skip
@@ -163,7 +154,7 @@ def test_what_peft_would_adapt_and_stages_do_not_is_refused_by_name(make, config
     assert digest_of(model) == before and not (tmp_path / "system").exists()
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, qwen3_moe, llava])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, qwen3_moe, tiny_llava])
 def test_the_remedy_of_a_refusal_is_one(make, tmp_path):
     """What the message says to write is accepted, and adapts what PEFT adapts by it."""
     asked = {"q_proj", "lm_head", "gate_proj", "up_proj", "down_proj"} if make is not tiny_bert else {"query", "dense"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.insides import stack_of
 from support.launched import launched
 from support.tiny import (
     batch_of,
@@ -520,7 +521,7 @@ def test_an_evaluation_inside_a_stage_lets_calls_in_between_its_batches(tmp_path
 
         def on_step_end(self, args, state, control, **kwargs):
             self.futures.append(self.pool.submit(answer, trainer.s3t_model))
-            assert has_begun_to_wait(trainer._stack.turns)
+            assert has_begun_to_wait(stack_of(trainer).turns)
 
         def on_evaluate(self, args, state, control, **kwargs):
             self.waiting.append(len(trainer._stack.turns._waiting))
@@ -606,7 +607,7 @@ def with_processes(path, mode):
 def test_processes_that_train_together_serve_meanwhile(tmp_path):
     bits = []
     for mode in ("quiet", "served"):
-        run = {"processes": 2, "port": 29643, "environment": {"OMP_NUM_THREADS": "1"}}
+        run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
         launched(Path(__file__), str(tmp_path / mode), mode, **run)
         folder = SystemFolder(tmp_path / mode)
         bits.append({str(key): folder.adapter_digest(key) for key in folder.stages})

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from support.folders import apply
+from support.insides import routing_of
 from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import TrainerCallback
 
@@ -49,10 +50,10 @@ def wait_for(condition, seconds=20.0):
 
 
 def test_until_it_is_applied_a_request_changes_nothing_but_its_own_file(model):
-    routing, stages = model._routing, model.folder.stages
+    routing, stages = routing_of(model), model.folder.stages
     receipt = model.unlearn_later(IDS[:2])
     assert (receipt.requested, receipt.already_deleted, receipt.pending, receipt.apply_by) == (2, 0, 2, None)
-    assert model._routing is routing and model.folder.stages == stages
+    assert routing_of(model) is routing and model.folder.stages == stages
     assert model.folder.ledger.num_deletions == 0 and model.status()["pending"] == 2
 
 

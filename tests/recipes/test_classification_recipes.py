@@ -763,7 +763,7 @@ def test_two_processes_train_measure_and_forget_as_one_system(vit, tmp_path):
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"),
         *("--lora_r", "2", "--target_modules", "[q_proj, v_proj]", "--output_dir", str(tmp_path / "system")),
     ]
-    run = {"processes": 2, "port": 29613, "environment": {"OMP_NUM_THREADS": "1"}}
+    run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
     launched(Path(images.__file__), *options, **run)
     file = tmp_path / "system-results.json"
     before = json.loads(file.read_text())

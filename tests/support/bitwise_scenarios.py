@@ -22,6 +22,7 @@ from hf_s3t.model.route import Route, routed
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import Plan, StageKey
 from support import tiny
+from support.insides import routing_of, wait_for_cleaner
 
 
 ROWS = 36
@@ -238,7 +239,7 @@ def train_side(scenario: Scenario, folder: Path, side: str) -> None:
             trainer.train()
         if trainer.is_world_process_zero():
             trainer.s3t_model.unlearn(request)
-            trainer.s3t_model._wait_for_cleaner()
+            wait_for_cleaner(trainer.s3t_model)
         trainer.accelerator.wait_for_everyone()
 
 
@@ -273,7 +274,7 @@ def truncated_logits(scenario: Scenario, folder: Path) -> list[tuple[torch.Tenso
     rows = tiny.rows_for(models["saw"].base_model, 4, seed=5)
     inputs = {name: t for name, t in tiny.batch_of(rows).items() if name != "labels"}
     answers = []
-    for tips in models["saw"]._routing.served:
+    for tips in routing_of(models["saw"]).served:
         for tip in tips:
             logits = []
             for model in models.values():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,12 +34,11 @@ CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", seed=1)
 
 @contextmanager
 def own_surroundings(home: Path) -> Iterator[None]:
-    """Caches of our own, and no waiting for the disk: most of the time it takes."""
+    """Caches of our own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
         patch.setattr("huggingface_hub.constants.HF_XET_CACHE", str(home / "xet"))
-        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

@@ -12,7 +12,7 @@ from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_l
 
 
 ROWS = lm_rows(24)
-SETTINGS = {"num_shards": 2, "num_slices": 3, "partition": "balanced"}
+SETTINGS = {"num_shards": 2, "num_slices": 2, "partition": "balanced"}
 
 
 def plant(path, rows=ROWS, **settings) -> Path:

@@ -1,6 +1,7 @@
 """`accelerate launch` of a script on this machine's processor, as from a shell."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,18 @@ from pathlib import Path
 from hf_s3t import launch
 
 
-def launched(
-    script: Path, *arguments: str, processes: int, port: int, environment: dict[str, str] | None = None
-) -> str:
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def launched(script: Path, *arguments: str, processes: int, environment: dict[str, str] | None = None) -> str:
     """What the script prints in so many processes."""
     command: Sequence[str] = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())),
         *("--num_processes", str(processes), str(script), *arguments),
     ]
     unwanted = {*launch._RANKS, "MASTER_PORT", "MASTER_ADDR"}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.plan import stage_seed
+from support.insides import stack_of
 
 
 VOCABULARY = 60
@@ -110,6 +111,30 @@ def tiny_vit(layers: int = 4, seed: int = 0, *, labels: int = LABELS, **changes)
         num_labels=labels,
     )
     return build("ViTForImageClassification", "ViTConfig", seed, **{**settings, **changes})
+
+
+def tiny_llava() -> PreTrainedModel:
+    """A LLaVA model: a Llama behind a tower that sees images of 8 by 8 pixels."""
+    tower = dict(
+        model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, image_size=8, patch_size=4,
+    )  # fmt: skip
+    return build(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        vision_config=tower,
+        text_config=dict(
+            model_type="llama",
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        ),
+        image_token_id=50,
+    )
 
 
 LORA_TARGETS = {
@@ -237,7 +262,7 @@ def plant_stages(trainer, limit: int | None = None, seed: int = 0) -> None:
     Make missing stages exist without training: adapters of random numbers that differ from stage to stage (and seed to
     seed), written as training writes them. A hundred times faster, for tests of everything that comes after it.
     """
-    folder, stack = trainer.folder, trainer._stack
+    folder, stack = trainer.folder, stack_of(trainer)
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
         for stage in key.lineage[:-1]:
             if stage not in stack:

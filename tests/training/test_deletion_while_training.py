@@ -13,8 +13,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from support.folders import apply
+from support.insides import routing_of, stack_of
 from support.launched import launched
-from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, training_arguments
+from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
 
 from hf_s3t import S3TTrainer, launch
@@ -47,7 +48,7 @@ class DeleteDuring(TrainerCallback):
 
 
 def system(path, rows=ROWS, **more):
-    return make_trainer(path, rows=rows, config=s3t_config(num_slices=3, budget=2), **more)
+    return make_trainer(path, tiny_llama(3), rows=rows, config=s3t_config(num_slices=3, budget=2), **more)
 
 
 def victim_in(folder, key):
@@ -135,7 +136,7 @@ class AskedFromAThread(TrainerCallback):
         """Note who answers."""
         try:
             self.model(input_ids=torch.tensor([ROWS[0]["input_ids"]]))
-            stages = self.model._routing.stages
+            stages = routing_of(self.model).stages
             # One that was grown again since is another, under the same name.
             self.answered_by.append({(str(key), self.model.folder.adapter_digest(key)) for key in stages})
         except ExhaustedError:
@@ -145,7 +146,7 @@ class AskedFromAThread(TrainerCallback):
 def test_a_model_that_serves_while_stages_train_follows_a_deletion(tmp_path):
     path = tmp_path / "system"
     rows = lm_rows(32)
-    trainer = make_trainer(path, rows=rows, config=s3t_config(num_shards=2, partition="balanced"))
+    trainer = make_trainer(path, tiny_llama(3), rows=rows, config=s3t_config(num_shards=2, partition="balanced"))
     plant_stages(trainer)
     model, folder = trainer.s3t_model, trainer.folder
     model.refresh()
@@ -177,7 +178,9 @@ class AtTheFirstStep(TrainerCallback):
 
 def served_and_hit(path, callback_of):
     """A system whose model serves, and of whose second shard another process deletes an example before training."""
-    trainer = make_trainer(path, rows=lm_rows(32), config=s3t_config(num_shards=2, partition="balanced"))
+    trainer = make_trainer(
+        path, tiny_llama(3), rows=lm_rows(32), config=s3t_config(num_shards=2, partition="balanced")
+    )
     plant_stages(trainer)
     model, folder = trainer.s3t_model, trainer.folder
     model.refresh()
@@ -191,7 +194,7 @@ def served_and_hit(path, callback_of):
 
 def test_what_another_process_trained_meanwhile_is_not_trained_again(tmp_path):
     config = s3t_config(budget=1, partition="balanced")
-    trainer, other = (make_trainer(tmp_path, rows=ROWS, config=config) for _ in range(2))
+    trainer, other = (make_trainer(tmp_path, tiny_llama(3), rows=ROWS, config=config) for _ in range(2))
     trainer.add_callback(AtTheFirstStep(other.train))
     assert trainer.train().metrics["stages_trained"] == 1
     assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
@@ -202,16 +205,16 @@ def test_a_stage_that_is_discarded_and_has_nothing_left_to_be_grown_on_is_out_of
     columns = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
     config = s3t_config(sequence_selection=[[0, 1]], **columns)
     forget = DeleteDuring(2, lambda: by_another_folder(tmp_path, ROWS[0]["id"]))
-    trainer = make_trainer(tmp_path, rows=rows, config=config, callbacks=[forget])
+    trainer = make_trainer(tmp_path, tiny_llama(3), rows=rows, config=config, callbacks=[forget])
     trainer.train()
     first, second = trainer.folder.plan.stages()
-    assert trainer.folder.stages == [first] and second not in trainer._stack
+    assert trainer.folder.stages == [first] and second not in stack_of(trainer)
     assert not [name for name, _ in trainer.model.named_parameters() if second.adapter_name in name.split(".")]
 
 
 def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(tmp_path):
     trainer, seen, victim, hit = served_and_hit(
-        tmp_path, lambda trainer: lambda: (trainer._stage, trainer._stack.loaded)
+        tmp_path, lambda trainer: lambda: (stack_of(trainer).in_training, stack_of(trainer).loaded)
     )
     by_another_folder(tmp_path, victim)
     trainer.train()
@@ -222,7 +225,7 @@ def test_what_was_deleted_before_is_out_of_memory_while_the_first_stage_trains(t
 def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeypatch):
     begun, go_on, computed = (threading.Event() for _ in range(3))
     trainer, _, victim, hit = served_and_hit(tmp_path, lambda trainer: None)
-    model, drop, had_computed = trainer.s3t_model, trainer._stack.drop, []
+    model, drop, had_computed = trainer.s3t_model, stack_of(trainer).drop, []
 
     def wait_inside(*args):
         if threading.current_thread() is not threading.main_thread():
@@ -241,7 +244,7 @@ def test_a_call_on_what_goes_has_computed_before_it_is_dropped(tmp_path, monkeyp
 
     model.get_input_embeddings().register_forward_pre_hook(wait_inside)
     model.base_model.model.register_forward_hook(note_the_end)
-    monkeypatch.setattr(trainer._stack, "drop", noted_drop)
+    monkeypatch.setattr(stack_of(trainer), "drop", noted_drop)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(lambda: model(input_ids=torch.tensor([ROWS[0]["input_ids"]])))
         assert begun.wait(20)
@@ -289,7 +292,7 @@ def test_a_deletion_while_a_checkpoint_is_written(hit, tmp_path):
     path = tmp_path / "system"
     config = s3t_config(num_slices=3, budget=1, partition="balanced")
     args = training_arguments(path, save_strategy="steps", save_steps=1)
-    trainer = make_trainer(path, rows=lm_rows(18), cls=DeletesWhileSaving, config=config, args=args)
+    trainer = make_trainer(path, tiny_llama(3), rows=lm_rows(18), cls=DeletesWhileSaving, config=config, args=args)
     stage = next(key for key in trainer.folder.plan.stages() if key.depth == 2)
     (other,) = set(range(3)) - set(stage.prefix)
     trainer.victim = victim = trainer.folder.table.members(0, stage.prefix[-1] if hit else other)[0]
@@ -303,7 +306,7 @@ def test_a_deletion_while_a_checkpoint_is_written(hit, tmp_path):
     places = {row["id"]: folder.table.rows[row["id"]] for row in rows}
     rows = [{**row, "shard": 0, "slice": places[row["id"]].slice} for row in rows]
     columns = s3t_config(num_slices=3, budget=1, partition="column", shard_column="shard", slice_column="slice")
-    oracle = make_trainer(without, rows=rows, config=columns)
+    oracle = make_trainer(without, tiny_llama(3), rows=rows, config=columns)
     oracle.train()
     for key in folder.plan.stages():
         ours, theirs = (load_file(f / key.path / "adapter_model.safetensors") for f in (path, without))
@@ -319,7 +322,7 @@ class StepsAndCheckpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Before the checkpoint of this step, if there is one."""
-        self.stages.append(self.trainer._stage)
+        self.stages.append(stack_of(self.trainer).in_training)
         self.checkpoints.append(len(list(self.trainer.folder.path.glob("checkpoints/*/*/checkpoint-*"))))
 
 
@@ -330,7 +333,7 @@ def test_a_stage_whose_data_is_deleted_stops_at_its_next_checkpoint_and_writes_n
     args = training_arguments(path, save_strategy="steps", save_steps=1, num_train_epochs=8, **best)
     eval_dataset = Dataset.from_list(lm_rows(6, seed=5)) if load_best else None
     trainer = make_trainer(
-        path, rows=ROWS, config=s3t_config(num_slices=3, budget=1), args=args, eval_dataset=eval_dataset
+        path, tiny_llama(3), rows=ROWS, config=s3t_config(num_slices=3, budget=1), args=args, eval_dataset=eval_dataset
     )
     first = trainer.folder.plan.stages()[0]
     victim = victim_in(trainer.folder, first)
@@ -376,7 +379,7 @@ def test_a_deletion_of_what_the_next_stage_stands_on(tmp_path):
 
 def late_deletion(path, moment):
     """A script of two processes: the first comes to `train` late, or an example is deleted before either does."""
-    trainer = make_trainer(path, rows=ROWS, config=s3t_config(budget=1, partition="balanced"))
+    trainer = make_trainer(path, tiny_llama(3), rows=ROWS, config=s3t_config(budget=1, partition="balanced"))
     key = trainer.folder.plan.stages()[0]
     if trainer.args.process_index == 0:
         victim = trainer.folder.table.members(0, key.prefix[0])[1]
@@ -396,7 +399,7 @@ def test_all_processes_train_a_stage_on_the_same_examples(tmp_path, monkeypatch)
     digests = []
     for moment in ("before", "late"):
         path = tmp_path / moment
-        run = {"processes": 2, "port": 29617, "environment": {"OMP_NUM_THREADS": "1"}}
+        run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
         launched(Path(__file__), str(path), moment, **run)
         folder = SystemFolder(path)
         assert folder.ledger.num_deletions == 1 and folder.valid_stages == set(folder.plan.stages())

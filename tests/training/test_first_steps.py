@@ -10,6 +10,8 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
+from support.insides import stack_of
+from support.refusals import Refusal, assert_trainer_refuses, cases
 from support.tiny import (
     batch_of,
     build,
@@ -21,11 +23,10 @@ from support.tiny import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_llava,
     tiny_vit,
     training_arguments,
 )
-from test_errors import Refusal, assert_trainer_refuses, cases
-from test_targets import llava
 from torch import nn
 from transformers.debug_utils import DebugUnderflowOverflow
 from trl import SFTConfig, SFTTrainer
@@ -114,7 +115,7 @@ def test_rows_that_it_has_a_place_for_are_not(rows, model, tmp_path):
 def test_the_positions_of_a_tower_of_pictures_are_none_of_words(tmp_path):
     """It has five of them here."""
     trainer = make_trainer(
-        tmp_path, llava(), lm_rows(12), peft_config=LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+        tmp_path, tiny_llava(), lm_rows(12), peft_config=LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
     )
     assert trainer.model.main_input_name == "input_ids"
 
@@ -323,7 +324,9 @@ def test_settings_that_say_nothing_of_a_stage_do_not_change_it(tmp_path):
         settings = {"args": args, "peft_config": config, "config": s3t_config(budget=1)}
         trainer = make_trainer(tmp_path / name, tiny_llama(layers=2), lm_rows(12), **settings)
         trainer.train()
-        stages.append([trainer._stack.digest([stage]) for stage in trainer.folder.plan.stages() if stage.depth == 2])
+        stages.append(
+            [stack_of(trainer).digest([stage]) for stage in trainer.folder.plan.stages() if stage.depth == 2]
+        )
     assert stages[0] == stages[1]
 
 
@@ -357,7 +360,7 @@ def test_looking_for_overflows_leaves_no_hook_on_the_base(tmp_path):
     assert watched(looked.model) == 0
     # And one look at a time while a stage trains.
     assert min(seen) > 0 and max(seen) < 2 * min(seen)
-    digests = [[t._stack.digest([s]) for s in t.folder.plan.stages() if s in t._stack] for t in (plain, looked)]
+    digests = [[stack_of(t).digest([s]) for s in t.folder.plan.stages() if s in stack_of(t)] for t in (plain, looked)]
     assert digests[0] == digests[1] != []
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from support.folders import files_of
+from support.insides import routing_of, stack_of
 from support.tiny import (
     batch_of,
     classification_rows,
@@ -70,7 +71,7 @@ def masking():
 
 
 def masked_trainer(path, cls=S3TTrainer, args=None, **more):
-    model = BertForMaskedLM(tiny_bert().config)
+    model = BertForMaskedLM(tiny_bert(2).config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -190,7 +191,7 @@ class Counts(TrainerCallback, ExportableState):
 def test_callbacks_begin_every_stage_as_they_were_given(tmp_path):
     begun = []
     one, other, late = Counts("one", begun), Counts("other", begun), Counts("late", begun)
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, callbacks=[one, other])
+    trainer = make_trainer(tmp_path / "system", tiny_llama(2), rows=lm_rows(16), config=CONFIG, callbacks=[one, other])
     trainer.add_callback(late)
     trainer.train()
     assert begun == [("one", 0), ("other", 0), ("late", 0)] * 4
@@ -212,10 +213,10 @@ def keeping(model):
 
 
 def test_a_base_that_keeps_what_it_saw_is_found_out_before_a_stage_is_written(tmp_path):
-    trainer = make_trainer(tmp_path / "system", model=keeping(tiny_llama()), rows=lm_rows(16), config=CONFIG)
+    trainer = make_trainer(tmp_path / "system", model=keeping(tiny_llama(2)), rows=lm_rows(16), config=CONFIG)
     with pytest.raises(IsolationError, match=r"shard-0/0 changed buffers of the base .* Use a model whose forward"):
         trainer.train()
-    assert trainer.folder.stages == [] and trainer._stack.loaded == []
+    assert trainer.folder.stages == [] and stack_of(trainer).loaded == []
 
 
 class Remembers(TrainerCallback):
@@ -240,7 +241,9 @@ def test_training_leaves_the_base_as_it_was_and_keeps_nothing_of_what_it_trained
             return trainer.model(**batch_of(lm_rows(2))).logits
 
     remembers, args = Remembers(), training_arguments(tmp_path / "system", bf16=True)
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, args=args, callbacks=[remembers])
+    trainer = make_trainer(
+        tmp_path / "system", tiny_llama(2), rows=lm_rows(16), config=CONFIG, args=args, callbacks=[remembers]
+    )
     before = answers()
     trainer.train()
     assert torch.equal(answers(), before)
@@ -260,13 +263,13 @@ class WritesBelow(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """By one element."""
-        parent = self.trainer._stage.parent
+        parent = stack_of(self.trainer).in_training.parent
         if parent is not None:
-            next(iter(self.trainer._stack.tensors(parent).values())).data.view(-1)[0] += 1
+            next(iter(stack_of(self.trainer).tensors(parent).values())).data.view(-1)[0] += 1
 
 
 def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_upon_it(tmp_path):
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=ONE_SHARD)
+    trainer = make_trainer(tmp_path / "system", tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD)
     trainer.add_callback(WritesBelow(trainer))
     with pytest.raises(S3TError, match=r"Training shard-\d/\d-\d changed a stage below it, which must be frozen"):
         trainer.train()
@@ -277,14 +280,14 @@ def test_a_stage_below_that_something_changes_is_found_out_and_nothing_is_built_
 
 
 def test_a_live_model_does_not_answer_with_what_training_changed_before_it_was_stopped(tmp_path):
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=ONE_SHARD)
+    trainer = make_trainer(tmp_path / "system", tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD)
     plant_stages(trainer, limit=1)
     live, batch = trainer.s3t_model, batch_of(lm_rows(1))
     before = live(**batch).logits
     trainer.add_callback(WritesBelow(trainer))
     with pytest.raises(S3TError, match="changed a stage below it"):
         trainer.train()
-    assert live._routing.depths == [1] and torch.equal(live(**batch).logits, before)
+    assert routing_of(live).depths == [1] and torch.equal(live(**batch).logits, before)
 
 
 class PagedSGD(torch.optim.SGD):
@@ -305,7 +308,7 @@ def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_pa
             seen.append(len(GlobalPageManager.get_instance().paged_tensors))
 
     paged = {"optimizer_cls_and_kwargs": (PagedSGD, {"lr": 0.1}), "callbacks": [Looks()]}
-    trainer = make_trainer(tmp_path / "system", rows=lm_rows(16), config=CONFIG, **paged)
+    trainer = make_trainer(tmp_path / "system", tiny_llama(2), rows=lm_rows(16), config=CONFIG, **paged)
     trainer.train()
     assert set(seen) == {2}, "one stage's at a time"
     (kept,) = GlobalPageManager.get_instance().paged_tensors
@@ -336,10 +339,10 @@ class Ends(TrainerCallback):
 
 def test_a_stage_that_something_ends_before_its_last_step_is_none(tmp_path):
     args = training_arguments(tmp_path, max_steps=3)
-    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD, callbacks=[Ends()], args=args)
+    trainer = make_trainer(tmp_path, tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD, callbacks=[Ends()], args=args)
     with pytest.raises(IsolationError, match=r"shard-0/\d was ended after 2 of 3 steps, and is discarded"):
         trainer.train()
-    assert not trainer.folder.stages and not trainer._stack.loaded
+    assert not trainer.folder.stages and not stack_of(trainer).loaded
     trainer.pop_callback(Ends)
     trainer.train()
     assert trainer.verify().ok
@@ -350,7 +353,7 @@ def test_a_stage_that_an_evaluation_ends_is_one_and_comes_out_again(tmp_path):
     args = training_arguments(tmp_path, load_best_model_at_end=True, learning_rate=1.0, max_steps=12, **at_every_step)
     rows = [{name: value for name, value in row.items() if name != "id"} for row in lm_rows(6, seed=5)]
     patience = {"eval_dataset": Dataset.from_list(rows), "callbacks": [EarlyStoppingCallback(1)]}
-    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=args, **patience)
+    trainer = make_trainer(tmp_path, tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD, args=args, **patience)
     steps = trainer.train().global_step
     assert 2 <= steps < 24 and trainer.folder.valid_stages == set(trainer.folder.plan.stages())
     assert trainer.verify().ok
@@ -369,7 +372,11 @@ def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path
     noisy = {"neftune_noise_alpha": 5.0, "num_train_epochs": 3}
     trainers = [
         make_trainer(
-            tmp_path / name, rows=lm_rows(16), config=CONFIG, args=training_arguments(tmp_path / name, **noisy)
+            tmp_path / name,
+            tiny_llama(2),
+            rows=lm_rows(16),
+            config=CONFIG,
+            args=training_arguments(tmp_path / name, **noisy),
         )
         for name in ("interrupted", "undisturbed")
     ]
@@ -384,14 +391,18 @@ def test_noise_for_embeddings_is_not_doubled_by_an_interrupted_training(tmp_path
 
 
 def test_training_does_not_go_on_by_another_recipe(tmp_path):
-    trainer = make_trainer(tmp_path, rows=lm_rows(16), config=ONE_SHARD)
+    trainer = make_trainer(tmp_path, tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD)
     plant_stages(trainer, limit=1)
     other = make_trainer(
-        tmp_path, rows=lm_rows(16), config=ONE_SHARD, args=training_arguments(tmp_path, learning_rate=0.5)
+        tmp_path,
+        tiny_llama(2),
+        rows=lm_rows(16),
+        config=ONE_SHARD,
+        args=training_arguments(tmp_path, learning_rate=0.5),
     )
     with pytest.raises(ConfigError, match=r"by another recipe: learning_rate=0.5 \(was 0.01\)"):
         other.train()
-    assert len(other.folder.stages) == 1 and other._stack.loaded == []
+    assert len(other.folder.stages) == 1 and stack_of(other).loaded == []
     trainer.train()
     assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
 
@@ -400,7 +411,7 @@ def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path):
     def trainer_of(name, **recipe):
         saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, **recipe}
         args = training_arguments(tmp_path / name, **saving)
-        return make_trainer(tmp_path / name, rows=lm_rows(16), config=ONE_SHARD, args=args)
+        return make_trainer(tmp_path / name, tiny_llama(2), rows=lm_rows(16), config=ONE_SHARD, args=args)
 
     interrupted = trainer_of("system", learning_rate=1e-2)
     interrupted.add_callback(Interrupts())
@@ -442,6 +453,7 @@ def test_a_callback_that_counts_goes_on_where_its_checkpoint_was_and_begins_anew
     trainers = [
         make_trainer(
             tmp_path / name,
+            tiny_llama(2),
             rows=lm_rows(16),
             config=CONFIG,
             args=training_arguments(tmp_path / name, **args),

@@ -23,7 +23,7 @@ os.write(1, f"rank {state.process_index} of {state.num_processes}\\n".encode())
 def ranks(tmp_path, processes: int) -> list[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    printed = launched(script, processes=processes, port=29611)
+    printed = launched(script, processes=processes)
     return sorted(line for line in printed.splitlines() if line.startswith("rank"))
 
 
@@ -31,8 +31,16 @@ def test_two_processes_are_two_processes(tmp_path):
     assert ranks(tmp_path, 2) == ["rank 0 of 2", "rank 1 of 2"]
 
 
+@pytest.mark.slow
 def test_one_process_stays_one_process(tmp_path):
     assert ranks(tmp_path, 1) == ["rank 0 of 1"]
+
+
+def test_the_launcher_sets_no_port_for_one_process(monkeypatch):
+    for variable in (*launch._RANKS, "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert launch.asked_for() == 1
 
 
 @pytest.mark.parametrize("variable", launch._RANKS)
@@ -72,7 +80,7 @@ def test_all_processes_place_rows_under_one_new_secret(tmp_path, secret, monkeyp
     script = tmp_path / "script.py"
     script.write_text(TRAINERS)
     environment = {} if secret is None else {"HF_S3T_KEY": secret}
-    printed = launched(script, str(tmp_path / "system"), processes=2, port=29613, environment=environment)
+    printed = launched(script, str(tmp_path / "system"), processes=2, environment=environment)
     lines = [line.partition(": ") for line in printed.splitlines() if line.startswith(("planned", "made"))]
     times = Counter(what for what, _, _ in lines)
     assert times == {"planned 0": 1, "planned 1": 1, "made 0": 2, "made 1": 2}

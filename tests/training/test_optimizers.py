@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from support.insides import rows_of_stages
 from support.tiny import lm_rows, make_trainer, s3t_config, tiny_llama, training_arguments
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
@@ -87,7 +88,7 @@ def undisturbed(tmp_path_factory, one_thread, shared_key) -> dict[str, torch.Ten
 
 def test_a_schedule_free_stage_is_what_plain_peft_and_trainer_serve(undisturbed, tmp_path):
     trainer = trainer_on(tmp_path / "system", **SCHEDULE_FREE)
-    rows = trainer._stage_rows.select(STAGE, trainer.folder.table)
+    rows = rows_of_stages(trainer).select(STAGE, trainer.folder.table)
     trainer.train()
     seed = stage_seed(trainer.s3t_config.seed, STAGE)
     set_seed(seed)

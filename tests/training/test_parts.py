@@ -18,6 +18,7 @@ import torch
 import transformers
 from datasets import Dataset
 from support.folders import files_of, forge, forge_stage
+from support.insides import refuse_other_recipe, rows_of_stages
 from support.launched import launched
 from support.tiny import (
     VOCABULARY,
@@ -442,7 +443,7 @@ def made(path, cls=S3TTrainer, change=None, **parts):
 def test_a_system_does_not_go_on_with_another_part_and_goes_on_with_the_same(changed, system):
     first, other, said = CHANGES[changed]
     record_parts_of(made(system, **first))
-    made(system, **first)._refuse_other_recipe(True)
+    refuse_other_recipe(made(system, **first))
     refuses(made(system, **other), said)
 
 
@@ -459,7 +460,7 @@ def test_what_is_recorded_is_what_stages_are_trained_with(tmp_path):
 def test_what_no_stage_depends_on_may_change(system):
     collator = {"data_collator": transformers.default_data_collator, "processing_class": tokenizer()}
     changed = trainer_of(system, LogsMore, callbacks=[TakesTime()], compute_metrics=lambda prediction: {}, **collator)
-    changed._refuse_other_recipe(True)
+    refuse_other_recipe(changed)
 
 
 def test_what_only_logs_show_and_where_they_go_may_be_another_in_each_process(system, monkeypatch):
@@ -471,14 +472,14 @@ def test_what_only_logs_show_and_where_they_go_may_be_another_in_each_process(sy
     trainer.data_collator([{"input_ids": [1]}])
     logging.getLogger("hf_s3t.tests.another")
     monkeypatch.setenv("HF_S3T_TESTS", "changed")
-    trainer._refuse_other_recipe(True)
+    refuse_other_recipe(trainer)
 
 
 def test_what_a_callback_counts_may_change(system):
     callback = Noise(0.5)
     record_parts_of(trainer_of(system, callbacks=[callback]))
     callback.steps += 1
-    trainer_of(system, callbacks=[callback])._refuse_other_recipe(True)
+    refuse_other_recipe(trainer_of(system, callbacks=[callback]))
 
 
 RANKS = """
@@ -521,7 +522,7 @@ except KeyboardInterrupt:
 def test_parts_that_know_the_rank_of_their_process_go_on(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
-    printed = launched(script, str(tmp_path / "system"), processes=2, port=29617)
+    printed = launched(script, str(tmp_path / "system"), processes=2)
     said = sorted(line for line in printed.splitlines() if line.startswith("rank"))
     assert said == ["rank 0: (1, True)", "rank 1: (1, True)"]
 
@@ -545,7 +546,7 @@ def test_where_evaluation_chooses_what_it_goes_by_is_a_part(system):
         return trainer_of(system, arguments=arguments, eval_dataset=rows, callbacks=stopping, **more)
 
     record_parts_of(asked())
-    asked()._refuse_other_recipe(True)
+    refuse_other_recipe(asked())
     for changes, said in (
         ({"seed": 8}, "another `eval_dataset`"),
         ({"patience": 2}, "another `callbacks`"),
@@ -663,7 +664,7 @@ def test_what_cannot_be_told_from_another_of_its_name_is_told_by_the_name_and_sa
     record_parts_of(trainer_of(system, **make()))
     trainer = trainer_of(system, **make())
     monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
-    trainer._refuse_other_recipe(True)
+    refuse_other_recipe(trainer)
     assert len(warned) == 1 and said in warned[0] and "another of the same name would go unnoticed" in warned[0]
 
 
@@ -673,7 +674,7 @@ def test_functions_by_name_and_objects_have_nothing_said_of_them(system, monkeyp
     record_parts_of(trainer_of(system, **parts))
     trainer = trainer_of(system, **parts)
     monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
-    trainer._refuse_other_recipe(True)
+    refuse_other_recipe(trainer)
     assert not warned
 
 
@@ -736,7 +737,7 @@ def test_a_folder_of_an_earlier_version_goes_on_and_that_is_said_once(names, sys
     warned = []
     trainer = trainer_of(system, compute_loss_func=loss_of)
     monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
-    trainer._refuse_other_recipe(True)
+    refuse_other_recipe(trainer)
     assert len(warned) == 1 and "cannot be compared in: " in warned[0] and "compute_loss_func" in warned[0]
     assert ("data_collator" in warned[0]) == (not names)
 
@@ -790,7 +791,7 @@ def test_a_stage_that_was_begun_does_not_go_on_with_another_part_and_can_be_begu
 
 def feed_otherwise(trainer):
     """As another tokenizer would: the rows are the same, what the model is fed is not."""
-    rows = trainer._stage_rows
+    rows = rows_of_stages(trainer)
     rows._prepared = rows._prepared.map(lambda row: {"input_ids": row["input_ids"][::-1]}, keep_in_memory=True)
 
 
@@ -837,7 +838,7 @@ def test_a_formatting_that_makes_the_same_rows_is_the_same(tmp_path, monkeypatch
     plant_stages(sft_trainer(tmp_path), limit=1)
     trainer, warned = sft_trainer(tmp_path, lambda row: spoken(row)), []
     monkeypatch.setattr("hf_s3t.training.stage_records.logger.warning_once", warned.append)
-    trainer._refuse_other_recipe(True)
+    refuse_other_recipe(trainer)
     assert not warned
 
 
@@ -846,9 +847,9 @@ def test_rows_are_compared_once_whatever_the_number_of_stages(tmp_path, monkeypa
     plant_stages(make_trainer(tmp_path, tiny_bert(3), ROWS, config=config))
     trainer = make_trainer(tmp_path, tiny_bert(3), ROWS, config=config)
     trainer.s3t_model.unlearn([ROWS[0]["id"]])
-    asked, digest = [], trainer._stage_rows.digest
-    monkeypatch.setattr(trainer._stage_rows, "digest", lambda key, *more: asked.append(key) or digest(key, *more))
-    trainer._refuse_other_recipe(True)
+    asked, digest = [], rows_of_stages(trainer).digest
+    monkeypatch.setattr(rows_of_stages(trainer), "digest", lambda key, *more: asked.append(key) or digest(key, *more))
+    refuse_other_recipe(trainer)
     places = [(key.shard, slice_) for key in asked for slice_ in key.prefix]
     assert asked and len(asked) < len(trainer.folder.valid_stages) and len(asked) <= len(set(places))
 

@@ -37,7 +37,7 @@ def arguments(path, **changes):
 
 def system(path, args=None, changes=(), **more):
     """A trainer whose stages draw random numbers at every step, and choose the best of their checkpoints."""
-    model = tiny_llama()
+    model = tiny_llama(2)
     return make_trainer(
         path,
         model,
@@ -299,15 +299,15 @@ def test_a_system_that_another_trainer_made_meanwhile_is_joined_if_it_is_the_sam
         seed = 3
 
         def _set_up(self, blueprint):
-            make_trainer(self.args.output_dir, rows=ROWS, config=s3t_config(seed=self.seed))
+            make_trainer(self.args.output_dir, tiny_llama(2), rows=ROWS, config=s3t_config(seed=self.seed))
             super()._set_up(blueprint)
 
-    trainer = make_trainer(tmp_path / "same", rows=ROWS, cls=Late)
+    trainer = make_trainer(tmp_path / "same", tiny_llama(2), rows=ROWS, cls=Late)
     trainer.train()
     assert inspect(trainer.folder.path).problems == () and trainer.folder.valid_stages
     Late.seed = 4
     with pytest.raises(ConfigError, match=r"seed=3 \(was 4\)"):
-        make_trainer(tmp_path / "other", rows=ROWS, cls=Late)
+        make_trainer(tmp_path / "other", tiny_llama(2), rows=ROWS, cls=Late)
 
 
 # In processes of their own

@@ -39,7 +39,7 @@ STAGE, ON_TOP = "shard-0/0", "shard-0/0-1"
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
     """A trained system; not to be changed."""
-    trainer = make_trainer(tmp_path_factory.mktemp("verify") / "system", rows=ROWS, config=s3t_config())
+    trainer = make_trainer(tmp_path_factory.mktemp("verify") / "system", tiny_llama(2), rows=ROWS, config=s3t_config())
     trainer.train()
     return trainer.folder.path
 
@@ -50,7 +50,7 @@ def system(grown, tmp_path):
 
 
 def trainer_of(system, rows=ROWS):
-    return make_trainer(system, rows=rows, config=s3t_config())
+    return make_trainer(system, tiny_llama(2), rows=rows, config=s3t_config())
 
 
 def record_otherwise(system, stage, **changes):
@@ -153,7 +153,7 @@ def test_an_audit_of_nothing_is_refused(system):
 
 
 def test_an_audit_needs_the_data(system):
-    model = tiny_llama()
+    model = tiny_llama(2)
     trainer = S3TTrainer(model=model, args=training_arguments(system), peft_config=lora(model))
     with pytest.raises(ConfigError, match=r"no `train_dataset` to train stages again on. Give it to the trainer"):
         trainer.verify()
@@ -175,7 +175,9 @@ def test_where_evaluation_chooses_its_settings_are_part_of_the_recipe(tmp_path):
         args = training_arguments(tmp_path / "system", **{**choosing, **changes})
         asked = Dataset.from_list([{k: v for k, v in row.items() if k != "id"} for row in lm_rows(8, seed=9)])
         config = s3t_config(budget=1)
-        return make_trainer(tmp_path / "system", rows=ROWS, args=args, eval_dataset=asked, config=config)
+        return make_trainer(
+            tmp_path / "system", tiny_llama(2), rows=ROWS, args=args, eval_dataset=asked, config=config
+        )
 
     trainer().train()
     assert trainer().verify([STAGE]).ok
@@ -202,7 +204,7 @@ class DeletesWhileAudited(TrainerCallback):
 )
 def test_a_deletion_while_an_audit_runs_is_named_as_such(saving, tmp_path):
     args = training_arguments(tmp_path, **saving)
-    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1), args=args)
+    trainer = make_trainer(tmp_path, tiny_llama(2), rows=lm_rows(12), config=s3t_config(budget=1), args=args)
     plant_stages(trainer)
     first = trainer.folder.plan.stages()[0]
     trainer.add_callback(DeletesWhileAudited(tmp_path, trainer.folder.table.members(0, first.prefix[0])[0]))
@@ -213,7 +215,9 @@ def test_a_deletion_while_an_audit_runs_is_named_as_such(saving, tmp_path):
 def test_an_evaluation_of_a_language_model_with_smoothed_labels_shifts_them(tmp_path):
     rows = Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in lm_rows(4, seed=9)])
     args = training_arguments(tmp_path, label_smoothing_factor=1e-7)
-    trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(budget=1), args=args, eval_dataset=rows)
+    trainer = make_trainer(
+        tmp_path, tiny_llama(2), rows=lm_rows(12), config=s3t_config(budget=1), args=args, eval_dataset=rows
+    )
     trainer.train()
     with torch.no_grad():
         own = trainer.s3t_model(**{name: torch.tensor(rows[name][:]) for name in rows.column_names}).loss.item()
@@ -228,13 +232,15 @@ def test_what_decides_how_batches_come_about_is_part_of_the_recipe(changed, tmp_
     assert {*differing(plain, recipe_of(training_arguments(tmp_path, SFTConfig, **changed)))} == {*changed}
 
 
+# That the compiler is reset for each is shown in `test_parts.py`; this one compiles, which takes its time.
+@pytest.mark.slow
 def test_every_stage_is_compiled_for_itself(tmp_path, monkeypatch):
     resets, reset = [], torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (resets.append(1), reset()))
     args = training_arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    # All batches of one size: others would be compiled again.
-    config = s3t_config(budget=1, partition="balanced")
-    trainer = make_trainer(tmp_path, tiny_llama(2), lm_rows(8), config=config, args=args)
+    # One layer, and all batches of one size: others would be compiled again.
+    config = s3t_config(num_shards=2, num_slices=1, budget=1, partition="balanced")
+    trainer = make_trainer(tmp_path, tiny_llama(1), lm_rows(8), config=config, args=args)
     trainer.train()
     assert len(resets) == len(trainer.folder.stages) == 2
 
