@@ -618,7 +618,7 @@ def test_members_that_answer_in_turn_cannot_share_a_cache(tmp_path, monkeypatch)
     del batch["labels"]
     cache = model(**batch, use_cache=True).past_key_values
     expected = model(**batch).logits
-    monkeypatch.setattr(model, "_answers_in_one_pass", lambda inputs, rows: False)
+    monkeypatch.setattr("hf_s3t.model.shared_pass.SharedPass.is_possible", lambda *given: False)
     assert difference(model(**batch).logits, expected) <= TOLERANCE
     with pytest.raises(S3TError, match="use_cache=False"):
         model(**batch, past_key_values=cache)
@@ -644,7 +644,7 @@ def test_a_module_that_is_given_some_of_the_rows_is_refused(tmp_path, monkeypatc
     )
     plant_stages(trainer)
     served = trainer.s3t_model
-    monkeypatch.setattr(served, "_answers_in_one_pass", lambda inputs, rows: True)
+    monkeypatch.setattr("hf_s3t.model.shared_pass.SharedPass.is_possible", lambda *given: True)
     with pytest.raises(S3TError, match="target_modules"):
         for count in range(3, 9):
             served(**batch_of(rows[:count]))
