@@ -63,8 +63,8 @@ show = lambda what, key, table: os.write(1, f"{what}: {key.check} {sorted(table.
 class Trainer(S3TTrainer):
     def _set_up(self, blueprint):
         # Before there is a folder, and after.
-        if blueprint.planned is not None:
-            show(f"planned {self.args.process_index}", blueprint.key, blueprint.planned)
+        if blueprint.new is not None:
+            show(f"planned {self.args.process_index}", blueprint.new.key, blueprint.new.table)
         super()._set_up(blueprint)
         show(f"made {self.args.process_index}", self.folder.key, self.folder.table)
 
