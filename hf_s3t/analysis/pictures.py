@@ -1,7 +1,9 @@
 """What all pictures have in common: colours, panels, legends and files, by matplotlib."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -39,7 +41,7 @@ def check_picture(path: str | Path, make_folder: bool = False) -> None:
     new_figure(1, (1, 1))
 
 
-def new_figure(panels: int, size: tuple[float, float], columns: int | None = None):
+def new_figure(panels: int, size: tuple[float, float], columns: int | None = None) -> tuple[Any, list[Any]]:
     """
     An empty figure with panels beside each other.
 
@@ -70,7 +72,7 @@ def new_figure(panels: int, size: tuple[float, float], columns: int | None = Non
     return figure, [figure.add_subplot(panels // columns, columns, number + 1) for number in range(panels)]
 
 
-def finish(*panels, legends: bool = True) -> None:
+def finish(*panels: Any, legends: bool = True) -> None:
     """Give panels a grid and, unless they get a shared one, legends."""
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -79,7 +81,7 @@ def finish(*panels, legends: bool = True) -> None:
             axes.legend(fontsize=8)
 
 
-def plain_numbers(*log_axes) -> None:
+def plain_numbers(*log_axes: Any) -> None:
     """Ticks at 1, 2 and 5 times the powers of ten, written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -89,16 +91,16 @@ def plain_numbers(*log_axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def shared_legend(figure, panels, columns: int) -> None:
+def shared_legend(figure: Any, panels: Iterable[Any], columns: int) -> None:
     """One legend for all panels, below them, where it covers nothing."""
-    entries = {}
+    entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def save(figure, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
     """Write a figure; the same numbers give the same file, whenever they are drawn."""
     path = Path(path)
     if path.suffix.lower() == ".svg":

@@ -1,5 +1,6 @@
 """The picture, by matplotlib, of what `hf-s3t plan` recommends."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def _draw_costs(axes: Any, found: Recommendation) -> None:
     best = found.chosen
     for number, (label, color, months_of) in enumerate(
         (
-            ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
-            ("until exhausted", OURS, lambda option: option.months_until_exhausted),
+            ("until the first dead shard", SISA, attrgetter("months_until_first_dead_shard")),
+            ("until exhausted", OURS, attrgetter("months_until_exhausted")),
         )
     ):
         hours = [option.training_hours for option in found.options]
