@@ -135,10 +135,16 @@ def attributes_set_in(kinds: Iterable[type]) -> dict[str, set[str]]:
     """Names of attributes that classes set, with those of the functions in which they do."""
     set_by: dict[str, set[str]] = {}
     for function in (function for kind in kinds for function in functions_in(kind)):
-        for step in (step for code in codes_in(function.__code__) for step in dis.get_instructions(code)):
-            if step.opname == "STORE_ATTR":
-                set_by.setdefault(step.argval, set()).add(function.__name__)
+        for name in _attributes_set_by(function.__code__):
+            set_by.setdefault(name, set()).add(function.__name__)
     return set_by
+
+
+@functools.lru_cache(maxsize=4096)
+def _attributes_set_by(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes that code sets; kept, because every trainer asks it of all that a library's classes do."""
+    steps = (step for one in codes_in(code) for step in dis.get_instructions(one))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def names_read_in_steps(kinds: Iterable[type], aside: set[str]) -> set[str]:
