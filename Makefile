@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest versions that setup.py claims, in an environment of their own.
+LOWEST := .venv-lowest
 ARGS ?=
 
 # Left alone, `accelerate launch` gives every process one thread; plain Python uses all.
@@ -20,21 +22,29 @@ CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow test-all lint format bench clean
+.PHONY: help .venv demo test test-slow test-all test-lowest coverage lint format bench dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
 
 .venv: $(STAMP)  ## the environment, from pinned constraints
 
-# torch comes first and alone, so that a build of it which is there already (for the CPU, say) is the one that stays.
+# An environment: $(call install,FOLDER,CONSTRAINTS,EXTRA). torch comes first and alone, so that a build of it which is
+# there already (for the CPU, say) is the one that stays.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "Got $$($(PYTHON) --version 2>&1), expected Python 3.11 or later. Try: make .venv PYTHON=python3.11"; exit 1; }
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet -c $(2) "$$(grep '^torch==' $(2))"
+$(1)/bin/python -m pip install --quiet -c $(2) -e ".[8bit,$(3)]"
+@touch $@
+endef
+
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Got $$($(PYTHON) --version 2>&1), expected Python 3.11 or later. Try: make .venv PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[8bit,dev]"
-	@touch $@
+	$(call install,$(VENV),constraints.txt,dev)
+
+$(LOWEST)/.installed: setup.py constraints-lowest.txt
+	$(call install,$(LOWEST),constraints-lowest.txt,test)
 
 demo: $(STAMP)  ## train, serve, unlearn and audit a small Llama, start to end
 	$(LAUNCH) recipes/llama_alpaca.py $(ARGS)
@@ -48,6 +58,12 @@ test-slow: $(STAMP)  ## the slow tests but for the long ones, within ten
 test-all: $(STAMP)  ## every test, within thirty
 	$(PYTEST) $(ARGS)
 
+test-lowest: $(LOWEST)/.installed  ## the unit suite with the oldest versions that setup.py claims
+	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not slow and not gpu" $(ARGS)
+
+coverage: $(STAMP)  ## the unit suite, and how much of the package it runs
+	$(PYTEST) -m "not slow and not gpu" --cov --cov-report term:skip-covered $(ARGS)
+
 lint: $(STAMP)  ## style and docstring rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,6 +75,11 @@ format: $(STAMP)  ## mend what the linter can mend
 bench: $(STAMP)  ## every benchmark
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS); done
 
-clean:  ## caches and builds; the environment and trained systems stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+dist: $(STAMP)  ## sdist and wheel, made from the tree and checked
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+clean:  ## caches and builds; the environments and trained systems stay
+	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./$(LOWEST) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
