@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 # The secret itself; systems that are trained, and pushed to a Hub and read with the secret of their folder.
 CHOSEN = {
-    "secrets": ["records/test_examples.py::test_a_short_key_is_refused"],
+    "secrets": ["folder/test_secret.py::test_a_short_key_is_refused"],
     "models": [
         "records/test_kept_ids.py::test_what_is_trained_does_not_depend_on_it",
         "hub/test_hub_refusals.py::test_a_ledger_that_is_no_text_is_told_with_a_remedy",
