@@ -6,11 +6,9 @@ import importlib
 import importlib.util
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -224,20 +222,3 @@ def test_tests_have_no_network():
         socket.create_connection(("192.0.2.1", 9), timeout=1)
     with pytest.raises(RuntimeError, match="offline"):
         socket.getaddrinfo("example.org", 443)
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_what_the_package_reads(tmp_path):
-    """Templates of cards lie beside the package, metrics are folders that nothing imports: neither goes by itself."""
-    source = tmp_path / "source"
-    for folder in ("hf_s3t", "model_cards"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
-    subprocess.run([*build, source], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    templates = {f"hf_s3t/model_cards/{file.name}" for file in (ROOT / "model_cards").glob("*.md")}
-    modules = {file.relative_to(ROOT).as_posix() for file in PACKAGE.rglob("*.py")}
-    assert templates and templates | modules <= held
