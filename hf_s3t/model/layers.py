@@ -1,22 +1,11 @@
-"""Finds a model's transformer layers, groups them for stages, and finds its head. No architecture is named here."""
+"""Finds a model's transformer layers and groups them for stages. No architecture is named here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.models.auto import modeling_auto
 
 from ..errors import ConfigError, IsolationError, LayersNotFoundError
-
-
-_TASKS: dict[str, Mapping[str, Sequence[str]]] = {
-    "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-}
 
 
 @dataclass(frozen=True)
@@ -186,18 +175,3 @@ def group_layers(
         return tuple(tuple(range(bottom, bottom + size)) for bottom, size in zip(bottoms, sizes, strict=True))
     tops = [num_layers - sum(sizes[:i]) for i in range(num_slices)]
     return tuple(tuple(range(top - size, top)) for top, size in zip(tops, sizes, strict=True))
-
-
-def find_task(model: nn.Module) -> str:
-    """The pipeline tag of the model's task, such as `text-generation`; `"other"` if it has none we know."""
-    name = type(model).__name__
-    for task, classes in _TASKS.items():
-        # A model type may have several classes for a task.
-        if any(name == known or (isinstance(known, tuple) and name in known) for known in classes.values()):
-            return task
-    return _guess_task(model)
-
-
-def _guess_task(model: nn.Module) -> str:
-    generates = getattr(model, "can_generate", lambda: False)()
-    return "text-generation" if generates else "other"

@@ -1,4 +1,4 @@
-"""Contract E6: settings, models and data that would break isolation are refused by name, before any training."""
+"""Contract E6: PEFT settings and base models that would break isolation are refused by name, before any training."""
 
 import contextlib
 import dataclasses

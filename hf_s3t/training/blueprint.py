@@ -23,7 +23,7 @@ from ..model.base_recognition import check_base_is
 from ..model.base_record import config_of, describe_base, generation_of
 from ..model.checkpoint import check_checkpoint
 from ..model.head import find_head
-from ..model.layers import LayerGroups, find_layers, find_task, group_layers
+from ..model.layers import LayerGroups, find_layers, group_layers
 from ..model.refusals import (
     check_base,
     check_has_logits,
@@ -34,6 +34,7 @@ from ..model.refusals import (
 )
 from ..model.stateless import check_keeps_no_state
 from ..model.targets import check_targets
+from ..model.task import find_task
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from ..config import S3TConfig
 from ..errors import ConfigError
-from ..model.layers import find_task
+from ..model.task import find_task
 from .circumstances import evaluation_trains
 from .dataset_rows import LABELS
 

@@ -25,7 +25,8 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIG
 
 from ..config import S3TConfig
 from ..errors import ConfigError
-from ..model.layers import LayerGroups, find_task
+from ..model.layers import LayerGroups
+from ..model.task import find_task
 from ..plan.stages import Plan, StageKey, relative_cost
 from ..records.examples import ExampleTable
 from .dataset_rows import LABELS

@@ -40,7 +40,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_s3t import S3TModel
 from hf_s3t.errors import IsolationError, LayersNotFoundError, S3TError
 from hf_s3t.model.head import find_head
-from hf_s3t.model.layers import find_layers, find_task
+from hf_s3t.model.layers import find_layers
+from hf_s3t.model.task import find_task
 
 
 # Minutes on two cores: part of `make test-slow`.
