@@ -22,7 +22,7 @@ from .files import (
     write_checked_json,
 )
 from .foreign import is_foreign
-from .layout import ADAPTER_FILE, CHECKPOINTS, STAGE_FILE, STAGES
+from .layout import ADAPTER_FILE, CHECKPOINT_PREFIX, CHECKPOINTS, STAGE_FILE, STAGES
 from .scratch import folders_below, folders_of, hold, names_in, stage_of, unused
 
 
@@ -181,7 +181,7 @@ class Checkpoints:
             # What others put there is not ours to judge, and no reason to leave a deletion half done.
             with contextlib.suppress(FolderError):
                 slices = slices_of(stage_of(folder))
-                names = (name for name in names_in(folder) if name.startswith("checkpoint-") or name == STAGE_FILE)
+                names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
                 stale += [c for name in names if not is_checkpoint_current(c := folder / name, slices, ledger)]
         return stale
 

@@ -11,6 +11,7 @@ from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .files import make_folders, stamp, sync, write_atomically
 from .layout import (
+    CACHE,
     COMPANIONS,
     CONFIG_FILE,
     COST_FILE,
@@ -28,7 +29,7 @@ from .table_file import write_table
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _ATTEMPTS = 5
 # What is copied as it is, besides stages. Config, table and ledger are written anew, from what was read.
-_COPIED = COMPANIONS - {".cache"} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
+_COPIED = COMPANIONS - {CACHE} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
 STAGE_FILE = "stage.json"
+# Of what `Trainer` writes inside a stage, so begins each folder; the number of its step follows.
+CHECKPOINT_PREFIX = "checkpoint-"
 # Of a folder that more than one process may write to: of a system's stages, and of each trainer's checkpoints.
 LOCK_FILE = ".lock"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -9,12 +9,12 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ..plan.stages import StageKey
-from .layout import LOCK_FILE
+from .layout import CHECKPOINT_PREFIX, LOCK_FILE
 
 
 # The folder of a stage, or beside it, with a number, that of another trainer which came to the same stage meanwhile.
 _NAME = re.compile(r"(?P<stage>[^.]+)(?:\.(?P<number>[1-9][0-9]{0,8}))?")
-_STEP = re.compile(r"checkpoint-([0-9]+)")
+_STEP = re.compile(rf"{CHECKPOINT_PREFIX}([0-9]+)")
 
 
 def stage_of(folder: Path) -> StageKey:

@@ -14,9 +14,7 @@ from ..records.digests import DigestKey
 from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
-from .checkpoints import (
-    write_checkpoint_record,
-)
+from .checkpoints import write_checkpoint_record
 from .config_file import config_for_others, holds_system, write_record
 from .copying import Snapshot, check_target, copy_system
 from .files import (
@@ -31,8 +29,12 @@ from .files import (
     write_atomically,
 )
 from .layout import (
+    ATTRIBUTES_FILE,
+    CARD_FILE,
     COMPANIONS,
     CONFIG_FILE,
+    DIAGRAM_FILE,
+    IGNORE_FILE,
     LEDGER_FILE,
     STAGE_FILES,
     STAGES,
@@ -417,7 +419,7 @@ class SystemFolder(FolderView):
 
     def companions(self) -> dict[str, Path]:
         """The files of the tokenizer or processor that lie beside the system, by their names."""
-        ours = {"README.md", "stacks.svg", ".gitattributes", ".gitignore"}
+        ours = {CARD_FILE, DIAGRAM_FILE, ATTRIBUTES_FILE, IGNORE_FILE}
         found = {name: self.path / name for name in sorted(COMPANIONS - ours)}
         return {name: path for name, path in found.items() if path.is_file()}
 

@@ -12,6 +12,7 @@ from ..folder.finite import NOT_FINITE, named, non_finite_tensors
 from ..folder.foreign import entries
 from ..folder.layout import (
     ADAPTER_FILE,
+    CHECKPOINT_PREFIX,
     CHECKPOINTS,
     LEFTOVER_PREFIXES,
     LOCK_FILE,
@@ -157,7 +158,7 @@ def _check_checkpoints_of_stage(folder: Path, records: Records, findings: Findin
     for entry in entries(folder):
         if entry.is_symlink():
             continue
-        is_checkpoint = entry.name.startswith("checkpoint-")
+        is_checkpoint = entry.name.startswith(CHECKPOINT_PREFIX)
         if not is_checkpoint and entry.name != STAGE_FILE:
             if entry.name not in TRACKER_LOGS and entry.name != LOCK_FILE:
                 findings.unknown(entry)

@@ -11,7 +11,7 @@ from huggingface_hub import constants as hub_constants
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json
-from ..folder.layout import CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
+from ..folder.layout import CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
 from ..folder.opening import open_folder
 from ..folder.system import SystemFolder
 from .inspection import inspect
@@ -251,7 +251,7 @@ def _kind_in_output(entry: Path) -> str | None:
         return "tracker logs"
     if entry.name == HISTORY:
         return "git history"
-    if entry.name.startswith("checkpoint-"):
+    if entry.name.startswith(CHECKPOINT_PREFIX):
         return "foreign checkpoint"
     if entry.name.startswith(("optimizer.", "scheduler.", "global_step", "rng_state")):
         return "optimizer state"
