@@ -6,11 +6,11 @@ from typing import Any
 
 from ..plan.stages import StageKey
 from ..records.validity import is_current
-from .host import TrainerPart
 from .tracking import PlanHandler, last_step, tags
+from .trainer_mixin import TrainerMixin
 
 
-class TrainingCurve(TrainerPart):
+class TrainingCurve(TrainerMixin):
     """The part of a trainer that counts steps from stage to stage and keeps what was logged in each."""
 
     callback_handler: PlanHandler

@@ -9,8 +9,8 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..model.randomness import own_randomness, preserved_randomness
 from .fed_rows import FedRows
+from .live_model import LiveModel
 from .prepared_base import unprepared
-from .serving import LiveModel
 
 
 class Evaluation(LiveModel):

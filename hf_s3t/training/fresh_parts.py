@@ -14,7 +14,7 @@ from ..model.fresh_copies import fresh_copy, fresh_dataset
 from ..model.marks import Mark, difference, mark
 from ..model.tokenizer_settings import TokenizerSettings
 from ..plan.stages import StageKey
-from .serving import LiveModel
+from .live_model import LiveModel
 
 
 # What a closure or a bound object holds and cannot be copied, copies of these share: so they are compared.

@@ -28,8 +28,8 @@ from .bytecode import COMPILER, attributes_set_in, codes_in, functions_in, membe
 from .circumstances import evaluation_trains
 from .dataset_rows import shown_rows, stored_rows
 from .descriptions import Description
-from .host import TrainerPart
 from .library_code import is_of_library, qualified
+from .trainer_mixin import TrainerMixin
 
 
 _UNKNOWN = "something"
@@ -51,7 +51,7 @@ _STEPPING = {"optimizer", "lr_scheduler", "should_training_stop", "should_epoch_
 _WRITING = {"grad", "data", "requires_grad", "load_state_dict"}
 
 
-def parts_of(trainer: TrainerPart, key: DigestKey) -> tuple[dict[str, Any], list[str]]:
+def parts_of(trainer: TrainerMixin, key: DigestKey) -> tuple[dict[str, Any], list[str]]:
     """
     What decides the stages of a trainer besides its arguments and rows: optimizer, loss, collator, tokenizer or
     processor, methods and attributes of a trainer class of the user's, callbacks that reach what is trained,
@@ -182,7 +182,7 @@ def _special_tokens(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if not name.startswith(("hub", "push_to_hub"))}
 
 
-def _trainer(trainer: TrainerPart, description: Description) -> dict[str, Any]:
+def _trainer(trainer: TrainerMixin, description: Description) -> dict[str, Any]:
     """The class that is a library's, what the user's classes put in the place of its methods, and what they keep."""
     aside = _ASIDE if evaluation_trains(trainer.args) else _ASIDE | _OF_EVALUATION
     own = [kind for kind in type(trainer).__mro__ if not is_of_library(kind)]

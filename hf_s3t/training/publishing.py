@@ -10,7 +10,7 @@ from ..hub.card import description
 from ..hub.client import hub_errors_as_sentences
 from ..hub.pushing import PushReport, push
 from ..hub.repository import HubRepo
-from .serving import LiveModel
+from .live_model import LiveModel
 
 
 logger = logging.get_logger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..model.tensor_files import differing_tensors, read_tensors
 from ..plan.stages import StageKey
-from .serving import LiveModel
+from .live_model import LiveModel
 
 
 # The digests of the adapter files of stages that this process trained.

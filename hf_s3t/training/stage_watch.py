@@ -16,8 +16,8 @@ from ..plan.stages import StageKey
 from ..records.validity import is_current
 from .divergence import FiniteWatch, refuse_diverged
 from .fresh_parts import FreshParts
+from .live_model import LiveModel
 from .optimizers import StageOptimizer
-from .serving import LiveModel
 
 
 logger = logging.get_logger(__name__)

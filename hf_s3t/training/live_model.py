@@ -5,10 +5,10 @@ from typing import Any
 
 from ..errors import S3TError
 from ..model.modeling import S3TModel
-from .host import TrainerPart
+from .trainer_mixin import TrainerMixin
 
 
-class LiveModel(TrainerPart):
+class LiveModel(TrainerMixin):
     """The part of a trainer that has a live model, once somebody asks for it."""
 
     # The baselines are served by others.

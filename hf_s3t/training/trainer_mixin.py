@@ -19,7 +19,7 @@ else:
     _Host = object
 
 
-class TrainerPart(_Host):
+class TrainerMixin(_Host):
     """A part of a trainer: a mixin that comes before a class of Transformers' [`~transformers.Trainer`]."""
 
     model: PreTrainedModel
