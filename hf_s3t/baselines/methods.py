@@ -463,4 +463,5 @@ def _trainer_type(trainer_class: type[Trainer], layout: Layout, model_type: type
                 "one of them."
             )
     name = f"{layout.method.capitalize()}{base.__name__}"
-    return type(name, (_Measured, base), {"_layout": layout, "_model_type": model_type, "__module__": __name__})
+    # By this room's name, as records have it.
+    return type(name, (_Measured, base), {"_layout": layout, "_model_type": model_type, "__module__": __package__})

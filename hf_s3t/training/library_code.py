@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 
+_PACKAGE = __name__.split(".")[0]
 _HERE = [os.path.realpath(path) for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
 
 
@@ -22,7 +23,7 @@ def is_of_library(part: Any) -> bool:
     top = module.split(".")[0]
     if top == "__main__":
         return False
-    if top in sys.stdlib_module_names or top == __name__.split(".")[0]:
+    if top in sys.stdlib_module_names or top == _PACKAGE:
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
     return file is not None and any(os.path.realpath(file).startswith(path + os.sep) for path in _installed())
@@ -36,8 +37,14 @@ def _installed() -> tuple[str, ...]:
 
 
 def qualified(part: Any) -> str:
-    """Module and name. What a script defines lies under the script's name, also where the script is imported."""
+    """
+    Module and name, as records have it. What a script defines lies under the script's name, also where the script is
+    imported; what this package does, under its module's, whatever room that is in.
+    """
     module = getattr(part, "__module__", None) or ""
+    if module.startswith(f"{_PACKAGE}."):
+        # A trainer that moved is no other recipe: folders of every version tell of `hf_s3t.trainer.S3TTrainer`.
+        module = f"{_PACKAGE}.{module.rpartition('.')[2]}"
     if module == "__main__":
         main = sys.modules["__main__"]
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)

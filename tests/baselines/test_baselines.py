@@ -60,6 +60,7 @@ from hf_s3t.model.layers import group_layers
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import StageKey, stage_seed
 from hf_s3t.plan.partition import assign
+from hf_s3t.training.library_code import qualified
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,6 +150,11 @@ def copy_of(trained, tmp_path):
         return make(name, tmp_path / name, **more)
 
     return copied
+
+
+@pytest.mark.parametrize("name", ["sisa", "s3t"])
+def test_a_trainer_has_one_name_in_the_records_of_every_version(name, copy_of):
+    assert qualified(type(copy_of(name).trainer)) == f"hf_s3t.baselines.{name.capitalize()}S3TTrainer"
 
 
 # The same data

@@ -41,6 +41,7 @@ from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.circumstances import recipe_of
 from hf_s3t.training.descriptions import Description
+from hf_s3t.training.library_code import qualified
 from hf_s3t.training.parts import differing_parts, parts_of
 
 
@@ -740,6 +741,20 @@ def test_a_folder_of_an_earlier_version_goes_on_and_that_is_said_once(names, sys
     refuse_other_recipe(trainer)
     assert len(warned) == 1 and "cannot be compared in: " in warned[0] and "compute_loss_func" in warned[0]
     assert ("data_collator" in warned[0]) == (not names)
+
+
+@pytest.mark.parametrize(
+    "cls, name",
+    [(S3TTrainer, "hf_s3t.trainer.S3TTrainer"), (S3TSFTTrainer, "hf_s3t.sft_trainer.S3TSFTTrainer")],
+)
+def test_a_trainer_has_one_name_in_the_records_of_every_version(cls, name):
+    assert qualified(cls) == name
+
+
+def test_a_trainer_is_recorded_by_that_name(system):
+    trainer = trainer_of(system, WeightedTrainer)
+    description, _ = parts_of(trainer, trainer.folder.key)
+    assert description["trainer"]["class"] == "hf_s3t.trainer.S3TTrainer"
 
 
 def test_the_rows_of_a_folder_of_an_earlier_version_and_its_precision_are_compared(system):
