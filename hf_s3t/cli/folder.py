@@ -29,7 +29,6 @@ from .exit_codes import EXHAUSTED, FINE, REFUSED
 
 
 if TYPE_CHECKING:
-    # Slow to import, and only `export` needs it.
     from ..model.modeling import S3TModel
 
 
@@ -285,6 +284,7 @@ def _check_export(system: SystemFolder, shard: int, target: Path) -> None:
 
 def load_model(folder: Path, base_model: str | None) -> "S3TModel":
     """The model of a system; what keeps it from loading is said in the words of the command line."""
+    # Slow to import, and only `export` needs it.
     from ..model.modeling import S3TModel
 
     try:

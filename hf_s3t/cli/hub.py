@@ -29,6 +29,7 @@ def push(
 
     What a deletion removed stays in older commits until `erase`.
     """
+    # Each command brings what it needs of the Hub's client, which is slow to import.
     from ..hub.card import description
     from ..hub.pushing import push as push_system
     from ..hub.repository import HubRepo
@@ -54,6 +55,7 @@ def pull(
 
     The system's secret must be in HF_S3T_KEY. To serve, no pull is needed: `S3TModel.from_pretrained` takes the name.
     """
+    # As in `push`.
     from ..hub.folder import HubFolder
 
     system = HubFolder(repo_id, revision, token)
@@ -71,6 +73,7 @@ def erase(repo_id: Repo, token: Token = None, dry_run: DryRun = False, as_json: 
 
     Push the deletion first. Where this was interrupted, calling it again finishes it.
     """
+    # As in `push`.
     from ..hub.erasure import erase as erase_superseded
     from ..hub.repository import HubRepo
 

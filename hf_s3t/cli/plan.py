@@ -99,6 +99,7 @@ def plan(
     Expected times, for requests that hit examples at random; and the number that suffices to somebody who knows where
     examples lie.
     """
+    # It brings an optimizer, which is slow to import, and only this command needs it.
     from ..analysis.planning import Workload, recommend
 
     workload = Workload(examples, deletions_per_month, hours_per_epoch, epochs, batch_size)
@@ -106,6 +107,7 @@ def plan(
         model, num_layers, hidden_size, rank, None if target_modules is None else target_modules.value, num_labels
     )
     if figure is not None:
+        # Only for a picture, what draws it.
         from ..analysis.pictures import check_picture
         from ..analysis.plan_figure import draw_plan
 
@@ -138,6 +140,7 @@ def _backbone(
     num_labels: int,
 ) -> "Backbone":
     """The model to plan for, by its config or by the numbers given."""
+    # As in `plan`.
     from ..analysis.planning import Backbone
 
     if (model is None) == (num_layers is None) or (model is not None and hidden_size is not None):

@@ -79,7 +79,7 @@ def push(
     private: bool | None = None,
     commit_message: str | None = None,
     merge: bool = False,
-    on_merge: Callable[[], Any] | None = None,
+    on_merge: Callable[[], object] | None = None,
     dry_run: bool = False,
 ) -> PushReport:
     """
@@ -123,7 +123,7 @@ def _commit_upon_what_is_there(
     describe: Describe,
     message: str | None,
     merge: bool,
-    on_merge: Callable[[], Any] | None,
+    on_merge: Callable[[], object] | None,
     dry_run: bool,
 ) -> PushReport:
     """Look at the main branch, take in its deletions, and commit what it lacks; again, where somebody was first."""
@@ -236,7 +236,7 @@ def _take_in(
     state: HubState,
     merge: bool,
     repo_id: str,
-    on_merge: Callable[[], Any] | None,
+    on_merge: Callable[[], object] | None,
     dry_run: bool,
 ) -> _Merged:
     """Forget in the folder what the Hub knows as deleted."""

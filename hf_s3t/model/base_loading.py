@@ -50,18 +50,8 @@ def load_base(
     Raises:
         [`~hf_s3t.errors.BaseModelMismatchError`]: If no id or path of the base is known, or none is found by it.
     """
-    name = name or record["id"]
+    name = name or _recorded_name(record)
     as_recorded = dtype is None and quantization_config is None
-    if not name and record.get("folder"):
-        raise BaseModelMismatchError(
-            f"This system stands on a base model that was the folder {record['folder']!r} of another machine, so it "
-            "cannot be found by name. Give it as `base_model`: the module, its folder here, or its id on the Hub."
-        )
-    if not name:
-        raise BaseModelMismatchError(
-            "This system was trained on a model made in memory, so its base cannot be found by name. Give it as "
-            "`base_model`: the module, or the folder it was saved to."
-        )
     architecture = _class_of(record)
     if quantization_config is None and record["quantization"]:
         quantization_config = AutoQuantizationConfig.from_dict(dict(record["quantization"]))
@@ -82,13 +72,7 @@ def load_base(
         model, report = _load(architecture, name, **kwargs, **implementations)
     except (ImportError, ValueError) as error:
         model, report = _load_by_other_means(architecture, name, implementations, error, **kwargs)
-    missing = left_at_random(model, report, head)
-    if missing:
-        raise BaseModelMismatchError(
-            f"The base model is not the one these stages were trained on: {name!r} has no parameters for "
-            f"{some_of(missing)}, or has them in another size"
-            f"{other_sizes(name, record)}. {which_base(str(name), record)}"
-        )
+    _refuse_unfilled(left_at_random(model, report, head), name, record)
     if record.get("generation") and getattr(model, "generation_config", None) is not None:
         model.generation_config = GenerationConfig.from_dict(record["generation"])
     if as_recorded:
@@ -96,6 +80,31 @@ def load_base(
         if held_differently(model, record):
             warn_of_other_rounding(record)
     return model
+
+
+def _recorded_name(record: dict[str, Any]) -> str:
+    """The id or path by which a base is found, where one is on record."""
+    if record["id"]:
+        return str(record["id"])
+    if record.get("folder"):
+        raise BaseModelMismatchError(
+            f"This system stands on a base model that was the folder {record['folder']!r} of another machine, so it "
+            "cannot be found by name. Give it as `base_model`: the module, its folder here, or its id on the Hub."
+        )
+    raise BaseModelMismatchError(
+        "This system was trained on a model made in memory, so its base cannot be found by name. Give it as "
+        "`base_model`: the module, or the folder it was saved to."
+    )
+
+
+def _refuse_unfilled(missing: Sequence[str], name: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Refuse a model of which a checkpoint left parameters at random: the name is that of another base."""
+    if missing:
+        raise BaseModelMismatchError(
+            f"The base model is not the one these stages were trained on: {name!r} has no parameters for "
+            f"{some_of(missing)}, or has them in another size"
+            f"{other_sizes(name, record)}. {which_base(str(name), record)}"
+        )
 
 
 def _class_of(record: dict[str, Any]) -> type[PreTrainedModel]:

@@ -42,7 +42,7 @@ def stamp_cache(cache: Cache | None, route: Route) -> None:
         vars(cache)["_s3t_route"] = route
 
 
-def check_cache(cache: Any, route: Route) -> None:
+def check_cache(cache: Cache | None, route: Route) -> None:
     """
     Refuse a filled cache that other stacks than the route's made.
 

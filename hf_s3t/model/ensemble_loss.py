@@ -24,7 +24,7 @@ _SPANS = ("start_positions", "end_positions")
 _BESIDE_LABELS = ("num_items_in_batch", "shift_labels")
 
 
-def take_targets(inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
+def take_targets(inputs: dict[str, Any], labels: torch.Tensor | None) -> dict[str, Any]:
     """Labels or spans, and what goes with them, which is taken out of the inputs; nothing if there are no such."""
     others: dict[str, Any] = {name: inputs.pop(name) for name in _BESIDE_LABELS if name in inputs}
     spans = {name: inputs.pop(name) for name in _SPANS if name in inputs}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
@@ -58,7 +59,7 @@ def _same_in_every_process(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def circumstances(model: nn.Module, accelerator: Any = None) -> dict[str, Any]:
+def circumstances(model: nn.Module, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """
     What besides recipe, seed and data decides a stage's bits.
 

@@ -1,12 +1,11 @@
 """A stage in training that is no numbers any more: noticed without waiting for the device, and refused."""
 
-from typing import Any
-
 import torch
 from accelerate.utils import gather_object
 
 from ..errors import DivergedError
 from ..folder.finite import named
+from ..plan.stages import StageKey
 
 
 class FiniteWatch:
@@ -21,7 +20,7 @@ class FiniteWatch:
         self._first: torch.Tensor | None = None
 
     @torch.no_grad()
-    def note(self, value: Any, step: int) -> None:
+    def note(self, value: torch.Tensor | float | None, step: int) -> None:
         """
         Look at the loss, or the norm of the gradients, of a step.
 
@@ -50,7 +49,7 @@ def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
     return bool(largest.isfinite())
 
 
-def refuse_diverged(stage: Any, tensors: dict[str, torch.Tensor], watch: FiniteWatch, step: int) -> None:
+def refuse_diverged(stage: StageKey, tensors: dict[str, torch.Tensor], watch: FiniteWatch, step: int) -> None:
     """
     Refuse a stage whose tensors are no finite numbers.
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -88,7 +88,12 @@ def check_inputs(dataset: Any, model: PreTrainedModel, args: TrainingArguments) 
 
 
 def check_loss(
-    trainer_type: type[Trainer], model: PreTrainedModel, args: TrainingArguments, dataset: Any, given: Any
+    trainer_type: type[Trainer],
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    dataset: Any,
+    compute_loss_func: Callable[..., Any] | None,
+    data_collator: Callable[..., Any] | None,
 ) -> None:
     """
     Refuse training without a loss.
@@ -98,12 +103,12 @@ def check_loss(
         model ([`~transformers.PreTrainedModel`]): The base model.
         args ([`~transformers.TrainingArguments`]): The recipe of a stage.
         dataset: The training examples.
-        given (sequence of `Callable`): A loss and a collator, where they are given: `None` where they are not.
+        compute_loss_func (`Callable`, *optional*): As in `Trainer`.
+        data_collator (`Callable`, *optional*): As in `Trainer`.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With what there is instead.
     """
-    compute_loss_func, data_collator = given
     overridden = trainer_type.compute_loss is not Trainer.compute_loss or args.label_smoothing_factor > 0
     if model is None or overridden or compute_loss_func is not None:
         return

@@ -115,7 +115,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         args = _as_sft_config(args, model)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
-        embeddings = model.get_input_embeddings().num_embeddings
+        tokens = model.get_input_embeddings().num_embeddings
         given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         blueprint = draw_up(given, self._layout)
         check_choice(args, eval_dataset, compute_metrics)
@@ -141,12 +141,8 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             formatting_func=formatting_func,
         )
-        if model.get_input_embeddings().num_embeddings != embeddings:
-            raise IsolationError(
-                f"`chat_template_path={args.chat_template_path!r}` added tokens and resized the embeddings of the "
-                "base, which all stages share. Save the resized model and train on that folder, or use a template "
-                "without new tokens."
-            )
+        if model.get_input_embeddings().num_embeddings != tokens:
+            raise _resized(args)
         self._set_up(blueprint)
 
     def _prepare_dataset(
@@ -221,6 +217,13 @@ def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel)
     values = args.to_dict()
     values["hub_token"] = args.hub_token
     return SFTConfig(**values)
+
+
+def _resized(args: SFTConfig) -> IsolationError:
+    return IsolationError(
+        f"`chat_template_path={args.chat_template_path!r}` added tokens and resized the embeddings of the base, which "
+        "all stages share. Save the resized model and train on that folder, or use a template without new tokens."
+    )
 
 
 def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:

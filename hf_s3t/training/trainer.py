@@ -262,14 +262,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
         given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
         blueprint = draw_up(given, self._layout)
-        reads_its_own_way = self._reads_rows_its_own_way()
-        if not reads_its_own_way:
-            check_inputs(train_dataset, model, args)
-            check_loss(type(self), model, args, train_dataset, (compute_loss_func, data_collator))
-        makes_answers = data_collator is not None or compute_loss_func is not None
-        check_answers(train_dataset, makes_answers or reads_its_own_way)
-        if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
-            check_rows(train_dataset, model, blueprint.head, args)
+        self._check_what_is_fed(given, blueprint.head, compute_loss_func, data_collator)
         check_choice(args, eval_dataset, compute_metrics)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         default_ddp_arguments(args)
@@ -287,6 +280,24 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._set_up(blueprint)
+
+    def _check_what_is_fed(
+        self,
+        given: TrainerInputs,
+        head: Sequence[str],
+        compute_loss_func: Callable[..., Any] | None,
+        data_collator: Callable[..., Any] | None,
+    ) -> None:
+        """Refuse rows of which the model would get nothing, or could make no loss, as far as what is stored tells."""
+        model, args, rows = given.model, given.args, given.train_dataset
+        reads_its_own_way = self._reads_rows_its_own_way()
+        if not reads_its_own_way:
+            check_inputs(rows, model, args)
+            check_loss(type(self), model, args, rows, compute_loss_func, data_collator)
+        makes_answers = data_collator is not None or compute_loss_func is not None
+        check_answers(rows, makes_answers or reads_its_own_way)
+        if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
+            check_rows(rows, model, head, args)
 
     def _reads_rows_its_own_way(self) -> bool:
         """Whether a class made of this one decides what is done with rows."""
