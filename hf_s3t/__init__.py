@@ -19,7 +19,7 @@ _MODULE_OF = {
     "S3TTrainer": "training.trainer",
     "UnlearningReport": "records.report",
 }
-_SUBMODULES = ("analysis", "errors", "sequences")
+_SUBMODULES = ("analysis", "baselines", "errors", "metrics", "plan", "sequences")
 
 __all__ = [
     "S3TConfig",

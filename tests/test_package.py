@@ -5,11 +5,13 @@ import doctest
 import importlib
 import importlib.util
 import json
+import pydoc
 import re
 import socket
 import subprocess
 import sys
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,28 @@ def test_docstring_examples_run(module):
         runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)
     assert runner.tries
+
+
+def _references(module: str) -> set[str]:
+    """What the docstrings of a module refer to in this package, such as [`~hf_s3t.S3TModel`] and [`preview`]."""
+    documented = [n for n in ast.walk(_tree(module)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    found = {name for node in documented for name in re.findall(r"\[`~?([\w.]+)`\]", ast.get_docstring(node) or "")}
+    # What other libraries have is for the site of the documentation to look up.
+    libraries = HEAVY | {"evaluate"}
+    return {name for name in found if name.split(".")[0] not in libraries}
+
+
+def _is_there(name: str, module: str) -> bool:
+    """Whether there is something of a name: from the module that says it, from the package, or by its whole name."""
+    try:
+        return attrgetter(name)(importlib.import_module(module)) is not None
+    except AttributeError:
+        return any(pydoc.locate(start + name) is not None for start in ("", "hf_s3t."))
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if _references(module)])
+def test_what_docstrings_refer_to_is_there(module):
+    assert not [name for name in _references(module) if not _is_there(name, module)]
 
 
 def _python_blocks(path: Path) -> list[str]:

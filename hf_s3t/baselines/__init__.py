@@ -16,3 +16,7 @@ def __getattr__(name: str) -> Any:
     from . import methods
 
     return getattr(methods, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,8 @@ import evaluate
 from ..config import require_choice
 
 
+__all__ = ["METRICS", "load", "path"]
+
 METRICS = ("accuracy", "copa", "f1", "matthews_correlation", "multirc", "pearson", "spearman")
 
 

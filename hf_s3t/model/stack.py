@@ -40,8 +40,8 @@ class StageStack:
     The stage adapters in memory, on one base model that is never changed.
 
     Each stage is one PEFT adapter on the layers of its group, with a copy of the head if the model has one. Adapters
-    of other stages may be present at the same time; which ones act is decided per call by a [`Route`], or for
-    training by `train_only`.
+    of other stages may be present at the same time; which ones act is decided per call by a
+    [`~hf_s3t.model.route.Route`], or for training by `train_only`.
 
     Args:
         base ([`~transformers.PreTrainedModel`]): The base model. It is frozen and its target modules are wrapped.
