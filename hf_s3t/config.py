@@ -221,24 +221,29 @@ class S3TConfig:
         self.deletion_prior = [list(map(float, p)) for p in priors] if per_shard else list(map(float, priors[0]))
 
     def _check_sequences(self) -> None:
-        explicit = not isinstance(self.sequence_selection, str)
-        if explicit:
-            self.sequence_selection = self._checked_permutations(self.sequence_selection)
-            lists = self.sequence_selection if self._sequences_per_shard() else [self.sequence_selection]
-            counts = {len(sequences) for sequences in lists}
-            if len(counts) != 1:
-                raise ConfigError(
-                    f"`sequence_selection` gives the shards {sorted(counts)} sequences. Give every shard the same "
-                    "number: the budget."
-                )
-            (given,) = counts
-            if self.budget not in (None, given):
-                raise ConfigError(
-                    f"budget={self.budget}, but `sequence_selection` lists {given} sequences per shard. Leave "
-                    "`budget` out when the sequences are listed."
-                )
-            self.budget = given
-            return
+        if isinstance(self.sequence_selection, str):
+            self._check_rule()
+        else:
+            self._check_listed_sequences()
+
+    def _check_listed_sequences(self) -> None:
+        self.sequence_selection = self._checked_permutations(self.sequence_selection)
+        lists = self.sequence_selection if self._sequences_per_shard() else [self.sequence_selection]
+        counts = {len(sequences) for sequences in lists}
+        if len(counts) != 1:
+            raise ConfigError(
+                f"`sequence_selection` gives the shards {sorted(counts)} sequences. Give every shard the same number: "
+                "the budget."
+            )
+        (given,) = counts
+        if self.budget not in (None, given):
+            raise ConfigError(
+                f"budget={self.budget}, but `sequence_selection` lists {given} sequences per shard. Leave `budget` "
+                "out when the sequences are listed."
+            )
+        self.budget = given
+
+    def _check_rule(self) -> None:
         require_choice("sequence_selection", self.sequence_selection, SEQUENCE_SELECTIONS)
         if self.budget is None:
             self.budget = self.num_slices

@@ -99,6 +99,16 @@ def test_modules_do_not_import_through_the_front_door():
     assert not through
 
 
+def test_modules_import_no_private_names_of_each_other():
+    private = [
+        f"{module}: {name}"
+        for module in FILES
+        for target, name in _targets(module)
+        if target.startswith("hf_s3t") and (name or "").startswith("_") and name != "__version__"
+    ]
+    assert not private
+
+
 def test_import_is_lazy():
     loaded = _loaded_by("import hf_s3t, hf_s3t.errors")
     assert not loaded & HEAVY

@@ -20,7 +20,12 @@ else:
 
 
 class TrainerMixin(_Host):
-    """A part of a trainer: a mixin that comes before a class of Transformers' [`~transformers.Trainer`]."""
+    """
+    A part of a trainer: a mixin that comes before a class of Transformers' [`~transformers.Trainer`].
+
+    Users derive from the whole. So what the parts, and the functions of this room, use of each other begins with an
+    underscore, and their own attributes and methods do not meet it.
+    """
 
     model: PreTrainedModel
     folder: SystemFolder
