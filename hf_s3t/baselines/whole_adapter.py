@@ -38,14 +38,14 @@ class SliceBySlice(Layout):
 
     stage_data: str | None = None
 
-    def settings(self, chosen: S3TConfig) -> S3TConfig:
+    def settings(self, asked: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
         return replace(
-            chosen,
+            asked,
             budget=None,
-            sequence_selection=[list(range(chosen.num_slices))],
+            sequence_selection=[list(range(asked.num_slices))],
             layers_per_slice=None,
-            stage_data=self.stage_data or chosen.stage_data,
+            stage_data=self.stage_data or asked.stage_data,
         )
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
@@ -63,10 +63,10 @@ class AtOnce(Layout):
 
     method: str = "full"
 
-    def settings(self, chosen: S3TConfig) -> S3TConfig:
+    def settings(self, asked: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
         return replace(
-            chosen,
+            asked,
             num_slices=1,
             budget=None,
             sequence_selection="cyclic",
@@ -79,9 +79,9 @@ class AtOnce(Layout):
         """All layers."""
         return (tuple(range(num_layers)),)
 
-    def rows(self, dataset: Any, chosen: S3TConfig) -> TrainingRows:
+    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
         """The dataset, which the user's settings partition."""
-        return _SlicesTogether(dataset, chosen)
+        return _SlicesTogether(dataset, asked)
 
 
 class _SlicesTogether(TrainingRows):

@@ -65,17 +65,17 @@ class Layout:
 
     method: str = "s3t"
 
-    def settings(self, chosen: S3TConfig) -> S3TConfig:
+    def settings(self, asked: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
-        return chosen
+        return asked
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
         """Layer indices of each stage."""
         return group_layers(num_layers, config.num_slices, config.layers_per_slice, config.growth)
 
-    def rows(self, dataset: Any, chosen: S3TConfig) -> TrainingRows:
+    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
         """The dataset, which the user's settings partition."""
-        return TrainingRows(dataset, self.settings(chosen))
+        return TrainingRows(dataset, self.settings(asked))
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,9 @@ class NewSystem:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """
-    What a trainer knows about its system before anything is written.
+    """What a trainer knows about its system before anything is written."""
 
-    Args:
-        chosen ([`S3TConfig`]): The settings that the user gave, or gave when the system was made.
-        layout ([`Layout`]): How stages lie on layers and data.
-        config ([`S3TConfig`]): The settings of the system, which the layout makes of those.
-        peft_config ([`~peft.LoraConfig`]): The adapters, with target modules.
-        layers ([`~hf_s3t.model.layers.LayerGroups`]): Which layers each stage adapts.
-        head (`tuple[str, ...]`): Names of the modules trained as the head.
-        base (`dict`): What is recorded of the base model.
-        rows ([`~hf_s3t.training.rows.TrainingRows`], *optional*): The training data, if there is any.
-        new ([`NewSystem`], *optional*): What a system that is to be made begins with; `None` where it is there.
-        task (`str`): The task of the base model.
-    """
-
-    chosen: S3TConfig
+    asked: S3TConfig
     layout: Layout
     config: S3TConfig
     peft_config: LoraConfig
@@ -118,12 +104,13 @@ class Blueprint:
     head: tuple[str, ...]
     base: dict[str, Any]
     rows: TrainingRows | None
+    # None where the system is there.
     new: NewSystem | None
     task: str
 
     def record(self, model: PreTrainedModel, key: DigestKey) -> dict[str, Any]:
         """What `s3t_config.json` says of a system that is made with a secret."""
-        baseline = {"method": self.layout.method, "s3t_config": self.chosen.to_dict()}
+        baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
         return {
             **({} if self.layout.method == "s3t" else {"baseline": baseline}),
             "s3t_config": self.config.to_dict(),
@@ -184,8 +171,8 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     recorded, key = _recorded_or_new(args)
     if recorded is not None:
         check_method(recorded, (layout.method,), output_dir)
-    chosen = _merged_config(given.s3t_config, recorded)
-    config = layout.settings(chosen)
+    asked = _merged_config(given.s3t_config, recorded)
+    config = layout.settings(asked)
     peft_config = _merged_peft_config(given.peft_config, recorded, model)
     check_arguments(args, given.callbacks)
     check_datasets(given.train_dataset, given.eval_dataset, args, config)
@@ -196,8 +183,8 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     check_optimizer(args, model)
     rows = None
     if given.train_dataset is not None:
-        check_columns(given.train_dataset, model, args, chosen)
-        rows = layout.rows(given.train_dataset, chosen)
+        check_columns(given.train_dataset, model, args, asked)
+        rows = layout.rows(given.train_dataset, asked)
     if recorded is not None:
         check_base_is(model, recorded["base_model"], layers.path, head, for_training=True)
         base = recorded["base_model"]
@@ -216,7 +203,7 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     elif rows is not None:
         _match(rows, output_dir)
     say_which_seed_rules(args, config)
-    return Blueprint(chosen, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
+    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
 
 
 def _layers_and_head(
@@ -255,7 +242,7 @@ def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) ->
     """
     recorded = open_folder(output_dir).record
     check_method(recorded, (blueprint.layout.method,), output_dir)
-    _merged_config(blueprint.chosen, recorded)
+    _merged_config(blueprint.asked, recorded)
     _merged_peft_config(blueprint.peft_config, recorded, model)
     check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
     if blueprint.rows is not None:

@@ -116,17 +116,17 @@ class StageOptimizer:
     def _refuse_idle(self) -> None:
         # Optimizers that work inside of the backward pass do it by hooks of the parameters.
         hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in self._trained)
-        if self._trained and not hooked and len(self._unlisted()) == len(self._trained):
+        if self._trained and not hooked and len(self._untold()) == len(self._trained):
             raise ConfigError(
                 f"The optimizer {self.name} trains no tensor of the stage: it was made for "
                 "parameters of another one, or of the base. Let `optimizer_cls_and_kwargs` make a new optimizer of "
                 "the parameters that it is given."
             )
 
-    def _unlisted(self) -> list[nn.Parameter]:
+    def _untold(self) -> list[nn.Parameter]:
         """The stage's parameters of which the optimizer does not say that it trains them."""
-        known = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        return [parameter for parameter in self._trained if id(parameter) not in known]
+        told = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        return [parameter for parameter in self._trained if id(parameter) not in told]
 
     @property
     def name(self) -> str:
@@ -205,7 +205,7 @@ class StageOptimizer:
         The same of a checkpoint that was read: parameters that the optimizer does not know of (layer-wise ones have an
         optimizer for each), objects that are not read back, and state that is filed under tensors.
         """
-        if self._unlisted():
+        if self._untold():
             return "it keeps the state of parameters elsewhere (layer by layer, say)"
         return _unreadable(self._optimizer.state_dict())
 
@@ -214,8 +214,8 @@ class StageOptimizer:
         own = {name: part for name, part in vars(self._optimizer).items() if name not in _attributes_of_all()}
         if not own:
             return []
-        listed = reached((self._optimizer.state, self._optimizer.param_groups))
-        around = [*self._shared, self._optimizer, *(part for part in listed if isinstance(part, torch.Tensor))]
+        told = reached((self._optimizer.state, self._optimizer.param_groups))
+        around = [*self._shared, self._optimizer, *(part for part in told if isinstance(part, torch.Tensor))]
         kinds = (int, float, complex, torch.Tensor)
         held = reached(own, around, ends=(nn.Module,))
         return [mark(one) for one in held if isinstance(one, kinds) and not isinstance(one, (bool, nn.Parameter))]

@@ -24,18 +24,18 @@ class PlanHandler(TurnTakingHandler):
 
     def __init__(self, given: CallbackHandler, turns: Turns) -> None:
         super().__init__(given, turns)
-        # Trackers that know that the run has begun.
-        self._in_run: list[TrainerCallback] = []
+        # Trackers that were told that the run began.
+        self._told: list[TrainerCallback] = []
         self._is_silent = False
 
     def begin_run(self) -> None:
         """A run begins with the next stage."""
-        self._in_run = []
+        self._told = []
 
     def end_run(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Tell the trackers that the run has come to its end."""
-        trackers, self._in_run = [callback for callback in self._in_run if callback in self.callbacks], []
-        self._tell(trackers, "on_train_end", args, state, control)
+        told, self._told = [callback for callback in self._told if callback in self.callbacks], []
+        self._tell(told, "on_train_end", args, state, control)
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
@@ -63,8 +63,8 @@ class PlanHandler(TurnTakingHandler):
         if self._is_silent or event == "on_train_end":
             return []
         if event == "on_train_begin":
-            trackers = [callback for callback in trackers if callback not in self._in_run]
-            self._in_run += trackers
+            trackers = [callback for callback in trackers if callback not in self._told]
+            self._told += trackers
         return trackers
 
     def _tell(
@@ -109,7 +109,7 @@ def tags(key: StageKey, plan: Plan) -> dict[str, int]:
     return {"shard": key.shard, "sequence": number, "depth": key.depth}
 
 
-def last_step(records: Mapping[StageKey, Mapping[str, Any]]) -> int:
+def last_step(records: Mapping[Any, Mapping[str, Any]]) -> int:
     """The last step of the plan's curve that the records of stages tell of; those of earlier versions tell of none."""
     ends = [record["steps"][1] for record in records.values() if _has_steps(record)]
     return max(ends, default=0)
