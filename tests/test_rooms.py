@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,15 @@ def test_a_pure_room_loads_no_library_of_tensors(room):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}, done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "hf_s3t").glob("*/__init__.py")))
+def test_a_room_says_what_each_of_its_modules_holds(room):
+    docstring = ast.get_docstring(ast.parse((ROOT / "hf_s3t" / room / "__init__.py").read_text(encoding="utf-8")))
+    named = re.findall(r"^- `(\w+)`: \S", docstring, re.MULTILINE)
+    assert sorted(named) == sorted(
+        {module.split(".")[2] for module in modules(ROOT) if module.startswith(f"hf_s3t.{room}.")}
+    )
 
 
 @pytest.mark.parametrize("module", modules(ROOT))
