@@ -1,4 +1,4 @@
-"""Finds a model's transformer layers, groups them for stages, and finds its head. No architecture is named here."""
+"""Finds a model's transformer layers, groups them for stages, and tells its task. No architecture is named here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
