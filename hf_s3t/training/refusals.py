@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
-from ..errors import ConfigError, IsolationError
+from ..errors import ConfigError, IsolationError, S3TError
+from ..model.refusals import raise_together
 from .circumstances import evaluation_trains
 
 
@@ -198,18 +199,7 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
     """
     given = _Arguments(args, tuple(callbacks or ()))
     refused = [refusal for refusal in _OF_ARGUMENTS if refusal.applies(given)]
-    _refuse([(refusal.error, refusal.says(given)) for refusal in refused])
-
-
-def _refuse(problems: Sequence[tuple[type[ConfigError] | type[IsolationError], str]]) -> None:
-    """Raise one error that tells of all problems, if there are any."""
-    if not problems:
-        return
-    error = IsolationError if any(kind is IsolationError for kind, _ in problems) else ConfigError
-    sentences = [sentence for _, sentence in problems]
-    if len(sentences) == 1:
-        raise error(sentences[0])
-    raise error("\n- ".join([f"{len(sentences)} things are refused:", *sentences]))
+    raise_together([refusal.error(refusal.says(given)) for refusal in refused], "These training arguments")
 
 
 def _stops_early(callback: Any) -> bool:
@@ -288,31 +278,31 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArgument
     """
     if train_dataset is None:
         return
-    problems: list[tuple[type[ConfigError] | type[IsolationError], str]] = []
+    problems: list[S3TError] = []
     if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
         streaming = (
             f"`train_dataset` is a streaming {type(train_dataset).__name__}: its rows have no ids and no order that "
             "could be repeated. Give a map-style dataset (`load_dataset(..., streaming=False)`)."
         )
-        problems.append((IsolationError, streaming))
+        problems.append(IsolationError(streaming))
     if isinstance(train_dataset, dict):
         several = (
             f"`train_dataset` is a {type(train_dataset).__name__} of {', '.join(map(str, train_dataset))}, expected "
             "one dataset. Give the split to train on."
         )
-        problems.append((ConfigError, several))
+        problems.append(ConfigError(several))
     if "seq_lengths" in (getattr(train_dataset, "column_names", None) or ()):
         packed = (
             "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
             "set `packing=True`, which packs every stage's own examples."
         )
-        problems.append((IsolationError, packed))
+        problems.append(IsolationError(packed))
     if config.select == "metric" and isinstance(eval_dataset, dict):
         which = (
             f'`select="metric"` needs one evaluation set to compare stacks on, and `eval_dataset` is a dict of '
             f"{len(eval_dataset)}. Give the one that shall decide."
         )
-        problems.append((ConfigError, which))
+        problems.append(ConfigError(which))
     setting = evaluation_chooses(args, config)
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if setting and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
@@ -320,5 +310,5 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArgument
             f"`{setting}` lets an evaluation choose the model, and there is no separate `eval_dataset`. Give one that "
             "holds no training example."
         )
-        problems.append((IsolationError, separate))
-    _refuse(problems)
+        problems.append(IsolationError(separate))
+    raise_together(problems, "These datasets")
