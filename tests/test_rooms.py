@@ -32,7 +32,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The front door, which opens every room when it is asked for a name of it, and what runs the command line.
 OUTSIDE = {"", "__main__"}
 # Rooms that work where nothing heavy is installed, and start at once.
-PURE = ("errors", "config", "sequences", "plan", "analysis", "records", "folder", "operations", "cli")
+PURE = ("errors", "launch", "config", "sequences", "plan", "analysis", "records", "folder", "hub", "operations", "cli")
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "torch", "transformers", "trl"}
 LARGEST = 620
 
