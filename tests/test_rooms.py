@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,9 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The front door, which opens every room when it is asked for a name of it, and what runs the command line.
 OUTSIDE = {"", "__main__"}
 # Rooms that work where nothing heavy is installed, and start at once.
-PURE = ("errors", "config", "sequences", "plan", "analysis", "records", "folder", "operations", "cli")
+PURE = ("errors", "launch", "config", "sequences", "plan", "analysis", "records", "folder", "hub", "operations", "cli")
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "torch", "transformers", "trl"}
-LARGEST = 620
+LARGEST = 600
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -142,6 +143,15 @@ def test_a_pure_room_loads_no_library_of_tensors(room):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}, done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "hf_s3t").glob("*/__init__.py")))
+def test_a_room_says_what_each_of_its_modules_holds(room):
+    docstring = ast.get_docstring(ast.parse((ROOT / "hf_s3t" / room / "__init__.py").read_text(encoding="utf-8")))
+    named = re.findall(r"^- `(\w+)`: \S", docstring, re.MULTILINE)
+    assert sorted(named) == sorted(
+        {module.split(".")[2] for module in modules(ROOT) if module.startswith(f"hf_s3t.{room}.")}
+    )
 
 
 @pytest.mark.parametrize("module", modules(ROOT))

@@ -1,4 +1,11 @@
-"""S3T and the methods that it is compared with, under one interface."""
+"""
+S3T and the methods that it is compared with, under one interface.
+
+- `methods`: the methods: train, serve, delete, train again, and what that cost.
+- `whole_adapter`: systems whose units train one adapter on all layers: SISA, sequential training, full fine-tuning.
+- `prototypes`: class prototypes on the base's features, which ProtoSISA answers with besides.
+- `cost`: what training has cost so far, in a file that outlives the process.
+"""
 
 from typing import TYPE_CHECKING, Any
 

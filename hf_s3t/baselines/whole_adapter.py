@@ -38,14 +38,14 @@ class SliceBySlice(Layout):
 
     stage_data: str | None = None
 
-    def settings(self, asked: S3TConfig) -> S3TConfig:
+    def settings(self, user_config: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
         return replace(
-            asked,
+            user_config,
             budget=None,
-            sequence_selection=[list(range(asked.num_slices))],
+            sequence_selection=[list(range(user_config.num_slices))],
             layers_per_slice=None,
-            stage_data=self.stage_data or asked.stage_data,
+            stage_data=self.stage_data or user_config.stage_data,
         )
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
@@ -63,10 +63,10 @@ class AtOnce(Layout):
 
     method: str = "full"
 
-    def settings(self, asked: S3TConfig) -> S3TConfig:
+    def settings(self, user_config: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
         return replace(
-            asked,
+            user_config,
             num_slices=1,
             budget=None,
             sequence_selection="cyclic",
@@ -79,9 +79,9 @@ class AtOnce(Layout):
         """All layers."""
         return (tuple(range(num_layers)),)
 
-    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
+    def rows(self, dataset: Any, user_config: S3TConfig) -> TrainingRows:
         """The dataset, which the user's settings partition."""
-        return _SlicesTogether(dataset, asked)
+        return _SlicesTogether(dataset, user_config)
 
 
 class _SlicesTogether(TrainingRows):

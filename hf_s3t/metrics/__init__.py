@@ -3,6 +3,14 @@ The benchmarks' metrics as `evaluate` modules, over scikit-learn and scipy: they
 
 `evaluate.load(str(hf_s3t.metrics.path("f1")))` loads one as a metric from the Hub is loaded; [`load`] does without the
 copy of the script and the cache folder that `evaluate.load` makes.
+
+- `accuracy`: the share of rows whose class is right.
+- `f1`: of class 1 where there are two classes, or the mean over all classes.
+- `matthews_correlation`: of predicted and true classes.
+- `pearson`: the correlation of predicted and true numbers.
+- `spearman`: the same of their ranks.
+- `copa`: the share of questions whose right choice got the highest score.
+- `multirc`: F1 over all answers, and the share of questions with every answer judged right.
 """
 
 import importlib

@@ -17,7 +17,8 @@ from .uncompiled import uncompiled
 
 # How near two ways to compute a loss come.
 _NEAR = dict(rtol=1e-5, atol=1e-6)
-_IGNORED = -100
+# The label that losses ignore.
+IGNORED_LABEL = -100
 # What says where a span begins and ends, in the place of labels.
 _SPANS = ("start_positions", "end_positions")
 # What goes with labels, and with nothing else.
@@ -101,7 +102,7 @@ class EnsembleLoss:
         is_padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
         special: tuple[bool, ...] = ()
         if isinstance(labels, torch.Tensor):
-            tokens = (_IGNORED, getattr(config, "pad_token_id", None))
+            tokens = (IGNORED_LABEL, getattr(config, "pad_token_id", None))
             special = tuple(token is not None and bool(torch.eq(labels, token).any()) for token in tokens)
         lengths = {len(value) for value in targets.values() if isinstance(value, torch.Tensor) and value.dim()}
         return described, is_padded, special, getattr(config, "problem_type", None), lengths <= {1}
@@ -233,10 +234,10 @@ def _made_up_labels(labels: Any, classes: int) -> Any:
     numbers = torch.arange(labels.numel(), device=labels.device).view_as(labels)
     if labels.is_floating_point():
         return (numbers % 2).to(labels.dtype)
-    ignored = labels == _IGNORED
-    varied = (numbers % classes).to(labels.dtype).masked_fill(ignored, _IGNORED)
+    ignored = labels == IGNORED_LABEL
+    varied = (numbers % classes).to(labels.dtype).masked_fill(ignored, IGNORED_LABEL)
     if ignored.any():
-        varied[0].flatten()[::2] = _IGNORED
+        varied[0].flatten()[::2] = IGNORED_LABEL
     return varied
 
 

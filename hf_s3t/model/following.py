@@ -21,12 +21,13 @@ logger = logging.get_logger(__name__)
 
 # Seconds that running calls are waited for.
 PATIENCE = 60.0
-# Seconds: how long a call waits before it looks at the ledger again, how long `unlearn` has to return before the id
-# table is written, within which two changes of a folder may bear one time, and how often stages are looked at whatever
-# their folders' times say.
+# Seconds before a call looks at the ledger again.
 _BETWEEN_LOOKS = 0.005
+# Seconds that `unlearn` has to return before the id table is written.
 _HEAD_START = 0.002
+# Seconds within which two changes of a folder may bear one time.
 _GRAIN = 2.0
+# Seconds after which stages are looked at whatever their folders' times say.
 _IN_ANY_CASE = 60.0
 # How often stages that another process removes meanwhile are tried to be loaded.
 _ATTEMPTS = 10

@@ -25,7 +25,7 @@ _LONG_TEXT = 1000
 # How deep objects are looked into.
 DEEP = 12
 # Random generators with a state of their own: seeding the global ones does not set these back.
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # What is shared as it is: large, and without state that could matter; or reaching everything there is.
 OPAQUE = (
     type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, logging.Handler, PreTrainedModel,
@@ -79,7 +79,7 @@ def _look_into(value: Any, shared: set[int], opaque: tuple[type, ...], seen: dic
         return Mark(kind, (len(value), hash(value)))
     if isinstance(value, (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device)):
         return Mark(kind, repr(value))
-    if isinstance(value, _GENERATORS):
+    if isinstance(value, GENERATORS):
         return Mark(kind, _digest(repr(_state_of_generator(value)).encode()))
     if isinstance(value, torch.Tensor):
         return Mark(kind, _content_of_tensor(value))

@@ -70,13 +70,23 @@ _LORA_SETTINGS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _raise_together(problems: Sequence[S3TError], what: str) -> None:
-    """Raise what was found: one problem by itself, several as one error of the first one's class."""
+def raise_together(problems: Sequence[S3TError], what: str) -> None:
+    """
+    Raise what was found, if anything was: one problem by itself, several as one error.
+
+    Args:
+        problems (`Sequence[S3TError]`): The problems, each with its way out.
+        what (`str`): What cannot be used.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: An `IsolationError` if one of several problems is; else of the first one's class.
+    """
     if len(problems) == 1:
         raise problems[0]
     if problems:
+        worst = next((problem for problem in problems if isinstance(problem, IsolationError)), problems[0])
         listed = "".join(f"\n- {problem}" for problem in problems)
-        raise type(problems[0])(f"{what} cannot be used, for {len(problems)} reasons:{listed}")
+        raise type(worst)(f"{what} cannot be used, for {len(problems)} reasons:{listed}")
 
 
 def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
@@ -97,7 +107,7 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
             f"`peft_config` is a {getattr(name, 'value', name)}; stages are LoRA adapters. Use `peft.LoraConfig` "
             "(rsLoRA and DoRA by its flags)."
         )
-    _raise_together([*_isolation_problems(config, head), *_number_problems(config)], "`peft_config`")
+    raise_together([*_isolation_problems(config, head), *_number_problems(config)], "`peft_config`")
 
 
 def _isolation_problems(config: LoraConfig, head: Sequence[str]) -> Iterator[S3TError]:
@@ -131,9 +141,9 @@ def check_base(model: PreTrainedModel, config: S3TConfig) -> None:
 
     Raises:
         [`~hf_s3t.errors.IsolationError`]: Naming the properties and the ways out.
-        [`~hf_s3t.errors.ConfigError`]: If gradient checkpointing is reentrant, and nothing comes before it.
+        [`~hf_s3t.errors.ConfigError`]: If gradient checkpointing is reentrant, and nothing worse is wrong.
     """
-    _raise_together([*_base_problems(model, config)], "The base model")
+    raise_together([*_base_problems(model, config)], "The base model")
 
 
 def _base_problems(model: PreTrainedModel, config: S3TConfig) -> Iterator[S3TError]:

@@ -1,1 +1,13 @@
-"""What is done to a folder without a model: deletions, receipts, inspection, purge."""
+"""
+What is done to a folder without a model: deletions, receipts, inspection, purge.
+
+- `deletion`: what a deletion would do, and doing it.
+- `pending`: deletions that are recorded now and applied together later.
+- `written_ids`: ids and groups as somebody wrote them, in the type that the system's have.
+- `receipts`: what a line of the ledger proves, in words and for machines.
+- `inspection`: what is wrong with a folder, and what the next load would remove: `hf-s3t check`.
+- `inspected_records`: its look at config, secret, ledger and table.
+- `inspected_stages`: its look at stages and checkpoints.
+- `findings`: what both find, gathered as sentences.
+- `purge`: what a run leaves behind that no deletion reaches, and removing it.
+"""

@@ -1,4 +1,4 @@
-"""The deletion ledger: append-only lines, each carrying the hash of the line before; and the report of a deletion."""
+"""The deletion ledger: append-only lines, each carrying the hash of the line before."""
 
 import hashlib
 import json

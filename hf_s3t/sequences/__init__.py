@@ -1,4 +1,9 @@
-"""Which orders of its slices a shard trains: the selection rules of the paper, and the search for better ones."""
+"""
+Which orders of its slices a shard trains: the selection rules of the paper, and the search for better ones.
+
+- `rules`: the selection rules, one function each, and measures of what they chose.
+- `optimal`: the search behind `sequence_selection="optimal"`, by the depth that a shard really serves.
+"""
 
 from .rules import check_sequences, mean_edit_distance, score, select_sequences
 

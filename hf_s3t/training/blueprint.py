@@ -65,17 +65,17 @@ class Layout:
 
     method: str = "s3t"
 
-    def settings(self, asked: S3TConfig) -> S3TConfig:
+    def settings(self, user_config: S3TConfig) -> S3TConfig:
         """The settings of the system, from those that the user gave."""
-        return asked
+        return user_config
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
         """Layer indices of each stage."""
         return group_layers(num_layers, config.num_slices, config.layers_per_slice, config.growth)
 
-    def rows(self, dataset: Any, asked: S3TConfig) -> TrainingRows:
+    def rows(self, dataset: Any, user_config: S3TConfig) -> TrainingRows:
         """The dataset, which the user's settings partition."""
-        return TrainingRows(dataset, self.settings(asked))
+        return TrainingRows(dataset, self.settings(user_config))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class NewSystem:
 class Blueprint:
     """What a trainer knows about its system before anything is written."""
 
-    asked: S3TConfig
+    user_config: S3TConfig
     layout: Layout
     config: S3TConfig
     peft_config: LoraConfig
@@ -110,7 +110,7 @@ class Blueprint:
 
     def record(self, model: PreTrainedModel, key: DigestKey) -> dict[str, Any]:
         """What `s3t_config.json` says of a system that is made with a secret."""
-        baseline = {"method": self.layout.method, "s3t_config": self.asked.to_dict()}
+        baseline = {"method": self.layout.method, "s3t_config": self.user_config.to_dict()}
         return {
             **({} if self.layout.method == "s3t" else {"baseline": baseline}),
             "s3t_config": self.config.to_dict(),
@@ -171,8 +171,8 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     recorded, key = _recorded_or_new(args)
     if recorded is not None:
         check_method(recorded, (layout.method,), output_dir)
-    asked = _merged_config(given.s3t_config, recorded)
-    config = layout.settings(asked)
+    user_config = _merged_config(given.s3t_config, recorded)
+    config = layout.settings(user_config)
     peft_config = _merged_peft_config(given.peft_config, recorded, model)
     check_arguments(args, given.callbacks)
     check_datasets(given.train_dataset, given.eval_dataset, args, config)
@@ -183,8 +183,8 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     check_optimizer(args, model)
     rows = None
     if given.train_dataset is not None:
-        check_columns(given.train_dataset, model, args, asked)
-        rows = layout.rows(given.train_dataset, asked)
+        check_columns(given.train_dataset, model, args, user_config)
+        rows = layout.rows(given.train_dataset, user_config)
     if recorded is not None:
         check_base_is(model, recorded["base_model"], layers.path, head, for_training=True)
         base = recorded["base_model"]
@@ -203,7 +203,7 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     elif rows is not None:
         _match(rows, output_dir)
     say_which_seed_rules(args, config)
-    return Blueprint(asked, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
+    return Blueprint(user_config, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
 
 
 def _layers_and_head(
@@ -242,7 +242,7 @@ def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) ->
     """
     recorded = open_folder(output_dir).record
     check_method(recorded, (blueprint.layout.method,), output_dir)
-    _merged_config(blueprint.asked, recorded)
+    _merged_config(blueprint.user_config, recorded)
     _merged_peft_config(blueprint.peft_config, recorded, model)
     check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
     if blueprint.rows is not None:

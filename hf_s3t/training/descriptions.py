@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import types
 import weakref
@@ -28,6 +27,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..model.marks import GENERATORS
 from ..model.tensor_files import tensors_digest
 from ..records.digests import DigestKey, encode
 from .bytecode import (
@@ -49,7 +49,6 @@ from .library_code import is_of_library, is_of_user, qualified
 # How deep objects are looked into, and how many elements a list may have to be shown one by one.
 _DEEP = 8
 _MANY = 16
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _PROCESSORS = (PreTrainedTokenizerBase, ProcessorMixin, FeatureExtractionMixin, ImageProcessingMixin)
 _CONTAINERS = (list, tuple, collections.deque)
 # Told apart by kind alone: paths and loggers decide nothing, datasets are compared by themselves, and modules reach
@@ -131,7 +130,7 @@ class Description:
             }
         if isinstance(value, (torch.Tensor, np.ndarray)):
             return self._tensor(value)
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, GENERATORS):
             self.unstable.append(f"`{name}`, a {type(value).__name__}")
             return qualified(type(value))
         if isinstance(value, _PROCESSORS):

@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from ..config import S3TConfig
 from ..errors import ConfigError
+from ..model.ensemble_loss import IGNORED_LABEL
 from ..model.task import find_task
 from .circumstances import evaluation_trains
 from .dataset_rows import LABELS
@@ -32,8 +33,6 @@ _READ_BY_TRL = (
     "chat_template_kwargs",
     "assistant_masks",
 )
-# The label that losses ignore.
-_IGNORED = -100
 
 
 def check_columns(dataset: Any, model: PreTrainedModel, args: TrainingArguments, config: S3TConfig) -> None:
@@ -192,10 +191,10 @@ def _check_labels(dataset: datasets.Dataset, model: PreTrainedModel) -> None:
     is_regression = problem == "regression" or (problem is None and classes == 1)
     if is_regression or kind != "whole" or low is None:
         return
-    if not (0 <= low or low == _IGNORED) or high >= classes:
+    if not (0 <= low or low == IGNORED_LABEL) or high >= classes:
         raise ConfigError(
             f"`{column}` of `train_dataset` goes from {low} to {high}, and the model has num_labels={classes}: "
-            f"expected 0 to {classes - 1}, or {_IGNORED} for none. Mend the labels, or load the model with all "
+            f"expected 0 to {classes - 1}, or {IGNORED_LABEL} for none. Mend the labels, or load the model with all "
             "classes."
         )
 
@@ -255,8 +254,8 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
         kind, found = "whole", pc.min_max(values).as_py()
         if found["min"] is not None:
             # The ignored label is left out of the range, unless a label below it shows that it is none.
-            if found["min"] == _IGNORED:
-                found = pc.min_max(values.filter(pc.not_equal(values, _IGNORED))).as_py()
+            if found["min"] == IGNORED_LABEL:
+                found = pc.min_max(values.filter(pc.not_equal(values, IGNORED_LABEL))).as_py()
                 if found["min"] is None:
                     continue
             least = found["min"] if least is None else min(least, found["min"])

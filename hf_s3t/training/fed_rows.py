@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import IsolationError
+from ..model.ensemble_loss import IGNORED_LABEL
 from ..model.fresh_copies import fresh_copy
 from ..model.randomness import preserved_randomness, seed_all
 from ..records.digests import encode
@@ -138,7 +139,7 @@ def _repeats(labels: Any, words: Any) -> bool:
     """Whether labels say the words again, whichever of them the loss is told to pass over."""
     if not isinstance(labels, np.ndarray) or not isinstance(words, np.ndarray) or labels.shape != words.shape:
         return False
-    return bool(np.all((labels == words) | (labels == -100)))
+    return bool(np.all((labels == words) | (labels == IGNORED_LABEL)))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -125,8 +125,8 @@ class StageOptimizer:
 
     def _untold(self) -> list[nn.Parameter]:
         """The stage's parameters of which the optimizer does not say that it trains them."""
-        told = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        return [parameter for parameter in self._trained if id(parameter) not in told]
+        known = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        return [parameter for parameter in self._trained if id(parameter) not in known]
 
     @property
     def name(self) -> str:
@@ -214,8 +214,8 @@ class StageOptimizer:
         own = {name: part for name, part in vars(self._optimizer).items() if name not in _attributes_of_all()}
         if not own:
             return []
-        told = reached((self._optimizer.state, self._optimizer.param_groups))
-        around = [*self._shared, self._optimizer, *(part for part in told if isinstance(part, torch.Tensor))]
+        known = reached((self._optimizer.state, self._optimizer.param_groups))
+        around = [*self._shared, self._optimizer, *(part for part in known if isinstance(part, torch.Tensor))]
         kinds = (int, float, complex, torch.Tensor)
         held = reached(own, around, ends=(nn.Module,))
         return [mark(one) for one in held if isinstance(one, kinds) and not isinstance(one, (bool, nn.Parameter))]

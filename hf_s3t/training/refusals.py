@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
-from ..errors import ConfigError, IsolationError
+from ..errors import ConfigError, IsolationError, S3TError
+from ..model.refusals import raise_together
 from .circumstances import evaluation_trains
 
 
@@ -42,7 +43,7 @@ def evaluation_chooses(args: TrainingArguments, config: S3TConfig) -> str | None
     return 'select="metric"' if config.select == "metric" else None
 
 
-class _Asked(NamedTuple):
+class _Arguments(NamedTuple):
     """The arguments of a trainer that are looked at together."""
 
     args: TrainingArguments
@@ -52,27 +53,27 @@ class _Asked(NamedTuple):
 class _Refusal(NamedTuple):
     """One thing that is refused: when, as which error, and what is said (got, expected, the way out)."""
 
-    applies: Callable[[_Asked], Any]
+    applies: Callable[[_Arguments], Any]
     error: type[ConfigError] | type[IsolationError]
-    says: Callable[[_Asked], str]
+    says: Callable[[_Arguments], str]
 
 
 def _not_positive(name: str) -> _Refusal:
     return _Refusal(
-        lambda asked: getattr(asked.args, name) < 1,
+        lambda given: getattr(given.args, name) < 1,
         ConfigError,
-        lambda asked: f"`{name}` is {getattr(asked.args, name)!r}, expected 1 or more. Give a whole number.",
+        lambda given: f"`{name}` is {getattr(given.args, name)!r}, expected 1 or more. Give a whole number.",
     )
 
 
 def _uploads(tracker: str, variable: str) -> _Refusal:
     return _Refusal(
-        lambda asked: (
-            tracker in (asked.args.report_to or ())
+        lambda given: (
+            tracker in (given.args.report_to or ())
             and os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
         ),
         ConfigError,
-        lambda asked: (
+        lambda given: (
             f"`{variable}={os.environ[variable]}` has {tracker} upload weights, which no deletion reaches and no "
             "ledger notes. Unset it; `push_to_hub` and `export_adapter` note what is handed out."
         ),
@@ -82,17 +83,17 @@ def _uploads(tracker: str, variable: str) -> _Refusal:
 # What an optimizer or a data loader would refuse when the system's folder is written already.
 _OF_NUMBERS = (
     _Refusal(
-        lambda asked: not 0 <= asked.args.learning_rate < math.inf,
+        lambda given: not 0 <= given.args.learning_rate < math.inf,
         ConfigError,
-        lambda asked: (
-            f"`learning_rate` is {asked.args.learning_rate!r}, expected 0 or more. Give a number such as 1e-4."
+        lambda given: (
+            f"`learning_rate` is {given.args.learning_rate!r}, expected 0 or more. Give a number such as 1e-4."
         ),
     ),
     _Refusal(
-        lambda asked: asked.args.max_steps <= 0 and not 0 < asked.args.num_train_epochs < math.inf,
+        lambda given: given.args.max_steps <= 0 and not 0 < given.args.num_train_epochs < math.inf,
         ConfigError,
-        lambda asked: (
-            f"`num_train_epochs` is {asked.args.num_train_epochs!r}, expected more than 0: a stage would take no "
+        lambda given: (
+            f"`num_train_epochs` is {given.args.num_train_epochs!r}, expected more than 0: a stage would take no "
             "step. Give a number such as 3."
         ),
     ),
@@ -103,83 +104,83 @@ _OF_NUMBERS = (
 _OF_ARGUMENTS = (
     *_OF_NUMBERS,
     _Refusal(
-        lambda asked: any(map(_stops_early, asked.callbacks)) and not asked.args.load_best_model_at_end,
+        lambda given: any(map(_stops_early, given.callbacks)) and not given.args.load_best_model_at_end,
         ConfigError,
-        lambda asked: (
+        lambda given: (
             "`EarlyStoppingCallback` lets an evaluation end a stage, and `load_best_model_at_end` is off. Turn it on, "
             "with an `eval_dataset` that holds no training example."
         ),
     ),
     _Refusal(
-        lambda asked: asked.args.n_gpu > 1,
+        lambda given: given.args.n_gpu > 1,
         ConfigError,
-        lambda asked: (
-            f"This process sees {asked.args.n_gpu} GPUs and would split every batch over them (DataParallel). Use "
+        lambda given: (
+            f"This process sees {given.args.n_gpu} GPUs and would split every batch over them (DataParallel). Use "
             "`accelerate launch --num_processes N`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
         ),
     ),
     _Refusal(
-        lambda asked: asked.args.auto_find_batch_size,
+        lambda given: given.args.auto_find_batch_size,
         IsolationError,
-        lambda asked: (
+        lambda given: (
             "`auto_find_batch_size=True` lets free memory decide the batch size, so that a stage could not be trained "
             "again. Set `per_device_train_batch_size`."
         ),
     ),
     _Refusal(
-        lambda asked: _of_checkpointing(asked.args).get("use_reentrant"),
+        lambda given: _of_checkpointing(given.args).get("use_reentrant"),
         ConfigError,
-        lambda asked: (
+        lambda given: (
             "Reentrant gradient checkpointing needs gradients at the model's input and drags the backward pass "
             "through frozen layers. Use `use_reentrant=False`, which is the default."
         ),
     ),
-    _Refusal(lambda asked: _is_spread(asked.args), ConfigError, lambda asked: _SPREADS_THE_BASE),
+    _Refusal(lambda given: _is_spread(given.args), ConfigError, lambda given: _SPREADS_THE_BASE),
     _Refusal(
-        lambda asked: _refused_precision(_precision_of(asked.args)),
+        lambda given: _refused_precision(_precision_of(given.args)),
         IsolationError,
-        lambda asked: str(_refused_precision(_precision_of(asked.args))),
+        lambda given: str(_refused_precision(_precision_of(given.args))),
     ),
     _Refusal(
-        lambda asked: asked.args.bf16_full_eval or asked.args.fp16_full_eval,
+        lambda given: given.args.bf16_full_eval or given.args.fp16_full_eval,
         IsolationError,
-        lambda asked: (
+        lambda given: (
             "`bf16_full_eval`/`fp16_full_eval` cast the base in place, so that stages trained after an evaluation "
             "would stand on another base. Use `bf16=True`, which casts nothing."
         ),
     ),
     _Refusal(
-        lambda asked: not getattr(asked.args.accelerator_config, "use_seedable_sampler", True),
+        lambda given: not getattr(given.args.accelerator_config, "use_seedable_sampler", True),
         IsolationError,
-        lambda asked: _SAMPLES_BY_WHAT_RAN,
+        lambda given: _SAMPLES_BY_WHAT_RAN,
     ),
     _Refusal(
-        lambda asked: not getattr(asked.args, "dataloader_in_order", True),
+        lambda given: not getattr(given.args, "dataloader_in_order", True),
         IsolationError,
-        lambda asked: (
+        lambda given: (
             "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
         ),
     ),
     *(_uploads(tracker, variable) for tracker, variable in _UPLOADS.items()),
     _Refusal(
-        lambda asked: getattr(asked.args, "enable_jit_checkpoint", False),
+        lambda given: getattr(given.args, "enable_jit_checkpoint", False),
         ConfigError,
-        lambda asked: (
+        lambda given: (
             "`enable_jit_checkpoint=True` ends the stage in training at a signal, as if it were complete. Leave it "
             "off: with `save_strategy` a stage is resumed from its last checkpoint."
         ),
     ),
     _Refusal(
-        lambda asked: asked.args.ignore_data_skip,
+        lambda given: given.args.ignore_data_skip,
         IsolationError,
-        lambda asked: (
+        lambda given: (
             "`ignore_data_skip=True` makes a resumed stage see other batches than an uninterrupted one. Leave it off."
         ),
     ),
     _Refusal(
-        lambda asked: asked.args.save_only_model and asked.args.save_strategy != "no",
+        lambda given: given.args.save_only_model and given.args.save_strategy != "no",
         IsolationError,
-        lambda asked: (
+        lambda given: (
             "`save_only_model=True` leaves the optimizer out of checkpoints, so a resumed stage would differ from an "
             'uninterrupted one. Leave it off, or use save_strategy="no": a stage then starts again from its beginning.'
         ),
@@ -196,20 +197,9 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
         [`~hf_s3t.errors.IsolationError`]: Naming the arguments and the ways out.
         [`~hf_s3t.errors.ConfigError`]: If arguments cannot be used with stages, and none breaks isolation.
     """
-    asked = _Asked(args, tuple(callbacks or ()))
-    refused = [refusal for refusal in _OF_ARGUMENTS if refusal.applies(asked)]
-    _refuse([(refusal.error, refusal.says(asked)) for refusal in refused])
-
-
-def _refuse(problems: Sequence[tuple[type[ConfigError] | type[IsolationError], str]]) -> None:
-    """Raise one error that tells of all problems, if there are any."""
-    if not problems:
-        return
-    error = IsolationError if any(kind is IsolationError for kind, _ in problems) else ConfigError
-    sentences = [sentence for _, sentence in problems]
-    if len(sentences) == 1:
-        raise error(sentences[0])
-    raise error("\n- ".join([f"{len(sentences)} things are refused:", *sentences]))
+    given = _Arguments(args, tuple(callbacks or ()))
+    refused = [refusal for refusal in _OF_ARGUMENTS if refusal.applies(given)]
+    raise_together([refusal.error(refusal.says(given)) for refusal in refused], "These training arguments")
 
 
 def _stops_early(callback: Any) -> bool:
@@ -288,31 +278,31 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArgument
     """
     if train_dataset is None:
         return
-    problems: list[tuple[type[ConfigError] | type[IsolationError], str]] = []
+    problems: list[S3TError] = []
     if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
         streaming = (
             f"`train_dataset` is a streaming {type(train_dataset).__name__}: its rows have no ids and no order that "
             "could be repeated. Give a map-style dataset (`load_dataset(..., streaming=False)`)."
         )
-        problems.append((IsolationError, streaming))
+        problems.append(IsolationError(streaming))
     if isinstance(train_dataset, dict):
         several = (
             f"`train_dataset` is a {type(train_dataset).__name__} of {', '.join(map(str, train_dataset))}, expected "
             "one dataset. Give the split to train on."
         )
-        problems.append((ConfigError, several))
+        problems.append(ConfigError(several))
     if "seq_lengths" in (getattr(train_dataset, "column_names", None) or ()):
         packed = (
             "`train_dataset` is packed already: its rows mix examples across slices. Give the unpacked dataset and "
             "set `packing=True`, which packs every stage's own examples."
         )
-        problems.append((IsolationError, packed))
+        problems.append(IsolationError(packed))
     if config.select == "metric" and isinstance(eval_dataset, dict):
         which = (
             f'`select="metric"` needs one evaluation set to compare stacks on, and `eval_dataset` is a dict of '
             f"{len(eval_dataset)}. Give the one that shall decide."
         )
-        problems.append((ConfigError, which))
+        problems.append(ConfigError(which))
     setting = evaluation_chooses(args, config)
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if setting and (eval_dataset is None or any(dataset is train_dataset for dataset in sets)):
@@ -320,5 +310,5 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArgument
             f"`{setting}` lets an evaluation choose the model, and there is no separate `eval_dataset`. Give one that "
             "holds no training example."
         )
-        problems.append((IsolationError, separate))
-    _refuse(problems)
+        problems.append(IsolationError(separate))
+    raise_together(problems, "These datasets")

@@ -24,18 +24,18 @@ class PlanHandler(TurnTakingHandler):
 
     def __init__(self, given: CallbackHandler, turns: Turns) -> None:
         super().__init__(given, turns)
-        # Trackers that were told that the run began.
-        self._told: list[TrainerCallback] = []
+        # Trackers that were told that the run began, and not yet that it ended.
+        self._in_run: list[TrainerCallback] = []
         self._is_silent = False
 
     def begin_run(self) -> None:
         """A run begins with the next stage."""
-        self._told = []
+        self._in_run = []
 
     def end_run(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Tell the trackers that the run has come to its end."""
-        told, self._told = [callback for callback in self._told if callback in self.callbacks], []
-        self._tell(told, "on_train_end", args, state, control)
+        in_run, self._in_run = [callback for callback in self._in_run if callback in self.callbacks], []
+        self._tell(in_run, "on_train_end", args, state, control)
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
@@ -63,8 +63,8 @@ class PlanHandler(TurnTakingHandler):
         if self._is_silent or event == "on_train_end":
             return []
         if event == "on_train_begin":
-            trackers = [callback for callback in trackers if callback not in self._told]
-            self._told += trackers
+            trackers = [callback for callback in trackers if callback not in self._in_run]
+            self._in_run += trackers
         return trackers
 
     def _tell(

@@ -324,7 +324,7 @@ def test_all_arguments_that_are_refused_are_told_at_once(error, broken, tmp_path
     with pytest.raises(error) as raised:
         check_arguments(args)
     first, *told = str(raised.value).split("\n- ")
-    assert first == "2 things are refused:"
+    assert first == "These training arguments cannot be used, for 2 reasons:"
     assert [sentence.split("`")[1].partition("=")[0] for sentence in told] == ["learning_rate", list(broken)[-1]]
 
 

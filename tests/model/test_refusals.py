@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_s3t.config import S3TConfig
 from hf_s3t.errors import ConfigError, IsolationError
-from hf_s3t.model.refusals import check_base, check_peft_config
+from hf_s3t.model.refusals import check_base, check_peft_config, raise_together
 
 
 def test_all_problems_of_peft_settings_are_in_one_error():
@@ -34,3 +34,11 @@ def test_all_problems_of_a_base_are_in_one_error():
     ) as caught:
         check_base(model, S3TConfig(num_shards=1, num_slices=2))
     assert "dynamic rotary embeddings" in str(caught.value)
+
+
+def test_of_several_problems_the_one_that_breaks_isolation_decides_the_error():
+    unusable, unsafe = ConfigError("Unusable. Do this."), IsolationError("Unsafe. Do that.")
+    with pytest.raises(IsolationError, match=r"2 reasons:\n- Unusable\. Do this\.\n- Unsafe\. Do that\.$"):
+        raise_together([unusable, unsafe], "It")
+    with pytest.raises(ConfigError, match="2 reasons"):
+        raise_together([unusable, unusable], "It")
