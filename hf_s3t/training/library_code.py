@@ -9,6 +9,12 @@ from typing import Any
 
 
 _HERE = [os.path.realpath(path) for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
+# Records name trainers of this package by the modules that these were in first: a folder goes on wherever they move.
+_RECORDED_MODULES = {
+    "hf_s3t.training.trainer": "hf_s3t.trainer",
+    "hf_s3t.training.sft_trainer": "hf_s3t.sft_trainer",
+    "hf_s3t.baselines.methods": "hf_s3t.baselines",
+}
 
 
 def is_of_user(value: Any) -> bool:
@@ -36,11 +42,14 @@ def _installed() -> tuple[str, ...]:
 
 
 def qualified(part: Any) -> str:
-    """Module and name. What a script defines lies under the script's name, also where the script is imported."""
+    """
+    Module and name, as records have them. What a script defines lies under the script's name, also where the script is
+    imported.
+    """
     module = getattr(part, "__module__", None) or ""
     if module == "__main__":
         main = sys.modules["__main__"]
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
         module = spec.name if spec is not None else os.path.splitext(os.path.basename(file))[0] if file else module
     name = getattr(part, "__qualname__", None) or getattr(part, "__name__", None) or type(part).__qualname__
-    return f"{module}.{name}" if module else name
+    return f"{_RECORDED_MODULES.get(module, module)}.{name}" if module else name

@@ -206,6 +206,12 @@ def test_units_see_what_they_should(trained):
             assert seen[f"shard-{shard}/0-1"] == sizes[shard, 1] + (sizes[shard, 0] if name == "sisa" else 0)
 
 
+def test_records_name_the_trainer_of_a_method_by_the_module_that_it_was_in_first(trained):
+    """By another name no folder of an earlier version could be gone on with."""
+    record = SystemFolder(trained("sisa")).stage_record(StageKey(0, (0,)))
+    assert record["parts"]["trainer"]["class"] == "hf_s3t.baselines.SisaS3TTrainer"
+
+
 # Plain PEFT, one unit after the other
 
 
