@@ -41,7 +41,6 @@ from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.circumstances import recipe_of
 from hf_s3t.training.descriptions import Description
-from hf_s3t.training.library_code import qualified
 from hf_s3t.training.parts import differing_parts, parts_of
 
 
@@ -743,18 +742,15 @@ def test_a_folder_of_an_earlier_version_goes_on_and_that_is_said_once(names, sys
     assert ("data_collator" in warned[0]) == (not names)
 
 
-@pytest.mark.parametrize(
-    "cls, name",
-    [(S3TTrainer, "hf_s3t.trainer.S3TTrainer"), (S3TSFTTrainer, "hf_s3t.sft_trainer.S3TSFTTrainer")],
-)
-def test_a_trainer_has_one_name_in_the_records_of_every_version(cls, name):
-    assert qualified(cls) == name
+def recorded_class(trainer):
+    """By which name records know the class of a trainer."""
+    return parts_of(trainer, trainer.folder.key)[0]["trainer"]["class"]
 
 
-def test_a_trainer_is_recorded_by_that_name(system):
-    trainer = trainer_of(system, WeightedTrainer)
-    description, _ = parts_of(trainer, trainer.folder.key)
-    assert description["trainer"]["class"] == "hf_s3t.trainer.S3TTrainer"
+@pytest.mark.parametrize("cls", [S3TTrainer, StepsTwice])
+def test_records_name_a_trainer_by_the_module_that_it_was_in_first(cls, system):
+    """By another name no folder of an earlier version could be gone on with, or audited."""
+    assert recorded_class(trainer_of(system, cls)) == "hf_s3t.trainer.S3TTrainer"
 
 
 def test_the_rows_of_a_folder_of_an_earlier_version_and_its_precision_are_compared(system):
@@ -847,6 +843,10 @@ def test_another_formatting_or_special_token_or_template_of_texts_is_refused(tmp
     refuses(sft_trainer(tmp_path, eos_token="w20"), r"arguments.eos_token=w20 \(was </s>\)")
     other = sft_trainer(tmp_path, template=TEMPLATE + "!", eos_token="</s>")
     refuses(other, "another `processing_class.chat_template`")
+
+
+def test_records_name_the_trainer_of_texts_by_the_module_that_it_was_in_first(tmp_path):
+    assert recorded_class(sft_trainer(tmp_path)) == "hf_s3t.sft_trainer.S3TSFTTrainer"
 
 
 def test_a_formatting_that_makes_the_same_rows_is_the_same(tmp_path, monkeypatch):
