@@ -94,7 +94,21 @@ class NewSystem:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a trainer knows about its system before anything is written."""
+    """
+    What a trainer knows about its system before anything is written.
+
+    Args:
+        user_config ([`S3TConfig`]): The settings as the user gave them, now or when the system was made.
+        layout ([`Layout`]): How stages lie on layers and data.
+        config ([`S3TConfig`]): The settings of the system, which the layout makes of those.
+        peft_config ([`~peft.LoraConfig`]): The adapters, with target modules.
+        layers ([`~hf_s3t.model.layers.LayerGroups`]): Which layers each stage adapts.
+        head (`tuple[str, ...]`): Names of the modules trained as the head.
+        base (`dict`): What is recorded of the base model.
+        rows ([`~hf_s3t.training.rows.TrainingRows`], *optional*): The training data, if there is any.
+        new ([`NewSystem`], *optional*): What a system that is to be made begins with; `None` where it is there.
+        task (`str`): The task of the base model.
+    """
 
     user_config: S3TConfig
     layout: Layout
@@ -104,7 +118,6 @@ class Blueprint:
     head: tuple[str, ...]
     base: dict[str, Any]
     rows: TrainingRows | None
-    # None where the system is there.
     new: NewSystem | None
     task: str
 

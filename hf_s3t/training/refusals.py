@@ -53,7 +53,7 @@ class _Arguments(NamedTuple):
 class _Refusal(NamedTuple):
     """One thing that is refused: when, as which error, and what is said (got, expected, the way out)."""
 
-    applies: Callable[[_Arguments], Any]
+    applies: Callable[[_Arguments], object]
     error: type[ConfigError] | type[IsolationError]
     says: Callable[[_Arguments], str]
 

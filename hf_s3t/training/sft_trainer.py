@@ -47,6 +47,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         args ([`~trl.SFTConfig`], *optional*): The recipe of a stage; see [`S3TTrainer`] for what differs.
         data_collator, train_dataset, eval_dataset, processing_class: As in `SFTTrainer`.
         compute_loss_func, compute_metrics, callbacks: As in `SFTTrainer`.
+        optimizers: Refused: every stage starts a fresh optimizer.
         optimizer_cls_and_kwargs: As in [`S3TTrainer`].
         preprocess_logits_for_metrics: As in `SFTTrainer`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
