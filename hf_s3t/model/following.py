@@ -34,16 +34,17 @@ _ATTEMPTS = 10
 
 
 class Following:
-    """
-    The part of [`~hf_s3t.S3TModel`] that keeps what serves in step with the folder.
-
-    Args:
-        stack ([`~hf_s3t.model.stack.StageStack`]): The adapters in memory.
-        folder ([`~hf_s3t.folder.system.SystemFolder`]): The folder that is served and written to.
-        preload (`str`): `"best"` or `"all"`; see [`~hf_s3t.S3TModel`].
-    """
+    """The part of [`~hf_s3t.S3TModel`] that keeps what serves in step with the folder."""
 
     def _begin_serving(self, stack: StageStack, folder: SystemFolder, preload: str) -> None:
+        """
+        Serve what the folder says is to serve.
+
+        Args:
+            stack ([`~hf_s3t.model.stack.StageStack`]): The adapters in memory.
+            folder ([`~hf_s3t.folder.system.SystemFolder`]): The folder that is served and written to.
+            preload (`str`): `"best"` or `"all"`; see [`~hf_s3t.S3TModel`].
+        """
         self.stack = stack
         self.folder = folder
         self.preload = preload
