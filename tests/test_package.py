@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import inspect
 import json
 import pydoc
 import re
@@ -229,6 +230,44 @@ def _is_there(name: str, module: str) -> bool:
 @pytest.mark.parametrize("module", [module for module in FILES if _references(module)])
 def test_what_docstrings_refer_to_is_there(module):
     assert not [name for name in _references(module) if not _is_there(name, module)]
+
+
+def _documented(module: str):
+    """The classes, functions and methods that a module defines, by their names."""
+    for name, value in vars(importlib.import_module(module)).items():
+        if getattr(value, "__module__", None) != module or not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        yield name, value
+        for method, function in vars(value).items() if inspect.isclass(value) else ():
+            function = getattr(function, "__func__", function)
+            if inspect.isfunction(function) and function.__module__ == module:
+                yield f"{name}.{method}", function
+
+
+def _arguments_in(docstring: str) -> set[str]:
+    """What the section `Args:` of a docstring describes."""
+    section = re.search(r"^Args:\n((?:(?: +.*)?\n?)*)", inspect.cleandoc(docstring), re.MULTILINE)
+    lines = re.findall(r"^ {4}([\w*]+(?:, [\w*]+)*)(?: \(|:)", section[1] if section else "", re.MULTILINE)
+    return {name.strip("*") for line in lines for name in line.split(", ")}
+
+
+def _parameters(value) -> set[str]:
+    """What a function takes, or a class where it is called: some make their objects by `__new__` as well."""
+    makers = (value.__new__, value.__init__) if inspect.isclass(value) else ()
+    return {name for function in (value, *makers) for name in inspect.signature(function).parameters}
+
+
+def test_docstrings_describe_arguments_that_are_there():
+    described = [
+        (f"{module}.{name}", value, arguments)
+        for module in FILES
+        if module != "hf_s3t.__main__"
+        for name, value in _documented(module)
+        if (arguments := _arguments_in(vars(value).get("__doc__", value.__doc__) or ""))
+    ]
+    assert len(described) > 200
+    gone = {name: arguments - _parameters(value) for name, value, arguments in described}
+    assert {name: arguments for name, arguments in gone.items() if arguments} == {}
 
 
 def _python_blocks(path: Path) -> list[str]:
