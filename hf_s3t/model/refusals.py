@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
@@ -70,23 +71,31 @@ _LORA_SETTINGS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def raise_together(problems: Sequence[S3TError], what: str) -> None:
+def raise_together(problems: Iterable[S3TError], what: str) -> None:
     """
-    Raise what was found, if anything was: one problem by itself, several as one error.
+    Raise what is found, if anything is: one problem by itself, several as one error.
 
     Args:
-        problems (`Sequence[S3TError]`): The problems, each with its way out.
+        problems (`Iterable[S3TError]`): The problems, each with its way out. What is asked after another was found
+            may be of a kind that nothing can be asked of; those found are told then.
         what (`str`): What cannot be used.
 
     Raises:
         [`~hf_s3t.errors.S3TError`]: An `IsolationError` if one of several problems is; else of the first one's class.
     """
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        worst = next((problem for problem in problems if isinstance(problem, IsolationError)), problems[0])
-        listed = "".join(f"\n- {problem}" for problem in problems)
-        raise type(worst)(f"{what} cannot be used, for {len(problems)} reasons:{listed}")
+    found: list[S3TError] = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except Exception:
+        if not found:
+            raise
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        worst = next((problem for problem in found if isinstance(problem, IsolationError)), found[0])
+        listed = "".join(f"\n- {problem}" for problem in found)
+        raise type(worst)(f"{what} cannot be used, for {len(found)} reasons:{listed}")
 
 
 def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
@@ -107,7 +116,7 @@ def check_peft_config(config: PeftConfig, head: Sequence[str] = ()) -> None:
             f"`peft_config` is a {getattr(name, 'value', name)}; stages are LoRA adapters. Use `peft.LoraConfig` "
             "(rsLoRA and DoRA by its flags)."
         )
-    raise_together([*_isolation_problems(config, head), *_number_problems(config)], "`peft_config`")
+    raise_together(chain(_isolation_problems(config, head), _number_problems(config)), "`peft_config`")
 
 
 def _isolation_problems(config: LoraConfig, head: Sequence[str]) -> Iterator[S3TError]:
@@ -143,7 +152,7 @@ def check_base(model: PreTrainedModel, config: S3TConfig) -> None:
         [`~hf_s3t.errors.IsolationError`]: Naming the properties and the ways out.
         [`~hf_s3t.errors.ConfigError`]: If gradient checkpointing is reentrant, and nothing worse is wrong.
     """
-    raise_together([*_base_problems(model, config)], "The base model")
+    raise_together(_base_problems(model, config), "The base model")
 
 
 def _base_problems(model: PreTrainedModel, config: S3TConfig) -> Iterator[S3TError]:

@@ -198,8 +198,8 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
         [`~hf_s3t.errors.ConfigError`]: If arguments cannot be used with stages, and none breaks isolation.
     """
     given = _Arguments(args, tuple(callbacks or ()))
-    refused = [refusal for refusal in _OF_ARGUMENTS if refusal.applies(given)]
-    raise_together([refusal.error(refusal.says(given)) for refusal in refused], "These training arguments")
+    refused = (refusal for refusal in _OF_ARGUMENTS if refusal.applies(given))
+    raise_together((refusal.error(refusal.says(given)) for refusal in refused), "These training arguments")
 
 
 def _stops_early(callback: Any) -> bool:

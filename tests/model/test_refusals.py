@@ -25,6 +25,13 @@ def test_one_problem_is_told_by_itself_and_by_its_own_class():
         check_peft_config(LoraConfig(lora_dropout=1.0))
 
 
+def test_a_value_that_nothing_can_be_asked_of_does_not_hide_what_was_found():
+    with pytest.raises(IsolationError, match=r'^`peft_config\.bias="all"` trains biases'):
+        check_peft_config(LoraConfig(bias="all", modules_to_save=3))
+    with pytest.raises(TypeError):
+        check_peft_config(LoraConfig(modules_to_save=3))
+
+
 def test_all_problems_of_a_base_are_in_one_error():
     model = tiny_llama(2)
     model.model.norm = nn.BatchNorm1d(4)
