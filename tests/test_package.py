@@ -125,6 +125,13 @@ def test_only_the_sft_trainer_loads_trl():
     assert "trl" not in _loaded_by("from hf_s3t import S3TModel, S3TTrainer")
 
 
+def test_who_serves_or_trains_does_not_load_the_inspector():
+    importers = {
+        module for module in FILES for target, _ in _targets(module, False) if target.endswith("operations.inspection")
+    }
+    assert {module.split(".")[1] for module in importers} <= {"operations", "cli"}
+
+
 @pytest.mark.parametrize("library", ONLY_WHERE_USED)
 def test_optional_libraries_are_imported_where_used(library):
     importers = {

@@ -153,6 +153,8 @@ def test_a_wheel_holds_the_package_and_the_templates_of_cards(wheel):
     package = {file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     templates = {f"hf_s3t/model_cards/{file.name}" for file in (ROOT / "model_cards").glob("*.md")}
     held = {name for name in _files(wheel) if not name.startswith(f"{VERSION}.dist-info/")}
+    # By it type checkers know that the package has types.
+    assert "hf_s3t/py.typed" in held
     assert templates
     assert held == templates | {f"hf_s3t/{file.relative_to(PACKAGE).as_posix()}" for file in package}
 

@@ -1,6 +1,7 @@
 """What commands take: their arguments and options, and the ids and groups that these name."""
 
 import codecs
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,9 +16,22 @@ from ..operations.written_ids import groups_from_texts, ids_from_texts
 
 
 _STDIN = "-"
+
+
+def _existing(path: Path) -> Path:
+    # Typer's own check says what is wrong, and not what to give instead.
+    if not os.path.exists(path):
+        raise typer.BadParameter(
+            f"It does not exist: {path}. Give the folder of a system, the `output_dir` of its training run."
+        )
+    return path
+
+
 Folder = Annotated[
     Path,
-    typer.Argument(exists=True, file_okay=False, help="The folder of a system: the `output_dir` of its training run."),
+    typer.Argument(
+        file_okay=False, callback=_existing, help="The folder of a system: the `output_dir` of its training run."
+    ),
 ]
 Ids = Annotated[
     list[str] | None,

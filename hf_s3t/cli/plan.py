@@ -16,7 +16,7 @@ from .arguments import AsJson
 
 
 if TYPE_CHECKING:
-    from ..analysis.planning import Backbone
+    from ..analysis.backbone import Backbone
 
 
 # Arguments of the planning that have another name here.
@@ -141,7 +141,7 @@ def _backbone(
 ) -> "Backbone":
     """The model to plan for, by its config or by the numbers given."""
     # As in `plan`.
-    from ..analysis.planning import Backbone
+    from ..analysis.backbone import Backbone
 
     if (model is None) == (num_layers is None) or (model is not None and hidden_size is not None):
         raise typer.BadParameter(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_s3t.analysis.planning import Backbone, sequence_cost, storage
+from hf_s3t.analysis.backbone import Backbone
+from hf_s3t.analysis.planning import sequence_cost, storage
 from hf_s3t.analysis.rates import deletion_rate, deletion_rate_paper, simulate_deletions
 from hf_s3t.analysis.retention import (
     depths_of_hit_sets,

@@ -8,16 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_s3t.analysis import deletion_rate, expected_depth
+from hf_s3t.analysis.backbone import Backbone
 from hf_s3t.analysis.plan_figure import figure_of_plan
-from hf_s3t.analysis.planning import (
-    MOST_EPOCHS,
-    Backbone,
-    Workload,
-    recommend,
-    sequence_cost,
-    storage,
-    survival,
-)
+from hf_s3t.analysis.planning import MOST_EPOCHS, Workload, recommend, sequence_cost, storage, survival
 from hf_s3t.errors import ConfigError
 from hf_s3t.plan import LEAST_STEPS, Plan
 from hf_s3t.sequences import select_sequences

@@ -44,6 +44,7 @@ from trl import SFTConfig
 from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.model.tensor_files import differing_tensors
+from hf_s3t.plan.partition import assign
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -313,6 +314,13 @@ def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_pa
     assert set(seen) == {2}, "one stage's at a time"
     (kept,) = GlobalPageManager.get_instance().paged_tensors
     assert kept is of_another_model
+
+
+def test_the_rows_of_a_system_that_is_made_are_placed_once(tmp_path, monkeypatch):
+    placed = []
+    monkeypatch.setattr("hf_s3t.training.rows.assign", lambda *args, **how: placed.append(1) or assign(*args, **how))
+    make_trainer(tmp_path / "system", tiny_llama(2), config=s3t_config(num_slices=2))
+    assert placed == [1]
 
 
 def test_the_shortest_stage_is_the_one_with_the_fewest_examples_to_train_on(tmp_path, monkeypatch):
