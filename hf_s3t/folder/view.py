@@ -41,10 +41,11 @@ class FolderView:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        # What is done later, such as compacting after a deletion, is done here, wherever the process is by then.
+        self.path = Path(path).absolute()
         if not (self.path / CONFIG_FILE).is_file():
             raise FolderError(
-                f"{self.path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
+                f"{path} holds no S3T system: there is no {CONFIG_FILE}. Give the `output_dir` of a training run "
                 "or the folder of `save_pretrained`."
             )
         with forgeries_told(self.path, "`hf-s3t check` says where; restore the folder from a backup."):

@@ -114,18 +114,16 @@ def take_inventory(
         [`~hf_s3t.errors.FolderError`]: If the folder holds symbolic links or no intact system, or a place in `consent`
             is none that may be removed.
     """
-    folder = open_folder(path, read_only=True)
+    folder, given = open_folder(path, read_only=True), Path(path)
     caches = [_datasets_cache()] if dataset_caches is None else map(Path, dataset_caches)
     remnants: dict[str, Remnant] = {}
-    for found in (_condemned(folder), _beside_stages(folder.path), _outside(folder.path, caches)):
+    for found in (_condemned(folder, given), _beside_stages(given), _outside(given, caches)):
         for remnant in found:
             # A place may be found twice, where one folder looked at lies in another.
             remnants.setdefault(os.path.abspath(remnant.path), remnant)
     for remnant in _in_hub_cache(folder.record["key_check"], repo_id):
         remnants[os.path.abspath(remnant.path)] = remnant
-    problems = [
-        f"{link} is a symbolic link and was not followed. Look where it leads." for link in _links(folder.path)
-    ]
+    problems = [f"{link} is a symbolic link and was not followed. Look where it leads." for link in _links(given)]
     return Purge(tuple(_with_consent(remnants, consent).values()), tuple(problems))
 
 
@@ -218,14 +216,15 @@ def _remnant(path: Path, kind: str, folder: Path | None = None) -> Remnant:
 # In the system's folder
 
 
-def _condemned(folder: SystemFolder) -> Iterator[Remnant]:
+def _condemned(folder: SystemFolder, path: Path) -> Iterator[Remnant]:
     """What a load removes, and the checkpoints that training would resume from."""
-    inspection = inspect(folder.path, adapters=False)
+    inspection = inspect(path, adapters=False)
     for condemned in inspection.to_remove:
         yield _remnant(condemned.path, condemned.kind)
     finished = folder.finished_checkpoints()
     for checkpoint in inspection.checkpoints:
-        yield _remnant(checkpoint, "checkpoint" if checkpoint.parent in finished else "resumable checkpoint")
+        is_finished = checkpoint.parent.absolute() in finished
+        yield _remnant(checkpoint, "checkpoint" if is_finished else "resumable checkpoint")
 
 
 def _beside_stages(path: Path) -> Iterator[Remnant]:

@@ -850,6 +850,25 @@ def test_whatever_changes_a_system_holds_its_lock(change, system, monkeypatch):
     assert number and not unlocked
 
 
+def test_a_folder_named_by_a_relative_path_stays_that_folder_wherever_the_process_goes(system, tmp_path, monkeypatch):
+    monkeypatch.chdir(system.parent)
+    folder = SystemFolder(system.name)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    apply(folder, [next(iter(folder.table.rows))])
+    folder.compact()
+    assert not list(elsewhere.iterdir())
+    assert SystemFolder(system).ledger.num_deletions == 1
+
+
+def test_a_folder_that_was_taken_away_is_not_made_anew_by_what_was_still_to_do(system):
+    folder = SystemFolder(system)
+    shutil.rmtree(system)
+    with pytest.raises(FolderError, match="is not there any more"):
+        folder.compact()
+    assert not system.exists()
+
+
 @pytest.mark.parametrize(
     "leftover",
     [
