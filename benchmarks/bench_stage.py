@@ -200,7 +200,7 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 def main() -> None:
     chosen = options(__doc__)
     is_held, steps = not chosen.quick, 2 if chosen.quick else LEAST_STEPS
-    sizes = [(4, 16)] if chosen.quick else [(4, 64), (16, 64), (16, 512), (64, 64), (64, 256)]
+    sizes = [(4, 16)] if chosen.quick else [(4, 64), (16, 64), (16, 512), (64, 64)]
     rows = [64, 128] if chosen.quick else [12_500, 25_000, 50_000, 100_000]
     slices = 2 if chosen.quick else 6
     report = Report("stage", chosen, {"batch": BATCH, "tokens": 8, "steps": steps, "slices": slices, "rows": rows})

@@ -158,6 +158,7 @@ class StageRows:
         self._config = config
         kept = [names.of_id(i) for i in rows.ids] if names is not None and names.are_digests else rows.ids
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
+        self._is_whole = len(self._position) == len(kept)
         # Only where the table has digests in their place.
         self._original = None if kept is rows.ids else dict(zip(kept, rows.ids, strict=True))
         # Per (shard, slice) pair what it held, and the positions of that: ids are hashed and sorted once a slice.
@@ -170,10 +171,14 @@ class StageRows:
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
+        if self._is_whole:
+            return 0
         return len(table) - sum(len(self._positions_in(*place, table)) for place in _places(table))
 
     def empty(self, table: ExampleTable) -> frozenset[tuple[int, int]]:
         """The (shard, slice) pairs without an example that preparation left something of."""
+        if self._is_whole:
+            return table.empty
         return frozenset(place for place in _places(table) if not self._positions_in(*place, table))
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
@@ -216,12 +221,7 @@ class StageRows:
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: Naming the slices.
         """
-        empty = [
-            (shard, slice_)
-            for shard in range(table.num_shards)
-            for slice_ in range(table.num_slices)
-            if table.size(shard, slice_) and not self.positions(StageKey(shard, (slice_,)), table)
-        ]
+        empty = sorted(self.empty(table) - table.empty)
         if empty:
             raise EmptySliceError(
                 f"Preparing the dataset (truncation, filtering) dropped every example of the (shard, slice) pairs "
