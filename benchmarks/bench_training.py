@@ -12,7 +12,7 @@ by `Trainer`, and by a bare loop of PyTorch, in which nothing is checked, logged
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -138,15 +138,31 @@ def by_bare_loop(model: PeftModel, rows: Dataset) -> None:
         optimizer.zero_grad()
 
 
-def in_turn(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; all of them once in a round, forwards in one and backwards in the next."""
+def in_turn(ways: Mapping[str, Callable[[], None]], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Seconds of each way in the rounds so far, after each round: all run once, in every second round backwards."""
     tasks = {name: Task(way) for name, way in ways.items()}
     tasks["ours"].seconds()
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds):
         for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
             seconds[name].append(tasks[name].seconds())
-    return seconds
+        yield seconds
+
+
+def add_rows(report: Report, seconds: Mapping[str, list[float]]) -> None:
+    """The rows of the report, of the rounds so far."""
+    report.rows.clear()
+    for name, mine, theirs, at_most in (
+        ("the expert's loop", "ours", "neither", 0.75),
+        ("with gradients of inputs in theirs", "ours", "input gradients", None),
+        ("with gradient checkpointing in both", "ours, checkpointing", "checkpointing", None),
+        ("with checkpointing in both, gradients of inputs in theirs", "ours, checkpointing", "both", 0.8),
+        ("without either, theirs with both", "ours", "both", None),
+        ("the floor: adapters on no more layers, by Trainer", "ours", "stacked", None),
+        ("the floor: the same by a bare loop of PyTorch", "ours", "bare", None),
+    ):
+        timing = Timing(seconds[mine], seconds[theirs])
+        report.add_ratio(f"one sequence: {name}", timing, at_most=None if report.options.quick else at_most)
 
 
 def main() -> None:
@@ -163,30 +179,19 @@ def main() -> None:
         mine = partial(ours, base, given, lambda: Path(folder) / f"ours-{next(numbers)}")
         plain = partial(by_trainer, folder=aside)
         checkpointing = partial(by_trainer, folder=aside, gradient_checkpointing=True)
-        seconds = in_turn(
-            {
-                "ours": mine,
-                "ours, checkpointing": partial(mine, gradient_checkpointing=True),
-                "neither": partial(expert, base, given, plain),
-                "input gradients": partial(expert, base, given, plain, input_gradients=True),
-                "checkpointing": partial(expert, base, given, checkpointing),
-                "both": partial(expert, base, given, checkpointing, input_gradients=True),
-                "stacked": partial(stacked, base, given, plain),
-                "bare": partial(stacked, base, given, by_bare_loop),
-            },
-            rounds=2 if chosen.quick else 3,
-        )
-    for name, mine_is, theirs, at_most in (
-        ("the expert's loop", "ours", "neither", 0.75),
-        ("with gradients of inputs in theirs", "ours", "input gradients", None),
-        ("with gradient checkpointing in both", "ours, checkpointing", "checkpointing", None),
-        ("with checkpointing in both, gradients of inputs in theirs", "ours, checkpointing", "both", 0.8),
-        ("without either, theirs with both", "ours", "both", None),
-        ("the floor: adapters on no more layers, by Trainer", "ours", "stacked", None),
-        ("the floor: the same by a bare loop of PyTorch", "ours", "bare", None),
-    ):
-        timing = Timing(seconds[mine_is], seconds[theirs])
-        report.add_ratio(f"one sequence: {name}", timing, at_most=None if chosen.quick else at_most)
+        ways = {
+            "ours": mine,
+            "ours, checkpointing": partial(mine, gradient_checkpointing=True),
+            "neither": partial(expert, base, given, plain),
+            "input gradients": partial(expert, base, given, plain, input_gradients=True),
+            "checkpointing": partial(expert, base, given, checkpointing),
+            "both": partial(expert, base, given, checkpointing, input_gradients=True),
+            "stacked": partial(stacked, base, given, plain),
+            "bare": partial(stacked, base, given, by_bare_loop),
+        }
+        # What was measured is in the file after every round.
+        for seconds in in_turn(ways, rounds=2 if chosen.quick else 3):
+            add_rows(report, seconds)
     report.finish()
 
 
