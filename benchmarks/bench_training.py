@@ -1,27 +1,44 @@
 """
-Training one sequence with `S3TTrainer`, against the procedure the paper's authors published, done by hand.
+Training one sequence with `S3TTrainer`, against the loop that an expert would write for the same stack.
 
-By hand, every stage loads the base from disk again, puts LoRA on all layers, loads what the stages before it learnt,
-unfreezes its own group of layers, and trains with gradient checkpointing and gradients of the inputs, from the data of
-the slices so far. Both run the same `Trainer` on the same batches. `S3TTrainer` keeps one base, and layers below the
-stage's group build no graph; it is measured with gradient checkpointing, as the published procedure needs it, and
-without, which is what it costs where memory allows.
+The expert keeps one base in memory with LoRA on all its layers, and per stage unfreezes that of one group: what stages
+before it learnt stays in the model. Every stage is a plain `Trainer` with the same arguments, on as many batches of as
+many rows. Two settings make most of what is published slower than that: gradient checkpointing, and the gradients of
+inputs that the way it is usually turned on needs (`enable_input_require_grads`), which draw the backward pass through
+all layers. Each is shown alone and both together; with checkpointing in theirs, ours has it too.
+
+Two rows say where the floor is. They compute what ours computes, on layers that have an adapter by then and no others:
+by `Trainer`, and by a bare loop of PyTorch, in which nothing is checked, logged or written.
 """
 
 import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from harness import Report, Task, interleave, options
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from systems import by_hand_model, llama, lora, temporary_folder
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from harness import Report, Task, Timing, options
+from peft import PeftModel, get_peft_model
+from systems import llama, lora, temporary_folder
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
 from hf_s3t import S3TConfig, S3TTrainer
+from hf_s3t.model.layers import group_layers
 
 
 NUM_SLICES = 4
+BATCH = 8
+LEARNING_RATE = 1e-3
+# Trains a model, in which what shall be trained has gradients, on the rows of a stage.
+TrainStage = Callable[[PeftModel, Dataset], None]
 
 
 def arguments(folder: Path, gradient_checkpointing: bool) -> TrainingArguments:
@@ -29,8 +46,8 @@ def arguments(folder: Path, gradient_checkpointing: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
         gradient_checkpointing=gradient_checkpointing,
         save_strategy="no",
         logging_strategy="no",
@@ -47,11 +64,11 @@ def make_rows(rows: int, tokens: int, vocabulary: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "id": list(range(rows))})
 
 
-def ours(base: Path, rows: Dataset, folder: Path, gradient_checkpointing: bool) -> None:
-    """One sequence with `S3TTrainer`, the base loaded once."""
+def ours(base: Path, rows: Dataset, systems: Callable[[], Path], gradient_checkpointing: bool = False) -> None:
+    """One sequence with `S3TTrainer`, written to a folder of its own."""
     trainer = S3TTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
-        args=arguments(folder, gradient_checkpointing),
+        args=arguments(systems(), gradient_checkpointing),
         train_dataset=rows,
         peft_config=lora(),
         s3t_config=S3TConfig(num_shards=1, num_slices=NUM_SLICES, budget=1, id_column="id"),
@@ -60,39 +77,121 @@ def ours(base: Path, rows: Dataset, folder: Path, gradient_checkpointing: bool) 
     trainer.train()
 
 
-def by_hand(base: Path, rows: Dataset, folder: Path) -> None:
-    """One sequence as published: top to bottom, one group of layers per stage."""
-    rows = rows.remove_columns("id")
-    learnt: dict[str, torch.Tensor] = {}
-    for stage in range(NUM_SLICES):
-        model = by_hand_model(AutoModelForCausalLM.from_pretrained(base), lora(), stage, NUM_SLICES)
-        if learnt:
-            set_peft_model_state_dict(model, learnt)
-        seen = rows.select(range(len(rows) * (stage + 1) // NUM_SLICES))
-        trainer = Trainer(model=model, args=arguments(folder, True), train_dataset=seen)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        learnt = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+def expert(base: Path, rows: Dataset, train: TrainStage, input_gradients: bool = False) -> None:
+    """One sequence in one model with LoRA on all layers, of which a stage trains its own group's."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+    if input_gradients:
+        model.enable_input_require_grads()
+    for stage, group in enumerate(groups(model)):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "lora_" in name and any(f".layers.{layer}." in name for layer in group)
+        train(model, seen(rows, stage))
+
+
+def stacked(base: Path, rows: Dataset, train: TrainStage) -> None:
+    """One sequence of adapters, each on the layers of its own group: the others have none until it is their turn."""
+    model, names = AutoModelForCausalLM.from_pretrained(base), []
+    for stage, group in enumerate(groups(model)):
+        settings = lora()
+        settings.layers_to_transform = list(group)
+        names.append(f"stage-{stage}")
+        if stage:
+            model.add_adapter(names[-1], settings)
+        else:
+            model = get_peft_model(model, settings, adapter_name=names[-1])
+        model.base_model.set_adapter(names)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = f".{names[-1]}." in name
+        train(model, seen(rows, stage))
+
+
+def groups(model: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """The layers that each stage trains, top to bottom."""
+    return group_layers(model.config.num_hidden_layers, NUM_SLICES, None)
+
+
+def seen(rows: Dataset, stage: int) -> Dataset:
+    """The rows of a stage: those of the slices so far."""
+    return rows.remove_columns("id").select(range(len(rows) * (stage + 1) // NUM_SLICES))
+
+
+def by_trainer(model: PeftModel, rows: Dataset, folder: Path, gradient_checkpointing: bool = False) -> None:
+    """A stage by a plain `Trainer`."""
+    trainer = Trainer(model=model, args=arguments(folder, gradient_checkpointing), train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def by_bare_loop(model: PeftModel, rows: Dataset) -> None:
+    """A stage by a loop of PyTorch: the steps that `Trainer` takes, and nothing beside them."""
+    words = torch.tensor(rows["input_ids"][:])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    batches = torch.randperm(len(words)).split(BATCH)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(batches))
+    model.train()
+    for batch in batches:
+        model(input_ids=words[batch], labels=words[batch]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def in_turn(ways: Mapping[str, Callable[[], None]], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Seconds of each way in the rounds so far, after each round: all run once, in every second round backwards."""
+    tasks = {name: Task(way) for name, way in ways.items()}
+    tasks["ours"].seconds()
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds):
+        for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(tasks[name].seconds())
+        yield seconds
+
+
+def add_rows(report: Report, seconds: Mapping[str, list[float]]) -> None:
+    """The rows of the report, of the rounds so far."""
+    report.rows.clear()
+    for name, mine, theirs, at_most in (
+        ("the expert's loop", "ours", "neither", 0.75),
+        ("with gradients of inputs in theirs", "ours", "input gradients", None),
+        ("with gradient checkpointing in both", "ours, checkpointing", "checkpointing", None),
+        ("with checkpointing in both, gradients of inputs in theirs", "ours, checkpointing", "both", 0.8),
+        ("without either, theirs with both", "ours", "both", None),
+        ("the floor: adapters on no more layers, by Trainer", "ours", "stacked", None),
+        ("the floor: the same by a bare loop of PyTorch", "ours", "bare", None),
+    ):
+        timing = Timing(seconds[mine], seconds[theirs])
+        report.add_ratio(f"one sequence: {name}", timing, at_most=None if report.options.quick else at_most)
 
 
 def main() -> None:
     chosen = options(__doc__)
     hidden, rows, tokens, vocabulary = (64, 32, 16, 100) if chosen.quick else (256, 256, 64, 1_000)
     settings = {"layers": 8, "hidden": hidden, "num_slices": NUM_SLICES, "rows": rows, "tokens": tokens}
-    report = Report("training", chosen, {**settings, "rank": 16, "batch": 8, "vocabulary": vocabulary})
+    report = Report("training", chosen, {**settings, "rank": 16, "batch": BATCH, "vocabulary": vocabulary})
     model = llama(8, hidden, vocabulary)
-    dataset = make_rows(rows, tokens, vocabulary)
+    given = make_rows(rows, tokens, vocabulary)
     with temporary_folder() as folder:
-        base, systems = Path(folder) / "base", itertools.count()
+        base, aside, numbers = Path(folder) / "base", Path(folder) / "by-hand", itertools.count()
         model.save_pretrained(base)
 
-        for name, gradient_checkpointing in (("with gradient checkpointing", True), ("without", False)):
-            timing = interleave(
-                Task(lambda g=gradient_checkpointing: ours(base, dataset, Path(folder) / f"ours-{next(systems)}", g)),
-                Task(lambda: by_hand(base, dataset, Path(folder) / "by-hand")),
-                rounds=2 if chosen.quick else 5,
-            )
-            report.add_ratio(f"one sequence, {name}", timing, at_most=None if chosen.quick else 0.8)
+        mine = partial(ours, base, given, lambda: Path(folder) / f"ours-{next(numbers)}")
+        plain = partial(by_trainer, folder=aside)
+        checkpointing = partial(by_trainer, folder=aside, gradient_checkpointing=True)
+        ways = {
+            "ours": mine,
+            "ours, checkpointing": partial(mine, gradient_checkpointing=True),
+            "neither": partial(expert, base, given, plain),
+            "input gradients": partial(expert, base, given, plain, input_gradients=True),
+            "checkpointing": partial(expert, base, given, checkpointing),
+            "both": partial(expert, base, given, checkpointing, input_gradients=True),
+            "stacked": partial(stacked, base, given, plain),
+            "bare": partial(stacked, base, given, by_bare_loop),
+        }
+        # What was measured is in the file after every round.
+        for seconds in in_turn(ways, rounds=2 if chosen.quick else 3):
+            add_rows(report, seconds)
     report.finish()
 
 

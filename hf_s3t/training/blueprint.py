@@ -107,6 +107,7 @@ class Blueprint:
         base (`dict`): What is recorded of the base model.
         rows ([`~hf_s3t.training.rows.TrainingRows`], *optional*): The training data, if there is any.
         new ([`NewSystem`], *optional*): What a system that is to be made begins with; `None` where it is there.
+        folder ([`~hf_s3t.folder.system.SystemFolder`], *optional*): The folder of one that is there.
         task (`str`): The task of the base model.
     """
 
@@ -119,6 +120,7 @@ class Blueprint:
     base: dict[str, Any]
     rows: TrainingRows | None
     new: NewSystem | None
+    folder: SystemFolder | None
     task: str
 
     def record(self, model: PreTrainedModel, key: DigestKey) -> dict[str, Any]:
@@ -181,7 +183,8 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     if isinstance(model, nn.Module):
         check_is_itself(model)
     check_has_no_adapters(model)
-    recorded, key = _recorded_or_new(args)
+    folder, key = _system_or_new(args)
+    recorded = None if folder is None else copy.deepcopy(folder.record)
     if recorded is not None:
         check_method(recorded, (layout.method,), output_dir)
     user_config = _merged_config(given.s3t_config, recorded)
@@ -213,10 +216,10 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
         new = NewSystem(key, _planned(rows, key, config))
         if given.s3t_config is None:
             say_what_the_default_costs(config, layers, new.table, args.max_steps)
-    elif rows is not None:
-        _match(rows, output_dir)
+    elif rows is not None and folder is not None:
+        _match(rows, folder)
     say_which_seed_rules(args, config)
-    return Blueprint(user_config, layout, config, peft_config, layers, head, base, rows, new, find_task(model))
+    return Blueprint(user_config, layout, config, peft_config, layers, head, base, rows, new, folder, find_task(model))
 
 
 def _layers_and_head(
@@ -253,33 +256,36 @@ def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) ->
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
-    recorded = open_folder(output_dir).record
+    folder = open_folder(output_dir)
+    recorded = folder.record
     check_method(recorded, (blueprint.layout.method,), output_dir)
     _merged_config(blueprint.user_config, recorded)
     _merged_peft_config(blueprint.peft_config, recorded, model)
     check_base_is(model, recorded["base_model"], blueprint.layers.path, blueprint.head, for_training=True)
     if blueprint.rows is not None:
-        _match(blueprint.rows, output_dir)
+        _match(blueprint.rows, folder)
 
 
-def _match(rows: TrainingRows, output_dir: str) -> None:
+def _match(rows: TrainingRows, folder: SystemFolder) -> None:
     """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
-    folder = SystemFolder(output_dir)
     folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
 
 
-def _recorded_or_new(args: TrainingArguments) -> tuple[dict[str, Any] | None, DigestKey | None]:
-    """What is recorded of the system; where none is there yet, the secret that it will have."""
+def _system_or_new(args: TrainingArguments) -> tuple[SystemFolder | None, DigestKey | None]:
+    """The folder of the system; where none is there yet, the secret that it will have."""
     output_dir = str(args.output_dir)
-    recorded = _recorded_system(output_dir)
-    key = draw_key(output_dir) if recorded is None else None
+    folder = _system_in(output_dir)
+    key = draw_key(output_dir) if folder is None else None
     if args.world_size > 1:
         # All processes must place rows alike. And what the first one found holds: it may be making the folder already.
         (key,) = broadcast_object_list([key])
-    return (recorded if key is None else None), key
+        if key is None and folder is None:
+            # The first process found one: this one must see it too.
+            folder = open_folder(output_dir)
+    return (folder if key is None else None), key
 
 
-def _recorded_system(output_dir: str) -> dict[str, Any] | None:
+def _system_in(output_dir: str) -> SystemFolder | None:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"`output_dir={output_dir!r}` is a file, expected a folder. Choose another `output_dir`.")
@@ -287,7 +293,7 @@ def _recorded_system(output_dir: str) -> dict[str, Any] | None:
         refuse_leftovers(output_dir)
         return None
     # The folder may come from anywhere, and opening it to write removes files: `open_folder` refuses links in it.
-    return open_folder(output_dir).record
+    return open_folder(output_dir)
 
 
 def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> S3TConfig:

@@ -3,11 +3,12 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import datasets
+import numpy as np
 from torch.utils.data import Subset
 
 from ..config import S3TConfig
@@ -155,9 +156,13 @@ class StageRows:
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared
         self._config = config
-        kept = rows.ids if names is None else [names.of_id(i) for i in rows.ids]
+        kept = [names.of_id(i) for i in rows.ids] if names is not None and names.are_digests else rows.ids
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
-        self._original = dict(zip(kept, rows.ids, strict=True))
+        self._is_whole = len(self._position) == len(kept)
+        # Only where the table has digests in their place.
+        self._original = None if kept is rows.ids else dict(zip(kept, rows.ids, strict=True))
+        # Per (shard, slice) pair what it held, and the positions of that: ids are hashed and sorted once a slice.
+        self._in_order: dict[tuple[int, int], tuple[str, list[int]]] = {}
         self._row_digests: list[str] | None = None
 
     def slices(self, key: StageKey) -> tuple[int, ...]:
@@ -166,23 +171,28 @@ class StageRows:
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
-        return sum(example_id not in self._position for example_id in table.rows)
+        if self._is_whole:
+            return 0
+        return len(table) - sum(len(self._positions_in(*place, table)) for place in _places(table))
 
     def empty(self, table: ExampleTable) -> frozenset[tuple[int, int]]:
         """The (shard, slice) pairs without an example that preparation left something of."""
-        if not self.dropped(table):
+        if self._is_whole:
             return table.empty
-        places = itertools.product(range(table.num_shards), range(table.num_slices))
-        return frozenset(
-            (shard, slice_)
-            for shard, slice_ in places
-            if not any(i in self._position for i in table.members(shard, slice_))
-        )
+        return frozenset(place for place in _places(table) if not self._positions_in(*place, table))
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
-        ids = [i for slice_ in self.slices(key) for i in table.members(key.shard, slice_, self._original)]
-        return [self._position[i] for i in ids if i in self._position]
+        return [p for slice_ in self.slices(key) for p in self._positions_in(key.shard, slice_, table)]
+
+    def _positions_in(self, shard: int, slice_: int, table: ExampleTable) -> list[int]:
+        place, holds = (shard, slice_), table.slice_digest(shard, slice_)
+        held, positions = self._in_order.get(place, ("", []))
+        if held != holds:
+            ids = table.members(shard, slice_, self._original)
+            positions = [self._position[i] for i in ids if i in self._position]
+            self._in_order[place] = holds, positions
+        return positions
 
     def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
         """
@@ -200,7 +210,8 @@ class StageRows:
         """The dataset of a stage."""
         positions = self.positions(key, table)
         if isinstance(self._prepared, datasets.Dataset):
-            return self._prepared.select(positions)
+            # Of an array Datasets makes a fingerprint at once, of a list number by number.
+            return self._prepared.select(np.asarray(positions, np.int64))
         return Subset(self._prepared, positions)
 
     def check_slices(self, table: ExampleTable) -> None:
@@ -210,14 +221,13 @@ class StageRows:
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: Naming the slices.
         """
-        empty = [
-            (shard, slice_)
-            for shard in range(table.num_shards)
-            for slice_ in range(table.num_slices)
-            if table.size(shard, slice_) and not self.positions(StageKey(shard, (slice_,)), table)
-        ]
+        empty = sorted(self.empty(table) - table.empty)
         if empty:
             raise EmptySliceError(
                 f"Preparing the dataset (truncation, filtering) dropped every example of the (shard, slice) pairs "
                 f"{empty[:5]}. Raise `max_length`, or use fewer slices."
             )
+
+
+def _places(table: ExampleTable) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(table.num_shards), range(table.num_slices))

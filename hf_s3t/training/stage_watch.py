@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import IsolationError
@@ -41,6 +42,8 @@ class StageWatch(LiveModel):
         # The model after the first step of the stage, when it has made for itself what it makes.
         self._settled_model: Look | None = None
         self._finite = FiniteWatch()
+        # By name of the input: operations per number in it.
+        self._operations: dict[str, int] = {}
         self._stage_optimizer: StageOptimizer | None = None
 
     # Hooks of `Trainer`
@@ -62,6 +65,17 @@ class StageWatch(LiveModel):
         # Trainer's own logs leave out what is not finite (`logging_nan_inf_filter`).
         self._finite.note(loss, self.state.global_step + 1)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in `Trainer`, which goes through all modules for it: for a stage once, and not in every step."""
+        counted = super().floating_point_ops
+        name = getattr(self.model, "main_input_name", "input_ids")
+        numbers = inputs[name].numel() if name in inputs else 0
+        if self._stage is None or not numbers or getattr(counted, "__func__", None) is not Trainer.floating_point_ops:
+            return counted(inputs)
+        if name not in self._operations:
+            self._operations[name] = counted(inputs) // numbers
+        return self._operations[name] * numbers
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, which has prepared the optimizer by then and makes no other for the stage."""

@@ -67,10 +67,11 @@ class S3TTrainerMixin(PlanRuns):
         self._look_at_evaluation(blueprint)
         # Before anything is written: truncation and filtering may have emptied a slice.
         prepared = self._prepared_rows(blueprint)
+        folder = blueprint.folder
         if blueprint.new is not None and self.is_world_process_zero():
-            self._make_folder(blueprint, blueprint.new)
+            folder = self._make_folder(blueprint, blueprint.new)
         self.accelerator.wait_for_everyone()
-        self.folder = SystemFolder(self._output_dir)
+        self.folder = self._as_it_is_now(folder)
         # Another trainer may have made it first, with a secret of its own.
         is_ours = blueprint.new is not None and blueprint.new.key.check == self.folder.key.check
         if blueprint.rows is not None and not is_ours:
@@ -111,17 +112,26 @@ class S3TTrainerMixin(PlanRuns):
         check_batches(stages, prepared, new.table, self.args, self.accelerator.num_processes)
         return prepared
 
-    def _make_folder(self, blueprint: Blueprint, new: NewSystem) -> None:
-        """Make the system, unless another trainer made the same one while this one was being set up."""
+    def _make_folder(self, blueprint: Blueprint, new: NewSystem) -> SystemFolder | None:
+        """Make the system; `None` if another trainer made the same one while this one was being set up."""
         output_dir = self._output_dir
         with SystemFolder.making(output_dir):
             if SystemFolder.exists(output_dir):
                 check_same(blueprint, self.model, output_dir)
-                return
+                return None
             write_key(output_dir, new.key)
-            SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table.rows, new.key)
+            folder = SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table.rows, new.key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+        return folder
+
+    def _as_it_is_now(self, folder: SystemFolder | None) -> SystemFolder:
+        """The system's folder, of which no table is read twice; what was deleted or trained meanwhile is taken in."""
+        if folder is None:
+            return SystemFolder(self._output_dir)
+        folder.refresh_ledger()
+        folder.refresh_stages()
+        return folder
 
     def _align_tokens(self) -> None:
         """
