@@ -42,7 +42,7 @@ from transformers import TrainingArguments
 from hf_s3t import S3TConfig, S3TModel, S3TTrainer
 from hf_s3t.baselines import use_public_secret
 from hf_s3t.cli.app import app
-from hf_s3t.folder.layout import ADAPTER_FILE, STAGE_FILES
+from hf_s3t.folder.layout import ADAPTER_FILE, KEY_FILE, STAGE_FILES
 from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.status import system_status
 from hf_s3t.folder.system import SystemFolder
@@ -253,7 +253,9 @@ def send(folder: SystemFolder, repo: HubRepo) -> object:
 
 def pulling(wide: Wide) -> tuple[HubFolder, Path]:
     """A pushed system as it is served from the Hub, and where a pull shall go."""
-    return HubFolder(pushed(wide).repo_id), wide.new("pulled")
+    system = HubFolder(pushed(wide).repo_id)
+    shutil.copy2(wide.path / KEY_FILE, system.path)
+    return system, wide.new("pulled")
 
 
 def pushed_and_deleted(wide: Wide) -> tuple[SystemFolder, HubRepo]:
