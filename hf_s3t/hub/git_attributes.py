@@ -144,7 +144,7 @@ def _matches(pattern: str, path: str) -> bool:
         # A folder has no attributes, and gives none to what is in it.
         return False
     if "/" not in pattern:
-        path = PurePosixPath(path).name
+        path = path.rpartition("/")[2]
     # A quoted pattern may begin or end with what would be a comment, or passed over.
     pattern = f"\\{pattern}" if pattern.startswith("#") else pattern
     pattern = f"{pattern[:-1]}\\ " if pattern.endswith(" ") else pattern
