@@ -66,19 +66,26 @@ def foreign_parts(path: Path) -> Iterator[Path]:
     roots = [path / name for name in PARTS]
     roots += [entry for entry in entries(path) if entry.name.startswith(TEMPORARY)]
     for root in roots:
-        for entry in (root, *walk(root)):
-            if is_foreign(entry):
-                yield entry
+        if is_foreign(root):
+            yield root
+        else:
+            yield from _foreign_below(root)
 
 
-def walk(path: Path) -> Iterator[Path]:
-    """Everything below a folder, without following symbolic links."""
-    waiting = [] if path.is_symlink() else [path]
+def _foreign_below(folder: Path) -> Iterator[Path]:
+    """What is neither a file nor a folder below a folder. Thousands of files are looked at, by what lists them."""
+    waiting = [os.fspath(folder)]
     while waiting:
-        for entry in entries(waiting.pop()):
-            yield entry
-            if entry.is_dir() and not entry.is_symlink():
-                waiting.append(entry)
+        try:
+            with os.scandir(waiting.pop()) as listed:
+                found = sorted(listed, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and is_foreign(Path(entry.path)):
+                yield Path(entry.path)
 
 
 def printable(text: str) -> str:

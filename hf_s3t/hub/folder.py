@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
 from ..folder.config_file import read_record
-from ..folder.files import make_folders, read_checked_json, stamp, sync, write_atomically
+from ..folder.files import check_digest, make_folders, read_checked_json, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
 from ..folder.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
     ATTRIBUTES_FILE,
     CACHE,
     COMPANIONS,
@@ -305,7 +308,7 @@ class HubFolder(SystemFolder):
         _ = self.key
         # What another process of this machine deleted meanwhile.
         self.refresh_ledger()
-        patterns = [f"{key.path}/*" for key in self.valid_stages]
+        stages = sorted(self.valid_stages)
         companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, IGNORE_FILE, CACHE})
         with hub_errors_as_sentences(self.repo.repo_id, "The pull ended"):
             snapshot = call_with_retries(
@@ -314,15 +317,17 @@ class HubFolder(SystemFolder):
                     revision=self.commit,
                     token=self.repo.token,
                     cache_dir=self.repo.cache_dir,
-                    allow_patterns=[*patterns, *companions],
+                    allow_patterns=[f"{STAGES}/shard-*/*", *companions],
+                    ignore_patterns=self._not_pulled(stages),
                 )
             )
         make_folders(target / STAGES)
         for name in companions:
             if (Path(snapshot) / name).is_file():
                 shutil.copyfile(Path(snapshot) / name, target / name)
-        for key in self.valid_stages:
-            self.adapter_path(key)
+        for key in stages:
+            for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+                check_digest(Path(snapshot) / key.path / name, self.stage_record(key)["files"][name])
             shutil.copytree(Path(snapshot) / key.path, target / key.path)
         if (self.path / KEY_FILE).is_file():
             shutil.copy2(self.path / KEY_FILE, target / KEY_FILE)
@@ -331,3 +336,12 @@ class HubFolder(SystemFolder):
         for file in (*target.rglob("*"), target):
             sync(file)
         write_atomically(target / CONFIG_FILE, self.config_bytes())
+
+    def _not_pulled(self, stages: Collection[StageKey]) -> list[str]:
+        """
+        Patterns of the paths of all other stages. Each is matched with each file there is: they are no more than there
+        are sequences, because what stands on a stage that is not pulled is not pulled either.
+        """
+        pulled = frozenset(stages)
+        lowest = (key for key in self.plan.stages() if key not in pulled and (not key.parent or key.parent in pulled))
+        return [f"{key.path}[-/]*" for key in lowest]

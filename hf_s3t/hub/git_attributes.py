@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -96,7 +97,9 @@ def _decide(states: dict[str, State], said: Said, macros: Mapping[str, Said]) ->
                 _decide(states, macros[name], macros)
 
 
-def _lines(text: str) -> list[_Line]:
+# A push asks for each of its files, which may be thousands: texts and patterns are read once.
+@lru_cache(maxsize=64)
+def _lines(text: str) -> tuple[_Line, ...]:
     found = []
     for line in text.removeprefix("\ufeff").split("\n"):
         line = line.strip(_BLANKS)
@@ -111,7 +114,7 @@ def _lines(text: str) -> list[_Line]:
             # Git warns of such a line and passes over all of it.
             continue
         found.append(_Line(name if is_macro else pattern, said, is_macro))
-    return found
+    return tuple(found)
 
 
 def _unquoted(line: str) -> tuple[str, str]:
@@ -141,13 +144,19 @@ def _matches(pattern: str, path: str) -> bool:
         # A folder has no attributes, and gives none to what is in it.
         return False
     if "/" not in pattern:
-        path = PurePosixPath(path).name
+        path = path.rpartition("/")[2]
     # A quoted pattern may begin or end with what would be a comment, or passed over.
     pattern = f"\\{pattern}" if pattern.startswith("#") else pattern
     pattern = f"{pattern[:-1]}\\ " if pattern.endswith(" ") else pattern
+    compiled = _compiled(pattern)
+    found = None if compiled is None else compiled.match_file(path)
+    return found is not None and found.match.groupdict().get(_BY_FOLDER) is None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> GitIgnoreSpecPattern | None:
     try:
-        found = GitIgnoreSpecPattern(pattern).match_file(path)
+        return GitIgnoreSpecPattern(pattern)
     except (GitIgnorePatternError, re.error):
         # A backslash before nothing, a range from behind: git finds nothing by them either.
-        return False
-    return found is not None and found.match.groupdict().get(_BY_FOLDER) is None
+        return None

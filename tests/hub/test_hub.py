@@ -1,6 +1,7 @@
 """Systems on the Hub: pushed, served from there, forgotten there, and what happens when two are at it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.folders import apply, files_of, forge_stage
@@ -478,3 +479,30 @@ def test_a_server_whose_home_is_read_only_serves_by_what_it_reads(pushed, repo, 
     # One that was never here is served as it was pushed.
     shutil.rmtree(first.path)
     assert HubFolder(repo.repo_id).ledger.num_deletions == 0 and not first.path.exists()
+
+
+def test_a_pull_fetches_the_valid_stages_by_a_few_patterns_and_nothing_of_others(
+    pushed, repo, hub, tmp_path, monkeypatch
+):
+    system, asked, looked_up = HubFolder(repo.repo_id), [], []
+    condemned = apply(system, [system.table.members(0, 0)[0]]).stages_removed
+    download = HubRepo.download
+
+    def fetched(*args, **named):
+        asked.append(named)
+        return snapshot_download(*args, **named)
+
+    monkeypatch.setattr("hf_s3t.hub.folder.snapshot_download", fetched)
+    monkeypatch.setattr(HubRepo, "download", lambda *args: looked_up.append(args[1]) or download(*args))
+    hub.requests.clear()
+    system.copy_to(tmp_path / "pulled")
+    paths = [call["path"] for call in hub.calls("GET", "/resolve/.*/stages/shard-")]
+    stages = {re.search(r"/(shard-\d+/[\d-]+)/", path)[1] for path in paths}
+    assert stages == set(map(str, system.valid_stages)) and len(set(paths)) == len(paths)
+    assert condemned and not stages.intersection(condemned)
+    # A pattern is matched with every file: not one for each stage, but for each sequence that ends early.
+    (patterns,) = asked
+    assert [pattern for pattern in patterns["allow_patterns"] if "/" in pattern] == ["stages/shard-*/*"]
+    assert patterns["ignore_patterns"] == ["stages/shard-0/0[-/]*", "stages/shard-0/1-0[-/]*"]
+    # What lies in one folder by then is not looked up file by file.
+    assert not [name for name in looked_up if name.startswith("stages/shard-")]
