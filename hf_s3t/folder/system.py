@@ -10,7 +10,7 @@ from typing import Any
 from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.stages import StageKey
-from ..records.digests import DigestKey
+from ..records.digests import DigestKey, KeptNames
 from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
@@ -87,7 +87,8 @@ class SystemFolder(FolderView):
         # Whoever made the folder did so for this system, a moment ago.
         sync_above(path)
         config = S3TConfig.from_dict(record["s3t_config"])
-        table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
+        names = KeptNames(key, config.keep_ids)
+        table = ExampleTable.of(rows, config.num_shards, config.num_slices, config.seed, names)
         write_table(path / TABLE_FILE, table, Ledger())
         write_atomically(path / LEDGER_FILE, b"")
         write_head(path, Ledger())
@@ -216,7 +217,7 @@ class SystemFolder(FolderView):
         self._append(
             self.ledger.append(
                 "deletion",
-                ids=[self.names.id_digest(i) for i in ids],
+                ids=self.names.id_digests(ids),
                 groups=[self.names.group_digest(group) for group in groups],
                 removed={str(key): digests[key] for key in removed},
                 left={str(key): digest for key, digest in digests.items() if key not in gone},
@@ -270,7 +271,7 @@ class SystemFolder(FolderView):
         with self._reading:
             with explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
                 write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
-            self.table = self._masked(self.table, ledger)
+            self.table = self._masked(self.table, ledger, len(self.ledger.lines))
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
@@ -291,10 +292,12 @@ class SystemFolder(FolderView):
     def _compact(self) -> None:
         self.refresh_ledger()
         self._settle()
+        # Before it is written: what is made for that is what stays.
+        table, ledger = self.table.settled(), self.ledger
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
-            write_table(self.path / TABLE_FILE, self.table, self.ledger)
-        self._table_pin = pin_of(self.ledger)
-        self.table = self.table.settled()
+            write_table(self.path / TABLE_FILE, table, ledger)
+        self._table_pin = pin_of(ledger)
+        self.table = table
 
     # What a removal that was interrupted left
 

@@ -12,7 +12,7 @@ from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.stages import Plan, StageKey
 from ..records.digests import DigestKey, KeptNames
-from ..records.examples import Example, ExampleTable
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
@@ -24,7 +24,7 @@ from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, L
 from .ledger_file import pin_of, read_head, read_ledger, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
-from .table_file import check_rows, read_table
+from .table_file import StoredTable, read_table
 
 
 class FolderView:
@@ -85,12 +85,12 @@ class FolderView:
     def _read_all(self) -> None:
         with self._reading:
             # The table first: the ledger is never behind it, whatever another process does between the two reads.
-            rows, pin = self._read_rows()
+            stored = self._read_rows()
             ledger = self._read_ledger()
             # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
-            self.table = self._table_of(rows, pin, ledger)
+            self.table = self._table_of(stored, ledger)
             self.ledger = ledger
-            self._table_pin = pin
+            self._table_pin = stored.pin
         self.refresh_stages()
 
     # The ledger, and the table that goes by it
@@ -107,7 +107,7 @@ class FolderView:
                 return
             ledger = self._read_ledger()
             if ledger != self.ledger:
-                self.table = self._masked(self.table, ledger)
+                self.table = self._masked(self.table, ledger, len(self.ledger.lines))
                 self.ledger = ledger
                 self._settle()
 
@@ -160,19 +160,17 @@ class FolderView:
                     raise
             self._settled = len(self.ledger.lines)
 
-    def _read_rows(self) -> tuple[dict[int | str, Example], str]:
-        rows, pin = read_table(self.path / TABLE_FILE)
-        check_rows(self.path / TABLE_FILE, rows, self.config)
-        return rows, pin
+    def _read_rows(self) -> StoredTable:
+        return read_table(self.path / TABLE_FILE)
 
-    def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
-        require_pinned(self.path / LEDGER_FILE, ledger, pin, TABLE_FILE)
-        config = self.config
-        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-        return table if pin == pin_of(ledger) else self._masked(table, ledger)
+    def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
+        table = stored.examples(self.config, self.names)
+        require_pinned(self.path / LEDGER_FILE, ledger, stored.pin, TABLE_FILE)
+        return self._masked(table, ledger, int(stored.pin.partition(" ")[0]))
 
-    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
-        return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
+    def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
+        """A table that goes by so many lines of the ledger, without what the lines after these deleted."""
+        return table.without_digests(_deleted_since(ledger, lines))
 
     # The stages
 
@@ -326,3 +324,8 @@ class FolderView:
         """The revision of the base that others can load by `base_id`, if it came from a repository."""
         revision: str | None = self.record["base_model"].get("revision")
         return revision if self.base_id is not None else None
+
+
+def _deleted_since(ledger: Ledger, lines: int) -> frozenset[str]:
+    """Keyed digests of the ids that the lines after the first so many deleted."""
+    return frozenset(digest for entry in ledger.entries[lines:] if entry.kind == "deletion" for digest in entry.ids)

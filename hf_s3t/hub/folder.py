@@ -27,7 +27,7 @@ from ..folder.layout import (
 from ..folder.ledger_file import pin_of, read_ledger
 from ..folder.secret import KEY_VARIABLE, load_key
 from ..folder.system import SystemFolder
-from ..folder.table_file import check_rows, read_table, write_table
+from ..folder.table_file import read_table, write_table
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
@@ -107,13 +107,12 @@ class HubFolder(SystemFolder):
 
     @property
     def names(self) -> KeptNames:
-        """How ids and groups stand in the table."""
-        _ = self.key  # which brings the names
-        return self._names
+        """How ids and groups stand in the table; the secret is asked for when something is digested."""
+        return KeptNames(lambda: self.key, self.config.keep_ids)
 
     @names.setter
     def names(self, names: KeptNames) -> None:
-        self._names: KeptNames = names
+        """Nothing: they follow from the secret, whenever that comes."""
 
     @property
     def table(self) -> ExampleTable:
@@ -129,15 +128,13 @@ class HubFolder(SystemFolder):
     def _load_table(self, ledger: Ledger) -> ExampleTable:
         file = self._download(TABLE_FILE)
         with self._forgeries_told():
-            rows, pin = read_table(file)
-            check_rows(file, rows, self.config)
-            return self._masked(self._table_of(rows, pin, self._published), ledger)
+            return self._masked(self._table_of(read_table(file), self._published), ledger, 0)
 
-    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
-        # Without the secret a table can be used, as long as there is nothing to mask in it.
-        if ledger.deleted <= self._published.deleted:
-            return table
-        return super()._masked(table, ledger)
+    def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
+        # Without the secret a table can be used, as long as there is nothing to mask in it. What this machine knows
+        # may stand between the lines of the repository: all that these do not delete is looked for.
+        new = ledger.deleted - self._published.deleted
+        return table.without_digests(new) if new else table
 
     # What is there
 

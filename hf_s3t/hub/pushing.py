@@ -1,10 +1,9 @@
 """Bringing a system to the Hub, in one commit on top of what is there."""
 
 import hashlib
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,10 @@ from ..folder.layout import (
 )
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
-from ..folder.table_file import write_table
+from ..folder.table_file import table_bytes
 from ..plan.stages import StageKey
 from ..records.digests import PUBLIC_SECRET, DigestKey
+from ..records.examples import ExampleTable
 from ..records.validity import fits
 from .client import (
     ATTEMPTS,
@@ -183,7 +183,7 @@ def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
     if public:
         why = "its secret is the one for comparisons, which everybody knows"
         remedy = "Unless its data is public or invented, train a system with a secret of its own"
-    elif plain and _is_dense(folder.table.rows, len(folder.ledger.deleted)):
+    elif plain and _is_dense(folder.table, len(folder.ledger.deleted)):
         why = "its ids are numbers in a row, and each that is missing names a deleted one"
         remedy = 'Where nobody shall know, train a system with `keep_ids="digest"`'
     elif plain and folder.config.partition == "balanced" and not folder.record.get("keyed_places"):
@@ -194,10 +194,10 @@ def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
     warnings.warn(f"Who reads {repo_id} can tell who was deleted: {why}. {remedy}.", stacklevel=3)
 
 
-def _is_dense(ids: Collection[int | str], deleted: int) -> bool:
+def _is_dense(table: ExampleTable, deleted: int) -> bool:
     """Whether ids are numbers among which none is missing that was not deleted."""
-    numbers = [i for i in ids if isinstance(i, int)]
-    return bool(numbers) and max(numbers) - min(numbers) + 1 - len(numbers) <= deleted
+    ends = table.ends_of_ids
+    return ends is not None and ends[1] - ends[0] + 1 - len(table) <= deleted
 
 
 def _message(folder: SystemFolder) -> str:
@@ -265,8 +265,9 @@ def _take_in(
 def _stages_that_saw(
     folder: SystemFolder, digests: frozenset[str], stages: frozenset[StageKey]
 ) -> tuple[StageKey, ...]:
-    gone = [i for i in folder.table.rows if folder.names.id_digest(i) in digests] if digests else []
-    return tuple(sorted(folder.plan.removed_by(folder.table.places(gone), stages)))
+    table = folder.table
+    gone = table.places(table.of_digests(digests)) if digests else set()
+    return tuple(sorted(folder.plan.removed_by(gone, stages)))
 
 
 def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
@@ -279,7 +280,7 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
     wanted |= folder.companions()
     wanted[CONFIG_FILE] = folder.config_bytes()
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
-    wanted[TABLE_FILE] = _table_bytes(folder)
+    wanted[TABLE_FILE] = bytes(table_bytes(folder.table, folder.ledger))
     wanted[INDEX_FILE] = digested_json(stage_index(folder, stages))
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
@@ -318,12 +319,6 @@ def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen
         return False
     below = None if key.parent is None else adapter_of(chosen[key.parent])
     return fits(record, folder.slice_digests(key), below)
-
-
-def _table_bytes(folder: SystemFolder) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_table(Path(scratch) / TABLE_FILE, folder.table, folder.ledger)
-        return (Path(scratch) / TABLE_FILE).read_bytes()
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:

@@ -202,9 +202,12 @@ def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedEx
 
 def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
     """The groups of which nothing is left: naming one again is as little an error as naming its ids."""
-    gone = set(ids)
-    named = dict.fromkeys(folder.table.rows[i].group for i in ids)
-    return [g for g in named if g is not None and gone.issuperset(folder.table.groups[g])]
+    table = folder.table
+    groups = table.groups_of(ids)
+    if not groups:
+        return []
+    left = table.without(ids).sizes_of_groups(groups)
+    return [group for group, size in zip(groups, left, strict=True) if not size]
 
 
 def _touched(folder: SystemFolder, examples: RequestedExamples, condemned: Collection[StageKey]) -> list[StageKey]:

@@ -10,7 +10,7 @@ from ..errors import FolderError, UnknownExampleError
 from ..folder.foreign import foreign_problem, is_foreign
 from ..folder.layout import HEAD_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import pin_problem, read_head, read_ledger_text
-from ..folder.table_file import read_table
+from ..folder.table_file import read_pin
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey
 from ..records.ledger import Ledger, LedgerEntry, line_hash
@@ -131,7 +131,7 @@ class Receipts:
 
 
 def _table_pin(path: Path) -> str:
-    return read_table(path / TABLE_FILE)[1]
+    return read_pin(path / TABLE_FILE)
 
 
 def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike[str]) -> str | FolderError | None:

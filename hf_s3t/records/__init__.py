@@ -2,6 +2,9 @@
 What a system knows of its examples and deletions, in memory: no disk is touched here.
 
 - `digests`: the secret of a system, and the keyed digests of ids, groups and contents that are made with it.
+- `buffers`: Arrow arrays from numpy arrays and texts, and back.
+- `columns`: the columns of a table of examples.
+- `earlier`: what earlier versions wrote down of a table.
 - `examples`: the table of examples: which id lies in which slice, and what pins each slice to its content.
 - `validity`: the one rule by which a stage is valid.
 - `ledger`: the append-only lines of deletions, each with the hash of the line before.

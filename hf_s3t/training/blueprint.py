@@ -237,8 +237,9 @@ def _layers_and_head(
 
 def _planned(rows: TrainingRows, key: DigestKey, config: S3TConfig) -> ExampleTable:
     """The table of a system that is to be made: every row in its shard and slice."""
-    placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
-    return ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+    names = KeptNames(key, config.keep_ids)
+    placed = rows.partition(rows.digests(key), names, key)
+    return ExampleTable.of(placed, config.num_shards, config.num_slices, config.seed, names)
 
 
 def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) -> None:

@@ -3,7 +3,6 @@ Whatever a folder's files hold, by accident or design: a reader works or says wh
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.crashes import plant
 from support.folders import NAMES, USERS, add_checkpoint, apply, forge, forge_stage, grow, new_system, request_later
+from support.tables import rewrite_table, write_own
 from typer.testing import CliRunner
 
 from hf_s3t import S3TConfig
@@ -36,6 +36,7 @@ from hf_s3t.folder.layout import (
     STAGE_FILE,
     TABLE_FILE,
 )
+from hf_s3t.folder.ledger_file import pin_of
 from hf_s3t.folder.opening import open_folder
 from hf_s3t.folder.secret import read_key
 from hf_s3t.folder.status import system_status
@@ -391,13 +392,7 @@ def twist_ledger(path: Path, chance: random.Random) -> None:
             entry["previous"] = [line_hash(lines[-1])]
         lines.append(json.dumps(entry, sort_keys=True, separators=(",", ":")))
     (path / LEDGER_FILE).write_text("".join(line + "\n" for line in lines))
-    rows = table_file.read_table(path / TABLE_FILE)[0]
-    table_file.write_table(path / TABLE_FILE, SystemTable(rows), Ledger(tuple(lines)))
-
-
-class SystemTable:
-    def __init__(self, rows):
-        self.rows = rows
+    rewrite_table(path / TABLE_FILE, lambda columns: columns, ledger=pin_of(Ledger(tuple(lines))))
 
 
 def twist_requests(path: Path, chance: random.Random) -> None:
@@ -406,7 +401,7 @@ def twist_requests(path: Path, chance: random.Random) -> None:
     (path / PENDING_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-COLUMNS = ["id", "shard", "slice", "digest", "group"]
+COLUMNS = ["id", "id_digest", "shard", "slice", "digest", "group"]
 EXTREMES = [
     pa.array([2**64 - 1], pa.uint64()), pa.array([-(2**63)], pa.int64()), pa.array([2**50], pa.timestamp("s")),
     pa.array([2**62], pa.timestamp("ns", "UTC")), pa.array([1], pa.timestamp("us", "Nowhere/There")),
@@ -422,7 +417,7 @@ EXTREMES = [
 
 def twist_table(path: Path, chance: random.Random) -> None:
     arrow = pq.read_table(path / TABLE_FILE)
-    pin = pq.ParquetFile(path / TABLE_FILE).metadata.metadata[table_file._PIN]
+    said = dict(pq.read_metadata(path / TABLE_FILE).metadata)
     columns = {name: arrow[name].combine_chunks() for name in arrow.column_names}
     rows, name = arrow.num_rows, chance.choice(COLUMNS)
     what = chance.random()
@@ -436,24 +431,14 @@ def twist_table(path: Path, chance: random.Random) -> None:
         rows = chance.randrange(3)
         columns = {n: c.slice(0, rows) for n, c in columns.items()}
     elif what < 0.5:
-        pin = json.dumps(chance.choice(ODD)).encode()
+        name = chance.choice([table_file._PIN, table_file._VERSION, table_file._SLICES])
+        said[name] = json.dumps(chance.choice(ODD)).encode()
     else:
         columns[name] = pa.concat_arrays([chance.choice(EXTREMES)] * rows) if rows else pa.nulls(0)
     names = list(columns)
     if what > 0.95:
         names[chance.randrange(len(names))] = chance.choice(COLUMNS)
-    write_own(path / TABLE_FILE, pa.table(list(columns.values()), names), pin)
-
-
-def write_own(path: Path, arrow: pa.Table, pin: bytes) -> None:
-    """A table of any kind with a digest that matches, as `write_table` makes it."""
-    stand_in = hashlib.sha256(b"stand-in").hexdigest().encode()
-    buffer = pa.BufferOutputStream()
-    with pq.ParquetWriter(buffer, arrow.schema, store_schema=False) as writer:
-        writer.write_table(arrow)
-        writer.add_key_value_metadata({table_file._DIGEST: stand_in, table_file._PIN: pin})
-    data = buffer.getvalue().to_pybytes()
-    path.write_bytes(data.replace(stand_in, table_file._digest_of(data, stand_in)))
+    write_own(path / TABLE_FILE, pa.table(list(columns.values()), names), said)
 
 
 def twist_key(path: Path, chance: random.Random) -> None:

@@ -28,6 +28,7 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
 from hf_s3t.operations.written_ids import groups_from_texts, ids_from_texts
 from hf_s3t.plan import StageKey
+from hf_s3t.records.examples import ExampleTable
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -134,7 +135,7 @@ def test_examples_of_equal_content_are_named_or_deleted_too(tmp_path):
     folder = new_system(tmp_path / "system", groups=None, config=folders.S3TConfig(num_slices=3, seed=1))
     row = folder.table.rows[3]
     rows = {**folder.table.rows, 7: dataclasses.replace(folder.table.rows[7], digest=row.digest)}
-    write_table(folder.path / "examples.parquet", dataclasses.replace(folder.table, rows=rows), folder.ledger)
+    write_table(folder.path / "examples.parquet", ExampleTable.of(rows, 1, 3, 1, folder.names), folder.ledger)
     folder = grow(SystemFolder(folder.path))
     assert preview(folder, [3]).duplicates == (7,)
     seen = preview(folder, [3], include_duplicates=True)

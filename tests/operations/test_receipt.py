@@ -208,13 +208,13 @@ def test_no_change_of_a_byte_goes_unseen(after_three, tmp_path_factory, data):
 
 
 def test_a_deletion_between_the_reads_of_table_and_ledger_is_no_problem(system, monkeypatch):
-    read = receipt_module.read_table
+    read = receipt_module.read_pin
 
     def overtaken(path):
         apply(SystemFolder(system), NAMES[1:2])
         return read(path)
 
-    monkeypatch.setattr(receipt_module, "read_table", overtaken)
+    monkeypatch.setattr(receipt_module, "read_pin", overtaken)
     assert Receipts.read(system).problem is None
 
 
