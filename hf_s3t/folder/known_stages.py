@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import FolderError
 from ..plan.stages import StageKey
+from .earlier_slices import EarlierSlices
 from .files import Stamp, stamp
 from .layout import STAGE_FILE
 from .stage_record import read_stage, stages_in
@@ -17,10 +18,12 @@ class KnownStages:
 
     Args:
         path (`Path`): The folder of the system.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, earlier: EarlierSlices):
         self.path = path
+        self._earlier = earlier
         self.records: dict[StageKey, dict[str, Any]] = {}
         # Stages that a deletion condemned which was recorded through this object, and that are not removed yet.
         self.condemned: dict[StageKey, dict[str, Any]] = {}
@@ -48,7 +51,7 @@ class KnownStages:
             try:
                 unchanged = stamps[key] is not None and stamps[key] == self._stamps.get(key)
                 is_known = unchanged and key in self.records
-                records[key] = self.records[key] if is_known else read_stage(self.path, key)
+                records[key] = self.records[key] if is_known else read_stage(self.path, key, self._earlier)
             except FolderError as error:
                 # Between the look at the folder and at its file, another process may have removed the stage.
                 if (self.path / key.path).exists():
@@ -59,6 +62,10 @@ class KnownStages:
                         records[key] = self.records[key]
         self.records, self._stamps, self.condemned = records, stamps, {}
         return problems
+
+    def translate(self) -> None:
+        """Understand what was read before something was learnt of slices."""
+        self.records = {key: self._earlier.translated(record) for key, record in self.records.items()}
 
     def note(self, key: StageKey, record: dict[str, Any]) -> None:
         """Know a stage that was written a moment ago."""

@@ -10,13 +10,14 @@ from typing import Any
 
 from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import Plan, StageKey
+from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
-from .config_file import base_id_of, read_record
+from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record
+from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
 from .known_stages import KnownStages
@@ -49,19 +50,21 @@ class FolderView:
                 "or the folder of `save_pretrained`."
             )
         with forgeries_told(self.path, "`hf-s3t check` says where; restore the folder from a backup."):
-            self._begin(self.path, read_record(self.path / CONFIG_FILE))
+            self._begin(self.path, read_record(self.path / CONFIG_FILE), self.path / CONFIG_FILE)
             self._use(load_key(self.path, self.record))
             self.refresh()
 
-    def _begin(self, path: Path, record: dict[str, Any]) -> None:
+    def _begin(self, path: Path, record: dict[str, Any], read_from: Path) -> None:
         self.path = path
         # What `s3t_config.json` says.
         self.record = record
         self.config = S3TConfig.from_dict(record["s3t_config"])
-        self.plan = Plan.from_config(self.config)
+        self.plan = plan_of(read_from, record, self.config)
         self.ledger = Ledger()
-        self._stages = KnownStages(path)
-        self._checkpoints = Checkpoints(path)
+        # By which what was written in format 1 is understood; where that is the folder's still, of slices as they are.
+        self._earlier = EarlierSlices(record.get("earlier_slices", {}))
+        self._stages = KnownStages(path, self._earlier)
+        self._checkpoints = Checkpoints(path, self._earlier)
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
@@ -91,6 +94,7 @@ class FolderView:
             self.table = self._table_of(stored, ledger)
             self.ledger = ledger
             self._table_pin = stored.pin
+            self._learn_slices()
         self.refresh_stages()
 
     # The ledger, and the table that goes by it
@@ -109,7 +113,22 @@ class FolderView:
             if ledger != self.ledger:
                 self.table = self._masked(self.table, ledger, len(self.ledger.lines))
                 self.ledger = ledger
+                self._learn_slices()
                 self._settle()
+
+    @property
+    def is_migrated(self) -> bool:
+        """Whether the folder is of the newest format, as far as is known: another process may have migrated it."""
+        return bool(self.record["format_version"] == FORMAT_VERSION)
+
+    def _learn_slices(self) -> None:
+        # A process of an earlier release may delete, and write down what slices are then as it always did.
+        if not self.is_migrated and self._earlier.learn(self.table):
+            self._stages.translate()
+
+    def earlier_slices(self) -> EarlierSlices:
+        """By which what was written of this system in format 1 is understood; a copy."""
+        return self._earlier.copy()
 
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
@@ -308,7 +327,15 @@ class FolderView:
     def _stale_checkpoints(self) -> list[Path]:
         return self._checkpoints.stale(self.slice_digests, self.ledger)
 
-    read_checkpoint_record = staticmethod(read_checkpoint_record)
+    def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
+        """
+        What is written down of a checkpoint of a stage in training.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
+        """
+        return read_checkpoint_record(folder, self._earlier)
+
     read_checkpoint_adapter = staticmethod(read_checkpoint_adapter)
     read_checkpoint_file = staticmethod(read_checkpoint_file)
 

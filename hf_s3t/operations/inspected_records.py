@@ -2,12 +2,15 @@
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import S3TConfig
 from ..errors import ConfigError, FolderError, KeyMissingError
-from ..folder.config_file import read_record
+from ..folder.config_file import plan_of, read_record
+from ..folder.earlier_slices import EarlierSlices
 from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
 from ..folder.secret import load_key
@@ -26,17 +29,21 @@ class Records:
 
     Args:
         config ([`~hf_s3t.S3TConfig`], *optional*): The settings.
+        is_of_format_1 (`bool`, defaults to `False`): Whether nothing of a later format was written yet.
         plan ([`~hf_s3t.plan.stages.Plan`], *optional*): The stages that they ask for.
         key ([`~hf_s3t.records.digests.DigestKey`], *optional*): The secret.
         ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger, if it holds all lines that it had.
         table ([`~hf_s3t.records.examples.ExampleTable`], *optional*): The examples that are in.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
     config: S3TConfig | None = None
+    is_of_format_1: bool = False
     plan: Plan | None = None
     key: DigestKey | None = None
     ledger: Ledger | None = None
     table: ExampleTable | None = None
+    earlier: EarlierSlices = field(default_factory=lambda: EarlierSlices({}))
 
 
 def inspect_records(path: Path, findings: Findings) -> Records:
@@ -52,8 +59,11 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     """
     records = Records()
     with findings.reading(path):
-        records.config = _read_config(path)
-        records.plan = Plan.from_config(records.config)
+        record = _read_config(path)
+        records.config = _settings_in(path, record)
+        records.plan = plan_of(path / CONFIG_FILE, record, records.config)
+        records.is_of_format_1 = record["format_version"] == 1
+        records.earlier.take_in(record.get("earlier_slices", {}))
     with findings.reading(path):
         _check_key_file(path / KEY_FILE, findings)
         if records.config is not None:
@@ -63,9 +73,12 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     return records
 
 
-def _read_config(path: Path) -> S3TConfig:
+def _read_config(path: Path) -> dict[str, Any]:
     require_file(path / CONFIG_FILE)
-    record = read_record(path / CONFIG_FILE)
+    return read_record(path / CONFIG_FILE)
+
+
+def _settings_in(path: Path, record: Mapping[str, Any]) -> S3TConfig:
     try:
         return S3TConfig.from_dict(record["s3t_config"])
     except ConfigError as error:
@@ -137,6 +150,8 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
             "without. Restore it from a backup."
         )
     records.table = left
+    if records.is_of_format_1:
+        records.earlier.learn(left)
 
 
 def _no_key() -> DigestKey:

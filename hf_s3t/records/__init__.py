@@ -4,8 +4,8 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 - `digests`: the secret of a system, and the keyed digests of ids, groups and contents that are made with it.
 - `buffers`: Arrow arrays from numpy arrays and texts, and back.
 - `columns`: the columns of a table of examples.
-- `earlier`: what earlier versions wrote down of a table.
 - `examples`: the table of examples: which id lies in which slice, and what pins each slice to its content.
+- `earlier`: what format 1 wrote of a system's examples.
 - `validity`: the one rule by which a stage is valid.
 - `ledger`: the append-only lines of deletions, each with the hash of the line before.
 - `request`: what somebody asked to have forgotten, and which examples that names.

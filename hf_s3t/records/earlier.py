@@ -1,22 +1,18 @@
-"""What earlier versions wrote down of a table: by this their stages are known again."""
+"""What format 1 wrote of a system's examples, where its records are to be understood."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 from .buffers import hexadecimal
 from .digests import encode
+from .examples import ExampleTable
 
 
-if TYPE_CHECKING:
-    from .examples import ExampleTable
-
-
-def earlier_slice_digest(table: "ExampleTable", shard: int, slice_: int) -> str:
+def earlier_slice_digest(table: ExampleTable, shard: int, slice_: int) -> str:
     """
-    The digest of a slice as systems of format 1 have it: of its ids and contents, sorted, without a secret.
+    The digest of a slice's remaining ids and contents as format 1 made it.
 
     Args:
-        table ([`~hf_s3t.records.examples.ExampleTable`]): The table.
+        table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
         shard (`int`): Number of the shard.
         slice_ (`int`): Number of the slice.
     """
