@@ -21,7 +21,7 @@ from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
 from .known_stages import KnownStages
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from .ledger_file import pin_of, read_head, read_ledger, require_pinned
+from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
 from .table_file import check_rows, read_table
@@ -60,6 +60,7 @@ class FolderView:
         self.config = S3TConfig.from_dict(record["s3t_config"])
         self.plan = Plan.from_config(self.config)
         self.ledger = Ledger()
+        self._ledger_stamp: Stamp | None = None
         self._stages = KnownStages(path)
         self._checkpoints = Checkpoints(path)
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
@@ -128,13 +129,15 @@ class FolderView:
         """Compute now what the first deletion would otherwise wait for."""
         self.table.index()
 
-    def _read_ledger(self) -> Ledger:
+    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
         # meanwhile is news again.
         head = read_head(self.path)
         found = stamp(self.path / LEDGER_FILE)
-        ledger = read_ledger(self.path / LEDGER_FILE, known=self.ledger)
-        if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+        ledger = read_on(self.path / LEDGER_FILE, self.ledger, self._ledger_stamp)
+        if ledger is None:
+            ledger = read_ledger(self.path / LEDGER_FILE, known=known or self.ledger)
+        if not ledger.starts_with(self.ledger):
             raise FolderError(
                 f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
                 "Restore it from a backup."
