@@ -263,16 +263,15 @@ class SystemFolder(FolderView):
         groups: Iterable[int | str] = (),
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
-        gone, ids = set(removed), list(ids)
-        digests = {key: adapter_of(record) for key, record in self._stages.records.items()}
+        ids, digests = list(ids), dict(self._stages.adapters)
         self._append(
             self.ledger.append(
                 "deletion",
                 ids=self.names.id_digests(ids),
                 groups=[self.names.group_digest(group) for group in groups],
-                removed={str(key): digests[key] for key in removed},
-                left={str(key): digest for key, digest in digests.items() if key not in gone},
-                versions=dict(versions),
+                removed={str(key): digests[str(key)] for key in removed},
+                stages_now=digests,
+                versions=versions,
             )
         )
         with self._reading:
@@ -286,7 +285,7 @@ class SystemFolder(FolderView):
     def _record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
         self.refresh_ledger()
         digests = {str(key): self.adapter_digest(key) for key in keys}
-        self._append(self.ledger.append("export", ids=(), removed=digests, left={}, versions=dict(versions)))
+        self._append(self.ledger.append("export", removed=digests, versions=versions))
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
         """

@@ -22,7 +22,7 @@ from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
 from .known_stages import KnownStages
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from .ledger_file import pin_of, read_head, read_ledger, require_pinned
+from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
 from .table_file import StoredTable, read_table
@@ -61,6 +61,7 @@ class FolderView:
         self.config = S3TConfig.from_dict(record["s3t_config"])
         self.plan = plan_of(read_from, record, self.config)
         self.ledger = Ledger()
+        self._ledger_stamp: Stamp | None = None
         # By which what was written in format 1 is understood; where that is the folder's still, of slices as they are.
         self._earlier = EarlierSlices(record.get("earlier_slices", {}))
         self._stages = KnownStages(path, self._earlier)
@@ -147,13 +148,15 @@ class FolderView:
         """Compute now what the first deletion would otherwise wait for."""
         self.table.index()
 
-    def _read_ledger(self) -> Ledger:
+    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
         # meanwhile is news again.
         head = read_head(self.path)
         found = stamp(self.path / LEDGER_FILE)
-        ledger = read_ledger(self.path / LEDGER_FILE, known=self.ledger)
-        if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+        ledger = read_on(self.path / LEDGER_FILE, self.ledger, self._ledger_stamp)
+        if ledger is None:
+            ledger = read_ledger(self.path / LEDGER_FILE, known=known or self.ledger)
+        if not ledger.starts_with(self.ledger):
             raise FolderError(
                 f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
                 "Restore it from a backup."
@@ -189,7 +192,7 @@ class FolderView:
 
     def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
         """A table that goes by so many lines of the ledger, without what the lines after these deleted."""
-        return table.without_digests(_deleted_since(ledger, lines))
+        return table.without_digests(ledger.deleted_since(lines))
 
     # The stages
 
@@ -351,8 +354,3 @@ class FolderView:
         """The revision of the base that others can load by `base_id`, if it came from a repository."""
         revision: str | None = self.record["base_model"].get("revision")
         return revision if self.base_id is not None else None
-
-
-def _deleted_since(ledger: Ledger, lines: int) -> frozenset[str]:
-    """Keyed digests of the ids that the lines after the first so many deleted."""
-    return frozenset(digest for entry in ledger.entries[lines:] if entry.kind == "deletion" for digest in entry.ids)

@@ -156,20 +156,21 @@ class HubFolder(SystemFolder):
 
     def _follow_branch(self) -> None:
         self._resolve()
-        self._published = read_ledger(self._download(LEDGER_FILE), advice=REMEDY)
+        # What was read of these lines before, here or on this machine, is not read again.
+        self._published = read_ledger(self._download(LEDGER_FILE), self.ledger, advice=REMEDY)
         ledger = remember(self.repo.repo_id, self.record, self._published)
         if self.revision is not None:
             ledger = remember(self.repo.repo_id, self.record, self._newest())
         index = self._read_index()
         # All that may fail comes before anything changes.
         table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
-        self.ledger = self._read_ledger()
+        self.ledger = self._read_ledger(known=ledger)
         self._slices, self._table = index["slices"], table
         self._stages.take_over(index["stages"])
 
-    def _read_ledger(self) -> Ledger:
+    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         if may_remember(self.path):
-            return super()._read_ledger()
+            return super()._read_ledger(known)
         found = stamp(self.path / LEDGER_FILE)
         ledger = remember(self.repo.repo_id, self.record, self._published)
         if not ledger.deleted >= self.ledger.deleted:
@@ -203,7 +204,7 @@ class HubFolder(SystemFolder):
             if not is_same_system(read_record(config), self.record):
                 # Of another system that was pushed under this name.
                 return Ledger()
-            return read_ledger(self._download(LEDGER_FILE, config.parent.name), advice=REMEDY)
+            return read_ledger(self._download(LEDGER_FILE, config.parent.name), self._published, advice=REMEDY)
         except HubError:
             return Ledger()
 

@@ -79,10 +79,10 @@ def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
     path = state_folder(repo_id, record)
     file = path / LEDGER_FILE
     if not may_remember(path):
-        return read_ledger(file, advice=REMEDY).merge(ledger) if file.exists() else ledger
+        return read_ledger(file, ledger, advice=REMEDY).merge(ledger) if file.exists() else ledger
     make_folders(path / STAGES)
     with FileLock(path / STAGES / LOCK_FILE, is_singleton=True):
-        known = read_ledger(file, advice=REMEDY) if file.exists() else None
+        known = read_ledger(file, ledger, advice=REMEDY) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
             write_atomically(file, merged.text.encode())

@@ -65,6 +65,7 @@ class HubRepo:
         self.repo_id, self.token = repo_id, token
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.api = HfApi(token=token)
+        self._ledger = Ledger()
 
     def download(self, name: str, revision: str | None = None) -> Path:
         """A file of the repository, from the cache where it is there; see `hf_hub_download`."""
@@ -109,7 +110,9 @@ class HubRepo:
 
     def ledger(self, revision: str) -> Ledger:
         """The ledger of a revision."""
-        return read_ledger(self.download(LEDGER_FILE, revision), advice=REMEDY)
+        # From one revision to the next it goes on, and only the new lines are read.
+        self._ledger = read_ledger(self.download(LEDGER_FILE, revision), self._ledger, advice=REMEDY)
+        return self._ledger
 
     def card(self, state: HubState) -> str | None:
         """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""

@@ -8,6 +8,9 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 - `earlier`: what format 1 wrote of a system's examples.
 - `validity`: the one rule by which a stage is valid.
 - `ledger`: the append-only lines of deletions, each with the hash of the line before.
+- `ledger_line`: what one line of it says, in both versions of the format.
+- `ledger_chain`: what ledgers that go on from each other share: lines, read and hashed once.
+- `stage_history`: which stages stayed at each line, from what the lines say of changes.
 - `request`: what somebody asked to have forgotten, and which examples that names.
 - `report`: `UnlearningReport`, what a deletion did.
 """

@@ -101,8 +101,8 @@ def test_an_exported_adapter_has_a_receipt_that_is_no_deletion(system):
 
 def test_a_line_after_a_merge_has_two_lines_before_it(tmp_path):
     folder = new_system(tmp_path / "system")
-    ours = Ledger().append("deletion", ids=["a1"], removed={}, left={})
-    theirs = Ledger().append("deletion", ids=["b2"], removed={}, left={})
+    ours = Ledger().append("deletion", ids=["a1"], removed={})
+    theirs = Ledger().append("deletion", ids=["b2"], removed={})
     write_lines(folder.path, ours.merge(theirs).lines)
     receipts = Receipts.read(folder.path)
     assert receipts.problem is None

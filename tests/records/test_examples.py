@@ -333,7 +333,7 @@ def test_places_and_groups_are_those_of_the_rows():
 def resolve(table, ids=None, groups=None, deleted=(), deleted_groups=(), **more):
     """What of a request is in, how many ids of it were deleted before, and which of its groups are in."""
     digests = {"ids": [KEY.of_id(i) for i in deleted], "groups": [KEY.of_group(g) for g in deleted_groups]}
-    ledger = Ledger().append("deletion", removed={}, left={}, **digests)
+    ledger = Ledger().append("deletion", removed={}, **digests)
     request = table.resolve(ids, groups, ledger, NAMES, **more)
     return request.present, request.already_deleted, request.groups
 
@@ -402,7 +402,7 @@ def test_unknown_ids_and_groups_may_be_passed_over():
 
 
 def test_a_request_counts_what_it_passes_over_and_names_groups_that_are_gone():
-    ledger = Ledger().append("deletion", removed={}, left={}, ids=[], groups=[KEY.of_group("ann")])
+    ledger = Ledger().append("deletion", removed={}, ids=[], groups=[KEY.of_group("ann")])
     request = small_table().resolve(["c", "x", "y"], ["ann", "dan"], ledger, NAMES, ignore_unknown=True)
     # A group whose name was deleted and which is in again is in.
     assert (request.groups, request.deleted_groups) == (["ann"], ())
@@ -441,7 +441,7 @@ def test_what_is_no_list_of_ids_is_refused_by_name(name, request_):
 
 
 def check(table, rows, deleted=()):
-    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={}, left={})
+    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={})
     return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, NAMES)
 
 
