@@ -1,6 +1,8 @@
 """The file of the table of examples: parquet, with a digest of the file and the place in the ledger it goes by."""
 
 import hashlib
+import itertools
+import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..config import S3TConfig
 from ..errors import FolderError, FormatVersionError
-from ..records.buffers import arrow_digests, arrow_numbers, digests_of, numbers_of
+from ..records.buffers import arrow_digests, arrow_numbers, digests_of, from_hexadecimal, numbers_of
 from ..records.columns import Columns
 from ..records.digests import KeptNames
 from ..records.examples import ExampleTable
@@ -50,7 +52,8 @@ def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
     arrow, buffer = _arrow_of(table.settled().columns), pa.BufferOutputStream()
     # The digest covers the whole file, with zeros where it stands itself.
     stand_in = secrets.token_hex(32).encode()
-    metadata = {_DIGEST: stand_in, _PIN: pin_of(ledger), _VERSION: str(TABLE_VERSION)}
+    slices = json.dumps(_slices_of(table))
+    metadata = {_DIGEST: stand_in, _PIN: pin_of(ledger), _VERSION: str(TABLE_VERSION), _SLICES: slices}
     # Digests can be made no smaller.
     compression = {name: "NONE" if "digest" in name else "SNAPPY" for name in arrow.column_names}
     repeating = [name for name in ("shard", "slice", "group") if name in arrow.column_names]
@@ -65,6 +68,12 @@ def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
     at = _place_of(data, stand_in)
     data[at : at + len(stand_in)] = _digest_of(data, stand_in)
     return data
+
+
+def _slices_of(table: ExampleTable) -> list[list[int | str]]:
+    """Size and digest of each slice, shard by shard: whoever opens the table computes none."""
+    places = itertools.product(range(table.num_shards), range(table.num_slices))
+    return [[table.size(*place), table.slice_digest(*place)] for place in places]
 
 
 def _arrow_of(columns: Columns) -> pa.Table:
@@ -106,12 +115,14 @@ class StoredTable:
         version (`int`): The version of its columns.
         columns (mapping from name to `pyarrow.Array`): Its columns.
         pin (`str`): The lines of the ledger that it goes by; see [`~hf_s3t.folder.ledger_file.pin_of`].
+        slices (`str`, *optional*): Sizes and digests of its slices as JSON, if it has them.
     """
 
     file: Path
     version: int
     columns: dict[str, pa.Array]
     pin: str
+    slices: str | None = None
 
     def examples(self, config: S3TConfig, names: KeptNames) -> ExampleTable:
         """
@@ -139,12 +150,16 @@ class StoredTable:
                 raise ValueError("ids stand there otherwise than the settings say")
             if not found.are_unique:
                 raise ValueError("an id stands there twice")
-        except ValueError as error:
+            digests = None if self.slices is None else _slice_digests(self.slices, config)
+            table = ExampleTable(found, config.num_shards, config.num_slices, config.seed, digests)
+            if self.slices is not None and json.loads(self.slices) != _slices_of(table):
+                raise ValueError("slices are of other sizes than it says")
+            return table
+        except (ValueError, TypeError, RecursionError) as error:
             raise FolderError(
                 f"{self.file} holds rows that are no examples of this system's shards and slices. Restore it from a "
                 "backup."
             ) from error
-        return ExampleTable(found, config.num_shards, config.num_slices, config.seed)
 
     def _id_digests(self, names: KeptNames) -> np.ndarray | None:
         if self.version > 1:
@@ -173,7 +188,8 @@ def read_table(path: Path) -> StoredTable:
         arrow = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         columns = {name: arrow[name].combine_chunks() for name in arrow.column_names}
         _ = [columns[name] for name in _OF_EVERY_ROW[version]]
-        return StoredTable(path, version, columns, metadata[_PIN].decode())
+        slices = metadata[_SLICES].decode() if version > 1 else None
+        return StoredTable(path, version, columns, metadata[_PIN].decode(), slices)
     except (pa.ArrowException, KeyError, OverflowError, ValueError, TypeError) as error:
         raise _is_no_table(path, error) from error
 
@@ -208,6 +224,15 @@ def _read_intact(path: Path) -> tuple[bytes, dict[bytes, bytes]]:
 def _is_no_table(path: Path, error: Exception) -> FolderError:
     said = str(error).rstrip(".")
     return FolderError(f"{path} is not the table it was written as: {said}. Restore it from a backup.")
+
+
+def _slice_digests(text: str, config: S3TConfig) -> dict[tuple[int, int], str]:
+    places = itertools.product(range(config.num_shards), range(config.num_slices))
+    digests = [digest for _, digest in json.loads(text)]
+    _, no_digest = from_hexadecimal(digests)
+    if no_digest.any():
+        raise ValueError("a slice without a digest")
+    return dict(zip(places, digests, strict=True))
 
 
 # Columns, checked as a whole

@@ -140,6 +140,12 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
     can_tell = ledger is not None and (not ledger.deleted or key is not None or config.keep_ids == "digest")
     if ledger is None or not can_tell:
         return
+    if key is not None and not table.is_as_digested:
+        findings.problems.append(
+            f"{stored.file} carries digests that are not those of its rows: stages cannot be judged by it. Restore it "
+            "from a backup."
+        )
+        return
     left = table.without_digests(ledger.deleted) if ledger.deleted else table
     deleted = len(table) - len(left)
     if is_behind:

@@ -9,6 +9,10 @@ import pyarrow as pa
 
 # Of each digest.
 DIGEST_BYTES = 32
+# What sums of digests are taken modulo.
+MODULUS = 2 ** (8 * DIGEST_BYTES)
+# Rows of which copies are made at once.
+_AT_ONCE = 100_000
 
 
 def arrow_numbers(values: np.ndarray) -> pa.Array:
@@ -117,6 +121,27 @@ def _digest_of(text: Any) -> bytes | None:
         return None
     # Blanks and capitals are digits to Python, and no other name of the same digest.
     return found if found.hex() == text else None
+
+
+def sums_of(digests: np.ndarray, places: np.ndarray) -> dict[int, int]:
+    """
+    The sums of digests, taken for numbers of 256 bits, modulo 2^256.
+
+    Args:
+        digests (`numpy.ndarray`): The digests, one in each row.
+        places (`numpy.ndarray`): The number of the sum to which each belongs.
+    """
+    sums: dict[int, int] = {}
+    for begin in range(0, len(digests), _AT_ONCE):
+        part = places[begin : begin + _AT_ONCE]
+        order = np.argsort(part, kind="stable")
+        found, first = np.unique(part[order], return_index=True)
+        # Of 32 bits each, most significant first: four thousand million of them have a sum of 64.
+        words = digests[begin : begin + _AT_ONCE][order].view(">u4").astype(np.uint64)
+        for place, total in zip(found.tolist(), np.add.reduceat(words, first, axis=0).tolist(), strict=True):
+            value = sum(word << (32 * power) for power, word in enumerate(reversed(total)))
+            sums[place] = (sums.get(place, 0) + value) % MODULUS
+    return sums
 
 
 def first_bytes(digests: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ class Columns:
         """
         where = np.array([*places], np.int32).reshape(-1, 2)
         contents = digests_of(arrow_texts(digests))
-        columns = {"shards": where[:, 0].copy(), "slices": where[:, 1].copy(), "digests": contents}
+        columns: dict[str, Any] = {"shards": where[:, 0].copy(), "slices": where[:, 1].copy(), "digests": contents}
         if groups is not None and any(group is not None for group in groups):
             columns["groups"] = _names(groups)
         if names.are_digests:
@@ -161,13 +161,20 @@ class Columns:
         """Whether no two rows have one id."""
         if self._given_digests is None and self.ids is not None:
             # Without the secret, which may not be there.
-            ids = self.ids.unique() if self.are_texts else np.unique(self.ids)
-            return len(ids) == len(self)
+            ids: Any = self.ids
+            return len(ids.unique() if self.are_texts else np.unique(ids)) == len(self)
         first, order = self._index
         # Who would have two digests begin alike by chance?
         alike = np.flatnonzero(first[1:] == first[:-1])
         digests = {self.id_digests[order[at]].tobytes() for at in (*alike, *(alike + 1))}
         return len(digests) == len({*alike.tolist(), *(alike + 1).tolist()})
+
+    @property
+    def are_digested(self) -> bool:
+        """Whether the digests of ids that were given are those of the ids."""
+        if self.ids is None or self._given_digests is None:
+            return True
+        return bool((self.names.key.of_ids(self._plain_ids()) == self._given_digests).all())
 
     def rows_of_digests(self, digests: np.ndarray) -> np.ndarray:
         """The numbers of the rows whose ids have these keyed digests (bytes, one in each row); -1 where none has."""
@@ -228,7 +235,8 @@ class Columns:
         owner = first_at[np.searchsorted(distinct, self._first_of_contents[rows])]
         same = (self.digests[rows] == self.digests[numbers[owner]]).all(axis=1)
         rows, owner = rows[same], owner[same]
-        return rows[np.argsort(owner, kind="stable")]
+        ordered: np.ndarray = rows[np.argsort(owner, kind="stable")]
+        return ordered
 
     # By group
 
@@ -292,4 +300,4 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and -(2**63) <= value < 2**63
+    return isinstance(value, (int, np.integer)) and bool(-(2**63) <= value < 2**63)

@@ -62,6 +62,11 @@ class DigestKey:
         """Keyed digests of many ids, as bytes: one in each row."""
         return self._digests(b"id", map(encode, ids))
 
+    def of_rows(self, ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
+        """Keyed digests of examples: of the digests of their ids and contents, one in each row of bytes."""
+        pairs, width = np.concatenate([ids, contents], axis=1).tobytes(), 2 * DIGEST_BYTES
+        return self._digests(b"slice", (pairs[at : at + width] for at in range(0, len(pairs), width)))
+
     def of_group(self, group: int | str) -> str:
         """Keyed digest of a group's name."""
         return self._digest(b"group", encode(group))

@@ -9,10 +9,9 @@ import numpy as np
 
 from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError
 from ..plan.partition import order_key
-from .buffers import arrow_texts, digests_of, from_hexadecimal, hexadecimal
+from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexadecimal, hexadecimal, sums_of
 from .columns import Columns
 from .digests import KeptNames
-from .earlier import earlier_slice_digest
 from .ledger import Ledger
 from .request import RequestedExamples
 
@@ -98,9 +97,18 @@ class ExampleTable:
         num_shards (`int`): Number of shards.
         num_slices (`int`): Number of slices per shard.
         seed (`int`): The system's seed, which orders the examples inside a slice.
+        slice_digests (mapping from (shard, slice) to `str`, *optional*):
+            The digests of slices, as far as they are known; see [`ExampleTable.slice_digest`].
     """
 
-    def __init__(self, columns: Columns, num_shards: int, num_slices: int, seed: int):
+    def __init__(
+        self,
+        columns: Columns,
+        num_shards: int,
+        num_slices: int,
+        seed: int,
+        slice_digests: Mapping[tuple[int, int], str] | None = None,
+    ):
         self.columns = columns
         self.num_shards = num_shards
         self.num_slices = num_slices
@@ -108,7 +116,8 @@ class ExampleTable:
         # Which rows are in.
         self._is_in = np.ones(len(columns), bool)
         self._sizes = np.bincount(self._cells, minlength=num_shards * num_slices)
-        self._slice_digests: dict[tuple[int, int], str] = {}
+        # The sums that are the digests of slices, as far as they are known.
+        self._sums = {self._cell(*place): int(digest, 16) for place, digest in (slice_digests or {}).items()}
 
     @classmethod
     def of(
@@ -159,7 +168,7 @@ class ExampleTable:
     @cached_property
     def _cells(self) -> np.ndarray:
         """The number of each row's slice among all slices."""
-        return self.columns.shards * np.int32(self.num_slices) + self.columns.slices
+        return np.asarray(self.columns.shards * np.int32(self.num_slices) + self.columns.slices)
 
     def rows_of(self, kept: Sequence[Any]) -> np.ndarray:
         """The numbers of the rows of ids, as these stand in the table; -1 where one is not in."""
@@ -195,7 +204,7 @@ class ExampleTable:
     def sizes_of_groups(self, groups: Sequence[Any]) -> np.ndarray:
         """How many rows each of these groups has."""
         codes = self.columns.codes_of_groups(groups)
-        return np.append(self._group_sizes, 0)[codes]
+        return np.asarray(np.append(self._group_sizes, 0)[codes])
 
     def rows_of_groups(self, groups: Sequence[Any]) -> np.ndarray:
         """The numbers of the rows of some groups, group by group."""
@@ -222,7 +231,7 @@ class ExampleTable:
     @property
     def empty(self) -> frozenset[tuple[int, int]]:
         """The (shard, slice) pairs without examples."""
-        return frozenset(map(self._place, np.flatnonzero(self._sizes == 0)))
+        return frozenset(map(self._place, np.flatnonzero(self._sizes == 0).tolist()))
 
     def _place(self, cell: int) -> tuple[int, int]:
         return int(cell) // self.num_slices, int(cell) % self.num_slices
@@ -269,19 +278,47 @@ class ExampleTable:
         """Compute now what the first deletion would otherwise wait for."""
         if len(self.columns):
             _ = self.columns._index, self.columns._first_of_contents, self._group_sizes
-        for shard in range(self.num_shards):
-            self.slice_digests(shard, range(self.num_slices))
+        self._know_sums()
         return self
 
     def slice_digest(self, shard: int, slice_: int) -> str:
         """
-        Digest of a slice's remaining ids and contents. It needs no secret, and without it says nothing, because the
-        contents enter as keyed digests.
+        Digest of a slice's remaining ids and contents: the sum, modulo 2^256, of a keyed digest of each of its rows.
+
+        A row that comes or goes changes it by one digest, however many others there are. Only who has the secret can
+        find other rows with the same sum.
         """
-        place = (shard, slice_)
-        if place not in self._slice_digests:
-            self._slice_digests[place] = earlier_slice_digest(self, shard, slice_)
-        return self._slice_digests[place]
+        if self._cell(shard, slice_) not in self._sums:
+            self._know_sums()
+        return f"{self._sums[self._cell(shard, slice_)]:0{2 * DIGEST_BYTES}x}"
+
+    def _know_sums(self) -> None:
+        """Compute the digests of slices that are not known."""
+        unknown = [cell for cell in range(len(self._sizes)) if cell not in self._sums]
+        if unknown:
+            rows = np.flatnonzero(self._is_in & np.isin(self._cells, unknown))
+            self._sums |= {**dict.fromkeys(unknown, 0), **self._sums_of(rows)}
+
+    def _sums_of(self, rows: np.ndarray) -> dict[int, int]:
+        """What rows add to the sums that are the digests of slices."""
+        columns = self.columns
+        sums: dict[int, int] = {}
+        for begin in range(0, len(rows), _AT_ONCE):
+            part = rows[begin : begin + _AT_ONCE]
+            digests = self.names.key.of_rows(columns.id_digests[part], columns.digests[part])
+            for cell, value in sums_of(digests, self._cells[part]).items():
+                sums[cell] = (sums.get(cell, 0) + value) % MODULUS
+        return sums
+
+    @property
+    def is_as_digested(self) -> bool:
+        """Whether the digests of ids and slices that the table was read with are those of its rows: computed anew."""
+        fresh = ExampleTable(self.columns, self.num_shards, self.num_slices, self.seed)
+        fresh._is_in, fresh._sizes = self._is_in, self._sizes
+        return self.columns.are_digested and all(
+            self.slice_digest(*place) == fresh.slice_digest(*place)
+            for place in map(self._place, range(len(self._sizes)))
+        )
 
     def slice_digests(self, shard: int, slices: Iterable[int]) -> list[str]:
         """The digests of some slices of a shard, in their order."""
@@ -293,7 +330,7 @@ class ExampleTable:
         rows = self.rows_of(kept)
         if (rows < 0).any():
             raise KeyError(kept[int(np.argmin(rows))])
-        return set(map(self._place, np.unique(self._cells[rows])))
+        return set(map(self._place, np.unique(self._cells[rows]).tolist()))
 
     def of_digests(self, digests: Iterable[str]) -> list[int | str]:
         """The ids that are in and have these keyed digests, in the order of the table."""
@@ -333,6 +370,7 @@ class ExampleTable:
     def _without_rows(self, rows: np.ndarray) -> "ExampleTable":
         table = ExampleTable.__new__(ExampleTable)
         table.__dict__.update(self.__dict__)
+        table._sums = dict(self._sums)
         table._is_in = self._is_in.copy()
         table._is_in[rows] = False
         gone = np.bincount(self._cells[rows], minlength=len(self._sizes))
@@ -342,8 +380,9 @@ class ExampleTable:
             # A cached property lives in the instance's dictionary.
             table.__dict__["_group_sizes"] = self._group_sizes.copy()
             np.subtract.at(table._group_sizes, codes[codes >= 0], 1)
-        touched = set(map(self._place, np.flatnonzero(gone)))
-        table._slice_digests = {p: d for p, d in self._slice_digests.items() if p not in touched}
+        if any(cell in self._sums for cell in np.flatnonzero(gone).tolist()):
+            changes = self._sums_of(rows)
+            table._sums = {cell: (value - changes.get(cell, 0)) % MODULUS for cell, value in self._sums.items()}
         return table
 
     def settled(self) -> "ExampleTable":
@@ -351,7 +390,7 @@ class ExampleTable:
         if self._is_in.all():
             return self
         table = ExampleTable(self.columns.taken(self.row_numbers), self.num_shards, self.num_slices, self.seed)
-        table._slice_digests = self._slice_digests
+        table._sums = dict(self._sums)
         return table
 
     def resolve(
@@ -501,7 +540,7 @@ class ExampleTable:
         # A group that no row ever had is none of a row without one either.
         code_of = {g: -1 if g is None else int(c) if c >= 0 else -2 for g, c in zip(distinct, codes, strict=True)}
         expected = np.fromiter((code_of[group] for group in groups), np.int64, len(groups))
-        return expected == (-1 if self.columns.group_of is None else self.columns.group_of[rows])
+        return np.equal(expected, -1 if self.columns.group_of is None else self.columns.group_of[rows])
 
 
 def _parted(

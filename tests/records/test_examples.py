@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import hmac
 import re
 import struct
 from collections import OrderedDict
@@ -17,7 +18,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, UnknownExampleError
+from hf_s3t.records.buffers import sums_of
 from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey, KeptNames, encode
+from hf_s3t.records.earlier import earlier_slice_digest
 from hf_s3t.records.examples import Example, ExampleTable
 from hf_s3t.records.ledger import Ledger
 
@@ -509,6 +512,32 @@ def test_a_settled_table_is_the_same_and_holds_nothing_of_what_went():
     assert seen_from_outside(settled) == seen_from_outside(table) and len(settled.columns) == 3
     assert settled.columns.group_names.to_pylist() == ["ann", "cat"]
     assert settled.settled() is settled
+
+
+@given(tables)
+def test_a_slice_digest_is_the_sum_of_keyed_digests_of_its_rows(table):
+    for place in PLACES:
+        pairs = [(KEY.of_id(i), row.digest) for i, row in table.rows.items() if (row.shard, row.slice) == place]
+        total = sum(
+            int(hmac.digest(KEY.secret, b"slice\0" + bytes.fromhex(i + c), "sha256").hex(), 16) for i, c in pairs
+        )
+        assert table.slice_digest(*place) == f"{total % 2**256:064x}"
+
+
+def test_another_secret_gives_other_slice_digests_and_the_earlier_one_needed_none():
+    rows = dict(small_table().rows)
+    ours, theirs = table_of(rows), table_of(rows, KeptNames(OTHER_KEY, "plain"))
+    assert ours.slice_digest(0, 0) != theirs.slice_digest(0, 0)
+    assert earlier_slice_digest(ours, 0, 0) == earlier_slice_digest(theirs, 0, 0)
+
+
+def test_adding_rows_by_the_hundred_thousand_is_adding_them_one_by_one(monkeypatch):
+    digests = KEY.of_ids(range(25))
+    places = np.array([number * 7 % 3 for number in range(25)])
+    expected = {p: sum(int(d.tobytes().hex(), 16) for d in digests[places == p]) % 2**256 for p in range(3)}
+    for at_once in (1, 4, 100):
+        monkeypatch.setattr("hf_s3t.records.buffers._AT_ONCE", at_once)
+        assert sums_of(digests, places) == expected
 
 
 @given(tables, st.data())
