@@ -1,7 +1,7 @@
 """A deletion as applied to a folder, by any process and without a model: what it would do, and doing it."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import UnknownExampleError
@@ -173,7 +173,8 @@ def record_request(folder: SystemFolder, request: DeletionRequest) -> RecordedDe
     examples, duplicates = resolve(folder, request)
     condemned = folder.condemned_stages()
     if examples.present:
-        groups = dict.fromkeys([*examples.groups, *_emptied(folder, examples.present)])
+        # Of a group of which nothing is left: naming it again is as little an error as naming its ids.
+        groups = dict.fromkeys([*examples.groups, *folder.table.emptied_by(examples.present)])
         touched = _touched(folder, examples, condemned)
         folder.record_deletion(examples.present, touched, library_versions(), groups)
         condemned = sorted({*condemned, *touched})
@@ -198,16 +199,6 @@ def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedEx
         ) from None
     duplicates = tuple(table.duplicates_of(examples.present))
     return (examples.with_ids(duplicates), ()) if request.include_duplicates else (examples, duplicates)
-
-
-def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
-    """The groups of which nothing is left: naming one again is as little an error as naming its ids."""
-    table = folder.table
-    groups = table.groups_of(ids)
-    if not groups:
-        return []
-    left = table.without(ids).sizes_of_groups(groups)
-    return [group for group, size in zip(groups, left, strict=True) if not size]
 
 
 def _touched(folder: SystemFolder, examples: RequestedExamples, condemned: Collection[StageKey]) -> list[StageKey]:

@@ -249,10 +249,11 @@ class Columns:
         fits = _is_text if are_texts else _is_number
         which = [number for number, group in enumerate(groups) if fits(group)]
         sought = _names([groups[number] for number in which]).cast(self.group_names.type)
-        codes = pc.index_in(sought, value_set=self.group_names)
-        missing = codes.is_null()
-        for number, code, is_missing in zip(which, codes.to_pylist(), missing.to_pylist()):
-            found[number] = -1 if is_missing else code
+        if len(which) <= _FEW:
+            found[which] = [pc.index(self.group_names, one).as_py() for one in sought]
+        else:
+            codes = pc.index_in(sought, value_set=self.group_names).to_pylist()
+            found[which] = [-1 if code is None else code for code in codes]
         return found
 
     @property

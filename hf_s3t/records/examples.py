@@ -226,6 +226,15 @@ class ExampleTable:
         codes = self.columns.group_of[rows]
         return self.columns.named_groups(np.array([*dict.fromkeys(codes[codes >= 0].tolist())], np.int64))
 
+    def emptied_by(self, kept: Sequence[int | str]) -> list[int | str]:
+        """The groups of which nothing would be left without some ids that are in."""
+        if self.columns.group_of is None:
+            return []
+        codes = self.columns.group_of[self.rows_of(kept)]
+        distinct, first, sizes = np.unique(codes[codes >= 0], return_index=True, return_counts=True)
+        emptied = self._group_sizes[distinct] == sizes
+        return self.columns.named_groups(distinct[emptied][np.argsort(first[emptied])].astype(np.int64))
+
     # Slices
 
     @property

@@ -557,6 +557,9 @@ def test_places_rows_and_groups_of_many_are_those_of_each(table, data):
     assert table.places_of(ids) == [None if i not in rows else (rows[i].shard, rows[i].slice) for i in ids]
     there = [i for i in ids if i in rows]
     assert table.groups_of(there) == [g for g in dict.fromkeys(rows[i].group for i in there) if g is not None]
+    left = set(table.rows).difference(there)
+    emptied = [g for g in table.groups_of(there) if not left.intersection(table.groups[g])]
+    assert table.emptied_by([*dict.fromkeys(there)]) == emptied
     assert table.places(there) == {(rows[i].shard, rows[i].slice) for i in there}
 
 
