@@ -350,6 +350,7 @@ class SystemFolder(FolderView):
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
         self._table_pin = pin_of(ledger)
+        self._table_stamp = stamp(self.path / TABLE_FILE)
         self.table = table
 
     # What a removal that was interrupted left

@@ -19,7 +19,7 @@ from ..records.columns import Columns
 from ..records.digests import KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .files import write_atomically
+from .files import Stamp, write_atomically
 from .ledger_file import pin_of
 
 
@@ -52,8 +52,12 @@ def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
     arrow, buffer = _arrow_of(table.settled().columns), pa.BufferOutputStream()
     # The digest covers the whole file, with zeros where it stands itself.
     stand_in = secrets.token_hex(32).encode()
-    slices = json.dumps(_slices_of(table))
-    metadata = {_DIGEST: stand_in, _PIN: pin_of(ledger), _VERSION: str(TABLE_VERSION), _SLICES: slices}
+    metadata = {
+        _DIGEST: stand_in,
+        _PIN: pin_of(ledger),
+        _VERSION: str(TABLE_VERSION),
+        _SLICES: _slices_of(table),
+    }
     # Digests can be made no smaller.
     compression = {name: "NONE" if "digest" in name else "SNAPPY" for name in arrow.column_names}
     repeating = [name for name in ("shard", "slice", "group") if name in arrow.column_names]
@@ -70,10 +74,10 @@ def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
     return data
 
 
-def _slices_of(table: ExampleTable) -> list[list[int | str]]:
+def _slices_of(table: ExampleTable) -> str:
     """Size and digest of each slice, shard by shard: whoever opens the table computes none."""
     places = itertools.product(range(table.num_shards), range(table.num_slices))
-    return [[table.size(*place), table.slice_digest(*place)] for place in places]
+    return json.dumps([[table.size(*place), table.slice_digest(*place)] for place in places])
 
 
 def _arrow_of(columns: Columns) -> pa.Table:
@@ -103,6 +107,41 @@ def _place_of(data: bytes | memoryview, digest: bytes) -> int:
     size = len(data)
     footer = max(0, size - _TAIL - int.from_bytes(data[max(0, size - _TAIL) : max(0, size - _TAIL // 2)], "little"))
     return footer + bytes(data[footer:]).index(digest)
+
+
+@dataclass(frozen=True)
+class TableHead:
+    """
+    What the file of a table says of it as a whole.
+
+    Args:
+        pin (`str`): The lines of the ledger that it goes by; see [`~hf_s3t.folder.ledger_file.pin_of`].
+        stamp ([`~hf_s3t.folder.files.Stamp`], *optional*): The file's when this was read.
+        slices (`str`, *optional*): Sizes and digests of its slices as JSON; not known of a file that did not change.
+    """
+
+    pin: str
+    stamp: Stamp | None
+    slices: str | None = None
+
+    def says_of(self, table: ExampleTable) -> bool:
+        """Whether it is the head of this table."""
+        return self.slices == _slices_of(table)
+
+
+def read_head_of_table(path: Path, found: Stamp | None) -> TableHead | None:
+    """
+    The head of a table, from the end of its file alone; `None` where that says none, and the file has to be read.
+
+    Args:
+        path (`Path`): The file.
+        found ([`~hf_s3t.folder.files.Stamp`], *optional*): Its stamp, taken before.
+    """
+    try:
+        metadata = pq.read_metadata(path).metadata
+        return TableHead(metadata[_PIN].decode(), found, metadata[_SLICES].decode())
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,7 @@ class StoredTable:
                 raise ValueError("an id stands there twice")
             digests = None if self.slices is None else _slice_digests(self.slices, config)
             table = ExampleTable(found, config.num_shards, config.num_slices, config.seed, digests)
-            if self.slices is not None and json.loads(self.slices) != _slices_of(table):
+            if self.slices is not None and self.slices != _slices_of(table):
                 raise ValueError("slices are of other sizes than it says")
             return table
         except (ValueError, TypeError, RecursionError) as error:

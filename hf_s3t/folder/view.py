@@ -25,7 +25,7 @@ from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, L
 from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
-from .table_file import StoredTable, read_table
+from .table_file import StoredTable, TableHead, read_head_of_table, read_table
 
 
 class FolderView:
@@ -69,6 +69,8 @@ class FolderView:
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
+        # By which a table that was read is told from one that was written since.
+        self._table_stamp: Stamp | None = None
         # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
         # holds it waits for nothing, so that it may be taken inside the folder's lock.
         self._reading = threading.RLock()
@@ -89,12 +91,18 @@ class FolderView:
     def _read_all(self) -> None:
         with self._reading:
             # The table first: the ledger is never behind it, whatever another process does between the two reads.
-            stored = self._read_rows()
-            ledger = self._read_ledger()
+            head, table = self._look_at_table(), None
+            if head is not None:
+                ledger, pin = self._read_ledger(), head.pin
+                table = self._known_table(head, ledger)
+            if table is None:
+                stored = self._read_rows()
+                ledger, pin = self._read_ledger(), stored.pin
+                table = self._table_of(stored, ledger)
             # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
-            self.table = self._table_of(stored, ledger)
+            self.table = table
             self.ledger = ledger
-            self._table_pin = stored.pin
+            self._table_pin = pin
             self._learn_slices()
         self.refresh_stages()
 
@@ -183,7 +191,37 @@ class FolderView:
             self._settled = len(self.ledger.lines)
 
     def _read_rows(self) -> StoredTable:
-        return read_table(self.path / TABLE_FILE)
+        found = stamp(self.path / TABLE_FILE)
+        stored = read_table(self.path / TABLE_FILE)
+        self._table_stamp = found
+        return stored
+
+    def _look_at_table(self) -> TableHead | None:
+        """What the table's file says of it as a whole, where some table was read before."""
+        if self._table_stamp is None:
+            return None
+        found = stamp(self.path / TABLE_FILE)
+        if found == self._table_stamp:
+            return TableHead(self._table_pin, found)
+        return read_head_of_table(self.path / TABLE_FILE, found)
+
+    def _known_table(self, head: TableHead, ledger: Ledger) -> ExampleTable | None:
+        """
+        The table as the ledger has it now, from the rows that were read before; `None` if the file holds others.
+
+        A table that another process wrote holds nothing new, as a rule: a deletion went through it. What it says of
+        its slices shows that, and a million rows need not be read again.
+        """
+        known = len(self.ledger.lines)
+        if head.slices is not None:
+            require_pinned(self.path / LEDGER_FILE, ledger, head.pin, TABLE_FILE)
+            lines = int(head.pin.partition(" ")[0])
+            gone, later = ledger.deleted_since(known), ledger.deleted_since(lines)
+            then = self.table.without_digests(gone[: len(gone) - len(later)])
+            if lines < known or not head.says_of(then):
+                return None
+            self._table_stamp = head.stamp
+        return self._masked(self.table, ledger, known)
 
     def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
         table = stored.examples(self.config, self.names)
