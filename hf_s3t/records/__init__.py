@@ -1,6 +1,7 @@
 """
 What a system knows of its examples and deletions, in memory: no disk is touched here.
 
+- `contents`: what rows say, as bytes to be digested.
 - `digests`: the secret of a system, and the keyed digests of ids, groups and contents that are made with it.
 - `buffers`: Arrow arrays from numpy arrays and texts, and back.
 - `columns`: the columns of a table of examples.

@@ -72,8 +72,12 @@ class DigestKey:
         return self._digest(b"group", encode(group))
 
     def of_content(self, row: Mapping[str, Any]) -> str:
-        """Keyed digest of the content of a row."""
+        """Keyed digest of the content of a row, as it stands there; see [`hf_s3t.records.contents`]."""
         return self._digest(b"row", encode(dict(row)))
+
+    def of_contents(self, encoded: Iterable[bytes]) -> np.ndarray:
+        """Keyed digests of the contents of many rows that are encoded, as bytes: one in each row."""
+        return self._digests(b"row", encoded)
 
     def of_part(self, content: bytes) -> str:
         """Keyed digest of what was given to a trainer besides rows."""

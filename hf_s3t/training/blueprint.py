@@ -266,7 +266,8 @@ def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) ->
 def _match(rows: TrainingRows, output_dir: str) -> None:
     """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
     folder = SystemFolder(output_dir)
-    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
+    digests = rows.digests(folder.key, folder.record["row_digests"])
+    folder.table.check_dataset(rows.ids, digests, folder.ledger, folder.names, rows.groups)
 
 
 def _recorded_or_new(args: TrainingArguments) -> tuple[dict[str, Any] | None, DigestKey | None]:
