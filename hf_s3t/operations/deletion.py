@@ -109,6 +109,8 @@ def apply(folder: SystemFolder, request: DeletionRequest) -> UnlearningReport:
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
     """
     started = time.perf_counter()
+    # Before the lock, for which others wait: finding them out imports and reads files, once in a process.
+    library_versions()
     with folder.lock():
         folder.refresh()
         before = serving_depths(folder, folder.valid_stages)

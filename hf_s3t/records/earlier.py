@@ -18,5 +18,5 @@ def earlier_slice_digest(table: ExampleTable, shard: int, slice_: int) -> str:
     """
     rows = table.rows_in(shard, slice_)
     contents = hexadecimal(table.columns.digests[rows])
-    lines = sorted(encode(i) + d.encode() for i, d in zip(table.columns.kept(rows), contents, strict=True))
+    lines = sorted(encode(i) + d.encode() for i, d in zip(table.ids_in(shard, slice_), contents, strict=True))
     return hashlib.sha256(b"\n".join(lines)).hexdigest()

@@ -252,6 +252,10 @@ class ExampleTable:
         """The numbers of the rows of a slice, in the order of the table."""
         return np.flatnonzero(self._is_in & (self._cells == self._cell(shard, slice_)))
 
+    def ids_in(self, shard: int, slice_: int) -> list[int | str]:
+        """The ids of a slice, in the order of the table."""
+        return self.columns.kept(self.rows_in(shard, slice_))
+
     def members(
         self, shard: int, slice_: int, original: Mapping[int | str, int | str] | None = None
     ) -> list[int | str]:
@@ -269,7 +273,7 @@ class ExampleTable:
             example_id = kept if original is None else original.get(kept, kept)
             return order_key(example_id, self.seed), str(example_id)
 
-        return sorted(self.columns.kept(self.rows_in(shard, slice_)), key=order)
+        return sorted(self.ids_in(shard, slice_), key=order)
 
     def size(self, shard: int, slice_: int) -> int:
         """Number of examples in a slice."""

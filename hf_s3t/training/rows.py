@@ -198,7 +198,7 @@ class StageRows:
         return frozenset(
             (shard, slice_)
             for shard, slice_ in places
-            if not any(i in self._position for i in table.members(shard, slice_))
+            if not any(i in self._position for i in table.ids_in(shard, slice_))
         )
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
@@ -238,12 +238,7 @@ class StageRows:
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: Naming the slices.
         """
-        empty = [
-            (shard, slice_)
-            for shard in range(table.num_shards)
-            for slice_ in range(table.num_slices)
-            if table.size(shard, slice_) and not self.positions(StageKey(shard, (slice_,)), table)
-        ]
+        empty = sorted(self.empty(table) - table.empty)
         if empty:
             raise EmptySliceError(
                 f"Preparing the dataset (truncation, filtering) dropped every example of the (shard, slice) pairs "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -325,3 +327,25 @@ def test_of_a_system_that_lost_everything_the_ledger_knows_the_type(tmp_path, id
     apply(folder, ids)
     folder = SystemFolder(folder.path)
     assert ids_from_texts(folder, ["3", "never"]) == [ids[3], "never"]
+
+
+def test_nothing_is_imported_under_the_lock_and_pandas_nowhere(tmp_path):
+    new_system(tmp_path / "system")
+    code = f"""
+import contextlib, sys
+from hf_s3t.cli.app import app
+from hf_s3t.folder import system
+
+@contextlib.contextmanager
+def lock(self, lock=system.SystemFolder.lock):
+    with lock(self):
+        before = set(sys.modules)
+        yield
+        assert set(sys.modules) == before, sorted(set(sys.modules) - before)
+
+system.SystemFolder.lock = lock
+app(["unlearn", {str(tmp_path / "system")!r}, "3"], standalone_mode=False)
+assert not {{"pandas", "torch", "datasets"}}.intersection(sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr == ""
+    assert 3 not in SystemFolder(tmp_path / "system").table.rows
