@@ -35,7 +35,7 @@ def read_record(file: Path) -> dict[str, Any]:
     version = record.get("format_version")
     if version not in _VERSIONS:
         raise FormatVersionError(
-            f"{file} has format version {version!r}; this hf_s3t reads versions {_VERSIONS[0]} to {FORMAT_VERSION}. "
+            f"{file} has format version {version!r}; this hf_s3t reads versions 1 and {FORMAT_VERSION}. "
             "Install the version of hf_s3t that wrote it."
         )
     if version == 1:
