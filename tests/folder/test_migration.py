@@ -245,6 +245,27 @@ def test_a_crash_leaves_it_as_it_was_or_migrated(memory, name, write):
     assert seen == {1, 2}
 
 
+@pytest.mark.parametrize("name", ["behind", "regrown"])
+def test_a_crash_while_it_is_opened_leaves_what_is_valid(memory, name):
+    """Of these the opening finishes a removal, and migrates them before it writes the table."""
+    path = copy_of(name, memory)
+    recording = Recording(path)
+    with recording.running():
+        SystemFolder(path)
+    seen = set()
+    for number, crash in enumerate(crashes(recording)):
+        found = plant(crash.tree, memory / f"crash-{number}")
+        seen.add(format_of(found))
+        if format_of(found) == 1:
+            untouched = ("examples.parquet", "ledger.jsonl", CONFIG_FILE)
+            assert all(crash.tree[file] == recording.start[file] for file in untouched), crash
+        folder = SystemFolder(found)
+        assert stages(folder.valid_stages) == VERDICTS[name]["valid"] and folder.is_migrated, crash
+        assert not folder.condemned_stages() and inspect(found).problems == (), crash
+        shutil.rmtree(found)
+    assert seen == {1, 2}
+
+
 def test_a_disk_that_refuses_leaves_it_as_it_was(memory):
     path = copy_of("digests", memory)
     folder, before, said = SystemFolder(path), files_of(path), []
@@ -387,35 +408,3 @@ def test_what_no_version_writes_is_refused_by_its_name(tmp_path, field, value):
     with pytest.raises(FolderError, match=rf"{CONFIG_FILE}.*{field}.*Restore it from a backup"):
         SystemFolder(folder.path)
     assert any(field in problem for problem in inspect(folder.path).problems)
-
-
-def test_a_plan_of_other_shards_or_slices_is_refused_in_a_sentence():
-    plan = Plan.from_config(S3TConfig(num_shards=2, num_slices=3, budget=2))
-    assert Plan.from_record(plan.to_record(), 2, 3) == plan
-    with pytest.raises(FolderError, match="is of 2 shards, expected one of 3 shards and 3 slices"):
-        Plan.from_record(plan.to_record(), 3, 3)
-    with pytest.raises(FolderError, match="for shard 0 is no tree of stages, expected one of 2 shards and 4 slices"):
-        Plan.from_record(plan.to_record(), 2, 4)
-    first = plan.to_record()[0]
-    for damaged in (
-        first[1:],
-        [*first, first[0]],
-        [{**first[0], "slices": [1]}, *first[1:]],
-        [{"slices": [True], "prefix": [True]}],
-        [{"slices": [0]}],
-        [None],
-        None,
-        [],
-    ):
-        with pytest.raises(FolderError, match="no tree of stages"):
-            Plan.from_record([damaged, damaged], 2, 3)
-
-
-def test_a_written_plan_names_sets_of_slices_and_the_first_of_their_orders():
-    (shard,) = Plan.from_config(S3TConfig(num_slices=2)).to_record()
-    assert shard == [
-        {"slices": [0], "prefix": [0]},
-        {"slices": [0, 1], "prefix": [0, 1]},
-        {"slices": [1], "prefix": [1]},
-        {"slices": [0, 1], "prefix": [1, 0]},
-    ]
