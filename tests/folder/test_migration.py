@@ -398,8 +398,9 @@ def test_a_new_system_has_an_identity_of_its_own_and_its_plan_is_never_searched_
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("system_id", None), ("system_id", "../../etc"), ("row_digests", 3), ("earlier_slices", ["a"]),
-        ("earlier_slices", {"a": 1}), ("plan", None), ("plan", []), ("plan", [[{"slices": [0], "prefix": [0]}]] * 2),
+        ("system_id", None), ("system_id", 10**31), ("system_id", "../../etc"), ("row_digests", 3),
+        ("row_digests", True), ("earlier_slices", ["a"]), ("earlier_slices", {"a": 1}), ("plan", None), ("plan", []),
+        ("plan", [[{"slices": [0], "prefix": [0]}]] * 2),
     ],
 )  # fmt: skip
 def test_what_no_version_writes_is_refused_by_its_name(tmp_path, field, value):
