@@ -204,6 +204,16 @@ def test_another_system_in_its_place_is_not_written_to(tmp_path):
     assert folder.ledger == SystemFolder(path).ledger
 
 
+def test_a_backup_of_it_with_the_newest_ledger_finishes_every_deletion(tmp_path):
+    path, backup = copy_of("digests", tmp_path), copy_of("digests", tmp_path / "backup")
+    folder = SystemFolder(path)
+    apply(folder, [min(folder.table.rows)])
+    shutil.copy2(path / "ledger.jsonl", backup / "ledger.jsonl")
+    restored = SystemFolder(backup)
+    assert restored.valid_stages == folder.valid_stages and restored.ledger == folder.ledger
+    assert restored.is_migrated and inspect(backup).problems == ()
+
+
 # Crashes
 
 
