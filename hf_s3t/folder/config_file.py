@@ -33,9 +33,9 @@ def read_record(file: Path) -> dict[str, Any]:
     """
     record = read_checked_json(file)
     version = record.get("format_version")
-    if version not in _VERSIONS:
+    if isinstance(version, bool) or version not in _VERSIONS:
         raise FormatVersionError(
-            f"{file} has format version {version!r}; this hf_s3t reads versions {_VERSIONS[0]} to {FORMAT_VERSION}. "
+            f"{file} has format version {version!r}; this hf_s3t reads versions 1 and {FORMAT_VERSION}. "
             "Install the version of hf_s3t that wrote it."
         )
     if version == 1:
@@ -45,10 +45,11 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
+    identity, rows = record.get("system_id"), record.get("row_digests")
     earlier = record.get("earlier_slices", {})
     is_read = {
-        "system_id": re.fullmatch("[0-9a-f]{32}", str(record.get("system_id"))),
-        "row_digests": record.get("row_digests") in (1, 2),
+        "system_id": isinstance(identity, str) and re.fullmatch("[0-9a-f]{32}", identity),
+        "row_digests": not isinstance(rows, bool) and rows in (1, 2),
         "earlier_slices": isinstance(earlier, dict) and all(isinstance(digest, str) for digest in earlier.values()),
     }
     wrong = [name for name, fits in is_read.items() if not fits]

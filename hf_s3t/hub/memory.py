@@ -40,15 +40,15 @@ def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
     folder = Path(home) / host / repo_folder_name(repo_id=repo_id, repo_type="model")
     if record is None:
         return folder
-    known_by = "key_check" if had_no_identity(record) else "system_id"
-    found = record.get(known_by)
-    if not isinstance(found, str):
+    check = record.get("key_check")
+    if not isinstance(check, str):
         raise FolderError(
-            f"{CONFIG_FILE} of {repo_id} has the {known_by} {found!r}, expected a digest. Push the system again from "
+            f"{CONFIG_FILE} of {repo_id} has the key_check {check!r}, expected a digest. Push the system again from "
             "its folder."
         )
+    known_by = check if had_no_identity(record) else str(record["system_id"])
     # Hashed: what comes from the Hub does not name folders here.
-    return folder / hashlib.sha256(found.encode()).hexdigest()[:16]
+    return folder / hashlib.sha256(known_by.encode()).hexdigest()[:16]
 
 
 def warn_of_other_systems(repo_id: str, record: Mapping[str, Any]) -> None:

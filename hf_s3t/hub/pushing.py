@@ -270,7 +270,7 @@ def _refuse_another(there: Mapping[str, Any], folder: SystemFolder, repo_id: str
     if damaged:
         raise HubError(
             f"{repo_id} and {folder.path} are copies of one system and differ in what no two copies differ in "
-            f"({damaged}): one of the two is damaged. Restore {CONFIG_FILE} from a backup."
+            f"({damaged}): one of them is damaged. Restore {CONFIG_FILE} from a backup."
         )
 
 

@@ -151,7 +151,7 @@ def read_index(path: Path) -> dict[str, Any]:
     version = index.get("format_version", 1)
     if version not in (1, FORMAT_VERSION):
         raise FormatVersionError(
-            f"{path} has format version {version!r}; this hf_s3t reads versions 1 to {FORMAT_VERSION}. Install the "
+            f"{path} has format version {version!r}; this hf_s3t reads versions 1 and {FORMAT_VERSION}. Install the "
             "version of hf_s3t that wrote it."
         )
     try:

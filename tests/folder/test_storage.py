@@ -161,7 +161,7 @@ def test_a_system_opened_again_is_what_was_written(tmp_path, ids, groups):
     assert opened.table.rows == made.table.rows == rows_of(ids, made.key, groups=groups)
     assert all(type(i) is type(ids[0]) for i in opened.table.rows)
     assert opened.config == CONFIG and opened.plan == made.plan and opened.ledger.lines == ()
-    assert opened.record["base_model"] == {"id": "base"} and opened.record["format_version"] == 1
+    assert opened.record["base_model"] == {"id": "base"} and opened.record["format_version"] == 2
     for shard in range(2):
         for slice_ in range(3):
             assert opened.table.slice_digest(shard, slice_) == made.table.slice_digest(shard, slice_)
@@ -312,11 +312,13 @@ def sign(record) -> str:
     return json.dumps({**record, "digest": digest})
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_config_of_an_unknown_format_version_is_refused_by_its_version(deleted_system, version):
     file = deleted_system / "s3t_config.json"
     file.write_text(sign({**json.loads(file.read_text()), "format_version": version}))
-    with pytest.raises(FormatVersionError, match=r"s3t_config.json has format version .*reads version 1. Install"):
+    with pytest.raises(
+        FormatVersionError, match=r"s3t_config.json has format version .*reads versions 1 and 2. Install"
+    ):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
 
