@@ -1,5 +1,6 @@
 """The file of the ledger: of one that grew, what is new is read; of any other, everything, and it is compared."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,12 @@ from support.folders import NUMBERS, apply, grow, new_system
 from hf_s3t.errors import FolderError
 from hf_s3t.folder import ledger_file, view
 from hf_s3t.folder.files import stamp
+from hf_s3t.folder.layout import TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.folder.table_file import write_table
+from hf_s3t.operations.inspection import inspect
+from hf_s3t.operations.receipts import Receipts
+from hf_s3t.plan import StageKey
 from hf_s3t.records.ledger import Ledger, LedgerEntry, line_hash
 
 
@@ -43,6 +49,27 @@ def lines_read(monkeypatch):
 
 def file_of(path) -> Path:
     return path / "ledger.jsonl"
+
+
+def grown_since(folder) -> set[StageKey]:
+    """The stages that did not stay at the last line of the ledger."""
+    left = folder.ledger.left_at(len(folder.ledger.lines))
+    return {key for key in folder.stages if str(key) not in left}
+
+
+def turn_old(path, victim=None) -> None:
+    """Write a folder's ledger as earlier releases did, with the deletion of one more example if one is given."""
+    folder = SystemFolder(path)
+    if victim is not None:
+        apply(folder, [victim])
+    lines = []
+    for entry in folder.ledger.entries:
+        previous = (line_hash(lines[-1]),) if lines else ()
+        lines.append(LedgerEntry(**{**vars(entry), "previous": previous, "version": 1}).to_line())
+    old = Ledger(lines)
+    ledger_file.write_head(path, old)
+    write_table(path / TABLE_FILE, folder.table, old)
+    file_of(path).write_text(old.text)
 
 
 def test_of_a_deletion_of_another_process_only_its_line_is_read(path, whole_reads, lines_read):
@@ -179,9 +206,8 @@ def test_pins_are_those_of_the_lines_without_hashing_them_again(path, monkeypatc
 
 def test_the_line_of_a_deletion_says_what_was_grown_since_the_line_before(path):
     folder = SystemFolder(path)
-    left = folder.ledger.left_at(1)
     grow(folder)
-    fresh = {key for key in folder.stages if str(key) not in left}
+    fresh = grown_since(folder)
     shards = {key.shard for key in fresh}
     apply(folder, [next(i for i, row in folder.table.rows.items() if row.shard not in shards)])
     entry = LedgerEntry.from_line(folder.ledger.lines[1])
@@ -193,3 +219,48 @@ def test_the_line_of_a_deletion_says_what_was_grown_since_the_line_before(path):
     folder.refresh_stages()
     folder.record_deletion([], [], {})
     assert LedgerEntry.from_line(folder.ledger.lines[2]).missing == (missing,)
+
+
+# Lines of earlier releases
+
+
+def test_lines_of_earlier_releases_stay_as_they_are_and_new_ones_follow(path):
+    turn_old(path)
+    old = file_of(path).read_bytes()
+    folder = grow(SystemFolder(path))
+    shards = {key.shard for key in grown_since(folder)}
+    apply(folder, [next(i for i, row in folder.table.rows.items() if row.shard not in shards)])
+    assert file_of(path).read_bytes().startswith(old)
+    assert [json.loads(line)["version"] for line in folder.ledger.lines] == [1, 2]
+    entry = LedgerEntry.from_line(folder.ledger.lines[1])
+    assert entry.versions is None and entry.grown and not entry.missing
+    again = SystemFolder(path)
+    assert again.ledger == folder.ledger and inspect(path).problems == ()
+    assert again.ledger.left_at(2) == {str(key): again.adapter_digest(key) for key in again.stages}
+    assert Receipts.read(path).of_line(2).chain_verified
+
+
+def test_a_copy_that_knows_lines_of_an_earlier_release_only_and_one_with_new_lines_are_merged(path, tmp_path):
+    turn_old(path)
+    other = Path(shutil.copytree(path, tmp_path / "other"))
+    new = SystemFolder(path)
+    apply(new, NUMBERS[1:2])
+    before = [entry.left for entry in new.ledger.entries]
+    # What an earlier release would have added there.
+    entry = LedgerEntry(
+        "deletion", "then", (new.names.id_digest(NUMBERS[2]),), {}, {}, (new.ledger.hashes[0],), version=1
+    )
+    old = Ledger([new.ledger.lines[0], LedgerEntry(**{**vars(entry), "versions": {}}).to_line()])
+    file_of(other).write_text(old.text)
+    older = SystemFolder(other)
+    new.merge_ledger(older.ledger)
+    older.merge_ledger(new.ledger)
+    for folder in (new, older):
+        again = SystemFolder(folder.path)
+        assert all(map(again.is_deleted, NUMBERS[:3])) and set(again.ledger.lines) == set(new.ledger.lines)
+        assert inspect(folder.path).problems == () and Receipts.read(folder.path).problem is None
+        left = {found: again.ledger.left_at(n) for n, found in enumerate(again.ledger.hashes, start=1)}
+        assert [left[found] for found in new.ledger.hashes] == [*before, {}, before[1]]
+    # The next line names what the merge took.
+    apply(new, NUMBERS[4:5])
+    assert new.ledger.left_at(5) == {str(key): new.adapter_digest(key) for key in new.stages}
