@@ -190,8 +190,10 @@ def changes_between(
     known: Mapping[str, str], now: Mapping[str, str], removed: Mapping[str, str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What a line has to say of stages besides those it removes: those grown since, and those missing since."""
-    # The usual case, which takes no look at each stage: nothing was trained since the line before.
     if known == now:
         return {}, ()
-    grown = {name: digest for name, digest in now.items() if known.get(name) != digest and name not in removed}
-    return grown, tuple(sorted(name for name in known if name not in now and name not in removed))
+    other = {name: digest for name, digest in now.items() if known.get(name) != digest}
+    in_both = len(now) - sum(name not in known for name in other)
+    gone = [name for name in known if name not in now] if in_both < len(known) else []
+    grown = {name: digest for name, digest in other.items() if name not in removed}
+    return grown, tuple(sorted(name for name in gone if name not in removed))

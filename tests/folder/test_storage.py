@@ -325,8 +325,8 @@ def test_a_config_of_an_unknown_format_version_is_refused_by_its_version(deleted
 
 def test_a_ledger_of_an_unknown_format_version_is_refused_by_its_version(deleted_system):
     file = deleted_system / "ledger.jsonl"
-    file.write_text(file.read_text().replace('"version":1', '"version":2'))
-    with pytest.raises(FormatVersionError, match=r"ledger.jsonl: .*version 2; this hf_s3t reads version 1"):
+    file.write_text(file.read_text().replace('"version":2', '"version":3'))
+    with pytest.raises(FormatVersionError, match=r"ledger.jsonl: .*version 3; this hf_s3t reads versions 1 and 2"):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
 

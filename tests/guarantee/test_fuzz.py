@@ -44,7 +44,7 @@ from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.records.ledger import Ledger, line_hash
+from hf_s3t.records.ledger import Ledger, LedgerEntry, line_hash
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -608,9 +608,12 @@ def test_a_config_of_any_values_is_a_plan_or_refused(cases):
     assert {type(one) for one in found} >= {Plan, ConfigError}
 
 
-def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases):
-    whole = Ledger()
-    for line in range(3):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases, version):
+    stages = {"shard-0/0": "aa", "shard-0/1": "ab"}
+    first = LedgerEntry("deletion", "then", ("0a",), {}, stages if version == 1 else {}, (), {}, (), version=version)
+    whole = Ledger([first.to_line()])
+    for line in range(1, 3):
         whole = whole.append("deletion", ids=[f"{line}a"], removed={"shard-0/0": "aa"}, groups=["bb"])
     found = []
     for number in range(cases(300, 3000)):
@@ -622,6 +625,11 @@ def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases):
         found.append(one)
         if isinstance(one, Ledger):
             assert one.text == text[: len(one.text)] and all(isinstance(digest, str) for digest in one.deleted)
+            assert all(one.left_at(number + 1) is not None for number in range(len(one.lines)))
+            assert Ledger.parse(one.append("deletion", ids=["ff"], stages_now=stages).text).deleted == {
+                *one.deleted,
+                "ff",
+            }
     assert {type(one) for one in found} >= {Ledger, FolderError}
 
 

@@ -192,9 +192,8 @@ def test_what_is_no_ledger_line_is_refused(line):
 @pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_line_of_an_unknown_version_is_refused_by_its_version(version):
     line = ledger_of(1).lines[0].replace('"version":2', f'"version":{json.dumps(version)}')
-    with pytest.raises(
-        FormatVersionError, match=re.escape(f"version {version!r}; this hf_s3t reads versions 1 and 2")
-    ):
+    said = f"version {version!r}; this hf_s3t reads versions 1 and 2"
+    with pytest.raises(FormatVersionError, match=re.escape(said)):
         Ledger.parse(line + "\n")
 
 
