@@ -88,7 +88,7 @@ WRITES = {
     "stage": lambda folder, tmp_path: grow(folder, limit=1),
     "table": lambda folder, tmp_path: folder.compact(),
     "merge": lambda folder, tmp_path: folder.merge_ledger(
-        folder.ledger.append("deletion", ids=["00" * 32], removed={}, left={})
+        folder.ledger.append("deletion", ids=["00" * 32], removed={})
     ),
     "export": lambda folder, tmp_path: folder.record_export(min(folder.valid_stages), {}),
     "copy": lambda folder, tmp_path: folder.copy_to(tmp_path / "copy"),
