@@ -292,6 +292,17 @@ def test_what_the_workflow_and_the_hooks_call_is_there():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
+def test_a_release_has_its_section_in_the_changelog_and_is_the_one_to_cite():
+    version, changelog = Version(hf_s3t.__version__), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.MULTILINE)
+    released = dict(sections[1:])
+    assert sections[0] == ("Unreleased", "") and all(released.values())
+    # What is under way is of the version after the last one.
+    assert version.base_version == next(iter(released)) or version.is_devrelease
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert released[cited["version"]] == str(cited["date-released"])
+
+
 def test_the_hooks_lint_with_the_pinned_version():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     (version,) = (repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit"))

@@ -93,6 +93,6 @@ def read_cost(folder: str | os.PathLike[str]) -> Cost:
 def add_cost(folder: SystemFolder, unit: UnitCost) -> None:
     """Note, synced, what a unit cost."""
     # Without the lock, another process that tidies the folder up would take the half-written file for a dead one's.
-    with folder.lock():
+    with folder.writing():
         units = [*read_cost(folder.path).units, unit]
         write_checked_json(folder.path / COST_FILE, {"units": [asdict(unit) for unit in units]})

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..errors import ConfigError, FolderError
+from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import is_read_only, write_atomically
 from ..folder.layout import PROTOTYPES_FILE
 from ..folder.system import SystemFolder
@@ -71,7 +72,7 @@ class ClassPrototypes:
         self.base = base
         self._head = tuple(head)
         self._classes = base.config.num_labels or 0
-        self._sums: dict[tuple[int, int], _Sums] = _read(self.path)
+        self._sums: dict[tuple[int, int], _Sums] = _read(self.path, folder.earlier_slices())
         # The mean of all, the mean of each class, and which classes have examples; nothing if none has.
         self._means: tuple[torch.Tensor, ...] = ()
         self._average()
@@ -161,7 +162,7 @@ class ClassPrototypes:
     def _write(self) -> None:
         try:
             # Without the lock, another process that tidies the folder up would take the new file for a dead one's.
-            with self.folder.lock():
+            with self.folder.writing():
                 # Another process may have deleted what some were made of.
                 self.folder.refresh_ledger()
                 table = self.folder.table
@@ -197,7 +198,7 @@ def _total(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, tensors, torch.zeros_like(tensors[0]))
 
 
-def _read(path: Path) -> dict[tuple[int, int], _Sums]:
+def _read(path: Path, earlier: EarlierSlices) -> dict[tuple[int, int], _Sums]:
     if not path.exists():
         return {}
     try:
@@ -206,7 +207,9 @@ def _read(path: Path) -> dict[tuple[int, int], _Sums]:
         sums = {}
         for name, digest in metadata_of(data).items():
             shard, slice_ = map(int, name.split("."))
-            sums[shard, slice_] = _Sums(digest, tensors[f"{name}.features"], tensors[f"{name}.counts"])
+            sums[shard, slice_] = _Sums(
+                earlier.digest_now(digest), tensors[f"{name}.features"], tensors[f"{name}.counts"]
+            )
         return sums
     except (SafetensorError, LookupError, ValueError) as error:
         raise FolderError(f"{path} is damaged: {error}. Remove it; training makes it again.") from error

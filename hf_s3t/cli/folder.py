@@ -76,8 +76,9 @@ def _places(
     """The examples that were asked for, `None` for those that were deleted; the deleted groups and their lines."""
     table = system.table
     request = table.resolve(ids, groups, system.ledger, system.names)
-    named = {table.find(example_id, system.ledger, system.names): example_id for example_id in ids}
-    places = [(named.get(kept, kept), table.rows.get(kept)) for kept in dict.fromkeys([*named, *request.present])]
+    named = dict(zip(table.find(ids, system.ledger, system.names), ids, strict=True))
+    wanted = [*dict.fromkeys([*named, *request.present])]
+    places = [(named.get(kept, kept), row) for kept, row in zip(wanted, table.examples(wanted), strict=True)]
     return places, [(group, _deletion_line(system, group)) for group in request.deleted_groups]
 
 

@@ -12,7 +12,7 @@ The folder as a whole:
 
 One module for each kind of file, its one reader and writer:
 
-- `config_file`: `s3t_config.json`, whose presence makes a folder a system.
+- `config_file`: `s3t_config.json`, whose presence makes a folder a system, in the formats that it had.
 - `ledger_file`: the ledger, and the pins by which other files remember its last line.
 - `table_file`: the table of examples.
 - `secret`: the secret of a system's digests, in the environment or in `ledger.key`.
@@ -24,6 +24,8 @@ What they stand on:
 
 - `files`: writes that last through a crash, reads that show what was altered.
 - `foreign`: what a folder from elsewhere may hold instead of files: links, pipes, names that are no text.
+- `identity`: which system a config is of.
+- `earlier_slices`: digests of slices as format 1 wrote them, translated where a record is read.
 - `finite`: NaN and infinity, found in the bytes of an adapter.
 - `known_stages`: records of stages as they were last read, so that what did not change is not read again.
 - `lock`: under which deletions are recorded and stages renamed into place.

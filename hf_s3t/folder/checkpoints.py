@@ -12,6 +12,7 @@ from ..errors import FolderError
 from ..plan.stages import StageKey
 from ..records.ledger import Ledger
 from ..records.validity import is_current
+from .earlier_slices import EarlierSlices
 from .files import (
     check_digest,
     file_digest,
@@ -38,9 +39,13 @@ def write_checkpoint_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_checked_json(folder / STAGE_FILE, {**record, "files": digests})
 
 
-def read_checkpoint_record(folder: Path) -> dict[str, Any]:
+def read_checkpoint_record(folder: Path, earlier: EarlierSlices) -> dict[str, Any]:
     """
     What `write_checkpoint_record` was given.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
 
     Raises:
         [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
@@ -48,7 +53,7 @@ def read_checkpoint_record(folder: Path) -> dict[str, Any]:
     record, files = _record_and_files(folder)
     for name, digest in files.items():
         check_digest(folder / name, digest)
-    return record
+    return earlier.translated(record)
 
 
 def read_checkpoint_adapter(folder: Path) -> bytes:
@@ -80,7 +85,7 @@ def _record_and_files(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return record, files
 
 
-def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool:
+def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger, earlier: EarlierSlices) -> bool:
     """
     Whether an unfinished checkpoint, or the note of what its stage is trained on, saw what its slices hold now.
 
@@ -91,11 +96,12 @@ def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger) -> bool
         path (`Path`): The checkpoint's folder, or the note beside the checkpoints.
         slices (`list[str]`): The digests of the stage's slices as they are now.
         ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
     """
     for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
         with contextlib.suppress(FolderError):
             if not is_foreign(record):
-                return is_current(read_checked_json(record), slices)
+                return is_current(earlier.translated(read_checked_json(record)), slices)
     return not ledger.num_deletions
 
 
@@ -108,10 +114,12 @@ class Checkpoints:
 
     Args:
         path (`Path`): The folder of the system.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, earlier: EarlierSlices):
         self.path = path
+        self._earlier = earlier
         self._held: set[Path] = set()
 
     def of(self, key: StageKey) -> Path:
@@ -182,7 +190,8 @@ class Checkpoints:
             with contextlib.suppress(FolderError):
                 slices = slices_of(stage_of(folder))
                 names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
-                stale += [c for name in names if not is_checkpoint_current(c := folder / name, slices, ledger)]
+                found = [folder / name for name in names]
+                stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
         return stale
 
     def finished(self, is_valid: Callable[[StageKey], bool]) -> dict[Path, StageKey]:

@@ -122,7 +122,7 @@ def _left_out(path: Path, snapshot: Snapshot) -> Callable[[str, list[str]], set[
     """What `shutil.copytree` passes over."""
     valid = {Path(key.path) for key in snapshot.stages}
     kept = valid.union(*(stage.parents for stage in valid), map(Path, _COPIED), [Path(STAGES)])
-    if any(entry.kind == "deletion" for entry in snapshot.ledger.entries[snapshot.lines_in_table :]):
+    if snapshot.ledger.num_deletions_since(snapshot.lines_in_table):
         # They may have been made of what was deleted.
         kept.discard(Path(PROTOTYPES_FILE))
 

@@ -140,13 +140,13 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def write_atomically(path: Path, data: bytes, synced: bool = True) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, synced: bool = True) -> None:
     """
     Write a file that is there whole or not at all, whenever this process dies. Its permissions stay what they were.
 
     Args:
         path (`Path`): The file.
-        data (`bytes`): What it shall hold.
+        data (`bytes` or `memoryview`): What it shall hold.
         synced (`bool`, defaults to `True`):
             Make it last through a crash of the machine when this returns; otherwise it may be empty after one.
     """

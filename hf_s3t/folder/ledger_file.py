@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import FolderError
 from ..records.ledger import Ledger, line_hash
-from .files import unreadable, write_atomically
+from .files import Stamp, unreadable, write_atomically
 from .layout import HEAD_FILE, LEDGER_FILE
 
 
@@ -25,6 +25,35 @@ def read_ledger(file: Path, known: Ledger | None = None, advice: str = _BACKUP) 
         [`~hf_s3t.errors.FolderError`]: If it is missing, no text, or no unbroken chain of lines.
     """
     return parse_ledger(file, read_ledger_text(file, advice), known, advice)
+
+
+def read_on(file: Path, known: Ledger, before: Stamp | None) -> Ledger | None:
+    """
+    A ledger that was read from a file before, with what was appended to the file since; only that is read.
+
+    Args:
+        file (`Path`): The file.
+        known ([`~hf_s3t.records.ledger.Ledger`]): What was read of it before.
+        before (`Stamp`, *optional*): The stamp of the file at that time.
+
+    Returns:
+        [`~hf_s3t.records.ledger.Ledger`] or `None`: `None` where the file must be read as a whole, because it is
+            another one, did not grow, or does not go on from these lines.
+    """
+    if before is None or not known.lines:
+        return None
+    try:
+        with open(file, "rb") as opened:
+            status = os.fstat(opened.fileno())
+            if status.st_ino != before.number or status.st_size <= known.size():
+                return None
+            # The last line again: what was written over is seldom cut at the same place and ends in the same line.
+            opened.seek(known.size(len(known.lines) - 1))
+            last, _, more = opened.read().decode().partition("\n")
+        return known.read_on(more) if line_hash(last) == known.hashes[-1] else None
+    except (OSError, UnicodeDecodeError, FolderError):
+        # Read as a whole, it is told what is wrong.
+        return None
 
 
 def read_ledger_text(file: Path, advice: str = _BACKUP) -> str:
@@ -54,11 +83,10 @@ def append_line(path: Path, ledger: Ledger) -> None:
 
     A torn last line was never acknowledged; the new line takes its place.
     """
-    *before, line = ledger.lines
     with open(path / LEDGER_FILE, "r+b") as file:
-        file.truncate(len(Ledger(tuple(before)).text.encode()))
+        file.truncate(ledger.size(len(ledger.lines) - 1))
         file.seek(0, os.SEEK_END)
-        file.write((line + "\n").encode())
+        file.write((ledger.lines[-1] + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -86,8 +114,8 @@ def read_head(path: Path) -> str | None:
 
 def pin_of(ledger: Ledger, count: int | None = None) -> str:
     """The lines whose deletions a table is written without: how many, and the hash of the last."""
-    lines = ledger.lines[:count]
-    return f"{len(lines)} {line_hash(lines[-1])}" if lines else "0 "
+    lines = len(ledger.hashes) if count is None else min(count, len(ledger.hashes))
+    return f"{lines} {ledger.hashes[lines - 1]}" if lines else "0 "
 
 
 def holds(ledger: Ledger, pin: str) -> bool:

@@ -7,25 +7,31 @@ from typing import Any
 
 from ..errors import FolderError
 from ..plan.stages import StageKey
+from .earlier_slices import EarlierSlices
 from .files import REGROW, check_digest, file_digest, read_checked_json, sync, unreadable, write_checked_json
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE, STAGES
 
 
-def read_stage(path: Path, key: StageKey) -> dict[str, Any]:
+def read_stage(path: Path, key: StageKey, earlier: EarlierSlices) -> dict[str, Any]:
     """
     What `stage.json` says of a stage in a system's folder.
+
+    Args:
+        path (`Path`): The folder of the system.
+        key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
 
     Raises:
         [`~hf_s3t.errors.FolderError`]: If it is missing, damaged, or says what no record of this stage says.
     """
     folder = path / key.path
-    return checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW))
+    return earlier.translated(checked_stage(folder, key, read_checked_json(folder / STAGE_FILE, REGROW)))
 
 
-def read_intact_stage(path: Path, key: StageKey) -> dict[str, Any] | None:
+def read_intact_stage(path: Path, key: StageKey, earlier: EarlierSlices) -> dict[str, Any] | None:
     """What `stage.json` says of a stage whose files are those that it names; `None` if there is no such stage."""
     try:
-        record = read_stage(path, key)
+        record = read_stage(path, key, earlier)
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
             check_digest(path / key.path / name, record["files"][name])
     except FolderError:

@@ -9,14 +9,15 @@ from typing import Any
 
 from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import StageKey
-from ..records.digests import DigestKey
+from ..plan.stages import Plan, StageKey
+from ..records.digests import DigestKey, KeptNames
 from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import write_checkpoint_record
-from .config_file import config_for_others, holds_system, write_record
+from .config_file import config_for_others, holds_system, in_newest_format, read_record, write_record
 from .copying import Snapshot, check_target, copy_system
+from .earlier_slices import EarlierSlices
 from .files import (
     explained,
     is_read_only,
@@ -28,6 +29,7 @@ from .files import (
     temporary_beside,
     write_atomically,
 )
+from .identity import is_same_system, new_identity
 from .layout import (
     ATTRIBUTES_FILE,
     CARD_FILE,
@@ -78,7 +80,7 @@ class SystemFolder(FolderView):
 
         Args:
             path (`str` or `os.PathLike`): The folder, which may exist.
-            record (mapping): What `s3t_config.json` says besides the format version.
+            record (mapping): What `s3t_config.json` says besides identity, plan and versions.
             rows (mapping from id to [`~hf_s3t.records.examples.Example`]): The table.
             key ([`~hf_s3t.records.digests.DigestKey`]): The secret the rows were digested with.
         """
@@ -87,11 +89,18 @@ class SystemFolder(FolderView):
         # Whoever made the folder did so for this system, a moment ago.
         sync_above(path)
         config = S3TConfig.from_dict(record["s3t_config"])
-        table = ExampleTable(dict(rows), config.num_shards, config.num_slices, config.seed)
+        names = KeptNames(key, config.keep_ids)
+        table = ExampleTable.of(rows, config.num_shards, config.num_slices, config.seed, names)
         write_table(path / TABLE_FILE, table, Ledger())
         write_atomically(path / LEDGER_FILE, b"")
         write_head(path, Ledger())
-        write_record(path / CONFIG_FILE, {"key_check": key.check, **record})
+        written = {
+            "key_check": key.check,
+            "system_id": new_identity(),
+            "plan": Plan.from_config(config).to_record(),
+            "row_digests": 2,
+        }
+        write_record(path / CONFIG_FILE, {**written, **record})
         return cls(path)
 
     @staticmethod
@@ -116,6 +125,48 @@ class SystemFolder(FolderView):
             yield
 
     making = staticmethod(making)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """
+        The folder's lock, for who writes a file of the system besides stages, table and ledger.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
+        """
+        with self.lock():
+            self._migrate()
+            yield
+
+    def _migrate(self) -> None:
+        """
+        Have the folder be of the newest format before anything of that is written into it. The folder's lock must be
+        held.
+
+        One file is replaced, the config: a crash leaves the folder as it was, or migrated. All others are read in
+        either format.
+        """
+        if self.is_migrated:
+            return
+        found = read_record(self.path / CONFIG_FILE)
+        if not is_same_system(found, self.record):
+            raise FolderError(f"{self.path} holds another system now. Open it anew.")
+        with self._reading:
+            # What slices are now, whoever wrote to the ledger last.
+            self.refresh_ledger()
+            if found["format_version"] == self.record["format_version"]:
+                found = self._migrated_record(self._earlier)
+                with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
+                    write_record(self.path / CONFIG_FILE, found)
+            self._earlier.take_in(found["earlier_slices"])
+            self.record = found
+            self._stages.translate()
+
+    def _migrated_record(self, earlier: EarlierSlices) -> dict[str, Any]:
+        """What `s3t_config.json` says in the newest format."""
+        record = {**self.record, "plan": self.plan.to_record()}
+        known = earlier.to_record()
+        return in_newest_format({**record, "earlier_slices": known} if known else record)
 
     def refresh(self) -> None:
         """
@@ -147,6 +198,7 @@ class SystemFolder(FolderView):
         temporary = temporary_beside(target)
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
+            self._migrate()
             make_folders(target.parent)
             temporary.mkdir()
             try:
@@ -155,7 +207,7 @@ class SystemFolder(FolderView):
                 if not fits(written, self.slice_digests(key), self._below_now(key)):
                     self.remove_checkpoints(key)
                     return False
-                there = read_intact_stage(self.path, key)
+                there = read_intact_stage(self.path, key, self._earlier)
                 if there is None or not fits(there, written["slices"], written["below"]):
                     discard([target])
                     os.rename(temporary, target)
@@ -172,7 +224,7 @@ class SystemFolder(FolderView):
 
     def _below_now(self, key: StageKey) -> str | None:
         """The digest of the adapter that lies now under the stage that another stands on."""
-        below = None if key.parent is None else read_intact_stage(self.path, key.parent)
+        below = None if key.parent is None else read_intact_stage(self.path, key.parent, self._earlier)
         return None if below is None else adapter_of(below)
 
     def remove_stages(self, keys: Iterable[StageKey]) -> None:
@@ -193,7 +245,7 @@ class SystemFolder(FolderView):
     def _grown_again(self, key: StageKey) -> dict[str, Any] | None:
         """The record of what lies under the name of a condemned stage, if that saw nothing that was deleted."""
         with contextlib.suppress(FolderError):
-            record = read_stage(self.path, key)
+            record = read_stage(self.path, key, self._earlier)
             return record if is_current(record, self.slice_digests(key)) else None
         return None
 
@@ -211,16 +263,15 @@ class SystemFolder(FolderView):
         groups: Iterable[int | str] = (),
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
-        gone, ids = set(removed), list(ids)
-        digests = {key: adapter_of(record) for key, record in self._stages.records.items()}
+        ids, digests = list(ids), dict(self._stages.adapters)
         self._append(
             self.ledger.append(
                 "deletion",
-                ids=[self.names.id_digest(i) for i in ids],
+                ids=self.names.id_digests(ids),
                 groups=[self.names.group_digest(group) for group in groups],
-                removed={str(key): digests[key] for key in removed},
-                left={str(key): digest for key, digest in digests.items() if key not in gone},
-                versions=dict(versions),
+                removed={str(key): digests[str(key)] for key in removed},
+                stages_now=digests,
+                versions=versions,
             )
         )
         with self._reading:
@@ -234,7 +285,7 @@ class SystemFolder(FolderView):
     def _record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
         self.refresh_ledger()
         digests = {str(key): self.adapter_digest(key) for key in keys}
-        self._append(self.ledger.append("export", ids=(), removed=digests, left={}, versions=dict(versions)))
+        self._append(self.ledger.append("export", removed=digests, versions=versions))
 
     def merge_ledger(self, other: Ledger) -> list[StageKey]:
         """
@@ -259,6 +310,7 @@ class SystemFolder(FolderView):
         return condemned
 
     def _append(self, ledger: Ledger) -> None:
+        self._migrate()
         with self._reading, explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
             append_line(self.path, ledger)
             self.ledger = ledger
@@ -267,10 +319,11 @@ class SystemFolder(FolderView):
         self._write_head()
 
     def _replace_ledger(self, ledger: Ledger) -> None:
+        self._migrate()
         with self._reading:
             with explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
                 write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
-            self.table = self._masked(self.table, ledger)
+            self.table = self._masked(self.table, ledger, len(self.ledger.lines))
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
@@ -291,10 +344,14 @@ class SystemFolder(FolderView):
     def _compact(self) -> None:
         self.refresh_ledger()
         self._settle()
+        self._migrate()
+        # Before it is written: what is made for that is what stays.
+        table, ledger = self.table.settled(), self.ledger
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
-            write_table(self.path / TABLE_FILE, self.table, self.ledger)
-        self._table_pin = pin_of(self.ledger)
-        self.table = self.table.settled()
+            write_table(self.path / TABLE_FILE, table, ledger)
+        self._table_pin = pin_of(ledger)
+        self._table_stamp = stamp(self.path / TABLE_FILE)
+        self.table = table
 
     # What a removal that was interrupted left
 
@@ -346,6 +403,7 @@ class SystemFolder(FolderView):
         """
         # Under the lock, as every removal of such a folder.
         with self.lock():
+            self._migrate()
             folder, held = self._checkpoints.take(key, slices)
         try:
             yield folder
@@ -423,6 +481,12 @@ class SystemFolder(FolderView):
         found = {name: self.path / name for name in sorted(COMPANIONS - ours)}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def config_bytes(self) -> bytes:
-        """`s3t_config.json` as others may have it: of a base that is a folder of this machine, only the name."""
-        return config_for_others(self.path, self.record)
+    def config_bytes(self, earlier: EarlierSlices | None = None) -> bytes:
+        """
+        `s3t_config.json` as others may have it: of a base that is a folder of this machine, only the name.
+
+        Args:
+            earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`], *optional*):
+                By which stages that others have are understood; the folder's own if not given.
+        """
+        return config_for_others(self._migrated_record(self.earlier_slices() if earlier is None else earlier))

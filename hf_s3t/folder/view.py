@@ -10,21 +10,22 @@ from typing import Any
 
 from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import Plan, StageKey
+from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
-from ..records.examples import Example, ExampleTable
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
-from .config_file import base_id_of, read_record
+from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record
+from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
 from .known_stages import KnownStages
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
-from .ledger_file import pin_of, read_head, read_ledger, require_pinned
+from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
-from .table_file import check_rows, read_table
+from .table_file import StoredTable, TableHead, read_head_of_table, read_table
 
 
 class FolderView:
@@ -49,22 +50,27 @@ class FolderView:
                 "or the folder of `save_pretrained`."
             )
         with forgeries_told(self.path, "`hf-s3t check` says where; restore the folder from a backup."):
-            self._begin(self.path, read_record(self.path / CONFIG_FILE))
+            self._begin(self.path, read_record(self.path / CONFIG_FILE), self.path / CONFIG_FILE)
             self._use(load_key(self.path, self.record))
             self.refresh()
 
-    def _begin(self, path: Path, record: dict[str, Any]) -> None:
+    def _begin(self, path: Path, record: dict[str, Any], read_from: Path) -> None:
         self.path = path
         # What `s3t_config.json` says.
         self.record = record
         self.config = S3TConfig.from_dict(record["s3t_config"])
-        self.plan = Plan.from_config(self.config)
+        self.plan = plan_of(read_from, record, self.config)
         self.ledger = Ledger()
-        self._stages = KnownStages(path)
-        self._checkpoints = Checkpoints(path)
+        self._ledger_stamp: Stamp | None = None
+        # By which what was written in format 1 is understood; where that is the folder's still, of slices as they are.
+        self._earlier = EarlierSlices(record.get("earlier_slices", {}))
+        self._stages = KnownStages(path, self._earlier)
+        self._checkpoints = Checkpoints(path, self._earlier)
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
+        # By which a table that was read is told from one that was written since.
+        self._table_stamp: Stamp | None = None
         # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
         # holds it waits for nothing, so that it may be taken inside the folder's lock.
         self._reading = threading.RLock()
@@ -85,12 +91,19 @@ class FolderView:
     def _read_all(self) -> None:
         with self._reading:
             # The table first: the ledger is never behind it, whatever another process does between the two reads.
-            rows, pin = self._read_rows()
-            ledger = self._read_ledger()
+            head, table = self._look_at_table(), None
+            if head is not None:
+                ledger, pin = self._read_ledger(), head.pin
+                table = self._known_table(head, ledger)
+            if table is None:
+                stored = self._read_rows()
+                ledger, pin = self._read_ledger(), stored.pin
+                table = self._table_of(stored, ledger)
             # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
-            self.table = self._table_of(rows, pin, ledger)
+            self.table = table
             self.ledger = ledger
             self._table_pin = pin
+            self._learn_slices()
         self.refresh_stages()
 
     # The ledger, and the table that goes by it
@@ -107,9 +120,24 @@ class FolderView:
                 return
             ledger = self._read_ledger()
             if ledger != self.ledger:
-                self.table = self._masked(self.table, ledger)
+                self.table = self._masked(self.table, ledger, len(self.ledger.lines))
                 self.ledger = ledger
+                self._learn_slices()
                 self._settle()
+
+    @property
+    def is_migrated(self) -> bool:
+        """Whether the folder is of the newest format, as far as is known: another process may have migrated it."""
+        return bool(self.record["format_version"] == FORMAT_VERSION)
+
+    def _learn_slices(self) -> None:
+        # A process of an earlier release may delete, and write down what slices are then as it always did.
+        if not self.is_migrated and self._earlier.learn(self.table):
+            self._stages.translate()
+
+    def earlier_slices(self) -> EarlierSlices:
+        """By which what was written of this system in format 1 is understood; a copy."""
+        return self._earlier.copy()
 
     def has_news(self) -> bool:
         """Whether someone wrote to the ledger since it was read: one look at the file's size and time."""
@@ -128,13 +156,15 @@ class FolderView:
         """Compute now what the first deletion would otherwise wait for."""
         self.table.index()
 
-    def _read_ledger(self) -> Ledger:
+    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
         # meanwhile is news again.
         head = read_head(self.path)
         found = stamp(self.path / LEDGER_FILE)
-        ledger = read_ledger(self.path / LEDGER_FILE, known=self.ledger)
-        if ledger.lines[: len(self.ledger.lines)] != self.ledger.lines:
+        ledger = read_on(self.path / LEDGER_FILE, self.ledger, self._ledger_stamp)
+        if ledger is None:
+            ledger = read_ledger(self.path / LEDGER_FILE, known=known or self.ledger)
+        if not ledger.starts_with(self.ledger):
             raise FolderError(
                 f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
                 "Restore it from a backup."
@@ -160,19 +190,47 @@ class FolderView:
                     raise
             self._settled = len(self.ledger.lines)
 
-    def _read_rows(self) -> tuple[dict[int | str, Example], str]:
-        rows, pin = read_table(self.path / TABLE_FILE)
-        check_rows(self.path / TABLE_FILE, rows, self.config)
-        return rows, pin
+    def _read_rows(self) -> StoredTable:
+        found = stamp(self.path / TABLE_FILE)
+        stored = read_table(self.path / TABLE_FILE)
+        self._table_stamp = found
+        return stored
 
-    def _table_of(self, rows: dict[int | str, Example], pin: str, ledger: Ledger) -> ExampleTable:
-        require_pinned(self.path / LEDGER_FILE, ledger, pin, TABLE_FILE)
-        config = self.config
-        table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-        return table if pin == pin_of(ledger) else self._masked(table, ledger)
+    def _look_at_table(self) -> TableHead | None:
+        """What the table's file says of it as a whole, where some table was read before."""
+        if self._table_stamp is None:
+            return None
+        found = stamp(self.path / TABLE_FILE)
+        if found == self._table_stamp:
+            return TableHead(self._table_pin, found)
+        return read_head_of_table(self.path / TABLE_FILE, found)
 
-    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
-        return table.without([i for i in table.rows if self.names.id_digest(i) in ledger.deleted])
+    def _known_table(self, head: TableHead, ledger: Ledger) -> ExampleTable | None:
+        """
+        The table as the ledger has it now, from the rows that were read before; `None` if the file holds others.
+
+        A table that another process wrote holds nothing new, as a rule: a deletion went through it. What it says of
+        its slices shows that, and a million rows need not be read again.
+        """
+        known = len(self.ledger.lines)
+        if head.slices is not None:
+            require_pinned(self.path / LEDGER_FILE, ledger, head.pin, TABLE_FILE)
+            lines = int(head.pin.partition(" ")[0])
+            gone, later = ledger.deleted_since(known), ledger.deleted_since(lines)
+            then = self.table.without_digests(gone[: len(gone) - len(later)])
+            if lines < known or not head.says_of(then):
+                return None
+            self._table_stamp = head.stamp
+        return self._masked(self.table, ledger, known)
+
+    def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
+        table = stored.examples(self.config, self.names)
+        require_pinned(self.path / LEDGER_FILE, ledger, stored.pin, TABLE_FILE)
+        return self._masked(table, ledger, int(stored.pin.partition(" ")[0]))
+
+    def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
+        """A table that goes by so many lines of the ledger, without what the lines after these deleted."""
+        return table.without_digests(ledger.deleted_since(lines))
 
     # The stages
 
@@ -310,7 +368,15 @@ class FolderView:
     def _stale_checkpoints(self) -> list[Path]:
         return self._checkpoints.stale(self.slice_digests, self.ledger)
 
-    read_checkpoint_record = staticmethod(read_checkpoint_record)
+    def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
+        """
+        What is written down of a checkpoint of a stage in training.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the record or a file of the checkpoint is missing or altered.
+        """
+        return read_checkpoint_record(folder, self._earlier)
+
     read_checkpoint_adapter = staticmethod(read_checkpoint_adapter)
     read_checkpoint_file = staticmethod(read_checkpoint_file)
 

@@ -12,8 +12,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..errors import FolderError, HubError, KeyMissingError
 from ..folder.config_file import read_record
-from ..folder.files import check_digest, make_folders, read_checked_json, stamp, sync, write_atomically
+from ..folder.earlier_slices import EarlierSlices
+from ..folder.files import check_digest, digested_json, make_folders, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
+from ..folder.identity import damaged_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -30,14 +32,14 @@ from ..folder.layout import (
 from ..folder.ledger_file import pin_of, read_ledger
 from ..folder.secret import KEY_VARIABLE, load_key
 from ..folder.system import SystemFolder
-from ..folder.table_file import check_rows, read_table, write_table
+from ..folder.table_file import read_table, write_table
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .client import call_with_retries, hub_errors_as_sentences
 from .memory import may_remember, remember, state_folder, warn_of_other_systems
-from .repository import INDEX_FILE, REMEDY, HubRepo, differing_parts, read_index
+from .repository import INDEX_FILE, REMEDY, HubRepo, read_index
 
 
 _FORGED = "Do not serve it; push the system again from its folder."
@@ -79,8 +81,9 @@ class HubFolder(SystemFolder):
         self._table: ExampleTable | None = None
         self.commit = ""
         with self._forgeries_told():
-            record = read_record(self._resolve())
-            self._begin(state_folder(repo_id, record), record)
+            config = self._resolve()
+            record = read_record(config)
+            self._begin(state_folder(repo_id, record), record, config)
         warn_of_other_systems(repo_id, self.record)
         self.refresh()
 
@@ -110,13 +113,12 @@ class HubFolder(SystemFolder):
 
     @property
     def names(self) -> KeptNames:
-        """How ids and groups stand in the table."""
-        _ = self.key  # which brings the names
-        return self._names
+        """How ids and groups stand in the table; the secret is asked for when something is digested."""
+        return KeptNames(lambda: self.key, self.config.keep_ids)
 
     @names.setter
     def names(self, names: KeptNames) -> None:
-        self._names: KeptNames = names
+        """Nothing: they follow from the secret, whenever that comes."""
 
     @property
     def table(self) -> ExampleTable:
@@ -132,15 +134,16 @@ class HubFolder(SystemFolder):
     def _load_table(self, ledger: Ledger) -> ExampleTable:
         file = self._download(TABLE_FILE)
         with self._forgeries_told():
-            rows, pin = read_table(file)
-            check_rows(file, rows, self.config)
-            return self._masked(self._table_of(rows, pin, self._published), ledger)
+            table = self._table_of(read_table(file), self._published)
+            shards, slices = range(self.config.num_shards), range(self.config.num_slices)
+            self._sizes = {(shard, slice_): table.size(shard, slice_) for shard in shards for slice_ in slices}
+            return self._masked(table, ledger, 0)
 
-    def _masked(self, table: ExampleTable, ledger: Ledger) -> ExampleTable:
-        # Without the secret a table can be used, as long as there is nothing to mask in it.
-        if ledger.deleted <= self._published.deleted:
-            return table
-        return super()._masked(table, ledger)
+    def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
+        # Without the secret a table can be used, as long as there is nothing to mask in it. What this machine knows
+        # may stand between the lines of the repository: all that these do not delete is looked for.
+        new = ledger.deleted - self._published.deleted
+        return table.without_digests(new) if new else table
 
     # What is there
 
@@ -156,20 +159,21 @@ class HubFolder(SystemFolder):
 
     def _follow_branch(self) -> None:
         self._resolve()
-        self._published = read_ledger(self._download(LEDGER_FILE), advice=REMEDY)
+        # What was read of these lines before, here or on this machine, is not read again.
+        self._published = read_ledger(self._download(LEDGER_FILE), self.ledger, advice=REMEDY)
         ledger = remember(self.repo.repo_id, self.record, self._published)
         if self.revision is not None:
             ledger = remember(self.repo.repo_id, self.record, self._newest())
         index = self._read_index()
         # All that may fail comes before anything changes.
         table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
-        self.ledger = self._read_ledger()
+        self.ledger = self._read_ledger(known=ledger)
         self._slices, self._table = index["slices"], table
         self._stages.take_over(index["stages"])
 
-    def _read_ledger(self) -> Ledger:
+    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         if may_remember(self.path):
-            return super()._read_ledger()
+            return super()._read_ledger(known)
         found = stamp(self.path / LEDGER_FILE)
         ledger = remember(self.repo.repo_id, self.record, self._published)
         if not ledger.deleted >= self.ledger.deleted:
@@ -200,10 +204,10 @@ class HubFolder(SystemFolder):
         """What the main branch knows, if it can be asked: an old revision does not bring deleted examples back."""
         try:
             config = self._download(CONFIG_FILE, "main")
-            if differing_parts(read_checked_json(config), self.record):
+            if not is_same_system(read_record(config), self.record):
                 # Of another system that was pushed under this name.
                 return Ledger()
-            return read_ledger(self._download(LEDGER_FILE, config.parent.name), advice=REMEDY)
+            return read_ledger(self._download(LEDGER_FILE, config.parent.name), self._published, advice=REMEDY)
         except HubError:
             return Ledger()
 
@@ -218,13 +222,18 @@ class HubFolder(SystemFolder):
             ) from error
         commit = config.parent.name
         if commit != self.commit:
-            if self.commit and differing_parts(read_checked_json(config), self.record):
-                raise FolderError(
-                    f"{self.repo.repo_id} holds another system now than was loaded from it. Load it anew, or give "
-                    f"revision={self.commit!r} to stay with this one."
-                )
+            if self.commit:
+                self.record = self._same_system(read_record(config))
             self.commit, self._table = commit, None
         return config
+
+    def _same_system(self, record: dict[str, Any]) -> dict[str, Any]:
+        if not is_same_system(record, self.record) or damaged_parts(record, self.record):
+            raise FolderError(
+                f"{self.repo.repo_id} holds another system now than was loaded from it. Load it anew, or give "
+                f"revision={self.commit!r} to stay with this one."
+            )
+        return record
 
     def _download(self, name: str, revision: str | None = "") -> Path:
         with hub_errors_as_sentences(self.repo.repo_id, "The download ended"):
@@ -252,9 +261,29 @@ class HubFolder(SystemFolder):
 
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
-        if self._table is None and self.ledger.deleted <= self._published.deleted:
-            return [self._slices[key.shard, slice_] for slice_ in key.prefix]
-        return super().slice_digests(key)
+        places = [(key.shard, slice_) for slice_ in key.prefix]
+        if self.ledger.deleted <= self._published.deleted:
+            return [self._slices[place] for place in places]
+        # What lost nothing is what the index says, in whatever format that is.
+        table = self.table
+        return [
+            self._slices[place] if table.size(*place) == self._sizes[place] else table.slice_digest(*place)
+            for place in places
+        ]
+
+    def _learn_slices(self) -> None:
+        """Nothing: stages and slices are compared as the index has both."""
+
+    def _migrate(self) -> None:
+        """Nothing: a push brings what is on the Hub to the newest format."""
+
+    def earlier_slices(self) -> EarlierSlices:
+        """By which what was written of this system in format 1 is understood; a copy."""
+        earlier = super().earlier_slices()
+        earlier.take_in(self.record.get("earlier_slices", {}))
+        if not self.is_migrated:
+            earlier.learn(self.table)
+        return earlier
 
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self._download(f"{key.path}/{name}")
@@ -276,9 +305,9 @@ class HubFolder(SystemFolder):
         """None: what this serves is on the Hub."""
         return {}
 
-    def config_bytes(self) -> bytes:
-        """`s3t_config.json` as it was written."""
-        return self._download(CONFIG_FILE).read_bytes()
+    def config_bytes(self, earlier: EarlierSlices | None = None) -> bytes:
+        """`s3t_config.json` as it was written, or as a migration makes it."""
+        return digested_json(self._migrated_record(self.earlier_slices() if earlier is None else earlier))
 
     def problems(self) -> list[str]:
         """One sentence for each thing that is wrong with the ledger or with a file that serves."""

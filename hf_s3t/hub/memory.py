@@ -14,6 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import FolderError
 from ..folder.files import make_folders, write_atomically
+from ..folder.identity import had_no_identity
 from ..folder.layout import CONFIG_FILE, LEDGER_FILE, LOCK_FILE, STAGES
 from ..folder.ledger_file import read_ledger
 from ..records.ledger import Ledger
@@ -30,8 +31,9 @@ def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
     Args:
         repo_id (`str`): The repository, such as `"me/llama-s3t"`.
         record (mapping, *optional*):
-            What `s3t_config.json` says of the system, which is known by the check of its secret. Without it, the
-            folder that holds those of all systems which were ever in the repository.
+            What `s3t_config.json` says of the system, which is known by its identity; one that was made in format 1,
+            by the check of its secret, as it is remembered by older releases. Without it, the folder that holds those
+            of all systems which were ever in the repository.
     """
     home = os.environ.get("HF_S3T_HOME") or Path(constants.HF_HOME) / "s3t"
     host = urlsplit(constants.ENDPOINT).netloc.replace(":", "_")
@@ -44,8 +46,9 @@ def state_folder(repo_id: str, record: Mapping[str, Any] | None = None) -> Path:
             f"{CONFIG_FILE} of {repo_id} has the key_check {check!r}, expected a digest. Push the system again from "
             "its folder."
         )
+    known_by = check if had_no_identity(record) else str(record["system_id"])
     # Hashed: what comes from the Hub does not name folders here.
-    return folder / hashlib.sha256(check.encode()).hexdigest()[:16]
+    return folder / hashlib.sha256(known_by.encode()).hexdigest()[:16]
 
 
 def warn_of_other_systems(repo_id: str, record: Mapping[str, Any]) -> None:
@@ -76,10 +79,10 @@ def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
     path = state_folder(repo_id, record)
     file = path / LEDGER_FILE
     if not may_remember(path):
-        return read_ledger(file, advice=REMEDY).merge(ledger) if file.exists() else ledger
+        return read_ledger(file, ledger, advice=REMEDY).merge(ledger) if file.exists() else ledger
     make_folders(path / STAGES)
     with FileLock(path / STAGES / LOCK_FILE, is_singleton=True):
-        known = read_ledger(file, advice=REMEDY) if file.exists() else None
+        known = read_ledger(file, ledger, advice=REMEDY) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
             write_atomically(file, merged.text.encode())

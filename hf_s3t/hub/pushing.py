@@ -1,10 +1,9 @@
 """Bringing a system to the Hub, in one commit on top of what is there."""
 
 import hashlib
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import ConfigError, HubError, MergeNeededError, TransferError
+from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import digested_json
+from ..folder.identity import damaged_parts, differing_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -25,9 +26,10 @@ from ..folder.layout import (
 )
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
-from ..folder.table_file import write_table
+from ..folder.table_file import table_bytes
 from ..plan.stages import StageKey
 from ..records.digests import PUBLIC_SECRET, DigestKey
+from ..records.examples import ExampleTable
 from ..records.validity import fits
 from .client import (
     ATTEMPTS,
@@ -41,7 +43,7 @@ from .client import (
 )
 from .large_files import must_be_erasable, refuse_what_git_would_keep
 from .memory import remember
-from .repository import INDEX_FILE, HubRepo, HubState, differing_parts, stage_index
+from .repository import INDEX_FILE, HubRepo, HubState, stage_index
 
 
 _CONFLICT = 412
@@ -183,7 +185,7 @@ def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
     if public:
         why = "its secret is the one for comparisons, which everybody knows"
         remedy = "Unless its data is public or invented, train a system with a secret of its own"
-    elif plain and _is_dense(folder.table.rows, len(folder.ledger.deleted)):
+    elif plain and _is_dense(folder.table, len(folder.ledger.deleted)):
         why = "its ids are numbers in a row, and each that is missing names a deleted one"
         remedy = 'Where nobody shall know, train a system with `keep_ids="digest"`'
     elif plain and folder.config.partition == "balanced" and not folder.record.get("keyed_places"):
@@ -194,10 +196,10 @@ def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:
     warnings.warn(f"Who reads {repo_id} can tell who was deleted: {why}. {remedy}.", stacklevel=3)
 
 
-def _is_dense(ids: Collection[int | str], deleted: int) -> bool:
+def _is_dense(table: ExampleTable, deleted: int) -> bool:
     """Whether ids are numbers among which none is missing that was not deleted."""
-    numbers = [i for i in ids if isinstance(i, int)]
-    return bool(numbers) and max(numbers) - min(numbers) + 1 - len(numbers) <= deleted
+    ends = table.ends_of_ids
+    return ends is not None and ends[1] - ends[0] + 1 - len(table) <= deleted
 
 
 def _message(folder: SystemFolder) -> str:
@@ -242,9 +244,7 @@ def _take_in(
     """Forget in the folder what the Hub knows as deleted."""
     if state.record is None:
         return _Merged()
-    other = differing_parts(state.record, folder.record)
-    if other:
-        raise HubError(f"{repo_id} holds another system ({', '.join(other)} differ). Choose another repository.")
+    _refuse_another(state.record, folder, repo_id)
     missing = state.ledger.deleted - folder.ledger.deleted
     if missing and not merge:
         raise MergeNeededError(
@@ -262,24 +262,49 @@ def _take_in(
     return _Merged(len(missing), gone)
 
 
+def _refuse_another(there: Mapping[str, Any], folder: SystemFolder, repo_id: str) -> None:
+    if not is_same_system(there, folder.record):
+        other = ", ".join(differing_parts(there, folder.record))
+        raise HubError(f"{repo_id} holds another system ({other} differ). Choose another repository.")
+    damaged = ", ".join(damaged_parts(there, folder.record))
+    if damaged:
+        raise HubError(
+            f"{repo_id} and {folder.path} are copies of one system and differ in what no two copies differ in "
+            f"({damaged}): one of them is damaged. Restore {CONFIG_FILE} from a backup."
+        )
+
+
+def _earlier_slices(folder: SystemFolder, state: HubState) -> EarlierSlices:
+    """By which the records of format 1 are understood that a repository holds, or will hold."""
+    earlier = folder.earlier_slices()
+    if state.record is not None:
+        earlier.take_in(state.record.get("earlier_slices", {}))
+        if state.record["format_version"] == 1:
+            # What is there may have been grown after the folder was migrated, on what is left now.
+            earlier.learn(folder.table)
+    return earlier
+
+
 def _stages_that_saw(
     folder: SystemFolder, digests: frozenset[str], stages: frozenset[StageKey]
 ) -> tuple[StageKey, ...]:
-    gone = [i for i in folder.table.rows if folder.names.id_digest(i) in digests] if digests else []
-    return tuple(sorted(folder.plan.removed_by(folder.table.places(gone), stages)))
+    table = folder.table
+    gone = table.places(table.of_digests(digests)) if digests else set()
+    return tuple(sorted(folder.plan.removed_by(gone, stages)))
 
 
 def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
-    ours, stages = folder.valid_stages, _stages_to_be(folder, state)
+    earlier = _earlier_slices(folder, state)
+    ours, stages = folder.valid_stages, _stages_to_be(folder, state, earlier)
     wanted: dict[str, bytes | Path] = {}
     for key in stages:
         if key in ours and folder.stage_record(key)["files"] == stages[key]["files"]:
             wanted |= {f"{key.path}/{name}": path for name, path in folder.stage_paths(key).items()}
     wanted |= folder.companions()
-    wanted[CONFIG_FILE] = folder.config_bytes()
+    wanted[CONFIG_FILE] = folder.config_bytes(earlier)
     wanted[LEDGER_FILE] = folder.ledger.text.encode()
-    wanted[TABLE_FILE] = _table_bytes(folder)
+    wanted[TABLE_FILE] = bytes(table_bytes(folder.table, folder.ledger))
     wanted[INDEX_FILE] = digested_json(stage_index(folder, stages))
     wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
@@ -290,11 +315,11 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
     return _Changes(added, deleted)
 
 
-def _stages_to_be(folder: SystemFolder, state: HubState) -> dict[StageKey, Mapping[str, Any]]:
+def _stages_to_be(folder: SystemFolder, state: HubState, earlier: EarlierSlices) -> dict[StageKey, Mapping[str, Any]]:
     """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
     # What a system on the Hub serves is there already, or it is not: it has no files to bring.
     ours = {key: folder.stage_record(key) for key in folder.valid_stages if folder.stage_paths(key)}
-    there = {key: record for key, record in state.stages.items() if _is_whole(state, key, record)}
+    there = {key: earlier.translated(r) for key, r in state.stages.items() if _is_whole(state, key, r)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
     for key in folder.plan.stages(folder.table.empty):
         for record in (ours.get(key), there.get(key)):
@@ -317,13 +342,7 @@ def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen
     if key.parent is not None and key.parent not in chosen:
         return False
     below = None if key.parent is None else adapter_of(chosen[key.parent])
-    return fits(record, folder.slice_digests(key), below)
-
-
-def _table_bytes(folder: SystemFolder) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_table(Path(scratch) / TABLE_FILE, folder.table, folder.ledger)
-        return (Path(scratch) / TABLE_FILE).read_bytes()
+    return fits(record, folder.table.slice_digests(key.shard, key.prefix), below)
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:

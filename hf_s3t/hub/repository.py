@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, ModelCard, RepoFile, hf_hub_download
 from huggingface_hub.hf_api import LFSFileInfo, RepoFolder
 from yaml import YAMLError
 
-from ..errors import FolderError, HubError
+from ..errors import FolderError, FormatVersionError, HubError
+from ..folder.config_file import FORMAT_VERSION, read_record
 from ..folder.files import read_checked_json
 from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
 from ..folder.ledger_file import pin_of, read_ledger
@@ -25,8 +26,6 @@ from .client import call_with_retries, first_line
 INDEX_FILE = f"{STAGES}/index.json"
 # What to do about a file that came from the Hub, or is kept for what did.
 REMEDY = "Restore it from a backup, or push the system again"
-# What two copies of one system have in common.
-_PARTS_OF_A_SYSTEM = ("key_check", "s3t_config", "base_model", "peft_config", "layers", "head")
 # What the index repeats of each stage's record: all that choosing and checking stages needs.
 _INDEXED = ("files", "slices", "below", "recipe")
 _INDEXED_METRICS = ("eval_loss", "train_runtime")
@@ -66,6 +65,7 @@ class HubRepo:
         self.repo_id, self.token = repo_id, token
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.api = HfApi(token=token)
+        self._ledger = Ledger()
 
     def download(self, name: str, revision: str | None = None) -> Path:
         """A file of the repository, from the cache where it is there; see `hf_hub_download`."""
@@ -103,14 +103,16 @@ class HubRepo:
         return HubState(
             commit,
             tree,
-            read_checked_json(self.download(CONFIG_FILE, commit)),
+            read_record(self.download(CONFIG_FILE, commit)),
             self.ledger(commit),
             read_index(self.download(INDEX_FILE, commit))["stages"],
         )
 
     def ledger(self, revision: str) -> Ledger:
         """The ledger of a revision."""
-        return read_ledger(self.download(LEDGER_FILE, revision), advice=REMEDY)
+        # From one revision to the next it goes on, and only the new lines are read.
+        self._ledger = read_ledger(self.download(LEDGER_FILE, revision), self._ledger, advice=REMEDY)
+        return self._ledger
 
     def card(self, state: HubState) -> str | None:
         """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""
@@ -135,28 +137,27 @@ def content_id(file: RepoFile) -> str:
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
-def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What tells two systems apart by their configs; nothing if they are copies of one."""
-    return [name for name in _PARTS_OF_A_SYSTEM if _part(one, name) != _part(other, name)]
-
-
-def _part(record: Mapping[str, Any], name: str) -> Any:
-    """A part of a system's record; of the base, what its tensors are."""
-    value = record.get(name)
-    return value.get("digest") if name == "base_model" and isinstance(value, Mapping) else value
-
-
 def read_index(path: Path) -> dict[str, Any]:
     """
     The index of a repository's stages: `stages` by key, `slices` by (shard, slice), and the ledger's pin.
 
+    The digests of slices are those of the format that its commit is of.
+
     Raises:
+        [`~hf_s3t.errors.FormatVersionError`]: If a later version of hf_s3t wrote it.
         [`~hf_s3t.errors.FolderError`]: If it does not say of each stage what the record of a stage says.
     """
     index = read_checked_json(path)
+    version = index.get("format_version", 1)
+    if version not in (1, FORMAT_VERSION):
+        raise FormatVersionError(
+            f"{path} has format version {version!r}; this hf_s3t reads versions 1 and {FORMAT_VERSION}. Install the "
+            "version of hf_s3t that wrote it."
+        )
     try:
         stages = {StageKey.from_path(f"{STAGES}/{name}"): dict(record) for name, record in index["stages"].items()}
-        slices = {tuple(map(int, place.split("/"))): str(digest) for place, digest in index["slices"].items()}
+        places = {place: place.removeprefix("shard-").split("/") for place in index["slices"]}
+        slices = {tuple(map(int, places[place])): str(digest) for place, digest in index["slices"].items()}
         pin = str(index["ledger"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FolderError(
@@ -173,11 +174,12 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def stage_index(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the index says of stages."""
+    """What the index says of stages, in the newest format: releases before it cannot read the names of slices."""
     return {
+        "format_version": FORMAT_VERSION,
         "ledger": pin_of(folder.ledger),
         "slices": {
-            f"{shard}/{slice_}": folder.table.slice_digest(shard, slice_)
+            f"shard-{shard}/{slice_}": folder.table.slice_digest(shard, slice_)
             for shard in range(folder.config.num_shards)
             for slice_ in range(folder.config.num_slices)
         },

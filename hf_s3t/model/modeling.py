@@ -364,11 +364,12 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         """
         folder, ids = self.folder, listed([None] if ids is None else ids, "ids")
         request = folder.table.resolve(ids, None, folder.ledger, folder.names)
-        found = {i: folder.table.rows.get(folder.table.find(i, folder.ledger, folder.names)) for i in ids}
+        places = folder.table.places_of(folder.table.find(ids, folder.ledger, folder.names))
+        found = dict(zip(ids, places, strict=True))
         if request.already_deleted:
-            gone = ", ".join(repr(i) for i, row in found.items() if row is None)
+            gone = ", ".join(repr(i) for i, place in found.items() if place is None)
             raise UnknownExampleError(f"{gone}: deleted, and in no slice any more. Ask for the others.")
-        return {i: (row.shard, row.slice) for i, row in found.items() if row is not None}
+        return {i: place for i, place in found.items() if place is not None}
 
     def check(self) -> list[str]:
         """

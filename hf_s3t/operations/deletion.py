@@ -1,7 +1,7 @@
 """A deletion as applied to a folder, by any process and without a model: what it would do, and doing it."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import UnknownExampleError
@@ -109,6 +109,8 @@ def apply(folder: SystemFolder, request: DeletionRequest) -> UnlearningReport:
         [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
     """
     started = time.perf_counter()
+    # Before the lock, for which others wait: finding them out imports and reads files, once in a process.
+    library_versions()
     with folder.lock():
         folder.refresh()
         before = serving_depths(folder, folder.valid_stages)
@@ -173,7 +175,8 @@ def record_request(folder: SystemFolder, request: DeletionRequest) -> RecordedDe
     examples, duplicates = resolve(folder, request)
     condemned = folder.condemned_stages()
     if examples.present:
-        groups = dict.fromkeys([*examples.groups, *_emptied(folder, examples.present)])
+        # Of a group of which nothing is left: naming it again is as little an error as naming its ids.
+        groups = dict.fromkeys([*examples.groups, *folder.table.emptied_by(examples.present)])
         touched = _touched(folder, examples, condemned)
         folder.record_deletion(examples.present, touched, library_versions(), groups)
         condemned = sorted({*condemned, *touched})
@@ -198,13 +201,6 @@ def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedEx
         ) from None
     duplicates = tuple(table.duplicates_of(examples.present))
     return (examples.with_ids(duplicates), ()) if request.include_duplicates else (examples, duplicates)
-
-
-def _emptied(folder: SystemFolder, ids: Sequence[int | str]) -> list[int | str]:
-    """The groups of which nothing is left: naming one again is as little an error as naming its ids."""
-    gone = set(ids)
-    named = dict.fromkeys(folder.table.rows[i].group for i in ids)
-    return [g for g in named if g is not None and gone.issuperset(folder.table.groups[g])]
 
 
 def _touched(folder: SystemFolder, examples: RequestedExamples, condemned: Collection[StageKey]) -> list[StageKey]:

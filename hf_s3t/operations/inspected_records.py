@@ -2,20 +2,22 @@
 
 import os
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import S3TConfig
-from ..errors import ConfigError, FolderError
-from ..folder.config_file import read_record
+from ..errors import ConfigError, FolderError, KeyMissingError
+from ..folder.config_file import plan_of, read_record
+from ..folder.earlier_slices import EarlierSlices
 from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
 from ..folder.secret import load_key
-from ..folder.table_file import check_rows, read_table
+from ..folder.table_file import StoredTable, read_table
 from ..plan.stages import Plan
-from ..records.digests import DigestKey
-from ..records.examples import Example, ExampleTable
+from ..records.digests import DigestKey, KeptNames
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .findings import Findings, counted, require_file
 
@@ -27,17 +29,21 @@ class Records:
 
     Args:
         config ([`~hf_s3t.S3TConfig`], *optional*): The settings.
+        is_of_format_1 (`bool`, defaults to `False`): Whether nothing of a later format was written yet.
         plan ([`~hf_s3t.plan.stages.Plan`], *optional*): The stages that they ask for.
         key ([`~hf_s3t.records.digests.DigestKey`], *optional*): The secret.
         ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger, if it holds all lines that it had.
         table ([`~hf_s3t.records.examples.ExampleTable`], *optional*): The examples that are in.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
     config: S3TConfig | None = None
+    is_of_format_1: bool = False
     plan: Plan | None = None
     key: DigestKey | None = None
     ledger: Ledger | None = None
     table: ExampleTable | None = None
+    earlier: EarlierSlices = field(default_factory=lambda: EarlierSlices({}))
 
 
 def inspect_records(path: Path, findings: Findings) -> Records:
@@ -53,8 +59,11 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     """
     records = Records()
     with findings.reading(path):
-        records.config = _read_config(path)
-        records.plan = Plan.from_config(records.config)
+        record = _read_config(path)
+        records.config = _settings_in(path, record)
+        records.plan = plan_of(path / CONFIG_FILE, record, records.config)
+        records.is_of_format_1 = record["format_version"] == 1
+        records.earlier.take_in(record.get("earlier_slices", {}))
     with findings.reading(path):
         _check_key_file(path / KEY_FILE, findings)
         if records.config is not None:
@@ -64,9 +73,12 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     return records
 
 
-def _read_config(path: Path) -> S3TConfig:
+def _read_config(path: Path) -> dict[str, Any]:
     require_file(path / CONFIG_FILE)
-    record = read_record(path / CONFIG_FILE)
+    return read_record(path / CONFIG_FILE)
+
+
+def _settings_in(path: Path, record: Mapping[str, Any]) -> S3TConfig:
     try:
         return S3TConfig.from_dict(record["s3t_config"])
     except ConfigError as error:
@@ -86,10 +98,11 @@ def _check_key_file(file: Path, findings: Findings) -> None:
 
 def _read_ledger_and_table(path: Path, records: Records, findings: Findings) -> None:
     # In the order of SystemFolder: the ledger is never behind the table, nor behind its head.
-    rows = pin = head = ledger = None
+    stored = pin = head = ledger = None
     with findings.reading(path / TABLE_FILE):
         require_file(path / TABLE_FILE)
-        rows, pin = read_table(path / TABLE_FILE)
+        stored = read_table(path / TABLE_FILE)
+        pin = stored.pin
     with findings.reading(path / HEAD_FILE):
         # Folders of earlier versions have none.
         if os.path.lexists(path / HEAD_FILE):
@@ -101,10 +114,10 @@ def _read_ledger_and_table(path: Path, records: Records, findings: Findings) -> 
         if ledger is not None and known is not None:
             require_pinned(path / LEDGER_FILE, ledger, known, by)
     records.ledger = ledger
-    if rows is not None:
+    if stored is not None:
         with findings.reading(path / TABLE_FILE):
             is_behind = ledger is not None and pin != pin_of(ledger)
-            _check_table(path / TABLE_FILE, rows, is_behind, records, findings)
+            _check_table(stored, is_behind, records, findings)
 
 
 def _read_ledger(file: Path, findings: Findings) -> Ledger:
@@ -118,35 +131,34 @@ def _read_ledger(file: Path, findings: Findings) -> Ledger:
     return ledger
 
 
-def _check_table(
-    file: Path, rows: dict[int | str, Example], is_behind: bool, records: Records, findings: Findings
-) -> None:
-    config = records.config
+def _check_table(stored: StoredTable, is_behind: bool, records: Records, findings: Findings) -> None:
+    config, key, ledger = records.config, records.key, records.ledger
     if config is None:
         return
-    check_rows(file, rows, config)
-    deleted = _deleted(rows, config, records)
-    if deleted is None:
+    table = stored.examples(config, KeptNames(key or _no_key, config.keep_ids))
+    # Where the secret is missing, what was deleted cannot be told, nor then what is valid.
+    can_tell = ledger is not None and (not ledger.deleted or key is not None or config.keep_ids == "digest")
+    if ledger is None or not can_tell:
         return
+    if key is not None and not table.is_as_digested:
+        findings.problems.append(
+            f"{stored.file} carries digests that are not those of its rows: stages cannot be judged by it. Restore it "
+            "from a backup."
+        )
+        return
+    left = table.without_digests(ledger.deleted) if ledger.deleted else table
+    deleted = len(table) - len(left)
     if is_behind:
-        findings.condemned(file, "rows")
+        findings.condemned(stored.file, "rows")
     elif deleted:
         findings.problems.append(
-            f"{file} still holds {counted(len(deleted), 'deleted example')}, though it says that it was written "
+            f"{stored.file} still holds {counted(deleted, 'deleted example')}, though it says that it was written "
             "without. Restore it from a backup."
         )
-    table = ExampleTable(rows, config.num_shards, config.num_slices, config.seed)
-    records.table = table.without(deleted)
+    records.table = left
+    if records.is_of_format_1:
+        records.earlier.learn(left)
 
 
-def _deleted(ids: Iterable[int | str], config: S3TConfig, records: Records) -> list[int | str] | None:
-    """The ids that the ledger knows as deleted; `None` where that cannot be told, nor then what is valid."""
-    ledger, key = records.ledger, records.key
-    if ledger is None:
-        return None
-    if not ledger.deleted:
-        return []
-    if config.keep_ids == "digest":
-        # The ledger says what the table says, and no secret is needed.
-        return [i for i in ids if str(i) in ledger.deleted]
-    return None if key is None else [i for i in ids if key.of_id(i) in ledger.deleted]
+def _no_key() -> DigestKey:
+    raise KeyMissingError("Digests cannot be compared without the secret. Restore it.")

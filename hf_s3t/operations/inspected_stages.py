@@ -58,7 +58,7 @@ def inspect_stages(path: Path, records: Records, adapters: bool, findings: Findi
             with findings.reading(folder):
                 key = _stage_at(folder, records, findings)
                 if key is not None:
-                    stages[key] = _read_record(path, key)
+                    stages[key] = _read_record(path, key, records)
                     _check_files(folder, stages[key]["files"], adapters, findings)
     _check_validity(path, stages, records, findings)
 
@@ -80,9 +80,9 @@ def _stage_at(folder: Path, records: Records, findings: Findings) -> StageKey | 
     return key
 
 
-def _read_record(path: Path, key: StageKey) -> dict[str, Any]:
+def _read_record(path: Path, key: StageKey, records: Records) -> dict[str, Any]:
     require_file(path / key.path / STAGE_FILE, REGROW)
-    return read_stage(path, key)
+    return read_stage(path, key, records.earlier)
 
 
 def _check_files(folder: Path, files: Mapping[str, str], adapters: bool, findings: Findings) -> None:
@@ -173,7 +173,7 @@ def _is_current(checkpoint: Path, key: StageKey, records: Records) -> bool:
     if table is None or ledger is None:
         # Whether it is cannot be told; what is wrong with the table is said already.
         return True
-    return is_checkpoint_current(checkpoint, table.slice_digests(key.shard, key.prefix), ledger)
+    return is_checkpoint_current(checkpoint, table.slice_digests(key.shard, key.prefix), ledger, records.earlier)
 
 
 # Names of folders

@@ -96,12 +96,14 @@ class PendingRequests:
     def ids(self) -> list[int | str]:
         """The examples that wait and are still in."""
         digests = {digest for line in self._lines() for digest in line["ids"]}
-        return [i for i in self.folder.table.rows if self.folder.names.id_digest(i) in digests] if digests else []
+        return self.folder.table.of_digests(digests) if digests else []
 
     def groups(self) -> list[int | str]:
         """The groups that were named and still have examples."""
         digests = {digest for line in self._lines() for digest in line["groups"]}
-        return [g for g in self.folder.table.groups if self.folder.names.group_digest(g) in digests] if digests else []
+        # Its examples stand in the request too, as far as they are still in.
+        groups = self.folder.table.groups_of(self.ids()) if digests else []
+        return [group for group in groups if self.folder.names.group_digest(group) in digests]
 
     def request(self) -> DeletionRequest:
         """All that waits, as one request."""

@@ -3,14 +3,16 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants as hub_constants
 
 from ..errors import FolderError
 from ..folder.files import read_checked_json
+from ..folder.identity import is_same_system
 from ..folder.layout import CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
 from ..folder.opening import open_folder
 from ..folder.system import SystemFolder
@@ -121,7 +123,7 @@ def take_inventory(
         for remnant in found:
             # A place may be found twice, where one folder looked at lies in another.
             remnants.setdefault(os.path.abspath(remnant.path), remnant)
-    for remnant in _in_hub_cache(folder.record["key_check"], repo_id):
+    for remnant in _in_hub_cache(folder.record, repo_id):
         remnants[os.path.abspath(remnant.path)] = remnant
     problems = [f"{link} is a symbolic link and was not followed. Look where it leads." for link in _links(given)]
     return Purge(tuple(_with_consent(remnants, consent).values()), tuple(problems))
@@ -304,13 +306,13 @@ def _datasets_cache() -> Path:
 # The caches of the Hub's client
 
 
-def _in_hub_cache(check: str, repo_id: str | None) -> Iterator[Remnant]:
+def _in_hub_cache(record: Mapping[str, Any], repo_id: str | None) -> Iterator[Remnant]:
     cache = Path(hub_constants.HF_HUB_CACHE)
     named = None if repo_id is None else f"models--{repo_id.replace('/', '--')}"
     repositories = [
         entry
         for entry in _children(cache)
-        if entry.name.startswith("models--") and (entry.name == named or _holds_system(entry, check))
+        if entry.name.startswith("models--") and (entry.name == named or _holds_system(entry, record))
     ]
     for repository in repositories:
         yield _remnant(repository, "Hub cache")
@@ -319,17 +321,16 @@ def _in_hub_cache(check: str, repo_id: str | None) -> Iterator[Remnant]:
         yield _remnant(xet, "Xet cache")
 
 
-def _holds_system(repository: Path, check: str) -> bool:
-    """Whether the cache of a repository has a version of the system, told by what its secret is checked with."""
-    return any(_key_check(config) == check for config in repository.glob(f"snapshots/*/{CONFIG_FILE}"))
+def _holds_system(repository: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the cache of a repository has a version of the system, in whatever format."""
+    return any(_is_of_system(config, record) for config in repository.glob(f"snapshots/*/{CONFIG_FILE}"))
 
 
-def _key_check(config: Path) -> str | None:
-    """The field of a config that tells whose system it is; `None` where there is none to read."""
+def _is_of_system(config: Path, record: Mapping[str, Any]) -> bool:
     with contextlib.suppress(OSError):
         if config.is_file() and config.stat().st_size <= _LARGEST_CONFIG:
-            return read_checked_json(config).get("key_check")
-    return None
+            return is_same_system(read_checked_json(config), record)
+    return False
 
 
 # Files

@@ -1,7 +1,8 @@
 """Receipts of deletions: what a line of the ledger proves, in words and in a schema that machines can rely on."""
 
 import os
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from ..errors import FolderError, UnknownExampleError
 from ..folder.foreign import foreign_problem, is_foreign
 from ..folder.layout import HEAD_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import pin_problem, read_head, read_ledger_text
-from ..folder.table_file import read_table
+from ..folder.table_file import read_pin
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey
-from ..records.ledger import Ledger, LedgerEntry, line_hash
+from ..records.ledger import Ledger, LedgerEntry, PerLine, line_hash
+from ..records.stage_history import StageHistory
 from .written_ids import candidates
 
 
@@ -28,7 +30,7 @@ class Receipt:
     Args:
         line (`int`): Number of the line, counted from 1.
         hash (`str`): SHA-256 of the line, by which the next line refers to it.
-        entry ([`~hf_s3t.records.ledger.LedgerEntry`]): What the line says.
+        entry ([`~hf_s3t.records.ledger.LedgerEntry`]): What the line says, with all stages that stay.
         chain_verified (`bool`): Whether the ledger, read as a whole, is the unbroken chain that it was written as.
     """
 
@@ -53,7 +55,7 @@ class Receipt:
             "stages_removed": _stages(entry.removed if entry.kind == "deletion" else {}),
             "stages_exported": _stages(entry.removed if entry.kind == "export" else {}),
             "stages_left": _stages(entry.left),
-            "versions": dict(entry.versions),
+            "versions": dict(entry.versions or {}),
         }
 
 
@@ -63,11 +65,11 @@ class Receipts:
     The receipts of a whole ledger.
 
     Args:
-        receipts (`tuple[Receipt, ...]`): One per readable line, oldest first.
+        receipts (sequence of [`Receipt`]): One per readable line, oldest first; made when it is asked for.
         problem (`str`, *optional*): What is wrong with the chain; `None` if it is verified.
     """
 
-    receipts: tuple[Receipt, ...]
+    receipts: Sequence[Receipt]
     problem: str | None = None
 
     @classmethod
@@ -90,16 +92,15 @@ class Receipts:
         # The ledger last: whatever another process deletes between two reads, it is never behind the others.
         pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
         text = read_ledger_text(Path(path) / LEDGER_FILE, "Give the folder of a system, or restore it from a backup")
-        problem = _chain_problem(text, pins)
-        receipts = []
-        for number, line in enumerate(text.split("\n")[:-1], start=1):
-            try:
-                entry = LedgerEntry.from_line(line)
-            except FolderError:
-                # `problem` tells of it; the other lines are still worth showing.
-                continue
-            receipts.append(Receipt(number, line_hash(line), entry, problem is None))
-        return cls(tuple(receipts), problem)
+        try:
+            ledger = Ledger.parse(text)
+        except FolderError as error:
+            return cls(_of_damaged(text), str(error))
+        problem, hashes, entries = _pin_problem(ledger, pins), ledger.hashes, ledger.entries
+        return cls(
+            PerLine(len(hashes), lambda n: Receipt(n + 1, hashes[n], entries[n], problem is None)),
+            problem,
+        )
 
     def of_line(self, number: int) -> Receipt:
         """
@@ -108,10 +109,10 @@ class Receipts:
         Raises:
             [`~hf_s3t.errors.UnknownExampleError`]: If there is no such line, or it cannot be read.
         """
-        for receipt in self.receipts:
-            if receipt.line == number:
-                return receipt
-        lines = [receipt.line for receipt in self.receipts]
+        lines = PerLine(len(self.receipts), lambda n: self.receipts[n].line)
+        at = bisect_left(lines, number)
+        if at < len(lines) and lines[at] == number:
+            return self.receipts[at]
         held = f"lines {lines[0]} to {lines[-1]}" if lines else "no line"
         raise UnknownExampleError(f"Got line {number}; the ledger holds {held} that can be read. Choose one of them.")
 
@@ -131,7 +132,7 @@ class Receipts:
 
 
 def _table_pin(path: Path) -> str:
-    return read_table(path / TABLE_FILE)[1]
+    return read_pin(path / TABLE_FILE)
 
 
 def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike[str]) -> str | FolderError | None:
@@ -141,12 +142,8 @@ def _pin_or_error(read: Callable[[Path], str | None], path: str | os.PathLike[st
         return error
 
 
-def _chain_problem(text: str, pins: Mapping[str, str | FolderError | None]) -> str | None:
-    """What is wrong with the ledger: a broken chain, or lines missing that other files were written with."""
-    try:
-        ledger = Ledger.parse(text)
-    except FolderError as error:
-        return str(error)
+def _pin_problem(ledger: Ledger, pins: Mapping[str, str | FolderError | None]) -> str | None:
+    """What is wrong with a ledger whose chain holds: lines missing that other files were written with."""
     for file, pin in pins.items():
         if isinstance(pin, FolderError):
             return f"Whether the ledger lost its last lines cannot be told, because {file} cannot be read: {pin}"
@@ -154,6 +151,23 @@ def _chain_problem(text: str, pins: Mapping[str, str | FolderError | None]) -> s
         if problem is not None:
             return problem
     return None
+
+
+def _of_damaged(text: str) -> Sequence[Receipt]:
+    """The receipts of what can be read in a ledger that is no chain: a line follows that before it, if no other."""
+    lines: list[tuple[int, str]] = []
+    found: dict[str, int] = {}
+    history = StageHistory(lambda n: LedgerEntry.from_line(lines[n][1]))
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            entry = LedgerEntry.from_line(line)
+        except FolderError:
+            # The problem tells of it; the other lines are still worth showing.
+            continue
+        history.add(entry, found.get(entry.previous[0] if entry.previous else "", len(lines) - 1))
+        found[line_hash(line)] = len(lines)
+        lines.append((number, line))
+    return PerLine(len(lines), lambda n: Receipt(lines[n][0], line_hash(lines[n][1]), history.in_full(n), False))
 
 
 def _stages(digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import S3TConfig
 from ..errors import FolderError
@@ -139,6 +139,41 @@ class Plan:
             shards.append(tuple(tuple(sequence) for sequence in sequences))
         return cls(tuple(shards))
 
+    @classmethod
+    def from_record(cls, record: Any, num_shards: int, num_slices: int) -> "Plan":
+        """
+        The plan that `to_record` wrote down. Nothing is searched.
+
+        Args:
+            record (`list`): What was written.
+            num_shards (`int`): Number of shards.
+            num_slices (`int`): Number of slices per shard.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If it is no plan of so many shards and slices.
+        """
+        expected = f"expected one of {num_shards} shards and {num_slices} slices"
+        if not isinstance(record, list) or len(record) != num_shards:
+            found = f"{len(record)} shards" if isinstance(record, list) else repr(record)
+            raise FolderError(f"The plan that is written down is of {found}, {expected}.")
+        sequences = []
+        for shard, stages in enumerate(record):
+            if not _is_tree(stages, num_slices):
+                raise FolderError(f"The plan that is written down for shard {shard} is no tree of stages, {expected}.")
+            prefixes = (tuple(stage["prefix"]) for stage in stages)
+            sequences.append(tuple(prefix for prefix in prefixes if len(prefix) == num_slices))
+        return cls(tuple(sequences))
+
+    def to_record(self) -> list[list[dict[str, list[int]]]]:
+        """
+        The plan as it is written down: per shard its stages in training order, each with the set of its slices and
+        their order. The first one of a set has the first of its orders.
+        """
+        shards: list[list[dict[str, list[int]]]] = [[] for _ in range(self.num_shards)]
+        for key in self._ordered:
+            shards[key.shard].append({"slices": sorted(key.prefix), "prefix": list(key.prefix)})
+        return shards
+
     @cached_property
     def _ordered(self) -> tuple[StageKey, ...]:
         # A dict keeps the order of first use, so a parent precedes its children and shared prefixes appear once.
@@ -229,6 +264,25 @@ class Plan:
             {sequence[0] for sequence in sequences if StageKey(shard, sequence[:1]) in valid}
             for shard, sequences in enumerate(self.sequences)
         ]
+
+
+def _is_tree(stages: Any, num_slices: int) -> bool:
+    """Whether stages that are written down are a tree, parents before children, whose leaves hold all slices."""
+    seen: set[tuple[int, ...]] = {()}
+    try:
+        for stage in stages:
+            prefix = tuple(stage["prefix"])
+            # A truth, or a float, may equal a number.
+            is_read = all(type(slice_) is int and 0 <= slice_ < num_slices for slice_ in prefix)
+            if not is_read or len(set(prefix)) < len(prefix) or sorted(prefix) != stage["slices"]:
+                return False
+            if prefix in seen or prefix[:-1] not in seen:
+                return False
+            seen.add(prefix)
+    except (TypeError, KeyError):
+        return False
+    leaves = seen.difference(prefix[:-1] for prefix in seen)
+    return bool(leaves) and all(len(leaf) == num_slices for leaf in leaves)
 
 
 def _rank(loss: float | None) -> float:

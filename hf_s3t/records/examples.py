@@ -1,16 +1,23 @@
 """The table of examples: which id lies in which slice, and the keyed digests that pin slices to their content."""
 
-import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError
 from ..plan.partition import order_key
-from .digests import KeptNames, encode
+from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexadecimal, hexadecimal, sums_of
+from .columns import Columns
+from .digests import KeptNames
 from .ledger import Ledger
 from .request import RequestedExamples
+
+
+# Rows that are made objects of at once by who goes through all.
+_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -23,86 +30,231 @@ class Example:
     group: int | str | None = None
 
 
-class Remaining(Mapping[int | str, Example]):
+class Rows(Mapping[int | str, Example]):
     """
-    The rows of a table less some, without a copy of the others, for which a deletion would have to wait.
+    The rows of a table by id, as they stand there: read from the columns, one or many at a time.
 
     Args:
-        rows (mapping): All rows.
-        gone (`frozenset`): The keys that are left out.
+        table ([`ExampleTable`]): The table.
     """
 
-    def __init__(self, rows: Mapping[int | str, Example], gone: frozenset[int | str]):
-        self._rows, self._gone = rows, gone
+    def __init__(self, table: "ExampleTable"):
+        self.table = table
 
-    @classmethod
-    def of(cls, rows: Mapping[int | str, Example], gone: frozenset[int | str]) -> "Remaining":
-        """The rows less some more; every one of these must be there."""
-        if isinstance(rows, cls):
-            return cls(rows._rows, rows._gone | gone)
-        return cls(rows, gone)
+    def __getitem__(self, kept: int | str) -> Example:
+        (row,) = self.table.rows_of([kept])
+        if row < 0:
+            raise KeyError(kept)
+        return self.table.example(row)
 
-    def __getitem__(self, key: int | str) -> Example:
-        if key in self._gone:
-            raise KeyError(key)
-        return self._rows[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key not in self._gone and key in self._rows
+    def __contains__(self, kept: object) -> bool:
+        return bool(self.table.rows_of([kept])[0] >= 0)
 
     def __iter__(self) -> Iterator[int | str]:
-        return (key for key in self._rows if key not in self._gone)
+        rows = self.table.row_numbers
+        for begin in range(0, len(rows), _AT_ONCE):
+            yield from self.table.columns.kept(rows[begin : begin + _AT_ONCE])
 
     def __len__(self) -> int:
-        return len(self._rows) - len(self._gone)
+        return len(self.table)
 
 
-@dataclass(frozen=True)
-class ExampleTable:
+class Groups(Mapping[int | str, list[int | str]]):
     """
-    The examples that are in, immutable: removing examples gives a new table.
+    The ids of every group of a table, found when they are asked for.
 
     Args:
-        rows (mapping from id to [`Example`]): The examples by id.
+        table ([`ExampleTable`]): The table.
+    """
+
+    def __init__(self, table: "ExampleTable"):
+        self.table = table
+
+    def __getitem__(self, group: int | str) -> list[int | str]:
+        rows = self.table.rows_of_groups([group])
+        if not len(rows):
+            raise KeyError(group)
+        return self.table.columns.kept(rows)
+
+    def __contains__(self, group: object) -> bool:
+        return bool(self.table.sizes_of_groups([group])[0])
+
+    def __iter__(self) -> Iterator[int | str]:
+        codes = np.flatnonzero(self.table._group_sizes)
+        for begin in range(0, len(codes), _AT_ONCE):
+            yield from self.table.columns.named_groups(codes[begin : begin + _AT_ONCE])
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.table._group_sizes))
+
+
+class ExampleTable:
+    """
+    The examples that are in, immutable: removing examples gives a new table, which shares the columns of this one.
+
+    Args:
+        columns ([`~hf_s3t.records.columns.Columns`]): What is known of each example.
         num_shards (`int`): Number of shards.
         num_slices (`int`): Number of slices per shard.
         seed (`int`): The system's seed, which orders the examples inside a slice.
+        slice_digests (mapping from (shard, slice) to `str`, *optional*):
+            The digests of slices, as far as they are known; see [`ExampleTable.slice_digest`].
     """
 
-    rows: Mapping[int | str, Example]
-    num_shards: int
-    num_slices: int
-    seed: int
+    def __init__(
+        self,
+        columns: Columns,
+        num_shards: int,
+        num_slices: int,
+        seed: int,
+        slice_digests: Mapping[tuple[int, int], str] | None = None,
+    ):
+        self.columns = columns
+        self.num_shards = num_shards
+        self.num_slices = num_slices
+        self.seed = seed
+        # Which rows are in.
+        self._is_in = np.ones(len(columns), bool)
+        self._sizes = np.bincount(self._cells, minlength=num_shards * num_slices)
+        # The sums that are the digests of slices, as far as they are known.
+        self._sums = {self._cell(*place): int(digest, 16) for place, digest in (slice_digests or {}).items()}
+
+    @classmethod
+    def of(
+        cls, rows: Mapping[int | str, Example], num_shards: int, num_slices: int, seed: int, names: KeptNames
+    ) -> "ExampleTable":
+        """
+        A table of rows by id, as ids stand in the table.
+
+        Args:
+            rows (mapping from id to [`Example`]): The rows; those of another table are not gone through one by one.
+            num_shards (`int`): Number of shards.
+            num_slices (`int`): Number of slices per shard.
+            seed (`int`): The system's seed.
+            names ([`~hf_s3t.records.digests.KeptNames`]): How ids and groups stand in the table.
+        """
+        if isinstance(rows, Rows):
+            return cls(rows.table.settled().columns, num_shards, num_slices, seed)
+        found = list(rows.values())
+        places = [(row.shard, row.slice) for row in found]
+        columns = Columns.of(names, list(rows), places, [r.digest for r in found], [r.group for r in found])
+        return cls(columns, num_shards, num_slices, seed)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self._sizes.sum())
 
-    @cached_property
-    def _members(self) -> dict[tuple[int, int], list[int | str]]:
-        members: dict[tuple[int, int], list[int | str]] = {
-            (k, s): [] for k in range(self.num_shards) for s in range(self.num_slices)
-        }
-        for example_id, row in self.rows.items():
-            members[row.shard, row.slice].append(example_id)
-        return members
+    @property
+    def names(self) -> KeptNames:
+        """How ids and groups stand in the table."""
+        return self.columns.names
 
-    @cached_property
-    def _digests(self) -> dict[tuple[int, int], str]:
-        return {}
+    @property
+    def rows(self) -> Rows:
+        """The rows by id, as ids stand in the table."""
+        return Rows(self)
 
-    @cached_property
-    def groups(self) -> dict[int | str, list[int | str]]:
+    @property
+    def groups(self) -> Groups:
         """The ids of every group."""
-        groups: dict[int | str, list[int | str]] = {}
-        for example_id, row in self.rows.items():
-            if row.group is not None:
-                groups.setdefault(row.group, []).append(example_id)
-        return groups
+        return Groups(self)
+
+    # Rows by their numbers in the columns
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """The numbers of the rows that are in, in the order of the table."""
+        return np.flatnonzero(self._is_in)
+
+    @cached_property
+    def _cells(self) -> np.ndarray:
+        """The number of each row's slice among all slices."""
+        return np.asarray(self.columns.shards * np.int32(self.num_slices) + self.columns.slices)
+
+    def rows_of(self, kept: Sequence[Any]) -> np.ndarray:
+        """The numbers of the rows of ids, as these stand in the table; -1 where one is not in."""
+        return self._if_in(self.columns.rows_of(kept))
+
+    def rows_of_digests(self, digests: Iterable[str]) -> np.ndarray:
+        """The numbers of the rows that are in whose ids have these keyed digests, in the order of the table."""
+        wanted, no_digest = from_hexadecimal(list(digests))
+        found = self._if_in(self.columns.rows_of_digests(wanted[~no_digest]))
+        return np.unique(found[found >= 0])
+
+    def _if_in(self, rows: np.ndarray) -> np.ndarray:
+        if len(self.columns):
+            rows[~self._is_in[rows]] = -1
+        return rows
+
+    def example(self, row: int) -> Example:
+        """The row of a number."""
+        columns = self.columns
+        code = -1 if columns.group_of is None else columns.group_of[row]
+        (group,) = columns.named_groups(np.array([code])) if code >= 0 else (None,)
+        digest = columns.digests[row].tobytes().hex()
+        return Example(int(columns.shards[row]), int(columns.slices[row]), digest, group)
+
+    @cached_property
+    def _group_sizes(self) -> np.ndarray:
+        """How many rows each of the distinct groups has."""
+        codes = self.columns.group_of
+        if codes is None or self.columns.group_names is None:
+            return np.zeros(0, np.int64)
+        return np.bincount(codes[self._is_in & (codes >= 0)], minlength=len(self.columns.group_names))
+
+    def sizes_of_groups(self, groups: Sequence[Any]) -> np.ndarray:
+        """How many rows each of these groups has."""
+        codes = self.columns.codes_of_groups(groups)
+        return np.asarray(np.append(self._group_sizes, 0)[codes])
+
+    def rows_of_groups(self, groups: Sequence[Any]) -> np.ndarray:
+        """The numbers of the rows of some groups, group by group."""
+        codes = self.columns.codes_of_groups(groups)
+        codes = codes[codes >= 0]
+        if self.columns.group_of is None or not len(codes):
+            return np.zeros(0, np.int64)
+        ranks = np.full(len(self._group_sizes) + 1, -1, np.int64)
+        ranks[codes[::-1]] = np.arange(len(codes))[::-1]
+        found = ranks[self.columns.group_of]
+        rows = np.flatnonzero((found >= 0) & self._is_in)
+        return rows[np.argsort(found[rows], kind="stable")]
+
+    def groups_of(self, kept: Sequence[int | str]) -> list[int | str]:
+        """The distinct groups of some ids that are in, in the order of these."""
+        rows = self.rows_of(kept)
+        if self.columns.group_of is None:
+            return []
+        codes = self.columns.group_of[rows]
+        return self.columns.named_groups(np.array([*dict.fromkeys(codes[codes >= 0].tolist())], np.int64))
+
+    def emptied_by(self, kept: Sequence[int | str]) -> list[int | str]:
+        """The groups of which nothing would be left without some ids that are in."""
+        if self.columns.group_of is None:
+            return []
+        codes = self.columns.group_of[self.rows_of(kept)]
+        distinct, first, sizes = np.unique(codes[codes >= 0], return_index=True, return_counts=True)
+        emptied = self._group_sizes[distinct] == sizes
+        return self.columns.named_groups(distinct[emptied][np.argsort(first[emptied])].astype(np.int64))
+
+    # Slices
 
     @property
     def empty(self) -> frozenset[tuple[int, int]]:
         """The (shard, slice) pairs without examples."""
-        return frozenset(place for place, members in self._members.items() if not members)
+        return frozenset(map(self._place, np.flatnonzero(self._sizes == 0).tolist()))
+
+    def _place(self, cell: int) -> tuple[int, int]:
+        return int(cell) // self.num_slices, int(cell) % self.num_slices
+
+    def _cell(self, shard: int, slice_: int) -> int:
+        return shard * self.num_slices + slice_
+
+    def rows_in(self, shard: int, slice_: int) -> np.ndarray:
+        """The numbers of the rows of a slice, in the order of the table."""
+        return np.flatnonzero(self._is_in & (self._cells == self._cell(shard, slice_)))
+
+    def ids_in(self, shard: int, slice_: int) -> list[int | str]:
+        """The ids of a slice, in the order of the table."""
+        return self.columns.kept(self.rows_in(shard, slice_))
 
     def members(
         self, shard: int, slice_: int, original: Mapping[int | str, int | str] | None = None
@@ -121,45 +273,65 @@ class ExampleTable:
             example_id = kept if original is None else original.get(kept, kept)
             return order_key(example_id, self.seed), str(example_id)
 
-        return sorted(self._members[shard, slice_], key=order)
+        return sorted(self.ids_in(shard, slice_), key=order)
 
     def size(self, shard: int, slice_: int) -> int:
         """Number of examples in a slice."""
-        return len(self._members[shard, slice_])
+        return int(self._sizes[self._cell(shard, slice_)])
 
     def duplicates_of(self, ids: Iterable[int | str]) -> list[int | str]:
         """The other examples whose content equals that of one of the ids."""
-        named = dict.fromkeys(ids)
-        contents = dict.fromkeys(self.rows[i].digest for i in named)
-        return [
-            i for content in contents for i in self._by_content.get(content, ()) if i in self.rows and i not in named
-        ]
-
-    @cached_property
-    def _by_content(self) -> dict[str, list[int | str]]:
-        """The ids of every content that more than one example had when this was first asked for."""
-        ids: dict[str, list[int | str]] = {}
-        for example_id, row in self.rows.items():
-            ids.setdefault(row.digest, []).append(example_id)
-        return {content: same for content, same in ids.items() if len(same) > 1}
+        rows = self.rows_of([*dict.fromkeys(ids)])
+        alike = self.columns.rows_of_contents(rows)
+        is_named = np.zeros(len(self.columns), bool)
+        is_named[rows] = True
+        return self.columns.kept(alike[self._is_in[alike] & ~is_named[alike]])
 
     def index(self) -> "ExampleTable":
         """Compute now what the first deletion would otherwise wait for."""
-        _ = self._members, self._by_content, self.groups
-        for place in self._members:
-            self.slice_digest(*place)
+        if len(self.columns):
+            _ = self.columns._index, self.columns._first_of_contents, self._group_sizes
+        self._know_sums()
         return self
 
     def slice_digest(self, shard: int, slice_: int) -> str:
         """
-        Digest of a slice's remaining ids and contents. It needs no secret, and without it says nothing, because the
-        contents enter as keyed digests.
+        Digest of a slice's remaining ids and contents: the sum, modulo 2^256, of a keyed digest of each of its rows.
+
+        A row that comes or goes changes it by one digest, however many others there are. Only who has the secret can
+        find other rows with the same sum.
         """
-        place = (shard, slice_)
-        if place not in self._digests:
-            lines = sorted(encode(i) + self.rows[i].digest.encode() for i in self._members[place])
-            self._digests[place] = hashlib.sha256(b"\n".join(lines)).hexdigest()
-        return self._digests[place]
+        if self._cell(shard, slice_) not in self._sums:
+            self._know_sums()
+        return f"{self._sums[self._cell(shard, slice_)]:0{2 * DIGEST_BYTES}x}"
+
+    def _know_sums(self) -> None:
+        """Compute the digests of slices that are not known."""
+        unknown = [cell for cell in range(len(self._sizes)) if cell not in self._sums]
+        if unknown:
+            rows = np.flatnonzero(self._is_in & np.isin(self._cells, unknown))
+            self._sums |= {**dict.fromkeys(unknown, 0), **self._sums_of(rows)}
+
+    def _sums_of(self, rows: np.ndarray) -> dict[int, int]:
+        """What rows add to the sums that are the digests of slices."""
+        columns = self.columns
+        sums: dict[int, int] = {}
+        for begin in range(0, len(rows), _AT_ONCE):
+            part = rows[begin : begin + _AT_ONCE]
+            digests = self.names.key.of_rows(columns.id_digests[part], columns.digests[part])
+            for cell, value in sums_of(digests, self._cells[part]).items():
+                sums[cell] = (sums.get(cell, 0) + value) % MODULUS
+        return sums
+
+    @property
+    def is_as_digested(self) -> bool:
+        """Whether the digests of ids and slices that the table was read with are those of its rows: computed anew."""
+        fresh = ExampleTable(self.columns, self.num_shards, self.num_slices, self.seed)
+        fresh._is_in, fresh._sizes = self._is_in, self._sizes
+        return self.columns.are_digested and all(
+            self.slice_digest(*place) == fresh.slice_digest(*place)
+            for place in map(self._place, range(len(self._sizes)))
+        )
 
     def slice_digests(self, shard: int, slices: Iterable[int]) -> list[str]:
         """The digests of some slices of a shard, in their order."""
@@ -167,29 +339,71 @@ class ExampleTable:
 
     def places(self, ids: Iterable[int | str]) -> set[tuple[int, int]]:
         """The (shard, slice) pairs that hold any of the ids."""
-        return {(self.rows[i].shard, self.rows[i].slice) for i in ids}
+        kept = list(ids)
+        rows = self.rows_of(kept)
+        if (rows < 0).any():
+            raise KeyError(kept[int(np.argmin(rows))])
+        return set(map(self._place, np.unique(self._cells[rows]).tolist()))
+
+    def of_digests(self, digests: Iterable[str]) -> list[int | str]:
+        """The ids that are in and have these keyed digests, in the order of the table."""
+        return self.columns.kept(self.rows_of_digests(digests))
+
+    def places_of(self, kept: Sequence[int | str]) -> list[tuple[int, int] | None]:
+        """The (shard, slice) pair of each of some ids; `None` of one that is not in."""
+        rows = self.rows_of(kept)
+        cells = np.where(rows < 0, -1, self._cells[rows]) if len(self.columns) else rows
+        return [None if cell < 0 else self._place(cell) for cell in cells.tolist()]
+
+    def examples(self, kept: Sequence[int | str]) -> list[Example | None]:
+        """The rows of some ids; `None` of one that is not in."""
+        return [None if row < 0 else self.example(row) for row in self.rows_of(kept).tolist()]
+
+    @property
+    def ends_of_ids(self) -> tuple[int, int] | None:
+        """The lowest id that is in and the highest; `None` where ids are texts, or none is in."""
+        if self.columns.are_texts or not len(self):
+            return None
+        ids = self.columns.ids[self._is_in]  # type: ignore[index]
+        return int(ids.min()), int(ids.max())
 
     def without(self, ids: Iterable[int | str]) -> "ExampleTable":
-        """The table less some of its ids. Slices that lose nothing keep their computed digests."""
-        gone = frozenset(ids)
-        touched = self.places(gone)
-        table = ExampleTable(Remaining.of(self.rows, gone), self.num_shards, self.num_slices, self.seed)
-        members = {
-            place: [i for i in ids_ if i not in gone] if place in touched else ids_
-            for place, ids_ in self._members.items()
-        }
-        # cached_property stores in the instance's dictionary, which a frozen dataclass leaves open.
-        table.__dict__["_members"] = members
-        table.__dict__["_by_content"] = self._by_content
-        table.__dict__["_digests"] = {p: d for p, d in self._digests.items() if p not in touched}
+        """The table less some of its ids."""
+        kept = list(dict.fromkeys(ids))
+        rows = self.rows_of(kept)
+        if (rows < 0).any():
+            raise KeyError(kept[int(np.argmin(rows))])
+        return self._without_rows(rows)
+
+    def without_digests(self, digests: Iterable[str]) -> "ExampleTable":
+        """The table less the ids of some keyed digests; those that are not in are passed over."""
+        rows = self.rows_of_digests(digests)
+        return self._without_rows(rows) if len(rows) else self
+
+    def _without_rows(self, rows: np.ndarray) -> "ExampleTable":
+        table = ExampleTable.__new__(ExampleTable)
+        table.__dict__.update(self.__dict__)
+        table._sums = dict(self._sums)
+        table._is_in = self._is_in.copy()
+        table._is_in[rows] = False
+        gone = np.bincount(self._cells[rows], minlength=len(self._sizes))
+        table._sizes = self._sizes - gone
+        if "_group_sizes" in self.__dict__ and self.columns.group_of is not None:
+            codes = self.columns.group_of[rows]
+            # A cached property lives in the instance's dictionary.
+            table.__dict__["_group_sizes"] = self._group_sizes.copy()
+            np.subtract.at(table._group_sizes, codes[codes >= 0], 1)
+        if any(cell in self._sums for cell in np.flatnonzero(gone).tolist()):
+            changes = self._sums_of(rows)
+            table._sums = {cell: (value - changes.get(cell, 0)) % MODULUS for cell, value in self._sums.items()}
         return table
 
     def settled(self) -> "ExampleTable":
         """The same table without a trace of what `without` left out."""
-        if isinstance(self.rows, dict):
+        if self._is_in.all():
             return self
-        table = ExampleTable(dict(self.rows), self.num_shards, self.num_slices, self.seed)
-        table.__dict__["_members"], table.__dict__["_digests"] = self._members, self._digests
+        table = ExampleTable(self.columns.taken(self.row_numbers), self.num_shards, self.num_slices, self.seed)
+        table._sums = dict(self._sums)
         return table
 
     def resolve(
@@ -214,10 +428,13 @@ class ExampleTable:
             [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
             [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
         """
-        wanted = {self.find(i, ledger, names): i for i in listed(ids, "ids")}
-        named = {self._find_group(g, ledger, names): g for g in listed(groups, "groups")}
+        given, named_groups = listed(ids, "ids"), listed(groups, "groups")
+        wanted = dict(zip(self.find(given, ledger, names), given, strict=True))
+        named = {self._find_group(group, ledger, names): group for group in named_groups}
+        sizes = dict(zip(named, self.sizes_of_groups([*named]).tolist(), strict=True))
         deleted_groups, unknown_groups = _parted(
-            named, self.groups, lambda kept: names.group_digest(kept) in ledger.deleted_groups
+            {kept: group for kept, group in named.items() if not sizes[kept]},
+            [names.group_digest(kept) in ledger.deleted_groups for kept in named if not sizes[kept]],
         )
         if unknown_groups and not ignore_unknown:
             has_any = self.groups or ledger.deleted_groups
@@ -226,29 +443,34 @@ class ExampleTable:
                 f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
                 f"training: {hint}."
             )
-        for group in named:
-            wanted |= {member: member for member in self.groups.get(group, ()) if member not in wanted}
-        present = [kept for kept in wanted if kept in self.rows]
-        deleted, unknown = _parted(wanted, self.rows, lambda kept: names.id_digest(kept) in ledger.deleted)
+        for member in self.columns.kept(self.rows_of_groups([*named])):
+            wanted.setdefault(member, member)
+        is_in = (self.rows_of([*wanted]) >= 0).tolist()
+        absent = {kept: wanted[kept] for kept, there in zip(wanted, is_in, strict=True) if not there}
+        deleted, unknown = _parted(absent, [digest in ledger.deleted for digest in names.id_digests([*absent])])
         if unknown and not ignore_unknown:
             raise UnknownExampleError(
                 f"Unknown ids: {_some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
                 "ids that they had at the first training."
             )
         return RequestedExamples(
-            present,
+            [kept for kept, there in zip(wanted, is_in, strict=True) if there],
             len(deleted),
-            [group for group in named if group in self.groups],
+            [group for group in named if sizes[group]],
             tuple(deleted_groups),
             len(unknown),
             len(unknown_groups),
         )
 
-    def find(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
-        """What stands in the table, or stood there, for an id. Where that is a digest, it may be given itself."""
-        if names.are_digests and (given in self.rows or given in ledger.deleted):
-            return given
-        return names.of_id(given)
+    def find(self, given: Sequence[int | str], ledger: Ledger, names: KeptNames) -> list[int | str]:
+        """What stands in the table, or stood there, for ids. Where that is a digest, it may be given itself."""
+        if not names.are_digests:
+            return list(given)
+        is_in = (self.rows_of(given) >= 0).tolist()
+        return [
+            one if there or one in ledger.deleted else names.of_id(one)
+            for one, there in zip(given, is_in, strict=True)
+        ]
 
     def _find_group(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
         if names.are_digests and (given in self.groups or given in ledger.deleted_groups):
@@ -288,19 +510,20 @@ class ExampleTable:
             [`~hf_s3t.errors.ContentChangedError`]: If the content of a row is not what it was.
             [`~hf_s3t.errors.ExampleIdError`]: If an example of the table is not in the dataset.
         """
-        new: list[int | str] = []
-        changed: list[int | str] = []
-        found: dict[int | str, int] = {}
-        for number, (example_id, digest) in enumerate(zip(ids, digests, strict=True)):
-            kept = names.of_id(example_id)
-            row = self.rows.get(kept)
-            if row is None:
-                if names.id_digest(kept) not in ledger.deleted:
-                    new.append(example_id)
-            elif row.digest != digest or (groups is not None and row.group != names.of_group(groups[number])):
-                changed.append(example_id)
-            else:
-                found[kept] = number
+        known = names.key.of_ids(ids)
+        rows = self._if_in(self.columns.rows_of_digests(known))
+        absent = np.flatnonzero(rows < 0)
+        new = [
+            ids[number]
+            for number, digest in zip(absent.tolist(), hexadecimal(known[absent]), strict=True)
+            if digest not in ledger.deleted
+        ]
+        there = np.flatnonzero(rows >= 0)
+        rows = rows[there]
+        is_same = (self.columns.digests[rows] == digests_of(arrow_texts(digests))[there]).all(axis=1)
+        if groups is not None:
+            is_same &= self._are_in_groups(rows, [groups[number] for number in there.tolist()], names)
+        changed = [ids[number] for number in there[~is_same].tolist()]
         if new:
             raise UnknownExampleError(
                 f"The dataset has {len(new)} examples that this system was not partitioned with: {_some(new)}. Leave "
@@ -312,21 +535,33 @@ class ExampleTable:
                 "Restore the rows. If ids are row numbers, they shift when rows leave the dataset: give it as it was, "
                 "deleted rows included, or make systems with an `id_column`."
             )
-        if len(found) != len(self):
-            missing = set(self.rows) - set(found)
+        if len(rows) != len(self):
+            is_missing = self._is_in.copy()
+            is_missing[rows] = False
+            missing = self.columns.kept(np.flatnonzero(is_missing))
             raise ExampleIdError(
                 f"The dataset lacks {len(missing)} examples that this system holds: {_some(sorted(missing, key=str))}."
                 " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
             )
-        return list(found.values())
+        found: list[int] = there.tolist()
+        return found
+
+    def _are_in_groups(self, rows: np.ndarray, groups: Sequence[int | str | None], names: KeptNames) -> np.ndarray:
+        """Which of some rows have the group that is given for them."""
+        distinct = list(dict.fromkeys(groups))
+        codes = self.columns.codes_of_groups([names.of_group(group) for group in distinct])
+        # A group that no row ever had is none of a row without one either.
+        code_of = {g: -1 if g is None else int(c) if c >= 0 else -2 for g, c in zip(distinct, codes, strict=True)}
+        expected = np.fromiter((code_of[group] for group in groups), np.int64, len(groups))
+        return np.equal(expected, -1 if self.columns.group_of is None else self.columns.group_of[rows])
 
 
 def _parted(
-    named: Mapping[int | str, int | str], there: Container[int | str], is_deleted: Callable[[int | str], bool]
+    absent: Mapping[int | str, int | str], are_deleted: Iterable[bool]
 ) -> tuple[list[int | str], list[int | str]]:
-    """What was named, by what would stand for it in the table, and is not there: the deleted, and the unknown."""
-    absent = [(is_deleted(kept), given) for kept, given in named.items() if kept not in there]
-    return [given for was_in, given in absent if was_in], [given for was_in, given in absent if not was_in]
+    """What was named and is not in, by what would stand for it in the table: the deleted, and the unknown."""
+    told = list(zip(absent.values(), are_deleted, strict=True))
+    return [given for given, was_in in told if was_in], [given for given, was_in in told if not was_in]
 
 
 def listed(values: Any, name: str) -> list[int | str]:

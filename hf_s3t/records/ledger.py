@@ -1,113 +1,92 @@
 """The deletion ledger: append-only lines, each carrying the hash of the line before."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
+from typing import Any, TypeVar, overload
 
-from ..errors import FolderError, FormatVersionError
-
-
-LEDGER_VERSION = 1
-KINDS = ("deletion", "export", "merge")
+from .ledger_chain import Digests, LedgerChain, changes_between
+from .ledger_line import KINDS, LEDGER_VERSION, LedgerEntry, line_hash, signed_part
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
+__all__ = ["KINDS", "LEDGER_VERSION", "Ledger", "LedgerEntry", "line_hash", "signed_part"]
+
+T = TypeVar("T")
+
+
+class PerLine(Sequence[T]):
     """
-    One line of the ledger. It names nobody: ids appear as digests keyed with the system's secret.
+    What there is for each line, found when it is asked for. Slices are tuples.
 
     Args:
-        kind (`str`): `"deletion"`, or `"export"` for an adapter handed out that must be revoked by hand.
-        time (`str`): UTC time, ISO 8601.
-        ids (`tuple[str, ...]`): Keyed digests of the ids, sorted.
-        removed (`dict[str, str]`): Stages removed (or exported) and the digests of their adapters.
-        left (`dict[str, str]`): Stages that stay and the digests of their adapters.
-        previous (`tuple[str, ...]`): Hash of the line before; two after a merge, none in the first line.
-        versions (`dict[str, str]`): Library versions.
-        groups (`tuple[str, ...]`): Keyed digests of the groups that were named, sorted.
+        count (`int`): How many there are.
+        get (callable): Returns that of a number, counted from 0.
     """
 
-    kind: str
-    time: str
-    ids: tuple[str, ...]
-    removed: dict[str, str]
-    left: dict[str, str]
-    previous: tuple[str, ...]
-    versions: dict[str, str] = field(default_factory=dict)
-    groups: tuple[str, ...] = ()
+    def __init__(self, count: int, get: Callable[[int], T]):
+        self._numbers, self._get = range(count), get
 
-    def to_line(self) -> str:
-        """The entry as one line of JSON, without the line break."""
-        return json.dumps({"version": LEDGER_VERSION, **vars(self)}, sort_keys=True, separators=(",", ":"))
+    def __len__(self) -> int:
+        return len(self._numbers)
 
-    @classmethod
-    def from_line(cls, line: str) -> "LedgerEntry":
-        """The entry of a line; raises [`~hf_s3t.errors.FolderError`] if it is none."""
-        try:
-            values = json.loads(line)
-            version = values.pop("version")
-            if version != LEDGER_VERSION:
-                raise FormatVersionError(
-                    f"A ledger line has version {version!r}; this hf_s3t reads version {LEDGER_VERSION}."
-                )
-            entry = cls(
-                **{
-                    **values,
-                    "ids": tuple(values["ids"]),
-                    "previous": tuple(values["previous"]),
-                    "groups": tuple(values["groups"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
-        texts = (entry.time, *entry.ids, *entry.previous, *entry.groups)
-        maps = (entry.removed, entry.left, entry.versions)
-        if (
-            entry.kind not in KINDS
-            or not all(isinstance(text, str) for text in texts)
-            or not all(isinstance(m, dict) for m in maps)
-        ):
-            raise FolderError(f"A ledger line has fields of a wrong type: {line[:80]!r}")
-        return entry
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self._get, self._numbers[index]))
+        return self._get(self._numbers[index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (tuple, PerLine)) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
-def line_hash(line: str) -> str:
-    """The hash by which the next line refers to this one."""
-    return hashlib.sha256(line.encode()).hexdigest()
-
-
-def _broken(number: int) -> FolderError:
-    return FolderError(
-        f"ledger.jsonl line {number} does not continue line {number - 1}: a line was edited or dropped. Restore the "
-        "ledger from a backup; do not serve this system."
-    )
-
-
-@dataclass(frozen=True)
 class Ledger:
     """
     The lines of a ledger, checked as a chain. Appending gives a new ledger: nothing here writes to disk.
 
+    Ledgers that go on from each other share their lines, so that appending to the newest, reading on behind its last
+    line and comparing them cost what is new, however many lines there are.
+
     Args:
-        lines (`tuple[str, ...]`): The lines, oldest first.
+        lines (iterable of `str`): The lines, oldest first.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If a line is corrupt or the chain is broken.
 
     Example:
 
     ```python
     >>> from hf_s3t.records.ledger import Ledger
 
-    >>> ledger = Ledger().append("deletion", ids=["5e0f"], removed={"shard-0/1": "a1"}, left={})
+    >>> ledger = Ledger().append("deletion", ids=["5e0f"], removed={"shard-0/1": "a1"})
     >>> ledger.deleted
-    frozenset({'5e0f'})
+    {'5e0f'}
     >>> Ledger.parse(ledger.text) == ledger
     True
     ```
     """
 
-    lines: tuple[str, ...] = ()
+    def __init__(self, lines: Iterable[str] = ()):
+        self._chain = LedgerChain()
+        for found in self._chain.checked(lines):
+            self._chain.add(*found)
+        self._count = len(self._chain)
+
+    @classmethod
+    def _of(cls, chain: LedgerChain, count: int) -> "Ledger":
+        ledger = cls.__new__(cls)
+        ledger._chain, ledger._count = chain, count
+        return ledger
 
     @classmethod
     def parse(cls, text: str, known: "Ledger | None" = None) -> "Ledger":
@@ -119,60 +98,83 @@ class Ledger:
 
         Args:
             text (`str`): What the file holds.
-            known ([`Ledger`], *optional*): Where the text begins with these lines, they are not read again.
+            known ([`Ledger`], *optional*): Lines of it with which the text begins are not read again.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a line is corrupt or the chain is broken.
         """
-        lines = tuple(text.split("\n")[:-1])
-        if known is None or lines[: len(known.lines)] != known.lines:
-            known = cls()
-        entries = known.entries
-        hashes = dict.fromkeys(known.hashes)
-        # What no line continues yet; after the last line that is the last line alone.
-        loose = set(known.hashes[-1:])
-        for number, line in enumerate(lines[len(entries) :], start=len(entries) + 1):
-            entry = LedgerEntry.from_line(line)
-            if not hashes.keys() >= set(entry.previous):
-                raise _broken(number)
-            found = line_hash(line)
-            if found in hashes:
-                raise _broken(number)
-            hashes[found] = None
-            loose = (loose - set(entry.previous)) | {found}
-            entries += (entry,)
-        if len(loose) > 1:
-            # Two processes' lines stand side by side only where a merge follows them.
-            raise _broken(next(n for n, h in enumerate(hashes, start=1) if h in loose) + 1)
-        return cls(lines)._with(entries)
+        lines = _lines_of(text)
+        if known is not None and known._count and all(map(str.__eq__, lines, known.lines)):
+            if len(lines) >= known._count:
+                return known._with(lines[known._count :])
+            if known._chain.is_whole(len(lines)):
+                return cls._of(known._chain, len(lines))
+        return cls(lines)
 
-    def _with(self, entries: tuple[LedgerEntry, ...]) -> "Ledger":
-        # cached_property stores in the instance's dictionary, which a frozen dataclass leaves open.
-        self.__dict__["entries"] = entries
-        return self
+    def read_on(self, text: str) -> "Ledger":
+        """
+        The ledger with the lines that a text adds to it; see `parse`.
+
+        Args:
+            text (`str`): What the file holds behind these lines.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a line is corrupt or does not continue these.
+        """
+        return self._with(_lines_of(text))
+
+    def _with(self, lines: Sequence[str]) -> "Ledger":
+        if not lines:
+            return self
+        with self._chain.lock:
+            # Where another went on from here already, this one goes its own way.
+            is_newest = len(self._chain) == self._count
+            chain = self._chain if is_newest else self._chain.first(self._count)
+            # All of them are checked before the first is added.
+            for found in list(chain.checked(lines)):
+                chain.add(*found)
+            return Ledger._of(chain, len(chain))
 
     def append(
         self,
         kind: str,
         *,
-        ids: Sequence[str],
-        removed: dict[str, str],
-        left: dict[str, str],
-        versions: dict[str, str] | None = None,
-        groups: Sequence[str] = (),
+        ids: Iterable[str] = (),
+        removed: Mapping[str, str] | None = None,
+        stages_now: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
+        groups: Iterable[str] = (),
     ) -> "Ledger":
-        """The ledger with one more line, chained to the last."""
+        """
+        The ledger with one more line, chained to the last. The line says what changed since the last.
+
+        Args:
+            kind (`str`): What it notes, of `KINDS`.
+            ids (iterable of `str`): Keyed digests of the ids.
+            removed (mapping from `str` to `str`, *optional*): Stages removed (or exported), and their digests.
+            stages_now (mapping from `str` to `str`, *optional*):
+                The stages of a deletion that are there, with the digests of their adapters; what is removed stays out
+                of what is left. If not given, nothing else changed.
+            versions (mapping from `str` to `str`, *optional*): Of libraries; as in the line before if not given.
+            groups (iterable of `str`): Keyed digests of the groups that were named.
+        """
+        removed, history, last = dict(removed or {}), self._chain.history, self._count - 1
+        grown, missing = dict[str, str](), tuple[str, ...]()
+        if kind == "deletion" and stages_now is not None:
+            grown, missing = changes_between(history.left_at(last), stages_now, removed)
         entry = LedgerEntry(
             kind=kind,
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            time=_now(),
             ids=tuple(sorted(ids)),
-            removed=dict(removed),
-            left=dict(left),
-            previous=self.hashes[-1:],
-            versions=dict(versions or {}),
+            removed=removed,
+            left={},
+            previous=tuple(self.hashes[-1:]),
+            versions=None if versions is None or versions == history.versions_at(last) else dict(versions),
             groups=tuple(sorted(groups)),
+            grown=grown,
+            missing=missing,
         )
-        return Ledger((*self.lines, entry.to_line()))._with((*self.entries, entry))
+        return self._with([entry.to_line()])
 
     def merge(self, other: "Ledger") -> "Ledger":
         """
@@ -188,8 +190,8 @@ class Ledger:
         ```python
         >>> from hf_s3t.records.ledger import Ledger
 
-        >>> common = Ledger().append("deletion", ids=["1"], removed={}, left={})
-        >>> ours, theirs = (common.append("deletion", ids=[i], removed={}, left={}) for i in "23")
+        >>> common = Ledger().append("deletion", ids=["1"])
+        >>> ours, theirs = (common.append("deletion", ids=[i]) for i in "23")
         >>> merged = ours.merge(theirs)
         >>> sorted(merged.deleted), len(merged.entries[-1].previous)
         (['1', '2', '3'], 2)
@@ -197,54 +199,113 @@ class Ledger:
         True
         ```
         """
-        known = set(self.lines)
+        if other._chain is self._chain:
+            return self if other._count <= self._count else other
+        new = [n for n, found in enumerate(other.hashes) if not self._knows(found)]
         # A merge that joins what this ledger has in full already says nothing new.
-        new = [line for line in other.lines if line not in known]
         if not new:
             return self
-        lines = (*self.lines, *new)
-        if not self.lines or set(other.lines) >= known:
-            return Ledger.parse("".join(line + "\n" for line in lines))
-        entry = LedgerEntry(
-            kind="merge",
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            ids=(),
-            removed={},
-            left={},
-            previous=(self.hashes[-1], other.hashes[-1]),
-        )
-        return Ledger.parse("".join(line + "\n" for line in (*lines, entry.to_line())))
+        lines = [other.lines[n] for n in new]
+        if len(other.hashes) - len(new) < self._count:
+            previous = (self.hashes[-1], other.hashes[-1])
+            lines.append(LedgerEntry("merge", _now(), (), {}, {}, previous).to_line())
+        return self._with(lines)
 
-    @cached_property
-    def hashes(self) -> tuple[str, ...]:
+    def _knows(self, found: str) -> bool:
+        index = self._chain.index_of.get(found)
+        return index is not None and index < self._count
+
+    def starts_with(self, other: "Ledger") -> bool:
+        """Whether this ledger has all lines of another, in its order, before any of its own."""
+        if other._count > self._count or other._chain is self._chain:
+            return other._count <= self._count
+        return self._chain.hashes[: other._count] == other._chain.hashes[: other._count]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ledger) and self._count == other._count and self.starts_with(other)
+
+    def __hash__(self) -> int:
+        return hash(self.hashes[-1:])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ledger.parse, (self.text,)
+
+    def __repr__(self) -> str:
+        return f"Ledger({self._count} lines)"
+
+    @property
+    def lines(self) -> Sequence[str]:
+        """The lines, oldest first."""
+        return PerLine(self._count, self._chain.line)
+
+    @property
+    def hashes(self) -> Sequence[str]:
         """The hash of every line."""
-        return tuple(map(line_hash, self.lines))
+        return PerLine(self._count, self._chain.hashes.__getitem__)
+
+    @property
+    def entries(self) -> Sequence[LedgerEntry]:
+        """What the lines say, with all stages that stayed and all library versions."""
+        return PerLine(self._count, self._chain.history.in_full)
+
+    def left_at(self, number: int) -> dict[str, str]:
+        """
+        The stages that stayed at a line, and the digests of their adapters.
+
+        Args:
+            number (`int`): Number of the line, counted from 1; of 0, none stayed.
+        """
+        return self._chain.history.left_at(self._within(number))
+
+    def versions_at(self, number: int) -> dict[str, str]:
+        """The library versions at a line, counted from 1: those that were stated last before it, or in it."""
+        return dict(self._chain.history.versions_at(self._within(number)))
+
+    def _within(self, number: int) -> int:
+        if not 0 <= number <= self._count:
+            raise IndexError(f"Got line {number}, expected one of {self._count} lines.")
+        return number - 1
 
     @cached_property
-    def entries(self) -> tuple[LedgerEntry, ...]:
-        """The lines, read."""
-        return tuple(LedgerEntry.from_line(line) for line in self.lines)
-
-    @cached_property
-    def deleted(self) -> frozenset[str]:
+    def deleted(self) -> Digests:
         """Keyed digests of every id that was deleted."""
-        return frozenset(digest for entry in self.entries if entry.kind == "deletion" for digest in entry.ids)
+        return Digests(self._chain.deleted, self._count)
 
     @cached_property
-    def deleted_groups(self) -> frozenset[str]:
+    def deleted_groups(self) -> Digests:
         """Keyed digests of every group that was deleted as one."""
-        return frozenset(digest for entry in self.entries for digest in entry.groups)
+        return Digests(self._chain.groups, self._count)
+
+    def deleted_since(self, count: int) -> Sequence[str]:
+        """Keyed digests of the ids that were deleted first after so many lines, in the order of the lines."""
+        return self.deleted.since(min(count, self._count))
 
     def line_of_group(self, digest: str) -> int | None:
         """Number of the line, counted from 1, in which a group was deleted as one."""
-        return next((n for n, entry in enumerate(self.entries, start=1) if digest in entry.groups), None)
+        return self.deleted_groups.line_of(digest)
 
     @property
     def num_deletions(self) -> int:
         """Number of deletion requests that removed at least one example."""
-        return sum(entry.kind == "deletion" for entry in self.entries)
+        return self._chain.num_deletions(self._count)
+
+    def num_deletions_since(self, count: int) -> int:
+        """Number of those that came after so many lines."""
+        return self.num_deletions - self._chain.num_deletions(min(count, self._count))
 
     @property
     def text(self) -> str:
         """The ledger as it stands in the file."""
         return "".join(line + "\n" for line in self.lines)
+
+    def size(self, count: int | None = None) -> int:
+        """Bytes of the ledger in the file, or of so many first lines."""
+        return self._chain.size(self._count if count is None else count)
+
+
+def _lines_of(text: str) -> list[str]:
+    return text.split("\n")[:-1]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

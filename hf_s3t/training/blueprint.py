@@ -240,8 +240,9 @@ def _layers_and_head(
 
 def _planned(rows: TrainingRows, key: DigestKey, config: S3TConfig) -> ExampleTable:
     """The table of a system that is to be made: every row in its shard and slice."""
-    placed = rows.partition(rows.digests(key), KeptNames(key, config.keep_ids), key)
-    return ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
+    names = KeptNames(key, config.keep_ids)
+    placed = rows.partition(rows.digests(key), names, key)
+    return ExampleTable.of(placed, config.num_shards, config.num_slices, config.seed, names)
 
 
 def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) -> None:
@@ -268,7 +269,8 @@ def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) ->
 
 def _match(rows: TrainingRows, folder: SystemFolder) -> None:
     """Refuse a dataset that does not fit the system, before the trainer spends time on preparing it."""
-    folder.table.check_dataset(rows.ids, rows.digests(folder.key), folder.ledger, folder.names, rows.groups)
+    digests = rows.digests(folder.key, folder.record["row_digests"])
+    folder.table.check_dataset(rows.ids, digests, folder.ledger, folder.names, rows.groups)
 
 
 def _system_or_new(args: TrainingArguments) -> tuple[SystemFolder | None, DigestKey | None]:

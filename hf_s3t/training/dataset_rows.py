@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Audio, Image
 from datasets.table import embed_table_storage
 from torch.utils.data import IterableDataset
@@ -26,12 +27,25 @@ def stored_rows(dataset: datasets.Dataset, columns: Sequence[str] | None = None)
         dataset ([`~datasets.Dataset`]): The dataset.
         columns (sequence of `str`, *optional*): Those to read; all if not given.
     """
-    dataset = dataset.with_format("arrow")
     dataset = dataset if columns is None else dataset.select_columns(list(columns))
+    for batch in stored_batches(dataset):
+        yield from batch.to_pylist()
+
+
+def stored_batches(dataset: datasets.Dataset) -> Iterator[pa.Table]:
+    """
+    The rows of a dataset as `stored_rows` gives them, as tables of some of them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The dataset.
+    """
     files = [n for n, feature in (dataset.features or {}).items() if isinstance(feature, (Audio, Image))]
-    for batch in dataset.iter(batch_size=1000):
-        for row in (embed_table_storage(batch) if files else batch).to_pylist():
-            yield {**row, **{name: (row[name] or {}).get("bytes") for name in files}}
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        table = embed_table_storage(batch) if files else batch
+        for name in files:
+            held = dict(zip(("bytes", "path"), table[name].combine_chunks().flatten(), strict=True))
+            table = table.set_column(table.column_names.index(name), name, held["bytes"])
+        yield table
 
 
 def shown_rows(dataset: Any) -> Iterator[dict[str, Any]]:

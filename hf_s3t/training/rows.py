@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from ..config import S3TConfig
 from ..errors import ConfigError, EmptySliceError, ExampleIdError
 from ..plan.partition import assign, check_ids, units_of
 from ..plan.stages import StageKey
+from ..records.buffers import hexadecimal
+from ..records.contents import encode_rows, said
 from ..records.digests import DigestKey, KeptNames, encode
 from ..records.examples import Example, ExampleTable
-from .dataset_rows import shown_rows, stored_rows
+from .dataset_rows import shown_rows, stored_batches
 
 
 # Carries the number of a row through tokenisation and filtering.
@@ -76,10 +78,20 @@ class TrainingRows:
         values: list[Any] = self.dataset.with_format(None)[name][:]
         return values
 
-    def digests(self, key: DigestKey) -> list[str]:
-        """The keyed digest of every row's content: of what is trained on, its id, group and place aside."""
-        rows = stored_rows(self.dataset) if isinstance(self.dataset, datasets.Dataset) else shown_rows(self.dataset)
-        return [key.of_content(self._anonymous(row)) for row in rows]
+    def digests(self, key: DigestKey, version: int = 2) -> list[str]:
+        """
+        The keyed digest of every row's content: of what is trained on, its id, group and place aside.
+
+        Args:
+            key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
+            version (`int`, defaults to 2):
+                By which rows are digested: 1 as they stand in the dataset, as systems made in format 1 have it, 2 by
+                what they say, whatever other rows stand there; see [`hf_s3t.records.contents`].
+        """
+        if isinstance(self.dataset, datasets.Dataset):
+            return hexadecimal(key.of_contents(_encoded(self.dataset, version, self.own_columns)))
+        read = said if version == 2 else dict
+        return [key.of_content(read(self._anonymous(row))) for row in shown_rows(self.dataset)]
 
     @property
     def own_columns(self) -> set[str]:
@@ -132,6 +144,16 @@ class TrainingRows:
         return dict(sorted(kept.items()))
 
 
+def _encoded(dataset: datasets.Dataset, version: int, without: Collection[str] = ()) -> Iterator[bytes]:
+    """The encoding of each row of a dataset, some columns aside."""
+    for batch in stored_batches(dataset):
+        names = [name for name in batch.column_names if name not in without]
+        if version == 2:
+            yield from encode_rows({name: batch[name].combine_chunks() for name in names}, batch.num_rows)
+        else:
+            yield from (encode({name: row[name] for name in names}) for row in batch.to_pylist())
+
+
 class StageRows:
     """
     Which rows of the prepared dataset each stage trains on, in an order that depends on ids and the seed alone.
@@ -179,7 +201,9 @@ class StageRows:
         """The (shard, slice) pairs without an example that preparation left something of."""
         if self._is_whole:
             return table.empty
-        return frozenset(place for place in _places(table) if not self._positions_in(*place, table))
+        return frozenset(
+            place for place in _places(table) if not any(i in self._position for i in table.ids_in(*place))
+        )
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
@@ -194,16 +218,22 @@ class StageRows:
             self._in_order[place] = holds, positions
         return positions
 
-    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
+    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey, version: int = 2) -> str | None:
         """
         Keyed digest of what a stage is fed: its rows as they are stored after preparation, in their order.
 
         Another tokenizer or template shows here. `None` for a dataset that is no [`~datasets.Dataset`].
+
+        Args:
+            key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
+            table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
+            secret ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
+            version (`int`, defaults to 2): By which rows are digested; see [`TrainingRows.digests`].
         """
         if not isinstance(self._prepared, datasets.Dataset):
             return None
         if self._row_digests is None:
-            self._row_digests = [hashlib.sha256(encode(row)).hexdigest() for row in stored_rows(self._prepared)]
+            self._row_digests = [hashlib.sha256(row).hexdigest() for row in _encoded(self._prepared, version)]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:

@@ -72,8 +72,11 @@ class StageRecords(TrainingCurve):
         }
 
     def _circumstances(self, key: StageKey) -> dict[str, Any]:
-        fed = self._rows_of_stages.digest(key, self.folder.table, self.folder.key)
-        return {**circumstances(self.model, self.accelerator), "data_digest": fed}
+        return {**circumstances(self.model, self.accelerator), "data_digest": self._fed(key)}
+
+    def _fed(self, key: StageKey) -> str | None:
+        folder = self.folder
+        return self._rows_of_stages.digest(key, folder.table, folder.key, folder.record["row_digests"])
 
     def _dropped(self, key: StageKey) -> int:
         owned = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
@@ -98,6 +101,6 @@ class StageRecords(TrainingCurve):
 
     def _fed_otherwise(self, key: StageKey, record: dict[str, Any]) -> str | None:
         then = record.get("circumstances", {}).get("data_digest")
-        if then is None or self._rows_of_stages.digest(key, self.folder.table, self.folder.key) in (None, then):
+        if then is None or self._fed(key) in (None, then):
             return None
         return "rows that were fed otherwise (by another tokenizer, template, `formatting_func` or `max_length`)"

@@ -68,6 +68,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
     [
         ("memory", []),
         ("stage", []),
+        ("ledger", ["--cpu-time"]),
         pytest.param("training", [], marks=pytest.mark.long),
         pytest.param("unlearn", ["--cpu-time"], marks=pytest.mark.long),
         pytest.param("folder", ["--cpu-time"], marks=pytest.mark.long),

@@ -32,7 +32,7 @@ from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import apply_pending
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.examples import Example
+from hf_s3t.records.examples import Example, ExampleTable
 
 
 ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.head", "ledger.key", "stages"}
@@ -161,7 +161,7 @@ def test_a_system_opened_again_is_what_was_written(tmp_path, ids, groups):
     assert opened.table.rows == made.table.rows == rows_of(ids, made.key, groups=groups)
     assert all(type(i) is type(ids[0]) for i in opened.table.rows)
     assert opened.config == CONFIG and opened.plan == made.plan and opened.ledger.lines == ()
-    assert opened.record["base_model"] == {"id": "base"} and opened.record["format_version"] == 1
+    assert opened.record["base_model"] == {"id": "base"} and opened.record["format_version"] == 2
     for shard in range(2):
         for slice_ in range(3):
             assert opened.table.slice_digest(shard, slice_) == made.table.slice_digest(shard, slice_)
@@ -281,7 +281,7 @@ def test_the_table_cannot_be_altered_unseen_not_even_where_no_value_stands(tmp_p
     folder = new_system(tmp_path / "system", IDS[:6], groups=["ann", "bob", "cat", "dan", "eve", "fay"])
     data = (folder.path / "examples.parquet").read_bytes()
     file.write_bytes(data)
-    assert read_table(file)[0] == folder.table.rows
+    assert read_table(file).examples(CONFIG, folder.names).rows == folder.table.rows
     for position in range(0, len(data), 3):
         altered = bytearray(data)
         altered[position] ^= 0x80
@@ -312,19 +312,21 @@ def sign(record) -> str:
     return json.dumps({**record, "digest": digest})
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_config_of_an_unknown_format_version_is_refused_by_its_version(deleted_system, version):
     file = deleted_system / "s3t_config.json"
     file.write_text(sign({**json.loads(file.read_text()), "format_version": version}))
-    with pytest.raises(FormatVersionError, match=r"s3t_config.json has format version .*reads version 1. Install"):
+    with pytest.raises(
+        FormatVersionError, match=r"s3t_config.json has format version .*reads versions 1 and 2. Install"
+    ):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
 
 
 def test_a_ledger_of_an_unknown_format_version_is_refused_by_its_version(deleted_system):
     file = deleted_system / "ledger.jsonl"
-    file.write_text(file.read_text().replace('"version":1', '"version":2'))
-    with pytest.raises(FormatVersionError, match=r"ledger.jsonl: .*version 2; this hf_s3t reads version 1"):
+    file.write_text(file.read_text().replace('"version":2', '"version":3'))
+    with pytest.raises(FormatVersionError, match=r"ledger.jsonl: .*version 3; this hf_s3t reads versions 1 and 2"):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
 
@@ -407,11 +409,8 @@ def test_adapters_swapped_between_stages_are_refused(system):
 
 def test_examples_outside_the_systems_shards_and_slices_are_refused(system):
     folder = SystemFolder(system)
-    rows = {**folder.table.rows, IDS[0]: Example(0, 0, "00")}
-    table = type(folder.table)(rows, 2, 3, 1)
-    table.rows[IDS[0]] = Example(0, 7, "00")
-    table.__dict__["_members"] = {}
-    write_table(system / "examples.parquet", table, folder.ledger)
+    rows = {**folder.table.rows, IDS[0]: Example(0, 7, "00" * 32)}
+    write_table(system / "examples.parquet", ExampleTable.of(rows, 2, 8, 1, folder.names), folder.ledger)
     with pytest.raises(FolderError, match=r"examples.parquet holds rows that are no examples of this system's shards"):
         SystemFolder(system)
 
@@ -498,7 +497,7 @@ def test_the_ledger_says_what_went_and_what_stays_with_digests_and_without_names
 def test_the_table_has_no_row_of_a_deleted_example(deleted_system):
     table = pq.read_table(deleted_system / "examples.parquet")
     assert sorted(table["id"].to_pylist()) == IDS[3:]
-    assert set(table.column_names) == {"id", "shard", "slice", "digest"}
+    assert set(table.column_names) == {"id", "id_digest", "shard", "slice", "digest"}
     digests = {read_key(deleted_system).of_content({"id": i}) for i in IDS[:3]}
     assert not digests & set(table["digest"].to_pylist())
 

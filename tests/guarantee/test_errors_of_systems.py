@@ -336,8 +336,8 @@ SERVED = "stages/shard-0/0-1"
         damage=truncated("s3t_config.json")),
     Refusal(FolderError, "a truncated table", "examples.parquet", "is not the table", "Restore it",
         damage=truncated("examples.parquet")),
-    Refusal(FormatVersionError, "an unknown version", "format version 2", "reads version 1",
-        "Install the version of hf_s3t that wrote it", damage=of_version(2)),
+    Refusal(FormatVersionError, "an unknown version", "format version 3", "reads versions 1 and 2",
+        "Install the version of hf_s3t that wrote it", damage=of_version(3)),
     Refusal(KeyMissingError, "a missing key", "Neither HF_S3T_KEY nor", "holds the secret",
         "Restore the file, or set the variable", damage=removed("ledger.key")),
 )  # fmt: skip

@@ -3,7 +3,6 @@ Whatever a folder's files hold, by accident or design: a reader works or says wh
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.crashes import plant
 from support.folders import NAMES, USERS, add_checkpoint, apply, forge, forge_stage, grow, new_system, request_later
+from support.tables import rewrite_table, write_own
 from typer.testing import CliRunner
 
 from hf_s3t import S3TConfig
@@ -44,7 +44,7 @@ from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.plan import Plan, StageKey
-from hf_s3t.records.ledger import Ledger, line_hash
+from hf_s3t.records.ledger import Ledger, LedgerEntry, line_hash
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -391,13 +391,7 @@ def twist_ledger(path: Path, chance: random.Random) -> None:
             entry["previous"] = [line_hash(lines[-1])]
         lines.append(json.dumps(entry, sort_keys=True, separators=(",", ":")))
     (path / LEDGER_FILE).write_text("".join(line + "\n" for line in lines))
-    rows = table_file.read_table(path / TABLE_FILE)[0]
-    table_file.write_table(path / TABLE_FILE, SystemTable(rows), Ledger(tuple(lines)))
-
-
-class SystemTable:
-    def __init__(self, rows):
-        self.rows = rows
+    rewrite_table(path / TABLE_FILE, lambda columns: columns, ledger=f"{len(lines)} {line_hash(lines[-1])}")
 
 
 def twist_requests(path: Path, chance: random.Random) -> None:
@@ -406,7 +400,7 @@ def twist_requests(path: Path, chance: random.Random) -> None:
     (path / PENDING_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-COLUMNS = ["id", "shard", "slice", "digest", "group"]
+COLUMNS = ["id", "id_digest", "shard", "slice", "digest", "group"]
 EXTREMES = [
     pa.array([2**64 - 1], pa.uint64()), pa.array([-(2**63)], pa.int64()), pa.array([2**50], pa.timestamp("s")),
     pa.array([2**62], pa.timestamp("ns", "UTC")), pa.array([1], pa.timestamp("us", "Nowhere/There")),
@@ -422,7 +416,7 @@ EXTREMES = [
 
 def twist_table(path: Path, chance: random.Random) -> None:
     arrow = pq.read_table(path / TABLE_FILE)
-    pin = pq.ParquetFile(path / TABLE_FILE).metadata.metadata[table_file._PIN]
+    said = dict(pq.read_metadata(path / TABLE_FILE).metadata)
     columns = {name: arrow[name].combine_chunks() for name in arrow.column_names}
     rows, name = arrow.num_rows, chance.choice(COLUMNS)
     what = chance.random()
@@ -436,24 +430,14 @@ def twist_table(path: Path, chance: random.Random) -> None:
         rows = chance.randrange(3)
         columns = {n: c.slice(0, rows) for n, c in columns.items()}
     elif what < 0.5:
-        pin = json.dumps(chance.choice(ODD)).encode()
+        name = chance.choice([table_file._PIN, table_file._VERSION, table_file._SLICES])
+        said[name] = json.dumps(chance.choice(ODD)).encode()
     else:
         columns[name] = pa.concat_arrays([chance.choice(EXTREMES)] * rows) if rows else pa.nulls(0)
     names = list(columns)
     if what > 0.95:
         names[chance.randrange(len(names))] = chance.choice(COLUMNS)
-    write_own(path / TABLE_FILE, pa.table(list(columns.values()), names), pin)
-
-
-def write_own(path: Path, arrow: pa.Table, pin: bytes) -> None:
-    """A table of any kind with a digest that matches, as `write_table` makes it."""
-    stand_in = hashlib.sha256(b"stand-in").hexdigest().encode()
-    buffer = pa.BufferOutputStream()
-    with pq.ParquetWriter(buffer, arrow.schema, store_schema=False) as writer:
-        writer.write_table(arrow)
-        writer.add_key_value_metadata({table_file._DIGEST: stand_in, table_file._PIN: pin})
-    data = buffer.getvalue().to_pybytes()
-    path.write_bytes(data.replace(stand_in, table_file._digest_of(data, stand_in)))
+    write_own(path / TABLE_FILE, pa.table(list(columns.values()), names), said)
 
 
 def twist_key(path: Path, chance: random.Random) -> None:
@@ -624,10 +608,13 @@ def test_a_config_of_any_values_is_a_plan_or_refused(cases):
     assert {type(one) for one in found} >= {Plan, ConfigError}
 
 
-def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases):
-    whole = Ledger()
-    for line in range(3):
-        whole = whole.append("deletion", ids=[f"{line}a"], removed={"shard-0/0": "aa"}, left={}, groups=["bb"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases, version):
+    stages = {"shard-0/0": "aa", "shard-0/1": "ab"}
+    first = LedgerEntry("deletion", "then", ("0a",), {}, stages if version == 1 else {}, (), {}, (), version=version)
+    whole = Ledger([first.to_line()])
+    for line in range(1, 3):
+        whole = whole.append("deletion", ids=[f"{line}a"], removed={"shard-0/0": "aa"}, groups=["bb"])
     found = []
     for number in range(cases(300, 3000)):
         chance = random.Random(number)
@@ -638,6 +625,11 @@ def test_a_ledger_of_any_lines_is_a_ledger_or_refused(cases):
         found.append(one)
         if isinstance(one, Ledger):
             assert one.text == text[: len(one.text)] and all(isinstance(digest, str) for digest in one.deleted)
+            assert all(one.left_at(number + 1) is not None for number in range(len(one.lines)))
+            assert Ledger.parse(one.append("deletion", ids=["ff"], stages_now=stages).text).deleted == {
+                *one.deleted,
+                "ff",
+            }
     assert {type(one) for one in found} >= {Ledger, FolderError}
 
 

@@ -31,6 +31,7 @@ from hf_s3t.hub.repository import HubRepo
 from hf_s3t.model.route import Route, routed
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.records.ledger import LedgerEntry
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +191,25 @@ def test_an_old_revision_does_not_bring_a_deleted_example_back(pushed, repo):
     shutil.rmtree(state_folder(repo.repo_id))
     expected = logits_of(S3TModel.from_pretrained(pushed.path, base_model=tiny_llama()))
     assert torch.equal(logits_of(load(repo, revision=old)), expected)
+
+
+def test_lines_of_the_ledger_that_were_read_from_the_hub_or_here_are_not_read_again(pushed, repo, monkeypatch):
+    for victim in member(pushed), member(pushed, 1):
+        apply(pushed, [victim])
+        send(pushed, repo)
+    lines_read, read = [], LedgerEntry.from_line
+    monkeypatch.setattr(LedgerEntry, "from_line", lambda line: lines_read.append(line) or read(line))
+    folder = HubFolder(repo.repo_id)
+    assert folder.ledger == pushed.ledger and sorted(lines_read) == sorted(folder.ledger.lines)
+    lines_read.clear()
+    folder.refresh()
+    assert not lines_read
+    monkeypatch.setattr(LedgerEntry, "from_line", read)
+    apply(pushed, [pushed.table.members(1, 0)[0]])
+    send(pushed, repo)
+    monkeypatch.setattr(LedgerEntry, "from_line", lambda line: lines_read.append(line) or read(line))
+    folder.refresh()
+    assert folder.ledger == pushed.ledger and lines_read == [pushed.ledger.lines[2]]
 
 
 def test_without_the_secret_a_model_serves_and_asks_for_it_when_it_is_needed(pushed, repo, monkeypatch):

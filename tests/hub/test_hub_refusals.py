@@ -102,7 +102,7 @@ def first_stage(index):
         lambda index: first_stage(index).update(slices=None),
         lambda index: first_stage(index).update(metrics=[]),
         lambda index: index["stages"].update({"shard-0/0": None}),
-        lambda index: index["slices"].pop("0/0"),
+        lambda index: index["slices"].pop("shard-0/0"),
         lambda index: index.pop("slices"),
         lambda index: index.pop("ledger"),
     ],

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,6 +30,7 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
 from hf_s3t.operations.written_ids import groups_from_texts, ids_from_texts
 from hf_s3t.plan import StageKey
+from hf_s3t.records.examples import ExampleTable
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -134,7 +137,7 @@ def test_examples_of_equal_content_are_named_or_deleted_too(tmp_path):
     folder = new_system(tmp_path / "system", groups=None, config=folders.S3TConfig(num_slices=3, seed=1))
     row = folder.table.rows[3]
     rows = {**folder.table.rows, 7: dataclasses.replace(folder.table.rows[7], digest=row.digest)}
-    write_table(folder.path / "examples.parquet", dataclasses.replace(folder.table, rows=rows), folder.ledger)
+    write_table(folder.path / "examples.parquet", ExampleTable.of(rows, 1, 3, 1, folder.names), folder.ledger)
     folder = grow(SystemFolder(folder.path))
     assert preview(folder, [3]).duplicates == (7,)
     seen = preview(folder, [3], include_duplicates=True)
@@ -324,3 +327,25 @@ def test_of_a_system_that_lost_everything_the_ledger_knows_the_type(tmp_path, id
     apply(folder, ids)
     folder = SystemFolder(folder.path)
     assert ids_from_texts(folder, ["3", "never"]) == [ids[3], "never"]
+
+
+def test_nothing_is_imported_under_the_lock_and_pandas_nowhere(tmp_path):
+    new_system(tmp_path / "system")
+    code = f"""
+import contextlib, sys
+from hf_s3t.cli.app import app
+from hf_s3t.folder import system
+
+@contextlib.contextmanager
+def lock(self, lock=system.SystemFolder.lock):
+    with lock(self):
+        before = set(sys.modules)
+        yield
+        assert set(sys.modules) == before, sorted(set(sys.modules) - before)
+
+system.SystemFolder.lock = lock
+app(["unlearn", {str(tmp_path / "system")!r}, "3"], standalone_mode=False)
+assert not {{"pandas", "torch", "datasets"}}.intersection(sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr == ""
+    assert 3 not in SystemFolder(tmp_path / "system").table.rows

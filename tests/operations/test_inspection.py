@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from support.folders import (
     new_system,
     stages_on_disk,
 )
+from support.tables import rewrite_table
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError, S3TError
@@ -36,7 +38,6 @@ from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests
 from hf_s3t.plan import StageKey
 from hf_s3t.records.examples import Example, ExampleTable
-from hf_s3t.records.ledger import Ledger
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -283,18 +284,37 @@ def test_an_old_copy_of_a_stage_is_condemned(tmp_path):
 def test_deleted_rows_in_a_table_that_denies_them_are_told(system):
     before = SystemFolder(system)
     table, ledger = before.table, before.ledger
-    rows = {NAMES[0]: Example(0, 0, "aa"), **table.rows}
-    write_table(system / "examples.parquet", ExampleTable(rows, 2, 3, 1), ledger)
+    rows = {NAMES[0]: Example(0, 0, "aa" * 32), **table.rows}
+    write_table(system / "examples.parquet", ExampleTable.of(rows, 2, 3, 1, before.names), ledger)
     assert "still holds 1 deleted example" in problem_of(system)
 
 
 @pytest.mark.parametrize(
-    ("shard", "slice_", "digest"), [(9, 0, "aa"), (-1, 0, "aa"), (0, 3, "aa"), (None, 0, "aa"), (0, 0, None)]
+    ("column", "values"),
+    [
+        ("shard", pa.array([9, 0, 0])),
+        ("shard", pa.array([0, -1, 0])),
+        ("slice", pa.array([0, 0, 3])),
+        ("shard", pa.array([0, None, 0])),
+        ("slice", pa.array(["0", "0", "0"])),
+        ("slice", pa.array([0.0, 0.0, 0.0])),
+        ("digest", pa.array([bytes(32), None, bytes(32)], pa.binary(32))),
+        ("digest", pa.array([b"", b"", b""])),
+        ("digest", pa.array([bytes(31)] * 3, pa.binary(31))),
+        ("id_digest", pa.array([bytes(32)] * 3, pa.binary(32))),
+        ("id", pa.array(["a", None, "c"])),
+        ("id", pa.array([1.5, 2.5, 3.5])),
+        ("group", pa.array([1.5, None, 2.5])),
+    ],
 )
-def test_rows_that_are_no_examples_are_told(untouched, shard, slice_, digest):
-    table = ExampleTable({"x": Example(shard, slice_, digest)}, 2, 3, 1)
-    write_table(untouched / "examples.parquet", table, Ledger())
+def test_rows_that_are_no_examples_are_told(untouched, column, values):
+    rewrite_table(untouched / "examples.parquet", lambda columns: {**columns, column: values}, rows=3)
     assert "rows that are no examples" in problem_of(untouched)
+
+
+def test_a_table_of_a_newer_version_is_refused_by_it(untouched):
+    rewrite_table(untouched / "examples.parquet", lambda columns: columns, table="3")
+    assert "has the version 3 of a table; this hf_s3t reads versions 1 and 2. Install" in problem_of(untouched)
 
 
 # Interrupted removals

@@ -99,10 +99,49 @@ def test_an_exported_adapter_has_a_receipt_that_is_no_deletion(system):
     assert [stage["stage"] for stage in receipt["stages_exported"]] == sorted(map(str, tip.lineage))
 
 
+def first_version(path) -> list[str]:
+    """The lines of a folder's ledger as earlier releases wrote them: each with all stages that stay."""
+    lines = []
+    for entry in SystemFolder(path).ledger.entries:
+        previous = (line_hash(lines[-1]),) if lines else ()
+        lines.append(LedgerEntry(**{**vars(entry), "previous": previous, "version": 1}).to_line())
+    return lines
+
+
+def said(path) -> list[dict]:
+    """What receipts say, but for the hashes, which are of other lines."""
+    return [{**r.to_dict(), "hash": None, "previous": None} for r in Receipts.read(path).receipts]
+
+
+def test_a_receipt_is_the_same_of_a_line_that_lists_all_stages_and_of_one_that_says_what_changed(system):
+    folder = grow(SystemFolder(system))
+    folder.record_export(next(iter(folder.valid_stages)), {"torch": "0"})
+    apply(folder, NAMES[8:9])
+    new, lines = said(system), first_version(system)
+    assert [json.loads(line)["version"] for line in lines_of(system)] == [2] * 5
+    assert all("left" in json.loads(line) for line in lines) and len(lines[0]) > len(lines_of(system)[1])
+    (system / "ledger.head").unlink()
+    write_lines(system, lines)
+    # The table was written with lines of the same number and other hashes.
+    old = [{**receipt, "chain_verified": True} for receipt in said(system)]
+    assert old == new
+    assert len({tuple(sorted(receipt["versions"])) for receipt in new}) == 2
+
+
+def test_what_stayed_is_told_for_lines_behind_a_damaged_one_as_far_as_it_can_be(system):
+    before, lines = said(system), lines_of(system)
+    write_lines(system, [lines[0], lines[1][:-9], lines[2]])
+    receipts = Receipts.read(system)
+    assert [receipt.line for receipt in receipts.receipts] == [1, 3] and "cannot be read" in receipts.problem
+    assert receipts.of_line(1).to_dict()["stages_left"] == before[0]["stages_left"]
+    left = {s["stage"] for s in receipts.of_line(3).to_dict()["stages_left"]}
+    assert left == {s["stage"] for s in before[0]["stages_left"]} - {s["stage"] for s in before[2]["stages_removed"]}
+
+
 def test_a_line_after_a_merge_has_two_lines_before_it(tmp_path):
     folder = new_system(tmp_path / "system")
-    ours = Ledger().append("deletion", ids=["a1"], removed={}, left={})
-    theirs = Ledger().append("deletion", ids=["b2"], removed={}, left={})
+    ours = Ledger().append("deletion", ids=["a1"], removed={})
+    theirs = Ledger().append("deletion", ids=["b2"], removed={})
     write_lines(folder.path, ours.merge(theirs).lines)
     receipts = Receipts.read(folder.path)
     assert receipts.problem is None
@@ -208,13 +247,13 @@ def test_no_change_of_a_byte_goes_unseen(after_three, tmp_path_factory, data):
 
 
 def test_a_deletion_between_the_reads_of_table_and_ledger_is_no_problem(system, monkeypatch):
-    read = receipt_module.read_table
+    read = receipt_module.read_pin
 
     def overtaken(path):
         apply(SystemFolder(system), NAMES[1:2])
         return read(path)
 
-    monkeypatch.setattr(receipt_module, "read_table", overtaken)
+    monkeypatch.setattr(receipt_module, "read_pin", overtaken)
     assert Receipts.read(system).problem is None
 
 

@@ -1,6 +1,7 @@
 """The plan against a naive model: which stages exist, which go, which are grown again, and which stacks serve."""
 
 import itertools
+import json
 import math
 import random
 
@@ -151,6 +152,49 @@ def test_a_plan_contains_its_stages_and_no_others(sequences):
         for prefix in itertools.permutations(range(5), depth)
     }
     assert {(shard, prefix) for shard, prefix in every_key | stages if StageKey(shard, prefix) in plan} == stages
+
+
+@MANY
+@given(systems())
+def test_a_plan_that_is_written_down_is_read_as_it_was(sequences):
+    plan = Plan(sequences)
+    written = json.loads(json.dumps(plan.to_record()))
+    assert Plan.from_record(written, len(sequences), len(sequences[0][0])) == plan
+    assert [[tuple(stage["prefix"]) for stage in shard] for shard in written] == [
+        [key.prefix for key in plan.stages() if key.shard == number] for number in range(plan.num_shards)
+    ]
+
+
+def test_a_plan_of_other_shards_or_slices_is_refused_in_a_sentence():
+    plan = Plan.from_config(S3TConfig(num_shards=2, num_slices=3, budget=2))
+    assert Plan.from_record(plan.to_record(), 2, 3) == plan
+    with pytest.raises(FolderError, match="is of 2 shards, expected one of 3 shards and 3 slices"):
+        Plan.from_record(plan.to_record(), 3, 3)
+    with pytest.raises(FolderError, match="for shard 0 is no tree of stages, expected one of 2 shards and 4 slices"):
+        Plan.from_record(plan.to_record(), 2, 4)
+    first = plan.to_record()[0]
+    for damaged in (
+        first[1:],
+        [*first, first[0]],
+        [{**first[0], "slices": [1]}, *first[1:]],
+        [{"slices": [True], "prefix": [True]}],
+        [{"slices": [0]}],
+        [None],
+        None,
+        [],
+    ):
+        with pytest.raises(FolderError, match="no tree of stages"):
+            Plan.from_record([damaged, damaged], 2, 3)
+
+
+def test_a_written_plan_names_sets_of_slices_and_the_first_of_their_orders():
+    (shard,) = Plan.from_config(S3TConfig(num_slices=2)).to_record()
+    assert shard == [
+        {"slices": [0], "prefix": [0]},
+        {"slices": [0, 1], "prefix": [0, 1]},
+        {"slices": [1], "prefix": [1]},
+        {"slices": [0, 1], "prefix": [1, 0]},
+    ]
 
 
 def test_all_24_sequences_of_four_slices_share_64_stages():

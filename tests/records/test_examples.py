@@ -1,6 +1,8 @@
 """The table of examples and the keyed digests that pin slices to their content."""
 
 import datetime
+import hashlib
+import hmac
 import re
 import struct
 from collections import OrderedDict
@@ -16,8 +18,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, UnknownExampleError
+from hf_s3t.records.buffers import sums_of
 from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey, KeptNames, encode
-from hf_s3t.records.examples import Example, ExampleTable, Remaining
+from hf_s3t.records.earlier import earlier_slice_digest
+from hf_s3t.records.examples import Example, ExampleTable
 from hf_s3t.records.ledger import Ledger
 
 
@@ -204,25 +208,38 @@ def test_the_key_for_places_is_one_for_each_secret_and_none_where_all_know_it():
 # The table
 
 
-def table_of(rows) -> ExampleTable:
-    return ExampleTable(dict(rows), num_shards=2, num_slices=3, seed=7)
+NAMES = KeptNames(KEY, "plain")
 
 
-examples = st.builds(
-    Example, st.integers(0, 1), st.integers(0, 2), st.text("0123456789abcdef", min_size=4, max_size=4), st.none()
-)
-tables = st.dictionaries(st.one_of(st.integers(0, 50), st.text(max_size=3)), examples, max_size=15).map(table_of)
+def content(text: str) -> str:
+    """The digest of some content."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def table_of(rows, names=NAMES) -> ExampleTable:
+    return ExampleTable.of(dict(rows), num_shards=2, num_slices=3, seed=7, names=names)
+
+
+def rows_with(groups):
+    contents = st.sampled_from("abcdefgh").map(content)
+    return st.builds(Example, st.integers(0, 1), st.integers(0, 2), contents, st.none() | groups)
+
+
+ids = st.sampled_from([st.integers(-(2**63), 2**63 - 1), st.integers(0, 50), st.text(max_size=3)])
+groups = st.sampled_from([st.none(), st.integers(-2, 2), st.text("ab", max_size=1)])
+tables = st.tuples(ids, groups).flatmap(lambda kinds: st.dictionaries(kinds[0], rows_with(kinds[1]), max_size=15))
+tables = tables.map(table_of)
 PLACES = [(shard, slice_) for shard in range(2) for slice_ in range(3)]
 
 
 def small_table() -> ExampleTable:
     return table_of(
         {
-            "a": Example(0, 0, "d0", "ann"),
-            "b": Example(0, 0, "d1", "ann"),
-            "c": Example(0, 1, "d2", "bob"),
-            "d": Example(1, 2, "d3", "cat"),
-            "e": Example(1, 2, "d4", "cat"),
+            "a": Example(0, 0, content("d0"), "ann"),
+            "b": Example(0, 0, content("d1"), "ann"),
+            "c": Example(0, 1, content("d2"), "bob"),
+            "d": Example(1, 2, content("d3"), "cat"),
+            "e": Example(1, 2, content("d4"), "cat"),
         }
     )
 
@@ -233,7 +250,10 @@ def seen_from_outside(table: ExampleTable):
         {place: table.slice_digest(*place) for place in PLACES},
         {place: table.size(*place) for place in PLACES},
         table.empty,
-        table.groups,
+        dict(table.groups),
+        dict(table.rows),
+        [*table.rows],
+        {i: table.duplicates_of([i]) for i in table.rows},
         len(table),
     )
 
@@ -244,12 +264,13 @@ def test_a_table_without_some_examples_is_the_table_of_the_others(table, data):
     for place in PLACES[::2]:
         table.slice_digest(*place)  # some digests are known before, some are not
     before = dict(table.rows)
+    if data.draw(st.booleans()):
+        table.index()
     removed = data.draw(st.sets(st.sampled_from(list(table.rows)))) if table.rows else set()
     first, second = list(removed)[::2], list(removed)[1::2]
     left = table.without(first).without(second)
-    assert seen_from_outside(left) == seen_from_outside(
-        table_of((i, row) for i, row in before.items() if i not in removed)
-    )
+    expected = seen_from_outside(table_of((i, row) for i, row in before.items() if i not in removed))
+    assert seen_from_outside(left) == seen_from_outside(left.settled()) == expected
     assert table.rows == before
     assert seen_from_outside(table) == seen_from_outside(table_of(before))
 
@@ -269,16 +290,14 @@ def test_a_slice_digest_changes_with_the_content_of_any_of_its_examples(table, d
     assume(table.rows)
     touched = data.draw(st.sampled_from(list(table.rows)))
     row = table.rows[touched]
-    other = table_of({**table.rows, touched: Example(row.shard, row.slice, row.digest + "0")})
+    other = table_of({**table.rows, touched: Example(row.shard, row.slice, content("other"))})
     changed = [place for place in PLACES if table.slice_digest(*place) != other.slice_digest(*place)]
     assert changed == [(row.shard, row.slice)]
 
 
 def test_a_slice_digest_tells_an_id_from_its_text_and_one_example_from_two():
-    tables = [{1: "d"}, {"1": "d"}, {1: "d", 2: "d"}, {12: "d"}, {"1\n2": "d"}, {"1": "d", "2": "d"}, {}]
-    digests = {
-        table_of((i, Example(0, 0, digest)) for i, digest in rows.items()).slice_digest(0, 0) for rows in tables
-    }
+    tables = [[1], ["1"], [1, 2], [12], ["1\n2"], ["1", "2"], []]
+    digests = {table_of((i, Example(0, 0, content("d"))) for i in ids).slice_digest(0, 0) for ids in tables}
     assert len(digests) == len(tables)
 
 
@@ -299,8 +318,8 @@ def test_every_example_lies_in_exactly_one_slice(table):
 
 
 def test_another_seed_orders_a_slice_otherwise():
-    rows = {number: Example(0, 0, "d") for number in range(20)}
-    orders = {tuple(ExampleTable(rows, 1, 1, seed).members(0, 0)) for seed in range(5)}
+    rows = {number: Example(0, 0, content("d")) for number in range(20)}
+    orders = {tuple(ExampleTable.of(rows, 1, 1, seed, NAMES).members(0, 0)) for seed in range(5)}
     assert len(orders) == 5
 
 
@@ -317,8 +336,8 @@ def test_places_and_groups_are_those_of_the_rows():
 def resolve(table, ids=None, groups=None, deleted=(), deleted_groups=(), **more):
     """What of a request is in, how many ids of it were deleted before, and which of its groups are in."""
     digests = {"ids": [KEY.of_id(i) for i in deleted], "groups": [KEY.of_group(g) for g in deleted_groups]}
-    ledger = Ledger().append("deletion", removed={}, left={}, **digests)
-    request = table.resolve(ids, groups, ledger, KeptNames(KEY, "plain"), **more)
+    ledger = Ledger().append("deletion", removed={}, **digests)
+    request = table.resolve(ids, groups, ledger, NAMES, **more)
     return request.present, request.already_deleted, request.groups
 
 
@@ -339,7 +358,7 @@ def column(values):
     [list, tuple, set, np.array, iter, pd.Series, pd.Index, column, pa.array, lambda v: pa.chunked_array([v])],
 )
 def test_ids_and_groups_may_come_in_any_collection(collection):
-    table = table_of({number: Example(0, 0, "d", f"group {number // 2}") for number in range(6)})
+    table = table_of({number: Example(0, 0, content("d"), f"group {number // 2}") for number in range(6)})
     present, already, groups = resolve(table, collection([1, 2]), collection(["group 1", "group 2"]))
     assert (sorted(present), already, sorted(groups)) == ([1, 2, 3, 4, 5], 0, ["group 1", "group 2"])
     assert all(type(i) is int for i in present)
@@ -347,15 +366,15 @@ def test_ids_and_groups_may_come_in_any_collection(collection):
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2]), [torch.tensor(1), np.int64(2)], np.array([1, 2], dtype=object)])
 def test_numbers_of_tensors_and_arrays_are_ids(ids):
-    table = table_of({number: Example(0, 0, "d") for number in range(6)})
+    table = table_of({number: Example(0, 0, content("d")) for number in range(6)})
     present, _, _ = resolve(table, ids)
     assert present == [1, 2] and all(type(i) is int for i in present)
 
 
 def test_a_system_without_groups_says_so():
-    table = table_of({1: Example(0, 0, "d")})
+    table = table_of({1: Example(0, 0, content("d"))})
     with pytest.raises(UnknownExampleError, match=r"this system has none, so name examples by their ids\.$"):
-        table.resolve(None, ["ann"], Ledger(), KeptNames(KEY, "plain"))
+        table.resolve(None, ["ann"], Ledger(), NAMES)
 
 
 def test_ids_and_groups_deleted_before_are_counted_and_are_no_error():
@@ -372,7 +391,7 @@ def test_unknown_ids_and_groups_are_named_all_at_once_and_before_anything_else()
     # Nobody else is named.
     assert not re.search("'[abcde]'", str(caught.value))
     with pytest.raises(UnknownExampleError, match=r"Unknown ids: 9\. The ids .* are integers such as 1\."):
-        resolve(table_of({1: Example(0, 0, "d")}), [9])
+        resolve(table_of({1: Example(0, 0, content("d"))}), [9])
     with pytest.raises(UnknownExampleError, match=r"Unknown groups: 'dan'\. Groups are the values of `group_column`"):
         resolve(table, ["b"], ["cat", "dan"])
 
@@ -386,20 +405,18 @@ def test_unknown_ids_and_groups_may_be_passed_over():
 
 
 def test_a_request_counts_what_it_passes_over_and_names_groups_that_are_gone():
-    ledger = Ledger().append("deletion", removed={}, left={}, ids=[], groups=[KEY.of_group("ann")])
-    request = small_table().resolve(
-        ["c", "x", "y"], ["ann", "dan"], ledger, KeptNames(KEY, "plain"), ignore_unknown=True
-    )
+    ledger = Ledger().append("deletion", removed={}, ids=[], groups=[KEY.of_group("ann")])
+    request = small_table().resolve(["c", "x", "y"], ["ann", "dan"], ledger, NAMES, ignore_unknown=True)
     # A group whose name was deleted and which is in again is in.
     assert (request.groups, request.deleted_groups) == (["ann"], ())
     assert (request.unknown, request.unknown_groups) == (2, 1)
-    gone = small_table().without(["a", "b"]).resolve(None, ["ann"], ledger, KeptNames(KEY, "plain"))
+    gone = small_table().without(["a", "b"]).resolve(None, ["ann"], ledger, NAMES)
     assert (gone.groups, gone.deleted_groups, gone.unknown_groups) == ([], ("ann",), 0)
     assert gone.with_ids(["c"]).deleted_groups == ("ann",)
 
 
 def test_a_number_does_not_name_the_example_with_that_text():
-    table = table_of({"1": Example(0, 0, "d")})
+    table = table_of({"1": Example(0, 0, content("d"))})
     with pytest.raises(UnknownExampleError, match="Unknown ids: 1"):
         resolve(table, [1])
 
@@ -427,8 +444,8 @@ def test_what_is_no_list_of_ids_is_refused_by_name(name, request_):
 
 
 def check(table, rows, deleted=()):
-    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={}, left={})
-    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, KeptNames(KEY, "plain"))
+    ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={})
+    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, NAMES)
 
 
 def test_a_dataset_in_any_order_fits_and_its_row_numbers_are_kept():
@@ -440,19 +457,31 @@ def test_a_dataset_in_any_order_fits_and_its_row_numbers_are_kept():
 
 def test_rows_that_were_deleted_are_passed_over_whatever_they_hold():
     table = small_table().without(["b", "d"])
-    rows = [("a", "d0"), ("b", "anything"), ("c", "d2"), ("d", "d3"), ("e", "d4")]
+    rows = [
+        ("a", content("d0")),
+        ("b", content("anything")),
+        ("c", content("d2")),
+        ("d", content("d3")),
+        ("e", content("d4")),
+    ]
     assert check(table, rows, deleted=["b", "d"]) == [0, 2, 4]
     assert check(table, [rows[0], rows[2], rows[4]], deleted=["b", "d"]) == [0, 1, 2]
 
 
 def test_changed_content_is_an_error_that_names_the_ids():
-    rows = [("a", "d0"), ("b", "DIFFERENT"), ("c", "d2"), ("d", "d3"), ("e", "d4")]
+    rows = [
+        ("a", content("d0")),
+        ("b", content("different")),
+        ("c", content("d2")),
+        ("d", content("d3")),
+        ("e", content("d4")),
+    ]
     with pytest.raises(ContentChangedError, match=r"content of 1 examples is not .*: 'b'\. Restore the rows"):
         check(small_table(), rows)
 
 
 def test_new_rows_are_an_error_that_names_the_ids():
-    rows = [(i, row.digest) for i, row in small_table().rows.items()] + [("new", "d9")]
+    rows = [(i, row.digest) for i, row in small_table().rows.items()] + [("new", content("d9"))]
     with pytest.raises(
         UnknownExampleError, match=r"1 examples that this system was not partitioned with: 'new'\. Leave"
     ):
@@ -461,22 +490,107 @@ def test_new_rows_are_an_error_that_names_the_ids():
 
 def test_missing_rows_are_an_error_that_names_the_ids():
     with pytest.raises(ExampleIdError, match=r"lacks 2 examples that this system holds: 'd', 'e'\. .*call `unlearn`"):
-        check(small_table(), [("a", "d0"), ("b", "d1"), ("c", "d2")])
+        check(small_table(), [("a", content("d0")), ("b", content("d1")), ("c", content("d2"))])
 
 
 def test_what_is_left_of_rows_is_a_mapping_like_any_other():
-    rows = small_table().rows
-    left = Remaining.of(Remaining.of(rows, frozenset(["a"])), frozenset(["c"]))
-    same = {i: row for i, row in rows.items() if i not in ("a", "c")}
+    table = small_table()
+    left = table.without(["a"]).without(["c"]).rows
+    same = {i: row for i, row in table.rows.items() if i not in ("a", "c")}
     assert left == same and same == left and len(left) == len(same) and list(left) == list(same)
-    assert "a" not in left and left.get("a") is None and left["b"] is rows["b"]
+    assert "a" not in left and left.get("a") is None and left["b"] == table.rows["b"]
+    assert not any(odd in left for odd in (None, 1, 1.5, b"b", ("b",), ["b"], "B", ""))
     with pytest.raises(KeyError):
         left["a"]
+    with pytest.raises(KeyError, match="'c'"):
+        table.without(["c"]).without(["b", "c"])
 
 
 def test_a_settled_table_is_the_same_and_holds_nothing_of_what_went():
     table = small_table().without(["a"]).without(["c"])
     settled = table.settled()
-    assert settled == table and type(settled.rows) is dict
-    assert [settled.slice_digest(*place) for place in PLACES] == [table.slice_digest(*place) for place in PLACES]
-    assert settled.groups == table.groups and settled.duplicates_of(["b"]) == table.duplicates_of(["b"])
+    assert seen_from_outside(settled) == seen_from_outside(table) and len(settled.columns) == 3
+    assert settled.columns.group_names.to_pylist() == ["ann", "cat"]
+    assert settled.settled() is settled
+
+
+@given(tables)
+def test_a_slice_digest_is_the_sum_of_keyed_digests_of_its_rows(table):
+    for place in PLACES:
+        pairs = [(KEY.of_id(i), row.digest) for i, row in table.rows.items() if (row.shard, row.slice) == place]
+        total = sum(
+            int(hmac.digest(KEY.secret, b"slice\0" + bytes.fromhex(i + c), "sha256").hex(), 16) for i, c in pairs
+        )
+        assert table.slice_digest(*place) == f"{total % 2**256:064x}"
+
+
+def test_another_secret_gives_other_slice_digests_and_the_earlier_one_needed_none():
+    rows = dict(small_table().rows)
+    ours, theirs = table_of(rows), table_of(rows, KeptNames(OTHER_KEY, "plain"))
+    assert ours.slice_digest(0, 0) != theirs.slice_digest(0, 0)
+    assert earlier_slice_digest(ours, 0, 0) == earlier_slice_digest(theirs, 0, 0)
+
+
+def test_adding_rows_by_the_hundred_thousand_is_adding_them_one_by_one(monkeypatch):
+    digests = KEY.of_ids(range(25))
+    places = np.array([number * 7 % 3 for number in range(25)])
+    expected = {p: sum(int(d.tobytes().hex(), 16) for d in digests[places == p]) % 2**256 for p in range(3)}
+    for at_once in (1, 4, 100):
+        monkeypatch.setattr("hf_s3t.records.buffers._AT_ONCE", at_once)
+        assert sums_of(digests, places) == expected
+
+
+@given(tables, st.data())
+def test_a_table_is_masked_by_digests_alone(table, data):
+    removed = data.draw(st.lists(st.sampled_from([*table.rows]))) if table.rows else []
+    digests = [KEY.of_id(i) for i in removed] + [KEY.of_id("never there"), "no digest", "A" * 64]
+    assert table.of_digests(digests) == [i for i in table.rows if i in removed]
+    assert seen_from_outside(table.without_digests(digests)) == seen_from_outside(table.without(removed))
+
+
+@given(tables, st.data())
+def test_places_rows_and_groups_of_many_are_those_of_each(table, data):
+    known = st.sampled_from([*table.rows]) if table.rows else st.nothing()
+    ids = data.draw(st.lists(known | st.sampled_from([99, "nobody"])))
+    rows = dict(table.rows)
+    assert table.examples(ids) == [rows.get(i) for i in ids]
+    assert table.places_of(ids) == [None if i not in rows else (rows[i].shard, rows[i].slice) for i in ids]
+    there = [i for i in ids if i in rows]
+    assert table.groups_of(there) == [g for g in dict.fromkeys(rows[i].group for i in there) if g is not None]
+    left = set(table.rows).difference(there)
+    emptied = [g for g in table.groups_of(there) if not left.intersection(table.groups[g])]
+    assert table.emptied_by([*dict.fromkeys(there)]) == emptied
+    assert table.places(there) == {(rows[i].shard, rows[i].slice) for i in there}
+
+
+@given(tables)
+def test_a_table_whose_ids_are_digests_says_the_same_of_them(table):
+    digests = table_of(
+        {KEY.of_id(i): Example(r.shard, r.slice, r.digest, r.group) for i, r in table.rows.items()},
+        KeptNames(KEY, "digest"),
+    )
+    original = {KEY.of_id(i): i for i in table.rows}
+    assert {i: digests.rows[KEY.of_id(i)] for i in table.rows} == dict(table.rows)
+    for place in PLACES:
+        assert [original[kept] for kept in digests.members(*place, original)] == table.members(*place)
+    assert all(odd not in digests.rows for odd in ("", "x" * 64, None, 1)) and not digests.of_digests(["A" * 64])
+
+
+def test_ids_whose_digests_begin_alike_are_told_apart():
+    table = small_table()
+    # Nobody can make such ids; a table that was tampered with can say that they are such.
+    alike = table.columns.id_digests.copy()
+    alike[:, :8] = 7
+    table.columns.__dict__["id_digests"] = alike
+    assert table.columns.are_unique
+    assert table.columns.rows_of_digests(alike[[3, 0, 4]]).tolist() == [3, 0, 4]
+    other = alike[:1].copy()
+    other[0, 31] ^= 1
+    assert table.columns.rows_of_digests(other).tolist() == [-1]
+
+
+def test_many_digests_at_once_are_those_of_hmac():
+    for secret in (b"k" * 16, b"k" * 64, b"k" * 65, b"k" * 200):
+        key = DigestKey(secret)
+        ids = [0, -1, 2**63, "", "a", "\u00e4\ud800", "x" * 500]
+        assert [row.tobytes().hex() for row in key.of_ids(ids)] == [key.of_id(i) for i in ids]

@@ -1,0 +1,152 @@
+"""One line of the ledger: what it says, in both versions of the format."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import FolderError, FormatVersionError
+
+
+LEDGER_VERSION = 2
+KINDS = ("deletion", "export", "merge")
+_FIRST_FIELDS = {"kind", "time", "ids", "removed", "left", "previous", "versions", "groups"}
+# What a line of version 2 says besides kind, time and the line before; what is empty is left out.
+_SAID = {
+    "deletion": ("ids", "groups", "removed", "grown", "missing", "versions"),
+    "export": ("exported", "versions"),
+    "merge": (),
+}
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """
+    What one line of the ledger says. It names nobody: ids appear as digests keyed with the system's secret.
+
+    A line of version 1 lists every stage that stays; one of version 2 says only what changed since the line before,
+    its first `previous`. [`Ledger.entries`] gives both with `left` and `versions` in full.
+
+    Args:
+        kind (`str`): `"deletion"`, or `"export"` for an adapter handed out that must be revoked by hand.
+        time (`str`): UTC time, ISO 8601.
+        ids (`tuple[str, ...]`): Keyed digests of the ids, sorted.
+        removed (`dict[str, str]`): Stages removed (or exported) and the digests of their adapters.
+        left (`dict[str, str]`): Stages that stay and the digests of their adapters.
+        previous (`tuple[str, ...]`): Hash of the line before; two after a merge, none in the first line.
+        versions (`dict[str, str]`, *optional*): Library versions; `None` if they are those of the line before.
+        groups (`tuple[str, ...]`): Keyed digests of the groups that were named, sorted.
+        grown (`dict[str, str]`): Stages that stay, and were not there at the line before or had another adapter.
+        missing (`tuple[str, ...]`): Stages that went since the line before, and that no line says of, sorted.
+        version (`int`): Of the format.
+    """
+
+    kind: str
+    time: str
+    ids: tuple[str, ...]
+    removed: dict[str, str]
+    left: dict[str, str]
+    previous: tuple[str, ...]
+    versions: dict[str, str] | None = None
+    groups: tuple[str, ...] = ()
+    grown: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    version: int = LEDGER_VERSION
+
+    def to_line(self) -> str:
+        """The entry as one line of JSON, without the line break."""
+        if self.version == 1:
+            return _as_line({"version": 1, **{name: getattr(self, name) for name in _FIRST_FIELDS}})
+        values: dict[str, Any] = {"ids": self.ids, "groups": self.groups, "grown": self.grown, "missing": self.missing}
+        values["exported" if self.kind == "export" else "removed"] = self.removed
+        values = {name: value for name, value in values.items() if value}
+        if self.versions is not None:
+            values["versions"] = self.versions
+        always = {"version": self.version, "kind": self.kind, "time": self.time, "previous": self.previous}
+        return _as_line({**values, **always})
+
+    @classmethod
+    def from_line(cls, line: str) -> "LedgerEntry":
+        """The entry of a line; raises [`~hf_s3t.errors.FolderError`] if it is none."""
+        try:
+            values = json.loads(line)
+            version = values.pop("version")
+            if version not in (1, LEDGER_VERSION):
+                raise FormatVersionError(
+                    f"A ledger line has version {version!r}; this hf_s3t reads versions 1 and {LEDGER_VERSION}."
+                )
+            entry = cls._first(values) if version == 1 else cls._second(values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
+        texts = (entry.time, *entry.ids, *entry.previous, *entry.groups, *entry.missing)
+        versions = {} if version != 1 and entry.versions is None else entry.versions
+        maps: tuple[Any, ...] = (entry.removed, entry.left, entry.grown, versions)
+        if (
+            not (entry.kind in KINDS or (isinstance(entry.kind, str) and values.get("optional") is True))
+            or not all(isinstance(text, str) for text in texts)
+            or not all(isinstance(m, dict) for m in maps)
+            or not (version == 1 or all(isinstance(text, str) for m in maps for text in m.values()))
+        ):
+            raise FolderError(f"A ledger line has fields of a wrong type: {line[:80]!r}")
+        return entry
+
+    @classmethod
+    def _first(cls, values: dict[str, Any]) -> "LedgerEntry":
+        if not values.keys() <= _FIRST_FIELDS:
+            raise TypeError(f"unknown fields {sorted(values.keys() - _FIRST_FIELDS)}")
+        lists = {name: tuple(values[name]) for name in ("ids", "previous", "groups")}
+        return cls(**{"versions": {}, **values, **lists}, version=1)
+
+    @classmethod
+    def _second(cls, values: dict[str, Any]) -> "LedgerEntry":
+        kind = values["kind"]
+        known = kind in KINDS
+        if isinstance(kind, str) and not known and values.get("optional") is not True:
+            raise FormatVersionError(
+                f"A ledger line is of the kind {kind!r}, which this hf_s3t does not know: a newer one wrote it. "
+                "Update hf_s3t (`pip install -U hf_s3t`)."
+            )
+        # What else a newer hf_s3t says in a line is covered by its hash like this, and passed over.
+        said = {name: values[name] for name in (_SAID[kind] if known else ()) if name in values}
+        if said.get("versions", {}) is None:
+            raise TypeError("versions are null")
+        return cls(
+            kind=kind,
+            time=values["time"],
+            ids=_listed(said.get("ids", [])),
+            removed=said.get("exported" if kind == "export" else "removed", {}),
+            left={},
+            previous=_listed(values["previous"]),
+            versions=said.get("versions"),
+            groups=_listed(said.get("groups", [])),
+            grown=said.get("grown", {}),
+            missing=_listed(said.get("missing", [])),
+        )
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"got {value!r}, expected a list")
+    return tuple(value)
+
+
+def _as_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def line_hash(line: str) -> str:
+    """The hash by which the next line refers to this one."""
+    return hashlib.sha256(line.encode()).hexdigest()
+
+
+def signed_part(line: str) -> str:
+    """
+    What the signature of a line signs: the line without it, as compact JSON with sorted keys.
+
+    The next line's hash covers both. A line may carry a `salt` too, which is signed like the rest.
+
+    Args:
+        line (`str`): A line of version 2.
+    """
+    return _as_line({name: value for name, value in json.loads(line).items() if name != "signature"})
