@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+from peft import LoraConfig
 from peft.functional import get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import ModulesToSaveWrapper
@@ -99,6 +100,7 @@ class AdapterPlaces:
     What PEFT makes of the config of a group: where its stages lie.
 
     Args:
+        config ([`~peft.LoraConfig`]): The config, as PEFT left it.
         layers (mapping from `str` to `AdaptedLayer`): By their names, the adapted modules.
         heads (mapping from `str` to `ModulesToSaveWrapper`): By their names, the wrappers of heads.
         blanks (mapping from `str` to mapping): By the names of adapted modules, what an adapter without tensors is.
@@ -106,6 +108,7 @@ class AdapterPlaces:
         is_all (`bool`): Whether this is all that PEFT made there, as far as anybody can see.
     """
 
+    config: LoraConfig
     layers: Mapping[str, AdaptedLayer]
     heads: Mapping[str, ModulesToSaveWrapper]
     blanks: Mapping[str, Mapping[str, Blank]]
@@ -171,19 +174,27 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(unwrapped(module).parameters()).device
 
 
-def find_places(base: nn.Module, adapter: str, modules: Mapping[str, AdapterHolder]) -> AdapterPlaces:
+def find_places(
+    base: nn.Module, adapter: str, config: LoraConfig, modules: Mapping[str, AdapterHolder]
+) -> AdapterPlaces:
     """
     Where the tensors of an injected adapter lie, by the names that PEFT gives them in files.
 
     Args:
         base (`nn.Module`): The base model.
         adapter (`str`): Name of the adapter.
+        config ([`~peft.LoraConfig`]): Its config, as PEFT left it.
         modules (mapping from `str` to `AdapterHolder`): By their names, the modules of the base that hold it.
     """
-    # The tensors themselves, by which they are found again.
-    state = get_peft_model_state_dict(
-        base, base.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
-    )
+    # The tensors themselves, by which they are found again, by every name that a module has.
+    held = set(modules.values())
+    own = {
+        path: tensor
+        for name, module in base.named_modules(remove_duplicate=False)
+        if module in held
+        for path, tensor in module.state_dict(prefix=f"{name}.", keep_vars=True).items()
+    }
+    state = get_peft_model_state_dict(base, own, adapter_name=adapter, save_embedding_layers=False)
     paths = {
         id(tensor): _slot(module, path, adapter)
         for module in modules.values()
@@ -196,7 +207,7 @@ def find_places(base: nn.Module, adapter: str, modules: Mapping[str, AdapterHold
     blanks = {name: _blanks(layer, adapter) for name, layer in layers.items()}
     tensors = {id(tensor) for tensor in state.values()}
     is_all = all(_is_all(layer, adapter, blanks[name], tensors) for name, layer in layers.items())
-    return AdapterPlaces(layers, heads, blanks, slots, is_all)
+    return AdapterPlaces(copy.deepcopy(config), layers, heads, blanks, slots, is_all)
 
 
 def _slot(module: nn.Module, path: str, adapter: str) -> Slot:
