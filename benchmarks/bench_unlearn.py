@@ -1,21 +1,24 @@
 """
-`unlearn` that truncates stacks in place, against loading the truncated stack from disk with plain PEFT.
+`unlearn` in a live model, against changing the stacks of a live model with plain PEFT.
 
-One example is deleted from the last slice of a stack that serves: its top stages stay, nothing is loaded, nothing is
-trained. The alternative has the base in memory already, and knows which adapters to load: what it takes to swap the
-truncated stack in by PEFT's own means. It ends when the truncated stack is there, so it is compared with the time
-until the truncated stacks answer, the record synced. The whole call, which then frees tensors and removes files, is
-shown too. Every deletion is made on a system that is fresh from the disk.
+One example is deleted, from each slice in turn of the stack that serves its shard. From the last slice: its top stages
+stay, and answer as they are. From any other: another stack is the longest now, and its stages are read from the disk.
+Nothing is trained. The alternative has the base in memory with the adapters that serve, knows which ones shall, loads
+those that are missing, as quickly as PEFT can (`low_cpu_mem_usage=True`), makes them active and then deletes the
+others. Of several shards it holds the one that changes alone. Its time until they are active is compared with ours
+until the stacks that are left answer, the record synced; the whole call, which also frees tensors and removes files,
+with its time to the end. Every deletion is made on a system that is fresh from the disk.
 """
 
 import copy
 import gc
 import shutil
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import Report, Task, Timing, clock, options
+from harness import Report, Timing, clock, options
 from systems import llama, make_system, plain_peft, temporary_folder
 
 from hf_s3t import S3TConfig, S3TModel, UnlearningReport
@@ -24,6 +27,14 @@ from hf_s3t.plan import StageKey
 
 
 NUM_SLICES = 4
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds until the stacks that are left answer, and in all."""
+
+    answering: float
+    whole: float
 
 
 class Deletions:
@@ -39,32 +50,32 @@ class Deletions:
     def __init__(self, system: Path, base: torch.nn.Module, scratch: Path):
         self.system, self.base, self.scratch = system, base, scratch
 
-    def measure(self, rounds: int) -> tuple[list[UnlearningReport], Timing, Timing]:
+    def measure(self, position: int, rounds: int) -> tuple[list[UnlearningReport], Timing, Timing]:
         """
-        The reports of `rounds` deletions, how long each took until the truncated stacks answered, and in all; next to
-        loading what it left.
+        The reports of `rounds` deletions from one slice of the stack that serves the first shard, how long each took
+        until the stacks that are left answered, and in all; next to the same change with PEFT.
         """
-        reports, answering, whole, theirs = [], [], [], []
+        reports, ours, theirs = [], [], []
         for number in range(-1, rounds):
-            report, until_answering, seconds = self._delete()
-            loading = self._load_with_peft(report)
+            report, before, after, spent = self._delete(position)
+            swapped = self._swap_with_peft(before, after)
             # The first is for warming up.
             if number >= 0:
                 reports.append(report)
-                answering.append(until_answering)
-                whole.append(seconds)
-                theirs.append(loading)
-        return reports, Timing(answering, theirs), Timing(whole, theirs)
+                ours.append(spent)
+                theirs.append(swapped)
+        answering = Timing([spent.answering for spent in ours], [spent.answering for spent in theirs])
+        return reports, answering, Timing([spent.whole for spent in ours], [spent.whole for spent in theirs])
 
-    def _delete(self) -> tuple[UnlearningReport, float, float]:
+    def _delete(self, position: int) -> tuple[UnlearningReport, StageKey, StageKey, Spent]:
         folder = self.scratch / "copy"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.system, folder)
         model = S3TModel.from_pretrained(folder, base_model=copy.deepcopy(self.base))
-        (tip,) = model._routing.served[0]
-        example = model.folder.table.members(0, tip.prefix[-1])[0]
+        (before,) = model._routing.served[0]
+        example = model.folder.table.members(0, before.prefix[position])[0]
         gc.collect()
-        reports, switched = [], []
+        switched = []
         switch = model._calls.switch
 
         def noting(routing):
@@ -74,56 +85,65 @@ class Deletions:
 
         model._calls.switch = noting
         started = clock.now()
-        seconds = Task(lambda: reports.append(model.unlearn([example]))).seconds()
-        self._check(model, tip, reports[0])
-        return reports[0], switched[0] - started, seconds
+        report = model.unlearn([example])
+        spent = Spent(switched[-1] - started, clock.now() - started)
+        (after,) = model._routing.served[0]
+        self._check(model, before, after, report)
+        return report, before, after, spent
 
-    def _check(self, model: S3TModel, tip: StageKey, report: UnlearningReport) -> None:
+    def _check(self, model: S3TModel, tip: StageKey, left: StageKey, report: UnlearningReport) -> None:
         """That the call did, before it returned, all that is promised."""
         folder = model.folder
         ledger = (folder.path / LEDGER_FILE).read_text()
         assert ledger.endswith("\n") and ledger.count("\n") == 1
         assert (report.depths_before[0], report.depths_after[0]) == (tip.depth, tip.depth - 1)
         assert str(tip) in report.stages_removed
-        assert tip not in model.stack and tip.parent in model.stack
+        assert tip not in model.stack and all(key in model.stack for key in left.lineage)
         assert not any((folder.path / "stages" / name).exists() for name in report.stages_removed)
         model.refresh()
 
-    def _load_with_peft(self, report: UnlearningReport) -> float:
-        base = copy.deepcopy(self.base)
-        tip = StageKey(0, tuple(range(report.depths_after[0])))
-        adapters = [self.system / key.path for key in tip.lineage]
+    def _swap_with_peft(self, tip: StageKey, left: StageKey) -> Spent:
+        before, after = tip.lineage, left.lineage
+        live = plain_peft(copy.deepcopy(self.base), {key.adapter_name: self.system / key.path for key in before})
+        live.base_model.set_adapter([key.adapter_name for key in before], inference_mode=True)
         gc.collect()
-        return Task(lambda: plain_peft(base, adapters)).seconds()
+        started = clock.now()
+        for key in after:
+            if key not in before:
+                live.load_adapter(self.system / key.path, adapter_name=key.adapter_name, low_cpu_mem_usage=True)
+        live.base_model.set_adapter([key.adapter_name for key in after], inference_mode=True)
+        answering = clock.now() - started
+        for key in before:
+            if key not in after:
+                live.delete_adapter(key.adapter_name)
+        return Spent(answering, clock.now() - started)
 
 
 def main() -> None:
     chosen = options(__doc__)
     layers, hidden, rounds = (8, 32, 2) if chosen.quick else (32, 64, 5)
-    sizes = (100, 200) if chosen.quick else (1_000, 52_000)
+    sizes = (100,) if chosen.quick else (1_000, 52_000)
     settings = {"layers": layers, "hidden": hidden, "rank": 16, "num_slices": NUM_SLICES, "budget": NUM_SLICES}
     report = Report("unlearn", chosen, {**settings, "targets": "all seven projections"})
-    limits = {} if chosen.quick else {"lock": 1e-3, "call": 20e-3, "share": 0.01}
+    limits = {} if chosen.quick else {"lock": 1e-3, "answer": 50e-3, "active": 1.0, "loaded": 0.25}
     base = llama(layers, hidden, vocabulary=1_000)
     for shards in (1, 5):
         for size in sizes:
             with temporary_folder() as folder:
                 system = Path(folder) / "system"
                 make_system(system, base, S3TConfig(num_shards=shards, num_slices=NUM_SLICES), size)
-                reports, answering, whole = Deletions(system, base, Path(folder)).measure(rounds)
-            name = f"m = {shards}, {size:,} examples"
-            locks = [r.lock_seconds for r in reports]
-            report.add(
-                f"{name}: in the lock",
-                statistics.median(locks),
-                "s",
-                at_most=limits.get("lock"),
-                numbers={"all": locks},
-            )
-            calls = statistics.median(whole.ours)
-            report.add(f"{name}: the call", calls, "s", at_most=limits.get("call"), numbers={"all": whole.ours})
-            report.add_ratio(f"{name}: until it answers, against PEFT", answering, at_most=limits.get("share"))
-            report.add_ratio(f"{name}: the call, against PEFT", whole)
+                deletions = Deletions(system, base, Path(folder))
+                for position in reversed(range(NUM_SLICES)):
+                    name = f"m = {shards}, {size:,} examples, slice {position + 1}"
+                    reports, answering, whole = deletions.measure(position, rounds)
+                    # From the last slice there is nothing to load, for them as for us.
+                    share = limits.get("active" if position == NUM_SLICES - 1 else "loaded")
+                    locks = [r.lock_seconds for r in reports]
+                    lock, answers = statistics.median(locks), statistics.median(answering.ours)
+                    report.add(f"{name}: in the lock", lock, "s", at_most=limits.get("lock"), numbers={"all": locks})
+                    report.add(f"{name}: until it answers", answers, "s", at_most=limits.get("answer"))
+                    report.add_ratio(f"{name}: until it answers, against PEFT", answering, at_most=share)
+                    report.add_ratio(f"{name}: the call, against PEFT", whole)
     report.finish()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -87,13 +88,14 @@ def sharing(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, memo)
 
 
-def plain_peft(base: nn.Module, adapters: list[Path]) -> PeftModel:
-    """Plain PEFT on a base in memory: the stages of a stack loaded from disk and all made active."""
-    first, *others = adapters
-    model = PeftModel.from_pretrained(base, first, adapter_name=first.name)
-    for adapter in others:
-        model.load_adapter(adapter, adapter_name=adapter.name)
-    model.base_model.set_adapter([adapter.name for adapter in adapters], inference_mode=True)
+def plain_peft(base: nn.Module, adapters: Mapping[str, Path]) -> PeftModel:
+    """Plain PEFT on a base in memory: adapters loaded from disk, by their names, as quickly as it can."""
+    model = None
+    for name, path in adapters.items():
+        if model is None:
+            model = PeftModel.from_pretrained(base, path, adapter_name=name, low_cpu_mem_usage=True)
+        else:
+            model.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
     return model
 
 

@@ -106,8 +106,8 @@ class StageStack:
 
     def tensors(self, key: StageKey) -> dict[str, torch.Tensor]:
         """The tensors of a stage by the names they have in its file, head included; they share memory."""
-        slots = self._places[key.group].slots
-        return {name: slot.tensor(key.adapter_name).detach() for name, slot in slots.items()}
+        tensors = self._places[key.group].tensors(key.adapter_name)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def digest(self, keys: Iterable[StageKey]) -> str:
         """A digest of the tensors of some stages, to show that frozen ones stay what they are."""
@@ -155,8 +155,7 @@ class StageStack:
             try:
                 self._attach(key)
                 self._require_fit(key, state)
-                for name, slot in self._places[key.group].slots.items():
-                    slot.set(key.adapter_name, state[name])
+                self._places[key.group].fill(key.adapter_name, state)
                 self._require_bits(key, state)
             except BaseException:
                 self.drop([key])
@@ -196,8 +195,8 @@ class StageStack:
         state = read_tensors(data, f"The checkpoint of {key}")
         self._require_fit(key, state)
         with torch.no_grad():
-            for name, slot in self._places[key.group].slots.items():
-                slot.tensor(key.adapter_name).copy_(state[name])
+            for name, tensor in self._places[key.group].tensors(key.adapter_name).items():
+                tensor.copy_(state[name])
         self._require_bits(key, state)
 
     def _require_fit(self, key: StageKey, state: Mapping[str, torch.Tensor]) -> None:
@@ -239,26 +238,25 @@ class StageStack:
     def _attach(self, key: StageKey) -> None:
         """Make room for a stage in its modules; PEFT, which looks through the whole model, finds them once a group."""
         places = self._places.get(key.group)
-        if places is None:
-            # Injecting deep-copies the head, and its initialisers draw nothing on the meta device.
+        if places is None or not places.is_all:
             self._inject(key, low_cpu_mem_usage=True)
             return
         self._modules[key] = places.modules
         attached: dict[str, Any] = self.base.peft_config
-        attached[key.adapter_name] = copy.deepcopy(self._configs[key.group])
-        for name, layer in places.layers.items():
-            for part, blank in places.blanks[name].items():
-                getattr(layer, part)[key.adapter_name] = copy.deepcopy(blank)
-        for wrapper in places.heads.values():
-            wrapper.update(key.adapter_name)
+        attached[key.adapter_name] = copy.deepcopy(places.config)
+        places.add(key.adapter_name)
 
     def _inject(self, key: StageKey, low_cpu_mem_usage: bool) -> None:
         known = self.base.__dict__.pop("peft_config")
         config = copy.deepcopy(self._configs[key.group])
+        if low_cpu_mem_usage:
+            # Some initialisers draw random numbers for tensors without values too.
+            config.init_lora_weights = False
         try:
             inject_adapter_in_model(config, self.base, key.adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         finally:
             self.base.peft_config = known
+        config.init_lora_weights = self._configs[key.group].init_lora_weights
         known[key.adapter_name] = config
         found = {n: m for n, m in self.base.named_modules() if holds_adapter(m, key.adapter_name)}
         self._modules[key] = list(found.values())
@@ -271,7 +269,7 @@ class StageStack:
                 "inside the transformer layers only."
             )
         if key.group not in self._places:
-            self._places[key.group] = find_places(self.base, key.adapter_name, found)
+            self._places[key.group] = find_places(self.base, key.adapter_name, config, found)
         for module in found.values():
             self._hook(module, key.group)
         self.deactivate()
@@ -310,7 +308,9 @@ class StageStack:
         """
         holders: list[AdapterHolder] = [*self._lora_layers, *self._wrappers]
         for module in holders:
-            module.enable_adapters(False)
+            # Where adapters are disabled already, no more is to be done: gradients are taken from all of them below.
+            if isinstance(module, ModulesToSaveWrapper) or not module.disable_adapters:
+                module.enable_adapters(False)
             if isinstance(module, AdaptedLayer):
                 # When an active adapter is dropped, PEFT makes another one active, and trainable.
                 module.set_adapter([], inference_mode=True)

@@ -72,6 +72,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
         pytest.param("training", [], marks=pytest.mark.long),
         pytest.param("unlearn", ["--cpu-time"], marks=pytest.mark.long),
         pytest.param("folder", ["--cpu-time"], marks=pytest.mark.long),
+        pytest.param("loading", ["--cpu-time"], marks=pytest.mark.long),
     ],
 )
 def test_a_benchmark_runs_to_its_end(name, more, tmp_path):
