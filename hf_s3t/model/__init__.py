@@ -44,6 +44,7 @@ Stacks of adapters, over PEFT:
 - `route`: which adapters the rows of a batch go through.
 - `batches`: the rows of a call, repeated for every member.
 - `shared_pass`: whether the members can share one pass of the base.
+- `trunk`: what lies below every stage of a route, computed once and cached once.
 - `uncompiled`: functions that no compiled graph takes in.
 - `aggregation`: how the members' answers become one.
 - `ensemble_loss`: the loss of that answer.

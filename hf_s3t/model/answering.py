@@ -15,6 +15,7 @@ from .calls import Routing
 from .ensemble_loss import EnsembleLoss
 from .route import BASE_ALONE, Route, routed
 from .shared_pass import SharedPass
+from .trunk import Trunks
 
 
 class Ensemble:
@@ -28,6 +29,7 @@ class Ensemble:
     def __init__(self, base: PreTrainedModel):
         self._base = base
         self._shared_pass = SharedPass(base)
+        self._trunks = Trunks(base)
         self._loss_of_several = EnsembleLoss(base)
 
     def check(self, inputs: dict[str, Any], route: Route | None) -> None:
@@ -71,9 +73,11 @@ class Ensemble:
             return self._answer_in_turn(routing, routing.route, inputs, targets, how)
         if members > 1:
             refuse_unknown_positions(self._base, inputs, rows)
-        with routed(routing.route):
-            given = {**inputs, **targets} if members == 1 else repeat_rows(inputs, rows, members)
-            outputs = self._base(**given, return_dict=True)
+            with self._trunks.shared(routing.route, inputs, rows), routed(routing.route):
+                outputs = self._base(**repeat_rows(inputs, rows, members), return_dict=True)
+        else:
+            with routed(routing.route):
+                outputs = self._base(**inputs, **targets, return_dict=True)
         stamp_cache(cache_of(inputs), routing.route)
         stamp_cache(cache_of(outputs), routing.route)
         answers = answers_of([outputs], routing.weights, how)

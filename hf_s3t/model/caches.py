@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import S3TError, StaleCacheError
 from .route import BASE_ALONE, Route
@@ -93,14 +94,54 @@ def refuse_other_state(inputs: dict[str, Any]) -> None:
         )
 
 
+# Kinds of layers that hold keys and values, one entry per row, and nothing else.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_plain_cache(cache: Cache) -> bool:
+    """Whether the layers of a cache may be of unlike many rows: each keeps what it is given, for itself."""
+    made = cache.layer_class_to_replicate
+    kinds = {*map(type, cache.layers), *([] if made is None else [made])}
+    return type(cache) is DynamicCache and not cache.offloading and kinds <= set(_PLAIN_LAYERS)
+
+
+def holds_one_block(cache: Cache, rows: int) -> bool:
+    """
+    Whether some layers of a cache that several members filled hold one block of rows for all of them.
+
+    Args:
+        cache ([`~transformers.Cache`]): The cache.
+        rows (`int`): Number of rows of a block.
+    """
+    return any(_holds(layer, rows) for layer in getattr(cache, "layers", ()))
+
+
+def repeat_block(cache: Cache, rows: int, members: int) -> None:
+    """Give every member a block of its own in those layers of a cache that hold one for all of them."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if _holds(layer, rows):
+            layer.reorder_cache(torch.arange(rows).repeat(members))
+
+
+def _holds(layer: Any, rows: int) -> bool:
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, torch.Tensor) and keys.dim() > 1 and len(keys) == rows
+
+
 def reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
     """
     Reorder a cache for beam search: the same beams in the block of rows of every member that filled it.
 
     Args:
-        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows.
+        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows; of `rows` in layers that no stage adapts.
         beam_idx (`torch.Tensor` of shape `(rows,)`): For each row the one that it goes on from.
     """
     rows, members = len(beam_idx), max(1, len(getattr(cache, "_s3t_route", BASE_ALONE)))
-    cache.reorder_cache(torch.cat([beam_idx + member * rows for member in range(members)]))
+    of_all = torch.cat([beam_idx + member * rows for member in range(members)])
+    if members > 1 and holds_one_block(cache, rows):
+        for layer in cache.layers:
+            layer.reorder_cache(beam_idx if _holds(layer, rows) else of_all)
+    else:
+        cache.reorder_cache(of_all)
     return cache

@@ -26,6 +26,7 @@ from .route import cut_graph, hook
 from .stage_configs import PATTERNS, config_of_stack, stage_configs
 from .stage_files import check_is_written, check_peft_reads, whole_or_nothing, write_adapter
 from .tensor_files import differing_tensors, read_tensors, tensors_digest
+from .trunk import hook_layers
 from .turns import Turns
 
 
@@ -78,6 +79,7 @@ class StageStack:
         base.peft_config = {}
         first = next(base.get_submodule(layers.path).children())
         first.register_forward_pre_hook(cut_graph, with_kwargs=True)
+        hook_layers(base, layers)
 
     # What is in memory
 
