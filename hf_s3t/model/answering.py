@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
 from .aggregation import answers_of, check_is_no_set, fields_of_sets, logit_fields
 from .batches import num_rows, refuse_unknown_positions, repeat_rows
-from .caches import cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
+from .caches import CACHES, cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
 from .calls import Routing
 from .ensemble_loss import EnsembleLoss
 from .route import BASE_ALONE, Route, routed
@@ -126,6 +126,8 @@ class Ensemble:
             loss (`torch.Tensor` of shape `()`, *optional*): Their loss.
             members (`int`, defaults to 1): How many members answered.
         """
+        if members == 1 and _says_only(outputs, answers):
+            return outputs
         check_is_no_set(outputs, type(self._base), members)
         # What comes with the logits of a set of predictions is of one member: several are refused.
         kept: dict[str, Any] = dict(outputs) if fields_of_sets(outputs) else dict(caches_in(outputs))
@@ -150,6 +152,14 @@ class Ensemble:
             return self._loss_of_several(answers, targets, inputs, [(BASE_ALONE, 1.0)])
         members = zip(_members_alone(routing.route), routing.weights.tolist(), strict=True)
         return self._loss_of_several(answers, targets, inputs, list(members))
+
+
+def _says_only(outputs: ModelOutput, answers: dict[str, torch.Tensor]) -> bool:
+    """Whether a base answered with these logits, and beside them with nothing but a cache."""
+    for name, value in outputs.items():
+        if value is not answers.get(name) and not (name in CACHES and isinstance(value, Cache)):
+            return False
+    return True
 
 
 def _members_alone(route: Route) -> list[Route]:

@@ -28,7 +28,11 @@ def caches_in(values: Mapping[str, Any]) -> dict[str, Cache]:
 
 def cache_of(values: Mapping[str, Any]) -> Cache | None:
     """The cache among a call's inputs or outputs."""
-    return next(iter(caches_in(values).values()), None)
+    for name in CACHES:
+        value = values.get(name)
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 def has_cache(values: Mapping[str, Any]) -> bool:
@@ -50,9 +54,9 @@ def check_cache(cache: Cache | None, route: Route) -> None:
     Raises:
         [`~hf_s3t.errors.StaleCacheError`]: With what to do.
     """
-    if cache is None or _is_empty(cache):
+    if cache is None or getattr(cache, "_s3t_route", None) is route:
         return
-    if getattr(cache, "_s3t_route", None) is not route:
+    if not _is_empty(cache):
         raise StaleCacheError(
             "`past_key_values` was made before a deletion changed the stacks that answer, or by another model. Start "
             "again without it, from the full prompt."

@@ -70,8 +70,10 @@ class Generating(Following, _Host):
             if not self.can_generate():
                 raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
             own_ways = brings_own_ways(type(self.base_model))
-            with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
-                answer = super().generate(*args, **kwargs)
+            with self._call() as routing, routed(_NO_WAY) if own_ways else contextlib.nullcontext():
+                # Each token is a call of this model, and is not counted, or given a turn, by itself.
+                with self._calls.stepping(routing):
+                    answer = super().generate(*args, **kwargs)
                 has_ended_itself()
             return answer
 

@@ -47,7 +47,10 @@ class Scope:
 
     def get(self) -> Any:
         """The value of the innermost block that still runs; `None` outside of all."""
-        block = _first_open(self._innermost.get())
+        block = self._innermost.get()
+        # Asked for by every layer of every token: most often there is none, or the innermost is it.
+        if block is not None and not block.is_open:
+            block = _first_open(block)
         return None if block is None else block.value
 
     @contextlib.contextmanager

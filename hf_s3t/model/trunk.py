@@ -56,6 +56,8 @@ class Trunk:
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._caches: list[Cache] = []
 
+    # Where torch compiles, tensors cannot be compared.
+    @uncompiled
     def enter(self, layer: nn.Module, is_adapted: bool, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What a layer shall be given in place of its arguments, a tuple and a dict; `None` for these."""
         if not self._is_whole:
@@ -76,6 +78,7 @@ class Trunk:
         self._inside = layer
         return first
 
+    @uncompiled
     def leave(self, layer: nn.Module, output: Any) -> Any:
         """What a layer's answer is taken for, with a block of rows for every member."""
         if self._inside is not layer:
@@ -165,12 +168,10 @@ def hook_layers(base: PreTrainedModel, layers: LayerGroups) -> None:
 def _hooks(group: int | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What runs before a layer of a group, and after it."""
 
-    @uncompiled
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trunk: Trunk | None = _TRUNK.get()
         return None if trunk is None else trunk.enter(layer, group in trunk.adapted, (args, kwargs))
 
-    @uncompiled
     def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         trunk: Trunk | None = _TRUNK.get()
         return None if trunk is None else trunk.leave(layer, output)
