@@ -142,7 +142,7 @@ class Calls:
 
     @property
     def of_step(self) -> Routing | None:
-        """The routing of a call that is a step, if one begins here: the call around it is counted, and has its turn."""
+        """The routing of a call that is a step, if one begins here: that around it is counted, and has its turn."""
         thread, routing = self._stepping.get() or (None, None)
         return routing if thread == threading.get_ident() else None
 

@@ -123,7 +123,6 @@ def _with_signature(served: type[nn.Module], base: type[PreTrainedModel]) -> Cal
     return forward
 
 
-@functools.lru_cache
 def brings_own_ways(base: type) -> bool:
     """Whether something else than Transformers says how a class of base generates."""
     ways = (

@@ -70,7 +70,7 @@ class RoutedLayer(_Layer):
         Returns:
             `torch.Tensor` of shape `(members * rows, ..., features_out)`.
         """
-        if LENGTHS.get() is not None:
+        if LENGTHS.peek() is not None:
             _note_length(self, args, kwargs)
         route: Route | None = ROUTE.get()
         if route is None:
@@ -79,8 +79,7 @@ class RoutedLayer(_Layer):
             # With these names PEFT computes the base's layer alone, whatever adapters are active.
             output = self._as_peft(args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])})
         elif self._is_linear and not kwargs:
-            # All that PEFT's does with disabled adapters, at once.
-            output = self.base_layer(*args)
+            output = _linear(self._modules["base_layer"], *args)
         else:
             output = self._as_peft(args, kwargs)
         route.refuse_stopped()
@@ -90,6 +89,15 @@ class RoutedLayer(_Layer):
     def _as_peft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         output: torch.Tensor = super().forward(*args, **kwargs)
         return output
+
+
+def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """All that PEFT does with disabled adapters, and a plain layer without hooks does when it is called, at once."""
+    if type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)):
+        held: Any = layer._parameters
+        return nn.functional.linear(x, held["weight"], held["bias"])
+    output: torch.Tensor = layer(x)
+    return output
 
 
 def _note_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,8 +160,8 @@ def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Ten
     pairs = _plain_pairs(layer, names, output.dtype) if output.is_contiguous() else None
     if pairs is None:
         return False
-    blocks = output.view(-1, output.shape[-1]).chunk(len(names))
-    inputs = x.to(output.dtype).flatten(0, -2).chunk(len(names))
+    whole, given = output.view(-1, output.shape[-1]), x.to(output.dtype).flatten(0, -2)
+    blocks, inputs = ([whole], [given]) if len(names) == 1 else (whole.chunk(len(names)), given.chunk(len(names)))
     for name, pair, rows, block in zip(names, pairs, inputs, blocks, strict=True):
         if pair is not None:
             low = nn.functional.linear(rows, pair[0].weight)

@@ -1,7 +1,7 @@
 """Context variables whose values end with the block that set them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,6 +44,8 @@ class Scope:
 
     def __init__(self, name: str):
         self._innermost: ContextVar[_Block | None] = ContextVar(name, default=None)
+        # Gives `None` where no value was ever set. Layers ask before every computation: a call of Python costs more.
+        self.peek: Callable[[], object] = self._innermost.get
 
     def get(self) -> Any:
         """The value of the innermost block that still runs; `None` outside of all."""
