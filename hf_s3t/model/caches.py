@@ -13,6 +13,8 @@ from .route import BASE_ALONE, Route
 
 # The names under which models take and return a `Cache`.
 CACHES = ("past_key_values", "cache_params")
+# And under which some carry a state from call to call.
+_STATES = (*CACHES, "mems", "state")
 _WITH_A_CACHE = {"use_cache", "cache_position", "attention_mask", "position_ids", *CACHES}
 
 
@@ -89,13 +91,13 @@ def refuse_other_state(inputs: dict[str, Any]) -> None:
     Raises:
         [`~hf_s3t.errors.S3TError`]: Naming it.
     """
-    names = [*(name for name in CACHES if not isinstance(inputs.get(name), Cache)), "mems", "state"]
-    given = [name for name in names if inputs.get(name) is not None]
-    if given:
-        raise S3TError(
-            f"`{given[0]}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
-            "use_cache=False."
-        )
+    for name in _STATES:
+        value = inputs.get(name)
+        if value is not None and not (name in CACHES and isinstance(value, Cache)):
+            raise S3TError(
+                f"`{name}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
+                "use_cache=False."
+            )
 
 
 # Kinds of layers that hold keys and values, one entry per row, and nothing else.

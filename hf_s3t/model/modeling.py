@@ -282,16 +282,13 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels: torch.Tensor | None) -> ModelOutput:
         with self._calls.computing(routing):
-            return self._compute(routing, inputs, labels)
-
-    def _compute(self, routing: Routing, inputs: dict[str, Any], labels: torch.Tensor | None) -> ModelOutput:
-        if self.base_model.training:
-            self.eval()
-        targets = take_targets(inputs, labels)
-        self._ensemble.check(inputs, routing.route)
-        if routing.route is None:
-            self._check_base_may_answer()
-        return self._ensemble.answer(routing, inputs, targets, self.aggregation)
+            if self.base_model.training:
+                self.eval()
+            targets = take_targets(inputs, labels)
+            self._ensemble.check(inputs, routing.route)
+            if routing.route is None:
+                self._check_base_may_answer()
+            return self._ensemble.answer(routing, inputs, targets, self.aggregation)
 
     def _check_base_may_answer(self) -> None:
         """Where no stack answers, the base may if that is asked for, and stages are not just out of memory."""
