@@ -69,20 +69,26 @@ class Ensemble:
             return self._answer_as_base(inputs, targets)
         members = len(routing.route)
         rows = num_rows(inputs, self._base.main_input_name)
-        if members > 1 and not self._shared_pass.is_possible(inputs, rows):
+        if members == 1:
+            return self._answer_of_one(routing, routing.route, {**inputs, **targets}, how)
+        if not self._shared_pass.is_possible(inputs, rows):
             return self._answer_in_turn(routing, routing.route, inputs, targets, how)
-        if members > 1:
-            refuse_unknown_positions(self._base, inputs, rows)
-            with self._trunks.shared(routing.route, inputs, rows), routed(routing.route):
-                outputs = self._base(**repeat_rows(inputs, rows, members), return_dict=True)
-        else:
-            with routed(routing.route):
-                outputs = self._base(**inputs, **targets, return_dict=True)
+        refuse_unknown_positions(self._base, inputs, rows)
+        with self._trunks.shared(routing.route, inputs, rows), routed(routing.route):
+            outputs = self._base(**repeat_rows(inputs, rows, members), return_dict=True)
         stamp_cache(cache_of(inputs), routing.route)
         stamp_cache(cache_of(outputs), routing.route)
         answers = answers_of([outputs], routing.weights, how)
-        loss = outputs.get("loss") if members == 1 else self.loss(routing, answers, targets, inputs)
-        return self.output(outputs, answers, loss, members)
+        return self.output(outputs, answers, self.loss(routing, answers, targets, inputs), members)
+
+    def _answer_of_one(self, routing: Routing, route: Route, given: dict[str, Any], how: str) -> ModelOutput:
+        """What the base answers with one member, and its loss."""
+        with routed(route):
+            outputs = self._base(**given, return_dict=True)
+        stamp_cache(cache_of(given), route)
+        stamp_cache(cache_of(outputs), route)
+        answers = answers_of([outputs], routing.weights, how)
+        return outputs if _says_only(outputs, answers) else self.output(outputs, answers, outputs.get("loss"))
 
     def _answer_in_turn(
         self, routing: Routing, route: Route, inputs: dict[str, Any], targets: dict[str, Any], how: str
@@ -126,8 +132,6 @@ class Ensemble:
             loss (`torch.Tensor` of shape `()`, *optional*): Their loss.
             members (`int`, defaults to 1): How many members answered.
         """
-        if members == 1 and _says_only(outputs, answers):
-            return outputs
         check_is_no_set(outputs, type(self._base), members)
         # What comes with the logits of a set of predictions is of one member: several are refused.
         kept: dict[str, Any] = dict(outputs) if fields_of_sets(outputs) else dict(caches_in(outputs))

@@ -72,7 +72,8 @@ class RoutedLayer(_Layer):
         """
         if LENGTHS.peek() is not None:
             _note_length(self, args, kwargs)
-        route: Route | None = ROUTE.get()
+        block = ROUTE.peek()
+        route: Route | None = block.value if block is not None and block.is_open else ROUTE.get()
         if route is None:
             return self._as_peft(args, kwargs)
         if not self._disable_adapters:

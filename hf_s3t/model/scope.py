@@ -44,8 +44,9 @@ class Scope:
 
     def __init__(self, name: str):
         self._innermost: ContextVar[_Block | None] = ContextVar(name, default=None)
-        # Gives `None` where no value was ever set. Layers ask before every computation: a call of Python costs more.
-        self.peek: Callable[[], object] = self._innermost.get
+        # The innermost block, maybe one that has ended; `None` where there never was one. Layers ask before all that
+        # they compute, where a call of Python would be felt.
+        self.peek: Callable[[], _Block | None] = self._innermost.get
 
     def get(self) -> Any:
         """The value of the innermost block that still runs; `None` outside of all."""

@@ -245,9 +245,6 @@ class Own(PreTrainedModel):
         if self.way == "skips":
             # What lower layers answered is used again above, as in a U-Net.
             x = x + kept[0] * kept[1]
-        if self.way == "mixes":
-            # One row of the batch is not like the others.
-            x = x - x.mean(0, keepdim=True)
         logits = self.head(x)
         loss = None if labels is None else nn.functional.cross_entropy(logits.transpose(1, 2), labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
