@@ -42,8 +42,10 @@ Stacks of adapters, over PEFT:
 - `peft_layers`: what PEFT puts there, as types.
 - `plain_adapter`: what plain PEFT makes of a stage's files, compared with what is in memory.
 - `route`: which adapters the rows of a batch go through.
+- `routed_layers`: adapted layers and heads that go by it.
 - `batches`: the rows of a call, repeated for every member.
 - `shared_pass`: whether the members can share one pass of the base.
+- `trunk`: what lies below every stage of a route, computed once and cached once.
 - `uncompiled`: functions that no compiled graph takes in.
 - `aggregation`: how the members' answers become one.
 - `ensemble_loss`: the loss of that answer.

@@ -4,17 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
 from .aggregation import answers_of, check_is_no_set, fields_of_sets, logit_fields
 from .batches import num_rows, refuse_unknown_positions, repeat_rows
-from .caches import cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
+from .caches import CACHES, cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
 from .calls import Routing
 from .ensemble_loss import EnsembleLoss
 from .route import BASE_ALONE, Route, routed
 from .shared_pass import SharedPass
+from .trunk import Trunks
 
 
 class Ensemble:
@@ -28,6 +29,7 @@ class Ensemble:
     def __init__(self, base: PreTrainedModel):
         self._base = base
         self._shared_pass = SharedPass(base)
+        self._trunks = Trunks(base)
         self._loss_of_several = EnsembleLoss(base)
 
     def check(self, inputs: dict[str, Any], route: Route | None) -> None:
@@ -67,18 +69,26 @@ class Ensemble:
             return self._answer_as_base(inputs, targets)
         members = len(routing.route)
         rows = num_rows(inputs, self._base.main_input_name)
-        if members > 1 and not self._shared_pass.is_possible(inputs, rows):
+        if members == 1:
+            return self._answer_of_one(routing, routing.route, {**inputs, **targets}, how)
+        if not self._shared_pass.is_possible(inputs, rows):
             return self._answer_in_turn(routing, routing.route, inputs, targets, how)
-        if members > 1:
-            refuse_unknown_positions(self._base, inputs, rows)
-        with routed(routing.route):
-            given = {**inputs, **targets} if members == 1 else repeat_rows(inputs, rows, members)
-            outputs = self._base(**given, return_dict=True)
+        refuse_unknown_positions(self._base, inputs, rows)
+        with self._trunks.shared(routing.route, inputs, rows), routed(routing.route):
+            outputs = self._base(**repeat_rows(inputs, rows, members), return_dict=True)
         stamp_cache(cache_of(inputs), routing.route)
         stamp_cache(cache_of(outputs), routing.route)
         answers = answers_of([outputs], routing.weights, how)
-        loss = outputs.get("loss") if members == 1 else self.loss(routing, answers, targets, inputs)
-        return self.output(outputs, answers, loss, members)
+        return self.output(outputs, answers, self.loss(routing, answers, targets, inputs), members)
+
+    def _answer_of_one(self, routing: Routing, route: Route, given: dict[str, Any], how: str) -> ModelOutput:
+        """What the base answers with one member, and its loss."""
+        with routed(route):
+            outputs = self._base(**given, return_dict=True)
+        stamp_cache(cache_of(given), route)
+        stamp_cache(cache_of(outputs), route)
+        answers = answers_of([outputs], routing.weights, how)
+        return outputs if _says_only(outputs, answers) else self.output(outputs, answers, outputs.get("loss"))
 
     def _answer_in_turn(
         self, routing: Routing, route: Route, inputs: dict[str, Any], targets: dict[str, Any], how: str
@@ -146,6 +156,14 @@ class Ensemble:
             return self._loss_of_several(answers, targets, inputs, [(BASE_ALONE, 1.0)])
         members = zip(_members_alone(routing.route), routing.weights.tolist(), strict=True)
         return self._loss_of_several(answers, targets, inputs, list(members))
+
+
+def _says_only(outputs: ModelOutput, answers: dict[str, torch.Tensor]) -> bool:
+    """Whether a base answered with these logits, and beside them with nothing but a cache."""
+    for name, value in outputs.items():
+        if value is not answers.get(name) and not (name in CACHES and isinstance(value, Cache)):
+            return False
+    return True
 
 
 def _members_alone(route: Route) -> list[Route]:

@@ -14,7 +14,7 @@ from .caches import CACHES, has_cache
 
 
 # Inputs that are not one row per example even if their length says so.
-_NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
+NOT_ROWS = {"labels", "cache_position", "logits_to_keep", "num_items_in_batch", *CACHES}
 # One for all rows of these is common.
 _SHARED = {"attention_mask", "position_ids"}
 # Fields of the pictures that `generate` encoded and hands on: one entry each, in the order of the batch; or one list
@@ -71,7 +71,7 @@ def knows_rows(inputs: dict[str, Any], rows: int) -> bool:
         inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)` or of others.
         rows (`int`): Number of examples.
     """
-    return all(name in _NOT_ROWS or _knows_rows(name, value, rows) for name, value in inputs.items())
+    return all(name in NOT_ROWS or _knows_rows(name, value, rows) for name, value in inputs.items())
 
 
 def _knows_rows(name: str, value: Any, rows: int) -> bool:
@@ -94,25 +94,26 @@ def _dimension_of_rows(name: str, value: torch.Tensor) -> int:
     return 1 if name == "position_ids" and value.dim() == 3 else 0
 
 
-def first_row(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+def first_rows(inputs: dict[str, Any], rows: int, count: int = 1) -> dict[str, Any]:
     """
-    The inputs of the first example alone.
+    The inputs of the first examples alone.
 
     Args:
         inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)`.
         rows (`int`): Number of examples.
+        count (`int`, defaults to 1): Number of those to keep.
 
     Returns:
-        `dict`: The same, tensors of shape `(1, ...)`.
+        `dict`: The same, tensors of shape `(count, ...)`.
     """
-    return {n: v if n in _NOT_ROWS else _first_of_rows(v, rows) for n, v in inputs.items()}
+    return {n: v if n in NOT_ROWS else _first_of_rows(v, rows, count) for n, v in inputs.items()}
 
 
-def _first_of_rows(value: Any, rows: int) -> Any:
+def _first_of_rows(value: Any, rows: int, count: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
-        return value[:1]
+        return value[:count]
     if isinstance(value, dict) and not isinstance(value, ModelOutput):
-        return {k: _first_of_rows(v, rows) for k, v in value.items()}
+        return {k: _first_of_rows(v, rows, count) for k, v in value.items()}
     return value
 
 
@@ -130,7 +131,7 @@ def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, An
     """
     if members == 1:
         return inputs
-    return {n: v if n in _NOT_ROWS else _repeat_value(n, v, rows, members) for n, v in inputs.items()}
+    return {n: v if n in NOT_ROWS else _repeat_value(n, v, rows, members) for n, v in inputs.items()}
 
 
 def _repeat_value(name: str, value: Any, rows: int, members: int) -> Any:

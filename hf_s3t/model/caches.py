@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import S3TError, StaleCacheError
 from .route import BASE_ALONE, Route
@@ -12,6 +13,8 @@ from .route import BASE_ALONE, Route
 
 # The names under which models take and return a `Cache`.
 CACHES = ("past_key_values", "cache_params")
+# And under which some carry a state from call to call.
+_STATES = (*CACHES, "mems", "state")
 _WITH_A_CACHE = {"use_cache", "cache_position", "attention_mask", "position_ids", *CACHES}
 
 
@@ -27,7 +30,11 @@ def caches_in(values: Mapping[str, Any]) -> dict[str, Cache]:
 
 def cache_of(values: Mapping[str, Any]) -> Cache | None:
     """The cache among a call's inputs or outputs."""
-    return next(iter(caches_in(values).values()), None)
+    for name in CACHES:
+        value = values.get(name)
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 def has_cache(values: Mapping[str, Any]) -> bool:
@@ -49,9 +56,9 @@ def check_cache(cache: Cache | None, route: Route) -> None:
     Raises:
         [`~hf_s3t.errors.StaleCacheError`]: With what to do.
     """
-    if cache is None or _is_empty(cache):
+    if cache is None or getattr(cache, "_s3t_route", None) is route:
         return
-    if getattr(cache, "_s3t_route", None) is not route:
+    if not _is_empty(cache):
         raise StaleCacheError(
             "`past_key_values` was made before a deletion changed the stacks that answer, or by another model. Start "
             "again without it, from the full prompt."
@@ -84,13 +91,48 @@ def refuse_other_state(inputs: dict[str, Any]) -> None:
     Raises:
         [`~hf_s3t.errors.S3TError`]: Naming it.
     """
-    names = [*(name for name in CACHES if not isinstance(inputs.get(name), Cache)), "mems", "state"]
-    given = [name for name in names if inputs.get(name) is not None]
-    if given:
-        raise S3TError(
-            f"`{given[0]}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
-            "use_cache=False."
-        )
+    for name in _STATES:
+        value = inputs.get(name)
+        if value is not None and not (name in CACHES and isinstance(value, Cache)):
+            raise S3TError(
+                f"`{name}` holds state that an ensemble cannot tell fresh from stale. Call without it, with "
+                "use_cache=False."
+            )
+
+
+# Kinds of layers that hold keys and values, one entry per row, and nothing else.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_plain_cache(cache: Cache) -> bool:
+    """Whether the layers of a cache may be of unlike many rows: each keeps what it is given, for itself."""
+    made = cache.layer_class_to_replicate
+    kinds = {*map(type, cache.layers), *([] if made is None else [made])}
+    return type(cache) is DynamicCache and not cache.offloading and kinds <= set(_PLAIN_LAYERS)
+
+
+def holds_one_block(cache: Cache, rows: int) -> bool:
+    """
+    Whether some layers of a cache that several members filled hold one block of rows for all of them.
+
+    Args:
+        cache ([`~transformers.Cache`]): The cache.
+        rows (`int`): Number of rows of a block.
+    """
+    return any(_holds(layer, rows) for layer in getattr(cache, "layers", ()))
+
+
+def repeat_block(cache: Cache, rows: int, members: int) -> None:
+    """Give every member a block of its own in those layers of a cache that hold one for all of them."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if _holds(layer, rows):
+            layer.reorder_cache(torch.arange(rows).repeat(members))
+
+
+def _holds(layer: Any, rows: int) -> bool:
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, torch.Tensor) and keys.dim() > 1 and len(keys) == rows
 
 
 def reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
@@ -98,9 +140,14 @@ def reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
     Reorder a cache for beam search: the same beams in the block of rows of every member that filled it.
 
     Args:
-        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows.
+        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows; of `rows` in layers that no stage adapts.
         beam_idx (`torch.Tensor` of shape `(rows,)`): For each row the one that it goes on from.
     """
     rows, members = len(beam_idx), max(1, len(getattr(cache, "_s3t_route", BASE_ALONE)))
-    cache.reorder_cache(torch.cat([beam_idx + member * rows for member in range(members)]))
+    of_all = torch.cat([beam_idx + member * rows for member in range(members)])
+    if members > 1 and holds_one_block(cache, rows):
+        for layer in cache.layers:
+            layer.reorder_cache(beam_idx if _holds(layer, rows) else of_all)
+    else:
+        cache.reorder_cache(of_all)
     return cache

@@ -83,6 +83,8 @@ class Calls:
         # The routing of the call that code is inside of, and the depth that stacks are cut to for calls that begin.
         self._inside = Scope("hf_s3t_inside")
         self._limit = Scope("hf_s3t_limit")
+        # The call whose steps are taken here, and the thread that takes them.
+        self._stepping = Scope("hf_s3t_stepping")
 
     @property
     def is_inside(self) -> bool:
@@ -128,9 +130,21 @@ class Calls:
         try:
             with self._inside.holding(routing):
                 yield routing
-            _refuse_stopped(routing)
+            refuse_stopped(routing)
         finally:
             self._leave(self._calls, routing)
+
+    @contextlib.contextmanager
+    def stepping(self, routing: Routing) -> Iterator[None]:
+        """Inside, calls that this thread makes are steps of the call around them: they end before it."""
+        with self._stepping.holding((threading.get_ident(), routing)):
+            yield
+
+    @property
+    def of_step(self) -> Routing | None:
+        """The routing of a call that is a step, if one begins here: that around it is counted, and has its turn."""
+        thread, routing = self._stepping.get() or (None, None)
+        return routing if thread == threading.get_ident() else None
 
     def _join(self, outer: Routing | None) -> Routing | None:
         """Count one more call on the routing of the call around it, unless that has ended meanwhile."""
@@ -172,7 +186,7 @@ class Calls:
     def computing(self, routing: Routing) -> Iterator[None]:
         """Around what touches adapters: a stopped call is waited for until it has left here."""
         with self._changed:
-            _refuse_stopped(routing)
+            refuse_stopped(routing)
             self._passes[routing] += 1
         try:
             yield
@@ -232,6 +246,12 @@ def _is_stopped(routing: Routing) -> bool:
     return routing.route is not None and routing.route.stopped.is_set()
 
 
-def _refuse_stopped(routing: Routing) -> None:
+def refuse_stopped(routing: Routing) -> None:
+    """
+    Raise if a deletion stopped the calls on a routing.
+
+    Raises:
+        [`~hf_s3t.errors.CallStoppedError`]: With what to do.
+    """
     if routing.route is not None:
         routing.route.refuse_stopped()

@@ -23,10 +23,13 @@ IGNORED_LABEL = -100
 _SPANS = ("start_positions", "end_positions")
 # What goes with labels, and with nothing else.
 _BESIDE_LABELS = ("num_items_in_batch", "shift_labels")
+_TARGETS = {*_SPANS, *_BESIDE_LABELS}
 
 
 def take_targets(inputs: dict[str, Any], labels: torch.Tensor | None) -> dict[str, Any]:
     """Labels or spans, and what goes with them, which is taken out of the inputs; nothing if there are no such."""
+    if labels is None and _TARGETS.isdisjoint(inputs):
+        return {}
     others: dict[str, Any] = {name: inputs.pop(name) for name in _BESIDE_LABELS if name in inputs}
     spans = {name: inputs.pop(name) for name in _SPANS if name in inputs}
     targets = {name: value for name, value in {"labels": labels, **spans}.items() if value is not None}

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -69,11 +70,16 @@ class Generating(Following, _Host):
         with ending(streamer_of(args, kwargs)) as has_ended_itself:
             if not self.can_generate():
                 raise ConfigError(f"{type(self).__name__} is no model that generates. Call it for its logits.")
-            own_ways = brings_own_ways(type(self.base_model))
-            with self._call(), routed(_NO_WAY) if own_ways else contextlib.nullcontext():
-                answer = super().generate(*args, **kwargs)
+            with self._call() as routing, routed(_NO_WAY) if self._brings_own_ways else contextlib.nullcontext():
+                # Each token is a call of this model, and is not counted, or given a turn, by itself.
+                with self._calls.stepping(routing):
+                    answer = super().generate(*args, **kwargs)
                 has_ended_itself()
             return answer
+
+    @cached_property
+    def _brings_own_ways(self) -> bool:
+        return brings_own_ways(type(self.base_model))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """

@@ -54,8 +54,8 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
         [`~hf_s3t.errors.IsolationError`]: If layers are shared across depth.
         [`~hf_s3t.errors.LayersNotFoundError`]: If no list, or more than one, fits.
     """
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _has_parameters(m)}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    lists = _lists(model)
+    outer = _outer(lists)
     depth = _configured_depth(model)
     _refuse_shared_layers(outer, depth)
     if pattern is not None:
@@ -79,6 +79,19 @@ def find_layers(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
     path, layers = next(iter(fitting.items()))
     _refuse_tied_modules(path, layers)
     return path, layers
+
+
+def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The module lists with parameters that lie in no other such list, by name: layers, of every part of a model."""
+    return _outer(_lists(model))
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _has_parameters(m)}
+
+
+def _outer(lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    return {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
 
 
 def _in_the_text_part(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:

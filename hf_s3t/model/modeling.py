@@ -21,7 +21,7 @@ from ..records.examples import listed
 from .aggregation import check_aggregation, check_one_answer_can_be_made
 from .answering import Ensemble
 from .batches import bind
-from .calls import Routing
+from .calls import Routing, refuse_stopped
 from .ensemble_loss import take_targets
 from .generating import Generating
 from .handing_out import HandingOut
@@ -90,6 +90,8 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         check_aggregation(self.aggregation, self.base_model.config)
         check_one_answer_can_be_made(self.base_model, folder.config.num_shards, folder.config.select)
         self._ensemble = Ensemble(self.base_model)
+        if folder.config.num_shards > 1 or folder.config.select == "all":
+            stack.share_trunk()
         self._begin_serving(stack, folder, preload)
 
     @classmethod
@@ -266,21 +268,27 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             [`~hf_s3t.errors.S3TError`]: If labels are given and the base makes its loss of something else than the
                 logits, or several members cannot share a cache that is given.
         """
-        with self._call() as routing, self._calls.computing(routing):
-            inputs = bind(self.base_model, args, kwargs)
-            # Given by position they are among the inputs.
-            labels, return_dict = inputs.pop("labels", labels), inputs.pop("return_dict", return_dict)
-            answer = self._answer(routing, inputs, labels)
-            return answer.to_tuple() if return_dict is False else answer
+        inputs = bind(self.base_model, args, kwargs)
+        # Given by position they are among the inputs.
+        labels, return_dict = inputs.pop("labels", labels), inputs.pop("return_dict", return_dict)
+        of_step = self._calls.of_step
+        if of_step is not None:
+            answer = self._answer(of_step, inputs, labels)
+            refuse_stopped(of_step)
+        else:
+            with self._call() as routing:
+                answer = self._answer(routing, inputs, labels)
+        return answer.to_tuple() if return_dict is False else answer
 
     def _answer(self, routing: Routing, inputs: dict[str, Any], labels: torch.Tensor | None) -> ModelOutput:
-        if self.base_model.training:
-            self.eval()
-        targets = take_targets(inputs, labels)
-        self._ensemble.check(inputs, routing.route)
-        if routing.route is None:
-            self._check_base_may_answer()
-        return self._ensemble.answer(routing, inputs, targets, self.aggregation)
+        with self._calls.computing(routing):
+            if self.base_model.training:
+                self.eval()
+            targets = take_targets(inputs, labels)
+            self._ensemble.check(inputs, routing.route)
+            if routing.route is None:
+                self._check_base_may_answer()
+            return self._ensemble.answer(routing, inputs, targets, self.aggregation)
 
     def _check_base_may_answer(self) -> None:
         """Where no stack answers, the base may if that is asked for, and stages are not just out of memory."""

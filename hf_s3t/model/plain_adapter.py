@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .peft_layers import PEFT_PREFIX, AdaptedLayer, unwrapped
+from .routed_layers import peft_class
 from .tensor_files import differing_tensors
 
 
@@ -92,7 +93,7 @@ def _bare(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 
 def _differing_settings(theirs: AdaptedLayer, ours: AdaptedLayer, adapter: str) -> list[str]:
     unequal = [name for name in _SETTINGS if _plain(theirs, name, "default") != _plain(ours, name, adapter)]
-    if type(theirs) is not type(ours) or getattr(theirs, "fan_in_fan_out", None) != getattr(
+    if type(theirs) is not peft_class(ours) or getattr(theirs, "fan_in_fan_out", None) != getattr(
         ours, "fan_in_fan_out", None
     ):
         unequal.append("kind of layer")

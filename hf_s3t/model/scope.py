@@ -1,7 +1,7 @@
 """Context variables whose values end with the block that set them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,10 +44,16 @@ class Scope:
 
     def __init__(self, name: str):
         self._innermost: ContextVar[_Block | None] = ContextVar(name, default=None)
+        # The innermost block, maybe one that has ended; `None` where there never was one. Layers ask before all that
+        # they compute, where a call of Python would be felt.
+        self.peek: Callable[[], _Block | None] = self._innermost.get
 
     def get(self) -> Any:
         """The value of the innermost block that still runs; `None` outside of all."""
-        block = _first_open(self._innermost.get())
+        block = self._innermost.get()
+        # Asked for by every layer of every token: most often there is none, or the innermost is it.
+        if block is not None and not block.is_open:
+            block = _first_open(block)
         return None if block is None else block.value
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .batches import first_row, knows_rows, repeat_rows
+from .batches import first_rows, knows_rows, repeat_rows
 from .caches import without_cache
 from .route import noting_lengths, routed
 
@@ -42,7 +42,7 @@ class SharedPass:
         if given not in self._found:
             inputs = without_cache(inputs)
             try:
-                once, twice = self._lengths(first_row(inputs, rows), 1)
+                once, twice = self._lengths(first_rows(inputs, rows), 1)
             except Exception:
                 # Some cannot be cut: the first row's pictures may not be the first one. Then over all rows.
                 once, twice = self._lengths(inputs, rows)

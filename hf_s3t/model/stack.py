@@ -22,10 +22,12 @@ from .call_watch import CallWatch
 from .layers import LayerGroups
 from .peft_layers import PEFT_PREFIX, AdaptedLayer, AdapterHolder
 from .refusals import check_peft_config
-from .route import cut_graph, hook
+from .route import cut_graph
+from .routed_layers import route_through
 from .stage_configs import PATTERNS, config_of_stack, stage_configs
 from .stage_files import check_is_written, check_peft_reads, whole_or_nothing, write_adapter
 from .tensor_files import differing_tensors, read_tensors, tensors_digest
+from .trunk import hook_layers
 from .turns import Turns
 
 
@@ -78,6 +80,7 @@ class StageStack:
         base.peft_config = {}
         first = next(base.get_submodule(layers.path).children())
         first.register_forward_pre_hook(cut_graph, with_kwargs=True)
+        self._shares_trunk = False
 
     # What is in memory
 
@@ -95,6 +98,12 @@ class StageStack:
         outermost = not self.turns.is_inside
         with self.turns.call(), self.watch.call() if outermost else contextlib.nullcontext():
             yield
+
+    def share_trunk(self) -> None:
+        """Have the base's layers compute once for all members what lies below their stages; see `trunk`."""
+        if not self._shares_trunk:
+            self._shares_trunk = True
+            hook_layers(self.base, self.layers)
 
     def holds(self, key: StageKey, digest: str) -> bool:
         """Whether the stage in memory is the one whose adapter file has this digest."""
@@ -380,7 +389,7 @@ class StageStack:
     def _hook(self, module: AdapterHolder, group: int) -> None:
         if module not in self._hooked:
             self._hooked.add(module)
-            hook(module, group)
+            route_through(module, group)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from transformers import GenerationMixin
 
 def streamer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The streamer among the arguments of `generate`."""
+    if not args:
+        return kwargs.get("streamer")
     generate = inspect.signature(GenerationMixin.generate)
     try:
         return generate.bind_partial(None, *args, **kwargs).arguments.get("streamer")

@@ -25,7 +25,7 @@ from hf_s3t.errors import CallStoppedError, ConfigError, ExhaustedError, S3TErro
 from hf_s3t.folder.layout import PENDING_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.calls import Calls, Routing
-from hf_s3t.model.route import _LENGTHS, _ROUTE, Route, noting_lengths, routed
+from hf_s3t.model.route import LENGTHS, ROUTE, Route, noting_lengths, routed
 from hf_s3t.model.scope import Scope
 from hf_s3t.plan import StageKey
 
@@ -337,8 +337,8 @@ def test_a_pass_of_the_base_begun_in_what_outlives_a_call_goes_through_no_route(
     route = Route((StageKey(0, (0,)),))
     with routed(route), noting_lengths():
         inside = copy_context()
-        assert _ROUTE.get() is route and inside.run(_ROUTE.get) is route
-    assert inside.run(_ROUTE.get) is None and inside.run(_LENGTHS.get) is None
+        assert ROUTE.get() is route and inside.run(ROUTE.get) is route
+    assert inside.run(ROUTE.get) is None and inside.run(LENGTHS.get) is None
 
 
 # A model
