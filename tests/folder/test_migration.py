@@ -17,9 +17,11 @@ from support.folders import apply, files_of, forge, grow, new_system, stages_on_
 from support.format_1 import FOLDERS, VERDICTS, WRITTEN, base, copy_of, format_of, load, verdict
 from support.tiny import lm_rows, make_trainer, s3t_config, training_arguments
 from transformers import AutoModelForSequenceClassification, TrainerCallback
+from typer.testing import CliRunner
 
 from hf_s3t import S3TConfig
 from hf_s3t.baselines.prototypes import ProtoSISAModel
+from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE, TEMPORARY
 from hf_s3t.folder.opening import ReadOnlyFolder
@@ -218,6 +220,21 @@ def test_a_backup_of_it_with_the_newest_ledger_finishes_every_deletion(tmp_path)
     restored = SystemFolder(backup)
     assert restored.valid_stages == folder.valid_stages and restored.ledger == folder.ledger
     assert restored.is_migrated and inspect(backup).problems == ()
+
+
+def test_the_command_line_looks_at_it_and_forgets(tmp_path):
+    path, before = copy_of("trained", tmp_path), files_of(WRITTEN / "trained")
+    looks = ["status", path], ["check", path], ["locate", path, "--group", "person-3"], ["receipt", path]
+    for command in (*looks, ["unlearn", path, "--group", "person-3", "--dry-run"], ["purge", path, "--dry-run"]):
+        assert run(*command).exit_code == 0 and files_of(path) == before, command
+    assert run("unlearn", path, "--group", "person-3").exit_code == 0 and format_of(path) == 2
+    assert run("apply-pending", path).exit_code == 0
+    for command in (*looks[:2], looks[3]):
+        assert run(*command).exit_code == 0, command
+
+
+def run(*command):
+    return CliRunner().invoke(app, list(map(str, command)))
 
 
 # Crashes
