@@ -25,7 +25,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_s3t import S3TModel
+from hf_s3t.model.adapter_places import Slot
 from hf_s3t.model.layers import LayerGroups
+from hf_s3t.model.route import Route, routed
 from hf_s3t.model.stack import StageStack
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan import StageKey
@@ -104,8 +106,11 @@ def portrait(value):
         return type(value), {name: portrait(attribute) for name, attribute in vars(value).items()}
     if isinstance(value, Mapping):
         return type(value), {name: portrait(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple)):
         return type(value), [portrait(item) for item in value]
+    if isinstance(value, set):
+        # The order in which they come tells nothing.
+        return type(value), sorted(map(repr, value))
     if type(value).__module__.startswith("peft."):
         return type(value), vars(value)
     return value
@@ -207,6 +212,34 @@ def test_what_is_made_for_one_stage_is_no_part_of_another(tmp_path):
     assert not layer.lora_A[StageKey(2, (0,)).adapter_name]._forward_hooks
     memory = [{tensor.data_ptr() for tensor in stack.tensors(key).values()} for key in stack.loaded]
     assert len(set.union(*memory)) == sum(map(len, memory)) == 3 * len(before)
+
+
+@pytest.mark.parametrize("kind", ["dora, bf16", "patterns", "a head"])
+def test_a_call_on_other_stages_meanwhile_is_answered_by_them_at_every_step(kind, tmp_path, monkeypatch):
+    make, path, head, changes = STAGES[kind]
+    stack = stack_on(make(tmp_path), path, head, **changes)
+    data = file_of(stack)
+    stack.load(EARLIER, data, "digest")
+    stack.base.eval()
+
+    def answered() -> torch.Tensor:
+        with torch.no_grad(), routed(Route((EARLIER,))):
+            return stack.base(input_ids=torch.tensor([[5, 6, 7]])).logits
+
+    before, meanwhile = answered(), []
+
+    def with_a_call_after(real):
+        def step(*args):
+            real(*args)
+            meanwhile.append(answered())
+
+        return step
+
+    for owner, name in ((nn.ModuleDict, "__setitem__"), (Slot, "set"), (nn.ModuleDict, "__delitem__")):
+        monkeypatch.setattr(owner, name, with_a_call_after(getattr(owner, name)))
+    stack.load(KEY, data, "digest")
+    stack.drop([KEY])
+    assert len(meanwhile) > 20 and all(torch.equal(logits, before) for logits in meanwhile)
 
 
 def test_a_stage_that_was_added_to_be_trained_shows_how_others_are_attached(tmp_path):
