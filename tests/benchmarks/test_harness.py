@@ -65,7 +65,11 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("memory", []), ("ledger", ["--cpu-time"]), pytest.param("unlearn", ["--cpu-time"], marks=pytest.mark.long)],
+    [
+        ("memory", []),
+        ("ledger", ["--cpu-time"]),
+        *(pytest.param(name, ["--cpu-time"], marks=pytest.mark.long) for name in ("unlearn", "scale")),
+    ],
 )
 def test_a_benchmark_runs_to_its_end(name, more, tmp_path):
     command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), "--quick", "--output", str(tmp_path), *more]
