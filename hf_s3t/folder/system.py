@@ -158,7 +158,7 @@ class SystemFolder(FolderView):
                 found = self._migrated_record(self._earlier)
                 with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
                     write_record(self.path / CONFIG_FILE, found)
-            self._earlier.take_in(found["earlier_slices"])
+            self._earlier.take_in(found.get("earlier_slices", {}))
             self.record = found
             self._stages.translate()
 

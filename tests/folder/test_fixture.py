@@ -11,6 +11,7 @@ import torch
 from common.prompts import render_prompt
 from demo import people_demo
 from demo.invented_people import make_people
+from support.format_1 import format_of
 from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel
@@ -58,12 +59,14 @@ def test_it_is_small_and_says_nothing_of_the_machine_that_built_it(copy):
 
 def test_a_person_is_forgotten_on_a_copy_and_all_checks_out(copy):
     assert inspect(copy / "system").problems == ()
+    # It was built when format 1 was written.
+    assert format_of(copy / "system") == 1
     model = load(copy)
     before = answer(model, copy)
     person = make_people(4, 0, private=True)[0].name
     report = model.unlearn(groups=[person])
     assert report.deleted == 10 and report.stages_removed and sorted(report.depths_after) < [4, 4]
-    assert model.check() == [] and not torch.equal(answer(model, copy), before)
+    assert model.check() == [] and not torch.equal(answer(model, copy), before) and format_of(copy / "system") == 2
     with pytest.raises(UnknownExampleError):
         model.locate([f"{person.lower().replace(' ', '-')}-pet"])
     # The demo shows it once.

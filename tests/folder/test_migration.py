@@ -17,11 +17,13 @@ from support.folders import apply, files_of, forge, grow, new_system, stages_on_
 from support.format_1 import FOLDERS, VERDICTS, WRITTEN, base, copy_of, format_of, load, verdict
 from support.tiny import lm_rows, make_trainer, s3t_config, training_arguments
 from transformers import AutoModelForSequenceClassification, TrainerCallback
+from typer.testing import CliRunner
 
 from hf_s3t import S3TConfig
 from hf_s3t.baselines.prototypes import ProtoSISAModel
+from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE
+from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE, TEMPORARY
 from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
@@ -83,13 +85,19 @@ def test_where_nothing_may_be_written_it_is_served_as_it_is(path, name):
 
 # The first write
 
+
+def deleted_elsewhere(tmp_path) -> SystemFolder:
+    """Another copy of `digests`, in which something was deleted."""
+    other = SystemFolder(copy_of("digests", tmp_path / "elsewhere"))
+    apply(other, [min(other.table.rows)])
+    return other
+
+
 WRITES = {
     "deletion": lambda folder, tmp_path: apply(folder, [next(iter(folder.table.rows))]),
     "stage": lambda folder, tmp_path: grow(folder, limit=1),
     "table": lambda folder, tmp_path: folder.compact(),
-    "merge": lambda folder, tmp_path: folder.merge_ledger(
-        folder.ledger.append("deletion", ids=["00" * 32], removed={})
-    ),
+    "merge": lambda folder, tmp_path: folder.merge_ledger(deleted_elsewhere(tmp_path).ledger),
     "export": lambda folder, tmp_path: folder.record_export(min(folder.valid_stages), {}),
     "copy": lambda folder, tmp_path: folder.copy_to(tmp_path / "copy"),
 }
@@ -115,7 +123,7 @@ def test_the_first_write_migrates_it_for_good(tmp_path, write, monkeypatch):
     again = ReadOnlyFolder(path)
     assert again.plan == folder.plan and again.valid_stages == folder.valid_stages
     touched = {key for key in valid if key not in again.valid_stages}
-    assert bool(touched) == (write == "deletion")
+    assert bool(touched) == (write in ("deletion", "merge"))
     written = (path / CONFIG_FILE).read_bytes()
     apply(again, [next(iter(again.table.rows))])
     assert (path / CONFIG_FILE).read_bytes() == written
@@ -214,6 +222,21 @@ def test_a_backup_of_it_with_the_newest_ledger_finishes_every_deletion(tmp_path)
     assert restored.is_migrated and inspect(backup).problems == ()
 
 
+def test_the_command_line_looks_at_it_and_forgets(tmp_path):
+    path, before = copy_of("trained", tmp_path), files_of(WRITTEN / "trained")
+    looks = ["status", path], ["check", path], ["locate", path, "--group", "person-3"], ["receipt", path]
+    for command in (*looks, ["unlearn", path, "--group", "person-3", "--dry-run"], ["purge", path, "--dry-run"]):
+        assert run(*command).exit_code == 0 and files_of(path) == before, command
+    assert run("unlearn", path, "--group", "person-3").exit_code == 0 and format_of(path) == 2
+    assert run("apply-pending", path).exit_code == 0
+    for command in (*looks[:2], looks[3]):
+        assert run(*command).exit_code == 0, command
+
+
+def run(*command):
+    return CliRunner().invoke(app, list(map(str, command)))
+
+
 # Crashes
 
 
@@ -287,7 +310,9 @@ def test_a_disk_that_refuses_leaves_it_as_it_was(memory):
             except FolderError as error:
                 said.append(str(error))
         if format_of(path) == 1:
-            assert files_of(path) == before and not folder.is_migrated
+            # Nor can what was half written be taken away from such a disk; its name tells what it is.
+            left = {name: data for name, data in files_of(path).items() if not name.startswith(TEMPORARY)}
+            assert left == before and not folder.is_migrated
             assert stages(folder.valid_stages) == VERDICTS["digests"]["valid"]
     assert any(re.search(rf"{CONFIG_FILE} could not be written .*Nothing was removed\. Make room", s) for s in said)
     apply(folder, [min(folder.table.rows)])
