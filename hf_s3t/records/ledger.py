@@ -1,6 +1,6 @@
 """The deletion ledger: append-only lines, each carrying the hash of the line before."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, TypeVar, overload
@@ -39,6 +39,9 @@ class PerLine(Sequence[T]):
         if isinstance(index, slice):
             return tuple(map(self._get, self._numbers[index]))
         return self._get(self._numbers[index])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._get, self._numbers)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, (tuple, PerLine)) and tuple(self) == tuple(other)

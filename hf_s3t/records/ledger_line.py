@@ -26,7 +26,7 @@ class LedgerEntry:
     What one line of the ledger says. It names nobody: ids appear as digests keyed with the system's secret.
 
     A line of version 1 lists every stage that stays; one of version 2 says only what changed since the line before,
-    its first `previous`. [`Ledger.entries`] gives both with `left` and `versions` in full.
+    its first `previous`. The `entries` of a [`~hf_s3t.records.ledger.Ledger`] have `left` and `versions` in full.
 
     Args:
         kind (`str`): `"deletion"`, or `"export"` for an adapter handed out that must be revoked by hand.
