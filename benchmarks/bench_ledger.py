@@ -10,7 +10,6 @@ hashes, in turn in one process. Times are the processor's, and what grows is tol
 import gc
 import hashlib
 import json
-import math
 import sqlite3
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from harness import Report, Task, clock, interleave, options
+from harness import Report, Task, clock, exponent, interleave, options
 
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.files import stamp
@@ -127,11 +126,6 @@ class Table:
         self.last = line_hash(line)
         self.connection.execute("INSERT INTO lines (hash, line) VALUES (?, ?)", (self.last, line))
         self.connection.commit()
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of its size with which a value grows: the slope of a line through their logarithms."""
-    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
 
 
 def ledger_of(num_stages: int, lines: int) -> tuple[Ledger, Life]:

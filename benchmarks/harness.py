@@ -9,12 +9,13 @@ both. A round's times give one ratio; the result is the median of the ratios of 
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from hf_s3t.folder.files import write_atomically
 from hf_s3t.folder.versions import library_versions
 
 
+# What is taken for the least that can be measured.
+_LEAST = 1e-6
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -130,6 +133,12 @@ def interleave(ours: Task, theirs: Task, *, rounds: int = 5, calls: int = 1, war
         for which in (0, 1):
             sums[which].append(totals[which] / calls)
     return Timing(*sums)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of its size with which a value grows: the slope of a line through their logarithms."""
+    logs = [math.log(max(value, _LEAST)) for value in values]
+    return statistics.linear_regression([math.log(size) for size in sizes], logs).slope
 
 
 @dataclass(frozen=True)

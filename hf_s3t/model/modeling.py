@@ -17,7 +17,7 @@ from ..folder.status import system_status
 from ..folder.system import SystemFolder
 from ..hub.folder import HubFolder
 from ..operations.pending import PendingRequests
-from ..records.examples import listed
+from ..records.request import listed
 from .aggregation import check_aggregation, check_one_answer_can_be_made
 from .answering import Ensemble
 from .batches import bind

@@ -77,7 +77,7 @@ class PendingRequests:
         line = {
             "version": _VERSION,
             "time": time,
-            "ids": sorted(map(self.folder.names.id_digest, ids)),
+            "ids": sorted(self.folder.names.id_digests(ids)),
             "groups": sorted(map(self.folder.names.group_digest, groups)),
             "apply_by": None if due is None else due.isoformat(),
         }

@@ -13,7 +13,7 @@ from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexade
 from .columns import Columns
 from .digests import KeptNames
 from .ledger import Ledger
-from .request import RequestedExamples
+from .request import RequestedExamples, listed, some
 
 
 # Rows that are made objects of at once by who goes through all.
@@ -440,7 +440,7 @@ class ExampleTable:
             has_any = self.groups or ledger.deleted_groups
             hint = "name them as there" if has_any else "this system has none, so name examples by their ids"
             raise UnknownExampleError(
-                f"Unknown groups: {_some(unknown_groups)}. Groups are the values of `group_column` at the first "
+                f"Unknown groups: {some(unknown_groups)}. Groups are the values of `group_column` at the first "
                 f"training: {hint}."
             )
         for member in self.columns.kept(self.rows_of_groups([*named])):
@@ -450,7 +450,7 @@ class ExampleTable:
         deleted, unknown = _parted(absent, [digest in ledger.deleted for digest in names.id_digests([*absent])])
         if unknown and not ignore_unknown:
             raise UnknownExampleError(
-                f"Unknown ids: {_some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
+                f"Unknown ids: {some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
                 "ids that they had at the first training."
             )
         return RequestedExamples(
@@ -526,12 +526,12 @@ class ExampleTable:
         changed = [ids[number] for number in there[~is_same].tolist()]
         if new:
             raise UnknownExampleError(
-                f"The dataset has {len(new)} examples that this system was not partitioned with: {_some(new)}. Leave "
+                f"The dataset has {len(new)} examples that this system was not partitioned with: {some(new)}. Leave "
                 "them out, or train a new system in another `output_dir`."
             )
         if changed:
             raise ContentChangedError(
-                f"The content of {len(changed)} examples is not what it was at the first training: {_some(changed)}. "
+                f"The content of {len(changed)} examples is not what it was at the first training: {some(changed)}. "
                 "Restore the rows. If ids are row numbers, they shift when rows leave the dataset: give it as it was, "
                 "deleted rows included, or make systems with an `id_column`."
             )
@@ -540,7 +540,7 @@ class ExampleTable:
             is_missing[rows] = False
             missing = self.columns.kept(np.flatnonzero(is_missing))
             raise ExampleIdError(
-                f"The dataset lacks {len(missing)} examples that this system holds: {_some(sorted(missing, key=str))}."
+                f"The dataset lacks {len(missing)} examples that this system holds: {some(sorted(missing, key=str))}."
                 " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
             )
         found: list[int] = there.tolist()
@@ -562,53 +562,3 @@ def _parted(
     """What was named and is not in, by what would stand for it in the table: the deleted, and the unknown."""
     told = list(zip(absent.values(), are_deleted, strict=True))
     return [given for given, was_in in told if was_in], [given for given, was_in in told if not was_in]
-
-
-def listed(values: Any, name: str) -> list[int | str]:
-    """
-    The ids or groups of a request as plain integers and strings: of a list, an array, a series, a tensor or a column.
-
-    Args:
-        values: What was given; `None` is nothing.
-        name (`str`): What it was given as, `"ids"` or `"groups"`.
-
-    Raises:
-        [`~hf_s3t.errors.ExampleIdError`]: If it is no list of ids: saying what to give.
-    """
-    if values is None:
-        return []
-    expected = f"`{name}` must be a list of integers or strings, got"
-    if hasattr(values, "columns") or hasattr(values, "column_names"):
-        # A table goes over its columns' names, and a name may be an id.
-        kind = type(values).__name__
-        column = "id" if name == "ids" else "group"
-        raise ExampleIdError(f"{expected} a {kind}. Give one column of it, such as `{kind.lower()}['{column}']`.")
-    for method in ("tolist", "to_pylist"):
-        if hasattr(values, method):
-            values = getattr(values, method)()
-    if isinstance(values, (bool, float)):
-        raise ExampleIdError(f"{expected} {values!r}. {_remedy(values)}")
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ExampleIdError(f"{expected} {values!r}. A single one is a list of one.")
-    # What an array or a tensor holds when it has no axis.
-    found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
-    wrong = [value for value in found if isinstance(value, bool) or not isinstance(value, (int, str))]
-    if wrong:
-        raise ExampleIdError(f"{expected} among others {_some(wrong)}. {_remedy(wrong[0])}")
-    return found
-
-
-def _remedy(value: Any) -> str:
-    """What to do about a value that is no id."""
-    if isinstance(value, bool):
-        return "A truth names nobody: give the ids of the rows that are meant."
-    if isinstance(value, float):
-        return "Convert them by `int`; missing values, which turn integers into fractions, have to be dropped first."
-    if isinstance(value, (Mapping, list, tuple)):
-        return "Give the ids alone, such as `[row['id'] for row in rows]`."
-    return "Give the ids as they were at the first training, and leave out what is missing."
-
-
-def _some(values: Sequence[Any], limit: int = 5) -> str:
-    shown = ", ".join(map(repr, list(values)[:limit]))
-    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -1,10 +1,11 @@
 """A request to forget: what was asked for, and the examples that this names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..config import require_choice
-from ..errors import ConfigError
+from ..errors import ConfigError, ExampleIdError
 
 
 MISSING = ("error", "ignore")
@@ -76,3 +77,54 @@ class RequestedExamples:
     def with_ids(self, ids: Sequence[int | str]) -> "RequestedExamples":
         """The request with more ids."""
         return replace(self, present=[*self.present, *ids])
+
+
+def listed(values: Any, name: str) -> list[int | str]:
+    """
+    The ids or groups of a request as plain integers and strings: of a list, an array, a series, a tensor or a column.
+
+    Args:
+        values: What was given; `None` is nothing.
+        name (`str`): What it was given as, `"ids"` or `"groups"`.
+
+    Raises:
+        [`~hf_s3t.errors.ExampleIdError`]: If it is no list of ids: saying what to give.
+    """
+    if values is None:
+        return []
+    expected = f"`{name}` must be a list of integers or strings, got"
+    if hasattr(values, "columns") or hasattr(values, "column_names"):
+        # A table goes over its columns' names, and a name may be an id.
+        kind = type(values).__name__
+        column = "id" if name == "ids" else "group"
+        raise ExampleIdError(f"{expected} a {kind}. Give one column of it, such as `{kind.lower()}['{column}']`.")
+    for method in ("tolist", "to_pylist"):
+        if hasattr(values, method):
+            values = getattr(values, method)()
+    if isinstance(values, (bool, float)):
+        raise ExampleIdError(f"{expected} {values!r}. {_remedy(values)}")
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ExampleIdError(f"{expected} {values!r}. A single one is a list of one.")
+    # What an array or a tensor holds when it has no axis.
+    found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    wrong = [value for value in found if isinstance(value, bool) or not isinstance(value, (int, str))]
+    if wrong:
+        raise ExampleIdError(f"{expected} among others {some(wrong)}. {_remedy(wrong[0])}")
+    return found
+
+
+def _remedy(value: Any) -> str:
+    """What to do about a value that is no id."""
+    if isinstance(value, bool):
+        return "A truth names nobody: give the ids of the rows that are meant."
+    if isinstance(value, float):
+        return "Convert them by `int`; missing values, which turn integers into fractions, have to be dropped first."
+    if isinstance(value, (Mapping, list, tuple)):
+        return "Give the ids alone, such as `[row['id'] for row in rows]`."
+    return "Give the ids as they were at the first training, and leave out what is missing."
+
+
+def some(values: Sequence[Any], limit: int = 5) -> str:
+    """A few of some values, and how many more there are, for a message."""
+    shown = ", ".join(map(repr, list(values)[:limit]))
+    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -70,9 +70,10 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
         ("stage", []),
         ("ledger", ["--cpu-time"]),
         pytest.param("training", [], marks=pytest.mark.long),
-        pytest.param("unlearn", ["--cpu-time"], marks=pytest.mark.long),
-        pytest.param("folder", ["--cpu-time"], marks=pytest.mark.long),
-        pytest.param("loading", ["--cpu-time"], marks=pytest.mark.long),
+        *(
+            pytest.param(name, ["--cpu-time"], marks=pytest.mark.long)
+            for name in ("unlearn", "folder", "loading", "scale")
+        ),
     ],
 )
 def test_a_benchmark_runs_to_its_end(name, more, tmp_path):

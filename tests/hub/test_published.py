@@ -14,6 +14,8 @@ from datasets import Dataset
 from support.folders import apply
 from support.tiny import make_trainer, s3t_config
 
+from hf_s3t import S3TConfig
+from hf_s3t.errors import KeyMissingError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import read_table, write_table
 from hf_s3t.hub.pushing import _operations
@@ -47,6 +49,10 @@ def system(path, ids, groups=None, **changes) -> SystemFolder:
     return make_trainer(path, rows=Dataset.from_dict(columns), config=config).folder
 
 
+def no_secret():
+    raise KeyMissingError("It is not published.")
+
+
 class Published:
     """What a stranger reads of a system: the files of a push."""
 
@@ -57,8 +63,11 @@ class Published:
             (path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         assert not list(path.rglob("*.key"))
         self.bytes = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
-        self.seed = json.loads((path / "s3t_config.json").read_text())["s3t_config"]["seed"]
-        self.rows, _ = read_table(path / "examples.parquet")
+        config = S3TConfig.from_dict(json.loads((path / "s3t_config.json").read_text())["s3t_config"])
+        self.seed = config.seed
+        # Without the secret, which is not published.
+        self.table = read_table(path / "examples.parquet").examples(config, KeptNames(no_secret, config.keep_ids))
+        self.rows = dict(zip(self.table.rows, map(self.table.example, self.table.row_numbers), strict=True))
         self.ledger = Ledger.parse((path / "ledger.jsonl").read_text())
 
     def cell(self, example_id) -> int:
@@ -167,7 +176,7 @@ def test_the_table_is_that_of_the_remaining_rows_to_the_byte(keep_ids, tmp_path,
     folder = system(tmp_path / "system", ids, people, keep_ids=keep_ids)
     apply(folder, ids[:5])
     published = publish(folder)
-    anew = ExampleTable(published.rows, SHARDS, SLICES, SEED)
+    anew = ExampleTable.of(published.rows, SHARDS, SLICES, SEED, folder.names)
     for file, table in (("now", folder.table), ("anew", anew)):
         write_table(tmp_path / file, table, folder.ledger)
     on_disk = (folder.path / "examples.parquet").read_bytes()

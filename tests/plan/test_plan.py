@@ -13,7 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
 from hf_s3t.plan import Plan, StageKey, relative_cost, stage_seed
+from hf_s3t.records.digests import DigestKey, KeptNames
 from hf_s3t.records.examples import Example, ExampleTable
+
+
+KEY = DigestKey(b"k" * 32)
 
 
 MANY = settings(max_examples=150)
@@ -552,8 +556,9 @@ class Life(RuleBasedStateMachine):
         self.sequences = sequences
         self.plan = Plan(sequences)
         places = places_of(sequences) * per_slice
-        rows = {f"e{n}": Example(*place, digest=f"content {n}") for n, place in enumerate(places)}
-        self.table = ExampleTable(rows, len(sequences), len(sequences[0][0]), seed=0)
+        rows = {f"e{n}": Example(*place, digest=KEY.of_content({"n": n})) for n, place in enumerate(places)}
+        names = KeptNames(KEY, "plain")
+        self.table = ExampleTable.of(rows, len(sequences), len(sequences[0][0]), seed=0, names=names)
         self.place_of = {i: (row.shard, row.slice) for i, row in rows.items()}
         self.records = {}
         self.old_copies = []
