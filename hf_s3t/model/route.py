@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -39,6 +39,11 @@ class Route:
         # A copied cache was made with the same stacks, and they are compared by identity.
         return self
 
+    @cached_property
+    def is_stopped(self) -> Callable[[], bool]:
+        """Says whether `refuse_stopped` would raise: what layers ask, before they call that."""
+        return self.stopped.is_set
+
     def refuse_stopped(self) -> None:
         """
         Raise if a deletion stopped the calls that go this way.
@@ -69,6 +74,11 @@ class Route:
 
 class NoWay(Route):
     """Refuses: what computes with an adapted module here is not the model that serves."""
+
+    @cached_property
+    def is_stopped(self) -> Callable[[], bool]:
+        """As ever."""
+        return lambda: True
 
     def refuse_stopped(self) -> None:
         """

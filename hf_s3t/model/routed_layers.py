@@ -83,7 +83,8 @@ class RoutedLayer(_Layer):
             output = _linear(self._modules["base_layer"], *args)
         else:
             output = self._as_peft(args, kwargs)
-        route.refuse_stopped()
+        if route.is_stopped():
+            route.refuse_stopped()
         names = route.by_group.get(self._s3t_group)
         return output if names is None else _add_members(self, names, args[0], output)
 
@@ -94,7 +95,9 @@ class RoutedLayer(_Layer):
 
 def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """All that PEFT does with disabled adapters, and a plain layer without hooks does when it is called, at once."""
-    if type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)):
+    if type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
+    ):
         held: Any = layer._parameters
         return nn.functional.linear(x, held["weight"], held["bias"])
     output: torch.Tensor = layer(x)
@@ -165,26 +168,30 @@ def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Ten
     blocks, inputs = ([whole], [given]) if len(names) == 1 else (whole.chunk(len(names)), given.chunk(len(names)))
     for name, pair, rows, block in zip(names, pairs, inputs, blocks, strict=True):
         if pair is not None:
-            low = nn.functional.linear(rows, pair[0].weight)
-            block.addmm_(low, pair[1].weight.t(), alpha=layer.scaling[name])
+            low = nn.functional.linear(rows, pair[0])
+            block.addmm_(low, pair[1].t(), alpha=layer.scaling[name])
     return True
 
 
 def _plain_pairs(
     layer: AdaptedLayer, names: Sequence[str | None], dtype: torch.dtype
-) -> list[tuple[nn.Linear, nn.Linear] | None] | None:
-    """Per member the two linear layers of its adapter, if it has one here; `None` if any adapter is something else."""
-    pairs: list[tuple[nn.Linear, nn.Linear] | None] = []
+) -> list[tuple[torch.Tensor, torch.Tensor] | None] | None:
+    """Per member the weights of its adapter, if it has one here; `None` if any adapter is something else than two."""
+    held: Any = layer._modules
+    # Not by their names as attributes: each is a call of Python, for each member of each layer of each token.
+    lora_A, lora_B = held["lora_A"]._modules, held["lora_B"]._modules
+    pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     for name in names:
         if name is None:
             pairs.append(None)
             continue
-        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-        if name in layer.lora_variant or type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        first, second = lora_A[name], lora_B[name]
+        if name in layer.lora_variant or type(first) is not nn.Linear or type(second) is not nn.Linear:
             return None
-        if lora_B.bias is not None or lora_B.weight.dtype != dtype:
+        weights: Any = second._parameters
+        if weights["bias"] is not None or weights["weight"].dtype != dtype:
             return None
-        pairs.append((lora_A, lora_B))
+        pairs.append((first.weight, weights["weight"]))
     return pairs
 
 

@@ -224,6 +224,19 @@ def test_a_call_begun_in_a_task_of_a_call_that_has_ended_is_one_of_its_own():
     assert outcome == [NEW]
 
 
+def test_steps_are_of_the_thread_that_takes_them_and_end_with_their_call():
+    """What another thread, or a task that outlives the call, begins is counted by itself."""
+    calls = Calls(OLD)
+    assert calls.of_step is None
+    with calls.call() as routing, calls.stepping(routing):
+        assert calls.of_step is OLD
+        context = copy_context()
+        with in_thread(lambda: context.run(lambda: calls.of_step)) as outcome:
+            pass
+        assert outcome == [None]
+    assert calls.of_step is None and context.run(lambda: calls.of_step) is None
+
+
 def test_a_call_that_joins_the_one_it_was_started_in_and_outlives_it_is_waited_for():
     calls = Calls(OLD)
     with calls.call():
@@ -461,6 +474,17 @@ def test_a_stopped_call_computes_to_the_next_adapted_module_and_no_further(model
         report = model.unlearn([last_of(model, 0)], on_running="cancel")
     assert isinstance(answered[0], CallStoppedError) and ran == []
     assert report.depths_after == [2, 3]
+
+
+def test_the_tokens_of_a_generation_are_one_call_that_a_streamer_may_make_others_in(model, monkeypatch):
+    """Each token is a step of it; what a streamer's callback asks the model is one too, for it ends before."""
+    begun, call = [], model._calls.call
+    monkeypatch.setattr(model._calls, "call", lambda *given: (begun.append(1), call(*given))[1])
+    batch, answers = {"input_ids": batch_of(lm_rows(1))["input_ids"]}, []
+    expected = model(**batch).logits
+    begun.clear()
+    generating(model, lambda: answers.append(model(**batch).logits), tokens=4)()
+    assert len(begun) == 1 and answers and all(torch.equal(answer, expected) for answer in answers)
 
 
 def test_the_tensors_of_a_stage_are_freed_although_a_call_was_on_it(model):
