@@ -23,7 +23,7 @@ import statistics
 import tracemalloc
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from datasets import Dataset
-from harness import Report, clock, options
+from harness import Report, clock, exponent, options
 from peft import LoraConfig
 from systems import llama, temporary_folder
 from transformers import TrainingArguments
@@ -348,12 +348,6 @@ def peak_of(operation: Operation, wide: Wide) -> int:
         tracemalloc.stop()
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of the size by which values grow, over the four largest sizes."""
-    slope, _ = np.polyfit(np.log(sizes[-4:]), np.log(np.maximum(values[-4:], 1e-9)), 1)
-    return float(slope)
-
-
 def measure(operation: Operation, systems: dict[int, Wide], chosen: Namespace, report: Report) -> None:
     """The rows of an operation."""
     # The smallest first, once more than it counts: what is imported or cached at the first call is no matter of size.
@@ -367,10 +361,10 @@ def measure(operation: Operation, systems: dict[int, Wide], chosen: Namespace, r
     by_size = dict(zip(map(str, systems), seconds, strict=True))
     most = max(systems)
     report.add(f"{operation.name}: {most:,} stages", seconds[-1], "s", numbers={"seconds": by_size, "rounds": found})
-    report.add(f"{operation.name}: growth of time", exponent(list(systems), seconds), "exponent", **limits)
+    report.add(f"{operation.name}: growth of time", exponent(list(systems)[-4:], seconds[-4:]), "exponent", **limits)
     numbers = {"bytes": dict(zip(map(str, systems), peaks, strict=True))}
     report.add(f"{operation.name}: peak of memory", peaks[-1], "bytes", numbers=numbers)
-    report.add(f"{operation.name}: growth of memory", exponent(list(systems), peaks), "exponent", **limits)
+    report.add(f"{operation.name}: growth of memory", exponent(list(systems)[-4:], peaks[-4:]), "exponent", **limits)
 
 
 def main() -> None:

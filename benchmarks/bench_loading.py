@@ -12,9 +12,8 @@ import gc
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
-from harness import Report, Task, interleave, options
+from harness import Report, Task, exponent, interleave, options
 from peft import LoraConfig
 from systems import llama, lora, make_system, plain_peft, temporary_folder
 from transformers import LlamaForSequenceClassification
@@ -65,11 +64,6 @@ class Systems:
 
     def _load(self, path: Path, base: torch.nn.Module, stages: int) -> None:
         assert len(S3TModel.from_pretrained(path, base_model=base).stack.loaded) == stages
-
-
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """With which power of the size the time grows, by least squares."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def measure_systems(report: Report, base: torch.nn.Module, scratch: Path, rounds: int, is_quick: bool) -> None:

@@ -9,16 +9,14 @@ fewer than hf_s3t warns of. There is nobody to be compared with: parts and limit
 
 import contextlib
 import copy
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_training import arguments, make_rows
-from harness import Report, clock, options
-from systems import llama, lora, temporary_folder
+from harness import Report, clock, exponent, options
+from systems import BATCH, arguments, llama, lora, make_rows, temporary_folder
 from transformers import PreTrainedModel, PrinterCallback
 
 from hf_s3t import S3TConfig, S3TTrainer
@@ -26,7 +24,6 @@ from hf_s3t.plan.stages import LEAST_STEPS
 
 
 SECONDS, SHARE = 0.3, 0.02
-BATCH = 8
 STEPS = "steps"
 
 
@@ -190,11 +187,6 @@ def add_rows(report: Report, sizes: list[int], is_held: bool) -> None:
             unit="",
             at_most=1.05 if is_held else None,
         )
-
-
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """The power of a size with which time grows."""
-    return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, seconds)]).slope
 
 
 def main() -> None:

@@ -20,13 +20,12 @@ import torch
 from datasets import Dataset
 from harness import Report, Task, Timing, options
 from peft import PeftModel, get_peft_model
-from systems import llama, lora, temporary_folder
+from systems import BATCH, LEARNING_RATE, arguments, llama, lora, make_rows, temporary_folder
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
     get_linear_schedule_with_warmup,
 )
 
@@ -35,33 +34,8 @@ from hf_s3t.model.layers import group_layers
 
 
 NUM_SLICES = 4
-BATCH = 8
-LEARNING_RATE = 1e-3
 # Trains a model, in which what shall be trained has gradients, on the rows of a stage.
 TrainStage = Callable[[PeftModel, Dataset], None]
-
-
-def arguments(folder: Path, gradient_checkpointing: bool) -> TrainingArguments:
-    """The recipe of a stage."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        gradient_checkpointing=gradient_checkpointing,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-
-
-def make_rows(rows: int, tokens: int, vocabulary: int) -> Dataset:
-    """Random rows with labels and ids."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "id": list(range(rows))})
 
 
 def ours(base: Path, rows: Dataset, systems: Callable[[], Path], gradient_checkpointing: bool = False) -> None:

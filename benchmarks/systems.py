@@ -18,6 +18,9 @@ from hf_s3t.model.layers import group_layers
 from hf_s3t.plan import stage_seed
 
 
+# How stages are trained where that is measured.
+BATCH = 8
+LEARNING_RATE = 1e-3
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # A bar per loaded checkpoint, or warnings on models made in memory, would hide the results.
@@ -112,3 +115,26 @@ def by_hand_model(base: nn.Module, lora_config: LoraConfig, stage: int, num_slic
 def temporary_folder() -> tempfile.TemporaryDirectory:
     """A folder for systems, removed at the end."""
     return tempfile.TemporaryDirectory(prefix="hf_s3t_bench_")
+
+
+def arguments(folder: Path, gradient_checkpointing: bool) -> TrainingArguments:
+    """The recipe of a stage."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        gradient_checkpointing=gradient_checkpointing,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+
+def make_rows(rows: int, tokens: int, vocabulary: int) -> Dataset:
+    """Random rows with labels and ids."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "id": list(range(rows))})

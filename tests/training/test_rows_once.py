@@ -36,9 +36,9 @@ def ordered(monkeypatch):
 def digested(monkeypatch):
     """How many rows were digested as they are fed."""
     found = []
-    stored_rows = rows_module.stored_rows
+    encode_rows = rows_module.encode_rows
     monkeypatch.setattr(
-        rows_module, "stored_rows", lambda *given: (found.append(row) or row for row in stored_rows(*given))
+        rows_module, "encode_rows", lambda *given: (found.append(row) or row for row in encode_rows(*given))
     )
     return found
 
