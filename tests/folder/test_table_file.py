@@ -1,0 +1,121 @@
+"""The file of the table of examples: what of it is read when, which versions are, and what a later one may add."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.folders import NAMES, apply, grow, new_system
+from support.tables import rewrite_table, write_first_version
+
+import hf_s3t.folder.view as view
+from hf_s3t.folder.layout import TABLE_FILE
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.inspection import inspect
+from hf_s3t.records.digests import DigestKey
+from hf_s3t.records.earlier import earlier_slice_digest
+
+
+PLACES = [(shard, slice_) for shard in range(2) for slice_ in range(3)]
+
+
+@pytest.fixture
+def system(tmp_path):
+    return grow(new_system(tmp_path / "system", NAMES)).path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The tables that are read as a whole."""
+    read, seen = view.read_table, []
+    monkeypatch.setattr(view, "read_table", lambda path: (seen.append(path), read(path))[1])
+    return seen
+
+
+def seen_in(table):
+    return dict(table.rows), [table.slice_digest(*place) for place in PLACES], dict(table.groups)
+
+
+def test_a_table_that_did_not_change_is_read_once(system, reads):
+    folder = SystemFolder(system)
+    for _ in range(3):
+        folder.refresh()
+    apply(folder, NAMES[:1])
+    folder.refresh()
+    assert len(reads) == 1 and seen_in(folder.table) == seen_in(SystemFolder(system).table)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_table_from_which_only_deleted_rows_went_is_not_read_again(system, reads, follows):
+    folder, other = SystemFolder(system), SystemFolder(system)
+    del reads[:]
+    for name in NAMES[:3]:
+        apply(other, [name])
+        if follows:
+            folder.refresh()
+    folder.refresh()
+    assert reads == [] and not folder.is_table_behind
+    assert seen_in(folder.table) == seen_in(other.table) == seen_in(SystemFolder(system).table)
+
+
+def test_a_table_with_other_rows_is_read(system, reads):
+    folder = SystemFolder(system)
+    other = SystemFolder(system)
+    apply(other, NAMES[:1])
+    # Somebody took the table from a backup and had it written anew by the ledger.
+    changed = other.table.without(NAMES[1:2])
+    view_of_it = seen_in(changed)
+    other.table = changed
+    other.compact()
+    del reads[:]
+    folder.refresh()
+    assert len(reads) == 1 and seen_in(folder.table) == view_of_it
+
+
+def test_opening_digests_nothing_and_checking_everything(system, monkeypatch):
+    digested = []
+    for name in ("of_ids", "of_rows"):
+        method = getattr(DigestKey, name)
+        monkeypatch.setattr(
+            DigestKey, name, lambda key, *what, m=method: (digested.append(len(list(what[0]))), m(key, *what))[1]
+        )
+    folder = SystemFolder(system)
+    folder.prepare()
+    assert len(folder.valid_stages) and digested == []
+    apply(folder, NAMES[:1])
+    assert max(digested) == 1
+    del digested[:]
+    assert inspect(system).problems == () and digested == [len(NAMES) - 1] * 2
+
+
+@pytest.mark.parametrize("column", ["id_digest", "digest", "id"])
+def test_digests_that_are_not_those_of_the_rows_are_told(system, column):
+    def swapped(columns):
+        first, second, *rest = columns[column].to_pylist()
+        return {**columns, column: pa.array([second, first, *rest], columns[column].type)}
+
+    rewrite_table(system / TABLE_FILE, swapped)
+    (problem,) = [problem for problem in inspect(system).problems if TABLE_FILE in problem]
+    assert "carries digests that are not those of its rows" in problem or "no examples" in problem
+
+
+def test_columns_that_a_later_version_adds_go_with_their_rows(system):
+    rewrite_table(system / TABLE_FILE, lambda columns: {**columns, "statistic": pa.array(range(len(NAMES)))})
+    folder = SystemFolder(system)
+    apply(folder, [NAMES[2]])
+    left = pq.read_table(system / TABLE_FILE)
+    assert left["statistic"].to_pylist() == [n for n in range(len(NAMES)) if n != 2]
+    assert left["id"].to_pylist() == [name for name in NAMES if name != NAMES[2]]
+    assert inspect(system).problems == ()
+
+
+def test_a_table_of_the_first_version_says_the_same_and_is_written_anew_as_of_this_one(system):
+    folder = SystemFolder(system)
+    expected, earlier = seen_in(folder.table), [earlier_slice_digest(folder.table, *place) for place in PLACES]
+    write_first_version(folder)
+    assert "id_digest" not in pq.read_schema(system / TABLE_FILE).names
+    opened = SystemFolder(system)
+    assert seen_in(opened.table) == expected and len(opened.valid_stages) == len(folder.valid_stages)
+    assert [earlier_slice_digest(opened.table, *place) for place in PLACES] == earlier
+    assert inspect(system).problems == ()
+    apply(opened, NAMES[:1])
+    assert "id_digest" in pq.read_schema(system / TABLE_FILE).names
+    assert seen_in(SystemFolder(system).table) == seen_in(folder.table.without(NAMES[:1]))
