@@ -156,6 +156,19 @@ class FolderView:
         """Compute now what the first deletion would otherwise wait for."""
         self.table.index()
 
+    @property
+    def holds_deleted_rows(self) -> bool:
+        """Whether rows that were deleted are still in memory, masked."""
+        return not self.table.is_settled
+
+    def let_go_of_deleted_rows(self) -> None:
+        """Hold no masked rows any more, unless more are masked meanwhile. Nothing is waited for, nor written."""
+        table = self.table
+        settled = table.settled().index()
+        with self._reading:
+            if self.table is table:
+                self.table = settled
+
     def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
         # meanwhile is news again.

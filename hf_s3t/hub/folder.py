@@ -259,6 +259,11 @@ class HubFolder(SystemFolder):
     def prepare(self) -> None:
         """Leave the table where it is until it is needed."""
 
+    @property
+    def holds_deleted_rows(self) -> bool:
+        """Whether rows that were deleted are still in memory, masked."""
+        return self._table is not None and super().holds_deleted_rows
+
     def slice_digests(self, key: StageKey) -> list[str]:
         """The digests of the slices of a stage as they are now."""
         places = [(key.shard, slice_) for slice_ in key.prefix]

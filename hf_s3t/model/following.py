@@ -57,6 +57,7 @@ class Following:
         self._deletion_lock = threading.RLock()
         compact = functools.partial(_compact, folder)
         self._cleaner = Retrying(compact, "The table of examples still holds deleted rows")
+        self._letting_go = Retrying(folder.let_go_of_deleted_rows, "Deleted rows are still in memory")
         self.refresh()
         # Before there are calls, also where no stage serves yet: what is attached later must replace no module.
         stack.wrap()
@@ -182,6 +183,9 @@ class Following:
                 if not is_news or attempt == _ATTEMPTS - 1:
                     raise
         self._not_taken_up = None
+        if self.folder.holds_deleted_rows:
+            # Whoever deleted them writes the table; the call that noticed it does not wait for what is in memory here.
+            self._letting_go.start()
 
     def _refuse_while_training(self) -> None:
         if self.stack.in_training is not None:

@@ -398,9 +398,14 @@ class ExampleTable:
             table._sums = {cell: (value - changes.get(cell, 0)) % MODULUS for cell, value in self._sums.items()}
         return table
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is held of what `without` left out."""
+        return bool(self._is_in.all())
+
     def settled(self) -> "ExampleTable":
         """The same table without a trace of what `without` left out."""
-        if self._is_in.all():
+        if self.is_settled:
             return self
         table = ExampleTable(self.columns.taken(self.row_numbers), self.num_shards, self.num_slices, self.seed)
         table._sums = dict(self._sums)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.folders import apply, preview, record
-from support.insides import routing_of
+from support.insides import routing_of, wait_until_rows_are_let_go
 from support.tiny import batch_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers import LogitsProcessor, TrainerCallback
 
@@ -77,6 +77,16 @@ def logits(model):
 
 def stages_of(path) -> set[str]:
     return {f"{stage.parent.name}/{stage.name}" for stage in Path(path).glob("stages/shard-*/*")}
+
+
+def test_a_row_that_another_process_deleted_leaves_the_memory_of_this_one(path):
+    model, deleted = load(path), of_slice(path, 0, 0)
+    delete_elsewhere(path, deleted)
+    logits(model)
+    wait_until_rows_are_let_go(model)
+    table = model.folder.table
+    assert deleted not in table.rows and len(table.columns) == len(table)
+    assert not model.folder.holds_deleted_rows
 
 
 # What was grown again under a condemned name

@@ -32,3 +32,8 @@ def wait_for_cleaner(model) -> None:
 def refuse_other_recipe(trainer) -> None:
     """What `train()` asks first, without the training that follows."""
     trainer._refuse_other_recipe(True)
+
+
+def wait_until_rows_are_let_go(model) -> None:
+    """Until what another process deleted is out of this one's memory, which no call waits for."""
+    model._letting_go.wait()
