@@ -131,8 +131,8 @@ def digested(dataset: Dataset, key: DigestKey) -> ExampleTable:
     """Everything that is digested of rows where a system is made: contents, ids, and slices. Places are given."""
     made = TrainingRows(dataset, CONFIG)
     cells = np.arange(len(dataset)) % (SHAPE["num_shards"] * SHAPE["num_slices"])
-    places = zip((cells // SHAPE["num_slices"]).tolist(), (cells % SHAPE["num_slices"]).tolist(), strict=True)
-    columns = Columns.of(KeptNames(key, "plain"), made.ids, places, made.digests(key), made.groups)
+    shards, slices = (part.astype(np.int32) for part in divmod(cells, SHAPE["num_slices"]))
+    columns = Columns.of(KeptNames(key, "plain"), made.ids, shards, slices, made.digests(key), made.groups)
     return ExampleTable(columns, SHAPE["num_shards"], SHAPE["num_slices"], CONFIG.seed).index()
 
 

@@ -1,10 +1,10 @@
 """Systems whose units train one adapter on all layers: SISA, sequential training, full fine-tuning."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import S3TConfig
@@ -14,8 +14,7 @@ from ..model.peft_layers import AdapterHolder
 from ..model.route import Route
 from ..model.stack import StageStack
 from ..plan.stages import StageKey
-from ..records.digests import DigestKey, KeptNames
-from ..records.examples import Example
+from ..records.digests import DigestKey
 from ..training.blueprint import Layout
 from ..training.rows import TrainingRows
 
@@ -87,11 +86,10 @@ class AtOnce(Layout):
 class _SlicesTogether(TrainingRows):
     """A training dataset that is partitioned into slices, of which only the shards are kept."""
 
-    def partition(
-        self, digests: Sequence[str], names: KeptNames | None = None, key: DigestKey | None = None
-    ) -> dict[int | str, Example]:
-        """Put every row into its shard."""
-        return {i: replace(row, slice=0) for i, row in super().partition(digests, names, key).items()}
+    def _places(self, digests: np.ndarray, key: DigestKey) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each row, and everywhere the same slice."""
+        shards, slices = super()._places(digests, key)
+        return shards, np.zeros_like(slices)
 
 
 # Adapters

@@ -4,7 +4,7 @@ import hashlib
 import heapq
 import hmac
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,10 +14,11 @@ from ..config import PARTITIONS, require_choice, require_int
 from ..errors import ConfigError, EmptySliceError, ExampleIdError
 
 
-# An id, a group, or what else names rows that stay together; a shard and a slice of it.
+# An id, a group, or what else names rows that stay together.
 Name = int | str
-Place = tuple[int, int]
 
+# What digests are for, so that those of one purpose tell nothing of another's.
+_ORDER, _PLACE = b"hf_s3t order", b"hf_s3t place"
 _NAMED = 5
 _SHORTEST_KEY = 16
 
@@ -47,8 +48,8 @@ def check_ids(ids: Iterable[Any]) -> list[int | str]:
     ```
     """
     checked = _plain(ids, "id", "Fill or drop these rows, or leave `id_column` out to use row numbers.")
-    repeated = [value for value, count in Counter(checked).items() if count > 1]
-    if repeated:
+    if len(set(checked)) < len(checked):
+        repeated = [value for value, count in Counter(checked).items() if count > 1]
         raise ExampleIdError(
             f"Ids that occur more than once ({len(repeated)}): {_some(map(repr, repeated))}. Expected an id to name "
             "one example: drop the repeated rows, choose another `id_column`, or use the column as `group_column`."
@@ -56,7 +57,7 @@ def check_ids(ids: Iterable[Any]) -> list[int | str]:
     return checked
 
 
-def units_of(ids: Sequence[Name], groups: Sequence[Name] | None, contents: Sequence[str]) -> list[Name]:
+def units_of(ids: Sequence[Name], groups: Sequence[Name] | None, contents: Sequence[Hashable]) -> list[Name]:
     """
     What must lie in one slice, where equal rows are kept together: per row the name of its unit.
 
@@ -65,7 +66,7 @@ def units_of(ids: Sequence[Name], groups: Sequence[Name] | None, contents: Seque
     Args:
         ids (sequence): The id of each row.
         groups (sequence, *optional*): The group of each row.
-        contents (sequence of `str`): A digest of each row's content.
+        contents (sequence): A digest of each row's content.
 
     Returns:
         `list`: Per row the group (without groups the id) that comes first, by its text, among those of its unit.
@@ -82,19 +83,16 @@ def units_of(ids: Sequence[Name], groups: Sequence[Name] | None, contents: Seque
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    names = list(ids) if groups is None else list(groups)
-    nodes: dict[tuple[str, Name], int] = {}
-    edges = [
-        (nodes.setdefault(("name", name), len(nodes)), nodes.setdefault(("content", content), len(nodes)))
-        for name, content in zip(names, contents, strict=True)
-    ]
-    rows, columns = zip(*edges, strict=True)
-    graph = coo_array((np.ones(len(edges)), (rows, columns)), shape=(len(nodes), len(nodes)))
+    names, name_of = _distinct(ids if groups is None else groups)
+    distinct, content_of = _distinct(contents)
+    edges = (name_of, len(names) + content_of)
+    size = len(names) + len(distinct)
+    graph = coo_array((np.ones(len(name_of)), edges), shape=(size, size))
     _, component = connected_components(graph, directed=False)
-    first: dict[int, Name] = {}
-    for name in sorted(set(names), key=str):
-        first.setdefault(component[nodes["name", name]], name)
-    return [first[component[nodes["name", name]]] for name in names]
+    in_order = np.array(sorted(range(len(names)), key=lambda number: str(names[number])), np.int64)
+    of_names, first = np.unique(component[in_order], return_index=True)
+    leading = in_order[first][np.searchsorted(of_names, component[name_of])]
+    return [names[number] for number in leading.tolist()]
 
 
 def assign(
@@ -161,6 +159,33 @@ def assign(
     [16, 16, 17, 17, 17, 17]
     ```
     """
+    columns = shards_and_slices(
+        ids,
+        num_shards=num_shards,
+        num_slices=num_slices,
+        method=method,
+        seed=seed,
+        groups=groups,
+        shards=shards,
+        slices=slices,
+        key=key,
+    )
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def shards_and_slices(
+    ids: Iterable[Any],
+    *,
+    num_shards: int,
+    num_slices: int,
+    method: str = "balanced",
+    seed: int = 42,
+    groups: Iterable[Any] | None = None,
+    shards: Sequence[int] | None = None,
+    slices: Sequence[int] | None = None,
+    key: bytes | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What [`assign`] answers, of the same arguments, as two columns of 32 bits: the shards, and the slices."""
     require_int("num_shards", num_shards, 1)
     require_int("num_slices", num_slices, 1)
     require_int("seed", seed, None)
@@ -175,19 +200,23 @@ def assign(
         )
     ids = check_ids(ids)
     # What stays together: a group if there are groups, else the example itself.
-    units = ids if groups is None else _checked_groups(groups, len(ids))
-    _check_enough(units, groups is not None, num_shards, num_slices)
+    units, unit_of = _each(ids) if groups is None else _distinct(_checked_groups(groups, len(ids)))
+    _check_enough(len(units), groups is not None, num_shards, num_slices)
     if method == "column":
-        places = list(zip(_numbers("shard", shards, num_shards, ids), _numbers("slice", slices, num_slices, ids)))
+        columns = _numbers("shard", shards, num_shards, ids), _numbers("slice", slices, num_slices, ids)
         if groups is not None:
-            _check_groups_whole(units, places)
+            _check_groups_whole(units, unit_of, *columns)
     else:
         cells = num_shards * num_slices
-        cell_of = _balanced(ids, units, cells, seed, key) if method == "balanced" else _hashed(units, cells, seed)
+        if method == "hashed":
+            cell_of = _remainders(_digests(units, _hasher(seed, _PLACE)), cells)
+        else:
+            cell_of = _dealt(_turns(ids, units, unit_of, seed, key), np.bincount(unit_of), cells)
         # Neighbouring cells lie in different shards, so that what is left over by the division spreads over them.
-        places = [(cell_of[unit] % num_shards, cell_of[unit] // num_shards) for unit in units]
-    _check_filled(places, num_shards, num_slices, method)
-    return places
+        shard_of, slice_of = cell_of % num_shards, cell_of // num_shards
+        columns = shard_of.astype(np.int32)[unit_of], slice_of.astype(np.int32)[unit_of]
+    _check_filled(*columns, num_shards, num_slices, method)
+    return columns
 
 
 def order_key(example_id: int | str, seed: int) -> bytes:
@@ -212,7 +241,18 @@ def order_key(example_id: int | str, seed: int) -> bytes:
     [5, 4, 1, 0, 3, 2]
     ```
     """
-    return _digest(example_id, _hasher(seed, b"hf_s3t order"))
+    return _digest(example_id, _hasher(seed, _ORDER))
+
+
+def in_order(ids: Sequence[Name], seed: int) -> np.ndarray:
+    """
+    How examples are sorted inside a slice: the positions of checked ids in the order of their [`order_key`].
+
+    Args:
+        ids (sequence): The ids of a slice.
+        seed (`int`): The seed of the system.
+    """
+    return _sorted(_digests(ids, _hasher(seed, _ORDER)))
 
 
 # Python's own hash() of strings differs between processes.
@@ -231,39 +271,70 @@ def _digest(value: Name, hasher: hashlib.blake2b) -> bytes:
     return hasher.digest()
 
 
-def _place_hash(unit: int | str, seed: int) -> bytes:
-    return _digest(unit, _hasher(seed, b"hf_s3t place"))
+def _digests(values: Iterable[Name], hasher: hashlib.blake2b) -> np.ndarray:
+    """Of each value a row of two numbers, which are its digest and are sorted as digests are."""
+    joined = b"".join([_digest(value, hasher) for value in values])
+    return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _hashed(units: Iterable[Name], cells: int, seed: int) -> dict[Name, int]:
-    return {unit: int.from_bytes(_place_hash(unit, seed), "big") % cells for unit in set(units)}
+def _sorted(digests: np.ndarray) -> np.ndarray:
+    """The positions of digests in their order."""
+    return np.lexsort((digests[:, 1], digests[:, 0]))
 
 
-def _balanced(ids: Sequence[Name], units: Sequence[Name], cells: int, seed: int, key: bytes | None) -> dict[Name, int]:
-    sizes = Counter(units)
-    if key is None:
-        order = sorted(sizes, key=lambda unit: (-sizes[unit], _place_hash(unit, seed)))
-    else:
-        order = _by_first_row(ids, units, seed, key)
-    # Filling the emptiest cell, the lowest among equals, deals units of one size out in turn.
+def _remainders(digests: np.ndarray, divisor: int) -> np.ndarray:
+    """Digests, taken for numbers of 128 bits, modulo a number of at most 32 bits: no product exceeds 64."""
+    by = np.uint64(divisor)
+    high, low = digests[:, 0] % by, digests[:, 1] % by
+    return ((high * np.uint64(2**64 % divisor) + low) % by).astype(np.int64)
+
+
+def _each(ids: Sequence[Name]) -> tuple[Sequence[Name], np.ndarray]:
+    """Where every example is a unit of its own: what `_distinct` would find."""
+    return ids, np.arange(len(ids))
+
+
+def _distinct(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    """The distinct values in the order of their first rows, and of each row the number of its value among them."""
+    number_of = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return list(number_of), np.fromiter(map(number_of.__getitem__, values), np.int64, len(values))
+
+
+def _dealt(turns: np.ndarray, sizes: np.ndarray, cells: int) -> np.ndarray:
+    """Per unit the cell that it is dealt to in its turn: the emptiest, among equals the lowest."""
+    cell_of = np.empty(len(turns), np.int64)
+    if sizes.min() == sizes.max():
+        cell_of[turns] = np.arange(len(turns)) % cells
+        return cell_of
     emptiest = [(0, cell) for cell in range(cells)]
-    cell_of = {}
-    for unit in order:
+    dealt = []
+    for size in sizes[turns].tolist():
         load, cell = emptiest[0]
-        cell_of[unit] = cell
-        heapq.heapreplace(emptiest, (load + sizes[unit], cell))
+        dealt.append(cell)
+        heapq.heapreplace(emptiest, (load + size, cell))
+    cell_of[turns] = dealt
     return cell_of
 
 
-def _by_first_row(ids: Sequence[Name], units: Sequence[Name], seed: int, key: bytes) -> list[Name]:
+def _turns(
+    ids: Sequence[Name], units: Sequence[Name], unit_of: np.ndarray, seed: int, key: bytes | None
+) -> np.ndarray:
     """
-    Units in the order in which their first rows come, where rows come in the order of a hash under a key.
+    The units in the order in which they are dealt.
 
-    Not in the order of their sizes: by that, who reads the places can tell which group lost a row.
+    Under a key they come as their first rows do, where rows come in the order of a hash. Not in the order of their
+    sizes: by that, who reads the places can tell which group lost a row.
     """
-    hasher = _hasher_of(hmac.digest(key, str(seed).encode(), "sha512"), b"hf_s3t place")
-    rows = sorted(zip((_digest(i, hasher) for i in ids), units, strict=True), key=lambda row: row[0])
-    return list(dict.fromkeys(unit for _, unit in rows))
+    if key is None:
+        digests = _digests(units, _hasher(seed, _PLACE))
+        return np.lexsort((digests[:, 1], digests[:, 0], -np.bincount(unit_of)))
+    hasher = _hasher_of(hmac.digest(key, str(seed).encode(), "sha512"), _PLACE)
+    rows = _sorted(_digests(ids, hasher))
+    if units is ids:
+        return rows
+    # The units are numbers from 0 on, so these are the positions of their first rows, unit by unit.
+    _, first = np.unique(unit_of[rows], return_index=True)
+    return np.argsort(first)
 
 
 def _checked_groups(groups: Iterable[Any], rows: int) -> list[Name]:
@@ -280,6 +351,9 @@ def _plain(values: Any, what: str, remedy: str) -> list[Name]:
         raise ExampleIdError(
             f"Got {values!r} as {what}s, expected a list with one integer or string per example. Is the dataset empty?"
         )
+    kinds = set(map(type, rows))
+    if kinds == {str} or (kinds == {int} and -(2**63) <= min(rows) and max(rows) < 2**63):
+        return rows
     plain = [
         str(v) if isinstance(v, str) else int(v) if _is_integer(v) else None  # numpy's scalars become Python's
         for v in rows
@@ -297,9 +371,9 @@ def _plain(values: Any, what: str, remedy: str) -> list[Name]:
             f"The {what}s have integers beyond 64 bits ({len(large)}): {_some(large)}. Convert the column to strings."
         )
     if len(set(map(type, plain))) > 1:
-        kinds = {type(v): f"{v!r} (row {row})" for row, v in enumerate(plain)}
+        shown = {type(v): f"{v!r} (row {row})" for row, v in enumerate(plain)}
         raise ExampleIdError(
-            f"The {what}s mix integers and strings, {kinds[int]} and {kinds[str]} for example. Expected one type: "
+            f"The {what}s mix integers and strings, {shown[int]} and {shown[str]} for example. Expected one type: "
             "convert the column to strings."
         )
     return [v for v in plain if v is not None]
@@ -309,28 +383,27 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _numbers(name: str, values: Iterable[Any] | None, bound: int, ids: Sequence[Name]) -> list[int]:
+def _numbers(name: str, values: Iterable[Any] | None, bound: int, ids: Sequence[Name]) -> np.ndarray:
     values = [] if values is None else list(values)
     if len(values) != len(ids):
         raise ConfigError(f"`{name}s` has {len(values)} entries for {len(ids)} ids. Give one {name} per row.")
-    wrong = [f"{v!r} (id {i!r})" for v, i in zip(values, ids) if not _is_integer(v) or not 0 <= v < bound]
-    if wrong:
-        raise ConfigError(
-            f"Rows with a wrong {name} number ({len(wrong)}): {_some(wrong)}. Expected integers from 0 to {bound - 1} "
-            f"(num_{name}s={bound})."
-        )
-    return [int(v) for v in values]
+    if set(map(type, values)) != {int} or min(values) < 0 or max(values) >= bound:
+        wrong = [f"{v!r} (id {i!r})" for v, i in zip(values, ids) if not _is_integer(v) or not 0 <= v < bound]
+        if wrong:
+            raise ConfigError(
+                f"Rows with a wrong {name} number ({len(wrong)}): {_some(wrong)}. Expected integers from 0 to "
+                f"{bound - 1} (num_{name}s={bound})."
+            )
+    return np.array(values, np.int32)
 
 
-def _check_groups_whole(groups: Sequence[Name], places: Sequence[Place]) -> None:
-    spread: dict[Name, set[Place]] = {}
-    for group, place in zip(groups, places):
-        spread.setdefault(group, set()).add(place)
-    torn = [
-        f"{group!r} in " + " and ".join(f"shard {shard} slice {slice_}" for shard, slice_ in sorted(where))
-        for group, where in spread.items()
-        if len(where) > 1
-    ]
+def _check_groups_whole(groups: Sequence[Name], group_of: np.ndarray, shards: np.ndarray, slices: np.ndarray) -> None:
+    # Sorted by group, then by place: a group that is whole has one.
+    places = np.unique(np.stack([group_of, shards, slices]), axis=1)
+    spread: dict[int, list[str]] = {}
+    for group, shard, slice_ in places[:, np.bincount(places[0])[places[0]] > 1].T.tolist():
+        spread.setdefault(group, []).append(f"shard {shard} slice {slice_}")
+    torn = [f"{groups[group]!r} in " + " and ".join(where) for group, where in spread.items()]
     if torn:
         raise ConfigError(
             f"Groups that lie in more than one slice ({len(torn)}): {_some(torn)}. Expected one slice per group: mend "
@@ -338,8 +411,7 @@ def _check_groups_whole(groups: Sequence[Name], places: Sequence[Place]) -> None
         )
 
 
-def _check_enough(units: Iterable[Name], grouped: bool, num_shards: int, num_slices: int) -> None:
-    distinct = len(set(units))
+def _check_enough(distinct: int, grouped: bool, num_shards: int, num_slices: int) -> None:
     if distinct < num_shards * num_slices:
         what = "groups" if grouped else "examples"
         raise EmptySliceError(
@@ -348,10 +420,10 @@ def _check_enough(units: Iterable[Name], grouped: bool, num_shards: int, num_sli
         )
 
 
-def _check_filled(places: Iterable[Place], num_shards: int, num_slices: int, method: str) -> None:
-    filled = set(places)
-    cells = ((shard, slice_) for shard in range(num_shards) for slice_ in range(num_slices))
-    empty = [f"shard {shard} slice {slice_}" for shard, slice_ in cells if (shard, slice_) not in filled]
+def _check_filled(shards: np.ndarray, slices: np.ndarray, num_shards: int, num_slices: int, method: str) -> None:
+    sizes = np.bincount(shards.astype(np.int64) * num_slices + slices, minlength=num_shards * num_slices)
+    places = (divmod(cell, num_slices) for cell in np.flatnonzero(sizes == 0).tolist())
+    empty = [f"shard {shard} slice {slice_}" for shard, slice_ in places]
     if empty:
         ways = {"column": "mend the columns", "hashed": 'use partition="balanced" or another seed'}
         raise EmptySliceError(

@@ -123,6 +123,12 @@ def _digest_of(text: Any) -> bytes | None:
     return found if found.hex() == text else None
 
 
+def in_order(digests: np.ndarray) -> np.ndarray:
+    """The positions of digests, one in each row, in the order of what they say: that of their texts."""
+    # Of numbers the last that is named counts first.
+    return np.lexsort(np.ascontiguousarray(digests).view(">u8").T[::-1])
+
+
 def sums_of(digests: np.ndarray, places: np.ndarray) -> dict[int, int]:
     """
     The sums of digests, taken for numbers of 256 bits, modulo 2^256.

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from .buffers import (
     arrow_numbers,
     arrow_texts,
-    digests_of,
     first_bytes,
     from_hexadecimal,
     hexadecimal,
@@ -69,28 +68,29 @@ class Columns:
     def of(
         cls,
         names: KeptNames,
-        ids: Sequence[int | str],
-        places: Iterable[tuple[int, int]],
-        digests: Sequence[str],
+        ids: "Sequence[int | str] | np.ndarray",
+        shards: np.ndarray,
+        slices: np.ndarray,
+        digests: np.ndarray,
         groups: Sequence[int | str | None] | None = None,
     ) -> "Columns":
         """
-        Columns of what stands in a table, row by row.
+        Columns of what shall stand in a table.
 
         Args:
             names ([`~hf_s3t.records.digests.KeptNames`]): How ids and groups stand in the table.
-            ids (sequence): The ids, all integers or all texts, as they stand in the table.
-            places (iterable): Shard and slice of each.
-            digests (sequence of `str`): The keyed digest of each content, 64 hexadecimal digits.
+            ids (sequence, or `numpy.ndarray` of digests):
+                The ids, all integers or all texts; where digests stand for them, these, 32 bytes in each row.
+            shards (`numpy.ndarray`): The shard of each.
+            slices (`numpy.ndarray`): The slice of each.
+            digests (`numpy.ndarray`): The keyed digest of each content, 32 bytes in each row.
             groups (sequence, *optional*): The groups, as they stand in the table; `None` is none.
         """
-        where = np.array([*places], np.int32).reshape(-1, 2)
-        contents = digests_of(arrow_texts(digests))
-        columns: dict[str, Any] = {"shards": where[:, 0].copy(), "slices": where[:, 1].copy(), "digests": contents}
+        columns: dict[str, Any] = {"shards": shards, "slices": slices, "digests": digests}
         if groups is not None and any(group is not None for group in groups):
             columns["groups"] = _names(groups)
-        if names.are_digests:
-            return cls(names, ids=None, id_digests=from_hexadecimal(ids)[0], **columns)
+        if isinstance(ids, np.ndarray):
+            return cls(names, ids=None, id_digests=ids, **columns)
         are_texts = bool(ids) and isinstance(ids[0], str)
         kept = arrow_texts(ids) if are_texts else np.array(ids, np.int64)  # type: ignore[arg-type]
         return cls(names, ids=kept, id_digests=None, **columns)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError
-from ..plan.partition import order_key
+from ..plan.partition import in_order
 from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexadecimal, hexadecimal, sums_of
 from .columns import Columns
 from .digests import KeptNames
@@ -136,8 +136,14 @@ class ExampleTable:
         if isinstance(rows, Rows):
             return cls(rows.table.settled().columns, num_shards, num_slices, seed)
         found = list(rows.values())
-        places = [(row.shard, row.slice) for row in found]
-        columns = Columns.of(names, list(rows), places, [r.digest for r in found], [r.group for r in found])
+        columns = Columns.of(
+            names,
+            from_hexadecimal(list(rows))[0] if names.are_digests else list(rows),
+            np.array([row.shard for row in found], np.int32),
+            np.array([row.slice for row in found], np.int32),
+            digests_of(arrow_texts([row.digest for row in found])),
+            [row.group for row in found],
+        )
         return cls(columns, num_shards, num_slices, seed)
 
     def __len__(self) -> int:
@@ -268,12 +274,9 @@ class ExampleTable:
             original (mapping, *optional*): The dataset's ids by those of the table, where those are digests and the
                 order shall be the same as without.
         """
-
-        def order(kept: int | str) -> tuple[Any, str]:
-            example_id = kept if original is None else original.get(kept, kept)
-            return order_key(example_id, self.seed), str(example_id)
-
-        return sorted(self.ids_in(shard, slice_), key=order)
+        kept = self.ids_in(shard, slice_)
+        ids = kept if original is None else [original.get(one, one) for one in kept]
+        return [kept[position] for position in in_order(ids, self.seed).tolist()]
 
     def size(self, shard: int, slice_: int) -> int:
         """Number of examples in a slice."""
@@ -493,7 +496,7 @@ class ExampleTable:
     def check_dataset(
         self,
         ids: Sequence[int | str],
-        digests: Sequence[str],
+        digests: np.ndarray,
         ledger: Ledger,
         names: KeptNames,
         groups: Sequence[int | str | None] | None = None,
@@ -505,7 +508,7 @@ class ExampleTable:
 
         Args:
             ids (sequence): The id of each row.
-            digests (sequence of `str`): The keyed content digest of each row.
+            digests (`numpy.ndarray`): The keyed content digest of each row, as 32 bytes.
             ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
             names ([`KeptNames`]): How the system keeps ids and groups.
             groups (sequence, *optional*): The group of each row, where the system has groups.
@@ -525,7 +528,7 @@ class ExampleTable:
         ]
         there = np.flatnonzero(rows >= 0)
         rows = rows[there]
-        is_same = (self.columns.digests[rows] == digests_of(arrow_texts(digests))[there]).all(axis=1)
+        is_same = (self.columns.digests[rows] == digests[there]).all(axis=1)
         if groups is not None:
             is_same &= self._are_in_groups(rows, [groups[number] for number in there.tolist()], names)
         changed = [ids[number] for number in there[~is_same].tolist()]

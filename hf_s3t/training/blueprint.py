@@ -241,8 +241,8 @@ def _layers_and_head(
 def _planned(rows: TrainingRows, key: DigestKey, config: S3TConfig) -> ExampleTable:
     """The table of a system that is to be made: every row in its shard and slice."""
     names = KeptNames(key, config.keep_ids)
-    placed = rows.partition(rows.digests(key), names, key)
-    return ExampleTable.of(placed, config.num_shards, config.num_slices, config.seed, names)
+    placed = rows.partition(rows.digests(key), names)
+    return ExampleTable(placed, config.num_shards, config.num_slices, config.seed)
 
 
 def check_same(blueprint: Blueprint, model: PreTrainedModel, output_dir: str) -> None:

@@ -3,8 +3,7 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import datasets
@@ -13,12 +12,13 @@ from torch.utils.data import Subset
 
 from ..config import S3TConfig
 from ..errors import ConfigError, EmptySliceError, ExampleIdError
-from ..plan.partition import assign, check_ids, units_of
+from ..plan.partition import check_ids, shards_and_slices, units_of
 from ..plan.stages import StageKey
-from ..records.buffers import hexadecimal
+from ..records.buffers import DIGEST_BYTES, hexadecimal, in_order
+from ..records.columns import Columns
 from ..records.contents import encode_rows, said
 from ..records.digests import DigestKey, KeptNames, encode
-from ..records.examples import Example, ExampleTable
+from ..records.examples import ExampleTable
 from .dataset_rows import shown_rows, stored_batches
 
 
@@ -78,9 +78,9 @@ class TrainingRows:
         values: list[Any] = self.dataset.with_format(None)[name][:]
         return values
 
-    def digests(self, key: DigestKey, version: int = 2) -> list[str]:
+    def digests(self, key: DigestKey, version: int = 2) -> np.ndarray:
         """
-        The keyed digest of every row's content: of what is trained on, its id, group and place aside.
+        The keyed digest of every row's content, as 32 bytes: of what is trained on, its id, group and place aside.
 
         Args:
             key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
@@ -89,9 +89,9 @@ class TrainingRows:
                 what they say, whatever other rows stand there; see [`hf_s3t.records.contents`].
         """
         if isinstance(self.dataset, datasets.Dataset):
-            return hexadecimal(key.of_contents(_encoded(self.dataset, version, self.own_columns)))
+            return key.of_contents(_encoded(self.dataset, version, self.own_columns))
         read = said if version == 2 else dict
-        return [key.of_content(read(self._anonymous(row))) for row in shown_rows(self.dataset)]
+        return key.of_contents(encode(dict(read(self._anonymous(row)))) for row in shown_rows(self.dataset))
 
     @property
     def own_columns(self) -> set[str]:
@@ -103,45 +103,47 @@ class TrainingRows:
     def _anonymous(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in self.own_columns}
 
-    def partition(
-        self, digests: Sequence[str], names: KeptNames | None = None, key: DigestKey | None = None
-    ) -> dict[int | str, Example]:
+    def partition(self, digests: np.ndarray, names: KeptNames) -> Columns:
         """
         Put every row into its shard and slice: what becomes the table of examples.
 
         Args:
-            digests (sequence of `str`): The keyed content digest of each row.
-            names ([`~hf_s3t.records.digests.KeptNames`], *optional*):
-                How ids and groups shall stand in the table; as they are if not given.
-            key ([`~hf_s3t.records.digests.DigestKey`], *optional*):
-                The system's secret, without which places of a balanced partition follow from ids and seed alone.
+            digests (`numpy.ndarray`): The keyed content digest of each row.
+            names ([`~hf_s3t.records.digests.KeptNames`]):
+                How ids and groups shall stand in the table. The secret that it has decides where rows of a balanced
+                partition go, unless everybody knows it.
 
         Raises:
             [`~hf_s3t.errors.EmptySliceError`]: If a slice would be empty.
         """
+        shards, slices = self._places(digests, names.key)
+        if not names.are_digests:
+            return Columns.of(names, self.ids, shards, slices, digests, self.groups)
+        ids = names.key.of_ids(self.ids)
+        # Sorted: the dataset's order would tell which digest is whose.
+        order = in_order(ids)
+        groups = self.groups
+        if groups is not None:
+            kept = {group: names.of_group(group) for group in dict.fromkeys(groups)}
+            groups = [kept[groups[row]] for row in order.tolist()]
+        return Columns.of(names, ids[order], shards[order], slices[order], digests[order], groups)
+
+    def _places(self, digests: np.ndarray, key: DigestKey) -> tuple[np.ndarray, np.ndarray]:
+        """The shard and the slice of each row."""
         config = self.config
         by_column = config.partition == "column"
-        places = assign(
+        contents = digests.view(f"V{DIGEST_BYTES}").ravel() if config.colocate_duplicates else None
+        return shards_and_slices(
             self.ids,
             num_shards=config.num_shards,
             num_slices=config.num_slices,
             method=config.partition,
             seed=config.seed,
-            groups=units_of(self.ids, self.groups, digests) if config.colocate_duplicates else self.groups,
+            groups=self.groups if contents is None else units_of(self.ids, self.groups, contents.tolist()),
             shards=self._column(config.shard_column) if by_column and config.shard_column else None,
             slices=self._column(config.slice_column) if by_column and config.slice_column else None,
-            key=None if key is None else key.for_places,
+            key=key.for_places,
         )
-        groups = self.groups if self.groups is not None else [None] * len(self.ids)
-        table = {
-            example_id: Example(shard, slice_, digest, group)
-            for example_id, (shard, slice_), digest, group in zip(self.ids, places, digests, groups, strict=True)
-        }
-        if names is None or not names.are_digests:
-            return table
-        # Sorted: the dataset's order would tell which digest is whose.
-        kept = {names.of_id(i): replace(row, group=names.of_group(row.group)) for i, row in table.items()}
-        return dict(sorted(kept.items()))
 
 
 def _encoded(dataset: datasets.Dataset, version: int, without: Collection[str] = ()) -> Iterator[bytes]:
@@ -178,7 +180,9 @@ class StageRows:
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared
         self._config = config
-        kept = [names.of_id(i) for i in rows.ids] if names is not None and names.are_digests else rows.ids
+        kept: list[Any] = rows.ids
+        if names is not None and names.are_digests:
+            kept = hexadecimal(names.key.of_ids(rows.ids))
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
         self._is_whole = len(self._position) == len(kept)
         # Only where the table has digests in their place.

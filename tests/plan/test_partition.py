@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.places_by_row import order_by_row, place_hash, places_by_row, units_by_row
 
 from hf_s3t.errors import ConfigError, EmptySliceError, ExampleIdError
-from hf_s3t.plan.partition import _place_hash, assign, check_ids, order_key
+from hf_s3t.plan.partition import assign, check_ids, in_order, order_key, units_of
 
 
 numbers = st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=30, unique=True)
@@ -212,7 +214,7 @@ class TestKey:
 
     def test_an_order_that_anybody_can_compute_says_nothing_of_places(self):
         # Without a key the places of ids in that order are dealt in turn.
-        in_turn = sorted(range(1200), key=lambda i: _place_hash(i, 42))
+        in_turn = sorted(range(1200), key=lambda i: place_hash(i, 42))
         cells = [shard + 2 * slice_ for shard, slice_ in assign(in_turn, num_shards=2, num_slices=3)]
         assert cells == [n % 6 for n in range(1200)]
         cells = [shard + 2 * slice_ for shard, slice_ in assign(in_turn, num_shards=2, num_slices=3, key=KEY)]
@@ -397,3 +399,76 @@ class TestHashing:
 def test_wrong_settings_are_refused(change):
     with pytest.raises(ConfigError, match="must be"):
         assign([1, 2, 3], **{"num_shards": 1, "num_slices": 1, **change})
+
+
+@st.composite
+def any_cases(draw):
+    """Ids, with or without groups, of integers or texts, and as many slices as they can fill."""
+    ids = draw(id_lists)
+    some = draw(st.sampled_from([st.one_of(st.sampled_from([-1, 10**18]), st.integers(0, 8)), st.text(max_size=2)]))
+    groups = draw(st.none() | st.lists(some, min_size=len(ids), max_size=len(ids)))
+    units = len(set(ids if groups is None else groups))
+    shards = draw(st.integers(1, min(4, units)))
+    slices = draw(st.integers(1, units // shards))
+    return ids, dict(num_shards=shards, num_slices=slices, seed=draw(st.integers(-5, 1000)), groups=groups)
+
+
+class TestRowByRow:
+    """What is computed of columns as a whole is what rows give one by one: recorded systems go on with it."""
+
+    @settings(max_examples=200, deadline=None)
+    @given(any_cases(), st.none() | st.binary(min_size=16, max_size=40))
+    def test_balanced_places(self, case, key):
+        ids, how = case
+        assert assign(ids, **how, key=key) == places_by_row(ids, **how, key=key)
+
+    @settings(max_examples=200, deadline=None)
+    @given(any_cases(), st.none() | st.binary(min_size=16, max_size=40))
+    def test_hashed_places(self, case, key):
+        ids, how = case
+        expected = places_by_row(ids, **how, method="hashed")
+        if len(set(expected)) == how["num_shards"] * how["num_slices"]:
+            assert assign(ids, **how, method="hashed", key=key) == expected
+        else:
+            with pytest.raises(EmptySliceError):
+                assign(ids, **how, method="hashed", key=key)
+
+    def test_many_rows_in_many_cells(self):
+        ids, rng = [f"person-{n}" for n in range(20_000)], random.Random(0)
+        groups = [rng.randrange(6_000) for _ in ids]
+        keyed, grouped = {"key": bytes(16)}, {"groups": groups}
+        for how in ({}, keyed, grouped, {**keyed, **grouped}, {"method": "hashed"}, {"method": "hashed", **grouped}):
+            how = {"num_shards": 13, "num_slices": 37, **how}
+            assert assign(ids, **how) == places_by_row(ids, **how)
+
+    @settings(max_examples=100, deadline=None)
+    @given(id_lists, st.integers(0, 9))
+    def test_the_order_in_a_slice(self, ids, seed):
+        assert [ids[position] for position in in_order(ids, seed)] == order_by_row(ids, seed)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(st.integers(-2, 12), st.sampled_from("abcdef")), min_size=1, max_size=20), st.booleans())
+    def test_units(self, rows, are_grouped):
+        groups, contents = zip(*rows, strict=True)
+        ids = list(range(7, 7 + len(rows)))
+        groups = groups if are_grouped else None
+        assert units_of(ids, groups, contents) == units_by_row(ids, groups, contents)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 2)), max_size=9), st.randoms())
+    def test_groups_that_are_torn(self, more, rng):
+        rows = [*((3 * shard + slice_, shard, slice_) for shard in (0, 1) for slice_ in (0, 1, 2)), *more]
+        rng.shuffle(rows)
+        groups, shards, slices = map(list, zip(*rows, strict=True))
+        spread = {group: sorted({tuple(at) for g, *at in rows if g == group}) for group in dict.fromkeys(groups)}
+        torn = [
+            f"{group} in " + " and ".join(f"shard {shard} slice {slice_}" for shard, slice_ in where)
+            for group, where in spread.items()
+            if len(where) > 1
+        ]
+        how = dict(num_shards=2, num_slices=3, method="column", groups=groups, shards=shards, slices=slices)
+        if torn:
+            with pytest.raises(ConfigError, match=re.escape(f"({len(torn)}): {', '.join(torn[:5])}")):
+                assign(range(len(rows)), **how)
+        else:
+            assert assign(range(len(rows)), **how) == list(zip(shards, slices))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError
+from hf_s3t.records.buffers import hexadecimal
 from hf_s3t.records.contents import encode_rows, said
 from hf_s3t.records.digests import DigestKey, encode
 from hf_s3t.training.rows import TrainingRows
@@ -142,7 +143,7 @@ def test_by_columns_is_as_one_by_one(data):
 
 
 def digests(rows, version=2):
-    return TrainingRows(Dataset.from_list(rows), s3t_config(num_slices=1, budget=1)).digests(KEY, version)
+    return hexadecimal(TrainingRows(Dataset.from_list(rows), s3t_config(num_slices=1, budget=1)).digests(KEY, version))
 
 
 def test_the_digests_of_rows_are_those_of_each_and_depend_on_no_other_row():
@@ -159,7 +160,8 @@ def test_a_dataset_of_another_kind_says_the_same():
         """A map-style dataset."""
 
     rows = [{"text": "a", "n": 1.0}, {"text": "b", "extra": None}]
-    assert TrainingRows(Rows(rows), s3t_config(num_slices=1, budget=1, id_column=None)).digests(KEY) == [
+    found = TrainingRows(Rows(rows), s3t_config(num_slices=1, budget=1, id_column=None)).digests(KEY)
+    assert hexadecimal(found) == [
         KEY.of_content({"text": "a", "n": 1}),
         KEY.of_content({"text": "b"}),
     ]

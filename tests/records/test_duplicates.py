@@ -12,6 +12,7 @@ from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config
 
 from hf_s3t.errors import ConfigError
 from hf_s3t.plan.partition import assign, units_of
+from hf_s3t.records.buffers import hexadecimal
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.training.rows import TrainingRows
 
@@ -113,7 +114,7 @@ def test_a_picture_is_known_by_what_it_shows_wherever_its_file_lies(tmp_path):
             PILImage.fromarray(pixels[picture]).save(folder / f"{number}.png")
         files = [str(folder / f"{number}.png") for number in range(len(shown))]
         rows = Dataset.from_dict({"id": [*range(len(shown))], "image": files}).cast_column("image", Image())
-        return TrainingRows(rows, s3t_config(num_slices=1, budget=1)).digests(DigestKey(bytes(16)))
+        return hexadecimal(TrainingRows(rows, s3t_config(num_slices=1, budget=1)).digests(DigestKey(bytes(16))))
 
     here, moved, replaced = (
         digests(tmp_path / n, *s) for n, s in (("a", (0, 1, 0)), ("b", (0, 1, 0)), ("c", (0, 2, 0)))

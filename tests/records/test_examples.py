@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_s3t.errors import ContentChangedError, ExampleIdError, UnknownExampleError
-from hf_s3t.records.buffers import sums_of
+from hf_s3t.records.buffers import from_hexadecimal, sums_of
 from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey, KeptNames, encode
 from hf_s3t.records.earlier import earlier_slice_digest
 from hf_s3t.records.examples import Example, ExampleTable
@@ -445,7 +445,8 @@ def test_what_is_no_list_of_ids_is_refused_by_name(name, request_):
 
 def check(table, rows, deleted=()):
     ledger = Ledger().append("deletion", ids=[KEY.of_id(i) for i in deleted], removed={})
-    return table.check_dataset([i for i, _ in rows], [digest for _, digest in rows], ledger, NAMES)
+    digests, _ = from_hexadecimal([digest for _, digest in rows])
+    return table.check_dataset([i for i, _ in rows], digests, ledger, NAMES)
 
 
 def test_a_dataset_in_any_order_fits_and_its_row_numbers_are_kept():

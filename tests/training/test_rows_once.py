@@ -22,13 +22,13 @@ CONFIG = s3t_config(num_slices=2, budget=2)
 def ordered(monkeypatch):
     """How often an example was put in its place in the order of its slice, by its id."""
     counts = Counter()
-    order_key = examples.order_key
+    in_order = examples.in_order
 
-    def counted(example_id, seed):
-        counts[example_id] += 1
-        return order_key(example_id, seed)
+    def counted(ids, seed):
+        counts.update(ids)
+        return in_order(ids, seed)
 
-    monkeypatch.setattr(examples, "order_key", counted)
+    monkeypatch.setattr(examples, "in_order", counted)
     return counts
 
 
