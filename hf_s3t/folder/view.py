@@ -26,6 +26,7 @@ from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of
 from .table_file import StoredTable, TableHead, read_head_of_table, read_table
+from .versions import library_versions
 
 
 class FolderView:
@@ -153,8 +154,10 @@ class FolderView:
         return self._table_pin != pin_of(self.ledger)
 
     def prepare(self) -> None:
-        """Compute now what the first deletion would otherwise wait for."""
+        """Find out now what the first deletion would otherwise wait for."""
         self.table.index()
+        # Read from the files of each library, once in a process.
+        library_versions()
 
     @property
     def holds_deleted_rows(self) -> bool:

@@ -6,12 +6,15 @@ import pytest
 from support.folders import NAMES, apply, grow, new_system
 from support.tables import rewrite_table, write_first_version
 
+import hf_s3t.folder.versions as versions
 import hf_s3t.folder.view as view
 from hf_s3t.folder.layout import TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.deletion import record_request
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.records.digests import DigestKey
 from hf_s3t.records.earlier import earlier_slice_digest
+from hf_s3t.records.request import DeletionRequest
 
 
 PLACES = [(shard, slice_) for shard in range(2) for slice_ in range(3)]
@@ -84,6 +87,16 @@ def test_opening_digests_nothing_and_checking_everything(system, monkeypatch):
     assert max(digested) == 1
     del digested[:]
     assert inspect(system).problems == () and digested == [len(NAMES) - 1] * 2
+
+
+def test_who_prepares_has_read_the_versions_of_libraries_that_a_deletion_notes(system, monkeypatch):
+    versions.library_versions.cache_clear()
+    folder = SystemFolder(system)
+    folder.prepare()
+    monkeypatch.setattr(versions, "version", lambda library: pytest.fail(f"{library} was looked up"))
+    with folder.lock():
+        record_request(folder, DeletionRequest(NAMES[:1]))
+    assert folder.ledger.entries[0].versions["torch"]
 
 
 @pytest.mark.parametrize("column", ["id_digest", "digest", "id"])
