@@ -145,19 +145,27 @@ def _base_facts(record: Mapping[str, Any], public: str | None) -> dict[str, Any]
 
 
 def _layer_facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    # Not above: commands that render no card need not wait for it.
-    from peft import LoraConfig
-
-    adapters = LoraConfig(**record["peft_config"])
+    adapters = _adapter_settings(record["peft_config"])
+    targets = adapters["target_modules"]
     return {
         "layers_per_slice": [len(group) for group in record["layers"]["groups"]],
         "num_layers": record["layers"]["num_layers"],
-        "rank": adapters.r,
-        "alpha": adapters.lora_alpha,
-        "targets": _joined(adapters.target_modules),
+        "rank": adapters["r"],
+        "alpha": adapters["lora_alpha"],
+        "targets": _joined(set(targets) if isinstance(targets, list) else targets),
         "aggregation": record["aggregation"].replace("_", " "),
         "versions": _joined_versions(record["versions"]),
     }
+
+
+def _adapter_settings(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The adapters' settings; what was left as it is in PEFT is not written down."""
+    if written.keys() >= {"r", "lora_alpha", "target_modules"}:
+        return written
+    # Not above: a push would wait seconds for it, and hold torch in memory.
+    from peft import LoraConfig
+
+    return vars(LoraConfig(**written))
 
 
 def _plan_facts(folder: SystemFolder) -> dict[str, Any]:

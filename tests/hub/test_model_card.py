@@ -1,5 +1,6 @@
 """Cards and pictures: those of the configurations in the repository, and how a system's card is made."""
 
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,6 +73,17 @@ def test_a_card_says_how_large_the_adapters_are_where_nobody_set_it(tmp_path):
     plant_stages(trainer)
     card = render_card(trainer.folder, "me/system")
     assert "| LoRA | r = 8, alpha = 8, on q_proj |" in card and "None" not in card
+
+
+@pytest.mark.parametrize("targets", [["v_proj", "q_proj"], ".*[qv]_proj"])
+def test_a_card_of_written_settings_is_the_one_that_peft_would_give_and_loads_no_peft(tmp_path, monkeypatch, targets):
+    """Else a push would hold torch in memory and take seconds, whatever it has to send."""
+    adapters = LoraConfig(r=2, lora_alpha=5, target_modules=targets)
+    trainer = make_trainer(tmp_path / "system", peft_config=adapters)
+    plant_stages(trainer)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    card = render_card(trainer.folder, "me/system")
+    assert f"| LoRA | r = 2, alpha = 5, on {targets if isinstance(targets, str) else 'q_proj, v_proj'} |" in card
 
 
 def test_a_picture_tells_live_from_gone():
