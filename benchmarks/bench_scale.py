@@ -1,15 +1,19 @@
 """
-What the table of examples costs with more and more rows: digesting, opening, forgetting, compacting, following.
+What rows cost with more and more of them: placing, opening, forgetting, compacting, following, copying, publishing.
 
 Rows are four columns (an id that is an address, a group of three, two short texts), in a system of two shards, two
 slices each, over a small Llama, so that what is measured is the table's. Times are the processor's, for the machine is
-shared: of a thread where others go on meanwhile, of a process where a process is meant, beyond what it takes without a
-system (`--version`). What an expert would take instead is measured in turn in the same process: for opening, reading
+shared: of a thread where others go on meanwhile, of a process where a process is meant, time and peak of memory beyond
+what it takes without a system (`--version`). Only how long calls wait beside a compaction is told in time that passes,
+next to how long they take beside nothing. The Hub is that of the tests, in a process of its own. What an expert would
+take instead is measured in turn in the same process: for opening, reading
 the file by pyarrow and making a dictionary of its ids; for one id, a table of sqlite3 with an index, from which the
 row goes in a transaction. Growth is told by exponents over four sizes: with 1, twice the rows take twice the time.
 """
 
+import hub_process  # isort: skip
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -17,17 +21,20 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset
 from harness import Report, Task, clock, exponent, interleave, options
-from systems import llama, make_system, sharing, temporary_folder
+from systems import llama, lora, make_system, sharing, temporary_folder
+from transformers import TrainingArguments
 
-from hf_s3t import S3TConfig, S3TModel
+from hf_s3t import S3TConfig, S3TModel, S3TTrainer
 from hf_s3t.folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, KEY_FILE, TABLE_FILE
 from hf_s3t.folder.secret import load_key
 from hf_s3t.folder.system import SystemFolder
@@ -55,6 +62,12 @@ GOALS = {
     "opening in a process of its own (`status`)": 3.0,
     "opening": 3.0,
     "memory of opening": 600.0,
+    "`from_pretrained`": 3.0,
+    "memory of `from_pretrained`": 600.0,
+    "`unlearn` of one id, the first in a process": 20e-3,
+    "`unlearn` of one id": 20e-3,
+    "`unlearn` of a tenth at once": 2.0,
+    "the next call after a deletion elsewhere": 50e-3,
     "forgetting one id, live": 20e-3,
     "compaction after it": 3.0,
     "forgetting a tenth at once, live": 2.0,
@@ -65,15 +78,48 @@ GOALS = {
 # Of ten thousand rows.
 SMALL_UNLEARN = 0.6
 
-_PROBE = r"""
-import json, re, sys, time
-from hf_s3t.folder.opening import open_folder
+_PEAK = r"""
+import re
 # Not ru_maxrss, in which the process counts that began this one.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
-before, started = peak(), time.process_time()
-open_folder(sys.argv[1]).prepare()
-print(json.dumps({"bytes": peak() - before, "seconds": time.process_time() - started}))
 """
+_PROBE = (
+    _PEAK
+    + r"""
+import json, sys, time
+from hf_s3t import S3TModel
+from hf_s3t.folder.opening import open_folder
+from transformers import AutoModelForCausalLM
+path, what, base, example = sys.argv[1:]
+if what == "opening":
+    run = lambda: open_folder(path).prepare()
+else:
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    run = lambda: S3TModel.from_pretrained(path, base_model=model)
+before, started = peak(), time.process_time()
+made = run()
+found = {"bytes": peak() - before, "seconds": time.process_time() - started}
+if made is not None:
+    started = time.thread_time()
+    made.unlearn([example])
+    found["first"] = time.thread_time() - started
+    # What the deletion left to do in the background ends first.
+    made.refresh()
+print(json.dumps(found))
+"""
+)
+_COMMAND = (
+    _PEAK
+    + r"""
+import atexit, runpy, sys
+atexit.register(lambda: print(peak(), file=sys.stderr))
+runpy.run_module("hf_s3t", run_name="__main__", alter_sys=True)
+"""
+)
+# Seconds that calls are made one after another, beside nothing.
+_QUIET = 1.0
+_LONGEST = "longest call"
+_NUMBERS = itertools.count()
 
 
 def rows(number: int) -> Iterator[dict]:
@@ -136,14 +182,21 @@ def digested(dataset: Dataset, key: DigestKey) -> ExampleTable:
     return ExampleTable(columns, SHAPE["num_shards"], SHAPE["num_slices"], CONFIG.seed).index()
 
 
-def command(*arguments: str) -> float:
-    """Seconds of the processor that a command line takes."""
-    process = subprocess.Popen([sys.executable, "-m", "hf_s3t", *arguments], stdout=subprocess.DEVNULL)
+def command(*arguments: str, **environment: str) -> np.ndarray:
+    """Seconds of the processor that a command line takes, and bytes of memory at its peak."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"hf-s3t {' '.join(arguments)} ended with {process.returncode}")
-    return usage.ru_utime + usage.ru_stime
+        raise RuntimeError(f"hf-s3t {' '.join(arguments)} ended with {process.returncode}: {said}")
+    return np.array([usage.ru_utime + usage.ru_stime, int(said.split()[-1])])
 
 
 def of_this_thread(run: Callable[[], object]) -> float:
@@ -185,23 +238,83 @@ class Index:
         self.connection.commit()
 
 
-def measure_opening(scaled: Scaled, base_seconds: float) -> dict[str, float]:
-    """What it takes to open a system, and to ask it something, in a process of its own and in this one."""
-    path = str(scaled.path)
-    probe = subprocess.run([sys.executable, "-c", _PROBE, path], capture_output=True, text=True, check=True)
-    probed = json.loads(probe.stdout)
-    status = command("status", path)
-    locate = command("locate", path, *ids([3]))
+def measure_opening(scaled: Scaled, base: Path) -> dict[str, float]:
+    """What it takes to open a system, and to load a model of it, in a process of its own each, and to ask it much."""
+    opened, loaded = (_probed(scaled.copy(), what, base) for what in ("opening", "from_pretrained"))
     folder = SystemFolder(scaled.path)
     wanted = ids(range(0, len(folder.table), SHARE))
     return {
-        "opening in a process of its own (`status`)": status - base_seconds,
-        "`hf-s3t locate` of one id": locate - base_seconds,
-        "opening": probed["seconds"],
-        "memory of opening": probed["bytes"] / MEBIBYTES,
+        "opening": opened["seconds"],
+        "memory of opening": opened["bytes"] / MEBIBYTES,
+        "`from_pretrained`": loaded["seconds"],
+        "memory of `from_pretrained`": loaded["bytes"] / MEBIBYTES,
+        "`unlearn` of one id, the first in a process": loaded["first"],
         "locating a tenth": of_this_process(lambda: folder.table.places_of(wanted)),
         "`check`": of_this_process(lambda: _refuse(inspect(scaled.path).problems)),
+        "`save_pretrained`": of_this_process(lambda: _saved(scaled)),
     }
+
+
+def _saved(scaled: Scaled) -> None:
+    folder, target = SystemFolder(scaled.path.with_name("copy")), scaled.path.with_name("saved")
+    folder.copy_to(target)
+    shutil.rmtree(target)
+
+
+def _probed(path: Path, what: str, base: Path) -> dict[str, float]:
+    """What a process of its own takes that opens a system or loads it."""
+    asked = [sys.executable, "-c", _PROBE, str(path), what, str(base), *ids([3])]
+    found: dict[str, float] = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def measure_commands(scaled: Scaled, base: Path, nothing: np.ndarray) -> dict[str, float]:
+    """What commands take, each in a process of its own: seconds, and memory at the peak."""
+    read, path = str(scaled.path), str(scaled.copy())
+    repository = f"{hub_process.OWNER}/scaled-{next(_NUMBERS)}"
+    key = {"HF_S3T_KEY": (scaled.path / KEY_FILE).read_text().strip()}
+    exported, pulled = str(scaled.path.with_name("exported")), str(scaled.path.with_name("pulled"))
+    found = {
+        "opening in a process of its own (`status`)": command("status", read),
+        "`hf-s3t locate` of one id": command("locate", read, *ids([3])),
+        "`hf-s3t check`": command("check", read),
+        "`hf-s3t push` of all": command("push", path, repository),
+        "`hf-s3t push` of nothing": command("push", path, repository),
+        "`hf-s3t unlearn` of one id": command("unlearn", path, *ids([5])),
+        "`hf-s3t push` of a deletion": command("push", path, repository),
+        "`hf-s3t receipt`": command("receipt", path, "--line", "1"),
+        "`hf-s3t purge`": command("purge", path),
+        "`hf-s3t export`": command("export", path, "0", exported, "--base-model", str(base)),
+        "`hf-s3t pull`": command("pull", repository, pulled, **key),
+    }
+    for made in (exported, pulled):
+        shutil.rmtree(made)
+    beyond = {name: both - nothing for name, both in found.items()}
+    return {name: seconds for name, (seconds, _) in beyond.items()} | {
+        f"memory of {name}": size / MEBIBYTES for name, (_, size) in beyond.items()
+    }
+
+
+def measure_making(scaled: Scaled, base, dataset: Dataset) -> dict[str, float]:
+    """What it takes to make a trainer: of a new system, and of one that is there."""
+    tokens = [[number % 100] for number in range(len(dataset))]
+    fed = Dataset.from_dict(
+        {"id": dataset["id"][:], "group": dataset["group"][:], "input_ids": tokens, "labels": tokens}
+    )
+    path = scaled.path.with_name("made")
+
+    def make() -> None:
+        S3TTrainer(
+            model=sharing(base),
+            args=TrainingArguments(output_dir=str(path), report_to="none", use_cpu=True, disable_tqdm=True),
+            train_dataset=fed,
+            peft_config=lora(4),
+            s3t_config=CONFIG,
+        )
+
+    found = {"a trainer of a new system": of_this_process(make), "a trainer that goes on": of_this_process(make)}
+    shutil.rmtree(path)
+    return found
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -209,8 +322,46 @@ def _refuse(problems: Sequence[str]) -> None:
         raise RuntimeError(" ".join(problems))
 
 
+def measure_calls(scaled: Scaled, base) -> dict[str, float]:
+    """Whole calls of a served model: `unlearn`, the next answer after another process's, and answers meanwhile."""
+    model = S3TModel.from_pretrained(scaled.copy(), base_model=sharing(base))
+    other, tokens = SystemFolder(model.folder.path), torch.arange(5)[None]
+    # Of the last slice of the second shard alone: a stack is left to answer.
+    of_last = iter(ids(range(3, len(other.table), 4)))
+    longest, singles, followed = {"nothing": _longest(model, tokens, time.perf_counter() + _QUIET)}, [], []
+    for beside in ("a compaction", "another", "a third"):
+        singles.append(of_this_thread(lambda: model.unlearn([next(of_last)])))
+        longest[beside] = _longest(model, tokens)
+    for _ in range(3):
+        apply(other, DeletionRequest([next(of_last)]))
+        followed.append(of_this_thread(lambda: model(input_ids=tokens)))
+    tenth = list(itertools.islice(of_last, len(other.table) // SHARE))
+    at_once = of_this_thread(lambda: model.unlearn(tenth))
+    after = _longest(model, tokens)
+    quiet, *others = longest.values()
+    return {
+        "`unlearn` of one id": statistics.median(singles),
+        "`unlearn` of a tenth at once": at_once,
+        "the next call after a deletion elsewhere": statistics.median(followed),
+        f"{_LONGEST} beside nothing": quiet,
+        f"{_LONGEST} beside a compaction": statistics.median(others),
+        f"{_LONGEST} beside the compaction after a tenth": after,
+    }
+
+
+def _longest(model: S3TModel, tokens: torch.Tensor, until: float = 0.0) -> float:
+    """The longest of the calls that are made until a time, or until the table is written, in time that passes."""
+    written, longest = threading.Event(), 0.0
+    threading.Thread(target=lambda: (model._cleaner.wait(), written.set())).start()
+    while not written.is_set() or time.perf_counter() < until:
+        started = time.perf_counter()
+        model(input_ids=tokens)
+        longest = max(longest, time.perf_counter() - started)
+    return longest
+
+
 def measure_forgetting(scaled: Scaled, base) -> dict[str, float]:
-    """What a served model takes to forget one id and many, to write the table without them, and to follow others."""
+    """What the table takes of that, and to write it, without stages: one id and many forgotten, others followed."""
     path = scaled.copy()
     model = S3TModel.from_pretrained(path, base_model=sharing(base))
     folder, size = model.folder, len(model.folder.table)
@@ -282,16 +433,21 @@ def main() -> None:
     base = llama(4, 32, vocabulary=1_000)
     found: dict[str, list[float]] = {}
     with temporary_folder() as scratch:
-        small = Path(scratch) / "small"
+        small, saved = Path(scratch) / "small", Path(scratch) / "base"
         make_system(small, base, S3TConfig(**SHAPE), 16)
-        base_seconds = statistics.median(command("--version") for _ in range(3))
+        base.save_pretrained(saved)
+        nothing = np.median([command("--version") for _ in range(3)], axis=0)
         for size in sizes:
-            scaled = Scaled(Path(scratch) / f"of-{size}", small, Dataset.from_list(list(rows(size))))
-            measured = {"digesting rows": scaled.digesting, **measure_opening(scaled, base_seconds)}
+            dataset = Dataset.from_list(list(rows(size)))
+            scaled = Scaled(Path(scratch) / f"of-{size}", small, dataset)
+            measured = {"digesting rows": scaled.digesting, **measure_opening(scaled, saved)}
+            measured |= measure_commands(scaled, saved, nothing)
+            measured |= measure_calls(scaled, base)
             measured |= measure_forgetting(scaled, base)
-            measured["`hf-s3t unlearn` of one id"] = command("unlearn", str(scaled.copy()), *ids([5]))
+            measured |= measure_making(scaled, base, dataset)
             for name, value in measured.items():
-                found.setdefault(name, []).append(value)
+                if not name.startswith(_LONGEST):
+                    found.setdefault(name, []).append(value)
                 report.add(f"{size:,} rows: {name}", value, _unit(name), at_most=_goal(name, size, chosen.quick))
             if size == sizes[-1]:
                 measure_alternatives(scaled, report, rounds, None if chosen.quick else 1.0)
