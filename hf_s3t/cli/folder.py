@@ -21,6 +21,7 @@ from ..operations.purge import purge as purge_remnants
 from ..operations.purge import take_inventory
 from ..operations.receipts import Receipts
 from ..records.examples import Example
+from ..records.naming import find_ids, resolve_names
 from ..records.report import UnlearningReport
 from ..records.request import DeletionRequest
 from . import rendering
@@ -75,8 +76,8 @@ def _places(
 ) -> tuple[list[tuple[int | str, Example | None]], list[tuple[int | str, int | None]]]:
     """The examples that were asked for, `None` for those that were deleted; the deleted groups and their lines."""
     table = system.table
-    request = table.resolve(ids, groups, system.ledger, system.names)
-    named = dict(zip(table.find(ids, system.ledger, system.names), ids, strict=True))
+    request = resolve_names(table, ids, groups, system.ledger, system.names)
+    named = dict(zip(find_ids(table, ids, system.ledger, system.names), ids, strict=True))
     wanted = [*dict.fromkeys([*named, *request.present])]
     places = [(named.get(kept, kept), row) for kept, row in zip(wanted, table.examples(wanted), strict=True)]
     return places, [(group, _deletion_line(system, group)) for group in request.deleted_groups]

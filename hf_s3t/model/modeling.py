@@ -17,6 +17,7 @@ from ..folder.status import system_status
 from ..folder.system import SystemFolder
 from ..hub.folder import HubFolder
 from ..operations.pending import PendingRequests
+from ..records.naming import find_ids, resolve_names
 from ..records.request import listed
 from .aggregation import check_aggregation, check_one_answer_can_be_made
 from .answering import Ensemble
@@ -371,8 +372,8 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             [`~hf_s3t.errors.UnknownExampleError`]: If one is not in the system, deleted ones included.
         """
         folder, ids = self.folder, listed([None] if ids is None else ids, "ids")
-        request = folder.table.resolve(ids, None, folder.ledger, folder.names)
-        places = folder.table.places_of(folder.table.find(ids, folder.ledger, folder.names))
+        request = resolve_names(folder.table, ids, None, folder.ledger, folder.names)
+        places = folder.table.places_of(find_ids(folder.table, ids, folder.ledger, folder.names))
         found = dict(zip(ids, places, strict=True))
         if request.already_deleted:
             gone = ", ".join(repr(i) for i, place in found.items() if place is None)

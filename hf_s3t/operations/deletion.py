@@ -9,6 +9,7 @@ from ..folder.status import deletions_left, serving_depths
 from ..folder.system import SystemFolder
 from ..folder.versions import library_versions
 from ..plan.stages import StageKey
+from ..records.naming import resolve_names
 from ..records.report import UnlearningReport
 from ..records.request import DeletionRequest, RequestedExamples
 
@@ -193,7 +194,7 @@ def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedEx
     """
     table, passes_over = folder.table, request.passes_over_unknown
     try:
-        examples = table.resolve(request.ids, request.groups, folder.ledger, folder.names, ignore_unknown=passes_over)
+        examples = resolve_names(table, request.ids, request.groups, folder.ledger, folder.names, passes_over)
     except UnknownExampleError as error:
         raise UnknownExampleError(
             f'{error} Nothing was deleted; missing="ignore" (`--missing ignore`) passes over what was never trained '

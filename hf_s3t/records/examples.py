@@ -13,7 +13,7 @@ from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexade
 from .columns import Columns
 from .digests import KeptNames
 from .ledger import Ledger
-from .request import RequestedExamples, listed, some
+from .request import some
 
 
 # Rows that are made objects of at once by who goes through all.
@@ -414,85 +414,6 @@ class ExampleTable:
         table._sums = dict(self._sums)
         return table
 
-    def resolve(
-        self,
-        ids: Iterable[int | str] | None,
-        groups: Iterable[int | str] | None,
-        ledger: Ledger,
-        names: KeptNames,
-        ignore_unknown: bool = False,
-    ) -> RequestedExamples:
-        """
-        The examples that a request names, checked all before any is acted on.
-
-        Args:
-            ids (iterable, *optional*): Example ids.
-            groups (iterable, *optional*): Group names; all members are meant.
-            ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted before.
-            names ([`KeptNames`]): How the system keeps ids and groups.
-            ignore_unknown (`bool`, defaults to `False`): Pass over ids and groups that were never trained on.
-
-        Raises:
-            [`~hf_s3t.errors.ExampleIdError`]: If `ids` or `groups` is no list of ids.
-            [`~hf_s3t.errors.UnknownExampleError`]: If an id or group was never trained on.
-        """
-        given, named_groups = listed(ids, "ids"), listed(groups, "groups")
-        wanted = dict(zip(self.find(given, ledger, names), given, strict=True))
-        named = {self._find_group(group, ledger, names): group for group in named_groups}
-        sizes = dict(zip(named, self.sizes_of_groups([*named]).tolist(), strict=True))
-        deleted_groups, unknown_groups = _parted(
-            {kept: group for kept, group in named.items() if not sizes[kept]},
-            [names.group_digest(kept) in ledger.deleted_groups for kept in named if not sizes[kept]],
-        )
-        if unknown_groups and not ignore_unknown:
-            has_any = self.groups or ledger.deleted_groups
-            hint = "name them as there" if has_any else "this system has none, so name examples by their ids"
-            raise UnknownExampleError(
-                f"Unknown groups: {some(unknown_groups)}. Groups are the values of `group_column` at the first "
-                f"training: {hint}."
-            )
-        for member in self.columns.kept(self.rows_of_groups([*named])):
-            wanted.setdefault(member, member)
-        is_in = (self.rows_of([*wanted]) >= 0).tolist()
-        absent = {kept: wanted[kept] for kept, there in zip(wanted, is_in, strict=True) if not there}
-        deleted, unknown = _parted(absent, [digest in ledger.deleted for digest in names.id_digests([*absent])])
-        if unknown and not ignore_unknown:
-            raise UnknownExampleError(
-                f"Unknown ids: {some(unknown)}. {'' if names.are_digests else self._id_hint()}Name examples by the "
-                "ids that they had at the first training."
-            )
-        return RequestedExamples(
-            [kept for kept, there in zip(wanted, is_in, strict=True) if there],
-            len(deleted),
-            [group for group in named if sizes[group]],
-            tuple(deleted_groups),
-            len(unknown),
-            len(unknown_groups),
-        )
-
-    def find(self, given: Sequence[int | str], ledger: Ledger, names: KeptNames) -> list[int | str]:
-        """What stands in the table, or stood there, for ids. Where that is a digest, it may be given itself."""
-        if not names.are_digests:
-            return list(given)
-        is_in = (self.rows_of(given) >= 0).tolist()
-        return [
-            one if there or one in ledger.deleted else names.of_id(one)
-            for one, there in zip(given, is_in, strict=True)
-        ]
-
-    def _find_group(self, given: int | str, ledger: Ledger, names: KeptNames) -> int | str:
-        if names.are_digests and (given in self.groups or given in ledger.deleted_groups):
-            return given
-        return names.of_group(given)
-
-    def _id_hint(self) -> str:
-        sample = next(iter(self.rows), None)
-        if sample is None:
-            return ""
-        # A text may be somebody's name or address.
-        kind = "texts" if isinstance(sample, str) else f"integers such as {sample}"
-        return f"The ids of this system are {kind}. "
-
     def check_dataset(
         self,
         ids: Sequence[int | str],
@@ -562,11 +483,3 @@ class ExampleTable:
         code_of = {g: -1 if g is None else int(c) if c >= 0 else -2 for g, c in zip(distinct, codes, strict=True)}
         expected = np.fromiter((code_of[group] for group in groups), np.int64, len(groups))
         return np.equal(expected, -1 if self.columns.group_of is None else self.columns.group_of[rows])
-
-
-def _parted(
-    absent: Mapping[int | str, int | str], are_deleted: Iterable[bool]
-) -> tuple[list[int | str], list[int | str]]:
-    """What was named and is not in, by what would stand for it in the table: the deleted, and the unknown."""
-    told = list(zip(absent.values(), are_deleted, strict=True))
-    return [given for given, was_in in told if was_in], [given for given, was_in in told if not was_in]

@@ -23,6 +23,7 @@ from hf_s3t.records.digests import PUBLIC_SECRET, DigestKey, KeptNames, encode
 from hf_s3t.records.earlier import earlier_slice_digest
 from hf_s3t.records.examples import Example, ExampleTable
 from hf_s3t.records.ledger import Ledger
+from hf_s3t.records.naming import resolve_names
 
 
 KEY = DigestKey(b"k" * 32)
@@ -337,7 +338,7 @@ def resolve(table, ids=None, groups=None, deleted=(), deleted_groups=(), **more)
     """What of a request is in, how many ids of it were deleted before, and which of its groups are in."""
     digests = {"ids": [KEY.of_id(i) for i in deleted], "groups": [KEY.of_group(g) for g in deleted_groups]}
     ledger = Ledger().append("deletion", removed={}, **digests)
-    request = table.resolve(ids, groups, ledger, NAMES, **more)
+    request = resolve_names(table, ids, groups, ledger, NAMES, **more)
     return request.present, request.already_deleted, request.groups
 
 
@@ -374,7 +375,7 @@ def test_numbers_of_tensors_and_arrays_are_ids(ids):
 def test_a_system_without_groups_says_so():
     table = table_of({1: Example(0, 0, content("d"))})
     with pytest.raises(UnknownExampleError, match=r"this system has none, so name examples by their ids\.$"):
-        table.resolve(None, ["ann"], Ledger(), NAMES)
+        resolve_names(table, None, ["ann"], Ledger(), NAMES)
 
 
 def test_ids_and_groups_deleted_before_are_counted_and_are_no_error():
@@ -406,11 +407,11 @@ def test_unknown_ids_and_groups_may_be_passed_over():
 
 def test_a_request_counts_what_it_passes_over_and_names_groups_that_are_gone():
     ledger = Ledger().append("deletion", removed={}, ids=[], groups=[KEY.of_group("ann")])
-    request = small_table().resolve(["c", "x", "y"], ["ann", "dan"], ledger, NAMES, ignore_unknown=True)
+    request = resolve_names(small_table(), ["c", "x", "y"], ["ann", "dan"], ledger, NAMES, ignore_unknown=True)
     # A group whose name was deleted and which is in again is in.
     assert (request.groups, request.deleted_groups) == (["ann"], ())
     assert (request.unknown, request.unknown_groups) == (2, 1)
-    gone = small_table().without(["a", "b"]).resolve(None, ["ann"], ledger, NAMES)
+    gone = resolve_names(small_table().without(["a", "b"]), None, ["ann"], ledger, NAMES)
     assert (gone.groups, gone.deleted_groups, gone.unknown_groups) == ([], ("ann",), 0)
     assert gone.with_ids(["c"]).deleted_groups == ("ann",)
 
