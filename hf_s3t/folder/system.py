@@ -264,17 +264,17 @@ class SystemFolder(FolderView):
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
         ids, digests = list(ids), dict(self._stages.adapters)
-        self._append(
-            self.ledger.append(
-                "deletion",
-                ids=self.names.id_digests(ids),
-                groups=[self.names.group_digest(group) for group in groups],
-                removed={str(key): digests[str(key)] for key in removed},
-                stages_now=digests,
-                versions=versions,
-            )
+        line = self.ledger.append(
+            "deletion",
+            ids=self.names.id_digests(ids),
+            groups=[self.names.group_digest(group) for group in groups],
+            removed={str(key): digests[str(key)] for key in removed},
+            stages_now=digests,
+            versions=versions,
         )
+        # Nobody may see the line and rows that it took: a table is not masked again by lines that it goes by.
         with self._reading:
+            self._append(line)
             self.table = self.table.without(ids)
             self._stages.condemn(removed)
 
@@ -349,9 +349,10 @@ class SystemFolder(FolderView):
         table, ledger = self.table.settled(), self.ledger
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
-        self._table_pin = pin_of(ledger)
-        self._table_stamp = stamp(self.path / TABLE_FILE)
-        self.table = table
+        with self._reading:
+            self._table_pin = pin_of(ledger)
+            self._table_stamp = stamp(self.path / TABLE_FILE)
+            self.table = table
 
     # What a removal that was interrupted left
 
