@@ -345,6 +345,7 @@ class SystemFolder(FolderView):
         self.refresh_ledger()
         self._settle()
         self._migrate()
+        self._take_in_columns()
         # Before it is written: what is made for that is what stays.
         table, ledger = self.table.settled(), self.ledger
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):

@@ -223,6 +223,13 @@ class FolderView:
             self._table_stamp = head.stamp
         return self._masked(self.table, ledger, known)
 
+    def _take_in_columns(self) -> None:
+        """Read the table again where a later version added columns to it: who writes it anew carries them along."""
+        with self._reading:
+            head = self._look_at_table()
+            if head is not None and head.says_more_than(self.table):
+                self.table = self._table_of(self._read_rows(), self.ledger)
+
     def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
         table = stored.examples(self.config, self.names)
         require_pinned(self.path / LEDGER_FILE, ledger, stored.pin, TABLE_FILE)

@@ -110,6 +110,23 @@ def test_columns_that_a_later_version_adds_go_with_their_rows(system):
     assert inspect(system).problems == ()
 
 
+@pytest.mark.parametrize("write", ["apply", "refresh and apply", "compact"])
+def test_columns_that_a_later_version_adds_while_this_one_is_at_work_are_not_lost(system, write):
+    folder = SystemFolder(system)
+    rewrite_table(system / TABLE_FILE, lambda columns: {**columns, "statistic": pa.array(range(len(NAMES)))})
+    if write == "compact":
+        # As a live model does it: what it deletes it does not look at the table for.
+        with folder.lock():
+            folder.remove_stages(record(folder, [NAMES[2]]).condemned)
+        folder.compact()
+    else:
+        if "refresh" in write:
+            folder.refresh()
+        apply(folder, [NAMES[2]])
+    assert pq.read_table(system / TABLE_FILE)["statistic"].to_pylist() == [n for n in range(len(NAMES)) if n != 2]
+    assert inspect(system).problems == ()
+
+
 def test_a_table_of_the_first_version_says_the_same_and_is_written_anew_as_of_this_one(system):
     folder = SystemFolder(system)
     expected, earlier = seen_in(folder.table), [earlier_slice_digest(folder.table, *place) for place in PLACES]
