@@ -15,7 +15,7 @@ from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import write_checkpoint_record
-from .config_file import config_for_others, holds_system, in_newest_format, read_record, write_record
+from .config_file import FORMAT_VERSION, config_for_others, holds_system, in_newest_format, read_record, write_record
 from .copying import Snapshot, check_target, copy_system
 from .earlier_slices import EarlierSlices
 from .files import (
@@ -154,13 +154,11 @@ class SystemFolder(FolderView):
         with self._reading:
             # What slices are now, whoever wrote to the ledger last.
             self.refresh_ledger()
-            if found["format_version"] == self.record["format_version"]:
+            if found["format_version"] != FORMAT_VERSION:
                 found = self._migrated_record(self._earlier)
                 with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
                     write_record(self.path / CONFIG_FILE, found)
-            self._earlier.take_in(found.get("earlier_slices", {}))
-            self.record = found
-            self._stages.translate()
+            self._follow_migration(found)
 
     def _migrated_record(self, earlier: EarlierSlices) -> dict[str, Any]:
         """What `s3t_config.json` says in the newest format."""
