@@ -1,7 +1,7 @@
 """Adapted layers and heads that go by the route of the call under way."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from .route import LENGTHS, ROUTE, Route, length_of
 
 
 # Whether torch runs hooks around every module there is.
-_has_global_hooks = nn.modules.module._has_any_global_hook
+_has_global_hooks: Callable[[], Any] = nn.modules.module._has_any_global_hook
 
 
 def route_through(module: AdapterHolder, group: int) -> None:
@@ -97,7 +97,7 @@ class RoutedLayer(_Layer):
         return output
 
 
-def _linear(layer: Any, *args: Any) -> torch.Tensor:
+def _linear(layer: Any, x: torch.Tensor, *more: Any) -> torch.Tensor:
     """
     All that PEFT does with disabled adapters, none of them merged, and a plain layer without hooks does when it is
     called, at once.
@@ -108,11 +108,12 @@ def _linear(layer: Any, *args: Any) -> torch.Tensor:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
+        or more
         or _has_global_hooks()
     ):
         held: Any = layer._parameters
-        return nn.functional.linear(*args, held["weight"], held["bias"])
-    output: torch.Tensor = layer(*args)
+        return nn.functional.linear(x, held["weight"], held["bias"])
+    output: torch.Tensor = layer(x, *more)
     return output
 
 
