@@ -53,6 +53,8 @@ class Trunk:
         # Whether all blocks are the same by now, as far as is known.
         self._is_whole = True
         self._inside: nn.Module | None = None
+        # How often that layer was called again inside of itself: by a hook of the user's that calls the base, say.
+        self._again = 0
         # What layers were given and answered last that is known to have the same block for each member: those blocks'
         # tensors, and the first block of those that the layer under way was given.
         self._repeated: dict[int, torch.Tensor] = {}
@@ -63,8 +65,11 @@ class Trunk:
     @uncompiled
     def enter(self, layer: nn.Module, is_adapted: bool, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What a layer shall be given in place of its arguments, a tuple and a dict; `None` for these."""
-        # What a layer calls inside of itself is given the first block as it is.
-        if not self._is_whole or self._inside is not None:
+        if self._inside is not None:
+            # What a layer that computes for one calls is given what that gives it.
+            self._again += self._inside is layer
+            return None
+        if not self._is_whole:
             return None
         if is_adapted:
             self._is_whole = False
@@ -86,6 +91,9 @@ class Trunk:
     def leave(self, layer: nn.Module, output: Any) -> Any:
         """What a layer's answer is taken for, with a block of rows for every member."""
         if self._inside is not layer:
+            return None
+        if self._again:
+            self._again -= 1
             return None
         self._inside = None
         return self._repeat(output)

@@ -200,7 +200,7 @@ def test_gradients_reach_the_inputs(system):
     assert difference(shared, each) <= TOLERANCE and shared.abs().max() > 0
 
 
-@pytest.mark.parametrize("what", ["another choice of inputs", "a loss", "a text"])
+@pytest.mark.parametrize("what", ["another choice of inputs", "a loss", "a text", "the base"])
 def test_a_hook_in_a_layer_that_computes_once_may_call_the_model(system, what):
     model, rows = system("llama")
     inputs, others = inputs_of(rows, 2), inputs_of(rows[4:], 3)
@@ -208,6 +208,8 @@ def test_a_hook_in_a_layer_that_computes_once_may_call_the_model(system, what):
         "another choice of inputs": lambda: model(**inputs_of(rows[4:], 3, "left")).logits,
         "a loss": lambda: model(**others, labels=others["input_ids"]).loss,
         "a text": lambda: model.generate(**others, max_new_tokens=3, do_sample=False, eos_token_id=None),
+        # Inside it goes by the route, as all that the base computes there.
+        "the base": lambda: model.base_model(**others, use_cache=False).logits,
     }
     answers = []
 
@@ -224,7 +226,8 @@ def test_a_hook_in_a_layer_that_computes_once_may_call_the_model(system, what):
         hook = model.base_model.get_submodule(model.stack.layers.path)[1].register_forward_pre_hook(call_once)
         answer = model(**inputs).logits
         hook.remove()
-    assert torch.equal(answer, alone) and torch.equal(answers[1], within)
+    assert torch.equal(answer, alone)
+    assert torch.equal(answers[1], within) == (what != "the base")
 
 
 def test_a_cache_that_was_cropped_to_nothing_is_filled_anew_at_any_depth(system):
@@ -409,6 +412,8 @@ def test_layers_inside_of_one_that_computes_once_do_too():
     (given,), _ = trunk.enter(outer, False, ((block.repeat(MEMBERS, 1, 1),), {}))
     (inner,), _, answer = pass_through(trunk, given)
     assert inner is given and torch.equal(answer, block)
+    # Itself too, as where a hook in it calls the base.
+    assert trunk.enter(outer, False, ((given,), {})) is None and trunk.leave(outer, given) is None
     assert torch.equal(trunk.leave(outer, answer + 1), (block + 1).repeat(MEMBERS, 1, 1))
     assert torch.equal(pass_through(trunk, block.repeat(MEMBERS, 1, 1))[0][0], block)
 
