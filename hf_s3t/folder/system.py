@@ -15,7 +15,7 @@ from ..records.examples import Example, ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import write_checkpoint_record
-from .config_file import config_for_others, holds_system, in_newest_format, read_record, write_record
+from .config_file import FORMAT_VERSION, config_for_others, holds_system, in_newest_format, read_record, write_record
 from .copying import Snapshot, check_target, copy_system
 from .earlier_slices import EarlierSlices
 from .files import (
@@ -154,13 +154,11 @@ class SystemFolder(FolderView):
         with self._reading:
             # What slices are now, whoever wrote to the ledger last.
             self.refresh_ledger()
-            if found["format_version"] == self.record["format_version"]:
+            if found["format_version"] != FORMAT_VERSION:
                 found = self._migrated_record(self._earlier)
                 with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
                     write_record(self.path / CONFIG_FILE, found)
-            self._earlier.take_in(found.get("earlier_slices", {}))
-            self.record = found
-            self._stages.translate()
+            self._follow_migration(found)
 
     def _migrated_record(self, earlier: EarlierSlices) -> dict[str, Any]:
         """What `s3t_config.json` says in the newest format."""
@@ -264,17 +262,17 @@ class SystemFolder(FolderView):
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
         ids, digests = list(ids), dict(self._stages.adapters)
-        self._append(
-            self.ledger.append(
-                "deletion",
-                ids=self.names.id_digests(ids),
-                groups=[self.names.group_digest(group) for group in groups],
-                removed={str(key): digests[str(key)] for key in removed},
-                stages_now=digests,
-                versions=versions,
-            )
+        line = self.ledger.append(
+            "deletion",
+            ids=self.names.id_digests(ids),
+            groups=[self.names.group_digest(group) for group in groups],
+            removed={str(key): digests[str(key)] for key in removed},
+            stages_now=digests,
+            versions=versions,
         )
+        # Nobody may see the line and rows that it took: a table is not masked again by lines that it goes by.
         with self._reading:
+            self._append(line)
             self.table = self.table.without(ids)
             self._stages.condemn(removed)
 
@@ -345,13 +343,15 @@ class SystemFolder(FolderView):
         self.refresh_ledger()
         self._settle()
         self._migrate()
+        self._take_in_columns()
         # Before it is written: what is made for that is what stays.
         table, ledger = self.table.settled(), self.ledger
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
-        self._table_pin = pin_of(ledger)
-        self._table_stamp = stamp(self.path / TABLE_FILE)
-        self.table = table
+        with self._reading:
+            self._table_pin = pin_of(ledger)
+            self._table_stamp = stamp(self.path / TABLE_FILE)
+            self.table = table
 
     # What a removal that was interrupted left
 

@@ -118,15 +118,21 @@ class TableHead:
         pin (`str`): The lines of the ledger that it goes by; see [`~hf_s3t.folder.ledger_file.pin_of`].
         stamp ([`~hf_s3t.folder.files.Stamp`], *optional*): The file's when this was read.
         slices (`str`, *optional*): Sizes and digests of its slices as JSON; not known of a file that did not change.
+        more (`frozenset[str]`): Names of the columns that a later version added; not known of such a file either.
     """
 
     pin: str
     stamp: Stamp | None
     slices: str | None = None
+    more: frozenset[str] = frozenset()
 
     def says_of(self, table: ExampleTable) -> bool:
         """Whether it is the head of this table."""
-        return self.slices == _slices_of(table)
+        return self.slices == _slices_of(table) and not self.says_more_than(table)
+
+    def says_more_than(self, table: ExampleTable) -> bool:
+        """Whether the file has other columns than a table, of those that a later version added."""
+        return self.slices is not None and self.more != table.columns.more.keys()
 
 
 def read_head_of_table(path: Path, found: Stamp | None) -> TableHead | None:
@@ -138,8 +144,9 @@ def read_head_of_table(path: Path, found: Stamp | None) -> TableHead | None:
         found ([`~hf_s3t.folder.files.Stamp`], *optional*): Its stamp, taken before.
     """
     try:
-        metadata = pq.read_metadata(path).metadata
-        return TableHead(metadata[_PIN].decode(), found, metadata[_SLICES].decode())
+        footer = pq.read_metadata(path)
+        metadata, more = footer.metadata, frozenset(footer.schema.to_arrow_schema().names) - _KNOWN
+        return TableHead(metadata[_PIN].decode(), found, metadata[_SLICES].decode(), more)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return None
 

@@ -1,5 +1,6 @@
 """What a system's folder says: settings, ledger, table, stages; every read is checked (see `docs/format.md`)."""
 
+import contextlib
 import errno
 import os
 import threading
@@ -20,6 +21,7 @@ from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record
 from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
+from .identity import is_same_system
 from .known_stages import KnownStages
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
@@ -132,8 +134,19 @@ class FolderView:
         return bool(self.record["format_version"] == FORMAT_VERSION)
 
     def _learn_slices(self) -> None:
+        if not self.is_migrated:
+            # Unless another process did so: from then on nothing new is written in format 1.
+            with contextlib.suppress(FolderError):
+                self._follow_migration(read_record(self.path / CONFIG_FILE))
         # A process of an earlier release may delete, and write down what slices are then as it always did.
         if not self.is_migrated and self._earlier.learn(self.table):
+            self._stages.translate()
+
+    def _follow_migration(self, found: dict[str, Any]) -> None:
+        """Take over what `s3t_config.json` says, if it is of the newest format."""
+        if found["format_version"] == FORMAT_VERSION and is_same_system(found, self.record):
+            self._earlier.take_in(found.get("earlier_slices", {}))
+            self.record = found
             self._stages.translate()
 
     def earlier_slices(self) -> EarlierSlices:
@@ -238,6 +251,13 @@ class FolderView:
                 return None
             self._table_stamp = head.stamp
         return self._masked(self.table, ledger, known)
+
+    def _take_in_columns(self) -> None:
+        """Read the table again where a later version added columns to it: who writes it anew carries them along."""
+        with self._reading:
+            head = self._look_at_table()
+            if head is not None and head.says_more_than(self.table):
+                self.table = self._table_of(self._read_rows(), self.ledger)
 
     def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
         table = stored.examples(self.config, self.names)

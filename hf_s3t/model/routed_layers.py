@@ -1,7 +1,7 @@
 """Adapted layers and heads that go by the route of the call under way."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,10 @@ from torch import nn
 from ..errors import S3TError
 from .peft_layers import AdaptedLayer, AdapterHolder
 from .route import LENGTHS, ROUTE, Route, length_of
+
+
+# Whether torch runs hooks around every module there is.
+_has_global_hooks: Callable[[], Any] = nn.modules.module._has_any_global_hook
 
 
 def route_through(module: AdapterHolder, group: int) -> None:
@@ -79,7 +83,7 @@ class RoutedLayer(_Layer):
         if not self._disable_adapters:
             # With these names PEFT computes the base's layer alone, whatever adapters are active.
             output = self._as_peft(args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])})
-        elif self._is_linear and not kwargs:
+        elif self._is_linear and not kwargs and not self.merged_adapters:
             output = _linear(self._modules["base_layer"], *args)
         else:
             output = self._as_peft(args, kwargs)
@@ -93,14 +97,23 @@ class RoutedLayer(_Layer):
         return output
 
 
-def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """All that PEFT does with disabled adapters, and a plain layer without hooks does when it is called, at once."""
+def _linear(layer: Any, x: torch.Tensor, *more: Any) -> torch.Tensor:
+    """
+    All that PEFT does with disabled adapters, none of them merged, and a plain layer without hooks does when it is
+    called, at once.
+    """
     if type(layer) is nn.Linear and not (
-        layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or more
+        or _has_global_hooks()
     ):
         held: Any = layer._parameters
         return nn.functional.linear(x, held["weight"], held["bias"])
-    output: torch.Tensor = layer(x)
+    output: torch.Tensor = layer(x, *more)
     return output
 
 

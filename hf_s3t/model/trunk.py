@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from ..errors import CallStoppedError
 from .aggregation import logit_fields
 from .batches import NOT_ROWS, first_rows, repeat_rows
-from .caches import CACHES, caches_in, has_cache, holds_one_block, is_plain_cache, repeat_block
+from .caches import CACHES, cache_of, caches_in, has_cache, holds_one_block, is_plain_cache, repeat_block
 from .layers import LayerGroups, outer_lists
-from .route import Route, routed
+from .route import ROUTE, Route, routed
 from .scope import Scope
 from .uncompiled import uncompiled
 
@@ -41,25 +42,33 @@ class Trunk:
     Args:
         route ([`~hf_s3t.model.route.Route`]): The members.
         rows (`int`): Number of examples, of which each member has a block.
+        cache ([`~transformers.Cache`], *optional*): What holds one block of rows from an earlier pass.
     """
 
-    def __init__(self, route: Route, rows: int):
+    def __init__(self, route: Route, rows: int, cache: Cache | None = None):
+        self.route = route
         self.adapted = frozenset(route.by_group)
         self._members = len(route)
         self._rows = rows
         # Whether all blocks are the same by now, as far as is known.
         self._is_whole = True
         self._inside: nn.Module | None = None
+        # How often that layer was called again inside of itself: by a hook of the user's that calls the base, say.
+        self._again = 0
         # What layers were given and answered last that is known to have the same block for each member: those blocks'
         # tensors, and the first block of those that the layer under way was given.
         self._repeated: dict[int, torch.Tensor] = {}
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._caches: list[Cache] = []
+        self._caches = [] if cache is None else [cache]
 
     # Where torch compiles, tensors cannot be compared.
     @uncompiled
     def enter(self, layer: nn.Module, is_adapted: bool, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What a layer shall be given in place of its arguments, a tuple and a dict; `None` for these."""
+        if self._inside is not None:
+            # What a layer that computes for one calls is given what that gives it.
+            self._again += self._inside is layer
+            return None
         if not self._is_whole:
             return None
         if is_adapted:
@@ -82,6 +91,9 @@ class Trunk:
     def leave(self, layer: nn.Module, output: Any) -> Any:
         """What a layer's answer is taken for, with a block of rows for every member."""
         if self._inside is not layer:
+            return None
+        if self._again:
+            self._again -= 1
             return None
         self._inside = None
         return self._repeat(output)
@@ -169,14 +181,20 @@ def _hooks(group: int | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What runs before a layer of a group, and after it."""
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trunk: Trunk | None = _TRUNK.get()
+        trunk = _trunk_of_pass()
         return None if trunk is None else trunk.enter(layer, group in trunk.adapted, (args, kwargs))
 
     def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        trunk: Trunk | None = _TRUNK.get()
+        trunk = _trunk_of_pass()
         return None if trunk is None else trunk.leave(layer, output)
 
     return enter, leave
+
+
+def _trunk_of_pass() -> Trunk | None:
+    trunk: Trunk | None = _TRUNK.get()
+    # A hook of the user's may call the model inside of a pass: for that the trunk around it is none.
+    return trunk if trunk is not None and trunk.route is ROUTE.get() else None
 
 
 class Trunks:
@@ -193,7 +211,7 @@ class Trunks:
 
     def __init__(self, base: PreTrainedModel):
         self._base = base
-        self._found: dict[tuple[frozenset[str], frozenset[int]], bool] = {}
+        self._found: dict[tuple[frozenset[str], bool, frozenset[int]], bool] = {}
 
     @contextlib.contextmanager
     def shared(self, route: Route, inputs: dict[str, Any], rows: int) -> Iterator[None]:
@@ -205,16 +223,29 @@ class Trunks:
             inputs (`dict`): The inputs by name, tensors of shape `(rows, ...)`.
             rows (`int`): Number of examples.
         """
-        is_shared = has_cache(inputs) or self._is_possible(route, inputs, rows)
-        with _TRUNK.holding(Trunk(route, rows) if is_shared else None):
+        cache = cache_of(inputs)
+        if cache is not None and has_cache(inputs):
+            is_shared = is_plain_cache(cache) and holds_one_block(cache, rows)
+            trunk = Trunk(route, rows, cache) if is_shared else None
+        else:
+            if cache is not None and is_plain_cache(cache):
+                # Cropped to nothing, it has the numbers of rows still that other stages had.
+                cache.reset()
+            trunk = Trunk(route, rows) if self._is_possible(route, inputs, rows) else None
+        with _TRUNK.holding(trunk):
             yield
 
     def _is_possible(self, route: Route, inputs: dict[str, Any], rows: int) -> bool:
         given = frozenset(name for name, value in inputs.items() if value is not None)
-        kind = given, frozenset(route.by_group)
+        kind = given, self._keeps_cache(inputs), frozenset(route.by_group)
         if kind not in self._found:
             self._found[kind] = self._answers_the_same(route, inputs, rows)
         return self._found[kind]
+
+    def _keeps_cache(self, inputs: dict[str, Any]) -> bool:
+        """Whether a pass makes a cache, through which a layer may read what another one left."""
+        asked = inputs.get("use_cache")
+        return bool(getattr(self._base.config.get_text_config(), "use_cache", False) if asked is None else asked)
 
     @torch.no_grad()
     def _answers_the_same(self, route: Route, inputs: dict[str, Any], rows: int) -> bool:
@@ -224,6 +255,9 @@ class Trunks:
         try:
             as_ever = self._pass(route, given, rows, None)
             shared = self._pass(route, given, rows, Trunk(route, rows))
+        except CallStoppedError:
+            # Which says nothing of the base.
+            raise
         except Exception:
             # Whatever it is: it is found where a base can be run as ever, and nowhere else.
             return False

@@ -386,7 +386,8 @@ class ExampleTable:
     def _without_rows(self, rows: np.ndarray) -> "ExampleTable":
         table = ExampleTable.__new__(ExampleTable)
         table.__dict__.update(self.__dict__)
-        table._sums = dict(self._sums)
+        # Copied at once: another thread may come to know more of them meanwhile.
+        known = table._sums = dict(self._sums)
         table._is_in = self._is_in.copy()
         table._is_in[rows] = False
         gone = np.bincount(self._cells[rows], minlength=len(self._sizes))
@@ -396,9 +397,9 @@ class ExampleTable:
             # A cached property lives in the instance's dictionary.
             table.__dict__["_group_sizes"] = self._group_sizes.copy()
             np.subtract.at(table._group_sizes, codes[codes >= 0], 1)
-        if any(cell in self._sums for cell in np.flatnonzero(gone).tolist()):
+        if any(cell in known for cell in np.flatnonzero(gone).tolist()):
             changes = self._sums_of(rows)
-            table._sums = {cell: (value - changes.get(cell, 0)) % MODULUS for cell, value in self._sums.items()}
+            table._sums = {cell: (value - changes.get(cell, 0)) % MODULUS for cell, value in known.items()}
         return table
 
     @property

@@ -174,12 +174,26 @@ def test_one_that_another_process_migrated_meanwhile_is_taken_over(tmp_path):
     written = (path / CONFIG_FILE).read_bytes()
     follower.refresh_ledger()
     follower.refresh_stages()
-    assert follower.valid_stages == writer.valid_stages and not follower.is_migrated
+    assert follower.valid_stages == writer.valid_stages and follower.is_migrated
     apply(follower, [second])
-    assert follower.is_migrated and (path / CONFIG_FILE).read_bytes() == written
+    assert (path / CONFIG_FILE).read_bytes() == written
     writer.refresh()
     assert follower.valid_stages == writer.valid_stages == SystemFolder(path).valid_stages
     assert inspect(path).problems == ()
+
+
+def test_what_slices_were_in_format_1_is_not_computed_where_another_process_migrated_it(tmp_path, monkeypatch):
+    """That reads every row of a slice, at each deletion that is followed."""
+    path = copy_of("digests", tmp_path)
+    follower, writer = ReadOnlyFolder(path), SystemFolder(path)
+    computed = []
+    monkeypatch.setattr("hf_s3t.folder.earlier_slices.earlier_slice_digest", lambda *slice_: computed.append(slice_))
+    for example_id in sorted(writer.table.rows)[:2]:
+        apply(writer, [example_id])
+        follower.refresh_ledger()
+        follower.refresh_stages()
+        assert follower.valid_stages == writer.valid_stages
+    assert computed == []
 
 
 def _forget(path, example_id, barrier):

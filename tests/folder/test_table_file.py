@@ -1,11 +1,14 @@
 """The file of the table of examples: what of it is read when, which versions are, and what a later one may add."""
 
+import threading
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.folders import NAMES, apply, grow, new_system
+from support.folders import NAMES, apply, grow, new_system, record
 from support.tables import rewrite_table, write_first_version
 
+import hf_s3t.folder.system as system_module
 import hf_s3t.folder.versions as versions
 import hf_s3t.folder.view as view
 from hf_s3t.folder.layout import TABLE_FILE
@@ -120,6 +123,23 @@ def test_columns_that_a_later_version_adds_go_with_their_rows(system):
     assert inspect(system).problems == ()
 
 
+@pytest.mark.parametrize("write", ["apply", "refresh and apply", "compact"])
+def test_columns_that_a_later_version_adds_while_this_one_is_at_work_are_not_lost(system, write):
+    folder = SystemFolder(system)
+    rewrite_table(system / TABLE_FILE, lambda columns: {**columns, "statistic": pa.array(range(len(NAMES)))})
+    if write == "compact":
+        # As a live model does it: what it deletes it does not look at the table for.
+        with folder.lock():
+            folder.remove_stages(record(folder, [NAMES[2]]).condemned)
+        folder.compact()
+    else:
+        if "refresh" in write:
+            folder.refresh()
+        apply(folder, [NAMES[2]])
+    assert pq.read_table(system / TABLE_FILE)["statistic"].to_pylist() == [n for n in range(len(NAMES)) if n != 2]
+    assert inspect(system).problems == ()
+
+
 def test_a_table_of_the_first_version_says_the_same_and_is_written_anew_as_of_this_one(system):
     folder = SystemFolder(system)
     expected, earlier = seen_in(folder.table), [earlier_slice_digest(folder.table, *place) for place in PLACES]
@@ -132,3 +152,27 @@ def test_a_table_of_the_first_version_says_the_same_and_is_written_anew_as_of_th
     apply(opened, NAMES[:1])
     assert "id_digest" in pq.read_schema(system / TABLE_FILE).names
     assert seen_in(SystemFolder(system).table) == seen_in(folder.table.without(NAMES[:1]))
+
+
+def test_whoever_looks_while_a_deletion_is_recorded_sees_its_line_without_its_rows_or_neither(system, monkeypatch):
+    """A copy that held both would keep the rows: a table is masked only by the lines after those that it goes by."""
+    folder = SystemFolder(system)
+    write_head, seen = system_module.write_head, []
+
+    def look():
+        copied = folder._snapshot()
+        seen.append((len(copied.table), len(copied.ledger.deleted)))
+
+    other = threading.Thread(target=look)
+
+    def written(path, ledger):
+        write_head(path, ledger)
+        # The line is in the file: another thread looks, which may have to wait.
+        other.start()
+        other.join(0.2)
+
+    monkeypatch.setattr(system_module, "write_head", written)
+    with folder.lock():
+        record(folder, NAMES[:2])
+    other.join()
+    assert seen == [(len(NAMES) - 2, 2)]

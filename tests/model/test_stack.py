@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 from support.insides import stack_of
 from support.tiny import batch_of, lora, make_trainer, plant_stages, rows_for, s3t_config, tiny_bert, tiny_llama
+from torch import nn
 
 from hf_s3t.errors import LayersNotFoundError, S3TError
 from hf_s3t.model.batches import repeat_rows
@@ -198,6 +199,42 @@ def test_each_block_of_rows_is_answered_as_peft_does_with_the_adapters_of_its_me
         for block, expected in zip(blocks, alone):
             torch.testing.assert_close(block, expected)
     assert (alone[0] - alone[1]).abs().max() > 0.01 < (alone[1] - made.answers).abs().max()
+
+
+@pytest.mark.parametrize("where", ["on it", "on all there are", "on its way back"])
+def test_hooks_of_the_bases_own_layers_are_run(tmp_path, where):
+    made, ran = make(tmp_path, tiny_llama()), []
+    load(made, FIRST)
+    layer = made.stack._places[FIRST.group].layers["model.layers.3.mlp.up_proj"].base_layer
+
+    def note(module, *given):
+        ran.append(module)
+
+    register = {
+        "on it": layer.register_forward_hook,
+        "on all there are": nn.modules.module.register_module_forward_hook,
+        "on its way back": layer.register_full_backward_hook,
+    }[where]
+    hook = register(note)
+    embeddings = made.base.get_input_embeddings()(batch_of(rows_for(made.base, 2))["input_ids"]).detach()
+    with routed(Route((FIRST,))):
+        made.base(inputs_embeds=embeddings.requires_grad_()).logits.sum().backward()
+    hook.remove()
+    assert layer in ran
+
+
+def test_an_adapter_that_somebody_merged_into_the_base_is_taken_out_by_the_next_pass(tmp_path):
+    made = make(tmp_path, tiny_llama())
+    load(made, FIRST)
+    with routed(Route((FIRST,))):
+        expected = answer(made.base)
+    for layer in made.stack._places[FIRST.group].layers.values():
+        layer.merge(adapter_names=[FIRST.adapter_name])
+    with routed(Route((FIRST,))):
+        assert torch.allclose(answer(made.base), expected, atol=1e-6)
+    with routed(Route(())):
+        assert torch.allclose(answer(made.base), made.answers, atol=1e-6)
+    assert not torch.allclose(expected, made.answers, atol=1e-6)
 
 
 def test_a_number_of_rows_that_members_cannot_share_is_refused(made):

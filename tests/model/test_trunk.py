@@ -28,6 +28,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_s3t import S3TModel
+from hf_s3t.errors import CallStoppedError
+from hf_s3t.model.answering import Ensemble
 from hf_s3t.model.route import Route
 from hf_s3t.model.trunk import Trunk, Trunks
 from hf_s3t.plan.stages import StageKey
@@ -198,6 +200,65 @@ def test_gradients_reach_the_inputs(system):
     assert difference(shared, each) <= TOLERANCE and shared.abs().max() > 0
 
 
+@pytest.mark.parametrize("what", ["another choice of inputs", "a loss", "a text", "the base"])
+def test_a_hook_in_a_layer_that_computes_once_may_call_the_model(system, what):
+    model, rows = system("llama")
+    inputs, others = inputs_of(rows, 2), inputs_of(rows[4:], 3)
+    calls = {
+        "another choice of inputs": lambda: model(**inputs_of(rows[4:], 3, "left")).logits,
+        "a loss": lambda: model(**others, labels=others["input_ids"]).loss,
+        "a text": lambda: model.generate(**others, max_new_tokens=3, do_sample=False, eos_token_id=None),
+        # Inside it goes by the route, as all that the base computes there.
+        "the base": lambda: model.base_model(**others, use_cache=False).logits,
+    }
+    answers = []
+
+    def call_once(*given):
+        if not answers:
+            answers.append(None)
+            answers.append(calls[what]())
+
+    with model.limited_to(1), torch.no_grad():
+        alone, within = model(**inputs).logits, calls[what]()
+        # What is known of the base by now, need not be tried inside of a pass.
+        model._ensemble = Ensemble(model.base_model)
+        model(**inputs)
+        hook = model.base_model.get_submodule(model.stack.layers.path)[1].register_forward_pre_hook(call_once)
+        answer = model(**inputs).logits
+        hook.remove()
+    assert torch.equal(answer, alone)
+    assert torch.equal(answers[1], within) == (what != "the base")
+
+
+def test_a_cache_that_was_cropped_to_nothing_is_filled_anew_at_any_depth(system):
+    model, rows = system("llama")
+    inputs = inputs_of(rows, 2)
+    with model.limited_to(2):
+        cache = model(**inputs, use_cache=True).past_key_values
+    for depth in (1, 3):
+        cache.crop(-cache.get_seq_length())
+        with model.limited_to(depth):
+            assert torch.equal(model(**inputs, past_key_values=cache).logits, model(**inputs).logits)
+        assert [len(layer.keys) for layer in cache.layers] == [2] * (LAYERS - depth) + [2 * MEMBERS] * depth
+
+
+def test_a_stop_while_it_is_tried_says_nothing_of_the_base(system):
+    model, rows = system("gpt2")
+    inputs = inputs_of(rows, 2)
+    stopped = model._routing.cut(1).route.stopped
+    with model.limited_to(1):
+        expected = model(**inputs).logits
+        model._ensemble._trunks._found.clear()
+        layers = model.base_model.get_submodule(model.stack.layers.path)
+        hook = layers[0].register_forward_pre_hook(lambda *given: stopped.set())
+        with pytest.raises(CallStoppedError):
+            model(**inputs)
+        hook.remove()
+        stopped.clear()
+        assert torch.equal(model(**inputs).logits, expected)
+        assert rows_of_layers(model, lambda: model(**inputs))[0] == 2
+
+
 # Models of which it is not known, or not so
 
 
@@ -236,9 +297,10 @@ class Own(PreTrainedModel):
         self.head = nn.Linear(16, VOCABULARY)
         self.post_init()
 
-    def forward(self, input_ids, labels=None, **ignored):
+    def forward(self, input_ids, labels=None, use_cache=True, **ignored):
         x, kept = self.embed(input_ids), []
-        given = {"cache": DynamicCache()} if self.way == "borrows" else {"lower": []} if self.way == "writes" else {}
+        ways = {"borrows": {"cache": DynamicCache() if use_cache else None}, "writes": {"lower": []}}
+        given = ways.get(self.way, {})
         for block in self.blocks:
             x = block(x, **given)
             kept.append(x)
@@ -271,6 +333,18 @@ def test_a_model_whose_layers_share_more_than_an_answer(tmp_path, cls, count):
             with each_by_itself(model):
                 assert difference(model(**inputs).logits, answer) <= TOLERANCE
         assert given == [rows * count] * 3 + [rows * MEMBERS]
+
+
+def test_a_cache_is_a_way_to_share_more_than_an_answer_and_is_tried_by_itself(tmp_path):
+    model = made(tmp_path, Borrows(OwnConfig()), lm_rows(), lora(Borrows(OwnConfig()), target_modules=["up", "down"]))
+    inputs = {"input_ids": batch_of(lm_rows(3))["input_ids"]}
+    with model.limited_to(1):
+        for use_cache, count in ((False, 1), (True, MEMBERS)):
+            answer = model(**inputs, use_cache=use_cache).logits
+            given = rows_of_layers(model, lambda use_cache=use_cache: model(**inputs, use_cache=use_cache))
+            with each_by_itself(model):
+                assert difference(model(**inputs, use_cache=use_cache).logits, answer) <= TOLERANCE
+            assert given == [3 * count] * 3 + [3 * MEMBERS]
 
 
 # One layer after the other
@@ -322,6 +396,26 @@ def test_where_a_layer_is_not_given_the_same_caches_are_repeated_and_the_pass_go
     # Nor does a later layer.
     args, _, _ = pass_through(trunk, answer)
     assert args[0] is answer
+
+
+def test_a_cache_of_an_earlier_pass_is_repeated_though_this_one_shares_nothing():
+    block, cache = torch.randn(2, 5, 4), DynamicCache()
+    pass_through(Trunk(ROUTE, 2), block.repeat(MEMBERS, 1, 1), past_key_values=cache)
+    whole = block.repeat(MEMBERS, 1, 1)
+    args, _, _ = pass_through(Trunk(ROUTE, 2, cache), whole, states=[], past_key_values=cache)
+    assert args[0] is whole
+    assert torch.equal(cache.layers[0].keys[:, 0], block.repeat(MEMBERS, 2, 1))
+
+
+def test_layers_inside_of_one_that_computes_once_do_too():
+    block, outer, trunk = torch.randn(2, 5, 4), nn.Identity(), Trunk(ROUTE, 2)
+    (given,), _ = trunk.enter(outer, False, ((block.repeat(MEMBERS, 1, 1),), {}))
+    (inner,), _, answer = pass_through(trunk, given)
+    assert inner is given and torch.equal(answer, block)
+    # Itself too, as where a hook in it calls the base.
+    assert trunk.enter(outer, False, ((given,), {})) is None and trunk.leave(outer, given) is None
+    assert torch.equal(trunk.leave(outer, answer + 1), (block + 1).repeat(MEMBERS, 1, 1))
+    assert torch.equal(pass_through(trunk, block.repeat(MEMBERS, 1, 1))[0][0], block)
 
 
 def test_above_the_first_stage_nothing_is_shared():
