@@ -27,7 +27,7 @@ from .route import cut_graph
 from .routed_layers import route_through
 from .sections import Sections
 from .stage_configs import PATTERNS, config_of_stack, names_matched, stage_configs
-from .stage_files import check_is_written, check_peft_reads, whole_or_nothing, write_adapter
+from .stage_files import check_is_written, check_peft_reads, likeness, whole_or_nothing, write_adapter
 from .tensor_files import differing_tensors, read_tensors, tensors_digest
 from .trunk import hook_layers
 from .turns import Turns
@@ -123,11 +123,11 @@ class StageStack:
 
     def digest(self, keys: Iterable[StageKey]) -> str:
         """A digest of the tensors of some stages, to show that frozen ones stay what they are."""
-        hasher = hashlib.sha256()
-        for key in keys:
-            hasher.update(str(key).encode())
-            hasher.update(tensors_digest(self.tensors(key)).encode())
-        return hasher.hexdigest()
+        return combined_digest({key: tensors_digest(self.tensors(key)) for key in keys})
+
+    def section(self, key: StageKey) -> nn.Module:
+        """What of the base is around the modules of a stage: without the layers of other groups where that is all."""
+        return self._sections.of(key.group, self._configs[key.group])
 
     # Attaching and dropping
 
@@ -264,12 +264,12 @@ class StageStack:
         if low_cpu_mem_usage:
             # Some initialisers draw random numbers for tensors without values too.
             config.init_lora_weights = False
-        known, section = self.base.peft_config, self._sections.of(key.group, config)
-        del section.peft_config
+        section = self._sections.of(key.group, config)
+        known = vars(section).pop("peft_config")
         try:
             inject_adapter_in_model(config, section, key.adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         finally:
-            self.base.peft_config = section.peft_config = known
+            self.base.peft_config = vars(section)["peft_config"] = known
             self._sections.put_back(section)
         config.init_lora_weights = self._configs[key.group].init_lora_weights
         known[key.adapter_name] = config
@@ -350,10 +350,18 @@ class StageStack:
         write_adapter(folder, config, self.tensors(key), type(self.base), base_name, revision)
         kind = f"{self._kind} {vars(config)}"
         if kind not in _KNOWN_AS_PLAIN:
-            # What is written, and not what is in memory, decides what PEFT would adapt elsewhere.
-            written = LoraConfig.from_pretrained(folder)
-            is_own = names_matched(written, self._names) == set(self._targets[key.group])
-            base = self._sections.of(key.group, written) if is_own else self.base
+            self._check_stage_reads(key, folder)
+            _KNOWN_AS_PLAIN.add(kind)
+
+    def _check_stage_reads(self, key: StageKey, folder: Path) -> None:
+        """Compare what PEFT makes of a stage's files, unless it did so for a group that is like this one."""
+        # What is written, and not what is in memory, decides what PEFT would adapt elsewhere.
+        config = LoraConfig.from_pretrained(str(folder))
+        is_own = names_matched(config, self._names) == set(self._targets[key.group])
+        base = self._sections.of(key.group, config) if is_own else self.base
+        layers = self._places[key.group].layers
+        kind = f"{self._kind} {likeness(config, self.layers.module_names(key.group), layers, self.tensors(key))}"
+        if base is self.base or kind not in _KNOWN_AS_PLAIN:
             self._check_peft_reads(base, folder, [key], str(key))
             _KNOWN_AS_PLAIN.add(kind)
 
@@ -395,6 +403,14 @@ class StageStack:
         if module not in self._hooked:
             self._hooked.add(module)
             route_through(module, group)
+
+
+def combined_digest(digests: Mapping[StageKey, str]) -> str:
+    """One digest of some stages, of those of their tensors."""
+    hasher = hashlib.sha256()
+    for key, digest in digests.items():
+        hasher.update(f"{key}{digest}".encode())
+    return hasher.hexdigest()
 
 
 def _put_to_rest(holders: Iterable[AdapterHolder]) -> None:
