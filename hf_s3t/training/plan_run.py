@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
 from ..model.base_precision import check_precision
+from ..model.scope import Scope
 from ..plan.stages import StageKey, relative_cost
 from ..records.validity import fits
 from .evaluation import Evaluation
@@ -28,6 +29,8 @@ logger = logging.get_logger(__name__)
 # Seconds between two looks at the ledger of processes that have not read equally far, and how many there are.
 _A_MOMENT = 0.1
 _ATTEMPTS = 600
+# Whether a run has old objects passed over.
+_PASSED_OVER = Scope("old objects passed over")
 
 
 @contextlib.contextmanager
@@ -42,9 +45,16 @@ def old_objects_passed_over() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     try:
-        yield
+        with _PASSED_OVER.holding(True):
+            yield
     finally:
         gc.unfreeze()
+
+
+def pass_over_what_stays() -> None:
+    """After a stage, when what it left behind is collected: what it put into the model stays."""
+    if _PASSED_OVER.get():
+        gc.freeze()
 
 
 class PlanRuns(Evaluation, Publishing, StageRuns):
@@ -142,6 +152,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
                 number = len(outputs) + 1
                 self._progress.begin_stage(str(key), number, max(planned, number), self._cost(key))
                 output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
+                pass_over_what_stays()
                 if output is not None:
                     outputs.append(output)
                     self._after_stage(key)
