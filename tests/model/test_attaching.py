@@ -326,8 +326,8 @@ def test_layers_that_a_base_has_by_another_name_too_are_shown_as_a_whole():
 def test_what_is_shown_lacks_the_layers_of_other_groups_and_nothing_else():
     base = tiny_llama(4)
     stack = StageStack(base, lora(base), LayerGroups("model.layers", 4, ((2, 3), (0, 1))))
-    names = {name: module for name, module in base.named_modules()}
-    shown = {name: module for name, module in stack.section(EARLIER).named_modules()}
+    names = dict(base.named_modules())
+    shown = dict(stack.section(EARLIER).named_modules())
     assert [name for name in names if name not in shown] == [
         name for name in names if name.startswith(("model.layers.0", "model.layers.1"))
     ]
