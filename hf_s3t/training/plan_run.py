@@ -209,19 +209,22 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
-        if not folder.valid_stages <= self._agreed:
+        # Told from the records of all stages, so no more often than it has to be.
+        valid = folder.valid_stages
+        if not valid <= self._agreed:
             # Another trainer is at work on the folder.
             self._refuse_other_recipe(resume=False)
-            self._agreed = folder.valid_stages
-        missing = self._stage_order(self._missing())
+            self._agreed = valid
+        missing = self._stage_order(self._missing(valid))
         key: StageKey | None
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
 
-    def _missing(self) -> list[StageKey]:
+    def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
         folder = self.folder
-        return folder.plan.missing(folder.valid_stages, self._rows_of_stages.empty(folder.table))
+        valid = folder.valid_stages if valid is None else valid
+        return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
 
     def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
         """The order in which missing stages are trained; any that has parents first gives the same tensors."""
