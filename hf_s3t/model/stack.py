@@ -139,8 +139,7 @@ class StageStack:
         """
         with _single_precision():
             self._inject(key, low_cpu_mem_usage=False)
-        for module in self._modules[key]:
-            cast_adapter_dtype(module, key.adapter_name)
+        cast_adapter_dtype(self.section(key), key.adapter_name)
         if key.parent is not None:
             for wrapper in self._wrappers:
                 heads = wrapper.modules_to_save
