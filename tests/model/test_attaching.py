@@ -379,6 +379,15 @@ def test_peft_is_asked_of_a_group_of_other_modules_by_itself(tmp_path, compared)
     assert len(compared) == 2
 
 
+def test_asking_peft_draws_nothing(tmp_path, compared):
+    base = tiny_llama(2)
+    stack = StageStack(base, lora(base, init_lora_weights="orthogonal"), LayerGroups("model.layers", 2, ((1,), (0,))))
+    stack.add(EARLIER)
+    random = torch.get_rng_state()
+    stack.save(EARLIER, tmp_path, None)
+    assert len(compared) == 1 and torch.equal(torch.get_rng_state(), random)
+
+
 def test_files_that_name_other_layers_are_compared_with_the_whole_base(tmp_path, compared, monkeypatch):
     base = tiny_llama(3)
     stack = StageStack(base, lora(base), LayerGroups("model.layers", 3, ((2,), (1,), (0,))))
