@@ -38,6 +38,7 @@ Stacks of adapters, over PEFT:
 - `stage_configs`: the PEFT config of each stage.
 - `stage_files`: the files of a stage, or of a whole stack.
 - `tensor_files`: tensors from the bytes of files.
+- `sections`: what of the base concerns one group of layers.
 - `adapter_places`: where an adapter's tensors lie in the base.
 - `peft_layers`: what PEFT puts there, as types.
 - `plain_adapter`: what plain PEFT makes of a stage's files, compared with what is in memory.

@@ -156,17 +156,18 @@ def _blanks(layer: AdaptedLayer, adapter: str) -> dict[str, Blank]:
     return found
 
 
-def _is_all(layer: AdaptedLayer, adapter: str, parts: Mapping[str, Blank], tensors: set[int]) -> bool:
-    """Whether an adapter in a layer is these parts with these tensors, by their ids, as far as anybody can see."""
+def _is_all(layer: AdaptedLayer, adapter: str, parts: Mapping[str, Blank]) -> bool:
+    """Whether an adapter in a layer is these parts, as far as anybody can see."""
     own = {**vars(layer), **dict(layer.named_children())}
     mentioned = {name for name, value in own.items() if hasattr(value, "keys") and adapter in value}
-    found = {id(tensor) for path, tensor in _tensors(layer) if adapter in path.split(".")}
-    return type(layer).__module__.startswith("peft.") and mentioned <= parts.keys() and found <= tensors
+    return type(layer).__module__.startswith("peft.") and mentioned <= parts.keys()
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _tensors_of(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an adapter in a module, by their paths from there."""
+    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if adapter in path.split("."):
+            yield path, tensor
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -195,18 +196,21 @@ def find_places(
         for path, tensor in module.state_dict(prefix=f"{name}.", keep_vars=True).items()
     }
     state = get_peft_model_state_dict(base, own, adapter_name=adapter, save_embedding_layers=False)
+    lie = {name: dict(_tensors_of(module, adapter)) for name, module in modules.items()}
     paths = {
-        id(tensor): _slot(module, path, adapter)
-        for module in modules.values()
-        for path, tensor in _tensors(module)
-        if adapter in path.split(".")
+        id(tensor): _slot(modules[name], path, adapter)
+        for name, tensors in lie.items()
+        for path, tensor in tensors.items()
     }
     slots = {PEFT_PREFIX + name: paths[id(tensor)] for name, tensor in sorted(state.items())}
     layers = {name: module for name, module in modules.items() if isinstance(module, AdaptedLayer)}
     heads = {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
     blanks = {name: _blanks(layer, adapter) for name, layer in layers.items()}
     tensors = {id(tensor) for tensor in state.values()}
-    is_all = all(_is_all(layer, adapter, blanks[name], tensors) for name, layer in layers.items())
+    is_all = all(
+        _is_all(layer, adapter, blanks[name]) and {id(tensor) for tensor in lie[name].values()} <= tensors
+        for name, layer in layers.items()
+    )
     return AdapterPlaces(copy.deepcopy(config), layers, heads, blanks, slots, is_all)
 
 

@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .peft_layers import PEFT_PREFIX, AdaptedLayer, unwrapped
+from .randomness import preserved_randomness
 from .routed_layers import peft_class
 from .tensor_files import differing_tensors
 
@@ -42,7 +43,8 @@ def differences(
     Returns:
         `list[str]`: One sentence for each module that differs.
     """
-    with warnings.catch_warnings():
+    # Some initialisers draw random numbers for tensors without values too.
+    with preserved_randomness(), warnings.catch_warnings():
         # What PEFT has to say of missing keys shows in the comparison.
         warnings.simplefilter("ignore")
         plain = PeftModel.from_pretrained(

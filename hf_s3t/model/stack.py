@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -24,8 +25,9 @@ from .peft_layers import PEFT_PREFIX, AdaptedLayer, AdapterHolder
 from .refusals import check_peft_config
 from .route import cut_graph
 from .routed_layers import route_through
-from .stage_configs import PATTERNS, config_of_stack, stage_configs
-from .stage_files import check_is_written, check_peft_reads, whole_or_nothing, write_adapter
+from .sections import Sections
+from .stage_configs import PATTERNS, config_of_stack, names_matched, stage_configs
+from .stage_files import check_is_written, check_peft_reads, likeness, whole_or_nothing, write_adapter
 from .tensor_files import differing_tensors, read_tensors, tensors_digest
 from .trunk import hook_layers
 from .turns import Turns
@@ -65,6 +67,7 @@ class StageStack:
         self._names = [name for name, _ in base.named_modules()]
         self._targets, self._configs = stage_configs(base, peft_config, layers, self.head)
         self._patterns = {field: getattr(peft_config, field) or {} for field in PATTERNS}
+        self._sections = Sections(base, layers)
         self._places: dict[int, AdapterPlaces] = {}
         self._kind = hash(tuple((name, type(module)) for name, module in base.named_modules()))
         self._modules: dict[StageKey, list[AdapterHolder]] = {}
@@ -120,11 +123,11 @@ class StageStack:
 
     def digest(self, keys: Iterable[StageKey]) -> str:
         """A digest of the tensors of some stages, to show that frozen ones stay what they are."""
-        hasher = hashlib.sha256()
-        for key in keys:
-            hasher.update(str(key).encode())
-            hasher.update(tensors_digest(self.tensors(key)).encode())
-        return hasher.hexdigest()
+        return combined_digest({key: tensors_digest(self.tensors(key)) for key in keys})
+
+    def section(self, key: StageKey) -> nn.Module:
+        """What of the base is around the modules of a stage: without the layers of other groups where that is all."""
+        return self._sections.of(key.group, self._configs[key.group])
 
     # Attaching and dropping
 
@@ -136,7 +139,7 @@ class StageStack:
         """
         with _single_precision():
             self._inject(key, low_cpu_mem_usage=False)
-        cast_adapter_dtype(self.base, key.adapter_name)
+        cast_adapter_dtype(self.section(key), key.adapter_name)
         if key.parent is not None:
             for wrapper in self._wrappers:
                 heads = wrapper.modules_to_save
@@ -256,18 +259,21 @@ class StageStack:
         places.add(key.adapter_name)
 
     def _inject(self, key: StageKey, low_cpu_mem_usage: bool) -> None:
-        known = self.base.__dict__.pop("peft_config")
         config = copy.deepcopy(self._configs[key.group])
         if low_cpu_mem_usage:
             # Some initialisers draw random numbers for tensors without values too.
             config.init_lora_weights = False
+        section = self._sections.of(key.group, config)
+        known = vars(section).pop("peft_config")
         try:
-            inject_adapter_in_model(config, self.base, key.adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            inject_adapter_in_model(config, section, key.adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         finally:
-            self.base.peft_config = known
+            self.base.peft_config = vars(section)["peft_config"] = known
+            self._sections.put_back(section)
         config.init_lora_weights = self._configs[key.group].init_lora_weights
         known[key.adapter_name] = config
-        found = {n: m for n, m in self.base.named_modules() if holds_adapter(m, key.adapter_name)}
+        holders = {n: m for n, m in section.named_modules() if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper))}
+        found = {n: m for n, m in holders.items() if holds_adapter(m, key.adapter_name)}
         self._modules[key] = list(found.values())
         adapted = {n for n, m in found.items() if isinstance(m, AdaptedLayer)}
         if adapted != set(self._targets[key.group]):
@@ -278,10 +284,11 @@ class StageStack:
                 "inside the transformer layers only."
             )
         if key.group not in self._places:
-            self._places[key.group] = find_places(self.base, key.adapter_name, config, found)
+            self._places[key.group] = find_places(section, key.adapter_name, config, found)
         for module in found.values():
             self._hook(module, key.group)
-        self.deactivate()
+        # PEFT makes an adapter active in all that it was shown.
+        _put_to_rest(holders.values())
 
     # Training
 
@@ -315,14 +322,7 @@ class StageStack:
 
         They are also disabled, which attaching another adapter does not undo: calls in other threads go on meanwhile.
         """
-        holders: list[AdapterHolder] = [*self._lora_layers, *self._wrappers]
-        for module in holders:
-            # Where adapters are disabled already, no more is to be done: gradients are taken from all of them below.
-            if isinstance(module, ModulesToSaveWrapper) or not module.disable_adapters:
-                module.enable_adapters(False)
-            if isinstance(module, AdaptedLayer):
-                # When an active adapter is dropped, PEFT makes another one active, and trainable.
-                module.set_adapter([], inference_mode=True)
+        _put_to_rest([*self._lora_layers, *self._wrappers])
 
     def wrap(self) -> None:
         """
@@ -349,7 +349,19 @@ class StageStack:
         write_adapter(folder, config, self.tensors(key), type(self.base), base_name, revision)
         kind = f"{self._kind} {vars(config)}"
         if kind not in _KNOWN_AS_PLAIN:
-            self._check_peft_reads(folder, [key], str(key))
+            self._check_stage_reads(key, folder)
+            _KNOWN_AS_PLAIN.add(kind)
+
+    def _check_stage_reads(self, key: StageKey, folder: Path) -> None:
+        """Compare what PEFT makes of a stage's files, unless it did so for a group that is like this one."""
+        # What is written, and not what is in memory, decides what PEFT would adapt elsewhere.
+        config = LoraConfig.from_pretrained(str(folder))
+        is_own = names_matched(config, self._names) == set(self._targets[key.group])
+        base = self._sections.of(key.group, config) if is_own else self.base
+        layers = self._places[key.group].layers
+        kind = f"{self._kind} {likeness(config, self.layers.module_names(key.group), layers, self.tensors(key))}"
+        if base is self.base or kind not in _KNOWN_AS_PLAIN:
+            self._check_peft_reads(base, folder, [key], str(key))
             _KNOWN_AS_PLAIN.add(kind)
 
     def export(self, tip: StageKey, folder: Path, base_name: str | None, revision: str | None = None) -> None:
@@ -373,9 +385,9 @@ class StageStack:
             config = config_of_stack(self._configs[tip.group], self._patterns, targets, self._names)
             write_adapter(folder, config, tensors, type(self.base), base_name, revision)
             check_is_written(folder, tensors)
-            self._check_peft_reads(folder, acting, f"the stack of {tip}")
+            self._check_peft_reads(self.base, folder, acting, f"the stack of {tip}")
 
-    def _check_peft_reads(self, folder: Path, acting: Sequence[StageKey], what: str) -> None:
+    def _check_peft_reads(self, base: nn.Module, folder: Path, acting: Sequence[StageKey], what: str) -> None:
         places = [self._places[key.group] for key in acting]
         layers = {
             name: (layer, key.adapter_name)
@@ -384,12 +396,30 @@ class StageStack:
         }
         tip = acting[-1].adapter_name
         heads = {name: wrapper.modules_to_save[tip] for name, wrapper in places[-1].heads.items()}
-        check_peft_reads(self.base, folder, layers, heads, what)
+        check_peft_reads(base, folder, layers, heads, what)
 
     def _hook(self, module: AdapterHolder, group: int) -> None:
         if module not in self._hooked:
             self._hooked.add(module)
             route_through(module, group)
+
+
+def combined_digest(digests: Mapping[StageKey, str]) -> str:
+    """One digest of some stages, of those of their tensors."""
+    hasher = hashlib.sha256()
+    for key, digest in digests.items():
+        hasher.update(f"{key}{digest}".encode())
+    return hasher.hexdigest()
+
+
+def _put_to_rest(holders: Iterable[AdapterHolder]) -> None:
+    for module in holders:
+        # Where adapters are disabled already, no more is to be done: gradients are taken from all of them below.
+        if isinstance(module, ModulesToSaveWrapper) or not module.disable_adapters:
+            module.enable_adapters(False)
+        if isinstance(module, AdaptedLayer):
+            # When an active adapter is dropped, PEFT makes another one active, and trainable.
+            module.set_adapter([], inference_mode=True)
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _stage_config(
     by_index.layers_pattern = [layers.pattern]
     return (
         by_index
-        if _names_matched(by_index, names) == set(targets)
+        if names_matched(by_index, names) == set(targets)
         else _matching(_without_indices(config), targets, names)
     )
 
@@ -160,13 +160,14 @@ def _matching(config: LoraConfig, targets: Iterable[str], names: Sequence[str]) 
     """The config with target modules that match these names and nothing else."""
     targets = set(targets)
     _set_targets(config, targets)
-    if _names_matched(config, names) != targets:
+    if names_matched(config, names) != targets:
         # A name in a list is that of every module whose name ends with it; an expression has to match all of one.
         config.target_modules = "|".join(map(re.escape, sorted(targets)))
     return config
 
 
-def _names_matched(config: LoraConfig, names: Iterable[str]) -> set[str]:
+def names_matched(config: LoraConfig, names: Iterable[str]) -> set[str]:
+    """Those of some names of modules that a config matches."""
     return {name for name in names if _is_match(config, name)}
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import FolderError, LayersNotFoundError
 from ..folder.files import explained
 from ..folder.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from .peft_layers import AdaptedLayer
+from .peft_layers import PEFT_PREFIX, AdaptedLayer
 from .plain_adapter import differences
 from .tensor_files import differing_tensors, read_tensors
 
@@ -85,6 +85,36 @@ def check_peft_reads(
             f"({len(problems)} in all). Nothing is written. Name the modules in `target_modules` in full, and "
             "please report this."
         )
+
+
+def likeness(
+    config: LoraConfig,
+    names: Sequence[str],
+    layers: Mapping[str, AdaptedLayer],
+    tensors: Mapping[str, torch.Tensor],
+) -> str:
+    """
+    All that decides what PEFT makes of a stage's files in its own layers, whichever these are: the config, the kinds
+    of modules, and the tensors. Where modules have ranks or scales by their names, these names count too.
+
+    Args:
+        config ([`~peft.LoraConfig`]): The config in the files, which matches no module outside the stage's layers.
+        names (sequence of `str`): The names of these layers.
+        layers (mapping from `str` to `AdaptedLayer`): By their names, the adapted modules.
+        tensors (mapping from `str` to `torch.Tensor`): The tensors by the names that they have in the files.
+    """
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    parts = names[0].count(".") + 1
+
+    def relative(name: str) -> str:
+        layer = ".".join(name.split(".")[:parts])
+        return numbers[layer] + name.removeprefix(layer) if layer in numbers else name
+
+    settings = {name: value for name, value in vars(config).items() if name != "layers_to_transform"}
+    place = str if config.rank_pattern or config.alpha_pattern else relative
+    modules = [(place(name), type(layer), type(layer.get_base_layer())) for name, layer in layers.items()]
+    held = [(place(n.removeprefix(PEFT_PREFIX)), str(t.dtype), tuple(t.shape)) for n, t in tensors.items()]
+    return f"{settings} {sorted(modules, key=str)} {sorted(held)}"
 
 
 @contextlib.contextmanager

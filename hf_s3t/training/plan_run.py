@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
 from ..model.base_precision import check_precision
+from ..model.scope import Scope
 from ..plan.stages import StageKey, relative_cost
 from ..records.validity import fits
 from .evaluation import Evaluation
@@ -28,6 +29,8 @@ logger = logging.get_logger(__name__)
 # Seconds between two looks at the ledger of processes that have not read equally far, and how many there are.
 _A_MOMENT = 0.1
 _ATTEMPTS = 600
+# Whether a run has old objects passed over.
+_PASSED_OVER = Scope("old objects passed over")
 
 
 @contextlib.contextmanager
@@ -42,9 +45,16 @@ def old_objects_passed_over() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     try:
-        yield
+        with _PASSED_OVER.holding(True):
+            yield
     finally:
         gc.unfreeze()
+
+
+def pass_over_what_stays() -> None:
+    """After a stage, when what it left behind is collected: what it put into the model stays."""
+    if _PASSED_OVER.get():
+        gc.freeze()
 
 
 class PlanRuns(Evaluation, Publishing, StageRuns):
@@ -142,6 +152,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
                 number = len(outputs) + 1
                 self._progress.begin_stage(str(key), number, max(planned, number), self._cost(key))
                 output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
+                pass_over_what_stays()
                 if output is not None:
                     outputs.append(output)
                     self._after_stage(key)
@@ -198,19 +209,22 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
-        if not folder.valid_stages <= self._agreed:
+        # Told from the records of all stages, so no more often than it has to be.
+        valid = folder.valid_stages
+        if not valid <= self._agreed:
             # Another trainer is at work on the folder.
             self._refuse_other_recipe(resume=False)
-            self._agreed = folder.valid_stages
-        missing = self._stage_order(self._missing())
+            self._agreed = valid
+        missing = self._stage_order(self._missing(valid))
         key: StageKey | None
         (key,) = broadcast_object_list([missing[0] if missing else None])
         return key
 
-    def _missing(self) -> list[StageKey]:
+    def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
         folder = self.folder
-        return folder.plan.missing(folder.valid_stages, self._rows_of_stages.empty(folder.table))
+        valid = folder.valid_stages if valid is None else valid
+        return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
 
     def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
         """The order in which missing stages are trained; any that has parents first gives the same tensors."""

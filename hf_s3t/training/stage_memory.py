@@ -3,13 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..model.tensor_files import differing_tensors, read_tensors
+from transformers.utils import logging
+
+from ..errors import DivergedError
+from ..folder.finite import NOT_FINITE
+from ..model.stack import combined_digest
+from ..model.tensor_files import differing_tensors, read_tensors, tensors_digest
 from ..plan.stages import StageKey
+from .divergence import is_finite
 from .live_model import LiveModel
 
 
+logger = logging.get_logger(__name__)
+
 # The digests of the adapter files of stages that this process trained.
 TRAINED_HERE: set[str] = set()
+# By the digest of an adapter file, that of the tensors in it; and the files in which all numbers are finite.
+_CONTENTS: dict[str, str] = {}
+_FINITE: set[str] = set()
 
 
 def was_trained_here(digest: str) -> bool:
@@ -20,14 +31,41 @@ def was_trained_here(digest: str) -> bool:
 class StageMemory(LiveModel):
     """The part of a trainer that has in memory what a stage stands on, and writes the stage."""
 
-    def _bring_in(self, key: StageKey) -> None:
-        """Have the stages below in memory, and of the others only those that serve."""
+    def _bring_in(self, key: StageKey) -> str:
+        """
+        Have the stages below in memory, as their files have them, and of the others only those that serve.
+
+        Returns:
+            `str`: The digest of the stages below.
+        """
         below = key.lineage[:-1]
         self._make_room(below)
-        for stage in below:
+        return combined_digest({stage: self._as_written(stage) for stage in below})
+
+    def _as_written(self, stage: StageKey) -> str:
+        """Have a stage in memory as its file has it, and tell the digest of its tensors."""
+        digest = self.folder.adapter_digest(stage)
+        if self._stack.holds(stage, digest):
+            found = tensors_digest(self._stack.tensors(stage))
+            if digest not in _CONTENTS:
+                _CONTENTS[digest] = tensors_digest(read_tensors(self.folder.read_adapter(stage), str(stage)))
+            if found == _CONTENTS[digest]:
+                return found
+            logger.warning(
+                f"{stage} was written to in memory since it was trained or loaded, and answered by that. It is loaded "
+                "again from its file. Parameters of stages are for reading: look for what wrote to them."
+            )
+        self._stack.load(stage, self.folder.read_adapter(stage), digest)
+        _CONTENTS[digest] = tensors_digest(self._stack.tensors(stage))
+        return _CONTENTS[digest]
+
+    def _refuse_upon_diverged(self, key: StageKey) -> None:
+        """A stage that stands on NaN, as earlier versions wrote, would be nothing else."""
+        for stage in key.lineage[:-1]:
             digest = self.folder.adapter_digest(stage)
-            if not self._stack.holds(stage, digest):
-                self._stack.load(stage, self.folder.read_adapter(stage), digest)
+            if digest not in _FINITE and not is_finite(self._stack.tensors(stage)):
+                raise DivergedError(f"{stage}, on which {key} stands, is NaN or infinite. {NOT_FINITE}")
+            _FINITE.add(digest)
 
     def _make_room(self, below: Sequence[StageKey]) -> None:
         """Drop stages that neither serve nor are stood on; with several processes all must hold the same tensors."""
@@ -57,4 +95,5 @@ class StageMemory(LiveModel):
             self._stack.load(key, data, digest)
         else:
             self._stack.mark(key, digest)
+            _CONTENTS[digest] = tensors_digest(self._stack.tensors(key))
             TRAINED_HERE.add(digest)

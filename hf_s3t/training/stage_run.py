@@ -12,14 +12,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..errors import DivergedError, IsolationError, S3TError
-from ..folder.finite import NOT_FINITE
+from ..errors import IsolationError, S3TError
 from ..model.fresh_copies import fresh_copy, fresh_dataset
 from ..model.randomness import own_randomness
 from ..plan.stages import StageKey, stage_seed
 from .accelerator import accelerator_settings, compiles, refuse_changed_accelerator
 from .checkpoints import StageCheckpoints
-from .divergence import is_finite
 from .fresh_parts import FreshParts
 from .prepared_base import buffers_digest, paged_tensors, remove_watchers, unprepared
 from .refusals import check_accelerator, evaluation_chooses
@@ -45,14 +43,14 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
-            self._bring_in(key)
+            frozen = self._bring_in(key)
             self._refuse_upon_diverged(key)
             origin = self._origin(key)
             (is_begun,) = broadcast_object_list([self.folder.has_checkpoints(key)])
             if self.args.save_strategy != "no" or is_begun:
                 self._take_scratch(key, origin)
             (checkpoint,) = broadcast_object_list([self._last_checkpoint(key, origin) if resume else None])
-            frozen, buffers = self._stack.digest(key.lineage[:-1]), buffers_digest(self.model)
+            buffers = buffers_digest(self.model)
             self._begin_stage_on_curve()
             with self._training(key, self._scratch, origin):
                 output = self._fit(key, checkpoint, ignore_keys_for_eval)
@@ -93,12 +91,6 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
             "callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and call `train()` "
             "again; an evaluation may end a stage with `load_best_model_at_end=True`."
         )
-
-    def _refuse_upon_diverged(self, key: StageKey) -> None:
-        """A stage that stands on NaN, as earlier versions wrote, would be nothing else."""
-        for stage in key.lineage[:-1]:
-            if not is_finite(self._stack.tensors(stage)):
-                raise DivergedError(f"{stage}, on which {key} stands, is NaN or infinite. {NOT_FINITE}")
 
     @contextlib.contextmanager
     def _occupied(self, key: StageKey) -> Iterator[None]:
@@ -231,6 +223,13 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
             return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = given
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """As in `Trainer`, which looks through a whole model, and for each parameter of it through all these names."""
+        if model is self.model and self._stage is not None:
+            # What a stage does not train comes to no optimizer.
+            model = self._stack.section(self._stage)
+        return super().get_decay_parameter_names(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)

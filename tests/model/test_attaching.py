@@ -1,5 +1,6 @@
 """A stage after the first of its layers: attached without a look through the model, as PEFT attaches it to the bit."""
 
+import copy
 import gc
 import sys
 from collections.abc import Mapping
@@ -22,9 +23,12 @@ from support.tiny import (
     tiny_roberta,
 )
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_s3t import S3TModel
+from hf_s3t.errors import LayersNotFoundError
+from hf_s3t.model import stage_files
 from hf_s3t.model.adapter_places import Slot
 from hf_s3t.model.layers import LayerGroups
 from hf_s3t.model.route import Route, routed
@@ -35,7 +39,7 @@ from hf_s3t.plan import StageKey
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KEY, EARLIER = StageKey(1, (0,)), StageKey(0, (0,))
+KEY, EARLIER, ABOVE = StageKey(1, (0,)), StageKey(0, (0,)), StageKey(0, (0, 1))
 
 
 # Which stages
@@ -274,6 +278,132 @@ def test_where_peft_keeps_more_of_an_adapter_than_is_known_it_attaches_every_sta
     assert len(layers) == 14 and all(KEY.adapter_name in layer.lora_of_tomorrow for layer in layers)
 
 
+# What PEFT is shown of a base
+
+
+INITIALISED = {
+    **{kind: {} for kind in STAGES},
+    "dora, bf16": {"init_lora_weights": "gaussian"},
+    "all linear": {"init_lora_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", INITIALISED)
+def test_peft_makes_and_draws_of_the_layers_of_a_stage_what_it_does_of_the_whole_base(kind, tmp_path):
+    make, path, head, changes = STAGES[kind]
+    changes = {**changes, **INITIALISED[kind]}
+    shown = {}
+    for whole in (True, False):
+        base = make(tmp_path / str(whole))
+        stack = StageStack(base, lora(base, **changes), LayerGroups(path, 2, ((1,), (0,))), head)
+        sections = [stack.section(key) for key in (EARLIER, ABOVE)]
+        assert (sections == [base, base]) == isinstance(stack._configs[0].target_modules, str)
+        if whole:
+            stack._sections.of = lambda group, config, base=base: base
+        torch.manual_seed(1)
+        for key in (EARLIER, ABOVE, KEY):
+            stack.add(key)
+        stack.load(StageKey(1, (0, 1)), save({n: t.clone() for n, t in stack.tensors(ABOVE).items()}), "digest")
+        shown[whole] = (
+            [traces(base, key.adapter_name) for key in stack.loaded],
+            [(name, type(module)) for name, module in base.named_modules()],
+            [name for name, parameter in base.named_parameters() if parameter.requires_grad],
+            portrait({name: config.to_dict() for name, config in base.peft_config.items()}),
+            torch.get_rng_state().tolist(),
+        )
+    assert shown[True] == shown[False]
+    assert len(shown[True][0][0]) > 14 and shown[True][2] == []
+
+
+def test_layers_that_a_base_has_by_another_name_too_are_shown_as_a_whole():
+    base = tiny_llama(2)
+    base.again = base.model
+    stack = StageStack(base, lora(base), LayerGroups("model.layers", 2, ((1,), (0,))))
+    assert stack.section(EARLIER) is base
+    assert StageStack(tiny_llama(2), lora(base), stack.layers).section(EARLIER) is not base
+
+
+def test_what_is_shown_lacks_the_layers_of_other_groups_and_nothing_else():
+    base = tiny_llama(4)
+    stack = StageStack(base, lora(base), LayerGroups("model.layers", 4, ((2, 3), (0, 1))))
+    names = dict(base.named_modules())
+    shown = dict(stack.section(EARLIER).named_modules())
+    assert [name for name in names if name not in shown] == [
+        name for name in names if name.startswith(("model.layers.0", "model.layers.1"))
+    ]
+    assert {n for n, module in shown.items() if module is not names[n]} == {"", "model", "model.layers"}
+    assert len(base.model.layers) == 4
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The stages of which PEFT was asked what it makes of their files."""
+    monkeypatch.setattr("hf_s3t.model.stack._KNOWN_AS_PLAIN", set())
+    seen, compare = [], stage_files.differences
+    monkeypatch.setattr(stage_files, "differences", lambda *args: (seen.append(args), compare(*args))[1])
+    return seen
+
+
+def written(stack: StageStack, folder, keys) -> None:
+    for key in keys:
+        stack.add(key)
+        (folder / key.adapter_name).mkdir()
+        stack.save(key, folder / key.adapter_name, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [
+        ({}, 1),
+        # In one of the groups only.
+        ({"rank_pattern": {r".*1\.self_attn\.q_proj": 3}}, 2),
+        ({"alpha_pattern": {r".*1\.self_attn\.q_proj": 3}}, 2),
+        # Which may mean something else in every group.
+        ({"alpha_pattern": {r"q_proj": 3}}, 3),
+    ],
+    ids=str,
+)
+def test_peft_is_asked_what_it_makes_of_files_once_for_groups_that_are_alike(changes, times, tmp_path, compared):
+    base = tiny_llama(3)
+    stack = StageStack(base, lora(base, **changes), LayerGroups("model.layers", 3, ((2,), (1,), (0,))))
+    written(stack, tmp_path, [StageKey(0, prefix) for prefix in ((0,), (0, 1), (0, 1, 2))] + [KEY])
+    assert len(compared) == times
+
+
+def test_peft_is_asked_of_a_group_of_other_modules_by_itself(tmp_path, compared):
+    base = tiny_llama(3)
+    base.model.layers[1].self_attn.q_proj = nn.Linear(16, 16, bias=True)
+    base.model.layers[0].self_attn.q_proj = NonDynamicallyQuantizableLinear(16, 16, bias=False)
+    stack = StageStack(base, lora(base), LayerGroups("model.layers", 3, ((2,), (1,), (0,))))
+    written(stack, tmp_path, [StageKey(0, prefix) for prefix in ((0,), (0, 1), (0, 1, 2))])
+    assert len(compared) == 2
+
+
+def test_asking_peft_draws_nothing(tmp_path, compared):
+    base = tiny_llama(2)
+    stack = StageStack(base, lora(base, init_lora_weights="orthogonal"), LayerGroups("model.layers", 2, ((1,), (0,))))
+    stack.add(EARLIER)
+    random = torch.get_rng_state()
+    stack.save(EARLIER, tmp_path, None)
+    assert len(compared) == 1 and torch.equal(torch.get_rng_state(), random)
+
+
+def test_files_that_name_other_layers_are_compared_with_the_whole_base(tmp_path, compared, monkeypatch):
+    base = tiny_llama(3)
+    stack = StageStack(base, lora(base), LayerGroups("model.layers", 3, ((2,), (1,), (0,))))
+    written(stack, tmp_path, [EARLIER])
+    write = stage_files.write_adapter
+
+    def write_another(folder, config, *args):
+        config = copy.deepcopy(config)
+        config.layers_to_transform = [0, 1]
+        write(folder, config, *args)
+
+    monkeypatch.setattr("hf_s3t.model.stack.write_adapter", write_another)
+    with pytest.raises(LayersNotFoundError, match=r"would adapt model\.layers\.0\.\S+ as well"):
+        written(stack, tmp_path, [ABOVE])
+
+
 # How much is looked at
 
 
@@ -324,6 +454,22 @@ def walks(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "named_modules", named_modules)
     return seen
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert], ids=lambda make: make.__name__)
+def test_what_it_takes_to_attach_a_new_stage_does_not_grow_with_the_groups_that_are_wrapped(make):
+    path, head = {tiny_llama: ("model.layers", ()), tiny_bert: ("bert.encoder.layer", ("classifier",))}[make]
+    counted = []
+    # What a process does once comes at the first time.
+    for others in (1, 1, 5):
+        base = make(6)
+        stack = StageStack(base, lora(base), LayerGroups(path, 6, tuple((layer,) for layer in range(6))), head)
+        *below, key = (StageKey(0, tuple(range(group + 1))) for group in range(6))
+        for stage in below[:others]:
+            stack._inject(stage, low_cpu_mem_usage=False)
+        stack.drop(stack.loaded)
+        counted.append(calls_of(lambda stack=stack, key=key: stack._inject(key, low_cpu_mem_usage=False)))
+    assert counted[1] == counted[2] > 0
 
 
 def test_a_deletion_that_has_another_stack_loaded_looks_through_no_model(tmp_path, walks):

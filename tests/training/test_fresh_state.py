@@ -43,8 +43,10 @@ from trl import SFTConfig
 
 from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
+from hf_s3t.folder.layout import ADAPTER_FILE
 from hf_s3t.model.tensor_files import differing_tensors
 from hf_s3t.plan.partition import assign
+from hf_s3t.training.plan_run import old_objects_passed_over, pass_over_what_stays
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -289,6 +291,63 @@ def test_a_live_model_does_not_answer_with_what_training_changed_before_it_was_s
     with pytest.raises(S3TError, match="changed a stage below it"):
         trainer.train()
     assert routing_of(live).depths == [1] and torch.equal(live(**batch).logits, before)
+
+
+class WritesBetween(S3TTrainer):
+    """Changes a tensor of a finished stage before one that stands on it is begun."""
+
+    def _next_stage(self):
+        key = super()._next_stage()
+        if key is not None and key.parent is not None:
+            next(iter(stack_of(self).tensors(key.parent).values())).view(-1)[0] += 1
+        return key
+
+
+@pytest.mark.parametrize("is_live", [True, False], ids=["beside a live model", "alone"])
+def test_what_changes_a_stage_between_two_others_reaches_none_that_stands_on_it(tmp_path, caplog, is_live):
+    made = {}
+    for cls in (S3TTrainer, WritesBetween):
+        trainer = make_trainer(tmp_path / cls.__name__, tiny_llama(2), lm_rows(16), cls=cls, config=ONE_SHARD)
+        if is_live:
+            plant_stages(trainer, limit=1)
+            # It loads what it serves, not the trainer.
+            assert routing_of(trainer.s3t_model).depths == [1]
+        trainer.train()
+        made[cls] = {key: load_file(trainer.folder.path / key.path / ADAPTER_FILE) for key in trainer.folder.stages}
+    (first, second) = made.values()
+    assert first.keys() == second.keys() and {key.depth for key in first} == {1, 2}
+    assert [key for key in first if differing_tensors(first[key], second[key])] == []
+    assert "was written to in memory" in caplog.text
+
+
+def test_what_stays_of_a_stage_is_passed_over_by_later_collections_unless_the_process_has_frozen_objects(monkeypatch):
+    done = []
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("freeze"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: done.append("unfreeze"))
+    for count, expected in ((0, ["freeze", "freeze", "unfreeze"]), (1, [])):
+        monkeypatch.setattr(gc, "get_freeze_count", lambda count=count: count)
+        done.clear()
+        with old_objects_passed_over():
+            pass_over_what_stays()
+        pass_over_what_stays()
+        assert done == expected
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_stage_that_is_dropped_is_gone_without_a_collection_of_garbage(tmp_path, dora):
+    model = tiny_bert(2)
+    config = LoraConfig(r=2, target_modules=["query"], use_dora=dora)
+    trainer = make_trainer(tmp_path, model, classification_rows(16), peft_config=config, config=ONE_SHARD)
+    trainer.train()
+    stack = stack_of(trainer)
+    kept = [weakref.ref(p) for n, p in model.named_parameters() if any(k.adapter_name in n for k in stack.loaded)]
+    assert len(kept) > 4 and all(parameter() is not None for parameter in kept)
+    gc.disable()
+    try:
+        stack.drop(stack.loaded)
+        assert [parameter() for parameter in kept if parameter() is not None] == []
+    finally:
+        gc.enable()
 
 
 class PagedSGD(torch.optim.SGD):

@@ -15,7 +15,16 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from support.insides import rows_of_stages
-from support.tiny import lm_rows, make_trainer, s3t_config, tiny_llama, training_arguments
+from support.tiny import (
+    classification_rows,
+    lm_rows,
+    lora,
+    make_trainer,
+    s3t_config,
+    tiny_bert,
+    tiny_llama,
+    training_arguments,
+)
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -459,3 +468,37 @@ def test_arguments_of_an_optimizer_are_every_stage_s_own(tmp_path):
     rate = torch.tensor(0.125)
     assert not differing_tensors(stages_by(tmp_path / "tensor", rate), stages_by(tmp_path / "number", 0.125))
     assert rate.item() == 0.125
+
+
+class Groups(TrainerCallback):
+    """Keeps the names of what the optimizer of each stage has, by group, and of what plain `Trainer` would give it."""
+
+    def __init__(self):
+        self.trainer, self.seen = None, []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Once for each stage."""
+        decaying = set(Trainer.get_decay_parameter_names(self.trainer, model))
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        trained = [name for parameter, name in names.items() if parameter.requires_grad]
+        given = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        wanted = [[n for n in trained if n in decaying], [n for n in trained if n not in decaying]]
+        self.seen.append((given, wanted))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "rows"),
+    [(tiny_llama, {"use_dora": True}, lm_rows(16)), (tiny_bert, {}, classification_rows(16))],
+    ids=["llama, DoRA", "bert, a head"],
+)
+def test_weights_decay_as_with_plain_trainer(tmp_path, make, changes, rows):
+    groups, model = Groups(), make(2)
+    args = training_arguments(tmp_path, max_steps=1, weight_decay=0.1)
+    config = s3t_config(num_shards=1, num_slices=2)
+    groups.trainer = make_trainer(
+        tmp_path, model, rows, args=args, peft_config=lora(model, **changes), config=config, callbacks=[groups]
+    )
+    groups.trainer.train()
+    assert len(groups.seen) >= 2 and all(given == wanted for given, wanted in groups.seen)
+    # Biases of a head are no weights.
+    assert all(bool(group) for given, _ in groups.seen for group in given[: 2 if make is tiny_bert else 1])
