@@ -599,16 +599,18 @@ def passes(model: S3TModel, batch: dict[str, torch.Tensor]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("bert", [6]), ("swin", [6]), ("xlnet", [3, 3]), ("deberta-v2", [3, 3])]
+    ("name", "tried", "expected"),
+    [("bert", [4, 4], [6]), ("swin", [4, 4], [6]), ("xlnet", [], [3, 3]), ("deberta-v2", [], [3, 3])],
 )
-def test_members_share_a_pass_where_modules_take_rows_first(tmp_path, name, expected):
+def test_members_share_a_pass_where_modules_take_rows_first(tmp_path, name, tried, expected):
     architecture = ARCHITECTURES[name]
     rows = architecture.rows()
     trainer = make_trainer(tmp_path, architecture.fresh(), rows, config=config(), peft_config=lora(architecture))
     plant_stages(trainer)
     batch = batch_of([{name: value for name, value in row.items() if name != "labels"} for row in rows[:3]])
-    # The first call looks at the architecture, with one row and with two; others do not.
-    assert passes(trainer.s3t_model, batch) == [1, 2, *expected]
+    # The first call looks at the architecture, with one row and with two, and where members share a pass at their
+    # trunk, with two rows each, in both ways; others do not.
+    assert passes(trainer.s3t_model, batch) == [1, 2, *tried, *expected]
     assert passes(trainer.s3t_model, batch) == expected
 
 
