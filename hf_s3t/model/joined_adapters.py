@@ -11,9 +11,9 @@ from torch import nn
 from .peft_layers import AdaptedLayer
 
 
-# Where each adapter of several begins: as far apart as libraries of products of matrices look at addresses, for one
-# by itself shall be multiplied in the same order of sums as one in memory of its own.
-_ALIGNED = 256
+# Where each adapter of several begins, in bytes: as memory of torch's own does, since products of an adapter by itself
+# may be summed in another order elsewhere.
+_ALIGNED = {"cpu": 64, "other": 512}
 # Held while parameters are put elsewhere. It is not the layer's, which may be copied.
 _MOVING = threading.Lock()
 # The layer's attribute.
@@ -165,12 +165,13 @@ def _join(layer: AdaptedLayer, names: tuple[str | None, ...], dtype: torch.dtype
 def _fit(weights: list[torch.Tensor], dtype: torch.dtype) -> bool:
     """Whether weights can lie one after the other. What is being trained stays where its optimizer knows it."""
     first = weights[0]
+    aligned = _ALIGNED["cpu" if first.device.type == "cpu" else "other"]
     return all(
         weight.dtype == dtype
         and weight.shape == first.shape
         and weight.device == first.device
         and weight.is_contiguous()
-        and weight.nbytes % _ALIGNED == 0
+        and weight.nbytes % aligned == 0
         and not weight.requires_grad
         for weight in weights
     )
