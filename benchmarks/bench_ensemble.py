@@ -5,7 +5,8 @@ Five full stacks are compared with what a user of PEFT would take: five passes o
 one plain adapter, five `PeftModel`s that are never switched), PEFT's own batch of several adapters (`adapter_names`,
 one pass over the repeated rows), and five merged models. All share the tensors of one base where they can. Each
 answers as the ensemble does, so all average the probabilities; our time against that of the members' logits alone is
-beside it in the file.
+beside it in the file. How far anybody could get is measured too: the bare base over the rows of all members, with the
+products of the adapters written by hand.
 
 With stacks of one stage of four, members share what lies below: that is compared with a pass in which they do not, and
 the keys and values in the caches are counted. A token of one stack is compared with plain PEFT's `generate`.
@@ -19,7 +20,9 @@ from pathlib import Path
 import torch
 from harness import Report, Task, Timing, clock, interleave, options
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from systems import llama, make_system, sharing, temporary_folder
+from torch import nn
 from transformers import DynamicCache
 
 from hf_s3t import S3TConfig, S3TModel
@@ -28,6 +31,8 @@ from hf_s3t.model.trunk import Trunks
 
 MEMBERS = 5
 SLICES = 4
+# What bounds all ways from below; no way that a user has.
+BY_HAND = "by hand"
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,13 @@ class Way:
         models (list of `nn.Module`): What is called, each with a cache of its own.
         rows (`dict`, *optional*): What names the adapter of each block of rows, for a model that takes all members'.
         is_ensemble (`bool`, defaults to `False`): Whether there is nothing left to average.
+        is_repeated (`bool`, defaults to `False`): Whether a model takes a block of rows for each member.
     """
 
     models: list
     rows: dict | None = None
     is_ensemble: bool = False
+    is_repeated: bool = False
     seconds_to_logits: list[float] = field(default_factory=list)
 
     def caches(self, config, shape: Shape) -> list:
@@ -105,7 +112,33 @@ class Way:
         """The logits of one model."""
         named = {name: [n for n in names for _ in input_ids] for name, names in (self.rows or {}).items()}
         settings = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        return model(input_ids=input_ids.repeat(MEMBERS, 1) if named else input_ids, **settings, **named).logits
+        repeated = input_ids.repeat(MEMBERS, 1) if self.is_repeated else input_ids
+        return model(input_ids=repeated, **settings, **named).logits
+
+
+class ByHand(nn.Module):
+    """A linear layer with an adapter for each block of rows, and nothing around it."""
+
+    def __init__(self, layer: LoraLayer):
+        super().__init__()
+        self.base, self.scaling = layer.get_base_layer(), layer.scaling["0"]
+        self.down = torch.stack([layer.lora_A[str(number)].weight.t() for number in range(MEMBERS)])
+        self.up = torch.stack([layer.lora_B[str(number)].weight.t() for number in range(MEMBERS)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = nn.functional.linear(x, self.base.weight)
+        low = torch.bmm(x.view(MEMBERS, -1, x.shape[-1]), self.down)
+        output.view(MEMBERS, -1, output.shape[-1]).baddbmm_(low, self.up, alpha=self.scaling)
+        return output
+
+
+def by_hand(base, mixed: PeftModel):
+    """The base with the adapters of a model of several."""
+    model = sharing(base)
+    for name, layer in mixed.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, ByHand(layer))
+    return model
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -124,8 +157,9 @@ def alternatives(ensemble: S3TModel, base, folder: Path) -> dict[str, Way]:
     merged = [PeftModel.from_pretrained(copy.deepcopy(base), path).merge_and_unload().eval() for path in paths]
     return {
         "five passes": Way(passes),
-        "adapter_names": Way([mixed], rows={"adapter_names": [str(number) for number in range(MEMBERS)]}),
+        "adapter_names": Way([mixed], {"adapter_names": [str(n) for n in range(MEMBERS)]}, is_repeated=True),
         "five merged models": Way(merged),
+        BY_HAND: Way([by_hand(base, mixed)], is_repeated=True),
     }
 
 
@@ -149,14 +183,16 @@ def compare(report: Report, ways: dict[str, Way], config, case: tuple, rounds: i
             for name, way in ways.items():
                 times[name].append(sums[name] / calls)
                 to_logits[name].append(sum(way.seconds_to_logits) / calls)
-    others = [name for name in ways if name != "ours"]
+    others = [name for name in ways if name not in ("ours", BY_HAND)]
     for name in others:
         timing = Timing(times["ours"], times[name])
         alone = Timing(times["ours"], to_logits[name]).ratio
         report.add(f"{shape.name}: {name}", timing.ratio, "of theirs", numbers={**timing.numbers(), "alone": alone})
     best = min(others, key=lambda name: sum(times[name]))
     report.add_ratio(f"{shape.name}: the best, {best}", Timing(times["ours"], times[best]), at_most=target)
-    return max((answers["ours"] - answers[name]).abs().max().item() for name in others)
+    floor = Timing(times[BY_HAND], times[best])
+    report.add(f"{shape.name}: {BY_HAND}, not ours", floor.ratio, "of the best", numbers=floor.numbers())
+    return max((answers["ours"] - answer).abs().max().item() for answer in answers.values())
 
 
 class NoTrunks(Trunks):

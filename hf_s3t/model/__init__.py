@@ -44,6 +44,7 @@ Stacks of adapters, over PEFT:
 - `plain_adapter`: what plain PEFT makes of a stage's files, compared with what is in memory.
 - `route`: which adapters the rows of a batch go through.
 - `routed_layers`: adapted layers and heads that go by it.
+- `joined_adapters`: those of several members in one piece of memory, for one product.
 - `batches`: the rows of a call, repeated for every member.
 - `shared_pass`: whether the members can share one pass of the base.
 - `trunk`: what lies below every stage of a route, computed once and cached once.

@@ -1,8 +1,8 @@
 """Adapted layers and heads that go by the route of the call under way."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from peft.tuners.lora import Linear
@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import S3TError
+from .joined_adapters import joined, plain_pairs, take_apart
 from .peft_layers import AdaptedLayer, AdapterHolder
 from .route import LENGTHS, ROUTE, Route, length_of
 
@@ -92,6 +93,22 @@ class RoutedLayer(_Layer):
         names = route.by_group.get(self._s3t_group)
         return output if names is None else _add_members(self, names, args[0], output)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        As PEFT's; no other adapter keeps its memory.
+
+        Args:
+            adapter_name (`str`): The adapter.
+        """
+        take_apart(self, adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # What moves each parameter by itself, to another device say.
+        take_apart(self)
+        apply: Callable[..., Self] = super()._apply
+        return apply(fn, recurse)
+
     def _as_peft(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         output: torch.Tensor = super().forward(*args, **kwargs)
         return output
@@ -124,14 +141,14 @@ def _note_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _add_members(
-    layer: AdaptedLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor
+    layer: AdaptedLayer, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:
     """
     Add each member's adapter to its block of rows.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
-        names (sequence of `str`): Per member the adapter, `None` below its stack.
+        names (`tuple` of `str`): Per member the adapter, `None` below its stack.
         x (`torch.Tensor` of shape `(members * rows, ..., features_in)`): What the layer was given.
         output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
 
@@ -161,20 +178,29 @@ def _add_members(
     )
 
 
-def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Tensor, output: torch.Tensor) -> bool:
+def _add_products(layer: AdaptedLayer, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor) -> bool:
     """
-    Add each member's adapter to its block of rows by one product of matrices, writing nothing in between.
+    Add each member's adapter to its block of rows by products of matrices, writing nothing in between.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
-        names (sequence of `str`): Per member the adapter, `None` below its stack.
+        names (`tuple` of `str`): Per member the adapter, `None` below its stack.
         x (`torch.Tensor` of shape `(members * rows, ..., features_in)`): What the layer was given.
         output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
 
     Returns:
         `bool`: False, and nothing is changed, if they are no plain LoRA of linear layers in the output's precision.
     """
-    pairs = _plain_pairs(layer, names, output.dtype) if output.is_contiguous() else None
+    if not output.is_contiguous():
+        return False
+    # One member is multiplied as plain PEFT does, to the bit.
+    together = joined(layer, names, output) if len(names) > 1 else None
+    if together is not None:
+        members = len(names)
+        given = x.to(output.dtype).reshape(members, -1, x.shape[-1])
+        together.add_to(output.view(members, -1, output.shape[-1]), given)
+        return True
+    pairs = plain_pairs(layer, names, output.dtype)
     if pairs is None:
         return False
     whole, given = output.view(-1, output.shape[-1]), x.to(output.dtype).flatten(0, -2)
@@ -184,28 +210,6 @@ def _add_products(layer: AdaptedLayer, names: Sequence[str | None], x: torch.Ten
             low = nn.functional.linear(rows, pair[0])
             block.addmm_(low, pair[1].t(), alpha=layer.scaling[name])
     return True
-
-
-def _plain_pairs(
-    layer: AdaptedLayer, names: Sequence[str | None], dtype: torch.dtype
-) -> list[tuple[torch.Tensor, torch.Tensor] | None] | None:
-    """Per member the weights of its adapter, if it has one here; `None` if any adapter is something else than two."""
-    held: Any = layer._modules
-    # Not by their names as attributes: each is a call of Python, for each member of each layer of each token.
-    lora_A, lora_B = held["lora_A"]._modules, held["lora_B"]._modules
-    pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-    for name in names:
-        if name is None:
-            pairs.append(None)
-            continue
-        first, second = lora_A[name], lora_B[name]
-        if name in layer.lora_variant or type(first) is not nn.Linear or type(second) is not nn.Linear:
-            return None
-        weights: Any = second._parameters
-        if weights["bias"] is not None or weights["weight"].dtype != dtype:
-            return None
-        pairs.append((first.weight, weights["weight"]))
-    return pairs
 
 
 def _add_adapter(
