@@ -244,6 +244,9 @@ def _documented(module: str):
     for name, value in vars(importlib.import_module(module)).items():
         if getattr(value, "__module__", None) != module or not (inspect.isclass(value) or inspect.isfunction(value)):
             continue
+        if name.startswith("__"):
+            # What compiling left there, in a test before this one.
+            continue
         yield name, value
         for method, function in vars(value).items() if inspect.isclass(value) else ():
             function = getattr(function, "__func__", function)

@@ -45,7 +45,7 @@ from hf_s3t import S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, IsolationError, S3TError
 from hf_s3t.folder.layout import ADAPTER_FILE
 from hf_s3t.model.tensor_files import differing_tensors
-from hf_s3t.plan.partition import assign
+from hf_s3t.plan.partition import shards_and_slices
 from hf_s3t.training.plan_run import old_objects_passed_over, pass_over_what_stays
 
 
@@ -377,7 +377,10 @@ def test_what_bitsandbytes_keeps_of_a_paged_optimizer_goes_with_its_stage(tmp_pa
 
 def test_the_rows_of_a_system_that_is_made_are_placed_once(tmp_path, monkeypatch):
     placed = []
-    monkeypatch.setattr("hf_s3t.training.rows.assign", lambda *args, **how: placed.append(1) or assign(*args, **how))
+    monkeypatch.setattr(
+        "hf_s3t.training.rows.shards_and_slices",
+        lambda *args, **how: placed.append(1) or shards_and_slices(*args, **how),
+    )
     make_trainer(tmp_path / "system", tiny_llama(2), config=s3t_config(num_slices=2))
     assert placed == [1]
 
