@@ -105,13 +105,17 @@ def take_apart(layer: AdaptedLayer, going: str | None = None) -> None:
         held: Joined | None = layer.__dict__.get(_JOINED)
         if held is None or (going is not None and going not in held.names):
             return
-        for place, name in enumerate(held.names):
-            for linear, weight in ((layer.lora_A[name], held.down[place]), (layer.lora_B[name], held.up[place])):
-                if name == going:
-                    with torch.inference_mode(False), torch.no_grad():
-                        weight.zero_()
-                else:
-                    _put(linear, weight.clone())
+        # A call within `torch.inference_mode` may be what removes one, and the others be trained upon later.
+        with torch.inference_mode(False), torch.no_grad():
+            for place, name in enumerate(held.names):
+                for linear, weight in ((layer.lora_A[name], held.down[place]), (layer.lora_B[name], held.up[place])):
+                    if name != going:
+                        _put(linear, weight.clone())
+                        continue
+                    weight.zero_()
+                    # The parameter too, which lies there: gradients that somebody has still to compute with it are an
+                    # error then, and not those of zeros.
+                    linear.weight.zero_()
         del layer.__dict__[_JOINED]
 
 

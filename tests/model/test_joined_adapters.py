@@ -82,6 +82,15 @@ def bytes_of(made, *keys) -> int:
     return sum(tensor.nbytes for key in keys for tensor in made.stack.tensors(key).values())
 
 
+def input_gradients(made, tips) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sum of what members answer, and the embeddings by which it can be differentiated."""
+    rows = {name: value for name, value in batch_of(rows_for(made.base, 2)).items() if name == "input_ids"}
+    embedded = made.base.get_input_embeddings()(rows["input_ids"]).detach().requires_grad_()
+    with routed(Route(tuple(tips))):
+        logits = made.base(inputs_embeds=embedded.repeat(len(tips), 1, 1)).logits
+    return logits.square().sum(), embedded
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 3}], ids=["lora", "rslora"])
 def test_members_that_are_joined_answer_as_each_does_in_plain_peft(tmp_path, settings):
     made = make(tmp_path, **settings)
@@ -210,6 +219,30 @@ def test_stages_are_trained_above_what_was_joined_while_nothing_recorded_gradien
     made.base(**batch_of(rows_for(made.base, 2))).loss.backward()
     learned = {name for name, parameter in made.base.named_parameters() if parameter.grad is not None}
     assert learned == {name for name, _ in made.base.named_parameters() if TIPS[0].adapter_name in name.split(".")}
+
+
+@pytest.mark.parametrize("how", ["removed", "cast"])
+def test_what_is_left_can_be_differentiated_though_it_was_taken_apart_where_nothing_can_be(made, how):
+    """A call within `torch.inference_mode` follows what another process deleted, say."""
+    answer(made, TIPS)
+    with torch.inference_mode():
+        if how == "removed":
+            made.stack.drop([TIPS[1], LOWER[1]])
+        else:
+            made.base.float()
+    left = [TIPS[0], TIPS[2]]
+    assert not any(tensor.is_inference() for tip in left for tensor in made.stack.tensors(tip).values())
+    total, embedded = input_gradients(made, left)
+    total.backward()
+    assert embedded.grad.any()
+
+
+def test_gradients_of_a_member_that_is_gone_are_an_error_and_not_those_of_zeros(made):
+    answer(made, TIPS)
+    total, _ = input_gradients(made, TIPS)
+    made.stack.drop([TIPS[1], LOWER[1]])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_what_an_optimizer_holds_stays_where_it_is(made):
