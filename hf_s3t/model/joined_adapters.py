@@ -1,6 +1,7 @@
 """Adapters of several members in one piece of memory, so that one product of matrices does for all of them."""
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from .peft_layers import AdaptedLayer
+from .route import Route
 
 
 # Where each adapter of several begins, in bytes: as memory of torch's own does, since products of an adapter by itself
@@ -32,6 +34,7 @@ class Joined:
         scaling (`float`): What PEFT multiplies the product with.
         down_transposed (`torch.Tensor` of shape `(adapters, features_in, rank)`): The first, as they are multiplied.
         up_transposed (`torch.Tensor` of shape `(adapters, rank, features_out)`): The second.
+        route (`weakref.ref`): The route they were joined for. While it is there, calls may go by it.
     """
 
     names: tuple[str, ...]
@@ -40,6 +43,11 @@ class Joined:
     scaling: float
     down_transposed: torch.Tensor
     up_transposed: torch.Tensor
+    route: weakref.ref[Route]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # The parameters of a copied layer have memory of their own.
+        return None
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> None:
         """
@@ -56,16 +64,17 @@ class Joined:
         return self.names == names and self.down.dtype == output.dtype and self.down.device == output.device
 
 
-def joined(layer: AdaptedLayer, names: tuple[str | None, ...], output: torch.Tensor) -> Joined | None:
+def joined(layer: AdaptedLayer, route: Route, names: tuple[str | None, ...], output: torch.Tensor) -> Joined | None:
     """
     The adapters of all members, if one product can do for them: one for each, all plain and of the same shape.
 
     There is no second copy. The weights are put into the memory that is returned here, and stay there until one of
-    the adapters is removed; see `take_apart`. Where a layer's are joined for other members already (calls on an
-    earlier routing are under way, say), they are joined for the time of this product.
+    the adapters is removed; see `take_apart`. Where a layer's are joined for other members already, on another route
+    that is still there (calls on an earlier routing are under way, say), they are joined for the time of this product.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        route ([`~hf_s3t.model.route.Route`]): That of the call.
         names (`tuple` of `str`): Per member the adapter, `None` below its stack.
         output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of the rows.
     """
@@ -75,12 +84,15 @@ def joined(layer: AdaptedLayer, names: tuple[str | None, ...], output: torch.Ten
     # A compiled graph must not keep the memory.
     if torch.compiler.is_compiling():
         return None
-    together = _join(layer, names, output.dtype)
-    if together is None or held is not None:
+    together = _join(layer, route, names, output.dtype)
+    if together is None or _is_in_use(held):
         return together
     with _MOVING:
-        if layer.__dict__.get(_JOINED) is None:
-            together = _join(layer, names, output.dtype)
+        held = layer.__dict__.get(_JOINED)
+        if not _is_in_use(held):
+            if held is not None:
+                _separate(layer, held, None)
+            together = _join(layer, route, names, output.dtype)
             if together is not None:
                 # First of all: from here on, whatever happens, it is known who shares memory.
                 layer.__dict__[_JOINED] = together
@@ -105,14 +117,7 @@ def take_apart(layer: AdaptedLayer, going: str | None = None) -> None:
         held: Joined | None = layer.__dict__.get(_JOINED)
         if held is None or (going is not None and going not in held.names):
             return
-        for place, name in enumerate(held.names):
-            for linear, weight in ((layer.lora_A[name], held.down[place]), (layer.lora_B[name], held.up[place])):
-                if name == going:
-                    with torch.inference_mode(False), torch.no_grad():
-                        weight.zero_()
-                else:
-                    _put(linear, weight.clone())
-        del layer.__dict__[_JOINED]
+        _separate(layer, held, going)
 
 
 def plain_pairs(
@@ -144,7 +149,26 @@ def plain_pairs(
     return pairs
 
 
-def _join(layer: AdaptedLayer, names: tuple[str | None, ...], dtype: torch.dtype) -> Joined | None:
+def _is_in_use(held: Joined | None) -> bool:
+    return held is not None and held.route() is not None
+
+
+def _separate(layer: AdaptedLayer, held: Joined, going: str | None) -> None:
+    # A call within `torch.inference_mode` may be what removes one, and the others be trained upon later.
+    with torch.inference_mode(False), torch.no_grad():
+        for place, name in enumerate(held.names):
+            for linear, weight in ((layer.lora_A[name], held.down[place]), (layer.lora_B[name], held.up[place])):
+                if name != going:
+                    _put(linear, weight.clone())
+                    continue
+                weight.zero_()
+                # The parameter too, which lies there: gradients that somebody has still to compute with it are an
+                # error then, and not those of zeros.
+                linear.weight.zero_()
+    del layer.__dict__[_JOINED]
+
+
+def _join(layer: AdaptedLayer, route: Route, names: tuple[str | None, ...], dtype: torch.dtype) -> Joined | None:
     """Copies of the weights of all members in one piece of memory each; `None` if one product cannot do for them."""
     adapters = tuple(name for name in names if name is not None)
     if len(adapters) < len(names) or len(set(adapters)) < len(adapters):
@@ -159,7 +183,8 @@ def _join(layer: AdaptedLayer, names: tuple[str | None, ...], dtype: torch.dtype
     # One may be joined within `torch.inference_mode`, and stages be trained above it later.
     with torch.inference_mode(False), torch.no_grad():
         down, up = torch.stack(downs), torch.stack(ups)
-        return Joined(adapters, down, up, layer.scaling[adapters[0]], down.transpose(1, 2), up.transpose(1, 2))
+        transposed = down.transpose(1, 2), up.transpose(1, 2)
+        return Joined(adapters, down, up, layer.scaling[adapters[0]], *transposed, weakref.ref(route))
 
 
 def _fit(weights: list[torch.Tensor], dtype: torch.dtype) -> bool:

@@ -91,7 +91,7 @@ class RoutedLayer(_Layer):
         if route.is_stopped():
             route.refuse_stopped()
         names = route.by_group.get(self._s3t_group)
-        return output if names is None else _add_members(self, names, args[0], output)
+        return output if names is None else _add_members(self, route, names, args[0], output)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -141,13 +141,14 @@ def _note_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _add_members(
-    layer: AdaptedLayer, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor
+    layer: AdaptedLayer, route: Route, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:
     """
     Add each member's adapter to its block of rows.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        route ([`~hf_s3t.model.route.Route`]): That of the call.
         names (`tuple` of `str`): Per member the adapter, `None` below its stack.
         x (`torch.Tensor` of shape `(members * rows, ..., features_in)`): What the layer was given.
         output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
@@ -161,7 +162,7 @@ def _add_members(
             "it selects among them, so they cannot be told apart. Leave it out of `target_modules`."
         )
     in_place = not output.requires_grad and not torch.is_grad_enabled()
-    if in_place and _add_products(layer, names, x, output):
+    if in_place and _add_products(layer, route, names, x, output):
         return output
     blocks = output.chunk(len(names))
     inputs = x.chunk(len(names))
@@ -178,12 +179,15 @@ def _add_members(
     )
 
 
-def _add_products(layer: AdaptedLayer, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor) -> bool:
+def _add_products(
+    layer: AdaptedLayer, route: Route, names: tuple[str | None, ...], x: torch.Tensor, output: torch.Tensor
+) -> bool:
     """
     Add each member's adapter to its block of rows by products of matrices, writing nothing in between.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        route ([`~hf_s3t.model.route.Route`]): That of the call.
         names (`tuple` of `str`): Per member the adapter, `None` below its stack.
         x (`torch.Tensor` of shape `(members * rows, ..., features_in)`): What the layer was given.
         output (`torch.Tensor` of shape `(members * rows, ..., features_out)`): What the base layer made of it.
@@ -194,7 +198,7 @@ def _add_products(layer: AdaptedLayer, names: tuple[str | None, ...], x: torch.T
     if not output.is_contiguous():
         return False
     # One member is multiplied as plain PEFT does, to the bit.
-    together = joined(layer, names, output) if len(names) > 1 else None
+    together = joined(layer, route, names, output) if len(names) > 1 else None
     if together is not None:
         members = len(names)
         given = x.to(output.dtype).reshape(members, -1, x.shape[-1])

@@ -1,10 +1,12 @@
 """Adapters of several members in one piece of memory: what they answer, what they hold, what is left when one goes."""
 
+import copy
 import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from support.insides import stack_of
 from support.tiny import batch_of, lm_rows, lora, make_trainer, plant_stages, rows_for, s3t_config, tiny_llama
 
@@ -42,10 +44,10 @@ def made(tmp_path):
     return make(tmp_path)
 
 
-def answer(made, tips) -> torch.Tensor:
+def answer(made, tips, route=None) -> torch.Tensor:
     """What members answer in one pass, one after the other."""
     rows = {name: value for name, value in batch_of(rows_for(made.base, 2)).items() if name != "labels"}
-    with torch.inference_mode(), routed(Route(tuple(tips))):
+    with torch.inference_mode(), routed(route or Route(tuple(tips))):
         return made.base(**repeat_rows(rows, 2, len(tips))).logits.clone()
 
 
@@ -80,6 +82,15 @@ def bytes_in_memory() -> int:
 
 def bytes_of(made, *keys) -> int:
     return sum(tensor.nbytes for key in keys for tensor in made.stack.tensors(key).values())
+
+
+def input_gradients(made, tips) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sum of what members answer, and the embeddings by which it can be differentiated."""
+    rows = {name: value for name, value in batch_of(rows_for(made.base, 2)).items() if name == "input_ids"}
+    embedded = made.base.get_input_embeddings()(rows["input_ids"]).detach().requires_grad_()
+    with routed(Route(tuple(tips))):
+        logits = made.base(inputs_embeds=embedded.repeat(len(tips), 1, 1)).logits
+    return logits.square().sum(), embedded
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 3}], ids=["lora", "rslora"])
@@ -175,7 +186,8 @@ def test_members_of_another_call_are_answered_the_same_whoever_is_joined(made, t
     """While a call on the stacks of before is under way, say: those of now do not take its memory."""
     pairs = [(TIPS[0], TIPS[1]), (TIPS[2], TIPS[0]), (LOWER[2], TIPS[0]), (TIPS[1], TIPS[1])]
     expected = [answer(make(tmp_path / str(number)), pair) for number, pair in enumerate(pairs)]
-    everyone = answer(made, TIPS)
+    under_way = Route(TIPS)
+    everyone = answer(made, TIPS, under_way)
     held = bytes_in_memory()
     for pair, logits in zip(pairs, expected, strict=True):
         found = answer(made, pair)
@@ -183,6 +195,28 @@ def test_members_of_another_call_are_answered_the_same_whoever_is_joined(made, t
         del found
         assert bytes_in_memory() == held
     assert are_joined(made, *TIPS) and torch.equal(answer(made, TIPS), everyone)
+
+
+def test_those_who_answer_now_take_the_place_of_those_of_a_route_that_is_gone(made, tmp_path):
+    """Stages grow under a live model, or another sequence answers after a deletion; all of the old ones may stay."""
+    expected = answer(make(tmp_path / "anew"), TIPS)
+    before = Route(TIPS[:2])
+    answer(made, TIPS[:2], before)
+    assert torch.equal(answer(made, TIPS), expected) and not are_joined(made, *TIPS)
+    held = bytes_in_memory()
+    del before
+    assert torch.equal(answer(made, TIPS), expected) and are_joined(made, *TIPS)
+    assert bytes_in_memory() == held
+    answer(made, TIPS[1:])
+    assert are_joined(made, *TIPS[1:]) and not are_joined(made, *TIPS)
+    assert bytes_in_memory() == held
+
+
+def test_a_copy_of_a_layer_knows_of_no_memory_but_its_own(made):
+    answer(made, TIPS)
+    layer = next(module for module in made.base.modules() if isinstance(module, LoraLayer))
+    copied = copy.deepcopy(layer)
+    assert vars(layer)["_s3t_joined"] is not None and vars(copied)["_s3t_joined"] is None
 
 
 def test_a_stage_that_is_loaded_again_under_its_name_is_the_one_that_answers(made):
@@ -210,6 +244,30 @@ def test_stages_are_trained_above_what_was_joined_while_nothing_recorded_gradien
     made.base(**batch_of(rows_for(made.base, 2))).loss.backward()
     learned = {name for name, parameter in made.base.named_parameters() if parameter.grad is not None}
     assert learned == {name for name, _ in made.base.named_parameters() if TIPS[0].adapter_name in name.split(".")}
+
+
+@pytest.mark.parametrize("how", ["removed", "cast"])
+def test_what_is_left_can_be_differentiated_though_it_was_taken_apart_where_nothing_can_be(made, how):
+    """A call within `torch.inference_mode` follows what another process deleted, say."""
+    answer(made, TIPS)
+    with torch.inference_mode():
+        if how == "removed":
+            made.stack.drop([TIPS[1], LOWER[1]])
+        else:
+            made.base.float()
+    left = [TIPS[0], TIPS[2]]
+    assert not any(tensor.is_inference() for tip in left for tensor in made.stack.tensors(tip).values())
+    total, embedded = input_gradients(made, left)
+    total.backward()
+    assert embedded.grad.any()
+
+
+def test_gradients_of_a_member_that_is_gone_are_an_error_and_not_those_of_zeros(made):
+    answer(made, TIPS)
+    total, _ = input_gradients(made, TIPS)
+    made.stack.drop([TIPS[1], LOWER[1]])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_what_an_optimizer_holds_stays_where_it_is(made):
