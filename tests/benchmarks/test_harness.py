@@ -67,7 +67,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
     ("name", "more"),
     [
         ("memory", []),
-        ("stage", []),
+        pytest.param("stage", [], marks=pytest.mark.long),
         ("ledger", ["--cpu-time"]),
         pytest.param("training", [], marks=pytest.mark.long),
         *(
