@@ -164,7 +164,7 @@ def _separate(layer: AdaptedLayer, held: Joined, going: str | None) -> None:
                 weight.zero_()
                 # The parameter too, which lies there: gradients that somebody has still to compute with it are an
                 # error then, and not those of zeros.
-                linear.weight.zero_()
+                linear.get_parameter("weight").zero_()
     del layer.__dict__[_JOINED]
 
 
