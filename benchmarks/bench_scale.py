@@ -154,7 +154,7 @@ class Scaled:
         started = clock.now()
         table = digested(dataset, key)
         self.digesting = clock.now() - started
-        SystemFolder.create(path, record, table.rows, key)
+        SystemFolder.create(path, record, table, key)
         self.path, folder = path, SystemFolder(path)
         for stage in folder.plan.stages():
             below = folder.stage_record(stage.parent)["files"][ADAPTER_FILE] if stage.parent else None

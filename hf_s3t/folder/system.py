@@ -10,8 +10,8 @@ from typing import Any
 from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.stages import Plan, StageKey
-from ..records.digests import DigestKey, KeptNames
-from ..records.examples import Example, ExampleTable
+from ..records.digests import DigestKey
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .checkpoints import write_checkpoint_record
@@ -73,7 +73,7 @@ class SystemFolder(FolderView):
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], record: Mapping[str, Any], rows: Mapping[int | str, Example], key: DigestKey
+        cls, path: str | os.PathLike[str], record: Mapping[str, Any], table: ExampleTable, key: DigestKey
     ) -> "SystemFolder":
         """
         Make a new system: the table, an empty ledger, and last the config, whose presence makes it a system.
@@ -81,23 +81,20 @@ class SystemFolder(FolderView):
         Args:
             path (`str` or `os.PathLike`): The folder, which may exist.
             record (mapping): What `s3t_config.json` says besides identity, plan and versions.
-            rows (mapping from id to [`~hf_s3t.records.examples.Example`]): The table.
-            key ([`~hf_s3t.records.digests.DigestKey`]): The secret the rows were digested with.
+            table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
+            key ([`~hf_s3t.records.digests.DigestKey`]): The secret these were digested with.
         """
         path = Path(path)
         make_folders(path / STAGES)
         # Whoever made the folder did so for this system, a moment ago.
         sync_above(path)
-        config = S3TConfig.from_dict(record["s3t_config"])
-        names = KeptNames(key, config.keep_ids)
-        table = ExampleTable.of(rows, config.num_shards, config.num_slices, config.seed, names)
         write_table(path / TABLE_FILE, table, Ledger())
         write_atomically(path / LEDGER_FILE, b"")
         write_head(path, Ledger())
         written = {
             "key_check": key.check,
             "system_id": new_identity(),
-            "plan": Plan.from_config(config).to_record(),
+            "plan": Plan.from_config(S3TConfig.from_dict(record["s3t_config"])).to_record(),
             "row_digests": 2,
         }
         write_record(path / CONFIG_FILE, {**written, **record})

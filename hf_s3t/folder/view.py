@@ -102,6 +102,9 @@ class FolderView:
                 stored = self._read_rows()
                 ledger, pin = self._read_ledger(), stored.pin
                 table = self._table_of(stored, ledger)
+                if stored.version == 1 and not table.is_settled:
+                    # To be written anew, whatever it says of itself.
+                    pin = pin_of(Ledger())
             # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
             self.table = table
             self.ledger = ledger
@@ -165,6 +168,11 @@ class FolderView:
     def is_table_behind(self) -> bool:
         """Whether lines came to the ledger since the table on the disk was written: it may hold deleted rows."""
         return self._table_pin != pin_of(self.ledger)
+
+    def table_and_ledger(self) -> tuple[ExampleTable, Ledger]:
+        """Both, as of one time: of what is written, the table has to go by the lines that stand beside it."""
+        with self._reading:
+            return self.table, self.ledger
 
     def prepare(self) -> None:
         """Find out now what the first deletion would otherwise wait for."""
@@ -262,7 +270,10 @@ class FolderView:
     def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
         table = stored.examples(self.config, self.names)
         require_pinned(self.path / LEDGER_FILE, ledger, stored.pin, TABLE_FILE)
-        return self._masked(table, ledger, int(stored.pin.partition(" ")[0]))
+        # Whoever copied a folder in format 1 while a deletion was recorded could write a pin that counted its line,
+        # with rows that it had deleted. No row came back then, so all lines hold.
+        lines = 0 if stored.version == 1 else int(stored.pin.partition(" ")[0])
+        return self._masked(table, ledger, lines)
 
     def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
         """A table that goes by so many lines of the ledger, without what the lines after these deleted."""

@@ -295,18 +295,20 @@ def _stages_that_saw(
 
 def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
+    # A live model may follow other processes meanwhile, in threads of its own.
+    table, ledger = folder.table_and_ledger()
     earlier = _earlier_slices(folder, state)
-    ours, stages = folder.valid_stages, _stages_to_be(folder, state, earlier)
+    ours, stages = folder.valid_stages, _stages_to_be(folder, table, state, earlier)
     wanted: dict[str, bytes | Path] = {}
     for key in stages:
         if key in ours and folder.stage_record(key)["files"] == stages[key]["files"]:
             wanted |= {f"{key.path}/{name}": path for name, path in folder.stage_paths(key).items()}
     wanted |= folder.companions()
     wanted[CONFIG_FILE] = folder.config_bytes(earlier)
-    wanted[LEDGER_FILE] = folder.ledger.text.encode()
-    wanted[TABLE_FILE] = bytes(table_bytes(folder.table, folder.ledger))
-    wanted[INDEX_FILE] = digested_json(stage_index(folder, stages))
-    wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == folder.ledger.deleted)
+    wanted[LEDGER_FILE] = ledger.text.encode()
+    wanted[TABLE_FILE] = bytes(table_bytes(table, ledger))
+    wanted[INDEX_FILE] = digested_json(stage_index(table, ledger, stages))
+    wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == ledger.deleted)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
     added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
     deleted = [
@@ -315,15 +317,17 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
     return _Changes(added, deleted)
 
 
-def _stages_to_be(folder: SystemFolder, state: HubState, earlier: EarlierSlices) -> dict[StageKey, Mapping[str, Any]]:
+def _stages_to_be(
+    folder: SystemFolder, table: ExampleTable, state: HubState, earlier: EarlierSlices
+) -> dict[StageKey, Mapping[str, Any]]:
     """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
     # What a system on the Hub serves is there already, or it is not: it has no files to bring.
     ours = {key: folder.stage_record(key) for key in folder.valid_stages if folder.stage_paths(key)}
     there = {key: earlier.translated(r) for key, r in state.stages.items() if _is_whole(state, key, r)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
-    for key in folder.plan.stages(folder.table.empty):
+    for key in folder.plan.stages(table.empty):
         for record in (ours.get(key), there.get(key)):
-            if record is not None and _fits(folder, key, record, chosen):
+            if record is not None and _fits(table, key, record, chosen):
                 chosen[key] = record
                 break
     return chosen
@@ -338,11 +342,11 @@ def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool
     return adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE]
 
 
-def _fits(folder: SystemFolder, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
+def _fits(table: ExampleTable, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
     if key.parent is not None and key.parent not in chosen:
         return False
     below = None if key.parent is None else adapter_of(chosen[key.parent])
-    return fits(record, folder.table.slice_digests(key.shard, key.prefix), below)
+    return fits(record, table.slice_digests(key.shard, key.prefix), below)
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:

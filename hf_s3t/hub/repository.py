@@ -17,8 +17,8 @@ from ..folder.files import read_checked_json
 from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
 from ..folder.ledger_file import pin_of, read_ledger
 from ..folder.stage_record import is_stage_record
-from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .client import call_with_retries, first_line
 
@@ -173,15 +173,15 @@ def read_index(path: Path) -> dict[str, Any]:
     return {**index, "stages": stages, "slices": slices, "ledger": pin}
 
 
-def stage_index(folder: SystemFolder, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
+def stage_index(table: ExampleTable, ledger: Ledger, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
     """What the index says of stages, in the newest format: releases before it cannot read the names of slices."""
     return {
         "format_version": FORMAT_VERSION,
-        "ledger": pin_of(folder.ledger),
+        "ledger": pin_of(ledger),
         "slices": {
-            f"shard-{shard}/{slice_}": folder.table.slice_digest(shard, slice_)
-            for shard in range(folder.config.num_shards)
-            for slice_ in range(folder.config.num_slices)
+            f"shard-{shard}/{slice_}": table.slice_digest(shard, slice_)
+            for shard in range(table.num_shards)
+            for slice_ in range(table.num_slices)
         },
         "stages": {str(key): _indexed(record) for key, record in sorted(stages.items())},
     }

@@ -127,14 +127,12 @@ class ExampleTable:
         A table of rows by id, as ids stand in the table.
 
         Args:
-            rows (mapping from id to [`Example`]): The rows; those of another table are not gone through one by one.
+            rows (mapping from id to [`Example`]): The rows.
             num_shards (`int`): Number of shards.
             num_slices (`int`): Number of slices per shard.
             seed (`int`): The system's seed.
             names ([`~hf_s3t.records.digests.KeptNames`]): How ids and groups stand in the table.
         """
-        if isinstance(rows, Rows):
-            return cls(rows.table.settled().columns, num_shards, num_slices, seed)
         found = list(rows.values())
         columns = Columns.of(
             names,

@@ -165,9 +165,10 @@ class StageRows:
         rows ([`TrainingRows`]): The dataset it was prepared from.
         names ([`~hf_s3t.records.digests.KeptNames`], *optional*):
             How ids stand in the table; as they are if not given.
+        row_digests (`int`, defaults to 2): By which rows are digested; see [`TrainingRows.digests`].
     """
 
-    def __init__(self, prepared: Any, rows: TrainingRows, names: KeptNames | None = None):
+    def __init__(self, prepared: Any, rows: TrainingRows, names: KeptNames | None = None, row_digests: int = 2):
         columns = getattr(prepared, "column_names", None) or ()
         if ROW_COLUMN in columns:
             numbers = prepared.with_format(None)[ROW_COLUMN][:]
@@ -189,7 +190,7 @@ class StageRows:
         self._original = None if kept is rows.ids else dict(zip(kept, rows.ids, strict=True))
         # Per (shard, slice) pair what it held, and the positions of that: ids are hashed and sorted once a slice.
         self._in_order: dict[tuple[int, int], tuple[str, list[int]]] = {}
-        self._row_digests: list[str] | None = None
+        self._version, self._row_digests = row_digests, list[str]()
 
     def slices(self, key: StageKey) -> tuple[int, ...]:
         """The slices whose examples a stage is trained on."""
@@ -222,7 +223,7 @@ class StageRows:
             self._in_order[place] = holds, positions
         return positions
 
-    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey, version: int = 2) -> str | None:
+    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
         """
         Keyed digest of what a stage is fed: its rows as they are stored after preparation, in their order.
 
@@ -232,12 +233,12 @@ class StageRows:
             key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
             table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
             secret ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
-            version (`int`, defaults to 2): By which rows are digested; see [`TrainingRows.digests`].
         """
         if not isinstance(self._prepared, datasets.Dataset):
             return None
-        if self._row_digests is None:
-            self._row_digests = [hashlib.sha256(row).hexdigest() for row in _encoded(self._prepared, version)]
+        if not self._row_digests:
+            encoded = _encoded(self._prepared, self._version)
+            self._row_digests = [hashlib.sha256(row).hexdigest() for row in encoded]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:

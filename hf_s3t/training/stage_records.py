@@ -75,8 +75,7 @@ class StageRecords(TrainingCurve):
         return {**circumstances(self.model, self.accelerator), "data_digest": self._fed(key)}
 
     def _fed(self, key: StageKey) -> str | None:
-        folder = self.folder
-        return self._rows_of_stages.digest(key, folder.table, folder.key, folder.record["row_digests"])
+        return self._rows_of_stages.digest(key, self.folder.table, self.folder.key)
 
     def _dropped(self, key: StageKey) -> int:
         owned = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))

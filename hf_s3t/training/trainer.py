@@ -75,7 +75,8 @@ class S3TTrainerMixin(PlanRuns):
         # Another trainer may have made it first, with a secret of its own.
         is_ours = blueprint.new is not None and blueprint.new.key.check == self.folder.key.check
         if blueprint.rows is not None and not is_ours:
-            prepared = StageRows(self.train_dataset, blueprint.rows, self.folder.names)
+            folder = self.folder
+            prepared = StageRows(self.train_dataset, blueprint.rows, folder.names, folder.record["row_digests"])
         self._stage_rows = prepared
         self.s3t_config = blueprint.config
         self._layers = blueprint.layers
@@ -120,7 +121,7 @@ class S3TTrainerMixin(PlanRuns):
                 check_same(blueprint, self.model, output_dir)
                 return None
             write_key(output_dir, new.key)
-            folder = SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table.rows, new.key)
+            folder = SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table, new.key)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         return folder

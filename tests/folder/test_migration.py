@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,18 @@ from typer.testing import CliRunner
 from hf_s3t import S3TConfig
 from hf_s3t.baselines.prototypes import ProtoSISAModel
 from hf_s3t.cli.app import app
-from hf_s3t.errors import FolderError
-from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE, TEMPORARY
+from hf_s3t.errors import ContentChangedError, FolderError
+from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE, TABLE_FILE, TEMPORARY
 from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.folder.table_file import write_table
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import apply_pending
 from hf_s3t.plan import Plan
+from hf_s3t.records.buffers import hexadecimal
 from hf_s3t.records.digests import PUBLIC_SECRET
+from hf_s3t.records.examples import ExampleTable
+from hf_s3t.training.rows import StageRows, TrainingRows
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -394,6 +399,33 @@ def test_a_stage_is_resumed_from_its_checkpoint(tmp_path):
     trainer_of(anew).train()
     adapter = Path(key.path, "adapter_model.safetensors")
     assert (path / adapter).read_bytes() == (anew / adapter).read_bytes()
+
+
+def test_rows_keep_the_digests_that_it_was_made_with(tmp_path):
+    """Those of now count no field that Arrow gives a row because another has it; a system does not change its own."""
+    rows = [{**row, "about": {"phone": 1} if number % 2 else {"mail": 2}} for number, row in enumerate(lm_rows(24))]
+    path, dataset, config = tmp_path / "system", Dataset.from_list(rows), s3t_config(num_slices=2, budget=1)
+
+    def trainer():
+        return make_trainer(path, rows=dataset, config=config)
+
+    folder, given = trainer().folder, TrainingRows(dataset, config)
+    then = dict(zip(given.ids, hexadecimal(given.digests(folder.key, 1)), strict=True))
+    assert then.keys() == folder.table.rows.keys()
+    assert all(row.digest != then[i] for i, row in folder.table.rows.items())
+    as_then = {i: replace(row, digest=then[i]) for i, row in folder.table.rows.items()}
+    write_table(path / TABLE_FILE, ExampleTable.of(as_then, 1, 2, config.seed, folder.names), folder.ledger)
+    with pytest.raises(ContentChangedError):
+        trainer()
+    forge(path / CONFIG_FILE, row_digests=1)
+    trainer().train()
+    went_on = trainer()
+    went_on.train()
+    (key, *_) = went_on.folder.plan.stages()
+    fed = went_on.folder.stage_record(key)["circumstances"]["data_digest"]
+    table, secret, names = went_on.folder.table, went_on.folder.key, went_on.folder.names
+    digests = [StageRows(dataset, given, names, version).digest(key, table, secret) for version in (1, 2)]
+    assert fed == digests[0] != digests[1]
 
 
 def test_a_copy_of_it_is_migrated_and_serves_the_same(tmp_path):

@@ -32,6 +32,7 @@ from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import apply_pending
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
+from hf_s3t.records.digests import KeptNames
 from hf_s3t.records.examples import Example, ExampleTable
 
 
@@ -55,7 +56,9 @@ def new_system(path, ids=IDS, config=CONFIG, groups=None) -> SystemFolder:
     key = draw_key(path)
     write_key(path, key)
     record = {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}
-    return SystemFolder.create(path, record, rows_of(ids, key, config, groups), key)
+    shape = {"num_shards": config.num_shards, "num_slices": config.num_slices, "seed": config.seed}
+    table = ExampleTable.of(rows_of(ids, key, config, groups), **shape, names=KeptNames(key, config.keep_ids))
+    return SystemFolder.create(path, record, table, key)
 
 
 def record_of(folder: SystemFolder, key: StageKey, **metrics):

@@ -154,6 +154,18 @@ def test_a_table_of_the_first_version_says_the_same_and_is_written_anew_as_of_th
     assert seen_in(SystemFolder(system).table) == seen_in(folder.table.without(NAMES[:1]))
 
 
+def test_what_a_copy_of_the_first_version_kept_of_a_deletion_is_masked_and_written_anew(system):
+    """Its table could say that it went by a line whose rows it held."""
+    knows_nothing = SystemFolder(system)
+    apply(SystemFolder(system), NAMES[:1])
+    write_first_version(knows_nothing)
+    assert NAMES[0] in pq.read_table(system / TABLE_FILE)["id"].to_pylist()
+    opened = SystemFolder(system)
+    assert NAMES[0] not in opened.table.rows
+    assert opened.valid_stages == {key for key in knows_nothing.valid_stages if key in opened.stages}
+    assert NAMES[0] not in pq.read_table(system / TABLE_FILE)["id"].to_pylist()
+
+
 def test_whoever_looks_while_a_deletion_is_recorded_sees_its_line_without_its_rows_or_neither(system, monkeypatch):
     """A copy that held both would keep the rows: a table is masked only by the lines after those that it goes by."""
     folder = SystemFolder(system)

@@ -5,6 +5,7 @@ import heapq
 import json
 import random
 import shutil
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ from support.tiny import make_trainer, s3t_config
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import KeyMissingError
+from hf_s3t.folder.ledger_file import pin_of
 from hf_s3t.folder.system import SystemFolder
-from hf_s3t.folder.table_file import read_table, write_table
+from hf_s3t.folder.table_file import read_pin, read_table, write_table
 from hf_s3t.hub.pushing import _operations
 from hf_s3t.hub.repository import HubState
 from hf_s3t.records.digests import DigestKey, KeptNames
@@ -201,6 +203,31 @@ def test_whoever_of_a_slice_is_deleted_the_rest_that_is_published_is_the_same(tm
         shown.append((told, len(entry.ids), Counter(map(published.cell, published.rows)), list(published.rows)))
         assert shown[-1][3] == [i for i in ids if i != victim]
     assert len(shown) == 5 and all(one[:3] == shown[0][:3] for one in shown)
+
+
+# A deletion meanwhile
+
+
+def test_table_ledger_and_index_are_of_one_time_while_a_thread_follows_a_deletion(tmp_path, monkeypatch, publish):
+    ids = names(60, random.Random(6))
+    folder = system(tmp_path / "system", ids)
+    text = Ledger.text
+
+    def read_meanwhile(ledger):
+        found = text.fget(ledger)
+        if not ledger.lines and threading.current_thread() is threading.main_thread():
+            follows = threading.Thread(target=lambda: (apply(SystemFolder(folder.path), ids[:1]), folder.refresh()))
+            follows.start()
+            follows.join()
+        return found
+
+    monkeypatch.setattr(Ledger, "text", property(read_meanwhile))
+    published = publish(folder)
+    assert folder.ledger.num_deletions == 1 and ids[0] not in folder.table.rows
+    assert not published.ledger.lines and list(published.rows) == ids
+    pin = pin_of(published.ledger)
+    index = json.loads((tmp_path / "published" / "stages" / "index.json").read_text())
+    assert read_pin(tmp_path / "published" / "examples.parquet") == index["ledger"] == pin
 
 
 # Systems from before

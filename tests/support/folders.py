@@ -19,8 +19,8 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations import deletion, pending
 from hf_s3t.plan import StageKey
 from hf_s3t.plan.partition import assign
-from hf_s3t.records.digests import DigestKey
-from hf_s3t.records.examples import Example
+from hf_s3t.records.digests import DigestKey, KeptNames
+from hf_s3t.records.examples import Example, ExampleTable
 from hf_s3t.records.report import UnlearningReport
 from hf_s3t.records.request import DeletionRequest
 
@@ -54,7 +54,8 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
     places = assign(ids, **shape, seed=config.seed, groups=groups, key=key.for_places)
     groups = [None] * len(ids) if groups is None else groups
     rows = {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
-    return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, rows, key)
+    table = ExampleTable.of(rows, **shape, seed=config.seed, names=KeptNames(key, config.keep_ids))
+    return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, table, key)
 
 
 def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
