@@ -14,6 +14,10 @@ FORMAT_VERSION = 1
 SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random", "sorted-cyclic", "optimal")
 # "optimal" sums over all pairs of sets of slices.
 OPTIMAL_MOST_SLICES = 8
+# One stage for each set of slices doubles with every slice; the search for a family looks at all of them.
+LATTICE_MOST_SLICES = 8
+FAMILY_MOST_SLICES = 10
+LATTICE = "lattice"
 PARTITIONS = ("balanced", "hashed", "column")
 AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
 SELECTIONS = ("longest", "metric", "all")
@@ -41,15 +45,33 @@ class S3TConfig:
         num_slices (`int`, defaults to 4):
             Number of slices `L` of each shard, which is also the number of stages of a full stack.
         budget (`int`, *optional*):
-            Number of sequences `B` trained per shard. Defaults to `num_slices`, where the deletion rate saturates.
+            Number of sequences `B` trained per shard. Left out beside a named rule it is `num_slices`, where the
+            deletion rate saturates. Left out beside all that says what is planned (`budget`, `work_budget`,
+            `sequence_selection`, `keep_idle`), the plan is the one an expert would take for a new system: with up to
+            5 slices the `"lattice"`, which costs no more than the published plan of `num_slices` rotations and serves
+            every pattern of deletions at the depth of what is left; with up to 10 the best family for the work of
+            these rotations; with more, the rotations without idle stages. With `select="metric"` or `"all"` it is the
+            published plan.
+        work_budget (`float`, *optional*):
+            In the place of `budget`: at most so much training, in multiples of one full LoRA fine-tuning of the same
+            data and epochs. The family of stages with the greatest expected depth is searched once, when the system
+            is made, by `deletion_prior` and `score_horizon`, with up to 10 slices; one chain to full depth is always
+            in it.
+        keep_idle (`bool`, *optional*):
+            Whether stages are planned that can never serve, as the published plans have them: a stage is idle if an
+            earlier planned one saw the same set of slices. Leaving them out never changes the depth that serves; at
+            equal depth another stage may answer. Defaults to `False` with `select="longest"`, and to `True` with
+            `"metric"` and `"all"`, where none is idle. Without idle stages what is planned is sets: a missing set is
+            grown on any valid stage that holds all of it but one slice.
         layers_per_slice (`int` or `list[int]`, *optional*):
             Transformer layers that each stage adapts. Defaults to (number of layers) // `num_slices`; the
             lowest layers left over never carry an adapter. A list gives every stage its own number, first stage first.
-        sequence_selection (`str` or list of permutations, defaults to `"cyclic"`):
-            How the sequences are chosen: `"cyclic"` (rotations spaced `L / B` apart), `"cyclic-paper"` (Algorithm 1 as
-            published), `"bms"` (Algorithm 2), `"conditional"`, `"random"`, `"sorted-cyclic"`, `"optimal"` (a search
-            for the greatest exact depth, up to 8 slices), or the sequences themselves: a list of permutations for
-            every shard, or one such list per shard.
+        sequence_selection (`str` or list of sequences, *optional*):
+            How the sequences are chosen: `"cyclic"` (rotations spaced `L / B` apart; the rule where `budget` is given
+            alone), `"cyclic-paper"` (Algorithm 1 as published), `"bms"` (Algorithm 2), `"conditional"`, `"random"`,
+            `"sorted-cyclic"`, `"optimal"` (a search for the greatest exact depth, up to 8 slices), `"lattice"` (one
+            stage for each set of slices, up to 8 slices; no budget), or the sequences themselves: lists of distinct
+            slices, not necessarily of all, for every shard, or one list of them per shard.
         deletion_prior (`list[float]` or `list[list[float]]`, *optional*):
             Probability that a deletion request hits each slice of a shard, summing to one; one list for all shards or
             one per shard.
@@ -103,9 +125,9 @@ class S3TConfig:
     ```python
     >>> from hf_s3t import S3TConfig
 
-    >>> config = S3TConfig(num_shards=5, num_slices=4)
-    >>> config.budget
-    4
+    >>> config = S3TConfig(num_shards=5, num_slices=4, budget=2)
+    >>> config.keeps_idle
+    False
     >>> S3TConfig.from_dict(config.to_dict()) == config
     True
     ```
@@ -114,15 +136,21 @@ class S3TConfig:
     num_shards: int = field(default=1, metadata={"help": "Number of disjoint shards m; one ensemble member each."})
     num_slices: int = field(default=4, metadata={"help": "Number of slices L per shard: the stages of a full stack."})
     budget: int | None = field(
-        default=None, metadata={"help": "Sequences B trained per shard; defaults to num_slices."}
+        default=None, metadata={"help": "Sequences B trained per shard; num_slices beside a named rule."}
+    )
+    work_budget: float | None = field(
+        default=None, metadata={"help": "Training at most, in full fine-tunings: the best family of stages for it."}
+    )
+    keep_idle: bool | None = field(
+        default=None, metadata={"help": "Plan stages that can never serve, as published; by select if not given."}
     )
     layers_per_slice: int | list[int] | None = field(
         default=None, metadata={"help": "Layers each stage adapts, top first; defaults to layers // num_slices."}
     )
-    sequence_selection: str | list[Any] = field(
-        default="cyclic",
+    sequence_selection: str | list[Any] | None = field(
+        default=None,
         metadata={
-            "help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, optimal, or explicit permutations."
+            "help": "cyclic, cyclic-paper, bms, conditional, random, sorted-cyclic, optimal, lattice, or sequences."
         },
     )
     deletion_prior: list[Any] | None = field(
@@ -158,6 +186,7 @@ class S3TConfig:
     stage_data: str = field(
         default="cumulative", metadata={"help": "cumulative, or slice: a stage trains on its last slice only."}
     )
+    replay: float = 1.0
     seed: int = field(
         default=42, metadata={"help": "The one seed of the system; what is to be compared needs one HF_S3T_KEY, too."}
     )
@@ -176,13 +205,15 @@ class S3TConfig:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
         for name in _SWITCHES:
             require_bool(name, getattr(self, name))
+        if self.keep_idle is not None:
+            require_bool("keep_idle", self.keep_idle)
         for name in _COLUMNS:
             require_name(name, getattr(self, name))
         self._check_layers_per_slice()
         self._check_prior()
         self._check_size(1)
-        self._check_sequences()
-        self._check_size(self.budget or self.num_slices)
+        self._check_what_is_planned()
+        self._check_size(self._sequences_at_most())
         self._check_columns()
         self._check_duplicates()
 
@@ -220,54 +251,91 @@ class S3TConfig:
             check_prior(prior, self.num_slices)
         self.deletion_prior = [list(map(float, p)) for p in priors] if per_shard else list(map(float, priors[0]))
 
-    def _check_sequences(self) -> None:
-        if isinstance(self.sequence_selection, str):
-            self._check_rule()
-        else:
+    def _check_what_is_planned(self) -> None:
+        if self.work_budget is not None:
+            self._check_work_budget()
+        elif isinstance(self.sequence_selection, str):
+            self._check_rule(self.sequence_selection)
+        elif self.sequence_selection is not None:
             self._check_listed_sequences()
+        elif self.budget is not None:
+            self._check_rule("cyclic")
+
+    def _check_work_budget(self) -> None:
+        given = {"budget": self.budget, "sequence_selection": self.sequence_selection}
+        others = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        if others:
+            raise ConfigError(
+                f"work_budget={self.work_budget!r} beside {' and '.join(others)}, expected one of them: what is "
+                "trained for so much work is searched. Leave out the other, or `work_budget`."
+            )
+        self.work_budget = _positive("work_budget", self.work_budget)
+        if self.num_slices > FAMILY_MOST_SLICES:
+            raise ConfigError(
+                f"work_budget={self.work_budget} with num_slices={self.num_slices}, but the search is over at most "
+                f"{FAMILY_MOST_SLICES} slices. Lower `num_slices`, or give `budget`."
+            )
+        # What a number of slices costs at least is a matter of the search, which comes when a system is made.
 
     def _check_listed_sequences(self) -> None:
-        self.sequence_selection = self._checked_permutations(self.sequence_selection)
+        self.sequence_selection = self._checked_lists(self.sequence_selection)
         lists = self.sequence_selection if self._sequences_per_shard() else [self.sequence_selection]
-        counts = {len(sequences) for sequences in lists}
-        if len(counts) != 1:
+        counts = sorted({len(sequences) for sequences in lists})
+        if self.budget is not None and counts != [self.budget]:
             raise ConfigError(
-                f"`sequence_selection` gives the shards {sorted(counts)} sequences. Give every shard the same number: "
-                "the budget."
+                f"budget={self.budget}, but `sequence_selection` lists {' or '.join(map(str, counts))} sequences per "
+                "shard. Leave `budget` out when the sequences are listed."
             )
-        (given,) = counts
-        if self.budget not in (None, given):
-            raise ConfigError(
-                f"budget={self.budget}, but `sequence_selection` lists {given} sequences per shard. Leave `budget` "
-                "out when the sequences are listed."
-            )
-        self.budget = given
 
-    def _check_rule(self) -> None:
-        require_choice("sequence_selection", self.sequence_selection, SEQUENCE_SELECTIONS)
-        if self.budget is None:
-            self.budget = self.num_slices
-        require_int("budget", self.budget, 1)
-        if self.num_slices < 20 and self.budget > math.factorial(self.num_slices):
+    def _check_rule(self, rule: str) -> None:
+        require_choice("sequence_selection", rule, (*SEQUENCE_SELECTIONS, LATTICE))
+        if rule == LATTICE:
+            self._check_lattice()
+            return
+        if self.budget is not None:
+            require_int("budget", self.budget, 1)
+        budget = self.num_slices if self.budget is None else self.budget
+        if self.num_slices < 20 and budget > math.factorial(self.num_slices):
             raise ConfigError(
-                f"budget={self.budget} is more than the {math.factorial(self.num_slices)} permutations of "
+                f"budget={budget} is more than the {math.factorial(self.num_slices)} permutations of "
                 f"num_slices={self.num_slices} slices. Lower the budget."
             )
-        if self.sequence_selection in _NEEDS_PRIOR and self.deletion_prior is None:
+        if rule in _NEEDS_PRIOR and self.deletion_prior is None:
             raise ConfigError(
-                f'sequence_selection="{self.sequence_selection}" needs `deletion_prior`, the probability of each '
+                f'sequence_selection="{rule}" needs `deletion_prior`, the probability of each '
                 'slice to be hit. Give it, or use "cyclic", which assumes nothing.'
             )
-        if self.sequence_selection == "optimal" and self.num_slices > OPTIMAL_MOST_SLICES:
+        if rule == "optimal" and self.num_slices > OPTIMAL_MOST_SLICES:
             raise ConfigError(
                 f'sequence_selection="optimal" searches over at most {OPTIMAL_MOST_SLICES} slices, got num_slices='
                 f'{self.num_slices}. Use "cyclic", or "bms" with a prior.'
             )
-        if self.sequence_selection in ("bms", "sorted-cyclic") and self.budget > self.num_slices:
+        if rule in ("bms", "sorted-cyclic") and budget > self.num_slices:
             raise ConfigError(
-                f'sequence_selection="{self.sequence_selection}" selects at most num_slices={self.num_slices} '
-                f'sequences, got budget={self.budget}. Lower the budget or use "conditional".'
+                f'sequence_selection="{rule}" selects at most num_slices={self.num_slices} '
+                f'sequences, got budget={budget}. Lower the budget or use "conditional".'
             )
+
+    def _check_lattice(self) -> None:
+        if self.budget is not None:
+            raise ConfigError(
+                f'budget={self.budget} with sequence_selection="{LATTICE}", which has one stage for each set of '
+                "slices. Leave `budget` out, or give `work_budget` for as many of them as it pays."
+            )
+        if self.num_slices > LATTICE_MOST_SLICES:
+            raise ConfigError(
+                f'sequence_selection="{LATTICE}" trains one stage for each set of at most {LATTICE_MOST_SLICES} '
+                f"slices, got num_slices={self.num_slices}: {2**self.num_slices - 1} stages a shard. Lower `num_slices`, or "
+                "give `work_budget`."
+            )
+
+    def _sequences_at_most(self) -> int:
+        """How many sequences of a shard the stages can be at most."""
+        if isinstance(self.sequence_selection, list):
+            lists = self.sequence_selection if self._sequences_per_shard() else [self.sequence_selection]
+            return max(map(len, lists))
+        # A family is a tree whose leaves are sequences; one for each set of slices has half as many.
+        return self.budget or self.num_slices
 
     def _check_size(self, budget: int) -> None:
         # A stage's address has as many numbers as its prefix has slices.
@@ -278,35 +346,45 @@ class S3TConfig:
             )
 
     def _sequences_per_shard(self) -> bool:
-        return isinstance(self.sequence_selection[0][0], list)
+        return isinstance(self.sequence_selection, list) and isinstance(self.sequence_selection[0][0], list)
 
-    def _checked_permutations(self, given: Any) -> list[Any]:
+    def _checked_lists(self, given: Any) -> list[Any]:
+        expected = (
+            f"`sequence_selection` must be one of {', '.join((*SEQUENCE_SELECTIONS, LATTICE))} or a list of sequences "
+            f"of slices, got {given!r}."
+        )
         try:
             rows = [list(row) for row in given]
             nested = bool(rows) and bool(rows[0]) and isinstance(rows[0][0], (list, tuple))
             shards = [[list(seq) for seq in shard] for shard in rows] if nested else [rows]
         except TypeError as error:
-            raise ConfigError(
-                f"`sequence_selection` must be one of {', '.join(SEQUENCE_SELECTIONS)} or a list of permutations, got "
-                f"{given!r}."
-            ) from error
+            raise ConfigError(expected) from error
         if nested and len(shards) != self.num_shards:
             raise ConfigError(
                 f"`sequence_selection` lists sequences for {len(shards)} shards, but num_shards={self.num_shards}."
             )
-        wanted = list(range(self.num_slices))
         for sequences in shards:
             if not sequences:
-                raise ConfigError("`sequence_selection` is empty. List at least one permutation of the slices.")
+                raise ConfigError("`sequence_selection` is empty. List at least one sequence of slices.")
             for sequence in sequences:
-                if sorted(sequence, key=repr) != sorted(wanted, key=repr):
-                    raise ConfigError(
-                        f"`sequence_selection` holds {sequence}, which is not a permutation of the slices "
-                        f"0..{self.num_slices - 1} (num_slices={self.num_slices})."
-                    )
+                self._check_sequence(sequence)
             if len({tuple(sequence) for sequence in sequences}) != len(sequences):
                 raise ConfigError("`sequence_selection` lists a sequence twice. Sequences must be distinct.")
         return shards if nested else shards[0]
+
+    def _check_sequence(self, sequence: list[Any]) -> None:
+        # A truth, or a float, may equal a number.
+        are_slices = all(type(slice_) is int and 0 <= slice_ < self.num_slices for slice_ in sequence)
+        if not sequence or not are_slices:
+            raise ConfigError(
+                f"`sequence_selection` holds {sequence}, expected slices out of 0..{self.num_slices - 1} "
+                f"(num_slices={self.num_slices}). Name at least one, as a whole number."
+            )
+        if len(set(sequence)) < len(sequence):
+            raise ConfigError(
+                f"`sequence_selection` holds {sequence}, which repeats a slice. A stage adds one that those before it "
+                "did not see: name each once; not every slice has to be named."
+            )
 
     def _check_columns(self) -> None:
         given = [column is not None for column in (self.shard_column, self.slice_column)]
@@ -334,9 +412,14 @@ class S3TConfig:
         """The slices of a prefix whose examples its stage is trained on; what it stands on saw the others."""
         return prefix if self.stage_data == "cumulative" else prefix[-1:]
 
+    @property
+    def keeps_idle(self) -> bool:
+        """Whether stages are planned, and grown again, as the published plans have them, and not by their sets."""
+        return self.select != "longest" if self.keep_idle is None else self.keep_idle
+
     def explicit_sequences_of(self, shard: int) -> list[list[int]] | None:
         """The sequences the user listed for one shard, or `None` if a rule chooses them."""
-        if isinstance(self.sequence_selection, str):
+        if not isinstance(self.sequence_selection, list):
             return None
         return self.sequence_selection[shard] if self._sequences_per_shard() else self.sequence_selection
 
@@ -401,6 +484,15 @@ def check_prior(prior: Sequence[float], num_slices: int) -> None:
     total = sum(map(float, prior))
     if abs(total - 1) > 1e-6:
         raise ConfigError(f"`deletion_prior` sums to {total:g}, expected 1. Divide each entry by the sum.")
+
+
+def _positive(name: str, value: Any) -> float:
+    """A setting as a number above zero, or a [`~hf_s3t.errors.ConfigError`] if it is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Compared with a bound, because an integer may be too large for a float; and NaN is within none.
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"`{name}` must be a number above 0, got {value!r}.")
+    return float(value)
 
 
 def require_int(name: str, value: Any, minimum: int | None) -> None:

@@ -42,6 +42,7 @@ class SliceBySlice(Layout):
         return replace(
             user_config,
             budget=None,
+            work_budget=None,
             sequence_selection=[list(range(user_config.num_slices))],
             layers_per_slice=None,
             stage_data=self.stage_data or user_config.stage_data,
@@ -68,6 +69,7 @@ class AtOnce(Layout):
             user_config,
             num_slices=1,
             budget=None,
+            work_budget=None,
             sequence_selection="cyclic",
             deletion_prior=None,
             layers_per_slice=None,

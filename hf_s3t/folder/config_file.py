@@ -70,9 +70,9 @@ def plan_of(file: Path, record: Mapping[str, Any], config: S3TConfig) -> Plan:
         [`~hf_s3t.errors.FolderError`]: If the plan that is written down is none of these settings.
     """
     if record["format_version"] == 1:
-        return Plan.from_config(config)
+        return Plan.as_asked_for(config)
     try:
-        return Plan.from_record(record.get("plan"), config.num_shards, config.num_slices)
+        return Plan.from_record(record.get("plan"), config)
     except FolderError as error:
         raise FolderError(f"{file}: {error} Restore it from a backup.") from None
 

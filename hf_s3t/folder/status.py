@@ -60,7 +60,7 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
         "deletions": folder.ledger.num_deletions,
         "depths": serving_depths(folder, valid),
         "sequence_depths": folder.plan.depths(valid),
-        "stages": (len(valid), len(folder.plan.stages(folder.table.empty))),
+        "stages": (len(valid), len(valid) + len(folder.missing_stages())),
         "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
         "deletions_until_exhausted": deletions_left(folder, valid),
     }

@@ -80,7 +80,8 @@ class SystemFolder(FolderView):
 
         Args:
             path (`str` or `os.PathLike`): The folder, which may exist.
-            record (mapping): What `s3t_config.json` says besides identity, plan and versions.
+            record (mapping): What `s3t_config.json` says besides identity and versions. Where it says no plan, that is
+                the one that its settings ask for.
             table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
             key ([`~hf_s3t.records.digests.DigestKey`]): The secret these were digested with.
         """
@@ -94,9 +95,10 @@ class SystemFolder(FolderView):
         written = {
             "key_check": key.check,
             "system_id": new_identity(),
-            "plan": Plan.from_config(S3TConfig.from_dict(record["s3t_config"])).to_record(),
             "row_digests": 2,
         }
+        if "plan" not in record:
+            written["plan"] = Plan.from_config(S3TConfig.from_dict(record["s3t_config"])).to_record()
         write_record(path / CONFIG_FILE, {**written, **record})
         return cls(path)
 

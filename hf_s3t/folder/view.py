@@ -11,7 +11,8 @@ from typing import Any
 
 from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import StageKey
+from ..plan.growth import Growth
+from ..plan.stages import StageKey, is_stage_of
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
@@ -337,7 +338,9 @@ class FolderView:
         Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
         there.
         """
-        return all(stage in self._stages.records and self._fits(stage) for stage in key.lineage)
+        return is_stage_of(key, self.config) and all(
+            stage in self._stages.records and self._fits(stage) for stage in key.lineage
+        )
 
     def _fits(self, key: StageKey) -> bool:
         below = None if key.parent is None else self.adapter_digest(key.parent)
@@ -345,13 +348,22 @@ class FolderView:
 
     @property
     def valid_stages(self) -> frozenset[StageKey]:
-        """The planned stages that are valid."""
+        """The stages that are valid, whether they are planned or not."""
         valid: set[StageKey] = set()
-        for key in self.plan.stages():
-            # Parents come first, so one look at the parent stands for the whole lineage.
-            if key in self._stages.records and (key.parent is None or key.parent in valid) and self._fits(key):
+        # Parents come first, so one look at the parent stands for the whole lineage.
+        for key in sorted(self._stages.records, key=lambda key: key.depth):
+            if is_stage_of(key, self.config) and (key.parent is None or key.parent in valid) and self._fits(key):
                 valid.add(key)
         return frozenset(valid)
+
+    def missing_stages(self) -> list[StageKey]:
+        """The stages that the plan still lacks; see `Plan.missing`."""
+        return self.plan.missing(self.valid_stages, self.table.empty)
+
+    @cached_property
+    def growth(self) -> Growth:
+        """In which order what is missing is worth growing."""
+        return Growth(self.plan, self.config)
 
     def condemned_stages(self) -> list[StageKey]:
         """The stages that saw an example which was deleted since."""

@@ -377,5 +377,6 @@ class HubFolder(SystemFolder):
         are sequences, because what stands on a stage that is not pulled is not pulled either.
         """
         pulled = frozenset(stages)
-        lowest = (key for key in self.plan.stages() if key not in pulled and (not key.parent or key.parent in pulled))
+        known = sorted({*self.stages, *self.plan.stages()})
+        lowest = (key for key in known if key not in pulled and (not key.parent or key.parent in pulled))
         return [f"{key.path}[-/]*" for key in lowest]

@@ -27,7 +27,7 @@ from ..folder.layout import (
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import table_bytes
-from ..plan.stages import StageKey
+from ..plan.stages import StageKey, is_stage_of
 from ..records.digests import PUBLIC_SECRET, DigestKey
 from ..records.examples import ExampleTable
 from ..records.validity import fits
@@ -325,7 +325,10 @@ def _stages_to_be(
     ours = {key: folder.stage_record(key) for key in folder.valid_stages if folder.stage_paths(key)}
     there = {key: earlier.translated(r) for key, r in state.stages.items() if _is_whole(state, key, r)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
-    for key in folder.plan.stages(table.empty):
+    # Parents first, whether they are planned or not.
+    for key in sorted({*ours, *there}, key=lambda key: (key.depth, key)):
+        if not is_stage_of(key, folder.config):
+            continue
         for record in (ours.get(key), there.get(key)):
             if record is not None and _fits(table, key, record, chosen):
                 chosen[key] = record

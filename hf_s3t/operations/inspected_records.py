@@ -15,7 +15,6 @@ from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE
 from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
 from ..folder.secret import load_key
 from ..folder.table_file import StoredTable, read_table
-from ..plan.stages import Plan
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
@@ -30,7 +29,6 @@ class Records:
     Args:
         config ([`~hf_s3t.S3TConfig`], *optional*): The settings.
         is_of_format_1 (`bool`, defaults to `False`): Whether nothing of a later format was written yet.
-        plan ([`~hf_s3t.plan.stages.Plan`], *optional*): The stages that they ask for.
         key ([`~hf_s3t.records.digests.DigestKey`], *optional*): The secret.
         ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger, if it holds all lines that it had.
         table ([`~hf_s3t.records.examples.ExampleTable`], *optional*): The examples that are in.
@@ -39,7 +37,6 @@ class Records:
 
     config: S3TConfig | None = None
     is_of_format_1: bool = False
-    plan: Plan | None = None
     key: DigestKey | None = None
     ledger: Ledger | None = None
     table: ExampleTable | None = None
@@ -61,7 +58,8 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     with findings.reading(path):
         record = _read_config(path)
         records.config = _settings_in(path, record)
-        records.plan = plan_of(path / CONFIG_FILE, record, records.config)
+        # Read to see that it is one.
+        plan_of(path / CONFIG_FILE, record, records.config)
         records.is_of_format_1 = record["format_version"] == 1
         records.earlier.take_in(record.get("earlier_slices", {}))
     with findings.reading(path):

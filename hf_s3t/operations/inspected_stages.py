@@ -23,7 +23,7 @@ from ..folder.layout import (
 )
 from ..folder.scratch import stage_of
 from ..folder.stage_record import adapter_of, read_stage
-from ..plan.stages import StageKey
+from ..plan.stages import StageKey, is_stage_of
 from ..records.validity import fits, is_current
 from .findings import Findings, require_file
 from .inspected_records import Records
@@ -64,14 +64,14 @@ def inspect_stages(path: Path, records: Records, adapters: bool, findings: Findi
 
 
 def _stage_at(folder: Path, records: Records, findings: Findings) -> StageKey | None:
-    """The stage that a folder holds; `None` if it is a link, a leftover, or no planned stage."""
+    """The stage that a folder holds; `None` if it is a link, a leftover, or no stage of the system."""
     if folder.is_symlink():
         return None
     if folder.name.startswith(LEFTOVER_PREFIXES):
         findings.condemned(folder, "leftover")
         return None
     key = _key_of(folder)
-    if key is None or not folder.is_dir() or not _is_planned(key, records):
+    if key is None or not folder.is_dir() or not _is_of_system(key, records):
         findings.unknown(folder)
         return None
     for entry in entries(folder):
@@ -152,7 +152,7 @@ def _check_checkpoints_of_stage(folder: Path, records: Records, findings: Findin
     if folder.is_symlink():
         return
     key = _trained_in(folder)
-    if key is None or not folder.is_dir() or not _is_planned(key, records):
+    if key is None or not folder.is_dir() or not _is_of_system(key, records):
         findings.unknown(folder)
         return
     for entry in entries(folder):
@@ -179,9 +179,9 @@ def _is_current(checkpoint: Path, key: StageKey, records: Records) -> bool:
 # Names of folders
 
 
-def _is_planned(key: StageKey, records: Records) -> bool:
-    """Whether a stage is one of the system's, as far as its plan could be read."""
-    return records.plan is None or key in records.plan
+def _is_of_system(key: StageKey, records: Records) -> bool:
+    """Whether a stage can be one of the system's, as far as its settings could be read."""
+    return records.config is None or is_stage_of(key, records.config)
 
 
 def _key_of(folder: Path) -> StageKey | None:

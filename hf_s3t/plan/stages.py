@@ -5,17 +5,22 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from ..config import S3TConfig
+from ..config import FAMILY_MOST_SLICES, LATTICE, S3TConfig
 from ..errors import FolderError
+from ..sequences.families import best_family, family_of, lattice, stages_of, work_of
 from ..sequences.rules import select_sequences
+from ..sequences.worth import outlook_of
 
 
 # Optimizer steps below which a stage seldom converges: its adapter starts at nothing, under a fresh schedule.
 LEAST_STEPS = 50
+# Up to so many slices one stage for each set of them is no more work than as many rotations as there are slices.
+_LATTICE_FOR_NO_MORE = 5
 # Not every digit of Unicode, nor more digits than Python converts.
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
+_T = TypeVar("_T")
 _PATH = re.compile(rf"stages/shard-({_NUMBER})/({_NUMBER}(?:-{_NUMBER})*)")
 
 
@@ -62,6 +67,11 @@ class StageKey(NamedTuple):
         return tuple(StageKey(self.shard, self.prefix[: i + 1]) for i in range(self.depth))
 
     @property
+    def slices(self) -> tuple[int, frozenset[int]]:
+        """The shard and the set of slices that the stage saw, in whatever order."""
+        return self.shard, frozenset(self.prefix)
+
+    @property
     def path(self) -> str:
         """The stage's folder, relative to the system's, with forward slashes."""
         return f"stages/shard-{self.shard}/" + "-".join(map(str, self.prefix))
@@ -88,6 +98,12 @@ class StageKey(NamedTuple):
         return self.path.removeprefix("stages/")
 
 
+def is_stage_of(key: StageKey, config: S3TConfig) -> bool:
+    """Whether a system of these settings can have the stage: it has the shard and the slices, each of them once."""
+    are_slices = all(slice_ < config.num_slices for slice_ in key.prefix)
+    return key.shard < config.num_shards and are_slices and len(set(key.prefix)) == key.depth
+
+
 def stage_seed(seed: int, key: StageKey) -> int:
     """
     The seed of a stage: a hash of the system's seed, the shard and the prefix, and of nothing else.
@@ -102,10 +118,20 @@ def stage_seed(seed: int, key: StageKey) -> int:
 @dataclass(frozen=True)
 class Plan:
     """
-    The sequences of every shard and the tree of stages they share.
+    What every shard shall have: a tree of stages each, in which a stage adds one slice to the one it stands on.
+
+    What a shard can serve after deletions depends on the sets of slices that its stages saw, not on their order. So a
+    plan is sets: a planned set is there if any valid stage saw it, and a missing one is grown on any valid stage that
+    saw all of it but one slice (`by_sets`). The published plans are sequences, in which a set may come twice; they are
+    grown as they are planned.
 
     Args:
-        sequences (`tuple` of `tuple` of permutations): Per shard its sequences, in the order of their numbers.
+        families (`tuple` of `tuple` of prefixes):
+            Per shard its stages, in the order in which they are first trained, parents before children; or its
+            sequences, of which these are all prefixes.
+        by_sets (`bool`, defaults to `False`):
+            Whether a stage counts by its set. Then a stage whose set an earlier one has is left out, and what stood on
+            it stands on that one.
 
     Example:
 
@@ -115,69 +141,77 @@ class Plan:
 
     >>> plan = Plan.from_config(S3TConfig(num_slices=2))
     >>> [str(key) for key in plan.stages()]
-    ['shard-0/0', 'shard-0/0-1', 'shard-0/1', 'shard-0/1-0']
+    ['shard-0/0', 'shard-0/0-1', 'shard-0/1']
     >>> [str(key) for key in plan.removed_by({(0, 1)}, plan.stages())]
-    ['shard-0/0-1', 'shard-0/1', 'shard-0/1-0']
+    ['shard-0/0-1', 'shard-0/1']
     ```
     """
 
-    sequences: tuple[tuple[tuple[int, ...], ...], ...]
+    families: tuple[tuple[tuple[int, ...], ...], ...]
+    by_sets: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "families", tuple(map(family_of if self.by_sets else stages_of, self.families)))
 
     @classmethod
     def from_config(cls, config: S3TConfig) -> "Plan":
-        """The plan that a config describes."""
-        shards = []
-        for shard in range(config.num_shards):
-            sequences = config.explicit_sequences_of(shard) or select_sequences(
-                config.num_slices,
-                config.budget or config.num_slices,
-                method=str(config.sequence_selection),
-                prior=config.prior_of(shard),
-                horizon=config.score_horizon,
-                seed=config.seed,
-            )
-            shards.append(tuple(tuple(sequence) for sequence in sequences))
-        return cls(tuple(shards))
+        """
+        The plan of a new system, which a config asks for.
+
+        What is asked for by work is searched, which takes seconds; of a system that is there the plan is written down.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If the work asked for is too little for one chain of stages.
+        """
+        plan = cls.as_asked_for(config)
+        if not plan.by_sets:
+            return plan
+        families = (outlook_of(config, shard).order(family) for shard, family in enumerate(plan.families))
+        return cls(tuple(families), by_sets=True)
 
     @classmethod
-    def from_record(cls, record: Any, num_shards: int, num_slices: int) -> "Plan":
+    def as_asked_for(cls, config: S3TConfig) -> "Plan":
+        """The same stages in the order of the sequences that a config asks for, as plans once were."""
+        return cls(tuple(_family(config, shard) for shard in range(config.num_shards)), not config.keeps_idle)
+
+    @classmethod
+    def from_record(cls, record: Any, config: S3TConfig) -> "Plan":
         """
         The plan that `to_record` wrote down. Nothing is searched.
 
         Args:
             record (`list`): What was written.
-            num_shards (`int`): Number of shards.
-            num_slices (`int`): Number of slices per shard.
+            config ([`~hf_s3t.S3TConfig`]): The settings of its system.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If it is no plan of so many shards and slices.
         """
+        num_shards, num_slices = config.num_shards, config.num_slices
         expected = f"expected one of {num_shards} shards and {num_slices} slices"
         if not isinstance(record, list) or len(record) != num_shards:
             found = f"{len(record)} shards" if isinstance(record, list) else repr(record)
             raise FolderError(f"The plan that is written down is of {found}, {expected}.")
-        sequences = []
         for shard, stages in enumerate(record):
             if not _is_tree(stages, num_slices):
                 raise FolderError(f"The plan that is written down for shard {shard} is no tree of stages, {expected}.")
-            prefixes = (tuple(stage["prefix"]) for stage in stages)
-            sequences.append(tuple(prefix for prefix in prefixes if len(prefix) == num_slices))
-        return cls(tuple(sequences))
+        families = tuple(tuple(tuple(stage["prefix"]) for stage in stages) for stages in record)
+        return cls(families, by_sets=not config.keeps_idle)
 
     def to_record(self) -> list[list[dict[str, list[int]]]]:
         """
         The plan as it is written down: per shard its stages in training order, each with the set of its slices and
         their order. The first one of a set has the first of its orders.
         """
-        shards: list[list[dict[str, list[int]]]] = [[] for _ in range(self.num_shards)]
-        for key in self._ordered:
-            shards[key.shard].append({"slices": sorted(key.prefix), "prefix": list(key.prefix)})
-        return shards
+        return [[{"slices": sorted(prefix), "prefix": list(prefix)} for prefix in family] for family in self.families]
+
+    @cached_property
+    def sequences(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Per shard the stages on which no other stands, in their order: those of the published plans are its sequences."""
+        return tuple(map(_leaves, self.families))
 
     @cached_property
     def _ordered(self) -> tuple[StageKey, ...]:
-        # A dict keeps the order of first use, so a parent precedes its children and shared prefixes appear once.
-        return tuple(dict.fromkeys(key for stacks in self._stacks for stack in stacks for key in stack))
+        return tuple(StageKey(shard, prefix) for shard, family in enumerate(self.families) for prefix in family)
 
     @cached_property
     def _stacks(self) -> tuple[tuple[tuple[StageKey, ...], ...], ...]:
@@ -188,20 +222,36 @@ class Plan:
         )
 
     @cached_property
-    def _planned(self) -> frozenset[StageKey]:
-        return frozenset(self._ordered)
+    def _places(self) -> dict[StageKey, int]:
+        return {key: place for place, key in enumerate(self._ordered)}
+
+    @cached_property
+    def _places_of_sets(self) -> dict[tuple[int, frozenset[int]], int]:
+        # Of two the first one: later ones are written first, and over.
+        return {key.slices: place for key, place in reversed(self._places.items())}
 
     @property
     def num_shards(self) -> int:
         """Number of shards."""
-        return len(self.sequences)
+        return len(self.families)
 
     def __contains__(self, key: StageKey) -> bool:
-        return key in self._planned
+        return key in self._places
+
+    def rank(self, key: StageKey) -> tuple[int, bool, StageKey]:
+        """
+        The place of a stage in the one order by which ties between equally deep stages are settled.
+
+        Planned stages as they are planned; a stage whose set is planned in another order right behind that one; then
+        all others, by shard and prefix.
+        """
+        place = self._places.get(key)
+        of_set = self._places_of_sets.get(key.slices, len(self._places))
+        return (of_set, True, key) if place is None else (place, False, key)
 
     def stages(self, empty: Collection[tuple[int, int]] = ()) -> list[StageKey]:
         """
-        Every stage that should exist, parents before children, shared prefixes once.
+        Every planned stage, parents before children, by its first prefix.
 
         Args:
             empty (collection of `(shard, slice)`): Slices that deletions have emptied; a sequence ends before one.
@@ -209,16 +259,63 @@ class Plan:
         return [key for key in self._ordered if not key.saw(empty)] if empty else list(self._ordered)
 
     def missing(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> list[StageKey]:
-        """The stages that `train()` has to make, in training order."""
-        return [key for key in self.stages(empty) if key not in valid]
+        """
+        The stages that `train()` has to make, in the plan's order, parents first.
+
+        By sets, a set that no valid stage saw is grown by its first prefix if that one's parent is valid; else on the
+        valid stage that `rank` puts first among those that saw all of it but one slice; else on what is missing too.
+
+        Args:
+            valid (collection of [`StageKey`]): The valid stages.
+            empty (collection of `(shard, slice)`): Slices of which nothing is left: no set that has one is grown.
+        """
+        if not self.by_sets:
+            return [key for key in self.stages(empty) if key not in valid]
+        there: list[set[StageKey]] = [set() for _ in range(self.num_shards)]
+        for key in valid:
+            there[key.shard].add(key)
+        return [key for shard, keys in enumerate(there) for key in self.missing_in(shard, keys, empty)]
+
+    def missing_in(
+        self, shard: int, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()
+    ) -> list[StageKey]:
+        """What `missing` says of one shard of a plan by sets, whose valid stages are given."""
+        first: dict[frozenset[int], StageKey] = {}
+        for key in sorted(valid, key=self.rank):
+            first.setdefault(frozenset(key.prefix), key)
+        missing: dict[frozenset[int], StageKey] = {}
+        for prefix in self.families[shard]:
+            key, slices = StageKey(shard, prefix), frozenset(prefix)
+            if slices in first or key.saw(empty):
+                continue
+            below = key.parent
+            if below is not None and below not in valid:
+                others = [first[rest] for rest in (slices - {slice_} for slice_ in slices) if rest in first]
+                below = min(others, key=self.rank) if others else missing[frozenset(below.prefix)]
+            stands_on = () if below is None else below.prefix
+            missing[slices] = StageKey(shard, (*stands_on, *slices.difference(stands_on)))
+        return list(missing.values())
+
+    def sequence_of(self, key: StageKey) -> int:
+        """The number of the first sequence of its shard that has the stage, or else its set; 0 if there is none."""
+        stacks = self._stacks[key.shard]
+        for has in (lambda stack: key in stack, lambda stack: any(key.slices == other.slices for other in stack)):
+            found = next((number for number, stack in enumerate(stacks) if has(stack)), None)
+            if found is not None:
+                return found
+        return 0
 
     def removed_by(self, hits: Collection[tuple[int, int]], stages: Iterable[StageKey]) -> list[StageKey]:
         """Those of `stages` that a deletion in the (shard, slice) pairs removes (Algorithm 4)."""
         return [key for key in stages if key.saw(hits)]
 
     def depths(self, valid: Collection[StageKey]) -> list[list[int]]:
-        """Per shard and sequence, the length of the longest prefix whose stages are all valid."""
-        return [[_valid_depth(stack, valid) for stack in stacks] for stacks in self._stacks]
+        """Per shard and sequence, the length of the longest prefix whose stages, or sets, are all there."""
+        if not self.by_sets:
+            return [[_valid_depth(stack, valid) for stack in stacks] for stacks in self._stacks]
+        sets = {key.slices for key in valid}
+        stacks_of_sets = [[[key.slices for key in stack] for stack in stacks] for stacks in self._stacks]
+        return [[_valid_depth(stack, sets) for stack in stacks] for stacks in stacks_of_sets]
 
     def served(
         self,
@@ -227,47 +324,86 @@ class Plan:
         losses: Mapping[StageKey, float] | None = None,
     ) -> tuple[tuple[StageKey, ...], ...]:
         """
-        Which stacks answer, as a pure function of the valid stages.
+        Which stacks answer, as a pure function of the valid stages, planned or not.
 
         Args:
             valid (collection of [`StageKey`]): The valid stages.
             select (`str`, defaults to `"longest"`):
-                `"longest"`: per shard the longest valid prefix, ties to the lowest sequence number. `"metric"`: the
-                valid prefix with the lowest recorded loss (section B.3 of the paper); stages without one come last.
-                `"all"`: the longest valid prefix of every sequence (Figure 16).
+                `"longest"`: per shard the deepest valid stage. `"metric"`: the valid stage with the lowest recorded
+                loss (section B.3 of the paper); those without one come last, and the deepest of equals is taken.
+                `"all"`: the longest valid prefix of every sequence (Figure 16), and valid stages beyond them on which
+                no other stands. Ties are settled by `rank`.
             losses (mapping from [`StageKey`] to `float`, *optional*): Recorded evaluation losses, for `"metric"`.
 
         Returns:
             `tuple[tuple[StageKey, ...], ...]`: Per shard the last stages of the stacks that serve; empty if none is
             left.
         """
-        return tuple(
-            self._served_of(shard, depths, select, losses or {}) for shard, depths in enumerate(self.depths(valid))
-        )
+        of_shards: list[list[StageKey]] = [[] for _ in range(self.num_shards)]
+        whole: set[StageKey] = set()
+        # Nothing serves whose stack has a gap.
+        for key in sorted(valid, key=lambda key: key.depth):
+            if key.parent is None or key.parent in whole:
+                whole.add(key)
+                of_shards[key.shard].append(key)
+        return tuple(self._served_of(shard, keys, select, losses or {}) for shard, keys in enumerate(of_shards))
 
     def _served_of(
-        self, shard: int, depths: Sequence[int], select: str, losses: Mapping[StageKey, float]
+        self, shard: int, valid: Sequence[StageKey], select: str, losses: Mapping[StageKey, float]
     ) -> tuple[StageKey, ...]:
-        tips = [StageKey(shard, seq[:d]) for seq, d in zip(self.sequences[shard], depths, strict=True) if d]
-        if not tips:
+        if not valid:
             return ()
         if select == "all":
-            return tuple(dict.fromkeys(tips))
+            return self._tips(shard, set(valid))
         if select == "metric":
-            candidates = dict.fromkeys(key for tip in tips for key in tip.lineage)
-            return (min(candidates, key=lambda key: (_rank(losses.get(key)), -key.depth)),)
-        return (max(tips, key=lambda key: key.depth),)
+            return (min(valid, key=lambda key: (_rank(losses.get(key)), -key.depth, self.rank(key))),)
+        deepest = max(key.depth for key in valid)
+        return (min((key for key in valid if key.depth == deepest), key=self.rank),)
+
+    def _tips(self, shard: int, valid: Collection[StageKey]) -> tuple[StageKey, ...]:
+        planned = [stack[:depth] for stack in self._stacks[shard] if (depth := _valid_depth(stack, valid))]
+        seen = {key for stack in planned for key in stack}
+        parents = {key.parent for key in valid}
+        others = sorted(key for key in valid if key not in seen and key not in parents)
+        return tuple(dict.fromkeys([*(stack[-1] for stack in planned), *others]))
 
     def first_slices_alive(self, valid: Collection[StageKey]) -> list[set[int]]:
-        """Per shard, the distinct first slices of sequences whose first stage is valid: what keeps the shard alive."""
-        return [
-            {sequence[0] for sequence in sequences if StageKey(shard, sequence[:1]) in valid}
-            for shard, sequences in enumerate(self.sequences)
-        ]
+        """Per shard, the slices of valid first stages: what keeps the shard alive."""
+        alive: list[set[int]] = [set() for _ in range(self.num_shards)]
+        for key in valid:
+            if key.depth == 1:
+                alive[key.shard].update(key.prefix)
+        return alive
+
+
+def _family(config: S3TConfig, shard: int) -> tuple[tuple[int, ...], ...]:
+    """The stages that a config asks for in one shard."""
+    explicit, prior = config.explicit_sequences_of(shard), config.prior_of(shard)
+    if explicit is not None:
+        return stages_of([tuple(sequence) for sequence in explicit])
+    size, rule, work = config.num_slices, config.sequence_selection, config.work_budget
+    if rule is None and work is None and config.budget is None and not config.keeps_idle:
+        # Up to five slices the lattice costs no more than the rotations, and nothing serves deeper.
+        if size <= _LATTICE_FOR_NO_MORE:
+            rule = LATTICE
+        elif size <= FAMILY_MOST_SLICES:
+            work = work_of(stages_of(select_sequences(size, size)), size, config.replay)
+    if rule == LATTICE:
+        return lattice(size)
+    if work is not None:
+        return best_family(size, work, prior, config.score_horizon, config.replay)
+    budget = config.budget or size
+    method = str(rule or "cyclic")
+    return stages_of(select_sequences(size, budget, method, prior, config.score_horizon, config.seed))
+
+
+def _leaves(family: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    parents = {prefix[:-1] for prefix in family}
+    return tuple(prefix for prefix in family if prefix not in parents)
 
 
 def _is_tree(stages: Any, num_slices: int) -> bool:
-    """Whether stages that are written down are a tree, parents before children, whose leaves hold all slices."""
+    """Whether stages that are written down are a tree, parents before children."""
     seen: set[tuple[int, ...]] = {()}
     try:
         for stage in stages:
@@ -281,8 +417,7 @@ def _is_tree(stages: Any, num_slices: int) -> bool:
             seen.add(prefix)
     except (TypeError, KeyError):
         return False
-    leaves = seen.difference(prefix[:-1] for prefix in seen)
-    return bool(leaves) and all(len(leaf) == num_slices for leaf in leaves)
+    return len(seen) > 1
 
 
 def _rank(loss: float | None) -> float:
@@ -290,7 +425,7 @@ def _rank(loss: float | None) -> float:
     return float("inf") if loss is None or loss != loss else loss
 
 
-def _valid_depth(stack: Sequence[StageKey], valid: Collection[StageKey]) -> int:
+def _valid_depth(stack: Sequence[_T], valid: Collection[_T]) -> int:
     return next((depth for depth, key in enumerate(stack) if key not in valid), len(stack))
 
 

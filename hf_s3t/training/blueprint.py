@@ -35,6 +35,7 @@ from ..model.refusals import (
 from ..model.stateless import check_keeps_no_state
 from ..model.targets import check_targets
 from ..model.task import find_task
+from ..plan.stages import Plan
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances
@@ -52,6 +53,8 @@ _NOT_OF_AN_ADAPTER = {
 }  # fmt: skip
 # What PEFT's models of classification add to `modules_to_save`.
 _HEADS_OF_PEFT = ("classifier", "score")
+# What decides which stages are planned.
+_PLANNED = ("budget", "work_budget", "keep_idle", "sequence_selection")
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,12 @@ class NewSystem:
     Args:
         key ([`~hf_s3t.records.digests.DigestKey`]): Its secret.
         table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
+        plan ([`~hf_s3t.plan.stages.Plan`]): The stages that it shall have.
     """
 
     key: DigestKey
     table: ExampleTable
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Blueprint:
         return {
             **({} if self.layout.method == "s3t" else {"baseline": baseline}),
             "s3t_config": self.config.to_dict(),
+            **({} if self.new is None else {"plan": self.new.plan.to_record()}),
             "base_model": {**self.base, "config": config_of(model), **generation_of(model)},
             "task": self.task,
             "aggregation": self.config.aggregation or _default_aggregation(self.task),
@@ -213,9 +219,10 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
             rows.compared_with = given.eval_dataset
     new = None
     if rows is not None and key is not None:
-        new = NewSystem(key, _planned(rows, key, config))
+        # Searched, if need be: once, and before anything expensive.
+        new = NewSystem(key, _planned(rows, key, config), Plan.from_config(config))
         if given.s3t_config is None:
-            say_what_the_default_costs(config, layers, new.table, args.max_steps)
+            say_what_the_default_costs(config, new.plan, layers, new.table, args.max_steps)
     elif rows is not None and folder is not None:
         _match(rows, folder)
     say_which_seed_rules(args, config)
@@ -304,9 +311,7 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
     if recorded is None:
         return given if given is not None else S3TConfig()
     config = S3TConfig.from_dict(recorded.get("baseline", recorded).get("s3t_config"))
-    differing = (
-        [] if given is None else [f.name for f in fields(config) if getattr(config, f.name) != getattr(given, f.name)]
-    )
+    differing = [] if given is None else [f.name for f in fields(config) if _differs(f.name, given, config)]
     if differing:
         raise ConfigError(
             "`s3t_config` differs from the one this folder's system was made with: "
@@ -315,6 +320,12 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
             "been trained yet can be removed."
         )
     return config
+
+
+def _differs(name: str, given: S3TConfig, recorded: S3TConfig) -> bool:
+    """Whether a setting contradicts the recorded one. What is planned is written down: left out, that is meant."""
+    value = getattr(given, name)
+    return value != getattr(recorded, name) and not (name in _PLANNED and value is None)
 
 
 def _merged_peft_config(

@@ -239,17 +239,20 @@ def say_which_seed_rules(args: TrainingArguments, config: S3TConfig) -> None:
         )
 
 
-def say_what_the_default_costs(config: S3TConfig, layers: LayerGroups, table: ExampleTable, max_steps: int) -> None:
+def say_what_the_default_costs(
+    config: S3TConfig, plan: Plan, layers: LayerGroups, table: ExampleTable, max_steps: int
+) -> None:
     """
     Say how much more than one plain run a system costs that nobody chose the settings of.
 
     Args:
         config ([`S3TConfig`]): The system.
+        plan ([`~hf_s3t.plan.stages.Plan`]): Its stages.
         layers ([`~hf_s3t.model.layers.LayerGroups`]): The layers of its stages.
         table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
         max_steps (`int`): Steps of a stage, or of a plain run, whatever it is trained on; 0 or less for epochs.
     """
-    stages = Plan.from_config(config).stages()
+    stages = plan.stages()
     if len(stages) == 1:
         return
 
@@ -260,8 +263,8 @@ def say_what_the_default_costs(config: S3TConfig, layers: LayerGroups, table: Ex
     costs = [relative_cost(key, examples(key), depth, layers.layers_below(key.group)) for key in stages]
     plain = 2 * depth * (1 if max_steps > 0 else len(table))
     logger.warning_once(
-        f"`s3t_config` was left out: with {config.num_shards} shard, {config.num_slices} slices and a budget of "
-        f"{config.budget} sequences `train()` trains {len(stages)} stages, at about {sum(costs) / plain:.1f} times "
-        "the cost of one plain run. Give S3TConfig(num_shards=..., num_slices=..., budget=...), a smaller budget "
-        "costs less; `hf-s3t plan` recommends them, and S3TConfig() says that these are meant."
+        f"`s3t_config` was left out: with {config.num_shards} shard and {config.num_slices} slices `train()` trains "
+        f"{len(stages)} stages, one for each set of slices, at about {sum(costs) / plain:.1f} times the cost of one "
+        "plain run. Give S3TConfig(num_shards=..., num_slices=..., work_budget=...), a smaller budget costs less; "
+        "`hf-s3t plan` recommends them, and S3TConfig() says that these are meant."
     )

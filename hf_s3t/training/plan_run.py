@@ -97,7 +97,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         rows = self._rows_of_stages
         self._look_before_training(resume_from_checkpoint is not False)
         self._agreed = self.folder.valid_stages
-        keys = self._stage_order(self._missing())
+        keys = self._missing()
         check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
         costs = [self._cost(key) for key in keys]
         self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
@@ -215,10 +215,17 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             # Another trainer is at work on the folder.
             self._refuse_other_recipe(resume=False)
             self._agreed = valid
-        missing = self._stage_order(self._missing(valid))
         key: StageKey | None
-        (key,) = broadcast_object_list([missing[0] if missing else None])
+        (key,) = broadcast_object_list([self._first_of_missing(valid)])
         return key
+
+    def _first_of_missing(self, valid: frozenset[StageKey]) -> StageKey | None:
+        """
+        The missing stage that is trained next. In another order the same stages come out with the same tensors, as far
+        as they stand on the same ones.
+        """
+        step = self.folder.growth.next(valid, self._rows_of_stages.empty(self.folder.table))
+        return None if step is None else step.key
 
     def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
@@ -226,16 +233,13 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         valid = folder.valid_stages if valid is None else valid
         return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
 
-    def _stage_order(self, keys: list[StageKey]) -> list[StageKey]:
-        """The order in which missing stages are trained; any that has parents first gives the same tensors."""
-        return keys
-
     def _cost(self, key: StageKey) -> float:
         examples = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _completes(self, key: StageKey) -> bool:
-        return key.prefix in self.folder.plan.sequences[key.shard]
+        """Whether a sequence is whole with a stage: on its set, in whatever order, no other is planned to stand."""
+        return any(key.slices == (key.shard, frozenset(leaf)) for leaf in self.folder.plan.sequences[key.shard])
 
     def _agree_on_deletions(self) -> None:
         """

@@ -104,9 +104,7 @@ def _kinds() -> tuple[type[TrainerCallback], ...]:
 
 def tags(key: StageKey, plan: Plan) -> dict[str, int]:
     """Where in the plan a stage is, in numbers, which every tracker takes: several of them drop texts."""
-    sequences = plan.sequences[key.shard]
-    number = next(n for n, sequence in enumerate(sequences) if sequence[: key.depth] == key.prefix)
-    return {"shard": key.shard, "sequence": number, "depth": key.depth}
+    return {"shard": key.shard, "sequence": plan.sequence_of(key), "depth": key.depth}
 
 
 def last_step(records: Mapping[Any, Mapping[str, Any]]) -> int:

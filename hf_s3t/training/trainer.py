@@ -26,7 +26,7 @@ from ..model.head import seed_head
 from ..model.quantisation import keep_4_bit_weights, log_casts_once
 from ..model.randomness import own_randomness
 from ..model.stack import StageStack
-from ..plan.stages import LEAST_STEPS, Plan, StageKey
+from ..plan.stages import LEAST_STEPS, StageKey
 from ..records.digests import KeptNames
 from .audit import VerificationReport, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
@@ -109,7 +109,7 @@ class S3TTrainerMixin(PlanRuns):
         prepared.check_slices(new.table)
         if self.train_dataset is not rows.dataset and collates_as_stored(self.data_collator):
             check_rows(self.train_dataset, self.model, blueprint.head, self.args)
-        stages = Plan.from_config(blueprint.config).stages(new.table.empty)
+        stages = new.plan.stages(new.table.empty)
         check_batches(stages, prepared, new.table, self.args, self.accelerator.num_processes)
         return prepared
 

@@ -573,17 +573,17 @@ class Meddling(TrainerCallback):
 class ShardsLast(S3TTrainer):
     """Trains all first stages before any second one, and the last shard first."""
 
-    def _stage_order(self, keys):
-        return sorted(keys, key=lambda key: (key.depth, -key.shard, key.prefix), reverse=False)
+    def _first_of_missing(self, valid):
+        return min(self._missing(valid), key=lambda key: (key.depth, -key.shard, key.prefix), default=None)
 
 
 class DeepestFirst(S3TTrainer):
     """Trains the last sequence of the last shard first."""
 
-    def _stage_order(self, keys):
+    def _first_of_missing(self, valid):
+        keys = self._missing(valid)
         tips = [key for key in keys if key.depth == 2]
-        lineages = (stage for tip in reversed(tips) for stage in tip.lineage)
-        return list(dict.fromkeys(stage for stage in lineages if stage in keys))
+        return next((stage for tip in reversed(tips) for stage in tip.lineage if stage in keys), None)
 
 
 EVALUATION = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)
@@ -666,8 +666,8 @@ def test_packing_does_not_depend_on_the_order_of_stages(tmp_path, tokenizer, pac
     """Shuffling before packing is seeded by the stage, not by what was trained before it."""
 
     class Backwards(RecordingSFTTrainer):
-        def _stage_order(self, keys):
-            return sorted(keys, key=lambda key: (key.depth, -key.shard))
+        def _first_of_missing(self, valid):
+            return min(self._missing(valid), key=lambda key: (key.depth, -key.shard), default=None)
 
     seen = []
     for name, cls in (("forwards", RecordingSFTTrainer), ("backwards", Backwards)):

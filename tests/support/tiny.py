@@ -229,8 +229,12 @@ def training_arguments(output_dir: str | Path, cls: type[TrainingArguments] = Tr
 
 
 def s3t_config(**changes) -> S3TConfig:
-    """Two slices, two sequences, one shard; ids in a column, each example's place a hash of its own id."""
-    return S3TConfig(**{"num_slices": 2, "id_column": "id", "partition": "hashed", "seed": 3, **changes})
+    """
+    Two slices, one shard, the published plan of two sequences; ids in a column, each example's place a hash of its id.
+    """
+    published = {"keep_idle": True} if "work_budget" not in changes else {}
+    settings = {"num_slices": 2, "id_column": "id", "partition": "hashed", "seed": 3, **published, **changes}
+    return S3TConfig(**settings)
 
 
 def make_trainer(

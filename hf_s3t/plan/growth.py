@@ -1,0 +1,128 @@
+"""What is to be grown next: which sets of slices are missing, on which stages they can stand, and what each is worth."""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..config import S3TConfig
+from ..sequences.worth import Worth, outlook_of
+from .stages import Plan, StageKey
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    A stage to grow, and why.
+
+    Args:
+        key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
+        work (`float`): What training it costs, in full LoRA fine-tunings of all the data.
+        depth (`float`): What it adds to the mean depth over shards that serves now.
+        expected_depth (`float`): What it adds to the mean depth that is expected over the requests to come.
+    """
+
+    key: StageKey
+    work: float
+    depth: float
+    expected_depth: float
+
+
+class Growth:
+    """
+    The growth of a system: what its plan still lacks, in the order of its worth.
+
+    What is missing, and on which stages it would stand, says `Plan.missing`. What lifts the depth that serves now comes first, the most depth for the work; then what lifts
+    the depth that is expected, again for the work; of equals the first of the plan. A published plan is grown as it is
+    planned.
+
+    Args:
+        plan ([`~hf_s3t.plan.stages.Plan`]): What shall be there.
+        config ([`~hf_s3t.S3TConfig`]): By whose prior, horizon and replay stages are weighed.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t import S3TConfig
+    >>> from hf_s3t.plan import Growth, Plan, StageKey
+
+    >>> config = S3TConfig(num_slices=3)
+    >>> plan = Plan.from_config(config)
+    >>> valid = [key for key in plan.stages() if not key.saw({(0, 1)})]
+    >>> Growth(plan, config).next(valid).key
+    StageKey(shard=0, prefix=(0, 2, 1))
+    ```
+    """
+
+    def __init__(self, plan: Plan, config: S3TConfig):
+        self._plan = plan
+        self._outlooks = [outlook_of(config, shard) for shard in range(config.num_shards)]
+        # Per shard what was found last, and of which valid stages and empty slices.
+        self._known: dict[int, tuple[Any, _Found | None]] = {}
+
+    def expected_depth(self, valid: Collection[StageKey]) -> float:
+        """The mean depth over shards that valid stages serve over the requests to come, if none is grown again."""
+        depths = [
+            outlook.expected_depth([key.prefix for key in valid if key.shard == shard])
+            for shard, outlook in enumerate(self._outlooks)
+        ]
+        return sum(depths) / len(depths)
+
+    def next(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Step | None:
+        """
+        The stage to grow next; `None` if nothing is missing.
+
+        Args:
+            valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
+            empty (collection of `(shard, slice)`): Slices of which nothing is left: no set with one is grown.
+        """
+        return next(self.steps(valid, empty), None)
+
+    def missing(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> list[Step]:
+        """All that is to be grown, in its order, if nothing is deleted meanwhile. Arguments as of `next`."""
+        return list(self.steps(valid, empty))
+
+    def steps(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Iterator[Step]:
+        """What `missing` lists, one after the other. Arguments as of `next`."""
+        there: list[set[StageKey]] = [set() for _ in self._outlooks]
+        for key in valid:
+            there[key.shard].add(key)
+        if not self._plan.by_sets:
+            yield from self._as_planned(there, empty)
+            return
+        found = [self._first(shard, there[shard], empty) for shard in range(len(there))]
+        while any(found):
+            # The first of equals.
+            best = max((step for step in found if step is not None), key=lambda step: step.worth.order)
+            yield self._step(best)
+            there[best.key.shard].add(best.key)
+            found[best.key.shard] = self._first(best.key.shard, there[best.key.shard], empty)
+
+    def _as_planned(self, there: list[set[StageKey]], empty: Collection[tuple[int, int]]) -> Iterator[Step]:
+        for key in self._plan.stages(empty):
+            if key not in there[key.shard]:
+                (worth,) = self._outlooks[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
+                yield self._step(_Found(key, worth))
+                there[key.shard].add(key)
+
+    def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
+        """The stage of a shard to grow first; remembered, as it is asked for again when another shard has grown."""
+        state = frozenset(there), frozenset(empty)
+        if shard not in self._known or self._known[shard][0] != state:
+            missing = _prefixes(self._plan.missing_in(shard, *state))
+            found = self._outlooks[shard].first(missing, _prefixes(there))
+            self._known[shard] = state, None if found is None else _Found(StageKey(shard, found[0]), found[1])
+        return self._known[shard][1]
+
+    def _step(self, found: "_Found") -> Step:
+        shards = len(self._outlooks)
+        work = self._outlooks[found.key.shard].work(found.key.depth) / shards
+        return Step(found.key, work, found.worth.now / shards, found.worth.later / shards)
+
+
+class _Found(NamedTuple):
+    key: StageKey
+    worth: Worth
+
+
+def _prefixes(keys: Iterable[StageKey]) -> list[tuple[int, ...]]:
+    return [key.prefix for key in keys]
