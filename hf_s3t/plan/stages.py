@@ -206,7 +206,7 @@ class Plan:
 
     @cached_property
     def sequences(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Per shard the stages on which no other stands, in their order: those of the published plans are its sequences."""
+        """Per shard the stages on which no other is planned to stand, in order: of published plans, the sequences."""
         return tuple(map(_leaves, self.families))
 
     @cached_property
@@ -299,11 +299,9 @@ class Plan:
     def sequence_of(self, key: StageKey) -> int:
         """The number of the first sequence of its shard that has the stage, or else its set; 0 if there is none."""
         stacks = self._stacks[key.shard]
-        for has in (lambda stack: key in stack, lambda stack: any(key.slices == other.slices for other in stack)):
-            found = next((number for number, stack in enumerate(stacks) if has(stack)), None)
-            if found is not None:
-                return found
-        return 0
+        exact = [number for number, stack in enumerate(stacks) if key in stack]
+        by_set = [number for number, stack in enumerate(stacks) if any(key.slices == other.slices for other in stack)]
+        return (exact or by_set or [0])[0]
 
     def removed_by(self, hits: Collection[tuple[int, int]], stages: Iterable[StageKey]) -> list[StageKey]:
         """Those of `stages` that a deletion in the (shard, slice) pairs removes (Algorithm 4)."""

@@ -3,6 +3,8 @@ Which orders of its slices a shard trains: the selection rules of the paper, and
 
 - `rules`: the selection rules, one function each, and measures of what they chose.
 - `optimal`: the search behind `sequence_selection="optimal"`, by the depth that a shard really serves.
+- `families`: the stages of sequences without idle ones, the lattice, and the search for the best family for some work.
+- `worth`: what a stage adds to the depth of a shard, now and over the requests to come, per work.
 """
 
 from .rules import check_sequences, mean_edit_distance, score, select_sequences

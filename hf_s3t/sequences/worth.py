@@ -45,7 +45,7 @@ class Outlook:
 
     Args:
         num_slices (`int`): Number of slices `L`.
-        prior (sequence of `float`, *optional*): Probability of each slice to be hit by a request; uniform if not given.
+        prior (sequence of `float`, *optional*): Probability of each slice to be hit by a request; else uniform.
         horizon (`int`, defaults to 100): Number of requests over which the depth is averaged.
         replay (`float`, defaults to 1.0): Share of the earlier slices' rows in an epoch; it decides the work.
 
@@ -61,9 +61,7 @@ class Outlook:
     ```
     """
 
-    def __init__(
-        self, num_slices: int, prior: Sequence[float] | None = None, horizon: int = 100, replay: float = 1.0
-    ):
+    def __init__(self, num_slices: int, prior: Sequence[float] | None = None, horizon: int = 100, replay: float = 1.0):
         uniform = (1 / num_slices,) * num_slices
         self._hits, self._weights = _patterns(uniform if prior is None else tuple(prior), horizon)
         # Of whole numbers sums are exact, so what ties by symmetry ties here.
@@ -100,8 +98,9 @@ class Outlook:
         after = np.empty((len(missing) + 1, len(served)), dtype=np.int8)
         after[-1], work = served, np.zeros(len(missing) + 1)
         for depth in np.unique(sizes):
-            (level,) = np.nonzero(sizes == depth)
-            after[level] = np.maximum(after[below[level]], [self._depths(missing[row]) for row in level])
+            level = np.flatnonzero(sizes == depth)
+            depths = [self._depths(missing[row]) for row in level.tolist()]
+            after[level] = np.maximum(after[below[level]], depths)
             work[level] = work[below[level]] + self.work(int(depth))
         later = (after[:-1] - served) @ self._weights / self._total
         now = np.maximum(sizes - serves_now, 0)
