@@ -325,8 +325,8 @@ class S3TConfig:
         if self.num_slices > LATTICE_MOST_SLICES:
             raise ConfigError(
                 f'sequence_selection="{LATTICE}" trains one stage for each set of at most {LATTICE_MOST_SLICES} '
-                f"slices, got num_slices={self.num_slices}: {2**self.num_slices - 1} stages a shard. Lower `num_slices`, or "
-                "give `work_budget`."
+                f"slices, got num_slices={self.num_slices}: {2**self.num_slices - 1} stages a shard. Lower "
+                "`num_slices`, or give `work_budget`."
             )
 
     def _sequences_at_most(self) -> int:

@@ -1,4 +1,4 @@
-"""What is to be grown next: which sets of slices are missing, on which stages they can stand, and what each is worth."""
+"""What is to be grown next: which stages are missing, and what each of them is worth."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Growth:
     """
     The growth of a system: what its plan still lacks, in the order of its worth.
 
-    What is missing, and on which stages it would stand, says `Plan.missing`. What lifts the depth that serves now comes
-    first, the most depth for the work; then what lifts the depth that is expected, again for the work; of equals the
-    first of the plan. A published plan is grown as it is planned.
+    What is missing, and on which stages it would stand, says `Plan.missing`. What lifts the depth that serves now
+    comes first, the most depth for the work; then what lifts the depth that is expected, again for the work; of equals
+    the first of the plan. A published plan is grown as it is planned.
 
     Args:
         plan ([`~hf_s3t.plan.stages.Plan`]): What shall be there.
