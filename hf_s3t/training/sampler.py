@@ -1,10 +1,13 @@
 """The order of a stage's examples in each epoch, where `Trainer`'s own would depend on what ran before; and replay."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from ..errors import ConfigError
 
 
 class EpochSeededSampler(Sampler[int]):
@@ -47,15 +50,40 @@ class ReplayDraw:
 
     def __init__(self, num_earlier: int, num_new: int, num_drawn: int, seed: int):
         self.num_earlier, self.num_new, self.num_drawn, self.seed = num_earlier, num_new, num_drawn, seed
+        # Whether anything has drawn.
+        self.is_used = False
 
     def __len__(self) -> int:
         return self.num_drawn + self.num_new
 
     def of_epoch(self, epoch: int) -> tuple[list[int], torch.Generator]:
         """The positions, ascending, and the generator that drew them, to put them in order by."""
+        self.is_used = True
         generator = torch.Generator().manual_seed(self.seed + epoch)
         drawn = torch.randperm(self.num_earlier, generator=generator)[: self.num_drawn].sort().values.tolist()
         return [*drawn, *range(self.num_earlier, self.num_earlier + self.num_new)], generator
+
+
+def replayed(sampler: Any, draw: ReplayDraw) -> "ReplaySampler | ReplayBatches":
+    """
+    A sampler of what epochs draw, in the order that Trainer's own has.
+
+    Args:
+        sampler: Trainer's own, of the whole dataset.
+        draw ([`ReplayDraw`]): Which examples an epoch takes.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If a trainer class has a sampler of another kind.
+    """
+    if type(sampler) is BatchRebalanceSampler:
+        return ReplayBatches(sampler, draw)
+    known = type(sampler) in (RandomSampler, SequentialSampler, LengthGroupedSampler)
+    if not known or getattr(sampler, "replacement", False):
+        raise ConfigError(
+            f"`replay` draws from what Trainer's own samplers put in order, and the trainer has a "
+            f"{type(sampler).__name__} of its own. Leave `replay` out, or `_get_train_sampler` as it is."
+        )
+    return ReplaySampler(sampler, draw)
 
 
 class ReplaySampler(Sampler[int]):
@@ -63,7 +91,7 @@ class ReplaySampler(Sampler[int]):
     A stage's examples of one epoch, in the order that the training arguments ask for.
 
     Args:
-        sampler (`torch.utils.data.Sampler`): Trainer's own sampler of the whole dataset, which says in what order.
+        sampler (`torch.utils.data.Sampler`): Trainer's own sampler of the whole dataset, which has the order.
         draw ([`ReplayDraw`]): Which examples an epoch takes.
     """
 
@@ -71,7 +99,7 @@ class ReplaySampler(Sampler[int]):
         self.sampler, self.draw, self.epoch = sampler, draw, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate's data loader announces the epoch."""
+        """The trainer announces the epoch, as Accelerate's data loader does where it finds the sampler."""
         self.epoch = epoch
 
     def __len__(self) -> int:
