@@ -307,6 +307,12 @@ def test_a_stage_that_died_in_an_epoch_is_the_same(strategy, step, tmp_path):
     assert interrupted(tmp_path / "died", step, **settings) == expected
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_so_it_is_where_one_process_sends_the_batches_to_all(share, tmp_path):
+    settings = dict(replay=share, arguments={"accelerator_config": {"dispatch_batches": True}})
+    assert interrupted(tmp_path / "died", 10, **settings) == trained(tmp_path / "whole", **settings)
+
+
 SETTINGS = {
     "workers": {"dataloader_num_workers": 1},
     "steps": {"max_steps": 9},
