@@ -31,7 +31,9 @@ COVERING = covering_scenarios(seed=1)
 QUICK = [
     Scenario(num_shards=2, crash="in a stage", rows="shuffled", order="other", accumulation=2),
     Scenario(architecture="roberta", num_slices=3, afterwards="regrowth and another deletion", deletion="one slice"),
-    Scenario(architecture="vit", precision="bf16", crash="between stages", deletion="scattered", num_slices=3),
+    Scenario(
+        architecture="vit", precision="bf16", crash="between stages", deletion="scattered", num_slices=3, replay=0.5
+    ),
 ]
 
 
