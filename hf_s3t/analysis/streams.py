@@ -7,8 +7,9 @@ all shards independently, uniformly or by a prior; the same seed gives every met
 
 import random
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -19,7 +20,9 @@ from ..plan.stages import Plan, StageKey
 from ..sequences.families import stage_work
 
 
-__all__ = ["Policy", "Shard", "Stream", "families_under", "frontier", "full_retraining", "sisa", "stream"]
+__all__ = [
+    "Policy", "Shard", "Stream", "drawn_requests", "families_under", "frontier", "full_retraining", "sisa", "stream",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Policy:
         trigger (`int`): Nothing is done while the shard serves at least this depth.
         target (`int`): Else stages are grown, the worthiest first, until it serves this depth.
         extra (`int`, defaults to 0): And after that so many stages more, for later requests.
+        until_exhausted (`bool`, defaults to `False`): As the paper does: nothing is grown before no shard of the
+            system serves any more; then all of them are trained anew.
 
     With `trigger=1` a shard is trained again when it is dead, with `trigger` and `target` at the number of slices it
     always serves at full depth.
@@ -39,6 +44,7 @@ class Policy:
     trigger: int
     target: int
     extra: int = 0
+    until_exhausted: bool = False
 
     def check(self, num_slices: int) -> None:
         """Refuse, by a [`~hf_s3t.errors.ConfigError`], a policy that shards of so many slices cannot follow."""
@@ -50,6 +56,11 @@ class Policy:
                 f"A policy with trigger={self.trigger} and target={self.target}, expected the trigger to be no more "
                 f"than the target, and that no more than num_slices={num_slices}."
             )
+        if self.until_exhausted and (self.trigger or self.target or self.extra):
+            raise ConfigError(
+                f"A policy with until_exhausted=True and trigger={self.trigger}, target={self.target}, extra="
+                f"{self.extra}: expected 0 of each, as nothing is grown before."
+            )
 
 
 class Shard(Protocol):
@@ -57,8 +68,11 @@ class Shard(Protocol):
 
     depth: int
 
-    def hit(self, slice_: int) -> float:
-        """Forget an example of a slice, grow again what shall be, and say what work that was."""
+    def hit(self, slice_: int) -> list[int]:
+        """Forget an example of a slice, grow again what shall be, and say of what depths that was."""
+
+    def renew(self) -> list[int]:
+        """Train all of it anew, and say of what depths that was."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,17 @@ class Stream:
         work (`float`): Work of everything that was grown again.
         depths (`tuple[float, ...]`): Share of the time, over requests and shards, at which each depth from 0 served.
         requests (`int`): Number of requests.
+        grown (`tuple[int, ...]`): How many stages of each depth from 0 were grown again.
+        together (`dict[tuple[int, ...], float]`): Share of the time at which the shards served these depths together,
+            deepest first.
     """
 
     first_work: float
     work: float
     depths: tuple[float, ...]
     requests: int
+    grown: tuple[int, ...] = ()
+    together: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
 
     @property
     def mean_depth(self) -> float:
@@ -91,10 +110,11 @@ class Stream:
 def stream(
     shards: Sequence[Shard],
     first_work: float,
-    num_slices: int,
+    works: Sequence[float],
     *,
     requests: int = 1000,
     prior: Sequence[float] | None = None,
+    until_exhausted: bool = False,
     seed: int = 0,
 ) -> Stream:
     """
@@ -103,9 +123,10 @@ def stream(
     Args:
         shards (sequence of [`Shard`]): Fresh ones, all alike.
         first_work (`float`): Work of a shard's first training, in full fine-tunings of the shard.
-        num_slices (`int`): Number of slices `L` of each.
+        works (sequence of `float`): Work of a stage of each depth from 0 to the number of slices, likewise.
         requests (`int`, defaults to 1000): Number of requests.
         prior (sequence of `float`, *optional*): Probability of each slice of a shard; uniform if not given.
+        until_exhausted (`bool`, defaults to `False`): Train all shards anew when none serves any more.
         seed (`int`, defaults to 0): Seed of the requests.
 
     Example:
@@ -119,14 +140,26 @@ def stream(
     ```
     """
     require_int("requests", requests, 1)
-    time_at = [0] * (num_slices + 1)
-    work = 0.0
-    for shard, slice_ in _requests(len(shards), num_slices, requests, prior, seed):
-        work += shards[shard].hit(slice_)
-        for member in shards:
-            time_at[member.depth] += 1
-    whole = requests * len(shards)
-    return Stream(first_work, work / len(shards), tuple(time / whole for time in time_at), requests)
+    num_slices = len(works) - 1
+    grown, served = Counter[int](), Counter[tuple[int, ...]]()
+    for shard, slice_ in drawn_requests(len(shards), num_slices, requests, prior, seed):
+        grown.update(shards[shard].hit(slice_))
+        if until_exhausted and not any(member.depth for member in shards):
+            for member in shards:
+                grown.update(member.renew())
+        served[tuple(sorted((member.depth for member in shards), reverse=True))] += 1
+    time_at = Counter[int]()
+    for depths, time in served.items():
+        time_at.update({depth: time * depths.count(depth) for depth in set(depths)})
+    counts = tuple(grown[depth] for depth in range(num_slices + 1))
+    return Stream(
+        first_work,
+        sum(count * work for count, work in zip(counts, works, strict=True)) / len(shards),
+        tuple(time_at[depth] / requests / len(shards) for depth in range(num_slices + 1)),
+        requests,
+        counts,
+        {depths: time / requests for depths, time in served.items()},
+    )
 
 
 def families_under(
@@ -158,7 +191,9 @@ def families_under(
     policy.check(num_slices)
     growing = _Growing(family, num_slices, replay, prior, horizon)
     shards = [_OfFamily(growing, policy) for _ in range(num_shards)]
-    return stream(shards, growing.first_work, num_slices, requests=requests, prior=prior, seed=seed)
+    anew = policy.until_exhausted
+    works = growing.works
+    return stream(shards, growing.first_work, works, requests=requests, prior=prior, until_exhausted=anew, seed=seed)
 
 
 def sisa(
@@ -169,6 +204,7 @@ def sisa(
     replay: float = 1.0,
     requests: int = 1000,
     prior: Sequence[float] | None = None,
+    reordered: bool = True,
     seed: int = 0,
 ) -> Stream:
     """
@@ -184,14 +220,16 @@ def sisa(
         replay (`float`, defaults to 1.0): Share of the earlier slices' rows in an epoch.
         requests (`int`, defaults to 1000): Number of requests.
         prior (sequence of `float`, *optional*): Probability of each slice of a shard; uniform if not given.
+        reordered (`bool`, defaults to `True`): Whether what is trained anew comes in another order.
         seed (`int`, defaults to 0): Seed of the requests.
     """
     policy = Policy(num_slices, num_slices) if policy is None else policy
     policy.check(num_slices)
     # Every unit trains the whole adapter, forward and backward through all layers.
-    works = [(1 + replay * (depth - 1)) / num_slices for depth in range(1, num_slices + 1)]
-    shards = [_Chain(works, policy, prior) for _ in range(num_shards)]
-    return stream(shards, sum(works), num_slices, requests=requests, prior=prior, seed=seed)
+    works = [0.0, *((1 + replay * (depth - 1)) / num_slices for depth in range(1, num_slices + 1))]
+    shards = [_Chain(num_slices, policy, prior, reordered) for _ in range(num_shards)]
+    anew = policy.until_exhausted
+    return stream(shards, sum(works), works, requests=requests, prior=prior, until_exhausted=anew, seed=seed)
 
 
 def full_retraining(num_shards: int = 1, *, requests: int = 1000, every: int = 1) -> Stream:
@@ -230,9 +268,19 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 # Requests
 
 
-def _requests(
-    num_shards: int, num_slices: int, requests: int, prior: Sequence[float] | None, seed: int
+def drawn_requests(
+    num_shards: int, num_slices: int, requests: int, prior: Sequence[float] | None = None, seed: int = 0
 ) -> Iterator[tuple[int, int]]:
+    """
+    The requests of a stream: shard and slice of each.
+
+    Args:
+        num_shards (`int`): Number of shards `m`; each is hit as often.
+        num_slices (`int`): Number of slices `L` of each.
+        requests (`int`): Number of requests.
+        prior (sequence of `float`, *optional*): Probability of each slice of a shard; uniform if not given.
+        seed (`int`, defaults to 0): Seed of the requests.
+    """
     rng = random.Random(seed)
     bounds = list(accumulate([1 / num_slices] * num_slices if prior is None else prior))
     for _ in range(requests):
@@ -286,9 +334,9 @@ class _OfFamily:
         self._there = growing.all
         self.depth = max(map(len, self._there))
 
-    def hit(self, slice_: int) -> float:
+    def hit(self, slice_: int) -> list[int]:
         there = frozenset(slices for slices in self._there if slice_ not in slices)
-        depth, work, left = max(map(len, there), default=0), 0.0, self._policy.extra
+        depth, added, left = max(map(len, there), default=0), list[int](), self._policy.extra
         if depth < self._policy.trigger:
             while (grown := self._growing.next(there)) is not None:
                 if depth >= self._policy.target:
@@ -296,32 +344,43 @@ class _OfFamily:
                         break
                     left -= 1
                 there |= {grown}
-                work += self._growing.works[len(grown)]
+                added.append(len(grown))
                 depth = max(depth, len(grown))
         self._there, self.depth = there, depth
-        return work
+        return added
+
+    def renew(self) -> list[int]:
+        self._there = self._growing.all
+        depths = list(map(len, self._there))
+        self.depth = max(depths)
+        return depths
 
 
 class _Chain:
     """A shard of SISA: one chain, in an order that is chosen anew for what is trained anew."""
 
-    def __init__(self, works: Sequence[float], policy: Policy, prior: Sequence[float] | None):
-        self._works, self._policy = works, policy
-        likely = [1.0] * len(works) if prior is None else prior
-        self._order = sorted(range(len(works)), key=lambda slice_: (likely[slice_], slice_))
+    def __init__(self, num_slices: int, policy: Policy, prior: Sequence[float] | None, reordered: bool):
+        self._policy, self._reordered = policy, reordered
+        likely = [1.0] * num_slices if prior is None else prior
+        self._order = sorted(range(num_slices), key=lambda slice_: (likely[slice_] if reordered else 0, slice_))
         self._likely = likely
-        self.depth = len(works)
+        self.depth = num_slices
 
-    def hit(self, slice_: int) -> float:
+    def hit(self, slice_: int) -> list[int]:
         place = self._order.index(slice_)
         if place < self.depth:
             self.depth = place
-        # Of what is to be trained anew, the likeliest last, and of those as likely what was hit.
-        rest = [s for s in self._order[self.depth :] if s != slice_]
-        at = sum(self._likely[s] <= self._likely[slice_] for s in rest)
-        self._order[self.depth :] = [*rest[:at], slice_, *rest[at:]]
+        if self._reordered:
+            # Of what is to be trained anew, the likeliest last, and of those as likely what was hit.
+            rest = [s for s in self._order[self.depth :] if s != slice_]
+            at = sum(self._likely[s] <= self._likely[slice_] for s in rest)
+            self._order[self.depth :] = [*rest[:at], slice_, *rest[at:]]
         if self.depth >= self._policy.trigger:
-            return 0.0
-        work = sum(self._works[self.depth : self._policy.target])
+            return []
+        added = range(self.depth + 1, self._policy.target + 1)
         self.depth = max(self.depth, self._policy.target)
-        return work
+        return list(added)
+
+    def renew(self) -> list[int]:
+        self.depth = len(self._order)
+        return list(range(1, self.depth + 1))

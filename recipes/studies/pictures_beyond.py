@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
+from hf_s3t.analysis.pictures import FIRST, MORE, OURS, finish, new_figure, plain_numbers, shared_legend
 
 
 _RULES = {"cyclic": ("cyclic", MORE[2]), "bms": ("BMS", MORE[1]), "optimal": ("optimal", MORE[0])}
