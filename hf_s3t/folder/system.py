@@ -427,7 +427,7 @@ class SystemFolder(FolderView):
             remove(checkpoint)
 
     def remove_finished_checkpoints(self) -> None:
-        """Remove checkpoints of what is not trained any more, but those of trainers at work."""
+        """Remove checkpoints of valid stages, but those of trainers at work."""
         if self.finished_checkpoints():
             with self.lock():
                 # A stage that was there may be in training again.

@@ -421,15 +421,8 @@ class FolderView:
         return self._checkpoints.are_there(key)
 
     def finished_checkpoints(self) -> dict[Path, StageKey]:
-        """
-        Folders for checkpoints of what is not trained any more: of valid stages, as training died between writing a
-        stage and removing them, and of sets that were grown in another order meanwhile.
-        """
-        return self._checkpoints.finished(self._is_finished)
-
-    def _is_finished(self, key: StageKey) -> bool:
-        same = [other for other in self._stages.records if other.slices == key.slices] if self.plan.by_sets else [key]
-        return any(map(self.is_valid, same))
+        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
+        return self._checkpoints.finished(self.is_valid)
 
     def _stale_checkpoints(self) -> list[Path]:
         return self._checkpoints.stale(self.slice_digests, self.ledger)
