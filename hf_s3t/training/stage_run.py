@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import get_sampler
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
@@ -282,7 +283,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def num_examples(self, dataloader: Any) -> int:
         """As in `Trainer`, which looks at the dataset, of which an epoch may take a share."""
-        draw = getattr(get_sampler(dataloader), "draw", None)
+        draw = getattr(get_sampler(dataloader), "draw", None) if isinstance(dataloader, DataLoader) else None
         return len(draw) if draw is not None else super().num_examples(dataloader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -20,7 +20,6 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from trl import SFTConfig
 
 from hf_s3t import S3TConfig, S3TSFTTrainer, S3TTrainer, launch
-from hf_s3t.baselines.methods import METHODS
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.files import read_checked_json, write_checked_json
 from hf_s3t.folder.layout import CONFIG_FILE
@@ -446,21 +445,7 @@ def test_a_trainer_that_samples_its_own_way_is_refused_where_a_share_is_to_be_dr
     assert list(stages_in(tmp_path / "half")) == ["0"]
 
 
-# Baselines, and several processes
-
-
-def test_sisa_replays_and_methods_without_earlier_slices_have_none(tmp_path):
-    given = config(replay=0.5, num_slices=2)
-    layouts = {method.name: method._layout.settings(given) for method in METHODS.values()}
-    assert {name: settings.replay for name, settings in layouts.items()} == {
-        "s3t": 0.5,
-        "full": 1.0,
-        "sisa": 0.5,
-        "protosisa": 0.5,
-        "sequential": 0.0,
-    }
-    assert METHODS["full"]._layout.settings(config(replay=0.0)).replay == 1.0
-    assert METHODS["sisa"]._layout.settings(config(stage_data="slice")).replay == 0.0
+# Several processes
 
 
 def in_processes(folder: Path) -> None:
