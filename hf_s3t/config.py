@@ -186,7 +186,9 @@ class S3TConfig:
     stage_data: str = field(
         default="cumulative", metadata={"help": "cumulative, or slice: a stage trains on its last slice only."}
     )
-    replay: float = 1.0
+    replay: float = field(
+        default=1.0, metadata={"help": "Share of the earlier slices' examples in each epoch of a stage, 0 to 1."}
+    )
     seed: int = field(
         default=42, metadata={"help": "The one seed of the system; what is to be compared needs one HF_S3T_KEY, too."}
     )
