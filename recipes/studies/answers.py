@@ -49,7 +49,7 @@ class Trained:
         """The fields of `S3TConfig` that differ; a rate is chosen with one sequence a shard."""
         if self.method == "full":
             return {} if self.num_shards is None else {"num_shards": self.num_shards}
-        plan = {"budget": 1, "keep_idle": True} if chooses else {"sequence_selection": "lattice"}
+        plan = {"budget": 1} if chooses else {"sequence_selection": "lattice", "keep_idle": False}
         return {"replay": self.replay, **(plan if self.method == "s3t" else {})}
 
 
