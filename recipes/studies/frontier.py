@@ -13,7 +13,7 @@ from hf_s3t.sequences.families import best_family, family_of, lattice, stages_of
 from hf_s3t.sequences.rules import select_sequences
 
 
-SHARES = (0.0, 0.25, 0.5, 1.0)
+SHARES = (0.0, 0.25, 1.0)
 # Families of S3T are searched for so many amounts of work between one chain and the lattice.
 _AMOUNTS = 4
 # What is told apart in the figure; `best` are the frontiers.
