@@ -2,6 +2,8 @@
 What to expect of a system before it is trained, and while it serves: deletion rate, retention and depth.
 
 - `rates`: how many deletions a system outlives (Lemma 1): in closed form, exactly, simulated.
+- `growing`: in what order a family is grown, over bit masks, for streams.
+- `frontiers`: the most quality that each method has for its work, over its policies.
 - `retention`: how much of a shard is left after some deletions (Lemma 2), and how deep it answers then.
 - `backbone`: the model that a plan is made for: its layers, and the weights of adapters on them.
 - `streams`: what a system serves through a stream of requests, and what keeping it up costs; SISA's beside it.
