@@ -18,7 +18,7 @@ from hf_s3t.plan import StageKey
 
 
 # Of stages of the same depth, and shards, so many are drawn for each combination of depths and system.
-_DRAWS = 8
+_DRAWS = 4
 # Of the rows to train on, the share that chooses rates.
 _HELD_OUT = 0.2
 
@@ -130,7 +130,7 @@ def named(depths: Sequence[int]) -> str:
 
 
 def _mean_quality(bench: Workbench, depths: Sequence[int], at_depth: list, rng: np.random.Generator) -> float:
-    """The quality of some depths together, in the mean over which shard has which, and over its stages of the depth."""
+    """The quality of some depths together: the mean over which shard has which, and over its stages of the depth."""
     if not any(depths):
         return bench.quality_of_guessing
     rows, found = bench.loaded.evaluation, []

@@ -1,23 +1,22 @@
 """Figure 9 as a frontier: the mean quality over a long stream of deletions, against the work of keeping it up."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from studies.answers import Benches, Trained, chosen_rate, named, quality_together
 from studies.workbench import about
 
-from hf_s3t.analysis.streams import Policy, Stream, families_under, frontier, full_retraining, sisa
-from hf_s3t.sequences.families import best_family, family_of, lattice, stages_of, work_of
+from hf_s3t.analysis.frontiers import Point, frontier, less_work, s3t_points, sisa_points
+from hf_s3t.analysis.streams import Policy, Stream
+from hf_s3t.sequences.families import best_family, lattice, stages_of, work_of
 from hf_s3t.sequences.rules import select_sequences
 
 
 SHARES = (0.0, 0.25, 1.0)
 # Families of S3T are searched for so many amounts of work between one chain and the lattice.
 _AMOUNTS = 4
-# What is told apart in the figure; `best` are the frontiers.
-PUBLISHED_S3T, PUBLISHED_SISA, S3T, SISA, FULL = "s3t-published", "sisa-published", "s3t", "sisa", "full"
 
 
 def trained_systems() -> list[Trained]:
@@ -26,7 +25,9 @@ def trained_systems() -> list[Trained]:
     return [*systems, Trained("full"), Trained("full", num_shards=1)]
 
 
-def measured(benches: Benches, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
+def measured(
+    benches: Benches, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
     """
     Name of a system -> its learning rate, what chose it, and the quality of its shards at all depths together.
 
@@ -40,7 +41,9 @@ def measured(benches: Benches, rates: Mapping[str, Sequence[float]], seeds: Sequ
         choice = chosen_rate(benches, trained, rates[trained.method], seeds[0])
         found[trained.name] = {**choice, "quality": quality_together(benches, trained, choice["rate"], seeds)}
         whole = max(found[trained.name]["quality"], key=lambda depths: sum(map(int, depths.split("-"))))
-        print(f"{trained.name}: rate {choice['rate']:g}, quality {found[trained.name]['quality'][whole]:.3f}")
+        print(
+            f"{trained.name}: rate {choice['rate']:g}, quality {found[trained.name]['quality'][whole]:.3f}", flush=True
+        )
     return found
 
 
@@ -51,18 +54,16 @@ def frontiers(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
     config = bench.loaded.config
     rates = {"s3t": options.rates, "sisa": options.baseline_rates, "full": options.baseline_rates}
     systems = measured(benches, rates, options.seeds)
-    points = list(
-        simulated(config.num_shards, config.num_slices, systems, requests=options.stream, runs=options.streams)
-    )
+    tables = {name: system["quality"] for name, system in systems.items()}
+    streams = {"requests": options.stream, "runs": options.streams}
     return {
         **about(bench, [(trained.method, trained.changes()) for trained in trained_systems()]),
         "num_shards": config.num_shards,
         "num_slices": config.num_slices,
-        "requests": options.stream,
-        "streams": options.streams,
+        **streams,
         "seeds": options.seeds,
         "systems": systems,
-        **compared(points, options.stream),
+        **compared(simulated(config.num_shards, config.num_slices, tables, **streams)),
         "paper": "Over 1,000 requests 2.8x less than SISA, 25x less than full retraining.",
         "paper_less_than_sisa": 2.8,
         "paper_less_than_full": 25,
@@ -73,149 +74,127 @@ def frontiers(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
 
 
 def simulated(
-    num_shards: int, num_slices: int, systems: Mapping[str, Mapping[str, Any]], *, requests: int, runs: int
-) -> Iterable[dict[str, Any]]:
-    """Every method under every policy: its work with the first training, and its mean quality, over some streams."""
+    num_shards: int, num_slices: int, tables: Mapping[str, Table], *, requests: int, runs: int, amounts: int = _AMOUNTS
+) -> dict[str, list[Point]]:
+    """
+    What each method does with a stream, over its policies. Work counts the first training, too.
 
-    def streams(simulate: Any) -> list[Stream]:
-        return [simulate(num_shards=num_shards, requests=requests, seed=seed) for seed in range(runs)]
+    Args:
+        num_shards (`int`): Number of shards `m`.
+        num_slices (`int`): Number of slices `L` of each.
+        tables (mapping): Name of a system -> the quality of its shards by the depths that they serve together.
+        requests (`int`): Requests of a stream.
+        runs (`int`): Number of streams.
+        amounts (`int`): Families of so many sizes between the chain and the lattice.
 
-    m, size = num_shards, num_slices
-    retrained = full_retraining(requests=requests)
-    for name, shards in (("full", 1), ("full-per-shard", m)):
-        quality = systems[name]["quality"][named([1] * shards)]
-        yield _point(FULL, f"{name}, at once", 1 + retrained.work / shards, quality, {"shards": shards})
-    # As published: every row in every epoch, nothing in between; idle stages are trained too, and cost their part.
-    published = stages_of(select_sequences(size, size))
-    pruned = family_of(published)
-    idle = work_of(published, size) / work_of(pruned, size)
-    for policy_name, policy in _published_policies(size).items():
-        found = streams(lambda **drawn: families_under(pruned, size, policy, **drawn))  # noqa: B023
-        work = [idle * (one.first_work + one.work) for one in found]
-        yield _mean(PUBLISHED_S3T, policy_name, work, found, systems["s3t-1"], {"replay": 1.0})
-        found = streams(lambda **drawn: sisa(size, policy, reordered=False, **drawn))  # noqa: B023
-        yield _mean(PUBLISHED_SISA, policy_name, _works(found), found, systems["sisa-1"], {"replay": 1.0})
-    at_once = Policy(size, size)
-    found = streams(lambda **drawn: sisa(size, at_once, reordered=False, **drawn))
-    yield _mean(PUBLISHED_SISA, "at once", _works(found), found, systems["sisa-1"], {"replay": 1.0})
-    for replay in SHARES:
-        for policy in policies(size):
-            how = {"replay": replay, "policy": _described(policy)}
-            if not policy.extra:
-                found = streams(lambda **drawn: sisa(size, policy, replay=replay, **drawn))  # noqa: B023
-                yield _mean(SISA, "", _works(found), found, systems[f"sisa-{replay:g}"], how)
-            for family_name, family in _families(size, replay).items():
-                found = streams(lambda **drawn: families_under(family, size, policy, replay=replay, **drawn))  # noqa: B023
-                yield _mean(S3T, family_name, _works(found), found, systems[f"s3t-{replay:g}"], how)
-
-
-def policies(num_slices: int) -> list[Policy]:
-    """How far a shard may be grown again: from any depth, to any, with some stages more; and the paper's way."""
-    found = [
-        Policy(trigger, target, extra)
-        for trigger in range(1, num_slices + 1)
-        for target in range(trigger, num_slices + 1)
-        for extra in range(num_slices)
-    ]
-    return [*found, Policy(0, 0, until_exhausted=True)]
-
-
-def _published_policies(num_slices: int) -> dict[str, Policy]:
-    everything = 1 << num_slices
-    return {
-        "when exhausted": Policy(0, 0, until_exhausted=True),
-        "when a shard is dead": Policy(1, num_slices, everything),
+    Returns:
+        `dict[str, list[Point]]`: `full`; `published-sisa` and `published-s3t`, whatever the paper does with them and
+        training at once; `sisa`, with all that helps it, and `s3t`.
+    """
+    size, drawn = num_slices, {"num_shards": num_shards, "requests": requests, "runs": runs}
+    published = {"policies": [Policy.when_exhausted(size), Policy.when_dead(size), Policy.all_at_once(size)]}
+    rotations = {f"cyclic, B = {size}": stages_of(select_sequences(size, size))}
+    shares = {share: f"{share:g}" for share in SHARES}
+    at_once = [Policy.all_at_once(1)]
+    # One model a shard, trained anew whenever its shard is hit: SISA of one slice.
+    whole = {"policies": at_once, "method": "full", "requests": requests, "runs": runs}
+    of_sisa = {share: _mean_by(tables[f"sisa-{name}"]) for share, name in shares.items()}
+    found = {
+        "full": [
+            *sisa_points(1, {1.0: _mean_by(tables["full"])}, **whole),
+            *sisa_points(1, {1.0: _mean_by(tables["full-per-shard"])}, num_shards=num_shards, **whole),
+        ],
+        "published-sisa": sisa_points(size, {1.0: _mean_by(tables["sisa-1"])}, reorders=False, **published, **drawn),
+        "published-s3t": s3t_points(
+            rotations, size, {1.0: _mean_by(tables["s3t-1"])}, by_sets=False, **published, **drawn
+        ),
+        "sisa": sisa_points(
+            size, {share: _mean_by(tables[f"sisa-{name}"]) for share, name in shares.items()}, **drawn
+        ),
+        "s3t": [
+            point
+            for share, name in shares.items()
+            for point in s3t_points(
+                _families(size, share, amounts), size, {share: _mean_by(tables[f"s3t-{name}"])}, **drawn
+            )
+        ],
     }
+    return {method: [replace(p, work=p.first_work + p.work) for p in points] for method, points in found.items()}
 
 
-def _families(num_slices: int, replay: float) -> dict[str, tuple[tuple[int, ...], ...]]:
+def _mean_by(table: Table) -> Callable[[Stream], float]:
+    return lambda stream: sum(table[named(depths)] * share for depths, share in stream.together.items())
+
+
+def _families(num_slices: int, replay: float, amounts: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Families of several sizes; those that come out alike are one."""
     chain, whole = stages_of([range(num_slices)]), lattice(num_slices)
     least, most = (work_of(stages, num_slices, replay) for stages in (chain, whole))
-    found = {"chain": chain}
-    for number in range(1, _AMOUNTS + 1):
-        work = least + (most - least) * number / (_AMOUNTS + 1)
-        found[f"family for {work:.2f}"] = best_family(num_slices, work, replay=replay)
-    found["lattice"] = whole
-    return {name: family for name, family in found.items() if family not in [f for n, f in found.items() if n < name]}
-
-
-def _works(found: Sequence[Stream]) -> list[float]:
-    return [one.first_work + one.work for one in found]
-
-
-def _described(policy: Policy) -> dict[str, Any]:
-    if policy.until_exhausted:
-        return {"until_exhausted": True}
-    return {"trigger": policy.trigger, "target": policy.target, "extra": policy.extra}
-
-
-def _mean(
-    kind: str, name: str, works: Sequence[float], found: Sequence[Stream], system: Mapping[str, Any], how: dict[str, Any]
-) -> dict[str, Any]:
-    table = system["quality"]
-    qualities = [sum(table[named(depths)] * share for depths, share in one.together.items()) for one in found]
-    depth = fmean(one.mean_depth for one in found)
-    errors = {
-        "work_error": round(stdev(works) / len(works) ** 0.5, 3) if len(works) > 1 else 0.0,
-        "quality_error": round(stdev(qualities) / len(works) ** 0.5, 6) if len(works) > 1 else 0.0,
-    }
-    return _point(kind, name, fmean(works), fmean(qualities), {**how, "mean_depth": round(depth, 4), **errors})
-
-
-def _point(kind: str, name: str, work: float, quality: float, how: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "work": round(work, 4), "quality": round(quality, 6), **how}
+    works = [least + (most - least) * number / (amounts + 1) for number in range(1, amounts + 1)]
+    between = {f"family for {work:.2f}": best_family(num_slices, work, replay=replay) for work in works}
+    by_stages = {family: name for name, family in {"lattice": whole, **between, "chain": chain}.items()}
+    return {name: family for family, name in by_stages.items()}
 
 
 # What is compared
 
 
-def compared(points: Sequence[Mapping[str, Any]], requests: int) -> dict[str, Any]:
+def compared(points: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     """
-    The frontiers of points, and what S3T needs for every quality that a baseline reaches.
+    The frontiers of points, and what S3T needs for every quality that SISA reaches.
 
     Args:
-        points (sequence of mappings): As of [`simulated`].
-        requests (`int`): Requests of a stream.
+        points (mapping): As of [`simulated`].
 
     Returns:
-        `dict[str, Any]`: `published`, the points of the published ways; `frontiers`, the others that none of their
-        kind beats; and `goal`, per point of SISA's frontier the S3T point with at least its quality for the least work
-        (`None` where S3T does not reach it).
+        `dict[str, Any]`: `published`, the points of full retraining and of the published ways; `frontiers`, per method
+        those that none beats; `goal`, per point of SISA's the least work of S3T for its quality (`None` where S3T does
+        not reach it); `paper_work`, the work that the paper's factors are of.
     """
-    kinds = {kind: [p for p in points if p["kind"] in kinds] for kind, kinds in _BEST.items()}
-    best = {kind: _undominated(found) for kind, found in kinds.items()}
+    sisa = [*points["sisa"], *points["published-sisa"]]
     return {
-        "published": [p for p in points if p["kind"] in (PUBLISHED_S3T, PUBLISHED_SISA, FULL)],
-        "frontiers": best,
-        "tried": {kind: len(found) for kind, found in kinds.items()},
-        "goal": [_against(point, best[S3T]) for point in best[SISA]],
-        "paper_work": {
-            "sisa": _named_work(points, PUBLISHED_SISA, "when exhausted"),
-            "full": float(requests),
+        "published": [_described(p) for kind in ("full", "published-sisa", "published-s3t") for p in points[kind]],
+        "tried": {"sisa": len(sisa), "s3t": len(points["s3t"])},
+        "frontiers": {
+            "sisa": [_described(point) for point in frontier(sisa)],
+            "s3t": [_described(point) for point in frontier(points["s3t"])],
         },
+        "goal": [
+            {
+                "quality": round(theirs.quality, 6),
+                "sisa": round(theirs.work, 4),
+                "s3t": None if ours is None else round(ours.work, 4),
+                "less": None if ours is None else round(theirs.work / ours.work, 4),
+            }
+            for theirs, ours in less_work(points["s3t"], sisa)
+        ],
+        "paper_work": {"sisa": round(points["published-sisa"][0].work, 4), "full": round(points["full"][0].work, 4)},
     }
 
 
-# A frontier's points may be published ones: SISA's may also be one model a shard, retrained whole.
-_BEST = {S3T: (S3T,), SISA: (SISA, PUBLISHED_SISA)}
-
-
-def _undominated(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    kept = frontier([(p["work"], p["quality"]) for p in points])
-    return [next(p for p in points if (p["work"], p["quality"]) == pair) for pair in kept]
-
-
-def _against(point: Mapping[str, Any], ours: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What S3T needs for the quality of a point of SISA's: its frontier ascends in work and quality."""
-    there = next((p for p in ours if p["quality"] >= point["quality"]), None)
+def _described(point: Point) -> dict[str, Any]:
+    policy = point.policy
     return {
-        "quality": point["quality"],
-        "sisa": point["work"],
-        "s3t": None if there is None else there["work"],
-        "less": None if there is None else round(point["work"] / there["work"], 4),
+        "method": point.method,
+        "plan": point.plan,
+        "replay": point.replay,
+        "policy": None if policy is None else called(policy),
+        "work": round(point.work, 4),
+        "mean_depth": round(point.mean_depth, 4),
+        "quality": round(point.quality, 6),
     }
 
 
-def _named_work(points: Sequence[Mapping[str, Any]], kind: str, name: str) -> float:
-    return next(p["work"] for p in points if (p["kind"], p["name"]) == (kind, name))
+def called(policy: Policy) -> str:
+    """What figures and tables call a policy."""
+    gathered = f", every {policy.every} requests" if policy.every > 1 else ""
+    if policy.together:
+        return f"all anew when exhausted{gathered}"
+    if policy.trigger == 1 and policy.extra is None:
+        return f"a shard anew when it is dead{gathered}"
+    if policy.extra is None:
+        return f"all at once{gathered}"
+    if not policy.target:
+        return f"{policy.extra} {'stage' if policy.extra == 1 else 'stages'} a time{gathered}"
+    more = f", {policy.extra} more" if policy.extra else ""
+    return f"below depth {policy.trigger} to {policy.target}{more}{gathered}"
