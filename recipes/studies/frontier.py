@@ -25,9 +25,11 @@ def trained_systems() -> list[Trained]:
     return [*systems, Trained("full"), Trained("full", num_shards=1)]
 
 
-def measured(
-    benches: Benches, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
-) -> dict[str, dict[str, Any]]:
+Rates = Mapping[str, Sequence[float]]
+Table = Mapping[str, float]
+
+
+def measured(benches: Benches, rates: Rates, seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
     """
     Name of a system -> its learning rate, what chose it, and the quality of its shards at all depths together.
 
@@ -40,8 +42,9 @@ def measured(
     for trained in trained_systems():
         choice = chosen_rate(benches, trained, rates[trained.method], seeds[0])
         found[trained.name] = {**choice, "quality": quality_together(benches, trained, choice["rate"], seeds)}
-        whole = max(found[trained.name]["quality"], key=lambda depths: sum(map(int, depths.split("-"))))
-        print(
+        quality = found[trained.name]["quality"]
+        whole = quality[max(quality, key=lambda depths: sum(map(int, depths.split("-"))))]
+        print(f"{trained.name}: rate {choice['rate']:g}, quality {whole:.3f}", flush=True)
             f"{trained.name}: rate {choice['rate']:g}, quality {found[trained.name]['quality'][whole]:.3f}", flush=True
         )
     return found
@@ -108,9 +111,7 @@ def simulated(
         "published-s3t": s3t_points(
             rotations, size, {1.0: _mean_by(tables["s3t-1"])}, by_sets=False, **published, **drawn
         ),
-        "sisa": sisa_points(
-            size, {share: _mean_by(tables[f"sisa-{name}"]) for share, name in shares.items()}, **drawn
-        ),
+        "sisa": sisa_points(size, of_sisa, **drawn),
         "s3t": [
             point
             for share, name in shares.items()
