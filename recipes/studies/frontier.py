@@ -18,15 +18,14 @@ SHARES = (0.0, 0.25, 1.0)
 # Families of S3T are searched for so many amounts of work between one chain and the lattice.
 _AMOUNTS = 4
 
+Rates = Mapping[str, Sequence[float]]
+Table = Mapping[str, float]
+
 
 def trained_systems() -> list[Trained]:
     """What is trained to measure quality: every method at every share of replay, and full fine-tuning."""
     systems = [Trained(method, replay) for method in ("s3t", "sisa") for replay in SHARES]
     return [*systems, Trained("full"), Trained("full", num_shards=1)]
-
-
-Rates = Mapping[str, Sequence[float]]
-Table = Mapping[str, float]
 
 
 def measured(benches: Benches, rates: Rates, seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -45,8 +44,6 @@ def measured(benches: Benches, rates: Rates, seeds: Sequence[int]) -> dict[str, 
         quality = found[trained.name]["quality"]
         whole = quality[max(quality, key=lambda depths: sum(map(int, depths.split("-"))))]
         print(f"{trained.name}: rate {choice['rate']:g}, quality {whole:.3f}", flush=True)
-            f"{trained.name}: rate {choice['rate']:g}, quality {found[trained.name]['quality'][whole]:.3f}", flush=True
-        )
     return found
 
 
