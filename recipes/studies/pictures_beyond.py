@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hf_s3t.analysis.pictures import FIRST, MORE, OURS, finish, new_figure, plain_numbers, shared_legend
+from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
 
 
 _RULES = {"cyclic": ("cyclic", MORE[2]), "bms": ("BMS", MORE[1]), "optimal": ("optimal", MORE[0])}
@@ -41,11 +41,91 @@ def _families(data):
     return figure
 
 
-def _curve(points):
-    return [point["work"] for point in points], [point["depth"] for point in points]
+def _curve(points, measure="depth"):
+    """Work, and what is gained for it: a quality in percent."""
+    scale = 100 if measure == "quality" else 1
+    return [point["work"] for point in points], [scale * point[measure] for point in points]
+
+
+def _frontier(data):
+    figure, (whole, near) = new_figure(2, (13.5, 5.6))
+    best = data["frontiers"]
+    published = {"published-sisa": [], "published-s3t": [], "full": []}
+    for point in data["published"]:
+        published[point["method"] if point["method"] == "full" else f"published-{point['method']}"].append(point)
+    top = max(100 * point["quality"] for point in [*best["s3t"], *best["sisa"], *data["published"]])
+    for axes in (whole, near):
+        for kind, color, label in (
+            ("sisa", SISA, "SISA, with replay, lazy retraining, reordered slices"),
+            ("s3t", OURS, "S3T, families, replay, regrowth by worth"),
+        ):
+            axes.plot(*_curve(best[kind], "quality"), "o-", color=color, markersize=3.5, label=label)
+        for kind, color, marker, label in (
+            ("published-sisa", SISA, "s", "SISA as published: exhausted, dead shard, at once"),
+            ("published-s3t", OURS, "s", f"S3T as published, B = {data['num_slices']}: the same"),
+            ("full", FIRST, "D", "full retraining: all, the shard that was hit"),
+        ):
+            x, y = _curve(published[kind], "quality")
+            axes.plot(x, y, marker, color=color, markerfacecolor="none", markersize=7, label=label)
+        for name, factor, style in (
+            ("SISA", data["paper_work"]["sisa"] / data["paper_less_than_sisa"], ":"),
+            ("full retraining", data["paper_work"]["full"] / data["paper_less_than_full"], "--"),
+        ):
+            times = data["paper_less_than_sisa"] if name == "SISA" else data["paper_less_than_full"]
+            label = f"the paper: {times:g}x less than {name}"
+            axes.axvline(factor, color=PAPER, linestyle=style, linewidth=1.2, label=label)
+        axes.set(
+            xlabel=f"work over {data['requests']:,} requests (full fine-tunings, log scale)",
+            ylabel=f"mean {data['metric']} over the stream (%)",
+            xscale="log",
+        )
+        plain_numbers(axes.xaxis)
+    whole.set(title=f"Figure 9, work and quality: m = {data['num_shards']}, L = {data['num_slices']}", ylim=(10, 100))
+    near.set(title="The same, near the top", ylim=(top - 8, top + 1))
+    finish(whole, near, legends=False)
+    shared_legend(figure, (whole, near), 3)
+    return figure
+
+
+def _trained(data):
+    figure, (over, points) = new_figure(2, (13.5, 5.4))
+    colors = _colors(data["systems"])
+    for system, color in zip(data["systems"], colors, strict=True):
+        over.plot([100 * q for q in system["qualities"]], color=color, linewidth=1.4, label=system["title"])
+        points.plot(system["work"], 100 * system["mean_quality"], "o", color=color, markersize=8)
+        simulated = system["simulated"]
+        points.plot(
+            simulated["work"], 100 * simulated["mean_quality"], "x", color=color, markersize=9, markeredgewidth=2
+        )
+    points.plot([], [], "o", color=PAPER, label="really trained")
+    points.plot([], [], "x", color=PAPER, markeredgewidth=2, label="simulated, the same requests")
+    over.set(
+        title=f"{data['requests']} requests, really answered: m = {data['num_shards']}, L = {data['num_slices']}",
+        xlabel="deletion requests",
+        ylabel=f"{data['metric']} (%)",
+    )
+    points.set(
+        title="What that cost, and what the simulation says",
+        xlabel="work of training again (full fine-tunings)",
+        ylabel=f"mean {data['metric']} over the stream (%)",
+        xlim=(0, None),
+    )
+    finish(over, points, legends=False)
+    shared_legend(figure, (over, points), 3)
+    return figure
+
+
+def _colors(systems):
+    """Blue ones for S3T, red and orange ones for the baselines, black for what is published."""
+    ours, theirs = iter((OURS, MORE[2], FIRST, MORE[0])), iter((SISA, MORE[1], MORE[3]))
+    return [
+        PAPER if "published" in s["title"] else next(ours) if s["method"] == "s3t" else next(theirs) for s in systems
+    ]
 
 
 # Name of the figure -> what draws its data.
 DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "families": _families,
+    "frontier": _frontier,
+    "frontier-trained": _trained,
 }
