@@ -176,7 +176,7 @@ def _plan_facts(folder: SystemFolder) -> dict[str, Any]:
         "num_slices": folder.config.num_slices,
         "num_planned": len(folder.plan.stages()),
         "first_layers": "bottom" if folder.config.growth == "bottom-up" else "top",
-        "one_slice": folder.config.stage_data == "slice",
+        "replay": folder.config.replay,
     }
 
 

@@ -29,7 +29,7 @@ NUMBERS = list(range(12))
 NAMES = [f"someone-{name}@example.org" for name in "abcdefghijkl"]
 USERS = [f"user-{number // 2}" for number in range(12)]
 # Each user has two examples.
-CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", seed=1)
+CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", keep_idle=True, seed=1)
 
 
 @contextmanager
