@@ -106,8 +106,8 @@ class Method(ABC):
         compute_metrics, preprocess_logits_for_metrics: As in `Trainer`.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
         s3t_config ([`S3TConfig`], *optional*):
-            Shards, slices, partition, seed, aggregation: the same for every method. What is about sequences and layer
-            groups counts for S3T only. The recorded settings if not given.
+            Shards, slices, partition, seed, aggregation: the same for every method. What is planned, and layer groups,
+            count for S3T only: the others have one sequence. The recorded settings if not given.
         trainer_class (`type`, defaults to [`~transformers.Trainer`]): `Trainer` or `trl.SFTTrainer`.
 
     Raises:

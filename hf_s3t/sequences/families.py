@@ -147,13 +147,13 @@ def lattice(num_slices: int) -> tuple[tuple[int, ...], ...]:
     return _prefixes(num_slices, range(1, 1 << num_slices))
 
 
-def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int) -> np.ndarray:
+def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int | None = None) -> np.ndarray:
     """
     The depth that a shard serves for every set of hit slices.
 
     Args:
         prefixes (`list[tuple[int, ...]]`): The stages. Those below them count as there, named or not.
-        num_slices (`int`): Number of slices `L` of the shard.
+        num_slices (`int`, *optional*): Number of slices `L` of the shard; the length of the longest if not given.
 
     Returns:
         `np.ndarray`: One whole number per set of slices, given as a bit mask: the size of the largest set that avoids
@@ -168,11 +168,19 @@ def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int) -> np
     [2, 1, 1, 0]
     ```
     """
-    states = np.arange(1 << num_slices)
-    deepest = np.zeros(len(states), dtype=np.int8)
-    for state in {_mask(prefix) for prefix in stages_of(prefixes)}:
-        np.maximum(deepest, np.where(states & state, 0, state.bit_count()), out=deepest, casting="unsafe")
-    return deepest
+    prefixes = list(prefixes)
+    num_slices = max(map(len, prefixes)) if num_slices is None else num_slices
+    depths = np.zeros(1 << num_slices, dtype=np.int8)
+    for prefix in prefixes:
+        missed = len(depths) - 1
+        for depth, s in enumerate(prefix, start=1):
+            missed ^= 1 << s
+            depths[missed] = depth
+    for bit in range(num_slices):
+        # What misses a set of hits misses all that is within it.
+        without, with_ = depths.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
+        np.maximum(without, with_, out=without)
+    return depths
 
 
 def expected_depth(

@@ -200,6 +200,29 @@ def test_a_folder_in_which_something_is_gets_no_public_secret(tmp_path, monkeypa
     assert not list((tmp_path / "new").iterdir())
 
 
+@pytest.mark.parametrize("planned", [{"work_budget": 3.0}, {"sequence_selection": "lattice"}, {"budget": 3}, {}])
+@pytest.mark.parametrize("name", ["full", *SLICED])
+def test_what_is_planned_is_a_matter_of_s3t(tmp_path, name, planned):
+    """Others have one sequence, whose units are grown again as they were."""
+    config = config_of(num_slices=3, keep_idle=None, **planned)
+    method = make(name, tmp_path / name, model=tiny_bert(3), config=config)
+    folder, chain = method.trainer.folder, ((0, 1, 2),)
+    assert folder.plan.sequences == (((0,),) if name == "full" else chain,) * 2
+    plant_stages(method.trainer)
+    units = folder.plan.stages()
+    method.unlearn([folder.table.members(0, 0 if name == "full" else 1)[0]])
+    gone = [key for key in units if key not in folder.valid_stages]
+    assert gone and folder.missing_stages() == gone
+    # The settings that were given open it again, and so do none.
+    for again in (config, None):
+        assert (
+            METHODS[name](
+                tiny_bert(3), training_arguments(folder.path), train_dataset=dataset(ROWS), s3t_config=again
+            ).trainer.folder.plan
+            == folder.plan
+        )
+
+
 def test_units_see_what_they_should(trained):
     """Examples seen in one epoch: SISA trains on the slices so far, sequential training on one slice at a time."""
     sizes = assigned_sizes()
