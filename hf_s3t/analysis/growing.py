@@ -1,4 +1,4 @@
-"""In what order a shard's family is grown, as `plan.growth` has it, over bit masks: for simulations of long streams."""
+"""In what order a shard's family is grown, as `plan.growth` has it, over bit masks: for long simulations."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

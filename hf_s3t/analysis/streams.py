@@ -132,6 +132,8 @@ class Stream:
         depths (`tuple[float, ...]`): Share of the time, over requests and shards, at which each depth from 0 served.
         requests (`int`): Number of requests.
         stages (`float`): Number of stages that were grown again.
+        deaths (`float`): Number of requests that left their shard with nothing to serve, until it was grown again.
+        exhaustions (`float`): Number of those that left the last shard so.
         depth_after (`tuple[float, ...]`): Mean depth over shards before any request, and after each of them.
         work_after (`tuple[float, ...]`): Work of what was grown again until then.
         together (`dict[tuple[int, ...], float]`): Share of the time at which the shards served these depths together,
@@ -143,6 +145,8 @@ class Stream:
     depths: tuple[float, ...]
     requests: int
     stages: float
+    deaths: float
+    exhaustions: float
     depth_after: tuple[float, ...]
     work_after: tuple[float, ...]
     together: Mapping[tuple[int, ...], float] = field(default_factory=dict, repr=False)
@@ -189,13 +193,17 @@ def stream(
     rng = random.Random(seed)
     served = Counter[tuple[int, ...]]()
     depth_after, work_after = [0] * (requests + 1), [0.0] * (requests + 1)
-    stages = shards = 0
+    stages = shards = deaths = exhaustions = 0
     for _ in range(runs):
         system, spent = fresh(), 0.0
         shards = len(system.depths)
         depth_after[0] += sum(system.depths)
         for number, (shard, slice_) in enumerate(drawn_requests(rng, shards, num_slices, requests, prior), start=1):
-            system.hit(shard, slice_)
+            if system.depths[shard]:
+                system.hit(shard, slice_)
+                if not system.depths[shard]:
+                    deaths += 1
+                    exhaustions += not any(system.depths)
             if number % policy.every == 0:
                 grown = _follow(policy, system)
                 spent += grown.work
@@ -213,6 +221,8 @@ def stream(
         depths=tuple(time_at[depth] / (whole * requests) for depth in range(num_slices + 1)),
         requests=requests,
         stages=stages / runs,
+        deaths=deaths / runs,
+        exhaustions=exhaustions / runs,
         depth_after=tuple(depth / whole for depth in depth_after),
         work_after=tuple(work / whole for work in work_after),
         together={depths: time / (runs * requests) for depths, time in served.items()},
@@ -259,9 +269,9 @@ def families_under(
     >>> from hf_s3t.analysis.streams import Policy, families_under
     >>> from hf_s3t.sequences.families import lattice
 
-    >>> found = families_under(lattice(4), 4, Policy.to_depth(3, 4), requests=1000)
+    >>> found = families_under(lattice(4), 4, Policy.to_depth(3, 3), requests=1000)
     >>> round(found.mean_depth, 1), found.work < 1000
-    (3.5, True)
+    (3.0, True)
     ```
     """
     require_int("num_shards", num_shards, 1)
@@ -380,7 +390,7 @@ def full_retraining(*, requests: int = 1000, every: int = 1) -> Stream:
     require_int("requests", requests, 1)
     require_int("every", every, 1)
     works = tuple(float(number // every) for number in range(requests + 1))
-    return Stream(1.0, works[-1], (0.0, 1.0), requests, works[-1], (1.0,) * (requests + 1), works)
+    return Stream(1.0, works[-1], (0.0, 1.0), requests, works[-1], 0.0, 0.0, (1.0,) * (requests + 1), works)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
