@@ -67,13 +67,9 @@ def _frontier(data):
         ):
             x, y = _curve(published[kind], "quality")
             axes.plot(x, y, marker, color=color, markerfacecolor="none", markersize=7, label=label)
-        for name, factor, style in (
-            ("SISA", data["paper_work"]["sisa"] / data["paper_less_than_sisa"], ":"),
-            ("full retraining", data["paper_work"]["full"] / data["paper_less_than_full"], "--"),
-        ):
-            times = data["paper_less_than_sisa"] if name == "SISA" else data["paper_less_than_full"]
-            label = f"the paper: {times:g}x less than {name}"
-            axes.axvline(factor, color=PAPER, linestyle=style, linewidth=1.2, label=label)
+        for claim, style in zip(data["factors"], (":", "--", "-."), strict=True):
+            label = f"the paper: {claim['factor']:g}x less than {claim['than']}"
+            axes.axvline(claim["work"], color=PAPER, linestyle=style, linewidth=1, label=label)
         axes.set(
             xlabel=f"work over {data['requests']:,} requests (full fine-tunings, log scale)",
             ylabel=f"mean {data['metric']} over the stream (%)",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import deletion_study
 import pytest
@@ -53,14 +54,14 @@ class TestFrontier:
     def test_stages_as_good_as_those_of_sisa_cost_less(self, points):
         """Where shards serve most of the time: below, a policy of few stages comes in steps."""
         goal = compared(points)["goal"]
-        serving = [row["less"] for row in goal if row["quality"] >= BY_DEPTH[1]]
+        serving = [row["less"] for row in goal if row["sisa"]["quality"] >= BY_DEPTH[1]]
         assert len(serving) > 3 and min(serving) > 1
-        assert [row["quality"] for row in goal] == sorted(row["quality"] for row in goal)
+        assert all(row["s3t"]["quality"] >= row["sisa"]["quality"] for row in goal)
 
     def test_a_quality_that_s3t_does_not_reach_is_said(self, points):
-        better = [point.__class__(**{**vars(point), "quality": 0.99}) for point in points["sisa"]]
-        (row,) = compared({**points, "sisa": better})["goal"]
-        assert row["s3t"] is row["less"] is None
+        better = [replace(point, quality=0.99) for point in points["sisa"]]
+        *_, last = compared({**points, "sisa": better})["goal"]
+        assert last["s3t"] is last["less"] is None
 
     def test_frontiers_ascend_and_nothing_tried_is_above_them(self, points):
         found = compared(points)
@@ -69,10 +70,14 @@ class TestFrontier:
             assert all(a["work"] < b["work"] and a["quality"] < b["quality"] for a, b in itertools.pairwise(best))
             for point in points[kind]:
                 assert any(b["work"] <= point.work + 1e-4 and b["quality"] >= point.quality - 1e-6 for b in best)
-        assert found["paper_work"] == {
-            "sisa": round(points["published-sisa"][0].work, 4),
-            "full": round(points["full"][0].work, 4),
-        }
+
+    def test_the_factors_of_the_paper_are_amounts_of_work(self, points):
+        exhausted, at_once, full = compared(points)["factors"]
+        assert (exhausted["factor"], full["factor"]) == (2.8, 25)
+        assert exhausted["work"] == pytest.approx(points["published-sisa"][0].work / 2.8, abs=1e-4)
+        assert at_once["work"] == pytest.approx(points["published-sisa"][2].work / 2.8, abs=1e-4)
+        assert full["work"] == pytest.approx(201 / 25)
+        assert at_once["s3t"]["work"] <= at_once["work"] and at_once["s3t"]["quality"] > at_once["sisa"]["quality"]
 
 
 def test_policies_have_names_of_their_own(points):
