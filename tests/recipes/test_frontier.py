@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import deletion_study
 import pytest
 from studies.answers import Trained, named
+from studies.figures import draw
 from studies.frontier import SHARES, called, compared, simulated
 from support.tiny import tiny_vit
 from transformers import ViTImageProcessorPil
@@ -14,6 +17,7 @@ from transformers import ViTImageProcessorPil
 from hf_s3t.analysis.streams import Policy
 
 
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 BY_DEPTH = (0.1, 0.8, 0.9)
 
 
@@ -137,3 +141,34 @@ class TestStudies:
             assert all(0 <= quality <= 1 for quality in system["quality"].values())
         assert data["systems"]["s3t-1"]["quality"]["0-0"] == data["quality_of_guessing"]
         assert data["goal"] and data["tried"]["s3t"] > data["tried"]["sisa"]
+
+
+class TestStoredFigures:
+    @pytest.mark.parametrize(("name", "panels"), [("families", 6), ("frontier", 2), ("frontier-trained", 2)])
+    def test_every_figure_is_drawn_with_named_axes(self, name, panels, tmp_path):
+        data = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+        assert not re.search(r'"/[a-z]+/', json.dumps(data)), "a path of a machine"
+        draw(name, data, tmp_path / "figure.svg")
+        text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+        assert len(re.findall(r'id="axes_\d+"', text)) == panels
+        assert len(re.findall("<!-- .*(?:request|work|accuracy|depth).* -->", text)) >= 2 * panels
+        picture = (FIGURES / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 120_000
+
+    def test_the_simulated_stream_is_where_the_trained_one_is(self):
+        """Depths and stages to the number; the work but for rows that are gone; accuracy within its own error."""
+        data = json.loads((FIGURES / "frontier-trained.json").read_text(encoding="utf-8"))
+        assert data["requests"] >= 100 and {system["method"] for system in data["systems"]} == {"s3t", "sisa"}
+        for system in data["systems"]:
+            simulated = system["simulated"]
+            assert system["depths"] == simulated["depths"] and len(system["depths"]) == data["requests"] + 1
+            assert system["stages_trained"] == simulated["stages"]
+            assert system["work"] == pytest.approx(simulated["work"], rel=0.15)
+            assert system["mean_quality"] == pytest.approx(simulated["mean_quality"], abs=0.02)
+
+
+def test_the_page_shows_what_its_example_prints(capsys):
+    page = (FIGURES.parent / "beyond_the_paper.md").read_text(encoding="utf-8")
+    ((code, printed),) = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == printed
