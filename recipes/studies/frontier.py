@@ -1,15 +1,19 @@
 """Figure 9 as a frontier: the mean quality over a long stream of deletions, against the work of keeping it up."""
 
 import argparse
+import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from studies.answers import Benches, Trained, chosen_rate, named, quality_together
+from studies.runs import RESULTS, SEEDS
 from studies.workbench import about
 
 from hf_s3t.analysis.frontiers import Point, frontier, less_work, s3t_points, sisa_points
-from hf_s3t.analysis.streams import Policy, Stream
+from hf_s3t.analysis.streams import Policy, Stream, families_under, sisa
 from hf_s3t.sequences.families import best_family, lattice, stages_of, work_of
 from hf_s3t.sequences.rules import select_sequences
 
@@ -58,15 +62,65 @@ def frontiers(options: argparse.Namespace, others: Sequence[str]) -> dict[str, A
     systems = measured(benches, rates, options.seeds)
     tables = {name: system["quality"] for name, system in systems.items()}
     streams = {"requests": options.stream, "runs": options.streams}
-    return {
-        **about(bench, [(trained.method, trained.changes()) for trained in trained_systems()]),
+    own = {
+        "task": bench.loaded.task.name,
         "num_shards": config.num_shards,
         "num_slices": config.num_slices,
-        **streams,
         "seeds": options.seeds,
         "systems": systems,
-        **compared(simulated(config.num_shards, config.num_slices, tables, **streams)),
+        "points": compared(simulated(config.num_shards, config.num_slices, tables, **streams)),
+    }
+    return {
+        **about(bench, [(trained.method, trained.changes()) for trained in trained_systems()]),
+        **streams,
+        "tasks": [own, *(of_results(task, **streams) for task in ("trec", "sst2"))],
+        "at_equal_depth": at_equal_depth(config.num_shards, config.num_slices, **streams),
         "paper": f"{LESS_THAN_SISA:g}x less than SISA, {LESS_THAN_FULL:g}x less than full retraining.",
+    }
+
+
+# The tasks of docs/reproduction.md
+
+
+def of_results(task: str, *, requests: int, runs: int) -> dict[str, Any]:
+    """
+    The same of a task whose runs are kept in docs/results/: five shards of three slices, every row in every epoch.
+
+    They were measured with all shards at one depth. Of several depths together the mean of those that serve is taken.
+
+    Args:
+        task (`str`): Begins the names of its runs.
+        requests (`int`): Requests of a stream.
+        runs (`int`): Number of streams.
+    """
+    shards, sources = 5, {"s3t-1": "s3t-m5", "sisa-1": "sisa-m5", "full": "full-m1", "full-per-shard": "full-m5"}
+    by_depth = {name: _mean_by_depth(f"{task}-{kind}") for name, kind in sources.items()}
+    size = len(by_depth["s3t-1"])
+    tables = {name: _table_of(depths, 1 if name == "full" else shards) for name, depths in by_depth.items()}
+    return {
+        "task": task,
+        "num_shards": shards,
+        "num_slices": size,
+        "seeds": list(SEEDS),
+        "by_depth": {name: [round(value, 6) for value in depths] for name, depths in by_depth.items()},
+        "points": compared(simulated(shards, size, tables, requests=requests, runs=runs)),
+    }
+
+
+def _mean_by_depth(runs: str) -> list[float]:
+    """The first metric at every depth, in the mean over seeds."""
+    found = []
+    for seed in SEEDS:
+        (depths,) = json.loads((RESULTS / f"{runs}-seed{seed}.json").read_text())["metrics"].values()
+        found.append([next(iter(depths[depth].values())) for depth in sorted(depths, key=int)])
+    return [fmean(values) for values in zip(*found, strict=True)]
+
+
+def _table_of(by_depth: Sequence[float], shards: int) -> Table:
+    combinations = itertools.combinations_with_replacement(range(len(by_depth) + 1), shards)
+    # Where nothing serves no answer is right.
+    return {
+        named(depths): fmean([by_depth[depth - 1] for depth in depths if depth] or [0.0]) for depths in combinations
     }
 
 
@@ -94,7 +148,7 @@ def simulated(
     size, drawn = num_slices, {"num_shards": num_shards, "requests": requests, "runs": runs}
     published = {"policies": [Policy.when_exhausted(size), Policy.when_dead(size), Policy.all_at_once(size)]}
     rotations = {f"cyclic, B = {size}": stages_of(select_sequences(size, size))}
-    shares = {share: f"{share:g}" for share in SHARES}
+    shares = {share: f"{share:g}" for share in SHARES if f"s3t-{share:g}" in tables}
     at_once = [Policy.all_at_once(1)]
     # One model a shard, trained anew whenever its shard is hit: SISA of one slice.
     whole = {"policies": at_once, "method": "full", "requests": requests, "runs": runs}
@@ -118,6 +172,31 @@ def simulated(
         ],
     }
     return {method: [replace(p, work=p.first_work + p.work) for p in points] for method, points in found.items()}
+
+
+def at_equal_depth(num_shards: int, num_slices: int, *, requests: int, runs: int) -> list[dict[str, Any]]:
+    """What keeping every shard at a depth or deeper costs SISA, and S3T with one chain or all sets, per replay."""
+    drawn = {"num_shards": num_shards, "requests": requests, "runs": runs}
+    found = []
+    for share, depth in itertools.product(SHARES, range(1, num_slices + 1)):
+        policies = [Policy.to_depth(depth, depth)]
+        works = [(1 + share * (place - 1)) / num_slices for place in range(1, num_slices + 1)]
+        theirs = sisa(num_slices, policies[0], works=works, **drawn)
+        ours = {
+            name: families_under(family, num_slices, policies[0], replay=share, **drawn)
+            for name, family in (("chain", stages_of([range(num_slices)])), ("lattice", lattice(num_slices)))
+        }
+        found.append(
+            {
+                "replay": share,
+                "depth": depth,
+                "sisa": round(theirs.first_work + theirs.work, 4),
+                "sisa_mean_depth": round(theirs.mean_depth, 4),
+                **{name: round(one.first_work + one.work, 4) for name, one in ours.items()},
+                **{f"{name}_mean_depth": round(one.mean_depth, 4) for name, one in ours.items()},
+            }
+        )
+    return found
 
 
 def _mean_by(table: Table) -> Callable[[Stream], float]:
@@ -149,8 +228,9 @@ def compared(points: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
         those that none beats; `goal`, per point of SISA's the S3T point of least work for its quality (`None` where
         S3T does not reach it); `paper`, the amounts of work that its factors speak of, and what each method does then.
     """
-    sisa = [*points["sisa"], *points["published-sisa"]]
-    best = {"sisa": frontier(sisa), "s3t": frontier(points["s3t"])}
+    # SISA of one slice is a model for each shard, which is trained anew when it is hit.
+    of_sisa = [*points["sisa"], *points["published-sisa"], *points["full"][1:]]
+    best = {"sisa": frontier(of_sisa), "s3t": frontier(points["s3t"])}
     exhausted, _, at_once = points["published-sisa"]
     factors = {
         "SISA when exhausted": (LESS_THAN_SISA, exhausted.work),
@@ -159,7 +239,7 @@ def compared(points: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     }
     return {
         "published": [_described(p) for kind in ("full", "published-sisa", "published-s3t") for p in points[kind]],
-        "tried": {"sisa": len(sisa), "s3t": len(points["s3t"])},
+        "tried": {"sisa": len(of_sisa), "s3t": len(points["s3t"])},
         "frontiers": {method: [_described(point) for point in found] for method, found in best.items()},
         "goal": [
             {
@@ -167,7 +247,7 @@ def compared(points: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
                 "s3t": None if ours is None else _described(ours),
                 "less": None if ours is None else round(theirs.work / ours.work, 4),
             }
-            for theirs, ours in less_work(points["s3t"], sisa)
+            for theirs, ours in less_work(points["s3t"], of_sisa)
         ],
         "factors": [
             {

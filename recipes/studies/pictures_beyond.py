@@ -47,39 +47,43 @@ def _curve(points, measure="depth"):
     return [point["work"] for point in points], [scale * point[measure] for point in points]
 
 
+_TASKS = {"digits": "digits", "trec": "TREC", "sst2": "SST-2"}
+
+
 def _frontier(data):
-    figure, (whole, near) = new_figure(2, (13.5, 5.6))
-    best = data["frontiers"]
-    published = {"published-sisa": [], "published-s3t": [], "full": []}
-    for point in data["published"]:
-        published[point["method"] if point["method"] == "full" else f"published-{point['method']}"].append(point)
-    top = max(100 * point["quality"] for point in [*best["s3t"], *best["sisa"], *data["published"]])
-    for axes in (whole, near):
+    figure, panels = new_figure(len(data["tasks"]), (15, 5.6))
+    for axes, task in zip(panels, data["tasks"], strict=True):
+        points = task["points"]
+        best = points["frontiers"]
         for kind, color, label in (
-            ("sisa", SISA, "SISA, with replay, lazy retraining, reordered slices"),
-            ("s3t", OURS, "S3T, families, replay, regrowth by worth"),
+            ("sisa", SISA, "SISA, with replay where measured, lazy retraining, reordered slices"),
+            ("s3t", OURS, "S3T: families, replay where measured, regrowth by worth"),
         ):
             axes.plot(*_curve(best[kind], "quality"), "o-", color=color, markersize=3.5, label=label)
         for kind, color, marker, label in (
-            ("published-sisa", SISA, "s", "SISA as published: exhausted, dead shard, at once"),
-            ("published-s3t", OURS, "s", f"S3T as published, B = {data['num_slices']}: the same"),
-            ("full", FIRST, "D", "full retraining: all, the shard that was hit"),
+            ("sisa", SISA, "s", "SISA as published: all when exhausted, a dead shard, at once"),
+            ("s3t", OURS, "s", "S3T as published, B = L: the same"),
+            ("full", FIRST, "D", "full retraining: of all, of the shard that was hit"),
         ):
-            x, y = _curve(published[kind], "quality")
-            axes.plot(x, y, marker, color=color, markerfacecolor="none", markersize=7, label=label)
-        for claim, style in zip(data["factors"], (":", "--", "-."), strict=True):
+            published = [point for point in points["published"] if point["method"] == kind]
+            look = {"color": color, "markerfacecolor": "none", "markersize": 7}
+            axes.plot(*_curve(published, "quality"), marker, **look, label=label)
+        for claim, style in zip(points["factors"], (":", "--", "-."), strict=True):
             label = f"the paper: {claim['factor']:g}x less than {claim['than']}"
             axes.axvline(claim["work"], color=PAPER, linestyle=style, linewidth=1, label=label)
+        top = max(100 * point["quality"] for point in [*best["s3t"], *best["sisa"], *points["published"]])
+        name = _TASKS.get(task["task"], task["task"])
         axes.set(
+            title=f"Figure 9 as work and quality: {name}, m = {task['num_shards']}, L = {task['num_slices']}",
             xlabel=f"work over {data['requests']:,} requests (full fine-tunings, log scale)",
             ylabel=f"mean {data['metric']} over the stream (%)",
             xscale="log",
+            xlim=(5, None),
+            ylim=(top - 8, top + 0.8),
         )
         plain_numbers(axes.xaxis)
-    whole.set(title=f"Figure 9, work and quality: m = {data['num_shards']}, L = {data['num_slices']}", ylim=(10, 100))
-    near.set(title="The same, near the top", ylim=(top - 8, top + 1))
-    finish(whole, near, legends=False)
-    shared_legend(figure, (whole, near), 3)
+    finish(*panels, legends=False)
+    shared_legend(figure, panels, 3)
     return figure
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 # Of the qualities that SISA reaches so many are shown.
-_SHOWN = 9
+_SHOWN = 6
 
 
 def exact_values(data: Mapping[str, Any]) -> str:
@@ -21,44 +21,57 @@ def exact_values(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_CALLED = {"digits": "digits", "trec": "TREC", "sst2": "SST-2"}
+
+
 def published_ways(data: Mapping[str, Any]) -> str:
     """Full retraining, and what the paper does."""
-    lines = ["| as published | work | mean depth | mean accuracy (%) |", "|---|---|---|---|"]
-    for point, name in zip(data["published"], _names(data), strict=True):
-        lines.append(f"| {name} | {point['work']:.0f} | {point['mean_depth']:.2f} | {100 * point['quality']:.1f} |")
+    tasks = data["tasks"]
+    names = [_CALLED.get(task["task"], task["task"]) for task in tasks]
+    heads = " | ".join(f"{name}: work | depth | accuracy (%)" for name in names)
+    lines = [f"| as published | {heads} |", "|---" * (1 + 3 * len(tasks)) + "|"]
+    for place, name in enumerate(_WAYS):
+        cells = [
+            f"{point['work']:.0f} | {point['mean_depth']:.2f} | {100 * point['quality']:.1f}"
+            for point in (task["points"]["published"][place] for task in tasks)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _names(data: Mapping[str, Any]) -> Sequence[str]:
-    called = {"sisa": "SISA", "s3t": f"S3T, B = {data['num_slices']}"}
-    others = [f"{called[p['method']]}: {p['policy']}" for p in data["published"][2:]]
-    return ["full retraining (m = 1)", "full retraining of the shard that was hit", *others]
+_WAYS = (
+    "full retraining, m = 1",
+    "full retraining of the shard that was hit",
+    *(
+        f"{method}: {policy}"
+        for method in ("SISA", "S3T, B = L")
+        for policy in ("all anew when exhausted", "a shard anew when it is dead", "all at once")
+    ),
+)
 
 
 def work_for_quality(data: Mapping[str, Any]) -> str:
     """What SISA and S3T need for the same mean quality."""
     lines = [
-        "| mean accuracy (%) that SISA reaches | its work | how | S3T's work | how | less work |",
-        "|---|---|---|---|---|---|",
+        "| task | mean accuracy (%) that SISA reaches | its work | how | S3T's work | how | less work |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in _spread(_while_all_serve(data)):
-        theirs, ours = row["sisa"], row["s3t"]
-        shown = [f"{100 * theirs['quality']:.2f}", f"{theirs['work']:.1f}", _how(theirs)]
-        shown += (
-            ["not reached", "", ""] if ours is None else [f"{ours['work']:.1f}", _how(ours), f"{row['less']:.2f}x"]
-        )
-        lines.append(f"| {' | '.join(shown)} |")
+    for task in data["tasks"]:
+        name = _CALLED.get(task["task"], task["task"])
+        for row in _spread(_while_all_serve(task)):
+            theirs, ours = row["sisa"], row["s3t"]
+            shown = [name, f"{100 * theirs['quality']:.2f}", f"{theirs['work']:.1f}", _how(theirs)]
+            if ours is None:
+                shown += ["not reached", "", ""]
+            else:
+                shown += [f"{ours['work']:.1f}", _how(ours), f"{row['less']:.2f}x"]
+            lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def _while_all_serve(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The qualities above that of shards which all serve with one slice."""
-    least = min(
-        system["quality"]["-".join(["1"] * data["num_shards"])]
-        for name, system in data["systems"].items()
-        if not name.startswith("full")
-    )
-    return [row for row in data["goal"] if row["sisa"]["quality"] >= least]
+def _while_all_serve(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The points of SISA's frontier at which a shard serves one slice or more, in the mean."""
+    return [row for row in task["points"]["goal"] if row["sisa"]["mean_depth"] >= 1]
 
 
 def _spread(rows: Sequence[Any]) -> list[Any]:
@@ -74,17 +87,31 @@ def _how(point: Mapping[str, Any]) -> str:
     return f"{plan}replay {point['replay']:g}, {point['policy']}"
 
 
+def equal_depth(data: Mapping[str, Any]) -> str:
+    """What it costs to keep all shards at a depth."""
+    lines = [
+        "| every shard at depth | replay | SISA | S3T, one chain | less than SISA | S3T, lattice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["at_equal_depth"]:
+        works = f"{row['sisa']:.1f} | {row['chain']:.1f} | {row['sisa'] / row['chain']:.2f}x | {row['lattice']:.1f}"
+        lines.append(f"| {row['depth']} | {row['replay']:g} | {works} |")
+    return "\n".join(lines)
+
+
 def factors(data: Mapping[str, Any]) -> str:
     """What the paper's factors would be."""
-    lines = ["| the paper's factor | is work of | S3T then | SISA then |", "|---|---|---|---|"]
-    for row in data["factors"]:
-        then = [
-            "nothing"
-            if row[method] is None
-            else f"{100 * row[method]['quality']:.2f}% at mean depth {row[method]['mean_depth']:.2f}"
-            for method in ("s3t", "sisa")
-        ]
-        lines.append(f"| {row['factor']:g}x less than {row['than']} | {row['work']:.1f} | {' | '.join(then)} |")
+    lines = ["| task | the paper's factor | is work of | S3T then | SISA then |", "|---|---|---|---|---|"]
+    for task in data["tasks"]:
+        for row in task["points"]["factors"]:
+            then = [
+                "nothing"
+                if row[method] is None
+                else f"{100 * row[method]['quality']:.2f}% at mean depth {row[method]['mean_depth']:.2f}"
+                for method in ("s3t", "sisa")
+            ]
+            claim = f"{row['factor']:g}x less than {row['than']} | {row['work']:.1f}"
+            lines.append(f"| {_CALLED.get(task['task'], task['task'])} | {claim} | {' | '.join(then)} |")
     return "\n".join(lines)
 
 
@@ -108,6 +135,7 @@ def answered(data: Mapping[str, Any]) -> str:
 # Figure, and what makes a table of its data.
 TABLES: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("families", exact_values),
+    ("frontier", equal_depth),
     ("frontier", published_ways),
     ("frontier", work_for_quality),
     ("frontier", factors),
