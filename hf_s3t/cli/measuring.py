@@ -234,7 +234,7 @@ def _language_model(
     chain: S3TConfig,
 ) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from ..training.sft_trainer import S3TSFTTrainer
 
