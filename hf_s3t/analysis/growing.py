@@ -77,6 +77,8 @@ class Growing:
         self._hit_by = [_bits(set_ >> s & 1 for set_ in sets) for s in range(num_slices)]
         self._of_depth = [_bits(len(p) == depth for p in self.stages) for depth in range(1, num_slices + 1)]
         self._next: dict[int, Next | None] = {}
+        self._depth: dict[int, int] = {}
+        self._until: dict[tuple[int, int], tuple[int, ...]] = {}
         if by_sets:
             uniform = (1 / num_slices,) * num_slices
             self._weights = hit_set_weights(uniform if prior is None else tuple(map(float, prior)), horizon)
@@ -104,7 +106,21 @@ class Growing:
 
     def depth(self, state: int) -> int:
         """The depth that serves."""
-        return next((d for d in range(len(self._of_depth), 0, -1) if state & self._of_depth[d - 1]), 0)
+        if state not in self._depth:
+            of_depth = enumerate(self._of_depth, start=1)
+            self._depth[state] = max((depth for depth, stages in of_depth if state & stages), default=0)
+        return self._depth[state]
+
+    def until(self, state: int, depth: int) -> tuple[int, ...]:
+        """The stages that are grown one after the other until a depth serves."""
+        if (state, depth) not in self._until:
+            places = list[int]()
+            reached = state
+            while self.depth(reached) < depth and (step := self.next(reached)) is not None:
+                places.append(step.place)
+                reached |= 1 << step.place
+            self._until[state, depth] = tuple(places)
+        return self._until[state, depth]
 
     def next(self, state: int) -> Next | None:
         """The stage that is grown next; `None` if all are there."""

@@ -50,7 +50,7 @@ REPLAY = 0.5
 # Of the options, those are shown that serve at least so much of their slices more than the next cheaper one.
 _WORTH_SHOWING = 0.04
 # Streams of requests of each option: to compare all of them, and to say what is expected of those that are shown.
-_COARSE, _FINE = 2, 20
+_COARSE, _FINE = 1, 12
 _POINTS_IN_TIME = 12
 
 

@@ -430,9 +430,10 @@ class _Families:
                 self._set(shard, self._growing.all)
             return Grown(work, stages)
         for shard in shards:
-            while self.depths[shard] < target and (step := self._growing.next(self._states[shard])) is not None:
-                work += self._add(shard, step.place)
-                stages += 1
+            if self.depths[shard] < target:
+                places = self._growing.until(self._states[shard], target)
+                work += sum(self._add(shard, place) for place in places)
+                stages += len(places)
         for _ in range(extra):
             found = [(shard, step) for shard in shards if (step := self._growing.next(self._states[shard]))]
             if not found:

@@ -206,11 +206,16 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
 
 def show_measured(found: "Measured") -> None:
     """What stages took, where a few steps of them were trained."""
-    (first, last), (fast, slow) = found.seconds_per_step, found.examples_per_second
     say(f"measured on {found.device}, {_count(found.rows, 'row')}:")
+    speeds = [
+        f"{seconds:.3g} seconds a step, {examples:.3g} examples a second, {_count(depth, 'layer')} trained"
+        for seconds, examples, depth in zip(
+            found.seconds_per_step, found.examples_per_second, found.depths, strict=True
+        )
+    ]
     rows = [
-        ("first stage", f"{first:.3g} seconds a step, {fast:.3g} examples a second, {found.depths[0]} layers trained"),
-        ("last stage", f"{last:.3g} seconds a step, {slow:.3g} examples a second, {found.depths[1]} layers trained"),
+        ("first stage", speeds[0]),
+        ("last stage", speeds[1]),
         ("ordinary fine-tuning", f"{_hours(found.hours_per_epoch)} an epoch"),
         ("most memory", decimal(found.peak_bytes)),
     ]
