@@ -546,7 +546,7 @@ def _in_all(after: Sequence[float], requests: float) -> float:
 
 def _in_words(policy: Policy, num_slices: int) -> str:
     if policy.trigger == 0:
-        return "nothing"
+        return "no stage"
     if policy.extra:
         return "1 stage" if policy.extra == 1 else f"{policy.extra} stages"
     deep = f"all {num_slices} slices" if policy.target == num_slices else f"{policy.target} of {num_slices} slices"

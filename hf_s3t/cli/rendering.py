@@ -262,9 +262,9 @@ def show_recommendation(found: "Recommendation") -> None:
     published = f"published plan (B = {best.num_slices}; {_hours(found.published_hours)}), never"
     columns = ("month", "grown again", "never", published)
     _table(columns, [(f"{month:.4g}", *(f"{depth:.1f}" for depth in depths)) for month, *depths in over_time])
-    say("more depth costs more training:")
+    say("more depth costs more training (months until dead and exhausted: if never grown again):")
     of_each = ("", "m", "L", "layers", "stages", "of each shard", "first hours", "after each request", "hours a month")
-    ends = (f"hours in {goal}", "slices serve", "never grown again: first dead shard", "exhausted")
+    ends = (f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
 
 

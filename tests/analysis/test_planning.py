@@ -232,7 +232,7 @@ class TestRecommendation:
 
     def test_nothing_grown_again_must_last(self):
         found = recommend(WORKLOAD, LAYERS, goal_months=1, goal_depth=0, max_hours_per_month=1e-6)
-        assert found.meets_goal and found.chosen.after_each_request == "nothing"
+        assert found.meets_goal and found.chosen.after_each_request == "no stage"
         assert found.chosen.months_until_first_dead_shard >= 1
 
     def test_hours_are_a_limit(self, found):
