@@ -153,6 +153,21 @@ def test_the_deepest_valid_stage_serves_planned_or_not_and_ties_are_settled_by_r
     assert plan.served(shuffled) == tuple(expected)
 
 
+@MANY
+@given(seeds)
+def test_of_a_plan_with_idle_stages_that_was_made_earlier_the_same_stages_serve_and_it_is_written_as_it_was(seed):
+    order = random.Random(seed)
+    permutations = list(itertools.permutations(range(order.randint(1, 4))))
+    sequences = tuple(order.sample(permutations, order.randint(1, min(8, len(permutations)))))
+    published, by_sets = Plan((sequences,)), Plan((sequences,), by_sets=True)
+    assert by_sets.to_record() == published.to_record()
+    # Whatever was deleted or is damaged.
+    valid = [key for key in published.stages() if order.random() < 0.8]
+    assert by_sets.served(valid) == published.served(valid)
+    config = S3TConfig(num_slices=len(sequences[0]), budget=1)
+    assert Plan.from_record(by_sets.to_record(), config) == by_sets
+
+
 @given(seeds.map(lambda seed: History(seed, events=0)))
 @settings(max_examples=30, deadline=None)
 def test_rank_orders_all_stages_that_a_system_can_have_planned_ones_as_they_are_planned(history):
@@ -385,7 +400,7 @@ CONFIGS = [
     S3TConfig(),
     S3TConfig(num_slices=4, budget=2),
     S3TConfig(num_slices=4, sequence_selection=LATTICE),
-    S3TConfig(num_slices=6, work_budget=6.0),
+    S3TConfig(num_slices=4, work_budget=5.0),
     S3TConfig(num_slices=3, keep_idle=True, select="longest"),
     S3TConfig(num_shards=2, num_slices=3, sequence_selection=[[[0, 1], [2]], [[1, 2, 0]]]),
     S3TConfig(replay=0.25),
