@@ -81,13 +81,16 @@ def _show_sequences(depths: Sequence[int], plan: Plan, of_sequences: Sequence[Se
 def _show_what_is_left_to_train(status: dict[str, Any]) -> None:
     step = status["next_stage"]
     now, later = fmean(status["depths"]), status["expected_depth"]
-    say(f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_fine_tunings(status['work_left'])}")
+    say(
+        f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_work(status['work_left'])} full "
+        "fine-tunings"
+    )
     serves = "its loss decides whether it serves"
     if step["depth"] is not None:
         serves = f"mean depth {now:.2f} -> {now + step['depth']:.2f}"
     say(
-        f"one more, {step['stage']}, the work of {_fine_tunings(step['work'])}: {serves}, expected over the requests "
-        f"to come {later:.2f} -> {later + step['expected_depth']:.2f}"
+        f"one more ({step['stage']}, work {_work(step['work'])}): {serves}, expected later {later:.2f} -> "
+        f"{later + step['expected_depth']:.2f}"
     )
 
 
@@ -393,8 +396,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _fine_tunings(work: float) -> str:
-    return f"{work:.2g} full fine-tunings" if work < 10 else f"{work:.0f} full fine-tunings"
+def _work(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _number(value: float) -> str:

@@ -203,7 +203,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         outputs: list[TrainOutput] = []
         key = None
         try:
-            while (key := self._next_stage(limits, len(outputs))) is not None:
+            while not self._is_enough(limits, len(outputs)) and (key := self._next_stage()) is not None:
                 number = len(outputs) + 1
                 self._progress.begin_stage(str(key), number, max(limits.of(missing), number), self._cost(key))
                 output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
@@ -259,8 +259,14 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         if self.is_world_process_zero():
             self.folder.remove_finished_checkpoints()
 
-    def _next_stage(self, limits: Limits, trained: int) -> StageKey | None:
-        """The stage to train next, the same in every process; `None` if none is missing, or a limit is reached."""
+    def _is_enough(self, limits: Limits, trained: int) -> bool:
+        """Whether a limit is reached: the first process says so, as clocks differ."""
+        is_enough: bool
+        (is_enough,) = broadcast_object_list([limits.are_reached(trained)])
+        return is_enough
+
+    def _next_stage(self) -> StageKey | None:
+        """The stage to train next, the same in every process."""
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
@@ -271,7 +277,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._refuse_other_recipe(resume=False)
             self._agreed = valid
         key: StageKey | None
-        (key,) = broadcast_object_list([None if limits.are_reached(trained) else self._first_of_missing(valid)])
+        (key,) = broadcast_object_list([self._first_of_missing(valid)])
         return key
 
     def _first_of_missing(self, valid: frozenset[StageKey]) -> StageKey | None:
