@@ -289,7 +289,7 @@ class S3TConfig:
                 f"work_budget={self.work_budget!r} beside {' and '.join(others)}, expected one of them: what is "
                 "trained for so much work is searched. Leave out the other, or `work_budget`."
             )
-        self.work_budget = _positive("work_budget", self.work_budget)
+        self.work_budget = require_positive("work_budget", self.work_budget)
         if self.num_slices > FAMILY_MOST_SLICES:
             raise ConfigError(
                 f"work_budget={self.work_budget} with num_slices={self.num_slices}, but the search is over at most "
@@ -515,7 +515,7 @@ def check_prior(prior: Sequence[float], num_slices: int) -> None:
         raise ConfigError(f"`deletion_prior` sums to {total:g}, expected 1. Divide each entry by the sum.")
 
 
-def _positive(name: str, value: Any) -> float:
+def require_positive(name: str, value: Any) -> float:
     """A setting as a number above zero, or a [`~hf_s3t.errors.ConfigError`] if it is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # Compared with a bound, because an integer may be too large for a float; and NaN is within none.

@@ -354,8 +354,9 @@ class SISA(Method):
     """
     SISA: one sequence a shard; each slice continues training the adapter on all layers, with a checkpoint after each.
 
-    Trained on the slices so far, as in SISA proper, unless `s3t_config.stage_data` is `"slice"`. Every slice starts a
-    fresh optimizer. Deletion goes back to the checkpoint before the slice; `retrain` goes on from there.
+    Trained on the slices so far, as in SISA proper, or by `s3t_config.replay` on a share of the earlier ones in each
+    epoch. Every slice starts a fresh optimizer. Deletion goes back to the checkpoint before the slice; `retrain` goes
+    on from there.
     """
 
     name = "sisa"

@@ -12,12 +12,12 @@ from .stages import Plan, StageKey
 @dataclass(frozen=True)
 class Step:
     """
-    A stage to grow, and why.
+    A stage to grow, and what it brings by itself: nothing where it is grown for one that shall stand on it.
 
     Args:
         key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
         work (`float`): What training it costs, in full LoRA fine-tunings of all the data.
-        depth (`float`): What it adds to the mean depth over shards that serves now.
+        depth (`float`): What it adds to the mean depth over shards that serves now, where the deepest stage serves.
         expected_depth (`float`): What it adds to the mean depth that is expected over the requests to come.
     """
 
@@ -67,6 +67,10 @@ class Growth:
         ]
         return sum(depths) / len(depths)
 
+    def work(self, stages: Collection[StageKey]) -> float:
+        """What training stages costs together, in full LoRA fine-tunings of all the data."""
+        return sum(self._outlooks[key.shard].work(key.depth) for key in stages) / len(self._outlooks)
+
     def next(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Step | None:
         """
         The stage to grow next; `None` if nothing is missing.
@@ -101,27 +105,33 @@ class Growth:
         for key in self._plan.stages(empty):
             if key not in there[key.shard]:
                 (worth,) = self._outlooks[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
-                yield self._step(_Found(key, worth))
+                yield self._step(_Found(key, worth, worth))
                 there[key.shard].add(key)
 
     def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
         """The stage of a shard to grow first; remembered, as it is asked for again when another shard has grown."""
         state = frozenset(there), frozenset(empty)
         if shard not in self._known or self._known[shard][0] != state:
-            missing = _prefixes(self._plan.missing_in(shard, *state))
-            found = self._outlooks[shard].first(missing, _prefixes(there))
-            self._known[shard] = state, None if found is None else _Found(StageKey(shard, found[0]), found[1])
+            missing, outlook = _prefixes(self._plan.missing_in(shard, *state)), self._outlooks[shard]
+            first = outlook.first(missing, _prefixes(there))
+            found = None
+            if first is not None:
+                prefix, worth = first
+                (alone,) = outlook.worths([prefix], _prefixes(there))
+                found = _Found(StageKey(shard, prefix), worth, alone)
+            self._known[shard] = state, found
         return self._known[shard][1]
 
     def _step(self, found: "_Found") -> Step:
         shards = len(self._outlooks)
-        work = self._outlooks[found.key.shard].work(found.key.depth) / shards
-        return Step(found.key, work, found.worth.now / shards, found.worth.later / shards)
+        return Step(found.key, self.work([found.key]), found.alone.now / shards, found.alone.later / shards)
 
 
 class _Found(NamedTuple):
     key: StageKey
+    # With what it is grown for, and by itself.
     worth: Worth
+    alone: Worth
 
 
 def _prefixes(keys: Iterable[StageKey]) -> list[tuple[int, ...]]:

@@ -315,6 +315,25 @@ class Plan:
         stacks_of_sets = [[[key.slices for key in stack] for stack in stacks] for stacks in self._stacks]
         return [[_valid_depth(stack, sets) for stack in stacks] for stacks in stacks_of_sets]
 
+    def sets(
+        self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()
+    ) -> list[list[tuple[int, int]]]:
+        """
+        Per shard and number of slices, of how many sets of so many slices valid stages saw, and how many are planned.
+
+        Args:
+            valid (collection of [`StageKey`]): The valid stages.
+            empty (collection of `(shard, slice)`): Slices of which nothing is left: no set that has one counts.
+        """
+        there = {key.slices for key in valid}
+        counts: list[list[tuple[int, int]]] = []
+        for shard, family in enumerate(self.families):
+            planned = {key.slices for key in (StageKey(shard, prefix) for prefix in family) if not key.saw(empty)}
+            sizes = range(1, max(map(len, family)) + 1)
+            by_size = [[own for own in planned if len(own[1]) == size] for size in sizes]
+            counts.append([(sum(own in there for own in owns), len(owns)) for owns in by_size])
+        return counts
+
     def served(
         self,
         valid: Collection[StageKey],

@@ -720,7 +720,7 @@ def test_an_interrupted_run_says_what_is_kept_and_that_it_goes_on(saving, where,
     (said,) = [r.getMessage() for r in heard.records if r.getMessage().startswith("Interrupted")]
     assert said == (
         f"Interrupted: 1 stages are in {tmp_path / 'system'}, whole, and stay. Call `train()` again, here or by the "
-        f"same script: it trains the {len(planned) - 1} that are missing, {planned[1]} from {where}."
+        f"same script, for the {len(planned) - 1} that are missing, {planned[1]} from {where}."
     )
     kept = trainer.folder.adapter_digest(planned[0])
     trainer.remove_callback(interrupting)

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 from peft import LoraConfig
-from support.tiny import make_trainer, plant_stages, tiny_llama
+from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama
 
 from hf_s3t import S3TConfig
 from hf_s3t.hub.card import render_card, render_recipe_card
@@ -84,6 +84,17 @@ def test_a_card_says_how_large_the_adapters_are_where_nobody_set_it(tmp_path):
     plant_stages(trainer)
     card = render_card(trainer.folder, "me/system")
     assert "| LoRA | r = 8, alpha = 8, on q_proj |" in card and "None" not in card
+
+
+def test_a_card_says_what_a_stage_sees_of_earlier_slices(tmp_path):
+    said = {}
+    for share in (0.0, 0.25, 1.0):
+        model = tiny_llama()
+        trainer = make_trainer(tmp_path / str(share), model=model, config=s3t_config(replay=share))
+        said[share] = render_card(trainer.folder, "me/system").partition("| training of a stage | ")[2]
+    assert said[0.0].startswith("on its last slice only; ")
+    assert said[0.25].startswith("each epoch on its last slice and a share of 0.25 of the slices before it; ")
+    assert not said[1.0].startswith(("on its", "each epoch"))
 
 
 @pytest.mark.parametrize("targets", [["v_proj", "q_proj"], ".*[qv]_proj"])

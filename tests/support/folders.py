@@ -61,10 +61,15 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
 def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
     """Make what `train()` would make."""
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
-        below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
-        record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
-        folder.write_stage(key, record, partial(_fill, seen=[str(key), record]))
+        plant(folder, key)
     return folder
+
+
+def plant(folder: SystemFolder, key: StageKey) -> None:
+    """Make one stage, which stands on one that is there."""
+    below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
+    record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
+    folder.write_stage(key, record, partial(_fill, seen=[str(key), record]))
 
 
 def _fill(path: Path, seen) -> None:
