@@ -89,8 +89,8 @@ def _show_what_is_left_to_train(status: dict[str, Any]) -> None:
     if step["depth"] is not None:
         serves = f"mean depth {now:.2f} -> {now + step['depth']:.2f}"
     say(
-        f"one more ({step['stage']}, work {_work(step['work'])}): {serves}, expected later {later:.2f} -> "
-        f"{later + step['expected_depth']:.2f}"
+        f"one more ({step['stage']}, work {_work(step['work'])}): {serves}, over the next requests {later:.2f} "
+        f"-> {later + step['expected_depth']:.2f}"
     )
 
 

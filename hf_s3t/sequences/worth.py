@@ -151,10 +151,11 @@ def _outlook(num_slices: int, prior: tuple[float, ...] | None, horizon: int, rep
     return Outlook(num_slices, prior, horizon, replay)
 
 
-def outlook_of(config: S3TConfig, shard: int) -> Outlook:
-    """The requests that a shard has to expect by a config; shards that expect the same share one."""
+def outlook_of(config: S3TConfig, shard: int, horizon: int | None = None) -> Outlook:
+    """The requests that a shard has to expect by a config, or so many; shards that expect the same share one."""
     prior = config.prior_of(shard)
-    return _outlook(config.num_slices, None if prior is None else tuple(prior), config.score_horizon, config.replay)
+    horizon = config.score_horizon if horizon is None else horizon
+    return _outlook(config.num_slices, None if prior is None else tuple(prior), horizon, config.replay)
 
 
 @functools.lru_cache(maxsize=64)  # the shards of a system ask the same question

@@ -129,7 +129,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics, among
             them `stages_trained`; `depth` that serves now, the mean over shards, and `expected_depth`, its mean over
-            the requests to come if nothing more is trained; `stages_left` and `work_left`, what is still missing, in
+            the next requests (as many that hit each shard as it has slices) if nothing more is trained; `stages_left` and `work_left`, what is still missing, in
             stages and in full LoRA fine-tunings of all the data.
 
         Raises:

@@ -219,7 +219,7 @@ def test_status_of_a_plan_of_sets_counts_them_and_says_what_one_more_stage_bring
     # One stage has all: it stands on the two slices that were not hit.
     assert lines[6:] == [
         "left to train: 4 stages, the work of 1.2 full fine-tunings",
-        "one more (shard-0/1-2-0, work 0.5): mean depth 2.50 -> 3.00, expected later 1.11 -> 1.11",
+        "one more (shard-0/1-2-0, work 0.5): mean depth 2.50 -> 3.00, over the next requests 1.17 -> 1.17",
     ]
 
 
@@ -239,7 +239,7 @@ def test_status_keeps_its_promise_stage_by_stage(lattice):
 def test_by_metric_the_loss_of_the_next_stage_will_say_whether_it_serves(tmp_path):
     folder = grow(new_system(tmp_path / "system", config=replace(CONFIG, keep_idle=None, select="metric")), 1)
     assert json_of("status", folder.path)["next_stage"]["depth"] is None
-    assert "): its loss decides whether it serves, expected later" in run("status", folder.path).stdout
+    assert "): its loss decides whether it serves, over the next requests" in run("status", folder.path).stdout
 
 
 def test_status_for_machines(system):

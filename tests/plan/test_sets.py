@@ -314,14 +314,18 @@ def test_stages_are_grown_in_the_order_that_a_slow_greedy_search_finds(history):
 
 @MANY
 @given(histories)
-def test_the_expected_depth_is_the_mean_over_shards_and_the_requests_to_come(history):
-    greedy, growth = Greedy(history), Growth(history.plan, history.config)
-    prefixes = [[key.prefix for key in history.valid if key.shard == shard] for shard in range(history.num_shards)]
-    expected = [greedy.expected(shard, of_shard) for shard, of_shard in enumerate(prefixes)]
-    assert growth.expected_depth(history.valid) == pytest.approx(sum(expected) / len(expected), abs=1e-9)
+def test_the_expected_depth_is_the_mean_over_shards_and_as_many_requests_as_there_are_slices(history):
     config = history.config
+    prefixes = [[key.prefix for key in history.valid if key.shard == shard] for shard in range(history.num_shards)]
+    hits = [likelihoods(config.prior_of(shard), config.num_slices) for shard in range(history.num_shards)]
+    expected = [
+        sum(p * naive_depth(of_shard, hit) for hit, p in of_hits.items())
+        for of_shard, of_hits in zip(prefixes, hits, strict=True)
+    ]
+    growth = Growth(history.plan, config)
+    assert growth.expected_depth(history.valid) == pytest.approx(sum(expected) / len(expected), abs=1e-9)
     by_families = [
-        expected_depth(of_shard, config.num_slices, config.prior_of(shard), config.score_horizon)
+        expected_depth(of_shard, config.num_slices, config.prior_of(shard), config.num_slices)
         for shard, of_shard in enumerate(prefixes)
     ]
     assert by_families == pytest.approx(expected, abs=1e-9)
