@@ -129,8 +129,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics, among
             them `stages_trained`; `depth` that serves now, the mean over shards, and `expected_depth`, its mean over
-            the next requests (as many that hit each shard as it has slices) if nothing more is trained; `stages_left` and `work_left`, what is still missing, in
-            stages and in full LoRA fine-tunings of all the data.
+            the next requests (as many that hit each shard as it has slices) if nothing more is trained; `stages_left`
+            and `work_left`, what is still missing, in stages and in full LoRA fine-tunings of all the data.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]:
