@@ -3,8 +3,12 @@ What to expect of a system before it is trained, and while it serves: deletion r
 
 - `rates`: how many deletions a system outlives (Lemma 1): in closed form, exactly, simulated.
 - `retention`: how much of a shard is left after some deletions (Lemma 2), and how deep it answers then.
+- `growing`: in what order a family of stages is grown, over bit masks.
+- `streams`: what a system serves through a stream of requests, and what keeping it up costs; SISA's beside it.
+- `frontiers`: the most quality that each method has for its work over such a stream.
 - `backbone`: the model that a plan is made for: its layers, and the weights of adapters on them.
-- `planning`: what `hf-s3t plan` computes: shards, slices, sequences and epochs, what they cost, how long they last.
+- `options`: ways to set up a system and to keep it up, with what to expect of each.
+- `planning`: what `hf-s3t plan` recommends of them.
 - `plan_figure`: the picture of such a plan.
 - `pictures`: what all pictures have in common; the recipes draw by it too.
 """

@@ -89,14 +89,19 @@ class Backbone:
                 "Give --num-layers."
             )
         if target_modules is None:
-            names = whole.get("architectures") or ()
-            target_modules = "all-linear" if any("CausalLM" in str(name) for name in names) else "query-value"
+            target_modules = targets_of(whole)
         require_choice("target_modules", target_modules, TARGETS)
         hidden = _setting(config, "hidden_size")
         if hidden is None:
             return cls(layers)
         weights = rank * sum(map(sum, _matrices(config, hidden, target_modules)))
         return cls(layers, weights, (hidden + 1) * num_labels)
+
+
+def targets_of(config: Mapping[str, Any]) -> str:
+    """The matrices that get an adapter by default: all of a causal language model, query and value of others."""
+    names = config.get("architectures") or ()
+    return "all-linear" if any("CausalLM" in str(name) for name in names) else "query-value"
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

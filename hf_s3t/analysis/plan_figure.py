@@ -1,13 +1,10 @@
 """The picture, by matplotlib, of what `hf-s3t plan` recommends."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .pictures import FIRST, OURS, PAPER, SISA, check_picture, finish, new_figure, plain_numbers, save
-from .planning import Option, Recommendation, Workload, survival
+from .planning import Option, Recommendation, Workload
 
 
 if TYPE_CHECKING:
@@ -45,59 +42,67 @@ def figure_of_plan(found: Recommendation, workload: Workload) -> "Figure":
             What it was made for.
 
     Returns:
-        A figure of matplotlib with two panels: what is left over time, and what a longer life costs.
+        A figure of matplotlib with two panels: the depth that serves over time, and what more of it costs.
     """
-    figure, (life, cost) = new_figure(2, (11, 4.4))
-    _draw_life(life, found.chosen, workload)
+    figure, (depth, cost) = new_figure(2, (11, 4.4))
+    _draw_depth(depth, found, workload)
     _draw_costs(cost, found)
-    finish(life, cost)
+    finish(depth, cost)
     return figure
 
 
-def _draw_life(axes: "Axes", best: Option, workload: Workload) -> None:
-    months = np.linspace(0, 1.3 * best.months_until_exhausted, 300)
-    alive, depth = survival(best, months * workload.deletions_per_month)
-    axes.plot(months, 100 * alive, color=OURS, label="shards alive")
-    axes.plot(months, 100 * depth, color=FIRST, label="slices that serve, of all")
-    axes.axvline(best.months_until_first_dead_shard, color=SISA, linestyle="--", label="first dead shard, expected")
-    axes.axvline(best.months_until_exhausted, color=PAPER, linestyle=":", label="exhausted, expected")
+def _draw_depth(axes: "Axes", found: Recommendation, workload: Workload) -> None:
+    best = found.chosen
+    again = f"after each request: {best.after_each_request}"
+    axes.plot(found.months, best.depths, color=OURS, label=again)
+    axes.plot(found.months, best.depths_without, color=FIRST, label="never grown again")
+    axes.plot(
+        found.months,
+        found.published_depths,
+        color=PAPER,
+        linestyle="--",
+        label=f"published plan (B = {best.num_slices}; {found.published_hours:.3g} hours), never grown again",
+    )
+    if best.months_until_first_dead_shard <= found.months[-1]:
+        axes.axvline(
+            best.months_until_first_dead_shard, color=SISA, linestyle=":", label="first dead shard, never grown again"
+        )
     axes.set(
-        title=f"m = {best.num_shards}, L = {best.num_slices}, B = {best.budget}: what is left",
+        title=f"m = {best.num_shards}, L = {best.num_slices}, {best.plan}: expected depth",
         xlabel=f"months, at {workload.deletions_per_month:g} requests each",
-        ylabel="expected share (%)",
-        ylim=(0, 102),
+        ylabel="slices that serve",
+        ylim=(0, 1.35 * best.num_slices),
         xlim=(0, None),
     )
+    axes.set_yticks(range(best.num_slices + 1))
 
 
 def _draw_costs(axes: "Axes", found: Recommendation) -> None:
     best = found.chosen
-    ends: tuple[tuple[str, str, Callable[[Option], float]], ...] = (
-        ("until the first dead shard", SISA, lambda option: option.months_until_first_dead_shard),
-        ("until exhausted", OURS, lambda option: option.months_until_exhausted),
-    )
-    for number, (label, color, months_of) in enumerate(ends):
-        hours = [option.training_hours for option in found.options]
-        axes.plot(hours, list(map(months_of, found.options)), "o-", color=color, label=label, markersize=4)
-        axes.plot(
-            best.training_hours, months_of(best), "*", color=color, markersize=15, label=None if number else "chosen"
-        )
+    hours = [option.total_hours for option in found.options]
+    axes.plot(hours, list(map(_share, found.options)), "o-", color=OURS, label="cheapest for its depth", markersize=4)
+    axes.plot(best.total_hours, _share(best), "*", color=OURS, markersize=15, label="chosen")
+    first = [option.training_hours for option in found.options]
+    axes.plot(first, list(map(_share, found.options)), ".", color=FIRST, label="of that, the first training")
     for option in found.options:
         axes.annotate(
-            f"{option.num_shards}·{option.num_slices}·{option.budget}",
-            (option.training_hours, option.months_until_first_dead_shard),
-            xytext=(4, -11),
+            f"{option.num_shards}·{option.num_slices}·{len(option.family)}",
+            (option.total_hours, _share(option)),
+            xytext=(5, -11),
             textcoords="offset points",
             fontsize=7,
         )
-    axes.axhline(found.goal_months, color=PAPER, linestyle=":", label="goal")
+    axes.axhline(100 * found.goal_depth, color=PAPER, linestyle=":", label="goal")
     axes.set(
-        title="Longer life costs more training (m·L·B)",
-        xlabel="training (hours)",
-        ylabel="expected months",
+        title="More depth costs more training (m·L·stages of a shard)",
+        xlabel=f"training (hours in {found.goal_months:g} months)",
+        ylabel="slices that serve, in the mean (%)",
         xscale="log",
-        yscale="log",
     )
     # Room for the labels: of the last point beside it, of the first one below it.
-    axes.margins(x=0.15, y=0.1)
-    plain_numbers(axes.xaxis, axes.yaxis)
+    axes.margins(x=0.2, y=0.12)
+    plain_numbers(axes.xaxis)
+
+
+def _share(option: Option) -> float:
+    return 100 * option.mean_depth / option.num_slices

@@ -17,10 +17,11 @@ from .arguments import AsJson
 
 if TYPE_CHECKING:
     from ..analysis.backbone import Backbone
+    from .measuring import Measured
 
 
 # Arguments of the planning that have another name here.
-_OPTIONS = {"num_examples": "examples", "goal_months": "months"}
+_OPTIONS = {"num_examples": "examples", "goal_months": "months", "goal_depth": "depth"}
 
 
 class Until(StrEnum):
@@ -43,14 +44,27 @@ def _above_zero(value: float | None) -> float | None:
     return value
 
 
-Examples = Annotated[int, typer.Option(min=1, help="Number of training examples.")]
+Examples = Annotated[
+    int | None, typer.Option(min=1, help="Number of training examples; the rows of --measure if not given.")
+]
 DeletionsPerMonth = Annotated[
     float, typer.Option(callback=_above_zero, help="Deletion requests to expect in a month.")
 ]
 HoursPerEpoch = Annotated[
-    float,
-    typer.Option(callback=_above_zero, help="Hours that an epoch of ordinary LoRA fine-tuning on all the data takes."),
+    float | None,
+    typer.Option(
+        callback=_above_zero,
+        help="Hours that an epoch of ordinary LoRA fine-tuning on all the data takes; as measured if not given.",
+    ),
 ]
+Measure = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Train a few steps of stages of --model on these rows, a file or a dataset's id, and measure them.",
+    ),
+]
+MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of an example at most, where it is measured.")]
 Model = Annotated[
     str | None, typer.Option(help="Id on the Hub, folder or config.json of the base model: its layers and sizes.")
 ]
@@ -67,18 +81,35 @@ TargetModules = Annotated[
 NumLabels = Annotated[int, typer.Option(min=0, help="Classes of the head that every stage keeps a copy of.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Epochs of ordinary fine-tuning; every stage gets at least these.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")]
-Months = Annotated[float, typer.Option(callback=_above_zero, help="Months that the system should last.")]
-EndsWith = Annotated[Until, typer.Option(help="What ends it: the first dead shard, or all of them.")]
-MaxHours = Annotated[float | None, typer.Option(callback=_above_zero, help="Hours that training may take.")]
+Months = Annotated[
+    float,
+    typer.Option(callback=_above_zero, help="Months that the system should last, and over which hours are summed."),
+]
+Depth = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the slices that should serve, in the mean over these months.")
+]
+Replay = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of earlier slices' rows in an epoch of a stage.", show_default="0.5"),
+]
+EndsWith = Annotated[
+    Until, typer.Option(help="What should not come sooner: the first dead shard, or all of them dead at once.")
+]
+MaxHours = Annotated[float | None, typer.Option(callback=_above_zero, help="Hours that the first training may take.")]
+MaxHoursPerMonth = Annotated[
+    float | None, typer.Option(callback=_above_zero, help="Hours of a month that may go into growing again.")
+]
 MaxShards = Annotated[int, typer.Option(min=1, help="Shards at most; each learns from its part of the data alone.")]
 Figure = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw what to expect into this .png or .svg file.")]
 
 
 def plan(
-    examples: Examples,
     deletions_per_month: DeletionsPerMonth,
-    hours_per_epoch: HoursPerEpoch,
+    examples: Examples = None,
+    hours_per_epoch: HoursPerEpoch = None,
     model: Model = None,
+    measure: Measure = None,
+    max_length: MaxLength = None,
     num_layers: NumLayers = None,
     hidden_size: HiddenSize = None,
     rank: Rank = 16,
@@ -87,43 +118,104 @@ def plan(
     epochs: Epochs = 3,
     batch_size: BatchSize = 8,
     months: Months = 12.0,
+    depth: Depth = 0.75,
+    replay: Replay = None,
     until: EndsWith = Until.first_shard,
     max_hours: MaxHours = None,
+    max_hours_per_month: MaxHoursPerMonth = None,
     max_shards: MaxShards = 5,
     figure: Figure = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Recommend shards, slices, layers per slice, budget and epochs, with what they cost and how long they last.
+    Recommend shards, slices, stages, replay and epochs, and how far to grow again after each request.
 
-    Expected times, for requests that hit examples at random; and the number that suffices to somebody who knows where
-    examples lie.
+    With hours of training and of growing again, expected depth over time, and how long the system lasts if nothing is
+    grown again: expected values for requests that hit examples at random; and the number that suffices to somebody who
+    knows where examples lie.
     """
-    # It brings an optimizer, which is slow to import, and only this command needs it.
-    from ..analysis.planning import Workload, recommend
+    # It simulates, by libraries that are slow to import, and only this command needs it.
+    from ..analysis.planning import REPLAY, Workload, recommend
 
-    workload = Workload(examples, deletions_per_month, hours_per_epoch, epochs, batch_size)
-    backbone = _backbone(
-        model, num_layers, hidden_size, rank, None if target_modules is None else target_modules.value, num_labels
-    )
+    _check_what_is_measured(examples, hours_per_epoch, model, measure)
+    targets = None if target_modules is None else target_modules.value
+    backbone = _backbone(model, num_layers, hidden_size, rank, targets, num_labels)
     if figure is not None:
         # Only for a picture, what draws it.
         from ..analysis.pictures import check_picture
         from ..analysis.plan_figure import draw_plan
 
         check_picture(figure)
+    measured = None
+    if measure is not None and model is not None:
+        measured = _measured(model, measure, backbone, rank, targets, num_labels, batch_size, examples, max_length)
+        examples = examples or measured.rows
+        hours_per_epoch = hours_per_epoch or measured.hours_per_epoch
+    workload = Workload(examples or 0, deletions_per_month, hours_per_epoch or 0, epochs, batch_size)
     try:
         found = recommend(
-            workload, backbone, goal_months=months, until=until.value, max_hours=max_hours, max_shards=max_shards
+            workload,
+            backbone,
+            goal_months=months,
+            goal_depth=depth,
+            until=until.value,
+            replay=REPLAY if replay is None else replay,
+            max_hours=max_hours,
+            max_hours_per_month=max_hours_per_month,
+            max_shards=max_shards,
         )
     except ConfigError as error:
         raise ConfigError(re.sub(r"\b[a-z]+_[a-z]+(?==)", _option_for, str(error))) from error
     if as_json:
-        rendering.print_json({"workload": asdict(workload), "backbone": asdict(backbone), **asdict(found)})
+        of_run = None if measured is None else asdict(measured)
+        rendering.print_json(
+            {"workload": asdict(workload), "backbone": asdict(backbone), "measured": of_run, **asdict(found)}
+        )
     else:
+        if measured is not None:
+            rendering.show_measured(measured)
         rendering.show_recommendation(found)
     if figure is not None:
         draw_plan(found, workload, figure)
+
+
+def _check_what_is_measured(
+    examples: int | None, hours_per_epoch: float | None, model: str | None, measure: str | None
+) -> None:
+    if measure is not None and model is None:
+        raise typer.BadParameter("Got --measure without --model, expected the model whose stages are to be measured.")
+    for option, value in (("--examples", examples), ("--hours-per-epoch", hours_per_epoch)):
+        if measure is None and value is None:
+            raise typer.BadParameter(f"Got neither {option} nor --measure. Give {option}, or rows to measure with.")
+
+
+def _measured(
+    model: str,
+    data: str,
+    backbone: "Backbone",
+    rank: int,
+    target_modules: str | None,
+    num_labels: int,
+    batch_size: int,
+    examples: int | None,
+    max_length: int | None,
+) -> "Measured":
+    from ..analysis.backbone import targets_of
+
+    # It loads a model, as nothing else here does.
+    from .measuring import measure
+
+    return measure(
+        model,
+        data,
+        batch_size=batch_size,
+        rank=rank,
+        target_modules=target_modules or targets_of(_model_config(model)),
+        num_layers=backbone.num_layers,
+        num_labels=num_labels,
+        num_examples=examples,
+        max_length=max_length,
+    )
 
 
 def _option_for(argument: re.Match[str]) -> str:

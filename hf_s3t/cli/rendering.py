@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..analysis.planning import Option, Recommendation
     from ..hub.erasure import ErasureReport
     from ..hub.pushing import PushReport
+    from .measuring import Measured
 
 
 _SHORT = 12
@@ -237,18 +238,47 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
     say(f"{going} {decimal(purge.size('remove', 'removed'))}, kept {decimal(purge.size('keep'))}")
 
 
+def show_measured(found: "Measured") -> None:
+    """What stages took, where a few steps of them were trained."""
+    say(f"measured on {found.device}, {_count(found.rows, 'row')}:")
+    speeds = [
+        f"{seconds:.3g} seconds a step, {examples:.3g} examples a second, {_count(depth, 'layer')} trained"
+        for seconds, examples, depth in zip(
+            found.seconds_per_step, found.examples_per_second, found.depths, strict=True
+        )
+    ]
+    rows = [
+        ("first stage", speeds[0]),
+        ("last stage", speeds[1]),
+        ("ordinary fine-tuning", f"{_hours(found.hours_per_epoch)} an epoch"),
+        ("most memory", decimal(found.peak_bytes)),
+    ]
+    _table(("", ""), rows, header=False)
+
+
 def show_recommendation(found: "Recommendation") -> None:
-    """What to set up, what to expect of it, and what else there is."""
+    """What to set up and how to keep it up, what to expect of it, and what else there is."""
     best = found.chosen
     layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
     size = "not known without --model or --hidden-size" if best.storage_bytes is None else decimal(best.storage_bytes)
+    goal = f"{found.goal_months:g} months"
     rows = [
         ("shards (m)", best.num_shards),
         ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
-        ("sequences per shard (B)", f"{best.budget}, {best.sequence_selection}"),
+        ("stages per shard", f"{best.num_stages // best.num_shards}: {best.plan}"),
+        ("rows of earlier slices", f"replay={best.replay:g}"),
         ("epochs per stage", f"{best.epochs}; at least {best.steps_of_first_stage} steps"),
-        ("training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
+        ("first training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
         ("stages, storage", f"{best.num_stages}, {size}"),
+        ("after each request", f"grow {best.after_each_request}"),
+        (
+            "what that takes",
+            f"{best.stages_per_request:.1f} stages or {_hours(best.hours_per_request)} a request, "
+            f"{_hours(best.hours_per_month)} a month",
+        ),
+        (f"in {goal}", f"{_hours(best.total_hours)}, {best.mean_depth:.1f} of {best.num_slices} slices serve"),
+        ("a shard has nothing", _between(best.months_between_dead_shards, best.months_between_exhaustions)),
+        ("never grown again:", ""),
         ("half of the slices serve", f"for {_months(best.months_until_half_depth)} months"),
         ("first dead shard", _end(best.months_until_first_dead_shard, best.deletions_until_first_dead_shard)),
         ("exhausted", _end(best.months_until_exhausted, best.deletions_until_exhausted)),
@@ -261,9 +291,15 @@ def show_recommendation(found: "Recommendation") -> None:
     _table(("", ""), rows, header=False)
     for note in found.notes:
         say(f"note: {note}")
-    say("longer life costs more training:")
-    columns = ("", "m", "L", "layers", "B", "epochs", "hours", "months: half depth", "first dead shard", "exhausted")
-    _table(columns, [_option(option, option == best) for option in found.options])
+    say(f"slices that serve, of {best.num_slices}:")
+    over_time = zip(found.months, best.depths, best.depths_without, found.published_depths, strict=True)
+    published = f"published plan (B = {best.num_slices}; {_hours(found.published_hours)}), never"
+    columns = ("month", "grown again", "never", published)
+    _table(columns, [(f"{month:.4g}", *(f"{depth:.1f}" for depth in depths)) for month, *depths in over_time])
+    say("more depth costs more training:")
+    of_each = ("", "m", "L", "layers", "stages", "of each shard", "first hours", "after each request", "hours a month")
+    ends = (f"hours in {goal}", "slices serve", "never grown again: first dead shard", "exhausted")
+    _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
 
 
 def say(text: str) -> None:
@@ -320,13 +356,22 @@ def _option(option: "Option", is_chosen: bool) -> tuple[Any, ...]:
         option.num_shards,
         option.num_slices,
         option.layers_per_slice,
-        option.budget,
-        option.epochs,
+        option.num_stages,
+        option.plan,
         f"{option.training_hours:.3g}",
-        _months(option.months_until_half_depth),
+        option.after_each_request,
+        f"{option.hours_per_month:.3g}",
+        f"{option.total_hours:.3g}",
+        f"{100 * option.mean_depth / option.num_slices:.0f}%",
         _months(option.months_until_first_dead_shard),
         _months(option.months_until_exhausted),
     )
+
+
+def _between(dead: float, exhausted: float) -> str:
+    once = "for a while" if math.isinf(dead) else f"for a while once in {_months(dead)} months"
+    never = "in no simulated request" if math.isinf(dead) else once
+    return never + ("" if math.isinf(exhausted) else f", all of them once in {_months(exhausted)}")
 
 
 def _end(months: float, deletions: float) -> str:
