@@ -119,7 +119,7 @@ def make(shards: int, path: Path) -> Wide:
     count = shards * NUM_SLICES * ROWS_PER_SLICE
     tokens = [[number % 60] for number in range(count)]
     rows = Dataset.from_dict({"id": [f"row-{n:06d}" for n in range(count)], "input_ids": tokens, "labels": tokens})
-    config = S3TConfig(num_shards=shards, num_slices=NUM_SLICES, id_column="id")
+    config = S3TConfig(num_shards=shards, num_slices=NUM_SLICES, keep_idle=True, id_column="id")
     wide = Wide(path, base, config, rows)
     path.parent.mkdir(parents=True)
     use_public_secret(path)

@@ -54,7 +54,10 @@ def main() -> None:
         for shards in (1, 5):
             system = Path(folder) / f"system-{shards}"
             make_system(
-                system, AutoModelForCausalLM.from_pretrained(path), S3TConfig(num_shards=shards, num_slices=4), 100
+                system,
+                AutoModelForCausalLM.from_pretrained(path),
+                S3TConfig(num_shards=shards, num_slices=NUM_SLICES, keep_idle=True),
+                100,
             )
             before = tensor_bytes()
             model = S3TModel.from_pretrained(system, base_model=str(path))

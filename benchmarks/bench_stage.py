@@ -155,7 +155,7 @@ def add_sizes(report: Report, sizes: list[tuple[int, int]], steps: int, is_held:
 
 def add_stages(report: Report, slices: int, is_held: bool) -> None:
     """Many stages: those of the last sequence against those of the second, which finds all layers wrapped too."""
-    config = S3TConfig(num_shards=2, num_slices=slices, budget=slices)
+    config = S3TConfig(num_shards=2, num_slices=slices, budget=slices, keep_idle=True)
     measured = stages(llama(slices, 16, 1_000), 4 * slices, 1, config, rank=2)
     seconds = [overhead(stage) for stage in measured]
     early, late = (statistics.median(some) for some in (seconds[slices : 2 * slices], seconds[-slices:]))

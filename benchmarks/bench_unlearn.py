@@ -131,7 +131,7 @@ def main() -> None:
         for size in sizes:
             with temporary_folder() as folder:
                 system = Path(folder) / "system"
-                make_system(system, base, S3TConfig(num_shards=shards, num_slices=NUM_SLICES), size)
+                make_system(system, base, S3TConfig(num_shards=shards, num_slices=NUM_SLICES, keep_idle=True), size)
                 deletions = Deletions(system, base, Path(folder))
                 for position in reversed(range(NUM_SLICES)):
                     name = f"m = {shards}, {size:,} examples, slice {position + 1}"

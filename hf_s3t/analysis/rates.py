@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import check_prior, require_choice, require_int
 from ..errors import ConfigError
-from ..sequences.rules import check_sequences
+from ..sequences.rules import check_prefixes
 
 
 # One list for all shards, or one per shard.
@@ -31,7 +31,7 @@ _BLOCK = 2000
 def deletion_rate(
     num_shards: int,
     num_slices: int,
-    budget: int,
+    budget: int | None = None,
     *,
     prior: Prior | None = None,
     sequences: Sequences | None = None,
@@ -49,13 +49,15 @@ def deletion_rate(
             Number of shards `m`.
         num_slices (`int`):
             Number of slices `L` per shard.
-        budget (`int`):
-            Number of sequences `B` per shard.
+        budget (`int`, *optional*):
+            Number of sequences `B` per shard; if not given, that of `sequences`, or `num_slices`: one for each slice
+            to start with, as the lattice has them.
         prior (`list[float]` or `list[list[float]]`, *optional*):
             Probability of each slice of a shard to be hit by a request to that shard, one list for all shards or one
             per shard; uniform if not given. Requests spread evenly over the shards.
         sequences (`list[tuple[int, ...]]` or one such list per shard, *optional*):
-            The sequences trained. Not given, they are taken to start with as many different slices as they can; with
+            The sequences trained, or the stages of a family: of distinct slices, not necessarily of all. What counts
+            is what they start with. Not given, they are taken to start with as many different slices as they can; with
             a prior and fewer sequences than slices it matters which, and they must be given.
         num_examples (`int` or `list[list[int]]`, *optional*):
             Requests are taken to hit slices independently of each other, as the paper has it; where slices hold few
@@ -189,7 +191,7 @@ def expected_deletions_left(
 def simulate_deletions(
     num_shards: int,
     num_slices: int,
-    budget: int,
+    budget: int | None = None,
     *,
     prior: Prior | None = None,
     sequences: Sequences | None = None,
@@ -206,8 +208,9 @@ def simulate_deletions(
             Number of shards `m`.
         num_slices (`int`):
             Number of slices `L` per shard.
-        budget (`int`):
-            Number of sequences `B` per shard.
+        budget (`int`, *optional*):
+            Number of sequences `B` per shard; if not given, that of `sequences`, or `num_slices`: one for each slice
+            to start with, as the lattice has them.
         prior (`list[float]` or `list[list[float]]`, *optional*):
             As in [`deletion_rate`].
         sequences (`list[tuple[int, ...]]` or one such list per shard, *optional*):
@@ -351,13 +354,15 @@ def _log_hit(x: np.ndarray) -> np.ndarray:
 
 
 def _first_slices(
-    num_shards: int, num_slices: int, budget: int, prior: Prior | None, sequences: Sequences | None
+    num_shards: int, num_slices: int, budget: int | None, prior: Prior | None, sequences: Sequences | None
 ) -> list[set[int]]:
     require_int("num_shards", num_shards, 1)
     require_int("num_slices", num_slices, 1)
-    require_int("budget", budget, 1)
+    if budget is not None:
+        require_int("budget", budget, 1)
     if sequences is not None:
         return [{s[0] for s in shard} for shard in _checked_sequences(sequences, num_shards, num_slices, budget)]
+    budget = num_slices if budget is None else budget
     if prior is not None and budget < num_slices:
         raise ConfigError(
             f"budget={budget} with a prior over num_slices={num_slices} slices: the rate depends on the slices that "
@@ -369,7 +374,7 @@ def _first_slices(
 
 
 def _checked_sequences(
-    sequences: Sequences, num_shards: int, num_slices: int, budget: int
+    sequences: Sequences, num_shards: int, num_slices: int, budget: int | None
 ) -> list[list[tuple[int, ...]]]:
     per_shard = _is_list(sequences) and _is_list(sequences[0]) and _is_list(sequences[0][0])
     given: list[Any] = list(sequences) if per_shard else [sequences] * num_shards
@@ -378,9 +383,9 @@ def _checked_sequences(
             f"`sequences` lists sequences for {len(given)} shards, but num_shards={num_shards}. Give one list for all "
             "shards or one per shard."
         )
-    lists = [check_sequences(shard, num_slices) for shard in given]
+    lists = [check_prefixes(shard, num_slices) for shard in given]
     wrong = sorted({len(shard) for shard in lists} - {budget})
-    if wrong:
+    if wrong and budget is not None:
         raise ConfigError(f"`sequences` gives a shard {wrong[0]} sequences, but budget={budget}. Make them agree.")
     return lists
 

@@ -2,7 +2,8 @@
 How much of a shard is left after some deletion requests hit it (Lemma 2): exact, simulated, and as in the paper.
 
 A shard serves the longest prefix of any of its sequences that holds no slice that was hit. With `H` the set of slices
-hit, this depth is a function of `H`, and there are only `2 ** L` of them.
+hit, this depth is a function of `H`, and there are only `2 ** L` of them. Sequences need not have all slices: the
+stages of a family of sets are such sequences, too.
 """
 
 import math
@@ -12,7 +13,8 @@ import numpy as np
 
 from ..config import check_prior, require_int
 from ..errors import ConfigError
-from ..sequences.rules import check_sequences
+from ..sequences.families import depths_of_hit_sets as depths_of_hit_sets
+from ..sequences.rules import check_prefixes
 
 
 # 2 ** 20 states take a few megabytes and milliseconds; every slice more doubles both.
@@ -24,7 +26,12 @@ _BLOCK = 1 << 20
 
 
 def retention(
-    sequences: list[tuple[int, ...]], hits: int, at_least: int, *, prior: list[float] | None = None
+    sequences: list[tuple[int, ...]],
+    hits: int,
+    at_least: int,
+    *,
+    prior: list[float] | None = None,
+    num_slices: int | None = None,
 ) -> float:
     """
     Probability that some sequence of a shard keeps a number of slices after requests that hit the shard.
@@ -34,20 +41,22 @@ def retention(
 
     Args:
         sequences (`list[tuple[int, ...]]`):
-            The sequences of the shard.
+            The sequences of the shard, or its stages: of distinct slices, not necessarily of all.
         hits (`int`):
             Number of requests `r` that hit the shard, independently of each other.
         at_least (`int`):
             Number of slices `k` that a sequence must keep: none of its first `k` slices was hit.
         prior (`list[float]`, *optional*):
             Probability that such a request hits each slice; uniform if not given.
+        num_slices (`int`, *optional*):
+            Number of slices `L` of the shard; the length of the longest sequence if not given.
 
     Returns:
         `float`: The probability.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If the sequences are no permutations of the same slices, a number is out of
-            range, or there are more than 20 slices and more than 20 different sets of first `at_least` slices.
+        [`~hf_s3t.errors.ConfigError`]: If the sequences are not of distinct slices, a number is out of range, or
+            there are more than 20 slices and more than 20 different sets of first `at_least` slices.
 
     Example:
 
@@ -59,13 +68,14 @@ def retention(
     0.707
     ```
     """
-    sequences = check_sequences(sequences)
-    num_slices = len(sequences[0])
+    sequences, num_slices = _checked(sequences, num_slices)
     _check_numbers(num_slices, hits, at_least)
     likelihoods = _checked_prior(prior, num_slices)
     if num_slices <= _MOST_BITS:
-        return _mean_over_hit_sets(depths_of_hit_sets(sequences) >= at_least, num_slices, hits, likelihoods)
-    kept = {frozenset(sequence[:at_least]) for sequence in sequences}
+        return _mean_over_hit_sets(
+            depths_of_hit_sets(sequences, num_slices) >= at_least, num_slices, hits, likelihoods
+        )
+    kept = {frozenset(sequence[:at_least]) for sequence in sequences if len(sequence) >= at_least}
     if len(kept) <= _MOST_BITS:
         return _over_sets_of_prefixes(sorted(map(sorted, kept)), num_slices, hits, likelihoods)
     raise ConfigError(
@@ -74,17 +84,25 @@ def retention(
     )
 
 
-def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[float] | None = None) -> float:
+def expected_depth(
+    sequences: list[tuple[int, ...]],
+    hits: int,
+    *,
+    prior: list[float] | None = None,
+    num_slices: int | None = None,
+) -> float:
     """
     Expected depth that a shard serves after requests that hit it, exactly: `sum over k = 1..L` of the [`retention`].
 
     Args:
         sequences (`list[tuple[int, ...]]`):
-            The sequences of the shard, over at most 20 slices.
+            The sequences of the shard, or its stages, over at most 20 slices: of distinct ones, not necessarily all.
         hits (`int`):
             Number of requests `r` that hit the shard, independently of each other.
         prior (`list[float]`, *optional*):
             Probability that such a request hits each slice; uniform if not given.
+        num_slices (`int`, *optional*):
+            Number of slices `L` of the shard; the length of the longest sequence if not given.
 
     Returns:
         `float`: The expected number of slices of the longest surviving prefix, 0 for a dead shard.
@@ -104,8 +122,7 @@ def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[f
     1.156
     ```
     """
-    sequences = check_sequences(sequences)
-    num_slices = len(sequences[0])
+    sequences, num_slices = _checked(sequences, num_slices)
     _check_numbers(num_slices, hits, 0)
     likelihoods = _checked_prior(prior, num_slices)
     if num_slices > _MOST_BITS:
@@ -113,7 +130,7 @@ def expected_depth(sequences: list[tuple[int, ...]], hits: int, *, prior: list[f
             f"Got {num_slices} slices; the exact depth is a sum over their subsets, for at most {_MOST_BITS} of them. "
             "Take the mean of `simulate_depths`."
         )
-    return _mean_over_hit_sets(depths_of_hit_sets(sequences), num_slices, hits, likelihoods)
+    return _mean_over_hit_sets(depths_of_hit_sets(sequences, num_slices), num_slices, hits, likelihoods)
 
 
 def simulate_depths(
@@ -121,6 +138,7 @@ def simulate_depths(
     hits: int,
     *,
     prior: list[float] | None = None,
+    num_slices: int | None = None,
     runs: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:
@@ -131,11 +149,13 @@ def simulate_depths(
 
     Args:
         sequences (`list[tuple[int, ...]]`):
-            The sequences of the shard.
+            The sequences of the shard, or its stages: of distinct slices, not necessarily of all.
         hits (`int`):
             Number of requests `r` that hit the shard, independently of each other.
         prior (`list[float]`, *optional*):
             Probability that such a request hits each slice; uniform if not given.
+        num_slices (`int`, *optional*):
+            Number of slices `L` of the shard; the length of the longest sequence if not given.
         runs (`int`, defaults to 1000):
             Number of depths.
         seed (`int`, defaults to 0):
@@ -156,22 +176,23 @@ def simulate_depths(
     array([3, 3, 3, 3])
     ```
     """
-    rows = np.array(check_sequences(sequences))
-    num_slices = rows.shape[1]
+    sequences, num_slices = _checked(sequences, num_slices)
     _check_numbers(num_slices, hits, 0)
     require_int("runs", runs, 1)
     require_int("seed", seed, 0)
     likelihoods = _checked_prior(prior, num_slices)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // max(1, hits, rows.size))
+    # Behind the end of each sequence a slice that is hit in every run: what nothing was hit of ends there.
+    ends = np.full((len(sequences), num_slices + 1), num_slices)
+    for row, sequence in zip(ends, sequences):
+        row[: len(sequence)] = sequence
+    block = max(1, _BLOCK // max(1, hits, ends.size))
     depths = []
     for done in range(0, runs, block):
         count = min(block, runs - done)
         hit = np.zeros((count, num_slices + 1), dtype=bool)
-        # A column more, hit in every run: a sequence of which nothing was hit ends there.
         hit[:, -1] = True
         np.put_along_axis(hit, rng.choice(num_slices, size=(count, hits), p=likelihoods), True, axis=1)
-        ends = np.pad(rows, ((0, 0), (0, 1)), constant_values=num_slices)
         depths.append(hit[:, ends].argmax(axis=2).max(axis=1))
     return np.concatenate(depths)
 
@@ -255,6 +276,14 @@ def retention_paper(num_slices: int, budget: int, hits: int, at_least: int) -> f
     return 1 - (1 - (1 - at_least / num_slices) ** hits) ** prefixes
 
 
+def _checked(sequences: Sequence[Sequence[int]], num_slices: int | None) -> tuple[list[tuple[int, ...]], int]:
+    """The sequences, and of how many slices they are."""
+    if num_slices is not None:
+        require_int("num_slices", num_slices, 1)
+    found = check_prefixes(sequences, num_slices)
+    return found, max(map(len, found)) if num_slices is None else num_slices
+
+
 def _check_numbers(num_slices: int, hits: int, at_least: int) -> None:
     require_int("hits", hits, 0)
     require_int("at_least", at_least, 0)
@@ -278,22 +307,6 @@ def _checked_prior(prior: Sequence[float] | None, num_slices: int) -> np.ndarray
         return None
     check_prior(prior, num_slices)
     return np.array(prior, dtype=float) / math.fsum(prior)
-
-
-def depths_of_hit_sets(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """The depth that serves, for every set of hit slices as a bit mask: a prefix is kept if the set misses it."""
-    num_slices = len(sequences[0])
-    everything = (1 << num_slices) - 1
-    depths = np.zeros(1 << num_slices, dtype=np.int8)
-    for sequence in sequences:
-        missed = everything
-        for depth, s in enumerate(sequence, start=1):
-            missed ^= 1 << s
-            depths[missed] = depth
-    for bit in range(num_slices):
-        without, with_ = depths.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
-        np.maximum(without, with_, out=without)
-    return depths
 
 
 def _mean_over_hit_sets(values: np.ndarray, num_slices: int, hits: int, prior: np.ndarray | None) -> float:

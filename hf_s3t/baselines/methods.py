@@ -106,8 +106,8 @@ class Method(ABC):
         compute_metrics, preprocess_logits_for_metrics: As in `Trainer`.
         peft_config ([`~peft.LoraConfig`], *optional*): The adapters; the recorded ones if not given.
         s3t_config ([`S3TConfig`], *optional*):
-            Shards, slices, partition, seed, aggregation: the same for every method. What is about sequences and layer
-            groups counts for S3T only. The recorded settings if not given.
+            Shards, slices, partition, seed, aggregation: the same for every method. What is planned, and layer groups,
+            count for S3T only: the others have one sequence. The recorded settings if not given.
         trainer_class (`type`, defaults to [`~transformers.Trainer`]): `Trainer` or `trl.SFTTrainer`.
 
     Raises:
@@ -354,8 +354,9 @@ class SISA(Method):
     """
     SISA: one sequence a shard; each slice continues training the adapter on all layers, with a checkpoint after each.
 
-    Trained on the slices so far, as in SISA proper, unless `s3t_config.stage_data` is `"slice"`. Every slice starts a
-    fresh optimizer. Deletion goes back to the checkpoint before the slice; `retrain` goes on from there.
+    Trained on the slices so far, as in SISA proper, or by `s3t_config.replay` on a share of the earlier ones in each
+    epoch. Every slice starts a fresh optimizer. Deletion goes back to the checkpoint before the slice; `retrain` goes
+    on from there.
     """
 
     name = "sisa"
@@ -442,7 +443,7 @@ class _Measured(_Host):
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         output: TrainOutput = super()._train_stage(key, resume, ignore_keys_for_eval)
         if self.is_world_process_zero() and self._stage_rows is not None:
-            rows = len(self._stage_rows.positions(key, self.folder.table))
+            rows = self._stage_rows.num_per_epoch(key, self.folder.table)
             seen = round((self.state.epoch or 0) * rows)
             add_cost(self.folder, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen))
         return output

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -36,29 +37,62 @@ _UNFOLDED = 10_000
 
 
 def show_status(status: dict[str, Any], plan: Plan) -> None:
-    """The depths of every shard and sequence, and what is left."""
+    """The depths of every shard, what is there of its plan, and what is left."""
     valid, planned = status["stages"]
     say(
         f"{_count(status['examples'], 'example')}, {_count(status['deletions'], 'deletion')}, {valid} of "
         f"{_count(planned, 'stage')}"
     )
-    rows = [
-        (
-            shard,
-            depth,
-            "  ".join(f"{_joined(sequence)}: {own}" for sequence, own in zip(sequences, depths, strict=True)),
-        )
-        for shard, (depth, sequences, depths) in enumerate(
-            zip(status["depths"], plan.sequences, status["sequence_depths"], strict=True)
-        )
-    ]
-    _table(("shard", "depth", "depth of each sequence"), rows)
+    if plan.by_sets:
+        _show_sets(status["depths"], status["sets"])
+    else:
+        _show_sequences(status["depths"], plan, status["sequence_depths"])
     first, all_ = status["deletions_until_first_dead_shard"], status["deletions_until_exhausted"]
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
+    if status["next_stage"] is not None:
+        _show_what_is_left_to_train(status)
     if status["pending"]:
         say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
     if status["is_exhausted"]:
         _show_exhausted(status["examples"])
+
+
+def _show_sets(depths: Sequence[int], sets: Sequence[Sequence[tuple[int, int]]]) -> None:
+    sizes = range(1, max(map(len, sets)) + 1)
+    columns = [_count(size, "slice") for size in sizes]
+    rows = [
+        (shard, depth, *(f"{there} of {planned}" for there, planned in own), *[""] * (len(sizes) - len(own)))
+        for shard, (depth, own) in enumerate(zip(depths, sets, strict=True))
+    ]
+    _table(("shard", "depth", f"sets of {columns[0]}", *columns[1:]), rows)
+
+
+def _show_sequences(depths: Sequence[int], plan: Plan, of_sequences: Sequence[Sequence[int]]) -> None:
+    rows = [
+        (
+            shard,
+            depth,
+            "  ".join(f"{_joined(sequence)}: {own}" for sequence, own in zip(sequences, found, strict=True)),
+        )
+        for shard, (depth, sequences, found) in enumerate(zip(depths, plan.sequences, of_sequences, strict=True))
+    ]
+    _table(("shard", "depth", "depth of each sequence"), rows)
+
+
+def _show_what_is_left_to_train(status: dict[str, Any]) -> None:
+    step = status["next_stage"]
+    now, later = fmean(status["depths"]), status["expected_depth"]
+    say(
+        f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_work(status['work_left'])} full "
+        "fine-tunings"
+    )
+    serves = "its loss decides whether it serves"
+    if step["depth"] is not None:
+        serves = f"mean depth {now:.2f} -> {now + step['depth']:.2f}"
+    say(
+        f"one more ({step['stage']}, work {_work(step['work'])}): {serves}, over the next requests {later:.2f} "
+        f"-> {later + step['expected_depth']:.2f}"
+    )
 
 
 def show_push(report: "PushReport", dry_run: bool) -> None:
@@ -405,6 +439,10 @@ def _list(values: Sequence[str]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _work(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _number(value: float) -> str:

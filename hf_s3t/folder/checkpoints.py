@@ -194,11 +194,11 @@ class Checkpoints:
                 stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
         return stale
 
-    def finished(self, is_valid: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
-        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
+    def finished(self, is_there: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
+        """Folders for checkpoints of stages that need no training, because they or others in their place are there."""
         found = {}
         for folder in folders_below(self.path / CHECKPOINTS):
             with contextlib.suppress(FolderError):
-                if is_valid(key := stage_of(folder)):
+                if is_there(key := stage_of(folder)):
                     found[folder] = key
         return found

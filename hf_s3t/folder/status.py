@@ -42,6 +42,48 @@ def deletions_left(folder: SystemFolder, valid: Collection[StageKey], until: str
     )
 
 
+def outlook(folder: SystemFolder, valid: Collection[StageKey]) -> dict[str, Any]:
+    """
+    How long a system lasts as it is, and what its plan still lacks.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages that are there.
+
+    Returns:
+        `dict` with `expected_depth` (the mean depth over shards and the next requests, as many that hit each as it has
+        slices, if nothing is trained),
+        `stages_left` and `work_left` (what is to be trained: stages, and their work in full LoRA fine-tunings of all
+        the data).
+    """
+    missing = folder.plan.missing(valid, folder.table.empty)
+    return {
+        "expected_depth": folder.growth.expected_depth(valid),
+        "stages_left": len(missing),
+        "work_left": folder.growth.work(missing),
+    }
+
+
+def next_stage(folder: SystemFolder, valid: Collection[StageKey]) -> dict[str, Any] | None:
+    """
+    The stage that is trained next, and what it brings by itself.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages that are there.
+
+    Returns:
+        `dict` with `stage`, `work`, `depth` (by how much the mean depth that serves rises) and `expected_depth` (by
+        how much that one rises); `None` if nothing is missing. With `select="metric"` its loss will say whether it
+        serves: there `depth` is `None`.
+    """
+    step = folder.growth.next(valid, folder.table.empty)
+    if step is None:
+        return None
+    depth = None if folder.config.select == "metric" else step.depth
+    return {"stage": str(step.key), "work": step.work, "depth": depth, "expected_depth": step.expected_depth}
+
+
 def system_status(folder: SystemFolder) -> dict[str, Any]:
     """
     Where a system stands.
@@ -51,16 +93,22 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
 
     Returns:
         `dict` with the keys of [`~hf_s3t.S3TModel.status`]: `examples` (how many are in), `deletions` (requests so
-        far), `depths` (per shard the depth that serves), `sequence_depths` (per shard and sequence), `stages` (valid,
-        planned), `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected further requests).
+        far), `depths` (per shard the depth that serves), `sequence_depths` (per shard and sequence), `sets` (per
+        shard and number of slices: sets that are there, planned), `stages` (valid, and with those that are missing),
+        what `outlook` says, `next_stage`, `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected
+        further requests).
     """
     valid = folder.valid_stages
+    ahead = outlook(folder, valid)
     return {
         "examples": len(folder.table),
         "deletions": folder.ledger.num_deletions,
         "depths": serving_depths(folder, valid),
         "sequence_depths": folder.plan.depths(valid),
-        "stages": (len(valid), len(valid) + len(folder.missing_stages())),
+        "sets": folder.plan.sets(valid, folder.table.empty),
+        "stages": (len(valid), len(valid) + ahead["stages_left"]),
+        **ahead,
+        "next_stage": next_stage(folder, valid),
         "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
         "deletions_until_exhausted": deletions_left(folder, valid),
     }

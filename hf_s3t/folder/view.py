@@ -421,8 +421,14 @@ class FolderView:
         return self._checkpoints.are_there(key)
 
     def finished_checkpoints(self) -> dict[Path, StageKey]:
-        """Folders for checkpoints of valid stages: training died between writing a stage and removing them."""
-        return self._checkpoints.finished(self.is_valid)
+        """
+        Folders for checkpoints of what is there: training died between writing a stage and removing them, or, in a
+        plan by sets, their set was grown in another order since.
+        """
+        if not self.plan.by_sets:
+            return self._checkpoints.finished(self.is_valid)
+        sets = {key.slices for key in self.valid_stages}
+        return self._checkpoints.finished(lambda key: key.slices in sets)
 
     def _stale_checkpoints(self) -> list[Path]:
         return self._checkpoints.stale(self.slice_digests, self.ledger)

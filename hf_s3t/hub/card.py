@@ -1,7 +1,8 @@
 """The cards of systems, of recipes' configurations and of runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from ..config import S3TConfig
 from ..folder.layout import CARD_FILE, DIAGRAM_FILE
 from ..folder.status import system_status
 from ..folder.system import SystemFolder
-from ..plan.stages import Plan
-from .diagram import render_diagram
+from ..plan.stages import Plan, StageKey
+from ..sequences.families import work_of
+from .diagram import has_rows_of_sets, render_diagram
 
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -172,9 +174,9 @@ def _plan_facts(folder: SystemFolder) -> dict[str, Any]:
     return {
         "num_shards": folder.config.num_shards,
         "num_slices": folder.config.num_slices,
-        "budget": len(folder.plan.sequences[0]),
+        "num_planned": len(folder.plan.stages()),
         "first_layers": "bottom" if folder.config.growth == "bottom-up" else "top",
-        "one_slice": folder.config.stage_data == "slice",
+        "replay": folder.config.replay,
     }
 
 
@@ -197,7 +199,8 @@ def _deletion_facts(folder: SystemFolder) -> dict[str, Any]:
         "depths": status["depths"],
         "until_first": _number(status["deletions_until_first_dead_shard"]),
         "until_exhausted": _number(status["deletions_until_exhausted"]),
-        "shards": _sequences(folder.plan, status["sequence_depths"]),
+        "by_sets": has_rows_of_sets(folder.plan),
+        "shards": _shards(folder.plan, folder.valid_stages, status["sequence_depths"]),
     }
 
 
@@ -231,7 +234,7 @@ def render_recipe_card(
     >>> from hf_s3t.hub.card import render_recipe_card
 
     >>> settings = {"model_name_or_path": "me/base", "dataset_name": "me/data", "num_slices": 2}
-    >>> "| stages to train | 4 |" in render_recipe_card("small", settings)
+    >>> "| stages to train | 3 |" in render_recipe_card("small", settings)
     True
     ```
     """
@@ -263,6 +266,7 @@ def render_recipe_card(
 
 def _planned_facts(config: S3TConfig) -> dict[str, Any]:
     plan = Plan.from_config(config)
+    works = [work_of(family, config.num_slices, config.replay) for family in plan.families]
     alive = plan.first_slices_alive(set(plan.stages()))
     until_first, until_exhausted = (
         expected_deletions_left(alive, config.num_shards, config.num_slices, prior=config.deletion_prior, until=until)
@@ -271,11 +275,12 @@ def _planned_facts(config: S3TConfig) -> dict[str, Any]:
     return {
         "num_shards": config.num_shards,
         "num_slices": config.num_slices,
-        "budget": len(plan.sequences[0]),
         "num_stages": len(plan.stages()),
+        "work": _number(sum(works) / len(works)),
         "until_first": _number(until_first),
         "until_exhausted": _number(until_exhausted),
-        "shards": [["-".join(map(str, sequence)) for sequence in group] for group in plan.sequences],
+        "by_sets": has_rows_of_sets(plan),
+        "shards": _shards(plan),
     }
 
 
@@ -377,10 +382,25 @@ def _render(template: str, data: ModelCardData, **facts: Any) -> str:
     return str(ModelCard(text))
 
 
-def _sequences(plan: Plan, depths: list[list[int]]) -> list[list[str]]:
+def _shards(
+    plan: Plan, valid: Collection[StageKey] | None = None, depths: Sequence[Sequence[int]] = ()
+) -> list[list[str]]:
+    """Per shard its sequences, or the sets of each depth, and of a system how much of them is left."""
+    if not has_rows_of_sets(plan):
+        names = [["-".join(map(str, sequence)) for sequence in sequences] for sequences in plan.sequences]
+        if valid is None:
+            return names
+        return [[f"{n}: {depth}" for n, depth in zip(*pair, strict=True)] for pair in zip(names, depths, strict=True)]
+    planned = Counter((key.shard, key.depth) for key in plan.stages())
+    there = {key.slices for key in valid or ()}
+    left = Counter((key.shard, key.depth) for key in plan.stages() if key.slices in there)
     return [
-        [f"{'-'.join(map(str, sequence))}: {depth}" for sequence, depth in zip(sequences, left, strict=True)]
-        for sequences, left in zip(plan.sequences, depths, strict=True)
+        [
+            f"{depth}: {count}" if valid is None else f"{depth}: {left[shard, depth]} of {count}"
+            for (of_shard, depth), count in sorted(planned.items())
+            if of_shard == shard
+        ]
+        for shard in range(plan.num_shards)
     ]
 
 

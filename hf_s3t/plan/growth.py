@@ -12,13 +12,13 @@ from .stages import Plan, StageKey
 @dataclass(frozen=True)
 class Step:
     """
-    A stage to grow, and why.
+    A stage to grow, and what it brings by itself: nothing where it is grown for one that shall stand on it.
 
     Args:
         key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
         work (`float`): What training it costs, in full LoRA fine-tunings of all the data.
-        depth (`float`): What it adds to the mean depth over shards that serves now.
-        expected_depth (`float`): What it adds to the mean depth that is expected over the requests to come.
+        depth (`float`): What it adds to the mean depth over shards that serves now, where the deepest stage serves.
+        expected_depth (`float`): What it adds to the mean depth over the next requests, as `expected_depth` counts it.
     """
 
     key: StageKey
@@ -56,16 +56,24 @@ class Growth:
     def __init__(self, plan: Plan, config: S3TConfig):
         self._plan = plan
         self._outlooks = [outlook_of(config, shard) for shard in range(config.num_shards)]
+        self._soon = [outlook_of(config, shard, config.num_slices) for shard in range(config.num_shards)]
         # Per shard what was found last, and of which valid stages and empty slices.
         self._known: dict[int, tuple[Any, _Found | None]] = {}
 
     def expected_depth(self, valid: Collection[StageKey]) -> float:
-        """The mean depth over shards that valid stages serve over the requests to come, if none is grown again."""
+        """
+        The mean depth over shards that valid stages serve over the next requests, if none is grown again: over as many
+        that hit each shard as it has slices. After those of the horizon, by which stages are weighed, little is left.
+        """
         depths = [
             outlook.expected_depth([key.prefix for key in valid if key.shard == shard])
-            for shard, outlook in enumerate(self._outlooks)
+            for shard, outlook in enumerate(self._soon)
         ]
         return sum(depths) / len(depths)
+
+    def work(self, stages: Collection[StageKey]) -> float:
+        """What training stages costs together, in full LoRA fine-tunings of all the data."""
+        return sum(self._outlooks[key.shard].work(key.depth) for key in stages) / len(self._outlooks)
 
     def next(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Step | None:
         """
@@ -100,28 +108,34 @@ class Growth:
     def _as_planned(self, there: list[set[StageKey]], empty: Collection[tuple[int, int]]) -> Iterator[Step]:
         for key in self._plan.stages(empty):
             if key not in there[key.shard]:
-                (worth,) = self._outlooks[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
-                yield self._step(_Found(key, worth))
+                (alone,) = self._soon[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
+                yield self._step(_Found(key, alone, alone))
                 there[key.shard].add(key)
 
     def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
         """The stage of a shard to grow first; remembered, as it is asked for again when another shard has grown."""
         state = frozenset(there), frozenset(empty)
         if shard not in self._known or self._known[shard][0] != state:
-            missing = _prefixes(self._plan.missing_in(shard, *state))
-            found = self._outlooks[shard].first(missing, _prefixes(there))
-            self._known[shard] = state, None if found is None else _Found(StageKey(shard, found[0]), found[1])
+            missing, outlook = _prefixes(self._plan.missing_in(shard, *state)), self._outlooks[shard]
+            first = outlook.first(missing, _prefixes(there))
+            found = None
+            if first is not None:
+                prefix, worth = first
+                (alone,) = self._soon[shard].worths([prefix], _prefixes(there))
+                found = _Found(StageKey(shard, prefix), worth, alone)
+            self._known[shard] = state, found
         return self._known[shard][1]
 
     def _step(self, found: "_Found") -> Step:
         shards = len(self._outlooks)
-        work = self._outlooks[found.key.shard].work(found.key.depth) / shards
-        return Step(found.key, work, found.worth.now / shards, found.worth.later / shards)
+        return Step(found.key, self.work([found.key]), found.alone.now / shards, found.alone.later / shards)
 
 
 class _Found(NamedTuple):
     key: StageKey
+    # With what it is grown for, over the horizon; and by itself, soon.
     worth: Worth
+    alone: Worth
 
 
 def _prefixes(keys: Iterable[StageKey]) -> list[tuple[int, ...]]:

@@ -9,7 +9,8 @@ one slice. Between one chain and the *lattice* of all sets lie families for any 
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..config import (
     LATTICE_MOST_SLICES,
     OPTIMAL_MOST_SLICES,
     check_prior,
+    require_chain,
     require_horizon,
     require_int,
 )
@@ -30,6 +32,13 @@ from .rules import select_sequences
 # the same floats in another order pays for it still.
 _PARTS = 2**40
 _SLACK = 2**11
+# Of so few slices all families are looked at.
+_LISTED_SLICES = 4
+# So many of the families that are found first are made better, each until so many changes in a row were none, by this
+# seed.
+_EXCHANGED = 3
+_ROUNDS = 60
+_SEED = 20261129
 
 
 def stage_work(depth: int, num_slices: int, replay: float = 1.0) -> float:
@@ -139,13 +148,13 @@ def lattice(num_slices: int) -> tuple[tuple[int, ...], ...]:
     return _prefixes(num_slices, range(1, 1 << num_slices))
 
 
-def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int) -> np.ndarray:
+def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int | None = None) -> np.ndarray:
     """
     The depth that a shard serves for every set of hit slices.
 
     Args:
         prefixes (`list[tuple[int, ...]]`): The stages. Those below them count as there, named or not.
-        num_slices (`int`): Number of slices `L` of the shard.
+        num_slices (`int`, *optional*): Number of slices `L` of the shard; the length of the longest if not given.
 
     Returns:
         `np.ndarray`: One whole number per set of slices, given as a bit mask: the size of the largest set that avoids
@@ -160,11 +169,19 @@ def depths_of_hit_sets(prefixes: Iterable[Sequence[int]], num_slices: int) -> np
     [2, 1, 1, 0]
     ```
     """
-    states = np.arange(1 << num_slices)
-    deepest = np.zeros(len(states), dtype=np.int8)
-    for state in {_mask(prefix) for prefix in stages_of(prefixes)}:
-        np.maximum(deepest, np.where(states & state, 0, state.bit_count()), out=deepest, casting="unsafe")
-    return deepest
+    prefixes = list(prefixes)
+    num_slices = max(map(len, prefixes)) if num_slices is None else num_slices
+    depths = np.zeros(1 << num_slices, dtype=np.int8)
+    for prefix in prefixes:
+        missed = len(depths) - 1
+        for depth, s in enumerate(prefix, start=1):
+            missed ^= 1 << s
+            depths[missed] = depth
+    for bit in range(num_slices):
+        # What misses a set of hits misses all that is within it.
+        without, with_ = depths.reshape(-1, 2, 1 << bit).swapaxes(0, 1)
+        np.maximum(without, with_, out=without)
+    return depths
 
 
 def expected_depth(
@@ -244,14 +261,9 @@ def best_family(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             bounds = "from 0 to 1" if most == 1 else "of at least 0"
             raise ConfigError(f"`{name}` must be a number {bounds}, got {value!r}.")
-    chain = work_of(stages_of([range(num_slices)]), num_slices, replay)
+    require_chain("work_budget", work_budget, num_slices, replay)
     # As many full trainings as there are sets pay for all of them.
     affordable = round(min(work_budget, 2.0**num_slices) * _PARTS) + _SLACK
-    if round(chain * _PARTS) > affordable:
-        raise ConfigError(
-            f"work_budget={work_budget:g}, but one chain of num_slices={num_slices} stages costs "
-            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much, or lower `replay`."
-        )
     return _best_family(likelihoods, affordable, horizon, float(replay))
 
 
@@ -291,10 +303,14 @@ def _best_family(
     prior: tuple[float, ...], affordable: int, horizon: int, replay: float
 ) -> tuple[tuple[int, ...], ...]:
     size = len(prior)
-    search = _Search(prior, horizon, replay)
+    search = _Search(prior, horizon, replay, affordable)
+    if size <= _LISTED_SLICES:
+        return _prefixes(size, search.best_of_all())
     starts = [family for family in _starts(prior, horizon) if search.work(family) <= affordable]
-    found = [search.filled(start, affordable) for start in starts]
-    return _prefixes(size, max(found, key=search.rank))
+    # What is filled from nothing begins with one chain to full depth, the one that serves most.
+    found = sorted((search.filled(family) for family in [search.chain(), *starts]), key=search.rank, reverse=True)
+    best = max((search.exchanged(family) for family in found[:_EXCHANGED]), key=search.rank)
+    return _prefixes(size, best)
 
 
 def _starts(prior: tuple[float, ...], horizon: int) -> list[frozenset[int]]:
@@ -308,52 +324,170 @@ def _starts(prior: tuple[float, ...], horizon: int) -> list[frozenset[int]]:
         for method, budget in itertools.product(methods, range(1, size + 1))
     ]
     families = [frozenset(map(_mask, stages_of(sequences))) for sequences in planned]
-    return [*families, frozenset(range(1, 1 << size))]
+    return list(dict.fromkeys([*families, frozenset(range(1, 1 << size))]))
 
 
 class _Search:
-    """Exact gains of sets, for one prior, horizon and replay."""
+    """
+    Families of sets, as bit masks, for one prior, horizon, replay and amount of work.
 
-    def __init__(self, prior: tuple[float, ...], horizon: int, replay: float):
-        self.size = len(prior)
+    A chain of sets, each with one slice more, gains for every one of them the weight of the states that have it and
+    are served less than its size. So what a chain gains and costs are sums along it, and the chain that gains most for
+    its work is found by dynamic programming over sets: the one that gains most beyond so much for each unit of work,
+    and again with what it gains itself, until that is no more (Dinkelbach's method).
+    """
+
+    def __init__(self, prior: tuple[float, ...], horizon: int, replay: float, affordable: int):
+        self.size, self.affordable = len(prior), affordable
         self.states = np.arange(1 << self.size)
+        self.everything = len(self.states) - 1
         # By the slices that are left, not by those that are hit.
         self.weights = hit_set_weights(prior, horizon)[::-1]
         self.sizes = np.bitwise_count(self.states).astype(np.int64)
-        self.costs = [0] + [round(stage_work(depth, self.size, replay) * _PARTS) for depth in range(1, self.size + 1)]
+        self.levels = [self.states[self.sizes == size] for size in range(self.size + 1)]
+        work = [0] + [round(stage_work(depth, self.size, replay) * _PARTS) for depth in range(1, self.size + 1)]
+        self.costs = np.array(work, dtype=np.int64)[self.sizes]
 
     def work(self, family: Iterable[int]) -> int:
-        return sum(self.costs[state.bit_count()] for state in family)
+        return int(self.costs[list(family)].sum())
 
     def served(self, family: Iterable[int]) -> np.ndarray:
         """The depth that is served, for every set of slices that are left."""
         deepest = np.zeros(len(self.states), dtype=np.int64)
-        for state in family:
-            np.maximum(deepest, np.where(state & ~self.states, 0, state.bit_count()), out=deepest)
+        members = np.fromiter(family, dtype=np.int64)
+        deepest[members] = self.sizes[members]
+        for bit in range(self.size):
+            without, with_ = self._halves(deepest, bit)
+            np.maximum(with_, without, out=with_)
         return deepest
+
+    def value(self, family: Iterable[int]) -> float:
+        return float(self.weights @ self.served(family))
 
     def rank(self, family: frozenset[int]) -> tuple[float, int, list[int]]:
         """Of equally deep families the one that costs least is best, then that of the lowest sets."""
-        return (
-            float(self.weights @ self.served(family)),
-            -self.work(family),
-            sorted((-s for s in family), reverse=True),
-        )
+        return self.value(family), -self.work(family), sorted((-s for s in family), reverse=True)
 
-    def filled(self, family: frozenset[int], affordable: int) -> frozenset[int]:
-        """Add the set that gains most for its work, and again, as long as something is gained."""
-        sets, left = set(family), affordable - self.work(family)
+    def best_of_all(self) -> frozenset[int]:
+        """The best of all families, of few slices."""
+        inner = self.states[1:-1]
+        chosen = (np.arange(1 << len(inner))[:, None] >> np.arange(len(inner)) & 1).astype(bool)
+        chosen = np.hstack([chosen, np.ones((len(chosen), 1), dtype=bool)])
+        is_tree = np.ones(len(chosen), dtype=bool)
+        for place, state in enumerate(map(int, self.states[1:])):
+            below = [state - (1 << s) - 1 for s in range(self.size) if state >> s & 1 and state != 1 << s]
+            if below:
+                is_tree &= ~chosen[:, place] | chosen[:, below].any(axis=1)
+        chosen = chosen[is_tree & (chosen @ self.costs[1:] <= self.affordable)]
+        served = np.zeros((len(chosen), len(self.states)), dtype=np.int64)
+        for place, state in enumerate(map(int, self.states[1:])):
+            depth = np.where(self.states & state == state, self.sizes[state], 0)
+            np.maximum(served, chosen[:, place : place + 1] * depth, out=served)
+        values = served @ self.weights
+        families = [frozenset((np.flatnonzero(row) + 1).tolist()) for row in chosen[values == values.max()]]
+        return max(families, key=self.rank)
+
+    def chain(self) -> frozenset[int]:
+        """The chain to full depth that serves most."""
+        gains = self._gains(np.zeros(len(self.states), dtype=np.int64))
+        _, before = self._along(gains, np.zeros(len(self.states), dtype=bool))
+        return frozenset(self._back(self.everything, before, frozenset()))
+
+    def filled(self, family: frozenset[int]) -> frozenset[int]:
+        """Add the chain that gains most for its work, and again, as long as something is gained."""
+        sets = set(family)
+        while (chain := self._best_chain(sets)) is not None:
+            sets.update(chain)
+        return frozenset(sets)
+
+    def exchanged(self, family: frozenset[int]) -> frozenset[int]:
+        """Take some sets out on which nothing stands, and fill up again, as long as something becomes better."""
+        best, rng, failed = family, random.Random(_SEED), 0
+        while failed < _ROUNDS:
+            sets = set(best)
+            # Python promises the stream of `random()` alone.
+            for _ in range(1 + int(rng.random() * 4)):
+                free = sorted(self._removable(sets))
+                if free:
+                    sets.remove(free[int(rng.random() * len(free))])
+            other = self.filled(frozenset(sets))
+            failed += 1
+            if self.rank(other) > self.rank(best):
+                best, failed = other, 0
+        return best
+
+    def _removable(self, sets: set[int]) -> list[int]:
+        return [state for state in sets if state != self.everything and self._bears_nothing(state, sets)]
+
+    def _bears_nothing(self, state: int, sets: set[int]) -> bool:
+        for child in (state | 1 << s for s in range(self.size) if not state >> s & 1):
+            if child in sets and not any(
+                child ^ 1 << s in sets for s in range(self.size) if child >> s & 1 and child ^ 1 << s != state
+            ):
+                return False
+        return True
+
+    def _best_chain(self, sets: set[int]) -> list[int] | None:
+        """The missing sets of the chain that gains most for its work, among those that are paid for."""
+        left, is_there = self.affordable - self.work(sets), np.zeros(len(self.states), dtype=bool)
+        is_there[list(sets)] = True
+        gains = self._gains(self.served(sets))
+        rate, best = 0.0, None
         while True:
-            served = self.served(sets)
-            best = (0.0, 0)
-            for state in map(int, self.states[1:]):
-                below = any(state ^ 1 << s in sets or state == 1 << s for s in range(self.size) if state >> s & 1)
-                cost = self.costs[state.bit_count()]
-                if state not in sets and below and cost <= left:
-                    above = self.states & state == state
-                    gain = float(self.weights[above] @ np.maximum(state.bit_count() - served[above], 0))
-                    best = max(best, (gain / cost, -state))
-            if best[0] == 0:
-                return frozenset(sets)
-            sets.add(-best[1])
-            left -= self.costs[(-best[1]).bit_count()]
+            # The end of the best chain is where the sum along it is greatest; of ends too dear, none.
+            _, before = self._along(gains - rate * self.costs, is_there)
+            found = self._ends(gains, before, is_there, left)
+            if found is None or found[0] <= rate:
+                return best
+            rate, best = found[0], self._back(found[1], before, sets)
+
+    def _ends(
+        self, gains: np.ndarray, before: np.ndarray, is_there: np.ndarray, left: int
+    ) -> tuple[float, int] | None:
+        """What the chain to each set gains for its work, and the end of the best one that is paid for."""
+        gained, cost = np.zeros(len(self.states)), np.zeros(len(self.states), dtype=np.int64)
+        for level in self.levels[1:]:
+            new = level[~is_there[level]]
+            gained[new] = gained[before[new]] + gains[new]
+            cost[new] = cost[before[new]] + self.costs[new]
+        can = (cost > 0) & (cost <= left) & (gained > 0)
+        if not can.any():
+            return None
+        rates = np.where(can, gained / np.maximum(cost, 1), -1.0)
+        end = int(rates.argmax())
+        return float(rates[end]), end
+
+    def _along(self, terms: np.ndarray, is_there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The greatest sum along a chain to each set from one that is there, and the set before it in that chain."""
+        best, before = np.zeros(len(self.states)), np.zeros(len(self.states), dtype=np.int64)
+        for level in self.levels[1:]:
+            below = np.stack([level ^ (1 << s) for s in range(self.size)])
+            sums = np.where(level >> np.arange(self.size)[:, None] & 1, best[below % len(self.states)], -np.inf)
+            chosen = sums.argmax(axis=0)
+            before[level] = below[chosen, np.arange(len(level))]
+            best[level] = np.where(is_there[level], 0.0, sums.max(axis=0) + terms[level])
+        return best, before
+
+    def _back(self, end: int, before: np.ndarray, sets: Collection[int]) -> list[int]:
+        chain = []
+        while end and end not in sets:
+            chain.append(end)
+            end = int(before[end])
+        return chain
+
+    def _gains(self, served: np.ndarray) -> np.ndarray:
+        """For every set, the weight of the states that have it and are served less than its size."""
+        gains = np.zeros(len(self.states))
+        for size in range(1, self.size + 1):
+            missed = self.weights * (served < size)
+            for bit in range(self.size):
+                without, with_ = self._halves(missed, bit)
+                without += with_
+            gains[self.levels[size]] = missed[self.levels[size]]
+        return gains
+
+    @staticmethod
+    def _halves(values: np.ndarray, bit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Views of what belongs to the states without a slice, and with it."""
+        halves = values.reshape(-1, 2, 1 << bit)
+        return halves[:, 0], halves[:, 1]

@@ -197,21 +197,65 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_slices: int | None =
     [(1, 0), (0, 1)]
     ```
     """
+    rows = _rows(sequences)
+    wanted = set(range(len(rows[0]) if num_slices is None else num_slices))
+    for row in rows:
+        if not _are_integers(row) or len(row) != len(wanted) or set(row) != wanted:
+            raise ConfigError(
+                f"`sequences` holds {row!r}, which is not a permutation of the slices 0..{len(wanted) - 1}. Name "
+                "every slice once, counted from 0."
+            )
+    return [tuple(map(int, row)) for row in rows]
+
+
+def check_prefixes(sequences: Iterable[Iterable[int]], num_slices: int | None = None) -> list[tuple[int, ...]]:
+    """
+    Check that every sequence names slices of a shard once, not necessarily all of them.
+
+    Args:
+        sequences (`list[tuple[int, ...]]`):
+            The sequences of one shard, or the stages of a family, in any nested form that iterates.
+        num_slices (`int`, *optional*):
+            Number of slices; the length of the longest sequence if not given.
+
+    Returns:
+        `list[tuple[int, ...]]`: The same sequences as tuples of plain integers.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there is none, or one of them is empty, repeats a slice or names no slice.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.sequences.rules import check_prefixes
+
+    >>> check_prefixes([[0, 1], [1]])
+    [(0, 1), (1,)]
+    ```
+    """
+    rows = _rows(sequences)
+    size = max(map(len, rows)) if num_slices is None else num_slices
+    for row in rows:
+        if not row or not _are_integers(row) or len(set(row)) < len(row) or not set(row) <= set(range(size)):
+            raise ConfigError(
+                f"`sequences` holds {row!r}, expected slices from 0 to {size - 1}, each once. Where no sequence has "
+                "all slices, give `num_slices`."
+            )
+    return [tuple(map(int, row)) for row in rows]
+
+
+def _rows(sequences: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:
     try:
         rows = [tuple(sequence) for sequence in sequences]
     except TypeError as error:
         raise ConfigError(f"`sequences` must be a list of permutations of the slices, got {sequences!r}.") from error
     if not rows or not rows[0]:
         raise ConfigError("`sequences` is empty. Give at least one permutation of at least one slice.")
-    wanted = set(range(len(rows[0]) if num_slices is None else num_slices))
-    for row in rows:
-        integers = all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in row)
-        if not integers or len(row) != len(wanted) or set(row) != wanted:
-            raise ConfigError(
-                f"`sequences` holds {row!r}, which is not a permutation of the slices 0..{len(wanted) - 1}. Name "
-                "every slice once, counted from 0."
-            )
-    return [tuple(map(int, row)) for row in rows]
+    return rows
+
+
+def _are_integers(row: Iterable[int]) -> bool:
+    return all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in row)
 
 
 def _check_request(

@@ -35,7 +35,7 @@ What decides a stage:
 - `rows`: the rows of a training dataset: ids, groups, digests, and what a stage gets.
 - `dataset_rows`: the rows of a dataset of any kind, as they are stored and as it shows them.
 - `fed_rows`: rows as the model gets them, by which evaluation sets are compared with training examples.
-- `sampler`: the order of a stage's examples.
+- `sampler`: which of a stage's examples an epoch takes, and their order.
 
 While a stage trains:
 

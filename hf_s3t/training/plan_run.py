@@ -2,16 +2,21 @@
 
 import contextlib
 import gc
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..config import require_int, require_positive
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
+from ..folder.status import serving_depths
 from ..model.base_precision import check_precision
 from ..model.scope import Scope
 from ..plan.stages import StageKey, relative_cost
@@ -57,6 +62,35 @@ def pass_over_what_stays() -> None:
         gc.freeze()
 
 
+class Limits:
+    """
+    How far a run goes, from when this is made.
+
+    Args:
+        stages (`int`, *optional*): At most so many.
+        seconds (`float`, *optional*): After so many no stage is begun.
+    """
+
+    def __init__(self, stages: int | None, seconds: float | None):
+        try:
+            if stages is not None:
+                require_int("max_stages", stages, 0)
+            if seconds is not None:
+                require_positive("max_seconds", seconds)
+        except ConfigError as error:
+            raise ConfigError(f"{error} Leave it out to train all that is missing.") from None
+        self._stages = math.inf if stages is None else stages
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def of(self, stages: int) -> int:
+        """How many of so many stages are trained, if time does not end it."""
+        return int(min(stages, self._stages))
+
+    def are_reached(self, stages: int) -> bool:
+        """Whether no stage is begun any more when so many were trained."""
+        return stages >= self._stages or time.monotonic() >= self._end
+
+
 class PlanRuns(Evaluation, Publishing, StageRuns):
     """The part of a trainer that makes every stage of the plan exist."""
 
@@ -68,11 +102,17 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
+        *,
+        max_stages: int | None = None,
+        max_seconds: float | None = None,
     ) -> TrainOutput:
         """
-        Make every planned stage exist, training only what is missing (Algorithm 3).
+        Make every planned stage exist, training only what is missing (Algorithm 3), or as much as is worth it.
 
         A fresh run, a resume after a crash, and the regrowth of deleted stages on the remaining data are all this.
+        What is missing is trained in the order of its worth: first what lifts the depth that serves now, then what
+        lifts the depth to expect over the requests to come, the most for its work first. So a call may stop early; the
+        next one goes on where it stopped, and no tensor depends on how many calls there were.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
@@ -80,31 +120,41 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
                 resumed, if what it saw is still what the stage shall see.
             trial (*optional*): Must be `None`: hyperparameters cannot change between stages.
             ignore_keys_for_eval (`list[str]`, *optional*): As in `Trainer.train`.
+            max_stages (`int`, *optional*):
+                Stop after so many stages. 0 trains nothing and reports.
+            max_seconds (`float`, *optional*):
+                Begin no stage later than so many seconds after the call began. The one under way is finished: give
+                less than you have by the time that a stage takes. The first process's clock counts for all.
 
         Returns:
-            [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics.
+            [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics, among
+            them `stages_trained`; `depth` that serves now, the mean over shards, and `expected_depth`, its mean over
+            the next requests (as many that hit each shard as it has slices) if nothing more is trained; `stages_left`
+            and `work_left`, what is still missing, in stages and in full LoRA fine-tunings of all the data.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]:
-                If stages, or one that was begun, were trained by another recipe: other arguments, optimizer, loss,
-                collator, tokenizer, overridden methods, callbacks that take part in steps, settings of Accelerate, or
-                rows that were prepared otherwise. Of lambdas, closures and what an earlier version did not record
-                only the names, or nothing, can be compared, and a warning says so.
+                If `max_stages` or `max_seconds` is no number, or too small; or if stages, or one that was begun, were
+                trained by another recipe: other arguments, optimizer, loss, collator, tokenizer, overridden methods,
+                callbacks that take part in steps, settings of Accelerate, or rows that were prepared otherwise. Of
+                lambdas, closures and what an earlier version did not record only the names, or nothing, can be
+                compared, and a warning says so.
             [`~hf_s3t.errors.DivergedError`]: If a stage comes out NaN or infinite, or stands on one that is: it is not
                 written. What was written before stays.
         """
+        limits = Limits(max_stages, max_seconds)
         self._refuse_to_choose(resume_from_checkpoint, trial)
         rows = self._rows_of_stages
         self._look_before_training(resume_from_checkpoint is not False)
         self._agreed = self.folder.valid_stages
         keys = self._missing()
         check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
-        costs = [self._cost(key) for key in keys]
-        self._progress.begin(sum(costs), self.is_world_process_zero() and not self.args.disable_tqdm and bool(keys))
+        self._progress.begin(self._cost_of_run(keys, limits), self._shows_progress and limits.of(len(keys)) > 0)
         self._logs = {}
         self.callback_handler.begin_run()
         try:
-            outputs = self._train_missing(len(keys), resume_from_checkpoint is not False, ignore_keys_for_eval)
+            resume = resume_from_checkpoint is not False
+            outputs = self._train_missing(limits, len(keys), resume, ignore_keys_for_eval)
         except BaseException:
             if self._live is not None:
                 # Stages that training changed before it stopped must not answer.
@@ -123,7 +173,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._live._apply_in_time()
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
-        return _summary(outputs)
+        return self._report(outputs)
 
     def _refuse_to_choose(self, resume_from_checkpoint: Any, trial: Any) -> None:
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
@@ -143,14 +193,19 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         self._describe_parts()
         self._refuse_other_recipe(resume)
 
-    def _train_missing(self, planned: int, resume: bool, ignore_keys_for_eval: list[str] | None) -> list[TrainOutput]:
-        """Train what is missing. A deletion may arrive meanwhile: what that is, is asked again after every stage."""
+    def _train_missing(
+        self, limits: Limits, missing: int, resume: bool, ignore_keys_for_eval: list[str] | None
+    ) -> list[TrainOutput]:
+        """
+        Train what is missing, within limits. A deletion may arrive meanwhile: what that is, is asked again after every
+        stage.
+        """
         outputs: list[TrainOutput] = []
         key = None
         try:
-            while (key := self._next_stage()) is not None:
+            while not self._is_enough(limits, len(outputs)) and (key := self._next_stage()) is not None:
                 number = len(outputs) + 1
-                self._progress.begin_stage(str(key), number, max(planned, number), self._cost(key))
+                self._progress.begin_stage(str(key), number, max(limits.of(missing), number), self._cost(key))
                 output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
                 pass_over_what_stays()
                 if output is not None:
@@ -196,13 +251,19 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         goes_on = f", {key} from {where}" if key is not None and key not in valid else ""
         logger.warning(
             f"Interrupted: {len(valid)} stages are in {self.folder.path}, whole, and stay. Call `train()` again, here "
-            f"or by the same script: it trains the {len(self._missing())} that are missing{goes_on}."
+            f"or by the same script, for the {len(self._missing())} that are missing{goes_on}."
         )
 
     def _tidy_up(self) -> None:
         """Remove what trainers that died left of stages that are there."""
         if self.is_world_process_zero():
             self.folder.remove_finished_checkpoints()
+
+    def _is_enough(self, limits: Limits, trained: int) -> bool:
+        """Whether a limit is reached: the first process says so, as clocks differ."""
+        is_enough: bool
+        (is_enough,) = broadcast_object_list([limits.are_reached(trained)])
+        return is_enough
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
@@ -234,8 +295,34 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
 
     def _cost(self, key: StageKey) -> float:
-        examples = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
+        sizes = [self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key)]
+        examples = self.s3t_config.examples_per_epoch(sizes)
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
+
+    def _cost_of_run(self, missing: list[StageKey], limits: Limits) -> float:
+        """What the stages cost that are trained within limits, if nothing is deleted meanwhile."""
+        if limits.of(len(missing)) < len(missing):
+            steps = self.folder.growth.steps(self.folder.valid_stages, self._rows_of_stages.empty(self.folder.table))
+            missing = [step.key for step in itertools.islice(steps, limits.of(len(missing)))]
+        return sum(map(self._cost, missing))
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.is_world_process_zero() and not self.args.disable_tqdm
+
+    def _report(self, outputs: list[TrainOutput]) -> TrainOutput:
+        """What a run did, and what it left."""
+        valid = self.folder.valid_stages
+        missing = self._missing(valid)
+        metrics = {
+            **_summary(outputs),
+            "stages_trained": len(outputs),
+            "stages_left": len(missing),
+            "work_left": self.folder.growth.work(missing),
+            "depth": fmean(serving_depths(self.folder, valid)),
+            "expected_depth": self.folder.growth.expected_depth(valid),
+        }
+        return TrainOutput(sum(output.global_step for output in outputs), metrics["train_loss"], metrics)
 
     def _completes(self, key: StageKey) -> bool:
         """Whether a sequence is whole with a stage: on its set, in whatever order, no other is planned to stand."""
@@ -312,8 +399,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         return None
 
 
-def _summary(outputs: list[TrainOutput]) -> TrainOutput:
+def _summary(outputs: list[TrainOutput]) -> dict[str, float]:
     steps = sum(output.global_step for output in outputs)
     loss = sum(output.training_loss * output.global_step for output in outputs) / steps if steps else 0.0
     runtime = sum(output.metrics.get("train_runtime", 0.0) for output in outputs)
-    return TrainOutput(steps, loss, {"train_runtime": runtime, "train_loss": loss, "stages_trained": len(outputs)})
+    return {"train_runtime": runtime, "train_loss": loss}

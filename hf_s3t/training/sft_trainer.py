@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from datasets import concatenate_datasets
 from peft import PeftConfig
 from torch import nn
 from transformers import (
@@ -39,7 +40,9 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
     TRL's [`~trl.SFTTrainer`] for S3T systems: supervised fine-tuning of causal language models.
 
     Takes what `SFTTrainer` takes, in its order, and `s3t_config`. Every dataset format of TRL works (text,
-    prompt-completion, chat), and so does packing: a stage packs its own examples only. Examples whose answer is
+    prompt-completion, chat), and so does packing: a stage packs its own examples only. With `S3TConfig(replay=...)`
+    below 1 it packs its new slice and the earlier ones apart, once; each epoch takes every pack of the new slice and
+    draws the share of the others' packs, so that every epoch has equally many steps. Examples whose answer is
     truncated away are not trained on; their ids stay in the table and can be unlearned.
 
     Args:
@@ -191,9 +194,18 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
 
     def _stage_dataset(self, key: StageKey) -> Any:
         dataset = super()._stage_dataset(key)
-        if self.args.packing and not self._skip_prepare_dataset:
-            return SFTTrainer._prepare_dataset(self, dataset, self.processing_class, self.args, True, None, str(key))
-        return dataset
+        if not self.args.packing or self._skip_prepare_dataset:
+            return dataset
+        earlier = self._num_earlier
+        if not earlier or self.s3t_config.replay == 1:
+            return self._packed(dataset, key)
+        parts = dataset.select(range(earlier)), dataset.select(range(earlier, len(dataset)))
+        packs = [self._packed(part, key) for part in parts]
+        self._num_earlier = len(packs[0])
+        return concatenate_datasets(packs)
+
+    def _packed(self, dataset: Any, key: StageKey) -> Any:
+        return SFTTrainer._prepare_dataset(self, dataset, self.processing_class, self.args, True, None, str(key))
 
     def compute_loss(
         self,

@@ -39,7 +39,9 @@ class StageMemory(LiveModel):
             `str`: The digest of the stages below.
         """
         below = key.lineage[:-1]
-        self._make_room(below)
+        # DDP has all processes take the first one's tensors, one by one: they must have come in one order, and what
+        # served in the first has come in another.
+        self._make_room(below if self.accelerator.num_processes == 1 else ())
         return combined_digest({stage: self._as_written(stage) for stage in below})
 
     def _as_written(self, stage: StageKey) -> str:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import get_sampler
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..errors import IsolationError, S3TError
+from ..errors import ConfigError, IsolationError, S3TError
 from ..model.fresh_copies import fresh_copy, fresh_dataset
 from ..model.randomness import own_randomness
 from ..plan.stages import StageKey, stage_seed
@@ -21,7 +23,7 @@ from .checkpoints import StageCheckpoints
 from .fresh_parts import FreshParts
 from .prepared_base import buffers_digest, paged_tensors, remove_watchers, unprepared
 from .refusals import check_accelerator, evaluation_chooses
-from .sampler import EpochSeededSampler
+from .sampler import EpochSeededSampler, ReplayDraw, replayed
 from .stage_memory import StageMemory
 from .stage_records import StageRecords
 
@@ -31,6 +33,11 @@ logger = logging.get_logger(__name__)
 
 class StageRuns(StageMemory, StageRecords, StageCheckpoints):
     """The part of a trainer that runs `Trainer.train` for a stage. Which stages shall be there, it does not know."""
+
+    # Of the stage in training: how many rows (or packs), the first ones, are of earlier slices, and what draws them.
+    _num_earlier: int
+    _draw: ReplayDraw | None
+    _sampler_of_stage: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`; what Accelerate was told besides arguments meets their refusals."""
@@ -127,6 +134,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
         given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
         self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
+        self._draw, self._sampler_of_stage = self._draw_of(self.train_dataset), None
         self._begin_watch(key, output_dir, origin)
         # Persistent workers of evaluations keep random states from stage to stage: each stage makes its own.
         vars(self).pop("_eval_dataloaders", None)
@@ -149,7 +157,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _let_go(self, paged: int) -> None:
         """Keep nothing of a stage: what it trained may be unlearned at any time."""
-        for name in ("_epoch_iterator", "_fresh_parts"):
+        for name in ("_epoch_iterator", "_fresh_parts", "_sampler_of_stage", "_draw"):
             vars(self).pop(name, None)
         self.accelerator.free_memory()
         for name in ("optimizer", "lr_scheduler", "train_dataloader"):
@@ -199,8 +207,16 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         return {}
 
     def _stage_dataset(self, key: StageKey) -> Any:
-        """The dataset a stage trains on, ready for the data loader."""
+        """The dataset a stage trains on, ready for the data loader: what earlier slices hold, then the new slice."""
+        self._num_earlier = sum(self._rows_of_stages.sizes(key, self.folder.table)[:-1])
         return self._rows_of_stages.select(key, self.folder.table)
+
+    def _draw_of(self, dataset: Any) -> ReplayDraw | None:
+        """What the epochs of a stage take of its dataset, where that is not everything."""
+        earlier, config = self._num_earlier, self.s3t_config
+        if not earlier or config.replay == 1:
+            return None
+        return ReplayDraw(earlier, len(dataset) - earlier, config.num_replayed(earlier), self.args.seed)
 
     def _parts_of_stages(self) -> dict[str, Any]:
         """What was given to the trainer and may keep state that a stage depends on."""
@@ -215,14 +231,19 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""
-        given = self.data_collator
+        given, trains = self.data_collator, kwargs.get("is_training") and self._stage is not None
         self.data_collator = self._copy(given)
-        if kwargs.get("is_training") and self._stage is not None:
+        if trains:
             self._fresh_parts.note(self.data_collator)
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            loader = super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = given
+        if trains:
+            # Accelerate may have put one of its own in the place of Trainer's.
+            sampler = get_sampler(loader)
+            self._sampler_of_stage = self._sampler_of_stage if sampler is None else sampler
+        return loader
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """As in `Trainer`, which looks through a whole model, and for each parameter of it through all these names."""
@@ -233,9 +254,37 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            return EpochSeededSampler(sampler, self.args.seed)
+        if self._stage is not None and self._draw is not None:
+            sampler = replayed(sampler, self._draw)
+        elif isinstance(sampler, LengthGroupedSampler):
+            sampler = EpochSeededSampler(sampler, self.args.seed)
+        self._sampler_of_stage = sampler
         return sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As in `Trainer`; an epoch that a resume begins inside of is drawn as what it is, not as the first."""
+        begins = epoch_iterator is not getattr(self, "_epoch_iterator", None)
+        if begins and hasattr(self._sampler_of_stage, "set_epoch"):
+            # The loader does not find it below what skips batches, where processes share or are sent them.
+            self._sampler_of_stage.set_epoch(int(self.state.epoch))
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if begins:
+            self._refuse_undrawn()
+        return batches
+
+    def _refuse_undrawn(self) -> None:
+        """A trainer class that samples its own way would see all rows, and record a share of them."""
+        if self._draw is not None and not self._draw.is_used and self.is_world_process_zero():
+            raise ConfigError(
+                f"replay={self.s3t_config.replay}, but nothing draws a share of the earlier slices: "
+                f"{type(self).__name__} has samplers or data loaders of its own. Have its `_get_train_sampler` or "
+                "`get_train_dataloader` go on from what `super()` returns, or leave `replay` out."
+            )
+
+    def num_examples(self, dataloader: Any) -> int:
+        """As in `Trainer`, which looks at the dataset, of which an epoch may take a share."""
+        draw = getattr(get_sampler(dataloader), "draw", None) if isinstance(dataloader, DataLoader) else None
+        return len(draw) if draw is not None else super().num_examples(dataloader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; a stage that is not finite is noticed here, where `Trainer` has waited for the device."""

@@ -68,7 +68,9 @@ def measured_storage(
         model_settings (`dict`): Fields of `ViTConfig`.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    config = S3TConfig(num_shards=num_shards, num_slices=num_slices, layers_per_slice=layers_per_slice, id_column="id")
+    # The published plans, of which every budget has as many stages a sequence.
+    shape = {"num_shards": num_shards, "num_slices": num_slices, "layers_per_slice": layers_per_slice}
+    config = S3TConfig(**shape, keep_idle=True, id_column="id")
     system = _written(folder, config, model_settings)
     rows = [_sizes(system, replace(config, budget=budget)) for budget in range(1, num_slices + 1)]
     shutil.rmtree(folder)

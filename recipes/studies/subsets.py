@@ -53,7 +53,7 @@ def served_subset(source: Path, target: Path, *, shards: Sequence[int] | None = 
         source (`Path`): The folder of the trained system.
         target (`Path`): The new folder.
         shards (sequence of `int`, *optional*): Take the stages of these shards only; the others have none.
-        **changes: Fields of `S3TConfig` that differ: `budget`, `sequence_selection` or `select`.
+        **changes: Fields of `S3TConfig` that differ: `budget`, `sequence_selection`, `keep_idle` or `select`.
 
     Returns:
         `Path`: The new folder.
@@ -62,19 +62,19 @@ def served_subset(source: Path, target: Path, *, shards: Sequence[int] | None = 
         [`~hf_s3t.errors.ConfigError`]: If other fields are changed, the new folder is there, or the system lacks
             stages that the smaller one has.
     """
-    others = set(changes) - {"budget", "sequence_selection", "select"}
+    others = set(changes) - {"budget", "sequence_selection", "keep_idle", "select"}
     if others:
         raise ConfigError(
-            f"{', '.join(sorted(others))} cannot be changed after training. Change budget, sequence_selection or "
-            "select, or train another system."
+            f"{', '.join(sorted(others))} cannot be changed after training. Change budget, sequence_selection, "
+            "keep_idle or select, or train another system."
         )
     target = Path(target)
     if target.exists():
         raise ConfigError(f"{target} is there already. Name a new folder.")
     folder = SystemFolder(source)
     config = dataclasses.replace(folder.config, **changes)
-    planned = Plan.from_config(config).stages(folder.table.empty)
-    wanted = [key for key in planned if shards is None or key.shard in shards]
+    plan = Plan.from_config(config)
+    wanted = [key for key in plan.stages(folder.table.empty) if shards is None or key.shard in shards]
     valid = folder.valid_stages
     missing = [key for key in wanted if key not in valid]
     if missing and not folder.ledger.num_deletions:
@@ -89,7 +89,7 @@ def served_subset(source: Path, target: Path, *, shards: Sequence[int] | None = 
     for key in wanted:
         if key not in missing:
             shutil.copytree(folder.path / key.path, target / key.path, copy_function=_link)
-    record = {**folder.record, "s3t_config": config.to_dict()}
+    record = {**folder.record, "s3t_config": config.to_dict(), "plan": plan.to_record()}
     write_checked_json(target / CONFIG_FILE, record)
     return target
 

@@ -64,6 +64,9 @@ class Workbench:
         self.recipe = RECIPES[recipe]
         self.options: Options = self.recipe.read([*argv, "--output_dir", str(self.work_dir / "systems")])
         check_model_is_given(self.options.script.model_name_or_path, self.recipe.EXAMPLE_MODEL)
+        if self.options.s3t.keep_idle is None:
+            # The studies are of the published plans.
+            self.options.s3t = dataclasses.replace(self.options.s3t, keep_idle=True)
         self.settings = settings_of(self.options)
 
     @cached_property

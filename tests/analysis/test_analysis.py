@@ -22,6 +22,7 @@ from hf_s3t.analysis import (
 )
 from hf_s3t.errors import ConfigError
 from hf_s3t.sequences import select_sequences
+from hf_s3t.sequences.families import family_of, lattice
 
 
 UNTIL = ("exhausted", "first_shard")
@@ -112,6 +113,18 @@ class TestDeletionRate:
         sequences = [(3, 2, 1, 0), (3, 0, 1, 2)]
         assert deletion_rate(1, 4, 2, sequences=sequences) == pytest.approx(4)
         assert deletion_rate(1, 4, 2, prior=SKEWED, sequences=sequences) == pytest.approx(10)
+
+    def test_families_and_sequences_of_any_length_and_number_count_by_what_they_start_with(self):
+        """One stage for each set of slices starts with all of them, as many rotations as slices do."""
+        for until in ("exhausted", "first_shard"):
+            rate = deletion_rate(3, 4, 4, prior=SKEWED, until=until)
+            for sequences in (lattice(4), family_of(select_sequences(4, 4)), [(1,), (0, 2), (3, 2, 1), (2,)]):
+                assert deletion_rate(3, 4, prior=SKEWED, sequences=sequences, until=until) == rate
+            assert deletion_rate(3, 4, prior=SKEWED, until=until) == rate
+        per_shard = [lattice(2), [(1, 0)]]
+        assert deletion_rate(2, 2, sequences=per_shard) == pytest.approx(2 * 2 * harmonic(3))
+        drawn = simulate_deletions(2, 2, sequences=per_shard, runs=8000)
+        assert_mean(drawn, deletion_rate(2, 2, sequences=per_shard))
 
     def test_shards_can_have_their_own_prior_and_sequences(self):
         rate = deletion_rate(
@@ -386,16 +399,39 @@ def mean_over_hits(sequences, hits, prior, value) -> float:
     return total
 
 
+# Sequences need not name all slices.
+PREFIXES = st.tuples(st.permutations(range(4)), st.integers(1, 4)).map(lambda drawn: tuple(drawn[0][: drawn[1]]))
+
+
 class TestDepth:
-    @given(st.lists(st.permutations(range(4)), min_size=1, max_size=6), st.integers(0, 4), priors(4))
+    @given(st.lists(PREFIXES, min_size=1, max_size=6), st.integers(0, 4), priors(4))
     @settings(max_examples=40)
     def test_is_the_mean_over_all_possible_hits(self, sequences, hits, prior):
         uniform = mean_over_hits(sequences, hits, [0.25] * 4, float)
-        assert expected_depth(sequences, hits) == pytest.approx(uniform, rel=1e-12)
+        assert expected_depth(sequences, hits, num_slices=4) == pytest.approx(uniform, rel=1e-12)
         skewed = mean_over_hits(sequences, hits, prior, float)
-        assert expected_depth(sequences, hits, prior=prior) == pytest.approx(skewed, rel=1e-9, abs=1e-12)
+        assert expected_depth(sequences, hits, prior=prior, num_slices=4) == pytest.approx(skewed, rel=1e-9, abs=1e-12)
         kept = mean_over_hits(sequences, hits, prior, lambda depth: depth >= 2)
-        assert retention(sequences, hits, 2, prior=prior) == pytest.approx(kept, rel=1e-9, abs=1e-12)
+        assert retention(sequences, hits, 2, prior=prior, num_slices=4) == pytest.approx(kept, rel=1e-9, abs=1e-12)
+
+    @pytest.mark.parametrize("hits", [0, 1, 3, 7])
+    def test_the_lattice_serves_what_all_sequences_do_and_idle_stages_add_nothing(self, hits):
+        everything = list(itertools.permutations(range(4)))
+        assert expected_depth(lattice(4), hits) == expected_depth(everything, hits)
+        rotations = select_sequences(6, 6)
+        assert expected_depth(family_of(rotations), hits) == expected_depth(rotations, hits)
+
+    def test_short_sequences_are_simulated_too(self):
+        sequences = [(0, 1, 2, 3, 4), (3,), (2, 4), (4, 1, 0)]
+        drawn = simulate_depths(sequences, 3, runs=20_000)
+        assert_mean(drawn, expected_depth(sequences, 3))
+        assert_mean(drawn >= 2, retention(sequences, 3, 2))
+        assert (simulate_depths([(0, 1), (2,)], 0, num_slices=4, runs=5) == 2).all()
+
+    def test_of_many_slices_retention_counts_the_sequences_that_are_long_enough(self):
+        sequences = [tuple(range(24)), (5, 3), (7,)]
+        assert retention(sequences, 4, 3) == pytest.approx((21 / 24) ** 4)
+        assert retention([(5, 3), (7,)], 4, 3, num_slices=24) == 0
 
     def test_is_the_sum_of_retentions(self):
         sequences = select_sequences(9, 5, "random")
@@ -471,7 +507,10 @@ class TestWrongInput:
             (dict(prior=[SKEWED] * 3), "`prior` has 3 lists, but num_shards=2"),
             (dict(sequences=[(0, 1, 2, 3)]), "1 sequences, but budget=4"),
             (dict(sequences=[[(0, 1, 2, 3)]] * 3), "for 3 shards, but num_shards=2"),
-            (dict(sequences=[(0, 1, 2)] * 4), "not a permutation"),
+            (dict(sequences=[(0, 1, 0)] * 4), "slices from 0 to 3, each once"),
+            (dict(sequences=[(0, 4)] * 4), "slices from 0 to 3"),
+            (dict(sequences=[(0,), (), (1,), (2,)]), r"holds \(\)"),
+            (dict(sequences=[(0,), (1,)]), "2 sequences, but budget=4"),
             (dict(sequences=7), "must be a list of permutations"),
             (dict(sequences=[]), "is empty"),
             (dict(num_examples=7), "num_examples=7.*make 8 slices"),
@@ -507,6 +546,9 @@ class TestWrongInput:
                 retention_paper(4, 4, hits, at_least)
         with pytest.raises(ConfigError, match="Take the mean of `simulate_depths`"):
             expected_depth(select_sequences(21, 2), 3)
+        for wrong, num_slices in ([(0, 2)], None), ([(0, 0)], None), ([(1,), ()], 2), ([(3,)], 3), ([(0,)], 0):
+            with pytest.raises(ConfigError):
+                expected_depth(wrong, 1, num_slices=num_slices)
         for change in (dict(hits=-1), dict(runs=0), dict(seed=-1), dict(prior=[0.5, 0.5])):
             with pytest.raises(ConfigError):
                 simulate_depths(sequences, **{"hits": 1, **change})

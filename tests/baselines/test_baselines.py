@@ -104,6 +104,10 @@ def assigned() -> dict:
     return dict(zip(ids, assign(ids, num_shards=2, num_slices=2, method="hashed", seed=3), strict=True))
 
 
+def assigned_sizes() -> Counter:
+    return Counter(assigned().values())
+
+
 def id_at(shard: int, slice_: int) -> str:
     return next(i for i, place in sorted(assigned().items()) if place == (shard, slice_))
 
@@ -196,9 +200,32 @@ def test_a_folder_in_which_something_is_gets_no_public_secret(tmp_path, monkeypa
     assert not list((tmp_path / "new").iterdir())
 
 
+@pytest.mark.parametrize("planned", [{"work_budget": 3.0}, {"sequence_selection": "lattice"}, {"budget": 3}, {}])
+@pytest.mark.parametrize("name", ["full", *SLICED])
+def test_what_is_planned_is_a_matter_of_s3t(tmp_path, name, planned):
+    """Others have one sequence, whose units are grown again as they were."""
+    config = config_of(num_slices=3, keep_idle=None, **planned)
+    method = make(name, tmp_path / name, model=tiny_bert(3), config=config)
+    folder, chain = method.trainer.folder, ((0, 1, 2),)
+    assert folder.plan.sequences == (((0,),) if name == "full" else chain,) * 2
+    plant_stages(method.trainer)
+    units = folder.plan.stages()
+    method.unlearn([folder.table.members(0, 0 if name == "full" else 1)[0]])
+    gone = [key for key in units if key not in folder.valid_stages]
+    assert gone and folder.missing_stages() == gone
+    # The settings that were given open it again, and so do none.
+    for again in (config, None):
+        assert (
+            METHODS[name](
+                tiny_bert(3), training_arguments(folder.path), train_dataset=dataset(ROWS), s3t_config=again
+            ).trainer.folder.plan
+            == folder.plan
+        )
+
+
 def test_units_see_what_they_should(trained):
     """Examples seen in one epoch: SISA trains on the slices so far, sequential training on one slice at a time."""
-    sizes = Counter(assigned().values())
+    sizes = assigned_sizes()
     for name in ("sisa", "sequential"):
         seen = {unit.unit: unit.examples for unit in make(name, trained(name)).cost.units}
         for shard in range(2):
@@ -215,12 +242,12 @@ def test_records_name_the_trainer_of_a_method_by_the_module_that_it_was_in_first
 # Plain PEFT, one unit after the other
 
 
-def naive_unit(folder: Path, key: StageKey, rows: list, before: dict | None = None) -> dict:
+def naive_unit(folder: Path, key: StageKey, rows: list, before: dict | None = None, **arguments) -> dict:
     """A unit as anybody would train it: a fresh base, PEFT's own model, a plain Trainer."""
     base = tiny_bert(2)
     head = find_head(base, "bert.encoder.layer")
     seed_head(base, head, 3)
-    args = training_arguments(folder, seed=stage_seed(3, key))
+    args = training_arguments(folder, seed=stage_seed(3, key), **arguments)
     set_seed(args.seed)
     model = get_peft_model(base, lora(base, modules_to_save=list(head)))
     if before is not None:
@@ -250,6 +277,37 @@ def test_units_are_what_peft_and_trainer_make(trained, tmp_path, name):
     for key in StageKey(0, tuple(range(method.max_depth))).lineage:
         before = naive_unit(tmp_path / str(key), key, rows_of(method, key), before)
         assert not differing_tensors(before, made[key.path])
+
+
+def test_a_unit_of_sisa_replays_a_share_of_the_slices_before_it(tmp_path):
+    method = make("sisa", tmp_path / "sisa", config=config_of(replay=0.5))
+    method.train()
+    first, second = StageKey(0, (0, 1)).lineage
+    rows, earlier = rows_of(method, second), assigned_sizes()[0, 0]
+    generator = torch.Generator().manual_seed(stage_seed(3, second))
+    share = torch.randperm(earlier, generator=generator)[: round(earlier / 2)].tolist()
+    drawn = [row for position, row in enumerate(rows) if position in share or position >= earlier]
+    order = torch.randperm(len(drawn), generator=generator).tolist()
+    # One epoch, so that it can be given row by row.
+    before = naive_unit(tmp_path / "first", first, rows_of(method, first))
+    given = [drawn[number] for number in order]
+    expected = naive_unit(tmp_path / "second", second, given, before, train_sampling_strategy="sequential")
+    assert not differing_tensors(expected, tensors_of(method.output_dir)[second.path])
+    assert {unit.unit: unit.examples for unit in method.cost.units}["shard-0/0-1"] == len(drawn) < len(rows)
+    method.unlearn([id_at(0, 1)])
+    assert method.depths == [1, 2]
+    method.retrain()
+    never = make("sisa", tmp_path / "never", without(id_at(0, 1)), config=config_of(replay=0.5))
+    never.train()
+    assert_same_units(tensors_of(method.output_dir), tensors_of(never.output_dir))
+
+
+def test_methods_without_earlier_slices_replay_none():
+    given = config_of(replay=0.5)
+    shares = {name: method._layout.settings(given).replay for name, method in METHODS.items()}
+    assert shares == {"s3t": 0.5, "full": 1.0, "sisa": 0.5, "protosisa": 0.5, "sequential": 0.0}
+    assert METHODS["full"]._layout.settings(config_of(replay=0.0)).stage_data == "cumulative"
+    assert METHODS["sisa"]._layout.settings(config_of(replay=0.0)).stage_data == "slice"
 
 
 def test_a_cut_merges_stacks_that_begin_alike():

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import typer.testing
@@ -24,6 +26,7 @@ from support.folders import (
     files_of,
     grow,
     new_system,
+    plant,
     stages_on_disk,
 )
 from typer.testing import CliRunner
@@ -33,6 +36,7 @@ from hf_s3t.cli import app as cli
 from hf_s3t.errors import S3TError
 from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.plan import StageKey
 
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -193,6 +197,49 @@ def test_status_shows_depths_and_what_is_left(system):
     assert "12 examples, 0 deletions, 18 of 18 stages" in text
     assert "0-1-2: 3  1-2-0: 3  2-0-1: 3" in text
     assert "expected further deletions: 7.3 until a shard is dead, 14.7 until all are" in text
+    assert "left to train" not in text and "one more" not in text
+
+
+@pytest.fixture
+def lattice(tmp_path):
+    """A system with one stage for each set of slices, of which a deletion in the first shard took four."""
+    folder = grow(new_system(tmp_path / "lattice", config=replace(CONFIG, keep_idle=None)))
+    apply(folder, [folder.table.members(0, 0)[0]])
+    return folder
+
+
+def test_status_of_a_plan_of_sets_counts_them_and_says_what_one_more_stage_brings(lattice):
+    lines = run("status", lattice.path).stdout.splitlines()
+    assert lines[0] == "11 examples, 1 deletion, 10 of 14 stages"
+    assert lines[1].split() == "shard depth sets of 1 slice 2 slices 3 slices".split()
+    assert [line.split() for line in lines[3:5]] == [
+        "0 2 2 of 3 1 of 3 0 of 1".split(),
+        "1 3 3 of 3 3 of 3 1 of 1".split(),
+    ]
+    # One stage has all: it stands on the two slices that were not hit.
+    assert lines[6:] == [
+        "left to train: 4 stages, the work of 1.2 full fine-tunings",
+        "one more (shard-0/1-2-0, work 0.5): mean depth 2.50 -> 3.00, over the next requests 1.17 -> 1.17",
+    ]
+
+
+def test_status_keeps_its_promise_stage_by_stage(lattice):
+    while (step := (before := json_of("status", lattice.path))["next_stage"]) is not None:
+        plant(lattice, StageKey.from_path(f"stages/{step['stage']}"))
+        after = json_of("status", lattice.path)
+        assert fmean(after["depths"]) == pytest.approx(fmean(before["depths"]) + step["depth"])
+        assert after["expected_depth"] == pytest.approx(before["expected_depth"] + step["expected_depth"])
+        assert after["work_left"] == pytest.approx(before["work_left"] - step["work"])
+        assert after["stages_left"] == before["stages_left"] - 1
+    assert after["depths"] == [3, 3] and after["work_left"] == after["stages_left"] == 0
+    assert after["sets"] == [[[3, 3], [3, 3], [1, 1]]] * 2
+    assert "left to train" not in run("status", lattice.path).stdout
+
+
+def test_by_metric_the_loss_of_the_next_stage_will_say_whether_it_serves(tmp_path):
+    folder = grow(new_system(tmp_path / "system", config=replace(CONFIG, keep_idle=None, select="metric")), 1)
+    assert json_of("status", folder.path)["next_stage"]["depth"] is None
+    assert "): its loss decides whether it serves, over the next requests" in run("status", folder.path).stdout
 
 
 def test_status_for_machines(system):
@@ -203,13 +250,19 @@ def test_status_for_machines(system):
         "deletions",
         "depths",
         "sequence_depths",
+        "sets",
         "stages",
+        "expected_depth",
+        "stages_left",
+        "work_left",
+        "next_stage",
         "deletions_until_first_dead_shard",
         "deletions_until_exhausted",
         "pending",
         "is_exhausted",
     ]
     assert status["examples"] == 11 and status["deletions"] == 1 and status["is_exhausted"] is False
+    assert list(status["next_stage"]) == ["stage", "work", "depth", "expected_depth"]
 
 
 def test_an_endless_life_is_null_in_json(tmp_path):

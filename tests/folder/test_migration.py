@@ -30,7 +30,7 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.folder.table_file import write_table
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import apply_pending
-from hf_s3t.plan import Plan
+from hf_s3t.plan import Plan, StageKey
 from hf_s3t.records.buffers import hexadecimal
 from hf_s3t.records.digests import PUBLIC_SECRET
 from hf_s3t.records.examples import ExampleTable
@@ -122,7 +122,7 @@ def test_the_first_write_migrates_it_for_good(tmp_path, write, monkeypatch):
     assert {n: v for n, v in new.items() if n not in added | {"format_version", "digest"}} == {
         n: v for n, v in old.items() if n not in ("format_version", "digest")
     }
-    assert new["row_digests"] == 1 and new["plan"] == Plan.from_config(folder.config).to_record()
+    assert new["row_digests"] == 1 and new["plan"] == Plan.as_asked_for(folder.config).to_record()
     # Nobody searches the plan again, and what was valid is, unless what it saw was deleted.
     sees_no_search(monkeypatch)
     again = ReadOnlyFolder(path)
@@ -138,7 +138,7 @@ def test_the_first_write_migrates_it_for_good(tmp_path, write, monkeypatch):
 def test_a_scratch_folder_migrates_it_and_its_checkpoints_stay(tmp_path):
     path = copy_of("trained", tmp_path)
     folder = SystemFolder(path)
-    (key,) = folder.plan.missing(folder.valid_stages)
+    key = StageKey(0, (1, 0))
     slices = folder.slice_digests(key)
     with folder.scratch(key, slices) as scratch:
         assert folder.is_migrated and folder.read_checkpoint_record(scratch / "checkpoint-1")["slices"] == slices
@@ -152,7 +152,7 @@ def test_old_and_new_records_stand_side_by_side(path, name):
     kept = folder.valid_stages
     grow(folder)
     for again in (folder, SystemFolder(path), ReadOnlyFolder(path)):
-        assert stages(again.valid_stages) == stages(folder.plan.stages(folder.table.empty))
+        assert again.missing_stages() == [] and {*kept} <= again.valid_stages
     assert kept < before and inspect(path).problems == ()
     # What was grown again says what slices are now, and what stayed says it as it always did.
     records = {key: (path / key.path / "stage.json").read_bytes() for key in kept}
@@ -349,17 +349,17 @@ def answer(model):
         return model(**INPUTS).logits
 
 
-def trainer_of(path, **more):
+def trainer_of(path, keep_idle=None, **more):
     rows = [{**row, "group": f"person-{number % 8}"} for number, row in enumerate(lm_rows(24))]
     saving = dict(save_strategy="steps", save_steps=1, save_total_limit=1, num_train_epochs=2)
     args = training_arguments(path, **saving)
-    return make_trainer(
-        path, base(), Dataset.from_list(rows), args=args, config=s3t_config(group_column="group"), **more
-    )
+    config = s3t_config(group_column="group", keep_idle=keep_idle)
+    return make_trainer(path, base(), Dataset.from_list(rows), args=args, config=config, **more)
 
 
 def test_a_live_model_goes_on_while_another_process_migrates_its_folder(tmp_path):
     path = copy_of("trained", tmp_path)
+    shutil.rmtree(path / "stages/shard-0/1")
     model = load(path)
     before = answer(model)
     assert format_of(path) == 1
@@ -387,16 +387,19 @@ class Steps(TrainerCallback):
 
 def test_a_stage_is_resumed_from_its_checkpoint(tmp_path):
     path, anew = copy_of("trained", tmp_path), copy_of("trained", tmp_path / "anew")
+    for copy in (path, anew):
+        # What was begun is idle: another stage saw its slices.
+        forge(copy / CONFIG_FILE, s3t_config=s3t_config(group_column="group", keep_idle=True).to_dict())
     shutil.rmtree(anew / CHECKPOINTS)
     steps = Steps()
-    trainer = trainer_of(path, callbacks=[steps])
+    trainer = trainer_of(path, keep_idle=True, callbacks=[steps])
     (key,) = trainer.folder.plan.missing(trainer.folder.valid_stages)
     begun = trainer.folder.read_checkpoint_record(trainer.folder.checkpoints(key) / "checkpoint-1")
     trainer.train()
     # Under other versions of the libraries than it was written with, or another processor, it is begun anew.
     is_same = begun["circumstances"] == trainer.folder.stage_record(key)["circumstances"]
     assert steps.first == [1 if is_same else 0] and trainer.s3t_model.check() == []
-    trainer_of(anew).train()
+    trainer_of(anew, keep_idle=True).train()
     adapter = Path(key.path, "adapter_model.safetensors")
     assert (path / adapter).read_bytes() == (anew / adapter).read_bytes()
 
@@ -481,7 +484,7 @@ def test_a_new_system_has_an_identity_of_its_own_and_its_plan_is_never_searched_
     [
         ("system_id", None), ("system_id", 10**31), ("system_id", "../../etc"), ("row_digests", 3),
         ("row_digests", True), ("earlier_slices", ["a"]), ("earlier_slices", {"a": 1}), ("plan", None), ("plan", []),
-        ("plan", [[{"slices": [0], "prefix": [0]}]] * 2),
+        ("plan", [[{"slices": [0, 1], "prefix": [0, 1]}]] * 2),
     ],
 )  # fmt: skip
 def test_what_no_version_writes_is_refused_by_its_name(tmp_path, field, value):

@@ -39,7 +39,7 @@ from hf_s3t.records.examples import Example, ExampleTable
 ROOT_FILES = {"s3t_config.json", "examples.parquet", "ledger.jsonl", "ledger.head", "ledger.key", "stages"}
 STAGE_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
 IDS = [f"someone-{name}@example.org" for name in "abcdefghijklmnopqrstuvwx"]
-CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", seed=1)
+CONFIG = S3TConfig(num_shards=2, num_slices=3, id_column="id", keep_idle=True, seed=1)
 
 
 # Systems without tensors: what training would write is a file that depends on what it would depend on.

@@ -36,7 +36,7 @@ from hf_s3t.operations.pending import PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 
 
-CONFIG = S3TConfig(num_shards=2, num_slices=2, seed=1)
+CONFIG = S3TConfig(num_shards=2, num_slices=2, keep_idle=True, seed=1)
 EARLIER = NAMES[:1]
 
 

@@ -666,7 +666,8 @@ def test_a_config_that_nobody_has_the_memory_or_the_numbers_for_is_refused(playg
 
 
 def test_the_largest_systems_anybody_trains_are_not_refused():
-    assert len(plan_of({"num_shards": 20, "num_slices": 32}).stages()) == 20 * 32 * 32
+    # Of the 32 stages that saw all slices one is enough.
+    assert len(plan_of({"num_shards": 20, "num_slices": 32}).stages()) == 20 * (32 * 32 - 31)
 
 
 def test_json_of_any_depth_is_read_or_refused(tmp_path):

@@ -372,7 +372,9 @@ class FolderLife(Life):
         assert set(self.folder.table.rows) == self.plain.present
 
 
-CONFIG = S3TConfig(num_shards=2, num_slices=3, sequence_selection=SEQUENCES, group_column="user", seed=1)
+CONFIG = S3TConfig(
+    num_shards=2, num_slices=3, sequence_selection=SEQUENCES, group_column="user", keep_idle=True, seed=1
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 from peft import LoraConfig
-from support.tiny import make_trainer, plant_stages, tiny_llama
+from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama
 
 from hf_s3t import S3TConfig
 from hf_s3t.hub.card import render_card, render_recipe_card
-from hf_s3t.hub.diagram import render_diagram
+from hf_s3t.hub.diagram import has_rows_of_sets, render_diagram
 from hf_s3t.plan import Plan, StageKey
 
 
@@ -46,6 +46,12 @@ SVG = "{http://www.w3.org/2000/svg}"
         S3TConfig(num_shards=2, num_slices=4, budget=3),
         S3TConfig(num_shards=5, num_slices=4, budget=4),
         S3TConfig(num_shards=12, num_slices=12, budget=2),
+        S3TConfig(num_shards=2, num_slices=4, keep_idle=True),
+        S3TConfig(num_shards=5, num_slices=4),
+        S3TConfig(num_shards=2, num_slices=8, sequence_selection="lattice"),
+        S3TConfig(num_shards=2, num_slices=6, work_budget=8.0),
+        S3TConfig(num_slices=12, budget=30, sequence_selection="random"),
+        S3TConfig(num_slices=3, sequence_selection=[[0, 1], [1], [2, 0, 1], [2, 1]]),
     ],
     ids=lambda config: f"{config.num_shards}x{config.num_slices}",
 )
@@ -54,12 +60,17 @@ def test_a_picture_has_a_box_for_each_stage_inside_its_frame(config):
     picture = ElementTree.fromstring(render_diagram(plan, frozenset(plan.stages())))
     width, height = float(picture.get("width")), float(picture.get("height"))
     boxes = [group.find(f"{SVG}rect") for group in picture.iter(f"{SVG}g")]
-    assert len(boxes) == sum(len(sequence) for sequences in plan.sequences for sequence in sequences)
+    assert len(boxes) == (
+        len(plan.stages())
+        if has_rows_of_sets(plan)
+        else sum(len(sequence) for sequences in plan.sequences for sequence in sequences)
+    )
     places = [tuple(float(box.get(name)) for name in ("x", "y", "width", "height")) for box in boxes]
     for x, y, wide, high in places:
         assert 0 < x and x + wide <= width and 0 < y and y + high <= height
         # No other box lies over it.
-        assert sum(abs(x - other) < wide and abs(y - below) < high for other, below, *_ in places) == 1
+        over = [x < u + across and u < x + wide and y < v + down and v < y + high for u, v, across, down in places]
+        assert sum(over) == 1
     # As wide as a card has room for; a letter is about 8 wide, and each line of text must end inside the picture.
     assert width <= 900
     for text in picture.iter(f"{SVG}text"):
@@ -75,6 +86,17 @@ def test_a_card_says_how_large_the_adapters_are_where_nobody_set_it(tmp_path):
     assert "| LoRA | r = 8, alpha = 8, on q_proj |" in card and "None" not in card
 
 
+def test_a_card_says_what_a_stage_sees_of_earlier_slices(tmp_path):
+    said = {}
+    for share in (0.0, 0.25, 1.0):
+        model = tiny_llama()
+        trainer = make_trainer(tmp_path / str(share), model=model, config=s3t_config(replay=share))
+        said[share] = render_card(trainer.folder, "me/system").partition("| training of a stage | ")[2]
+    assert said[0.0].startswith("on its last slice only; ")
+    assert said[0.25].startswith("each epoch on its last slice and a share of 0.25 of the slices before it; ")
+    assert not said[1.0].startswith(("on its", "each epoch"))
+
+
 @pytest.mark.parametrize("targets", [["v_proj", "q_proj"], ".*[qv]_proj"])
 def test_a_card_of_written_settings_is_the_one_that_peft_would_give_and_loads_no_peft(tmp_path, monkeypatch, targets):
     """Else a push would hold torch in memory and take seconds, whatever it has to send."""
@@ -86,10 +108,59 @@ def test_a_card_of_written_settings_is_the_one_that_peft_would_give_and_loads_no
     assert f"| LoRA | r = 2, alpha = 5, on {targets if isinstance(targets, str) else 'q_proj, v_proj'} |" in card
 
 
+def boxes_of(config, *prefixes) -> list[tuple[str, bool]]:
+    """The boxes of the picture of one shard that has these stages: what is in each, and whether it is live."""
+    plan = Plan.from_config(config)
+    picture = render_diagram(plan, frozenset(StageKey(0, prefix) for prefix in prefixes))
+    groups = ElementTree.fromstring(picture).iter(f"{SVG}g")
+    return [(group.find(f"{SVG}text").text, group.get("class") == "live") for group in groups]
+
+
 def test_a_picture_tells_live_from_gone():
-    plan = Plan.from_config(S3TConfig(num_slices=3))
-    picture = render_diagram(plan, frozenset([StageKey(0, (0,)), StageKey(0, (0, 1))]))
-    assert (picture.count('class="live"'), picture.count('class="gone"')) == (2, 7)
+    found = boxes_of(S3TConfig(num_slices=3, keep_idle=True), (0,), (0, 1))
+    assert "".join(slice_ for slice_, _ in found) == "012120201"
+    assert [live for _, live in found] == [True, True, *[False] * 7]
+
+
+def test_a_picture_of_sets_has_each_once_by_depth_and_live_in_any_order():
+    found = boxes_of(S3TConfig(num_slices=3), (2,), (2, 0), (2, 0, 1))
+    assert [slices for slices, _ in found] == ["0", "1", "2", "01", "02", "12", "012"]
+    assert [slices for slices, live in found if live] == ["2", "02", "012"]
+
+
+def test_a_picture_of_few_sequences_has_a_row_for_each_without_idle_ones():
+    found = boxes_of(S3TConfig(num_slices=3, budget=3), (2,), (2, 0), (2, 0, 1))
+    assert "".join(slice_ for slice_, _ in found) == "0121220"
+    # The last of the first sequence is there in another order.
+    assert [live for _, live in found] == [False, False, True, False, False, True, True]
+
+
+def test_a_picture_shows_what_is_live_beside_the_plan():
+    """A folder made under another plan: what is valid serves, planned or not."""
+    published = boxes_of(S3TConfig(num_slices=3, budget=1, keep_idle=True), (0,), (2,), (2, 1))
+    assert published == [("0", True), ("1", False), ("2", False), ("2", True), ("1", True)]
+    by_sets = boxes_of(
+        S3TConfig(num_slices=3, sequence_selection=[[0, 1], [0, 2], [1, 2], [2]]), (1,), (1, 2), (1, 2, 0)
+    )
+    assert [slices for slices, _ in by_sets] == ["0", "1", "2", "01", "02", "12", "012"]
+    assert [slices for slices, live in by_sets if live] == ["1", "12", "012"]
+
+
+def test_a_card_of_sets_counts_them_by_depth(tmp_path):
+    trainer = make_trainer(tmp_path / "system", config=S3TConfig(num_slices=3, id_column="id"))
+    plant_stages(trainer)
+    trainer.s3t_model.unlearn(trainer.folder.table.members(0, 1)[:1])
+    card = render_card(trainer.folder, "me/system")
+    assert "| 0 | 1: 2 of 3, 2: 1 of 3, 3: 0 of 1 |" in card and "| stages planned | 7 |" in card
+
+
+def test_a_card_of_a_recipe_says_what_its_plan_costs():
+    lattice = render_recipe_card("small", {"num_slices": 4})
+    published = render_recipe_card("small", {"num_slices": 4, "keep_idle": True})
+    assert "| stages to train | 15 |" in lattice and "same data | 6.5 |" in lattice
+    assert "| 0 | 1: 4, 2: 6, 3: 4, 4: 1 |" in lattice
+    assert "| stages to train | 16 |" in published and "same data | 8.75 |" in published
+    assert "| 0 | 0-1-2-3, 1-2-3-0, 2-3-0-1, 3-0-1-2 |" in published
 
 
 @pytest.mark.parametrize("wrong", [[], ["--private"]])

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -163,19 +164,21 @@ def test_a_plan_contains_its_stages_and_no_others(sequences):
 def test_a_plan_that_is_written_down_is_read_as_it_was(sequences):
     plan = Plan(sequences)
     written = json.loads(json.dumps(plan.to_record()))
-    assert Plan.from_record(written, len(sequences), len(sequences[0][0])) == plan
+    config = S3TConfig(num_shards=len(sequences), num_slices=len(sequences[0][0]), keep_idle=True)
+    assert Plan.from_record(written, config) == plan
     assert [[tuple(stage["prefix"]) for stage in shard] for shard in written] == [
         [key.prefix for key in plan.stages() if key.shard == number] for number in range(plan.num_shards)
     ]
 
 
 def test_a_plan_of_other_shards_or_slices_is_refused_in_a_sentence():
-    plan = Plan.from_config(S3TConfig(num_shards=2, num_slices=3, budget=2))
-    assert Plan.from_record(plan.to_record(), 2, 3) == plan
+    config = S3TConfig(num_shards=2, num_slices=3, budget=2)
+    plan = Plan.from_config(config)
+    assert Plan.from_record(plan.to_record(), config) == plan
     with pytest.raises(FolderError, match="is of 2 shards, expected one of 3 shards and 3 slices"):
-        Plan.from_record(plan.to_record(), 3, 3)
-    with pytest.raises(FolderError, match="for shard 0 is no tree of stages, expected one of 2 shards and 4 slices"):
-        Plan.from_record(plan.to_record(), 2, 4)
+        Plan.from_record(plan.to_record(), replace(config, num_shards=3))
+    with pytest.raises(FolderError, match="for shard 0 is no tree of stages, expected one of 2 shards and 2 slices"):
+        Plan.from_record(plan.to_record(), replace(config, num_slices=2))
     first = plan.to_record()[0]
     for damaged in (
         first[1:],
@@ -183,16 +186,17 @@ def test_a_plan_of_other_shards_or_slices_is_refused_in_a_sentence():
         [{**first[0], "slices": [1]}, *first[1:]],
         [{"slices": [True], "prefix": [True]}],
         [{"slices": [0]}],
+        [{"slices": [0, 0], "prefix": [0, 0]}],
         [None],
         None,
         [],
     ):
         with pytest.raises(FolderError, match="no tree of stages"):
-            Plan.from_record([damaged, damaged], 2, 3)
+            Plan.from_record([damaged, damaged], config)
 
 
 def test_a_written_plan_names_sets_of_slices_and_the_first_of_their_orders():
-    (shard,) = Plan.from_config(S3TConfig(num_slices=2)).to_record()
+    (shard,) = Plan.from_config(S3TConfig(num_slices=2, keep_idle=True)).to_record()
     assert shard == [
         {"slices": [0], "prefix": [0]},
         {"slices": [0, 1], "prefix": [0, 1]},
@@ -393,17 +397,18 @@ def test_with_every_stage_valid_the_first_sequence_of_every_shard_serves_in_full
 
 @given(systems())
 def test_explicit_sequences_are_the_plan(sequences):
-    assume(len({len(of_shard) for of_shard in sequences}) == 1)
     config = S3TConfig(
         num_shards=len(sequences),
         num_slices=len(sequences[0][0]),
         sequence_selection=[[list(sequence) for sequence in of_shard] for of_shard in sequences],
+        keep_idle=True,
     )
     assert Plan.from_config(config).sequences == sequences
 
 
 def test_one_list_of_sequences_holds_for_every_shard():
-    plan = Plan.from_config(S3TConfig(num_shards=2, num_slices=3, sequence_selection=[[2, 0, 1], [0, 1, 2]]))
+    listed = [[2, 0, 1], [0, 1, 2]]
+    plan = Plan.from_config(S3TConfig(num_shards=2, num_slices=3, sequence_selection=listed, keep_idle=True))
     assert plan.sequences == (((2, 0, 1), (0, 1, 2)),) * 2
 
 
@@ -417,7 +422,9 @@ def test_a_prior_per_shard_gives_every_shard_its_own_sequences():
 @pytest.mark.parametrize("selection", ["cyclic", "cyclic-paper", "random"])
 @pytest.mark.parametrize(("num_slices", "budget"), [(1, 1), (3, 2), (4, 4), (4, 9)])
 def test_a_plan_has_budget_distinct_permutations_per_shard(selection, num_slices, budget):
-    config = S3TConfig(num_shards=2, num_slices=num_slices, budget=budget, sequence_selection=selection)
+    config = S3TConfig(
+        num_shards=2, num_slices=num_slices, budget=budget, sequence_selection=selection, keep_idle=True
+    )
     plan = Plan.from_config(config)
     assert plan.num_shards == 2
     for of_shard in plan.sequences:

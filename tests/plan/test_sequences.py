@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hf_s3t.config import SEQUENCE_SELECTIONS, S3TConfig
 from hf_s3t.errors import ConfigError
+from hf_s3t.plan import Plan
 from hf_s3t.sequences.optimal import mean_depth_weights
 from hf_s3t.sequences.rules import check_sequences, mean_edit_distance, score, select_sequences
 
@@ -288,7 +289,8 @@ class TestOptimal:
         assert mean_depth_weights(FIGURE_4, horizon) == pytest.approx(expected, rel=1e-12)
 
     def test_a_config_takes_it_and_refuses_too_many_slices(self):
-        assert S3TConfig(num_slices=8, sequence_selection="optimal").budget == 8
+        plan = Plan.from_config(S3TConfig(num_slices=4, sequence_selection="optimal", keep_idle=True))
+        assert plan.sequences == (tuple(select_sequences(4, 4, "optimal")),)
         with pytest.raises(ConfigError, match="at most 8 slices, got num_slices=9"):
             S3TConfig(num_slices=9, sequence_selection="optimal")
 

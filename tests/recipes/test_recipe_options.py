@@ -38,6 +38,42 @@ def test_values_that_are_lists_or_numbers_are_read_as_yaml():
     assert options.lora.target_modules == {"q_proj"}
 
 
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ("lattice", "sequence_selection", "lattice"),
+        ("[[0, 1], [1]]", "sequence_selection", [[0, 1], [1]]),
+        ("null", "sequence_selection", None),
+        ("true", "keep_idle", True),
+        ("false", "keep_idle", False),
+        ("null", "keep_idle", None),
+        ("6", "work_budget", 6.0),
+        ("6.5", "work_budget", 6.5),
+        ("2", "budget", 2),
+        ("0.25", "replay", 0.25),
+    ],
+)
+def test_what_is_planned_is_read_from_the_command_line_and_from_a_file(given, field, value, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{field}: {given}\n")
+    for argv in (["--config", str(path)], [f"--{field}", given]):
+        found = getattr(read([*GIVEN, *argv]).s3t, field)
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "expected"),
+    [("keep_idle", "sometimes", "true or false"), ("work_budget", "much", "a number"), ("budget", "2.5", "a whole")],
+)
+def test_what_is_planned_is_of_its_type(field, wrong, expected, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{field}: {wrong}\n")
+    with pytest.raises(ConfigError, match=f"sets `{field}` to .*, expected {expected}"):
+        text_task.read(["--config", str(path)])
+    with pytest.raises(ConfigError, match=f"`--{field}` is .*, expected {expected}"):
+        text_task.read([f"--{field}", wrong])
+
+
 def test_one_seed_is_the_seed_of_everything():
     options = read([*GIVEN, "--seed", "7"])
     assert options.s3t.seed == options.training.seed == 7

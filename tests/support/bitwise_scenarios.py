@@ -44,6 +44,7 @@ class Scenario:
     crash: str = "none"
     order: str = "planned"
     rows: str = "as given"
+    replay: float = 1.0
     oracle: str = "same process"
     afterwards: str = "nothing"
 
@@ -65,6 +66,7 @@ FACTORS = {
     "crash": ["none", "in a stage", "between stages"],
     "order": ["planned", "other"],
     "rows": ["as given", "shuffled"],
+    "replay": [1.0, 0.5],
     "oracle": ["same process", "fresh process"],
     "afterwards": ["nothing", "regrowth and another deletion"],
 }
@@ -129,7 +131,11 @@ def config_of(scenario: Scenario) -> S3TConfig:
     """The system of a scenario, with a seed under which no slice is ever empty."""
     for seed in range(1000):
         config = tiny.s3t_config(
-            num_shards=scenario.num_shards, num_slices=scenario.num_slices, budget=scenario.budget, seed=seed
+            num_shards=scenario.num_shards,
+            num_slices=scenario.num_slices,
+            budget=scenario.budget,
+            replay=scenario.replay,
+            seed=seed,
         )
         sizes = {place: len(ids) for place, ids in placed(config).items()}
         if len(sizes) == scenario.num_shards * scenario.num_slices and min(sizes.values()) >= 3:

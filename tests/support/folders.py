@@ -29,7 +29,7 @@ NUMBERS = list(range(12))
 NAMES = [f"someone-{name}@example.org" for name in "abcdefghijkl"]
 USERS = [f"user-{number // 2}" for number in range(12)]
 # Each user has two examples.
-CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", seed=1)
+CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", keep_idle=True, seed=1)
 
 
 @contextmanager
@@ -61,10 +61,15 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
 def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
     """Make what `train()` would make."""
     for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
-        below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
-        record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
-        folder.write_stage(key, record, partial(_fill, seen=[str(key), record]))
+        plant(folder, key)
     return folder
+
+
+def plant(folder: SystemFolder, key: StageKey) -> None:
+    """Make one stage, which stands on one that is there."""
+    below = folder.stage_record(key.parent)["files"]["adapter_model.safetensors"] if key.parent else None
+    record = {"slices": folder.slice_digests(key), "below": below, "metrics": {}}
+    folder.write_stage(key, record, partial(_fill, seen=[str(key), record]))
 
 
 def _fill(path: Path, seen) -> None:
