@@ -243,7 +243,7 @@ def families_under(
     Args:
         family (sequence of prefixes):
             The stages of each shard, in the order in which they are planned, parents before children.
-        num_slices (`int`): Number of slices `L` of each shard, at most 10.
+        num_slices (`int`): Number of slices `L` of each shard.
         policy ([`Policy`]): How far it is grown again.
         num_shards (`int`, defaults to 1): Number of shards `m`.
         by_sets (`bool`, defaults to `True`): Whether a stage counts by its set, as in plans without idle stages.

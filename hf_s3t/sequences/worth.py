@@ -64,7 +64,7 @@ class Outlook:
     def __init__(self, num_slices: int, prior: Sequence[float] | None = None, horizon: int = 100, replay: float = 1.0):
         uniform = (1 / num_slices,) * num_slices
         # Of whole numbers sums are exact, so what ties by symmetry ties here.
-        self._hits, self._weights, self._total = _patterns(uniform if prior is None else tuple(prior), horizon)
+        self._hits, self._weights, self._total = patterns(uniform if prior is None else tuple(prior), horizon)
         self._known: dict[tuple[int, ...], np.ndarray] = {}
         self._work = [stage_work(depth, num_slices, replay) for depth in range(1, num_slices + 1)]
 
@@ -159,7 +159,7 @@ def outlook_of(config: S3TConfig, shard: int, horizon: int | None = None) -> Out
 
 
 @functools.lru_cache(maxsize=64)  # the shards of a system ask the same question
-def _patterns(prior: tuple[float, ...], horizon: int) -> tuple[np.ndarray, np.ndarray, float]:
+def patterns(prior: tuple[float, ...], horizon: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Which slices are hit, how much each such pattern counts in whole numbers, and how much all of them do."""
     size = len(prior)
     if size <= FAMILY_MOST_SLICES:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -111,18 +112,24 @@ class TestFamilies:
         flat = list(itertools.chain(*depths))
         assert found.depths == pytest.approx([flat.count(depth) / len(flat) for depth in range(4)])
 
-    @pytest.mark.parametrize("settings", [dict(), dict(work_budget=5.2, replay=0.5), dict(budget=4)], ids=str)
+    @pytest.mark.parametrize(
+        "settings", [dict(), dict(work_budget=5.2, replay=0.5), dict(budget=4), dict(num_slices=12, budget=3)], ids=str
+    )
     @pytest.mark.parametrize("prior", [None, [0.4, 0.3, 0.2, 0.1]])
     def test_what_is_grown_next_is_as_growth_has_it(self, settings, prior):
-        config = S3TConfig(num_slices=4, deletion_prior=prior, **settings)
+        config = S3TConfig(**{"num_slices": 4, **settings})
+        size = config.num_slices
+        if prior is not None:
+            prior = [share * 4 / size for share in prior for _ in range(size // 4)]
+            config = replace(config, deletion_prior=prior)
         plan = Plan.from_config(config)
-        growing = Growing(plan.families[0], 4, prior=prior, replay=config.replay)
+        growing = Growing(plan.families[0], size, prior=prior, replay=config.replay)
         growth, rng = Growth(plan, config), random.Random(1)
         for _ in range(40):
             # Deletions and stages that were grown since, in any order.
             state, valid = growing.all, set(plan.stages())
             for _ in range(rng.randrange(1, 6)):
-                hit = rng.randrange(4)
+                hit = rng.randrange(size)
                 state = growing.without(state, hit)
                 valid = {key for key in valid if not key.saw({(0, hit)})}
                 for _ in range(rng.randrange(4)):
@@ -175,7 +182,6 @@ class TestFamilies:
             (dict(runs=0), "`runs`"),
             (dict(num_shards=0), "`num_shards`"),
             (dict(prior=[1.0]), "1 entries|`deletion_prior`"),
-            (dict(num_slices=11), "at most 10 slices"),
         ],
     )
     def test_wrong_arguments(self, change, says):
