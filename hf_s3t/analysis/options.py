@@ -28,7 +28,7 @@ _MOST_SLICES = 8
 _MOST_SLICES_OF_LATTICE = 6
 # Work budgets to look at, as multiples of what one chain costs: fewer where the search for a family takes longer, and
 # where it takes longer than a plan should, sequences in their place.
-_BUDGETS = {2: (1.5, 2.5), 3: (1.5, 2.5), 4: (1.5, 2.5), 5: (1.5, 2.5), 6: (1.5,)}
+_BUDGETS = {2: (1.5,), 3: (1.5, 2.0), 4: (1.6, 2.0, 2.5), 5: (1.5, 2.5), 6: (1.5,)}
 _SEQUENCES = (2, 4)
 _SHARDS_ONE_BY_ONE = 8
 # Requests that are simulated one by one; what comes after is as in the second half of them.

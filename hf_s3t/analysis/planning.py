@@ -163,7 +163,7 @@ def recommend(
 
     >>> plan = recommend(Workload(50_000, deletions_per_month=2, hours_per_epoch=1.0), Backbone(num_layers=24))
     >>> plan.chosen.settings
-    {'num_shards': 5, 'num_slices': 4, 'work_budget': 2.2, 'replay': 0.5}
+    {'num_shards': 5, 'num_slices': 4, 'work_budget': 2.4, 'replay': 0.5}
     >>> plan.chosen.after_each_request
     'stages until every shard serves 3 of 4 slices'
     ```
