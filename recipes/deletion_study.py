@@ -3,6 +3,7 @@ The figures of the paper that need trained systems: quality, time and storage wh
 
     python recipes/deletion_study.py quality --config recipes/configs/digits.yaml     # a stand-in, see there
     python recipes/deletion_study.py quality --config recipes/configs/cifar10.yaml --num_shards 5 --num_slices 4
+    python recipes/deletion_study.py frontier --config recipes/configs/digits.yaml    # Figure 9 as work and quality
     python recipes/deletion_study.py storage
     python recipes/deletion_study.py theory
 
@@ -23,10 +24,12 @@ from common.results import hardware
 from studies import theory_command
 from studies.depth import ablations, drop, layers_and_slices, run_of_results, sequential
 from studies.figures import draw
+from studies.frontier import frontiers
 from studies.lifetimes import lifetimes
 from studies.quality import quality, together, weights
 from studies.storage import storage
 from studies.stored import stored_data, write_data
+from studies.trained_stream import trained_stream
 from studies.workbench import RECIPES
 
 from hf_s3t.analysis.pictures import check_picture
@@ -37,7 +40,7 @@ from hf_s3t.folder.versions import library_versions
 # Options of studies of which none, or fewer, would leave nothing to do.
 _COUNTS = (
     "budgets", "orders", "requests", "retrain_every", "stream", "max_depth", "layers", "slices", "members",
-    "timing_image_size", "timing_batch_size",
+    "timing_image_size", "timing_batch_size", "streams", "stages",
 )  # fmt: skip
 
 
@@ -78,6 +81,19 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--requests", type=int, default=100, help="requests of each order (default: 100)")
         command.add_argument("--retrain_every", type=int, default=20, help="requests between full retrainings")
     lives.add_argument("--stream", type=int, default=1000, help="requests of a simulated stream (default: 1000)")
+    measured = argparse.ArgumentParser(add_help=False)
+    measured.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2], help="learning rates S3T chooses of")
+    measured.add_argument(
+        "--baseline_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="those SISA and full choose of"
+    )
+    frontier = add("frontier", "Figure 9 as a frontier: quality against work", trained, several, measured)
+    frontier.add_argument("--stream", type=int, default=1000, help="requests of a simulated stream (default: 1000)")
+    frontier.add_argument("--streams", type=int, default=5, help="simulated streams (default: 5)")
+    stream = add("stream", "a stream that is really answered by training", trained, several, measured)
+    stream.add_argument("--requests", type=int, default=100, help="requests of the stream (default: 100)")
+    stream.add_argument("--order", type=int, default=0, help="seed of the requests (default: 0)")
+    stream.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="S3T trains after each request")
+    stream.add_argument("--replay", type=float, default=0.25, help="share of the earlier slices' rows (default: 0.25)")
     weights = add("weights", "Figure 15, right: weights of ProtoSISA's prototypes", trained)
     weights.add_argument("--orders", type=int, default=3, help="orders of requests to delete in (default: 3)")
     weights.add_argument("--after", type=int, nargs="+", default=[0, 10, 20, 30, 40], help="requests to measure after")
@@ -167,6 +183,8 @@ STUDIES: dict[str, tuple[str, Callable[[argparse.Namespace, Sequence[str]], dict
     "quality": ("figure-6-left", quality),
     "weights": ("figure-15-weights", weights),
     "time": ("figure-9", lifetimes),
+    "frontier": ("frontier", frontiers),
+    "stream": ("frontier-trained", trained_stream),
     "drop": ("figure-12", drop),
     "slices": ("figure-13", layers_and_slices),
     "sequential": ("figure-14", sequential),

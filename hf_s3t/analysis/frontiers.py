@@ -1,6 +1,6 @@
 """Frontiers: the most quality over a stream of requests that each method has for its work, over its policies."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from .streams import Policy, Stream, full_retraining, sisa, streams_of
 
 # After so many requests at a time, for those who need not answer at once.
 _GATHERED = (1, 2, 5, 10, 20, 50)
-_QUALITY = Mapping[float, Sequence[float]]
+# For each replay, by depth from 0; or what says it of a stream, where shards of several depths answer together.
+_ByDepth = Sequence[float] | Callable[[Stream], float]
+_QUALITY = Mapping[float, _ByDepth]
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def s3t_points(
             By name, the stages of a shard in the order in which they are planned, parents before children.
         num_slices (`int`):
             Number of slices `L` of each shard.
-        quality (mapping from `float` to sequences of `float`):
-            For each replay to consider, the quality at depths 0 to `num_slices`, as measured with it.
+        quality (mapping from `float` to sequences of `float` or callables):
+            For each replay to consider, the quality at depths 0 to `num_slices`, as measured with it; or what says
+            the mean quality over a [`~hf_s3t.analysis.streams.Stream`].
         policies (sequence of [`Policy`], *optional*):
             What is done after requests; all of [`policies_of`] if not given.
         by_sets (`bool`, defaults to `True`):
@@ -139,7 +142,7 @@ def sisa_points(
 
     Args:
         num_slices (`int`): Number of slices `L` of each shard.
-        quality (mapping from `float` to sequences of `float`): As for [`s3t_points`].
+        quality (mapping from `float` to sequences of `float` or callables): As for [`s3t_points`].
         policies (sequence of [`Policy`], *optional*): As for [`s3t_points`].
         method (`str`, defaults to `"sisa"`): The name of it.
         streams: `num_shards`, `reorders`, `prior`, `requests`, `runs`, `seed` of [`~hf_s3t.analysis.streams.sisa`].
@@ -214,15 +217,13 @@ def less_work(ours: Iterable[Point], theirs: Iterable[Point]) -> list[tuple[Poin
     return [(point, next((one for one in own if one.quality >= point.quality), None)) for point in frontier(theirs)]
 
 
-def _point(
-    method: str, plan: str, replay: float, policy: Policy | None, result: Stream, by_depth: Sequence[float]
-) -> Point:
-    quality = result.mean_quality(by_depth)
+def _point(method: str, plan: str, replay: float, policy: Policy | None, result: Stream, by_depth: _ByDepth) -> Point:
+    quality = by_depth(result) if callable(by_depth) else result.mean_quality(by_depth)
     return Point(method, plan, replay, policy, result.work, result.first_work, result.mean_depth, quality)
 
 
-def _check(by_depth: Sequence[float], num_slices: int) -> None:
-    if len(by_depth) != num_slices + 1:
+def _check(by_depth: _ByDepth, num_slices: int) -> None:
+    if not callable(by_depth) and len(by_depth) != num_slices + 1:
         raise ConfigError(
             f"The quality is given for {len(by_depth)} depths, expected num_slices + 1 = {num_slices + 1}: from 0, "
             "where nothing serves, to all slices."

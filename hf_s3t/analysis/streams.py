@@ -7,8 +7,9 @@ all shards independently, uniformly or by a prior; the same seed gives every met
 
 import random
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from ..sequences.families import stage_work
 from .growing import Growing
 
 
-__all__ = ["Policy", "Stream", "System", "families_under", "full_retraining", "sisa", "stream"]
+__all__ = ["Policy", "Stream", "System", "drawn_requests", "families_under", "full_retraining", "sisa", "stream"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Stream:
         exhaustions (`float`): Number of those that left the last shard so.
         depth_after (`tuple[float, ...]`): Mean depth over shards before any request, and after each of them.
         work_after (`tuple[float, ...]`): Work of what was grown again until then.
+        together (`dict[tuple[int, ...], float]`): Share of the time at which the shards served these depths together,
+            lowest first.
     """
 
     first_work: float
@@ -146,6 +149,7 @@ class Stream:
     exhaustions: float
     depth_after: tuple[float, ...]
     work_after: tuple[float, ...]
+    together: Mapping[tuple[int, ...], float] = field(default_factory=dict, repr=False)
 
     @property
     def mean_depth(self) -> float:
@@ -187,14 +191,14 @@ def stream(
     if prior is not None:
         check_prior(prior, num_slices)
     rng = random.Random(seed)
-    time_at = [0] * (num_slices + 1)
+    served = Counter[tuple[int, ...]]()
     depth_after, work_after = [0] * (requests + 1), [0.0] * (requests + 1)
     stages = shards = deaths = exhaustions = 0
     for _ in range(runs):
         system, spent = fresh(), 0.0
         shards = len(system.depths)
         depth_after[0] += sum(system.depths)
-        for number, (shard, slice_) in enumerate(_requests(rng, shards, num_slices, requests, prior), start=1):
+        for number, (shard, slice_) in enumerate(drawn_requests(rng, shards, num_slices, requests, prior), start=1):
             if system.depths[shard]:
                 system.hit(shard, slice_)
                 if not system.depths[shard]:
@@ -204,21 +208,24 @@ def stream(
                 grown = _follow(policy, system)
                 spent += grown.work
                 stages += grown.stages
-            for depth in system.depths:
-                time_at[depth] += 1
+            served[tuple(sorted(system.depths))] += 1
             depth_after[number] += sum(system.depths)
             work_after[number] += spent
+    time_at = Counter[int]()
+    for depths, time in served.items():
+        time_at.update({depth: time * depths.count(depth) for depth in set(depths)})
     whole = runs * shards
     return Stream(
         first_work=first_work,
         work=work_after[-1] / whole,
-        depths=tuple(time / (whole * requests) for time in time_at),
+        depths=tuple(time_at[depth] / (whole * requests) for depth in range(num_slices + 1)),
         requests=requests,
         stages=stages / runs,
         deaths=deaths / runs,
         exhaustions=exhaustions / runs,
         depth_after=tuple(depth / whole for depth in depth_after),
         work_after=tuple(work / whole for work in work_after),
+        together={depths: time / (runs * requests) for depths, time in served.items()},
     )
 
 
@@ -389,9 +396,19 @@ def full_retraining(*, requests: int = 1000, every: int = 1) -> Stream:
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-def _requests(
-    rng: random.Random, num_shards: int, num_slices: int, requests: int, prior: Sequence[float] | None
+def drawn_requests(
+    rng: random.Random, num_shards: int, num_slices: int, requests: int, prior: Sequence[float] | None = None
 ) -> Iterator[tuple[int, int]]:
+    """
+    The shard and the slice that each request of a stream hits.
+
+    Args:
+        rng (`random.Random`): Decides it: a fresh one of a seed gives the first stream of that seed.
+        num_shards (`int`): Number of shards `m`.
+        num_slices (`int`): Number of slices `L` of each.
+        requests (`int`): Number of requests.
+        prior (sequence of `float`, *optional*): Probability of each slice of a shard; uniform if not given.
+    """
     bounds = list(accumulate([1 / num_slices] * num_slices if prior is None else prior))
     for _ in range(requests):
         # Python promises the stream of `random()` alone.

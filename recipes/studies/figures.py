@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from studies import pictures_of_deletions, pictures_of_studies, pictures_of_theory
+from studies import pictures_beyond, pictures_of_deletions, pictures_of_studies, pictures_of_theory
 
 from hf_s3t.analysis.pictures import check_picture, save
 from hf_s3t.errors import ConfigError
@@ -15,6 +15,7 @@ DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     **pictures_of_theory.DRAWERS,
     **pictures_of_deletions.DRAWERS,
     **pictures_of_studies.DRAWERS,
+    **pictures_beyond.DRAWERS,
 }
 
 

@@ -1,4 +1,4 @@
-"""Tables of docs/reproduction.md, in Markdown, from the JSON beside the figures in docs/figures/."""
+"""Tables of the docs, in Markdown, from the JSON beside the figures in docs/figures/."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from studies import tables_beyond
 from studies.measured import quality_at, standard_error
 
 
@@ -16,7 +17,8 @@ NAMES = {"sisa": "SISA, without retraining", "protosisa": "ProtoSISA"}
 
 def study_tables(folder: Path) -> list[str]:
     """The tables of the studies whose data is in a folder."""
-    return [make(json.loads((folder / f"{name}.json").read_text())) for name, make in TABLES.items()]
+    made = [*TABLES.items(), *tables_beyond.TABLES]
+    return [make(json.loads((folder / f"{name}.json").read_text())) for name, make in made]
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from studies.families import families
 
 from hf_s3t.analysis.backbone import Backbone
 from hf_s3t.analysis.planning import sequence_cost, storage
@@ -291,6 +292,7 @@ STUDIES: dict[str, Callable[[], dict[str, Any]]] = {
     "optimal-gains": gains_of_optimal,
     "retention": retention_three_ways,
     "without-replacement": deletion_rate_against_examples,
+    "families": families,
 }
 
 
