@@ -295,7 +295,7 @@ class S3TConfig:
                 f"work_budget={self.work_budget} with num_slices={self.num_slices}, but the search is over at most "
                 f"{FAMILY_MOST_SLICES} slices. Lower `num_slices`, or give `budget`."
             )
-        # What a number of slices costs at least is a matter of the search, which comes when a system is made.
+        require_chain("work_budget", self.work_budget, self.num_slices, self.replay)
 
     def _check_listed_sequences(self) -> None:
         self.sequence_selection = self._checked_lists(self.sequence_selection)
@@ -529,6 +529,19 @@ def require_int(name: str, value: Any, minimum: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
+
+
+def require_chain(name: str, work: float, num_slices: int, replay: float) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if so much work does not pay for one chain of stages to full depth."""
+    # A stage at depth i costs (i / L) (L + i) / 2L where it sees all earlier slices, else the share that it sees.
+    seen = [1 + replay * below for below in range(num_slices)]
+    chain = math.fsum(share * (num_slices + i) for i, share in enumerate(seen, start=1)) / (2 * num_slices**2)
+    # The sum of the same floats in another order pays still.
+    if work < chain - 1e-9:
+        raise ConfigError(
+            f"{name}={work:g}, but one chain of num_slices={num_slices} stages costs "
+            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much, or lower `replay`."
+        )
 
 
 def require_share(name: str, value: Any) -> None:

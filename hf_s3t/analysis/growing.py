@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import FAMILY_MOST_SLICES, check_prior, require_horizon, require_int
-from ..errors import ConfigError
+from ..config import check_prior, require_horizon, require_int
 from ..sequences.families import family_of, stage_work, stages_of
-from ..sequences.optimal import hit_set_weights
+from ..sequences.worth import patterns
 
 
 class Next(NamedTuple):
@@ -33,7 +32,7 @@ class Growing:
 
     Args:
         family (sequence of prefixes): The stages in the order in which they are planned, parents before children.
-        num_slices (`int`): Number of slices `L`, at most 10.
+        num_slices (`int`): Number of slices `L`.
         by_sets (`bool`, defaults to `True`): Whether a stage counts by its set, as in plans without idle stages.
         prior (sequence of `float`, *optional*): Probability of each slice to be hit; uniform if not given.
         horizon (`int`, defaults to 100): Number of requests over which the depth is averaged that stages are worth.
@@ -63,11 +62,6 @@ class Growing:
     ):
         require_int("num_slices", num_slices, 1)
         require_horizon("horizon", horizon)
-        if num_slices > FAMILY_MOST_SLICES:
-            raise ConfigError(
-                f"num_slices={num_slices}, but streams are simulated over the sets of at most {FAMILY_MOST_SLICES} "
-                "slices. Lower `num_slices`."
-            )
         if prior is not None:
             check_prior(prior, num_slices)
         self.stages = (family_of if by_sets else stages_of)(family)
@@ -77,19 +71,19 @@ class Growing:
         self._hit_by = [_bits(set_ >> s & 1 for set_ in sets) for s in range(num_slices)]
         self._of_depth = [_bits(len(p) == depth for p in self.stages) for depth in range(1, num_slices + 1)]
         self._next: dict[int, Next | None] = {}
+        self._depth: dict[int, int] = {}
+        self._until: dict[tuple[int, int], tuple[int, ...]] = {}
         if by_sets:
             uniform = (1 / num_slices,) * num_slices
-            self._weights = hit_set_weights(uniform if prior is None else tuple(map(float, prior)), horizon)
-            self._total = max(float(self._weights.sum()), 1.0)
-            self._look_up(sets, [stage_work(depth, num_slices, replay) for depth in range(1, num_slices + 1)])
+            hits, self._weights, self._total = patterns(uniform if prior is None else tuple(prior), horizon)
+            self._look_up(hits, sets, [stage_work(depth, num_slices, replay) for depth in range(1, num_slices + 1)])
 
-    def _look_up(self, sets: list[int], works: list[float]) -> None:
+    def _look_up(self, hits: np.ndarray, sets: list[int], works: list[float]) -> None:
         """What decisions need: per stage its size, work and depth by slices hit, and on which others it can stand."""
         count, places = len(sets), {set_: place for place, set_ in enumerate(sets)}
         self._sizes = np.array(list(map(len, self.stages)))
         self._works = np.array([works[size - 1] for size in self._sizes])
-        hits = np.arange(len(self._weights))
-        self._depths = np.array([np.where(hits & s, 0, s.bit_count()) for s in sets], dtype=np.int8)
+        self._depths = np.array([np.where(hits[:, p].any(axis=1), 0, len(p)) for p in self.stages], dtype=np.int8)
         # Row `count` is of no stage: what the first stages stand on.
         self._parents = np.array([places.get(sum(1 << s for s in p[:-1]), count) for p in self.stages])
         self._below = np.full((count, len(self._of_depth)), count)
@@ -104,7 +98,21 @@ class Growing:
 
     def depth(self, state: int) -> int:
         """The depth that serves."""
-        return next((d for d in range(len(self._of_depth), 0, -1) if state & self._of_depth[d - 1]), 0)
+        if state not in self._depth:
+            of_depth = enumerate(self._of_depth, start=1)
+            self._depth[state] = max((depth for depth, stages in of_depth if state & stages), default=0)
+        return self._depth[state]
+
+    def until(self, state: int, depth: int) -> tuple[int, ...]:
+        """The stages that are grown one after the other until a depth serves."""
+        if (state, depth) not in self._until:
+            places = list[int]()
+            reached = state
+            while self.depth(reached) < depth and (step := self.next(reached)) is not None:
+                places.append(step.place)
+                reached |= 1 << step.place
+            self._until[state, depth] = tuple(places)
+        return self._until[state, depth]
 
     def next(self, state: int) -> Next | None:
         """The stage that is grown next; `None` if all are there."""
@@ -135,7 +143,7 @@ class Growing:
             after[level] = np.maximum(after[below[level]], self._depths[level])
             work[level] = work[below[level]] + self._works[level]
         missing = np.flatnonzero(~there[:count])
-        now = np.maximum(self._sizes[missing] - int(served[0]), 0) / work[missing]
+        now = np.maximum(self._sizes[missing] - self.depth(state), 0) / work[missing]
         later = (after[missing] - served) @ self._weights / self._total / work[missing]
         # The first of equals.
         best = np.lexsort((-later, -now))[0]

@@ -24,13 +24,12 @@ __all__ = ["MOST_EPOCHS", "Option", "Shape", "Workload", "shapes", "survival"]
 
 # A stage that reads its slice more often does not converge better, in our experience.
 MOST_EPOCHS = 30
-# Beyond, the search for a family takes longer than a plan should.
 _MOST_SLICES = 8
 _MOST_SLICES_OF_LATTICE = 6
-# Work budgets to look at, as multiples of what one chain costs.
-_BUDGETS = (1.5, 2.5)
-# Up to so many slices there are several of them: the search for one takes longer with each.
-_SEVERAL_BUDGETS = 5
+# Work budgets to look at, as multiples of what one chain costs: fewer where the search for a family takes longer, and
+# where it takes longer than a plan should, sequences in their place.
+_BUDGETS = {2: (1.5,), 3: (1.5, 2.0), 4: (1.6, 2.0, 2.5), 5: (1.5, 2.5), 6: (1.5,)}
+_SEQUENCES = (2, 4)
 _SHARDS_ONE_BY_ONE = 8
 # Requests that are simulated one by one; what comes after is as in the second half of them.
 _SIMULATED = 300
@@ -285,14 +284,8 @@ class Shape:
 
     def _stream(self, policy: Policy, requests: float, runs: int) -> Stream:
         simulated = min(math.ceil(requests), _SIMULATED)
-        return streams_of(
-            _growing(self.num_slices, self.kind, self.replay),
-            self.works,
-            policy,
-            num_shards=self.num_shards,
-            requests=simulated,
-            runs=max(1, runs * _SIMULATED // simulated),
-        )
+        runs = max(1, runs * _SIMULATED // simulated)
+        return _stream(self.num_slices, self.kind, self.replay, self.works, policy, self.num_shards, simulated, runs)
 
     def option(self, policy: Policy, months: Sequence[float], backbone: Backbone, runs: int) -> Option:
         """All that there is to say of it, kept up by a policy until the last of these months."""
@@ -451,11 +444,13 @@ def _kinds(num_slices: int, replay: float) -> Iterator[_Kind]:
         yield "lattice"
         whole = work_of(lattice(num_slices), num_slices, replay)
     chain = work_of(stages_of([range(num_slices)]), num_slices, replay)
-    budgets = _BUDGETS if num_slices <= _SEVERAL_BUDGETS else _BUDGETS[:1]
-    yield from (round(chain * times, 1) for times in budgets if chain < round(chain * times, 1) < whole)
+    budgets = (round(chain * times, 1) for times in _BUDGETS.get(num_slices, ()))
+    yield from (budget for budget in budgets if chain < budget < whole)
+    if num_slices > max(_BUDGETS):
+        yield from _SEQUENCES
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)  # a budget of 4.0 is not 4 sequences
 def _family(num_slices: int, kind: _Kind, replay: float) -> tuple[tuple[int, ...], ...]:
     """The stages of a shard, in the order in which they are planned where that matters."""
     if isinstance(kind, str):
@@ -467,9 +462,24 @@ def _family(num_slices: int, kind: _Kind, replay: float) -> tuple[tuple[int, ...
     return Outlook(num_slices, replay=replay).order(family)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def _growing(num_slices: int, kind: _Kind, replay: float) -> Growing:
     return Growing(_family(num_slices, kind, replay), num_slices, replay=replay)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _stream(
+    num_slices: int,
+    kind: _Kind,
+    replay: float,
+    works: tuple[float, ...],
+    policy: Policy,
+    num_shards: int,
+    requests: int,
+    runs: int,
+) -> Stream:
+    growing = _growing(num_slices, kind, replay)
+    return streams_of(growing, works, policy, num_shards=num_shards, requests=requests, runs=runs)
 
 
 # -- how deep, how long -----------------------------------------------------------------------------------------------
@@ -536,7 +546,7 @@ def _in_all(after: Sequence[float], requests: float) -> float:
 
 def _in_words(policy: Policy, num_slices: int) -> str:
     if policy.trigger == 0:
-        return "nothing"
+        return "no stage"
     if policy.extra:
         return "1 stage" if policy.extra == 1 else f"{policy.extra} stages"
     deep = f"all {num_slices} slices" if policy.target == num_slices else f"{policy.target} of {num_slices} slices"

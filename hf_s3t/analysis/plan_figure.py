@@ -61,7 +61,7 @@ def _draw_depth(axes: "Axes", found: Recommendation, workload: Workload) -> None
         found.published_depths,
         color=PAPER,
         linestyle="--",
-        label=f"published plan (B = {best.num_slices}), never grown again",
+        label=f"published plan (B = {best.num_slices}; {found.published_hours:.3g} hours), never grown again",
     )
     if best.months_until_first_dead_shard <= found.months[-1]:
         axes.axvline(

@@ -50,7 +50,7 @@ REPLAY = 0.5
 # Of the options, those are shown that serve at least so much of their slices more than the next cheaper one.
 _WORTH_SHOWING = 0.04
 # Streams of requests of each option: to compare all of them, and to say what is expected of those that are shown.
-_COARSE, _FINE = 2, 20
+_COARSE, _FINE = 1, 12
 _POINTS_IN_TIME = 12
 
 
@@ -163,7 +163,7 @@ def recommend(
 
     >>> plan = recommend(Workload(50_000, deletions_per_month=2, hours_per_epoch=1.0), Backbone(num_layers=24))
     >>> plan.chosen.settings
-    {'num_shards': 5, 'num_slices': 4, 'work_budget': 2.2, 'replay': 0.5}
+    {'num_shards': 5, 'num_slices': 4, 'work_budget': 2.4, 'replay': 0.5}
     >>> plan.chosen.after_each_request
     'stages until every shard serves 3 of 4 slices'
     ```

@@ -250,7 +250,7 @@ def families_under(
     Args:
         family (sequence of prefixes):
             The stages of each shard, in the order in which they are planned, parents before children.
-        num_slices (`int`): Number of slices `L` of each shard, at most 10.
+        num_slices (`int`): Number of slices `L` of each shard.
         policy ([`Policy`]): How far it is grown again.
         num_shards (`int`, defaults to 1): Number of shards `m`.
         by_sets (`bool`, defaults to `True`): Whether a stage counts by its set, as in plans without idle stages.
@@ -447,9 +447,10 @@ class _Families:
                 self._set(shard, self._growing.all)
             return Grown(work, stages)
         for shard in shards:
-            while self.depths[shard] < target and (step := self._growing.next(self._states[shard])) is not None:
-                work += self._add(shard, step.place)
-                stages += 1
+            if self.depths[shard] < target:
+                places = self._growing.until(self._states[shard], target)
+                work += sum(self._add(shard, place) for place in places)
+                stages += len(places)
         for _ in range(extra):
             found = [(shard, step) for shard in shards if (step := self._growing.next(self._states[shard]))]
             if not found:

@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,23 @@ def measure(
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If the model or the rows cannot be had, or are of a kind that is not known.
     """
+    with _no_bars():
+        return _measure(
+            model, data, batch_size, rank, target_modules, num_layers, num_labels, num_examples, max_length
+        )
+
+
+def _measure(
+    model: str,
+    data: str,
+    batch_size: int,
+    rank: int,
+    target_modules: str,
+    num_layers: int,
+    num_labels: int,
+    num_examples: int | None,
+    max_length: int | None,
+) -> Measured:
     import torch
 
     rows = _rows(data)
@@ -116,6 +134,24 @@ def measure(
         peak_bytes=peak,
         hours_per_epoch=whole * math.ceil((num_examples or total) / batch_size) / 3600,
     )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """While it is measured, libraries show no progress: of what is loaded and thrown away nobody wants to know."""
+    import datasets
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown[0]:
+            logging.enable_progress_bar()
+        if were_shown[1]:
+            datasets.enable_progress_bars()
 
 
 def _seconds(starts: list[float]) -> float:
@@ -158,10 +194,11 @@ def _trainer(
     import torch
     from peft import LoraConfig
 
-    is_half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    has_device = torch.cuda.is_available()
     settings = {
         "output_dir": folder,
-        "bf16": is_half,
+        "bf16": has_device and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": has_device,
         "per_device_train_batch_size": batch_size,
         "max_steps": _STEPS,
         "save_strategy": "no",
@@ -174,14 +211,10 @@ def _trainer(
     # Query and value by the names that PEFT knows of a model.
     lora = LoraConfig(r=rank, target_modules="all-linear" if target_modules == "all-linear" else None)
     chain = S3TConfig(num_slices=stages, sequence_selection=[list(range(stages))])
-    try:
-        if text is not None and label is not None:
-            return _classifier(model, rows, text, label, num_labels, max_length, settings, lora, chain)
-        if text == "text" or any(names <= set(rows.column_names) for names in _CONVERSATIONS):
-            return _language_model(model, rows, max_length, settings, lora, chain)
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"--model={model} cannot be loaded: {reason} Give a model with its tokenizer.") from error
+    if text is not None and label is not None:
+        return _classifier(model, rows, text, label, num_labels, max_length, settings, lora, chain)
+    if text == "text" or any(names <= set(rows.column_names) for names in _CONVERSATIONS):
+        return _language_model(model, rows, max_length, settings, lora, chain)
     raise ConfigError(
         f"--measure: the rows have the columns {', '.join(rows.column_names)}; expected 'text' or 'sentence' with "
         "'label' for a classifier, and 'text', 'messages' or 'prompt' and 'completion' for a language model. Rename "
@@ -204,9 +237,9 @@ def _classifier(
 
     from ..training.trainer import S3TTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _loaded(AutoTokenizer, model)
     classes = {name: number for number, name in enumerate(sorted(set(rows[label])))}
-    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=max(num_labels, len(classes), 2))
+    base = _loaded(AutoModelForSequenceClassification, model, num_labels=max(num_labels, len(classes), 2))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     base.config.pad_token_id = tokenizer.pad_token_id
@@ -234,24 +267,32 @@ def _language_model(
     chain: S3TConfig,
 ) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from ..training.sft_trainer import S3TSFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _loaded(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     lora.task_type = "CAUSAL_LM"
     if max_length is not None:
         settings["max_length"] = max_length
     return _timed(S3TSFTTrainer)(
-        model=AutoModelForCausalLM.from_pretrained(model),
+        model=_loaded(AutoModelForCausalLM, model),
         args=SFTConfig(**settings),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora,
         s3t_config=chain,
     )
+
+
+def _loaded(kind: Any, model: str, **settings: Any) -> Any:
+    try:
+        return kind.from_pretrained(model, **settings)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"--model={model} cannot be loaded: {reason} Give a model with its tokenizer.") from error
 
 
 def _timed(trainer: Any) -> Any:

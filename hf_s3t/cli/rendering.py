@@ -82,13 +82,16 @@ def _show_sequences(depths: Sequence[int], plan: Plan, of_sequences: Sequence[Se
 def _show_what_is_left_to_train(status: dict[str, Any]) -> None:
     step = status["next_stage"]
     now, later = fmean(status["depths"]), status["expected_depth"]
-    say(f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_fine_tunings(status['work_left'])}")
+    say(
+        f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_work(status['work_left'])} full "
+        "fine-tunings"
+    )
     serves = "its loss decides whether it serves"
     if step["depth"] is not None:
         serves = f"mean depth {now:.2f} -> {now + step['depth']:.2f}"
     say(
-        f"one more, {step['stage']}, the work of {_fine_tunings(step['work'])}: {serves}, expected over the requests "
-        f"to come {later:.2f} -> {later + step['expected_depth']:.2f}"
+        f"one more ({step['stage']}, work {_work(step['work'])}): {serves}, over the next requests {later:.2f} "
+        f"-> {later + step['expected_depth']:.2f}"
     )
 
 
@@ -237,11 +240,16 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
 
 def show_measured(found: "Measured") -> None:
     """What stages took, where a few steps of them were trained."""
-    (first, last), (fast, slow) = found.seconds_per_step, found.examples_per_second
     say(f"measured on {found.device}, {_count(found.rows, 'row')}:")
+    speeds = [
+        f"{seconds:.3g} seconds a step, {examples:.3g} examples a second, {_count(depth, 'layer')} trained"
+        for seconds, examples, depth in zip(
+            found.seconds_per_step, found.examples_per_second, found.depths, strict=True
+        )
+    ]
     rows = [
-        ("first stage", f"{first:.3g} seconds a step, {fast:.3g} examples a second, {found.depths[0]} layers trained"),
-        ("last stage", f"{last:.3g} seconds a step, {slow:.3g} examples a second, {found.depths[1]} layers trained"),
+        ("first stage", speeds[0]),
+        ("last stage", speeds[1]),
         ("ordinary fine-tuning", f"{_hours(found.hours_per_epoch)} an epoch"),
         ("most memory", decimal(found.peak_bytes)),
     ]
@@ -288,9 +296,9 @@ def show_recommendation(found: "Recommendation") -> None:
     published = f"published plan (B = {best.num_slices}; {_hours(found.published_hours)}), never"
     columns = ("month", "grown again", "never", published)
     _table(columns, [(f"{month:.4g}", *(f"{depth:.1f}" for depth in depths)) for month, *depths in over_time])
-    say("more depth costs more training:")
+    say("more depth costs more training (months until dead and exhausted: if never grown again):")
     of_each = ("", "m", "L", "layers", "stages", "of each shard", "first hours", "after each request", "hours a month")
-    ends = (f"hours in {goal}", "slices serve", "never grown again: first dead shard", "exhausted")
+    ends = (f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
 
 
@@ -433,8 +441,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _fine_tunings(work: float) -> str:
-    return f"{work:.2g} full fine-tunings" if work < 10 else f"{work:.0f} full fine-tunings"
+def _work(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _number(value: float) -> str:

@@ -51,7 +51,8 @@ def outlook(folder: SystemFolder, valid: Collection[StageKey]) -> dict[str, Any]
         valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages that are there.
 
     Returns:
-        `dict` with `expected_depth` (the mean depth over shards and the requests to come, if nothing is trained),
+        `dict` with `expected_depth` (the mean depth over shards and the next requests, as many that hit each as it has
+        slices, if nothing is trained),
         `stages_left` and `work_left` (what is to be trained: stages, and their work in full LoRA fine-tunings of all
         the data).
     """

@@ -352,10 +352,10 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             whose deletion waits for `apply_pending`), `depths` (per shard the depth that
             serves), `sequence_depths` (per shard and sequence), `sets` (per shard and number of slices: sets that
             are there, planned), `stages` (valid, and with those that are missing), `expected_depth` (the mean depth
-            over shards and the requests to come, if nothing is trained), `stages_left` and `work_left` (what `train()`
-            would train; work in full LoRA fine-tunings of all the data), `next_stage` (what one more stage would
-            bring: `stage`, its `work`, by how much the mean of `depths`, as `depth`, and `expected_depth` rise; `None`
-            if none is missing),
+            over shards and the next requests, as many as a shard has slices, if nothing is trained), `stages_left` and
+            `work_left` (what `train()` would train; work in full LoRA fine-tunings of all the data), `next_stage`
+            (what one more stage would bring: `stage`, its `work`, by how much the mean of `depths`, as `depth`, and
+            `expected_depth` rise; `None` if none is missing),
             `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by
             the prior, uniform if none is given; Lemma 1 from the present state), and `failures`: one sentence for each
             thing that could not be done yet beside the calls, and is tried again: requests that are due, the table

@@ -18,7 +18,7 @@ class Step:
         key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
         work (`float`): What training it costs, in full LoRA fine-tunings of all the data.
         depth (`float`): What it adds to the mean depth over shards that serves now, where the deepest stage serves.
-        expected_depth (`float`): What it adds to the mean depth that is expected over the requests to come.
+        expected_depth (`float`): What it adds to the mean depth over the next requests, as `expected_depth` counts it.
     """
 
     key: StageKey
@@ -56,14 +56,18 @@ class Growth:
     def __init__(self, plan: Plan, config: S3TConfig):
         self._plan = plan
         self._outlooks = [outlook_of(config, shard) for shard in range(config.num_shards)]
+        self._soon = [outlook_of(config, shard, config.num_slices) for shard in range(config.num_shards)]
         # Per shard what was found last, and of which valid stages and empty slices.
         self._known: dict[int, tuple[Any, _Found | None]] = {}
 
     def expected_depth(self, valid: Collection[StageKey]) -> float:
-        """The mean depth over shards that valid stages serve over the requests to come, if none is grown again."""
+        """
+        The mean depth over shards that valid stages serve over the next requests, if none is grown again: over as many
+        that hit each shard as it has slices. After those of the horizon, by which stages are weighed, little is left.
+        """
         depths = [
             outlook.expected_depth([key.prefix for key in valid if key.shard == shard])
-            for shard, outlook in enumerate(self._outlooks)
+            for shard, outlook in enumerate(self._soon)
         ]
         return sum(depths) / len(depths)
 
@@ -104,8 +108,8 @@ class Growth:
     def _as_planned(self, there: list[set[StageKey]], empty: Collection[tuple[int, int]]) -> Iterator[Step]:
         for key in self._plan.stages(empty):
             if key not in there[key.shard]:
-                (worth,) = self._outlooks[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
-                yield self._step(_Found(key, worth, worth))
+                (alone,) = self._soon[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
+                yield self._step(_Found(key, alone, alone))
                 there[key.shard].add(key)
 
     def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
@@ -117,7 +121,7 @@ class Growth:
             found = None
             if first is not None:
                 prefix, worth = first
-                (alone,) = outlook.worths([prefix], _prefixes(there))
+                (alone,) = self._soon[shard].worths([prefix], _prefixes(there))
                 found = _Found(StageKey(shard, prefix), worth, alone)
             self._known[shard] = state, found
         return self._known[shard][1]
@@ -129,7 +133,7 @@ class Growth:
 
 class _Found(NamedTuple):
     key: StageKey
-    # With what it is grown for, and by itself.
+    # With what it is grown for, over the horizon; and by itself, soon.
     worth: Worth
     alone: Worth
 

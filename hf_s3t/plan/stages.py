@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -149,9 +149,14 @@ class Plan:
 
     families: tuple[tuple[tuple[int, ...], ...], ...]
     by_sets: bool = False
+    # Per shard all stages as they were given, idle ones too: of systems that were planned with them, what serves stays
+    # what it was.
+    _given: tuple[tuple[tuple[int, ...], ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "families", tuple(map(family_of if self.by_sets else stages_of, self.families)))
+        given = tuple(map(stages_of, self.families))
+        object.__setattr__(self, "_given", given)
+        object.__setattr__(self, "families", tuple(map(family_of, given)) if self.by_sets else given)
 
     @classmethod
     def from_config(cls, config: S3TConfig) -> "Plan":
@@ -200,9 +205,10 @@ class Plan:
     def to_record(self) -> list[list[dict[str, list[int]]]]:
         """
         The plan as it is written down: per shard its stages in training order, each with the set of its slices and
-        their order. The first one of a set has the first of its orders.
+        their order. The first one of a set has the first of its orders. Idle stages that it was made of stay in it:
+        they may be there, and settle which of equally deep stages serves.
         """
-        return [[{"slices": sorted(prefix), "prefix": list(prefix)} for prefix in family] for family in self.families]
+        return [[{"slices": sorted(prefix), "prefix": list(prefix)} for prefix in stages] for stages in self._given]
 
     @cached_property
     def sequences(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -222,8 +228,13 @@ class Plan:
         )
 
     @cached_property
+    def _planned(self) -> frozenset[StageKey]:
+        return frozenset(self._ordered)
+
+    @cached_property
     def _places(self) -> dict[StageKey, int]:
-        return {key: place for place, key in enumerate(self._ordered)}
+        keys = [StageKey(shard, prefix) for shard, stages in enumerate(self._given) for prefix in stages]
+        return {key: place for place, key in enumerate(keys)}
 
     @cached_property
     def _places_of_sets(self) -> dict[tuple[int, frozenset[int]], int]:
@@ -236,14 +247,14 @@ class Plan:
         return len(self.families)
 
     def __contains__(self, key: StageKey) -> bool:
-        return key in self._places
+        return key in self._planned
 
     def rank(self, key: StageKey) -> tuple[int, bool, StageKey]:
         """
         The place of a stage in the one order by which ties between equally deep stages are settled.
 
-        Planned stages as they are planned; a stage whose set is planned in another order right behind that one; then
-        all others, by shard and prefix.
+        Planned stages as they are planned, idle ones too where they once were planned; a stage whose set is planned in
+        another order only right behind that one; then all others, by shard and prefix.
         """
         place = self._places.get(key)
         of_set = self._places_of_sets.get(key.slices, len(self._places))

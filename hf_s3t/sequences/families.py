@@ -19,6 +19,7 @@ from ..config import (
     LATTICE_MOST_SLICES,
     OPTIMAL_MOST_SLICES,
     check_prior,
+    require_chain,
     require_horizon,
     require_int,
 )
@@ -260,14 +261,9 @@ def best_family(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             bounds = "from 0 to 1" if most == 1 else "of at least 0"
             raise ConfigError(f"`{name}` must be a number {bounds}, got {value!r}.")
-    chain = work_of(stages_of([range(num_slices)]), num_slices, replay)
+    require_chain("work_budget", work_budget, num_slices, replay)
     # As many full trainings as there are sets pay for all of them.
     affordable = round(min(work_budget, 2.0**num_slices) * _PARTS) + _SLACK
-    if round(chain * _PARTS) > affordable:
-        raise ConfigError(
-            f"work_budget={work_budget:g}, but one chain of num_slices={num_slices} stages costs "
-            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much, or lower `replay`."
-        )
     return _best_family(likelihoods, affordable, horizon, float(replay))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import FAMILY_MOST_SLICES, S3TConfig
 from .families import stage_work
-from .optimal import hit_set_weights
+from .optimal import hit_set_weights, mean_depth_weights
 
 
 # Where sets of slices are too many, so many patterns of hits are drawn in their place, by this seed.
@@ -63,9 +63,8 @@ class Outlook:
 
     def __init__(self, num_slices: int, prior: Sequence[float] | None = None, horizon: int = 100, replay: float = 1.0):
         uniform = (1 / num_slices,) * num_slices
-        self._hits, self._weights = _patterns(uniform if prior is None else tuple(prior), horizon)
         # Of whole numbers sums are exact, so what ties by symmetry ties here.
-        self._total = max(float(self._weights.sum()), 1.0)
+        self._hits, self._weights, self._total = patterns(uniform if prior is None else tuple(prior), horizon)
         self._known: dict[tuple[int, ...], np.ndarray] = {}
         self._work = [stage_work(depth, num_slices, replay) for depth in range(1, num_slices + 1)]
 
@@ -152,19 +151,27 @@ def _outlook(num_slices: int, prior: tuple[float, ...] | None, horizon: int, rep
     return Outlook(num_slices, prior, horizon, replay)
 
 
-def outlook_of(config: S3TConfig, shard: int) -> Outlook:
-    """The requests that a shard has to expect by a config; shards that expect the same share one."""
+def outlook_of(config: S3TConfig, shard: int, horizon: int | None = None) -> Outlook:
+    """The requests that a shard has to expect by a config, or so many; shards that expect the same share one."""
     prior = config.prior_of(shard)
-    return _outlook(config.num_slices, None if prior is None else tuple(prior), config.score_horizon, config.replay)
+    horizon = config.score_horizon if horizon is None else horizon
+    return _outlook(config.num_slices, None if prior is None else tuple(prior), horizon, config.replay)
 
 
 @functools.lru_cache(maxsize=64)  # the shards of a system ask the same question
-def _patterns(prior: tuple[float, ...], horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which slices are hit, and how much each such pattern counts."""
+def patterns(prior: tuple[float, ...], horizon: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Which slices are hit, how much each such pattern counts in whole numbers, and how much all of them do."""
     size = len(prior)
     if size <= FAMILY_MOST_SLICES:
         states = np.arange(1 << size)
-        return (states[:, None] >> np.arange(size) & 1).astype(bool), hit_set_weights(prior, horizon)
+        hits = (states[:, None] >> np.arange(size) & 1).astype(bool)
+        weights = hit_set_weights(prior, horizon)
+        # Requests after which all is hit count as well: of two shards the one that they leave more to is worth more.
+        left = float(mean_depth_weights(list(prior), horizon)[:-1].sum())
+        if left == 0:
+            # Nothing is ever left, or, without requests, everything.
+            return hits, (states == 0).astype(float) if horizon == 0 else weights, 1.0
+        return hits, weights, float(weights.sum()) * horizon / left
     rng = random.Random(_SEED)
     hits = np.zeros((_DRAWN, size), dtype=bool)
     for pattern in hits:
@@ -173,4 +180,4 @@ def _patterns(prior: tuple[float, ...], horizon: int) -> tuple[np.ndarray, np.nd
         bounds = np.cumsum(prior)
         draws = [rng.random() * bounds[-1] for _ in range(min(requests, _MOST_DRAWN * size))]
         pattern[np.minimum(np.searchsorted(bounds, draws, side="right"), size - 1)] = True
-    return hits, np.ones(_DRAWN)
+    return hits, np.ones(_DRAWN), float(_DRAWN)

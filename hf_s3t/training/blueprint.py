@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +312,7 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
         return given if given is not None else S3TConfig()
     config = S3TConfig.from_dict(recorded.get("baseline", recorded).get("s3t_config"))
     differing = [] if given is None else [f.name for f in fields(config) if _differs(f.name, given, config)]
-    if differing:
+    if given is not None and differing and not _asks_for_the_same(given, config, differing):
         raise ConfigError(
             "`s3t_config` differs from the one this folder's system was made with: "
             + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
@@ -326,6 +326,14 @@ def _differs(name: str, given: S3TConfig, recorded: S3TConfig) -> bool:
     """Whether a setting contradicts the recorded one. What is planned is written down: left out, that is meant."""
     value = getattr(given, name)
     return value != getattr(recorded, name) and not (name in _PLANNED and value is None)
+
+
+def _asks_for_the_same(given: S3TConfig, recorded: S3TConfig, differing: list[str]) -> bool:
+    """Whether what differs are two names of one plan: rotations asked for by budget alone, or "cyclic" beside it."""
+    if not set(differing) <= set(_PLANNED):
+        return False
+    keep_idle = recorded.keep_idle if given.keep_idle is None else given.keep_idle
+    return Plan.as_asked_for(replace(given, keep_idle=keep_idle)) == Plan.as_asked_for(recorded)
 
 
 def _merged_peft_config(

@@ -129,8 +129,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics, among
             them `stages_trained`; `depth` that serves now, the mean over shards, and `expected_depth`, its mean over
-            the requests to come if nothing more is trained; `stages_left` and `work_left`, what is still missing, in
-            stages and in full LoRA fine-tunings of all the data.
+            the next requests (as many that hit each shard as it has slices) if nothing more is trained; `stages_left`
+            and `work_left`, what is still missing, in stages and in full LoRA fine-tunings of all the data.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]:
@@ -203,7 +203,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         outputs: list[TrainOutput] = []
         key = None
         try:
-            while (key := self._next_stage(limits, len(outputs))) is not None:
+            while not self._is_enough(limits, len(outputs)) and (key := self._next_stage()) is not None:
                 number = len(outputs) + 1
                 self._progress.begin_stage(str(key), number, max(limits.of(missing), number), self._cost(key))
                 output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
@@ -259,8 +259,14 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         if self.is_world_process_zero():
             self.folder.remove_finished_checkpoints()
 
-    def _next_stage(self, limits: Limits, trained: int) -> StageKey | None:
-        """The stage to train next, the same in every process; `None` if none is missing, or a limit is reached."""
+    def _is_enough(self, limits: Limits, trained: int) -> bool:
+        """Whether a limit is reached: the first process says so, as clocks differ."""
+        is_enough: bool
+        (is_enough,) = broadcast_object_list([limits.are_reached(trained)])
+        return is_enough
+
+    def _next_stage(self) -> StageKey | None:
+        """The stage to train next, the same in every process."""
         folder = self.folder
         self._agree_on_deletions()
         folder.refresh_stages()
@@ -271,7 +277,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._refuse_other_recipe(resume=False)
             self._agreed = valid
         key: StageKey | None
-        (key,) = broadcast_object_list([None if limits.are_reached(trained) else self._first_of_missing(valid)])
+        (key,) = broadcast_object_list([self._first_of_missing(valid)])
         return key
 
     def _first_of_missing(self, valid: frozenset[StageKey]) -> StageKey | None:

@@ -43,14 +43,11 @@ from hf_s3t.plan import StageKey
 DEMO = {
     "num_shards": 2,
     "num_slices": 4,
-    "budget": 2,
     "id_column": "id",
     "group_column": "person",
     "lora_r": 32,
     "lora_alpha": 128,
     "target_modules": "all-linear",
-    # A shard that never saw a person guesses. Its two sequences guess differently, those of the other agree.
-    "select": "all",
     "learning_rate": 3e-3,
     "adam_beta2": 0.95,
     "num_train_epochs": 22,

@@ -219,8 +219,7 @@ def test_status_of_a_plan_of_sets_counts_them_and_says_what_one_more_stage_bring
     # One stage has all: it stands on the two slices that were not hit.
     assert lines[6:] == [
         "left to train: 4 stages, the work of 1.2 full fine-tunings",
-        "one more, shard-0/1-2-0, the work of 0.5 full fine-tunings: mean depth 2.50 -> 3.00, expected over the "
-        "requests to come 1.11 -> 1.11",
+        "one more (shard-0/1-2-0, work 0.5): mean depth 2.50 -> 3.00, over the next requests 1.17 -> 1.17",
     ]
 
 
@@ -240,7 +239,7 @@ def test_status_keeps_its_promise_stage_by_stage(lattice):
 def test_by_metric_the_loss_of_the_next_stage_will_say_whether_it_serves(tmp_path):
     folder = grow(new_system(tmp_path / "system", config=replace(CONFIG, keep_idle=None, select="metric")), 1)
     assert json_of("status", folder.path)["next_stage"]["depth"] is None
-    assert "fine-tunings: its loss decides whether it serves, expected over" in run("status", folder.path).stdout
+    assert "): its loss decides whether it serves, over the next requests" in run("status", folder.path).stdout
 
 
 def test_status_for_machines(system):
@@ -823,23 +822,32 @@ def test_plan_recommends_a_system(llama):
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert lines["shards (m)"].endswith(f" {best.num_shards}")
     assert f"{best.num_slices} of {best.layers_per_slice} layers each" in text
+    assert lines["stages per shard"].endswith(f" {len(best.family)}: {best.plan}")
+    assert lines["rows of earlier slices"].endswith(f" replay={best.replay:g}")
+    assert lines["after each request"].endswith(f" grow {best.after_each_request}")
+    assert f"{best.mean_depth:.1f} of {best.num_slices} slices serve" in lines["in 12 months"]
     assert f"expected after {best.months_until_first_dead_shard:.1f} months" in lines["first dead shard"]
     assert f"expected after {best.months_until_exhausted:.1f} months" in lines["exhausted"]
-    assert f"{best.budget} kill a shard, {best.budget * best.num_shards} exhaust the system" in text
+    first_slices = best.targeted_deletions_until_first_dead_shard
+    assert f"{first_slices} kill a shard, {first_slices * best.num_shards} exhaust the system" in text
     assert text.count("→") == 1 and "GB" in text
+    after_a_year = [best.depths[-1], best.depths_without[-1], expected.published_depths[-1]]
+    assert re.search(r"^12 +" + " +".join(f"{depth:.1f}" for depth in after_a_year) + "$", text, re.MULTILINE)
 
 
 def test_plan_as_json(llama):
-    found = json_of(*PLAN, "--model", llama / "config.json", "--months", 3, "--until", "exhausted")
+    found = json_of(*PLAN, "--model", llama / "config.json", "--months", 3, "--depth", 0.5, "--until", "exhausted")
     assert set(found) == {
-        "workload", "backbone", "chosen", "options", "meets_goal", "goal_months", "until", "notes",
+        "workload", "backbone", "measured", "chosen", "options", "meets_goal", "goal_months", "goal_depth", "until",
+        "months", "published_depths", "published_hours", "notes",
     }  # fmt: skip
     assert found["workload"] == {
         "num_examples": 52_000, "deletions_per_month": 4.0, "hours_per_epoch": 3.0, "epochs": 3, "batch_size": 8,
     }  # fmt: skip
     assert found["backbone"]["num_layers"] == 32 and found["meets_goal"] and found["until"] == "exhausted"
-    assert found["chosen"] in found["options"] and found["chosen"]["months_until_exhausted"] >= 3
-    assert found["chosen"]["storage_bytes"] > 0
+    assert found["chosen"] in found["options"] and found["measured"] is None
+    assert found["chosen"]["mean_depth"] >= 0.5 * found["chosen"]["num_slices"]
+    assert found["chosen"]["storage_bytes"] > 0 and len(found["months"]) == len(found["chosen"]["depths"])
 
 
 def test_plan_without_a_model_needs_only_its_layers():
@@ -849,15 +857,59 @@ def test_plan_without_a_model_needs_only_its_layers():
 
 def test_plan_says_what_decided(llama):
     few = ("plan", "--examples", 300, "--deletions-per-month", 9, "--hours-per-epoch", 0.1, "--model", llama)
-    text = run(*few).stdout
-    assert "note: Nothing considered is expected to last 12 months until the first shard is dead" in text
+    text = run(*few, "--depth", 1, "--max-hours-per-month", 0.01).stdout
+    assert "note: Nothing considered is expected to last 12 months until a shard is dead" in text
     assert "a stage of fewer than about 50 steps does not converge" in text
+
+
+def test_plan_takes_replay_as_given():
+    assert "replay=1\n" in run(*PLAN, "--num-layers", 8, "--replay", 1).stdout
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with a language model of six layers and its tokenizer, and a file of rows."""
+    from support.stand_ins import tokenizer_of_words
+    from support.tiny import tiny_llama
+
+    tiny_llama(6).save_pretrained(tmp_path / "tiny")
+    tokenizer_of_words().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_plan_measures_stages_of_a_model(tiny, tmp_path):
+    rows = [{"prompt": f"what is {n}", "completion": " it is"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ("--deletions-per-month", 4, "--model", tiny, "--measure", tmp_path / "rows.jsonl", "--rank", 2)
+    found = json_of("plan", *given, "--batch-size", 1, "--max-length", 16)
+    measured, load = found["measured"], found["workload"]
+    # What is left out is as measured.
+    assert load["num_examples"] == measured["rows"] == 60
+    assert load["hours_per_epoch"] == measured["hours_per_epoch"] > 0
+    assert measured["hours_per_epoch"] == pytest.approx(measured["seconds_per_step_of_all_layers"] * 60 / 3600)
+    # Four stages of one layer of the six: below them two have no adapter.
+    assert measured["depths"] == [1, 4] and measured["peak_bytes"] > 10**7
+    for seconds, examples in zip(measured["seconds_per_step"], measured["examples_per_second"], strict=True):
+        assert seconds > 0 and examples == pytest.approx(1 / seconds)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tiny"]
+
+
+def test_plan_measures_a_classifier(tiny, tmp_path):
+    rows = [{"text": f"row {n}", "label": "abc"[n % 3]} for n in range(80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ("--deletions-per-month", 4, "--model", tiny, "--measure", tmp_path / "rows.jsonl", "--rank", 2)
+    text = run("plan", *given, "--batch-size", 2, "--examples", 4000, "--hours-per-epoch", 2).stdout
+    assert text.startswith("measured on ") and "80 rows:" in text
+    assert re.search("first stage .* examples a second, 1 layer trained", text)
+    assert re.search("last stage .* examples a second, 4 layers trained", text)
+    # What is given is taken as it is.
+    assert "shards (m)" in text and "most memory" in text
 
 
 def test_plan_draws(tmp_path):
     run(*PLAN, "--num-layers", 24, "--figure", tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
-    assert "training (hours)" in text and "months, at 4 requests each" in text
+    assert "training (hours in 12 months)" in text and "months, at 4 requests each" in text
 
 
 @pytest.mark.parametrize(
@@ -883,7 +935,8 @@ def test_plan_refuses(options, says):
     [
         ("--examples", 0), ("--num-layers", 0), ("--hidden-size", -1), ("--rank", 0), ("--num-labels", -1),
         ("--epochs", 0), ("--batch-size", 0), ("--max-shards", 0), ("--months", -1), ("--months", "nan"),
-        ("--max-hours", 0), ("--deletions-per-month", 0), ("--hours-per-epoch", "inf"),
+        ("--max-hours", 0), ("--deletions-per-month", 0), ("--hours-per-epoch", "inf"), ("--depth", 1.5),
+        ("--replay", -0.1), ("--max-hours-per-month", "nan"), ("--max-length", 0),
     ],
 )  # fmt: skip
 def test_a_number_that_plan_cannot_mean_is_wrong_usage_of_its_option(option, value):
@@ -897,3 +950,36 @@ def test_a_number_that_plan_cannot_mean_is_wrong_usage_of_its_option(option, val
 )
 def test_plan_takes_a_model_or_its_sizes(options):
     assert "expected --model, or --num-layers" in unboxed(run(*PLAN, *options, code=USAGE).stderr)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--hours-per-epoch", 1), "Got neither --examples nor --measure. Give --examples"),
+        (("--examples", 10), "Got neither --hours-per-epoch nor --measure. Give --hours-per-epoch"),
+        (("--measure", "rows.csv"), "Got --measure without --model"),
+    ],
+)
+def test_plan_needs_numbers_or_rows_to_measure_with(options, says):
+    given = ("plan", "--deletions-per-month", 1, "--num-layers", 4)
+    assert says in unboxed(run(*given, *options, code=USAGE).stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.txt", "a row", "rows.txt: expected a file of .json, .jsonl, .csv, .parquet"),
+        ("rows.csv", "question,answer\nwhat,this\n", "columns question, answer; expected 'text' or 'sentence' with"),
+        ("nowhere", None, "nowhere: no rows to be had: .* Give a file of rows"),
+    ],
+)
+def test_plan_refuses_rows_that_it_cannot_measure_with(llama, tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert re.search(says, refusal("plan", "--deletions-per-month", 1, "--model", llama, "--measure", tmp_path / name))
+
+
+def test_plan_refuses_a_model_that_cannot_be_loaded(llama, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nwhat,1\nthis,0\n")
+    given = ("plan", "--deletions-per-month", 1, "--model", llama, "--measure", tmp_path / "rows.csv")
+    assert re.search("llama cannot be loaded: .* Give a model with its tokenizer", refusal(*given))

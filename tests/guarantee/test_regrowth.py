@@ -29,6 +29,7 @@ from hf_s3t.plan import StageKey
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SLICES = 3
+FORGET = "forget"
 ROWS = lm_rows(24, seed=1)
 # One stage for each set of slices; the best of them for less work; one list of sequences that end early.
 PLANS = {
@@ -187,51 +188,55 @@ def test_a_live_model_beside_answers_as_a_reloaded_one_after_every_stage(tmp_pat
     assert tied
 
 
-# In processes of their own, each of which leaves its report beside the system
-
-
-def train_in(folder: Path, *calls: dict) -> None:
-    """Train in fresh processes, one for each call of `train`."""
-    for call in calls:
-        command = [sys.executable, __file__, str(folder), json.dumps(call)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+# In processes of their own
 
 
 @pytest.mark.slow
 def test_fresh_processes_that_stop_early_train_what_one_trains(tmp_path):
     trainer_of(tmp_path / "once").train()
-    train_in(tmp_path / "by one", {"max_stages": 1}, {"max_stages": 2}, {"max_seconds": 1000.0})
+    for limits in ({"max_stages": 1}, {"max_stages": 2}, {"max_seconds": 1000.0}):
+        command = [sys.executable, __file__, str(tmp_path / "by one"), json.dumps({"calls": [limits]})]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
     assert_same(stages_of(tmp_path / "once"), stages_of(tmp_path / "by one"))
 
 
 @pytest.mark.slow
 def test_two_processes_regrow_in_one_order_and_stop_together(tmp_path):
-    launched(Path(__file__), str(tmp_path / "saw"), json.dumps({}), processes=2)
-    folder = SystemFolder(tmp_path / "saw")
-    planned = folder.valid_stages
-    assert len(planned) == 7
-    gone = [folder.table.members(0, 0)[0]]
-    apply(folder, gone)
-    launched(Path(__file__), str(tmp_path / "saw"), json.dumps({"max_stages": 2}), processes=2)
+    run = {"processes": 2, "environment": {"OMP_NUM_THREADS": "1"}}
+    calls = json.dumps({"calls": [{}, FORGET, {"max_stages": 2}, {}]})
+    launched(Path(__file__), str(tmp_path / "saw"), calls, **run)
     told = [json.loads((tmp_path / f"saw-{rank}.json").read_text()) for rank in range(2)]
-    assert [(each["stages_trained"], each["stages_left"]) for each in told] == [(2, 2)] * 2
-    launched(Path(__file__), str(tmp_path / "saw"), json.dumps({}), processes=2)
+    done = [[(each["stages_trained"], each["stages_left"]) for each in of_rank] for of_rank in told]
+    assert done == [[(7, 0), (2, 2), (2, 0)]] * 2
     grown = stages_of(tmp_path / "saw")
-    assert {key.slices for key in grown} == {key.slices for key in planned} and grown.keys() != planned
+    assert any(key not in SystemFolder(tmp_path / "saw").plan for key in grown)
     # From scratch, in two processes again.
-    listed = json.dumps({"prefixes": [list(key.prefix) for key in grown], "without": gone})
-    launched(Path(__file__), str(tmp_path / "oracle"), listed, processes=2)
+    gone = [row["id"] for row in ROWS if SystemFolder(tmp_path / "saw").is_deleted(row["id"])]
+    listed = json.dumps({"calls": [{}], "prefixes": [list(key.prefix) for key in grown], "without": gone})
+    launched(Path(__file__), str(tmp_path / "oracle"), listed, **run)
+    assert len(gone) == 1
     assert_same(grown, stages_of(tmp_path / "oracle"))
+
+
+def forget_the_first(trainer) -> None:
+    """Delete a row of the slice that the planned chain to full depth begins with."""
+    if trainer.is_world_process_zero():
+        apply(trainer.folder, rows_in(trainer, 0))
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     start_cpu_processes()
     torch.set_num_threads(1)
     to, how = Path(sys.argv[1]), json.loads(sys.argv[2])
-    listed, gone = how.pop("prefixes", None), how.pop("without", [])
-    config = None if listed is None else published(listed)
-    trainer = trainer_of(to, rows=without(gone), config=config)
-    report = to.with_name(f"{to.name}-{trainer.args.process_index}.json")
-    report.write_text(json.dumps(trainer.train(**how).metrics))
+    config = published(how["prefixes"]) if "prefixes" in how else None
+    trainer = trainer_of(to, rows=without(how.get("without", [])), config=config)
+    reports = []
+    for call in how["calls"]:
+        if call == FORGET:
+            forget_the_first(trainer)
+        else:
+            reports.append(trainer.train(**call).metrics)
+    to.with_name(f"{to.name}-{trainer.args.process_index}.json").write_text(json.dumps(reports))

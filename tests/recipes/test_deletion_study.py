@@ -28,6 +28,7 @@ from hf_s3t import S3TConfig, S3TModel
 from hf_s3t.analysis import deletion_rate_paper
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.layout import ADAPTER_FILE
+from hf_s3t.folder.system import SystemFolder
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -127,6 +128,8 @@ class TestSubsets:
         """Every stage, and what it serves, before and after a deletion, bit for bit."""
         trainer_of(tmp_path / "trained", budget=2).train()
         served_subset(largest, tmp_path / "subset", budget=2)
+        one, other = SystemFolder(tmp_path / "trained"), SystemFolder(tmp_path / "subset")
+        assert one.plan == other.plan and not other.missing_stages()
         for _ in range(2):
             expected, found = (tensors_of(tmp_path / name) for name in ("trained", "subset"))
             assert expected.keys() == found.keys() and expected
@@ -148,6 +151,9 @@ class TestSubsets:
         assert {path: path.read_bytes() for path in largest.rglob("*") if path.is_file()} == before
 
     def test_sequences_and_selection(self, largest, tmp_path):
+        without_idle = SystemFolder(served_subset(largest, tmp_path / "fewer", budget=3, keep_idle=False))
+        assert len(SystemFolder(largest).stages) == 9 and len(without_idle.stages) == 7
+        assert not without_idle.missing_stages()
         every = served_subset(largest, tmp_path / "all", select="all", sequence_selection=[[1, 2, 0]], budget=None)
         assert sorted(tensors_of(every)) == ["1", "1-2", "1-2-0"]
         assert sorted(tensors_of(served_subset(largest, tmp_path / "none", shards=[]))) == []

@@ -54,9 +54,9 @@ def write_configs(folder: Path) -> None:
 def write_language_models(folder: Path) -> None:
     """Two tiny language models, one with a chat template, and the data sets that they are trained on."""
     tiny.tiny_llama(layers=4, hidden_size=8, intermediate_size=8).save_pretrained(folder / "meta-llama/Llama-2-7b-hf")
-    _tokenizer().save_pretrained(folder / "meta-llama/Llama-2-7b-hf")
+    tokenizer_of_words().save_pretrained(folder / "meta-llama/Llama-2-7b-hf")
     tiny.tiny_qwen2(layers=3, hidden_size=8, intermediate_size=8).save_pretrained(folder / "Qwen/Qwen2.5-0.5B")
-    _tokenizer(chat_template=TEMPLATE).save_pretrained(folder / "Qwen/Qwen2.5-0.5B")
+    tokenizer_of_words(chat_template=TEMPLATE).save_pretrained(folder / "Qwen/Qwen2.5-0.5B")
     _write_rows(folder / "tatsu-lab/alpaca/train.jsonl", [{"text": _text(number)} for number in range(60)])
     turns = [[{"role": role, "content": _text(number)} for role in ROLES] for number in range(60)]
     _write_rows(folder / "trl-lib/Capybara/train.jsonl", [{"messages": messages} for messages in turns])
@@ -74,7 +74,7 @@ def write_classifiers(folder: Path) -> None:
     """A tiny encoder of text and one of images, and the benchmarks that they are trained on."""
     name = folder / "FacebookAI/roberta-base"
     tiny.tiny_roberta(layers=3, hidden_size=8, intermediate_size=8).base_model.save_pretrained(name)
-    _tokenizer().save_pretrained(name)
+    tokenizer_of_words().save_pretrained(name)
     sentences = [{"sentence": _text(number), "label": number % 2, "idx": number} for number in range(60)]
     _write_rows(folder / "nyu-mll/glue/sst2/train.jsonl", sentences)
     card = "---\nconfigs:\n- config_name: sst2\n  data_files: sst2/*.jsonl\n---\n"
@@ -89,7 +89,8 @@ def write_classifiers(folder: Path) -> None:
     cifar.to_parquet(folder / "uoft-cs/cifar10/train.parquet")
 
 
-def _tokenizer(**settings) -> PreTrainedTokenizerFast:
+def tokenizer_of_words(**settings) -> PreTrainedTokenizerFast:
+    """One that knows some words, apart by spaces."""
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *ROLES, *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

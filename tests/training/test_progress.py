@@ -70,6 +70,20 @@ def test_the_bar_moves_with_every_step_of_every_stage_and_ends_full(tmp_path, ba
     assert bar.labels == ["stage 1/2: shard-0/0", "stage 2/2: shard-0/0-1"]
 
 
+def test_a_run_with_a_limit_has_a_bar_over_the_stages_that_it_will_train(tmp_path, bars):
+    path = tmp_path / "system"
+    config = s3t_config(num_slices=3, keep_idle=None, sequence_selection="lattice")
+    trainer = make_trainer(path, tiny_llama(3), ROWS, config=config, args=training_arguments(path, disable_tqdm=False))
+    trainer.train(max_stages=2)
+    trainer.train(max_stages=0)
+    (bar,) = bars
+    assert bar.labels == ["stage 1/2: shard-0/0", "stage 2/2: shard-0/0-1"]
+    assert bar.total == pytest.approx(sum(map(trainer._cost, trainer.folder.valid_stages)))
+    assert bar.n == pytest.approx(bar.total) and bar.closed
+    trainer.train(max_stages=99)
+    assert bars[1].labels[-1].startswith("stage 5/5") and bars[1].n == pytest.approx(bars[1].total)
+
+
 def test_there_is_no_bar_where_nothing_is_missing_or_bars_are_disabled(tmp_path, bars):
     trainer = trainer_with(tmp_path, disable_tqdm=True)
     trainer.train()
