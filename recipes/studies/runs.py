@@ -220,7 +220,8 @@ class ReplayTask:
         num_slices (`int`): L.
         metric (`str`): What is measured.
         recipe (`str`): A key of `RECIPES`.
-        earlier (`str`, *optional*): The runs that have the share of all already, whose rate was chosen for them.
+        is_chosen (`bool`): Whether the rate of the share of all was chosen before, for the comparison with full LoRA.
+        earlier (`str`, *optional*): Begins the names of runs that have the share of all already, and do for it.
     """
 
     name: str
@@ -235,6 +236,7 @@ class ReplayTask:
     num_slices: int = 3
     metric: str = "accuracy"
     recipe: str = "text_classification"
+    is_chosen: bool = True
     earlier: str | None = None
 
     def named(self, share: str, seed: int) -> str:
@@ -247,15 +249,15 @@ class ReplayTask:
 
     def runs(self) -> Iterator[Run]:
         """The runs that choose, then those that are compared; but for those that are there already."""
-        shares = [share for share in SHARES if share != "1" or not self.earlier]
-        for share in shares:
-            for rate in self.tried:
+        for share in SHARES:
+            for rate in () if share == "1" and self.is_chosen else self.tried:
                 options = {"seed": 42, "learning_rate": rate, **self.choice}
                 yield self._run(self.chooses(share, rate), share, self.steps[0], options)
         for seed in SEEDS:
-            for share in shares:
+            for share in SHARES:
                 options = {"seed": seed, "learning_rate": self.rates[share]}
-                yield self._run(self.named(share, seed), share, self.steps[1], options)
+                if share != "1" or not self.earlier:
+                    yield self._run(self.named(share, seed), share, self.steps[1], options)
 
     def _run(self, name: str, share: str, steps: int, options: dict[str, Any]) -> Run:
         how = {"max_steps": steps} if share == "equal" else _HOW[share]
@@ -283,7 +285,6 @@ REPLAY_TASKS = (
         tried=(1e-3, 2e-3),
         rates=_all(2e-3),
         steps=(210, 210),
-        earlier="trec-s3t-m1",
     ),
     ReplayTask(
         "digits-m1",
@@ -297,6 +298,7 @@ REPLAY_TASKS = (
         steps=(48, 64),
         num_slices=4,
         recipe="image_classification",
+        is_chosen=False,
     ),
     ReplayTask(
         "digits-m5",
@@ -310,6 +312,7 @@ REPLAY_TASKS = (
         steps=(16, 16),
         num_slices=4,
         recipe="image_classification",
+        is_chosen=False,
     ),
     ReplayTask(
         "alpaca-m1",
@@ -324,6 +327,7 @@ REPLAY_TASKS = (
         num_slices=4,
         metric="loss",
         recipe="llama_alpaca",
+        is_chosen=False,
     ),
     ReplayTask(
         "trec-m5",
