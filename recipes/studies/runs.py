@@ -239,6 +239,11 @@ class ReplayTask:
     is_chosen: bool = True
     earlier: str | None = None
 
+    @property
+    def num_shards(self) -> int:
+        """Shards that each take their share of the rows."""
+        return self.options["num_shards"]
+
     def named(self, share: str, seed: int) -> str:
         """The name of a run that is compared."""
         return f"{self.earlier if share == '1' and self.earlier else f'replay-{self.name}-{share}'}-seed{seed}"
@@ -266,7 +271,7 @@ class ReplayTask:
 
 _CHOICE = {"validation_share": 0.2, "max_eval_samples": 500}
 _DIGITS = {"budget": 1, "num_slices": 4}
-_ALPACA = {"budget": 1, "max_train_samples": 1000, "skip_full_lora": True}
+_ALPACA = {"num_shards": 1, "budget": 1, "max_train_samples": 1000, "skip_full_lora": True}
 # Of the rows that the compared runs train on, the last fifth chooses.
 _ALPACA_CHOICE = {"max_train_samples": 800, "eval_size": 200}
 
