@@ -108,17 +108,18 @@ def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
 
 
 def test_the_docs_show_the_tables_of_the_results_that_are_kept():
-    page = (runs.DOCS / "reproduction.md").read_text()
+    page = "".join((runs.DOCS / f"{name}.md").read_text() for name in ("reproduction", "beyond_the_paper"))
     assert any(run.results.is_file() for run in RUNS)
     for table in tables():
         assert table in page
 
 
-def test_figure_5_is_that_of_the_results(tmp_path):
+@pytest.mark.parametrize("name", ["figure-5", "replay"])
+def test_a_figure_is_that_of_the_results(name, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `figures`")
     reproduce.main(["figure", "--output", str(tmp_path)])
-    assert (tmp_path / "figure-5.json").read_text() == (runs.FIGURES / "figure-5.json").read_text()
-    assert (tmp_path / "figure-5.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.json").read_text() == (runs.FIGURES / f"{name}.json").read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_work_is_that_of_the_method():
