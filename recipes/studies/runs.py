@@ -312,7 +312,7 @@ REPLAY_TASKS = (
         (),
         options={"num_shards": 5, **_DIGITS},
         choice={"validation_share": 0.2},
-        tried=(2.5e-3, 5e-3, 1e-2, 2e-2),
+        tried=(5e-3, 1e-2, 2e-2, 4e-2),
         rates=_all(1e-2),
         steps=(16, 16),
         num_slices=4,
