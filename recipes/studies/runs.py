@@ -326,7 +326,7 @@ REPLAY_TASKS = (
         ("alpaca/alpaca_union.jsonl",),
         options=_ALPACA,
         choice=_ALPACA_CHOICE,
-        tried=(2e-3, 4e-3, 8e-3),
+        tried=(2e-3, 4e-3),
         rates=_all(2e-3),
         steps=(39, 48),
         num_slices=4,
