@@ -89,7 +89,12 @@ class S3TConfig:
             or `"bottom-up"`, its ablation (section C.2), where the layers left over are the topmost.
         stage_data (`str`, defaults to `"cumulative"`):
             What a stage is trained on: all slices of its prefix (`"cumulative"`, the paper's method), or the last one
-            only (`"slice"`, its ablation of one slice per layer group, section C.2).
+            only (`"slice"`, its ablation of one slice per layer group, section C.2), which is `replay=0.0`.
+        replay (`float`, defaults to 1.0):
+            The share of the earlier slices' examples in each epoch of a stage, beside all of its new slice: another
+            share in each epoch, drawn from the stage's seed and the epoch, of equally many (to the nearest number,
+            at least one). 1.0 is the paper's method. A stage counts as trained on all slices of its prefix, unless
+            the share is 0.0, which is `stage_data="slice"`.
         seed (`int`, defaults to 42):
             The one seed of the system: sequences and every stage's randomness are hashed from it. So are the places of
             a balanced partition, with the folder's secret: systems that are to be compared need one secret
@@ -158,6 +163,9 @@ class S3TConfig:
     stage_data: str = field(
         default="cumulative", metadata={"help": "cumulative, or slice: a stage trains on its last slice only."}
     )
+    replay: float = field(
+        default=1.0, metadata={"help": "Share of the earlier slices' examples in each epoch of a stage, 0 to 1."}
+    )
     seed: int = field(
         default=42, metadata={"help": "The one seed of the system; what is to be compared needs one HF_S3T_KEY, too."}
     )
@@ -172,6 +180,7 @@ class S3TConfig:
         require_choice("keep_ids", self.keep_ids, KEEP_IDS)
         require_choice("growth", self.growth, GROWTHS)
         require_choice("stage_data", self.stage_data, STAGE_DATA)
+        self._check_replay()
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
         for name in _SWITCHES:
@@ -185,6 +194,18 @@ class S3TConfig:
         self._check_size(self.budget or self.num_slices)
         self._check_columns()
         self._check_duplicates()
+
+    def _check_replay(self) -> None:
+        require_share("replay", self.replay)
+        self.replay = float(self.replay)
+        if self.stage_data == "slice" and 0 < self.replay < 1:
+            raise ConfigError(
+                f'stage_data="slice", which is replay=0.0, with replay={self.replay}. Leave `stage_data` out to train '
+                "on a share of the earlier slices' examples, or `replay` to train on none of them."
+            )
+        if self.stage_data == "slice" or self.replay == 0:
+            # Two names of one thing, so that configs of either compare equal.
+            self.stage_data, self.replay = "slice", 0.0
 
     def _check_layers_per_slice(self) -> None:
         if isinstance(self.layers_per_slice, (list, tuple)):
@@ -332,7 +353,16 @@ class S3TConfig:
 
     def slices_trained_on(self, prefix: tuple[int, ...]) -> tuple[int, ...]:
         """The slices of a prefix whose examples its stage is trained on; what it stands on saw the others."""
+        # Of a share of the earlier ones, too: which examples are in it depends on all that could be.
         return prefix if self.stage_data == "cumulative" else prefix[-1:]
+
+    def num_replayed(self, num_earlier: int) -> int:
+        """How many of so many examples of earlier slices an epoch takes: to the nearest, and one where any are."""
+        return min(num_earlier, max(1, round(self.replay * num_earlier))) if self.replay else 0
+
+    def examples_per_epoch(self, sizes: Sequence[int]) -> int:
+        """How many examples an epoch of a stage takes that is trained on slices of these sizes, the new one last."""
+        return sizes[-1] + self.num_replayed(sum(sizes[:-1]))
 
     def explicit_sequences_of(self, shard: int) -> list[list[int]] | None:
         """The sequences the user listed for one shard, or `None` if a rule chooses them."""
@@ -408,6 +438,13 @@ def require_int(name: str, value: Any, minimum: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
+
+
+def require_share(name: str, value: Any) -> None:
+    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is no number from 0 to 1."""
+    # NaN is within no bounds.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"`{name}` must be a number from 0 to 1, got {value!r}.")
 
 
 def require_bool(name: str, value: Any) -> None:

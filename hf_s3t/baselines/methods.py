@@ -442,7 +442,7 @@ class _Measured(_Host):
     def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         output: TrainOutput = super()._train_stage(key, resume, ignore_keys_for_eval)
         if self.is_world_process_zero() and self._stage_rows is not None:
-            rows = len(self._stage_rows.positions(key, self.folder.table))
+            rows = self._stage_rows.num_per_epoch(key, self.folder.table)
             seen = round((self.state.epoch or 0) * rows)
             add_cost(self.folder, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen))
         return output

@@ -45,6 +45,7 @@ class SliceBySlice(Layout):
             sequence_selection=[list(range(user_config.num_slices))],
             layers_per_slice=None,
             stage_data=self.stage_data or user_config.stage_data,
+            replay=0.0 if self.stage_data == "slice" else user_config.replay,
         )
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:
@@ -72,6 +73,7 @@ class AtOnce(Layout):
             deletion_prior=None,
             layers_per_slice=None,
             stage_data="cumulative",
+            replay=1.0,
         )
 
     def groups(self, num_layers: int, config: S3TConfig) -> tuple[tuple[int, ...], ...]:

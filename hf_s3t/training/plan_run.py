@@ -231,7 +231,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         return keys
 
     def _cost(self, key: StageKey) -> float:
-        examples = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
+        sizes = [self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key)]
+        examples = self.s3t_config.examples_per_epoch(sizes)
         return relative_cost(key, examples, self._layers.num_layers, self._layers.layers_below(key.group))
 
     def _completes(self, key: StageKey) -> bool:

@@ -180,7 +180,7 @@ class StageRows:
         if ours and prepared.format["type"] != "custom":
             prepared = prepared.remove_columns(sorted(ours))
         self._prepared = prepared
-        self._config = config
+        self.config = config
         kept: list[Any] = rows.ids
         if names is not None and names.are_digests:
             kept = hexadecimal(names.key.of_ids(rows.ids))
@@ -194,7 +194,7 @@ class StageRows:
 
     def slices(self, key: StageKey) -> tuple[int, ...]:
         """The slices whose examples a stage is trained on."""
-        return self._config.slices_trained_on(key.prefix)
+        return self.config.slices_trained_on(key.prefix)
 
     def dropped(self, table: ExampleTable) -> int:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
@@ -213,6 +213,14 @@ class StageRows:
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""
         return [p for slice_ in self.slices(key) for p in self._positions_in(key.shard, slice_, table)]
+
+    def sizes(self, key: StageKey, table: ExampleTable) -> list[int]:
+        """How many examples a stage has of each slice that it is trained on, the new one last."""
+        return [len(self._positions_in(key.shard, s, table)) for s in self.slices(key)]
+
+    def num_per_epoch(self, key: StageKey, table: ExampleTable) -> int:
+        """How many examples an epoch of a stage takes."""
+        return self.config.examples_per_epoch(self.sizes(key, table))
 
     def _positions_in(self, shard: int, slice_: int, table: ExampleTable) -> list[int]:
         place, holds = (shard, slice_), table.slice_digest(shard, slice_)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ from .checkpoints import StageCheckpoints
 from .fresh_parts import FreshParts
 from .prepared_base import buffers_digest, paged_tensors, remove_watchers, unprepared
 from .refusals import check_accelerator, evaluation_chooses
-from .sampler import EpochSeededSampler
+from .sampler import EpochSeededSampler, ReplayBatches, ReplayDraw, ReplaySampler
 from .stage_memory import StageMemory
 from .stage_records import StageRecords
 
@@ -149,7 +149,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _let_go(self, paged: int) -> None:
         """Keep nothing of a stage: what it trained may be unlearned at any time."""
-        for name in ("_epoch_iterator", "_fresh_parts"):
+        for name in ("_epoch_iterator", "_fresh_parts", "_sampler_of_stage"):
             vars(self).pop(name, None)
         self.accelerator.free_memory()
         for name in ("optimizer", "lr_scheduler", "train_dataloader"):
@@ -199,7 +199,8 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         return {}
 
     def _stage_dataset(self, key: StageKey) -> Any:
-        """The dataset a stage trains on, ready for the data loader."""
+        """The dataset a stage trains on, ready for the data loader: what earlier slices hold, then the new slice."""
+        self._num_earlier = sum(self._rows_of_stages.sizes(key, self.folder.table)[:-1])
         return self._rows_of_stages.select(key, self.folder.table)
 
     def _parts_of_stages(self) -> dict[str, Any]:
@@ -215,14 +216,18 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; each collates by a copy of the collator, so that what one draws moves no other."""
-        given = self.data_collator
+        given, trains = self.data_collator, kwargs.get("is_training") and self._stage is not None
         self.data_collator = self._copy(given)
-        if kwargs.get("is_training") and self._stage is not None:
+        if trains:
             self._fresh_parts.note(self.data_collator)
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            loader = super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = given
+        if trains and hasattr(self._sampler_of_stage, "set_epoch"):
+            # Of several processes in mid-epoch, the loader would not find it to announce the epoch to.
+            loader.set_sampler(self._sampler_of_stage)
+        return loader
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """As in `Trainer`, which looks through a whole model, and for each parameter of it through all these names."""
@@ -232,7 +237,18 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         return super().get_decay_parameter_names(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler = self._sampler_of_stage = self._in_epochs(super()._get_train_sampler(train_dataset), train_dataset)
+        return sampler
+
+    def _in_epochs(self, sampler: Any, train_dataset: Any) -> Any:
+        """Trainer's sampler, or one in its place that makes every epoch of the stage's seed and the epoch alone."""
+        if self._stage is not None and self._num_earlier and self.s3t_config.replay < 1:
+            dataset = self.train_dataset if train_dataset is None else train_dataset
+            num_new = len(dataset) - self._num_earlier
+            num_drawn = self.s3t_config.num_replayed(self._num_earlier)
+            draw = ReplayDraw(self._num_earlier, num_new, num_drawn, self.args.seed)
+            batches = isinstance(sampler, BatchRebalanceSampler)
+            return ReplayBatches(sampler, draw) if batches else ReplaySampler(sampler, draw)
         if isinstance(sampler, LengthGroupedSampler):
             return EpochSeededSampler(sampler, self.args.seed)
         return sampler

@@ -28,12 +28,12 @@ def check_batches(
         [`~hf_s3t.errors.ConfigError`]: Naming the first stage.
     """
     size = args.train_batch_size * processes
-    few = [key for key in keys if len(rows.positions(key, table)) < size] if args.dataloader_drop_last else []
+    few = [key for key in keys if rows.num_per_epoch(key, table) < size] if args.dataloader_drop_last else []
     if few:
         raise ConfigError(
             f"`dataloader_drop_last=True` leaves {few[0]} ({len(few)} stages in all) without a batch: it has "
-            f"{len(rows.positions(few[0], table))} examples, and a batch {size}. Leave it off, or have smaller "
-            "batches, fewer shards or fewer slices."
+            f"{rows.num_per_epoch(few[0], table)} examples an epoch, and a batch {size}. Leave it off, or have "
+            "smaller batches, fewer shards or fewer slices."
         )
 
 
@@ -56,11 +56,11 @@ def fewest_steps(
     if args.max_steps > 0:
         return args.max_steps
     kept = {
-        (shard, s): len(rows.positions(StageKey(shard, (s,)), table))
+        (shard, s): rows.num_per_epoch(StageKey(shard, (s,)), table)
         for shard in {key.shard for key in keys}
         for s in range(table.num_slices)
     }
-    examples = min(sum(kept[key.shard, s] for s in rows.slices(key)) for key in keys)
+    examples = min(rows.config.examples_per_epoch([kept[key.shard, s] for s in rows.slices(key)]) for key in keys)
     share = examples / (args.train_batch_size * processes)
     batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
