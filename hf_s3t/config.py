@@ -14,6 +14,9 @@ FORMAT_VERSION = 1
 SEQUENCE_SELECTIONS = ("cyclic", "cyclic-paper", "bms", "conditional", "random", "sorted-cyclic", "optimal")
 # "optimal" sums over all pairs of sets of slices.
 OPTIMAL_MOST_SLICES = 8
+# One stage for each set of slices doubles with every slice; the search for a family looks at all of them.
+LATTICE_MOST_SLICES = 8
+FAMILY_MOST_SLICES = 10
 PARTITIONS = ("balanced", "hashed", "column")
 AGGREGATIONS = ("mean_logits", "mean_probabilities", "majority_vote")
 SELECTIONS = ("longest", "metric", "all")

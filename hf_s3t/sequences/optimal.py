@@ -99,6 +99,27 @@ def mean_depth_weights(prior: list[float], horizon: int) -> np.ndarray:
         powers = powers @ powers
 
 
+def hit_set_weights(prior: Sequence[float], horizon: int) -> np.ndarray:
+    """
+    How much each set of hit slices counts in the mean depth, in whole numbers: sums of them are exact in floats.
+
+    Args:
+        prior (sequence of `float`):
+            Probability of each slice to be hit by a request.
+        horizon (`int`):
+            Number of requests `t`.
+
+    Returns:
+        `np.ndarray`: One whole number per set of slices, given as a bit mask; none for the set of all of them.
+    """
+    weights = mean_depth_weights(list(prior), horizon)
+    # Once all is hit nothing serves; the weight of that state must not crowd out the others.
+    weights[-1] = 0.0
+    total = weights.sum()
+    scaled: np.ndarray = np.rint(weights / total * _TOTAL) if total > 0 else weights
+    return scaled
+
+
 def depths(sequence: tuple[int, ...]) -> np.ndarray:
     """
     The depth of a sequence for every set of hit slices.
@@ -125,11 +146,7 @@ class _Search:
     def __init__(self, prior: list[float], horizon: int):
         self.size = len(prior)
         self.states = np.arange(1 << self.size)
-        weights = mean_depth_weights(prior, horizon)
-        # Once all is hit nothing serves; the weight of that state must not crowd out the others.
-        weights[-1] = 0.0
-        total = weights.sum()
-        self.weights = np.rint(weights / total * _TOTAL) if total > 0 else weights
+        self.weights = hit_set_weights(prior, horizon)
         self.sizes = np.array([int(state).bit_count() for state in self.states])
         self.levels = [self.states[self.sizes == size] for size in range(self.size + 1)]
         self.known: dict[tuple[int, ...], np.ndarray] = {}
