@@ -7,6 +7,8 @@ from typing import Any
 
 from studies.runs import REPLAY_TASKS, SEEDS, SHARES, ReplayTask
 
+from hf_s3t.sequences.families import lattice, stage_work, work_of
+
 
 # A share does as well as all rows if what it loses is at most this: of an accuracy half a point, of a loss half a
 # percent.
@@ -22,10 +24,12 @@ def by_depth(content: Mapping[str, Any]) -> list[float]:
 
 def work_by_depth(num_slices: int, share: str) -> list[float]:
     """Work of one sequence up to every depth, in full fine-tunings of its shard."""
-    # As many steps as a first stage: what it costs to take no earlier rows.
-    replay = 0.0 if share == "equal" else float(share)
-    stages = range(1, num_slices + 1)
-    return list(accumulate((1 + replay * (d - 1)) / num_slices * (num_slices + d) / (2 * num_slices) for d in stages))
+    return list(accumulate(stage_work(depth, num_slices, _replay(share)) for depth in range(1, num_slices + 1)))
+
+
+def _replay(share: str) -> float:
+    """The share that costs as much: as many steps as a first stage are what it costs to take no earlier rows."""
+    return 0.0 if share == "equal" else float(share)
 
 
 def replay_data(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -71,14 +75,14 @@ def _compared(task: ReplayTask, found: Mapping[str, Mapping[str, Any]]) -> dict[
                 "standard_deviation": [round(stdev(one), 6) if len(one) > 1 else 0 for one in values],
             }
         )
-    rows = next(iter(contents[0]["data"]["evaluation_rows"].values()))
+    data = found[task.named("1", _seeds(task, "1", found)[0])]["data"]
     return {
         "name": task.name,
         "title": task.title,
         "metric": task.metric,
         "num_slices": task.num_slices,
-        "train_rows": contents[0]["data"]["train_rows"],
-        "evaluation_rows": rows,
+        "train_rows": data["train_rows"],
+        "evaluation_rows": next(iter(data["evaluation_rows"].values())),
         "curves": curves,
         "smallest_share": _smallest(curves),
     }
@@ -106,7 +110,27 @@ def loss_of(metric: str, ours: float, theirs: float) -> float:
 def replay_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The tables of docs/beyond_the_paper.md, in Markdown: what chose the rates, and what was compared at them."""
     tasks = replay_data(found)["tasks"]
-    return [*map(_comparison_table, tasks), *([_overview(tasks)] if tasks else []), _selection_table(found)]
+    return [
+        _work_table(),
+        *map(_comparison_table, tasks),
+        *([_overview(tasks)] if tasks else []),
+        _selection_table(found),
+    ]
+
+
+def _work_table() -> str:
+    sizes = (3, 4, 5)
+    heads = [f"{what}, L = {size}" for size in sizes for what in ("a sequence", "lattice")]
+    lines = [f"| work, in full fine-tunings of a shard | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for share in SHARES:
+        replay = _replay(share)
+        works = [
+            work_of(family, size, replay)
+            for size in sizes
+            for family in ([tuple(range(depth)) for depth in range(1, size + 1)], lattice(size))
+        ]
+        lines.append(f"| {_CALLED[share]} | {' | '.join(f'{work:.2f}' for work in works)} |")
+    return "\n".join(lines)
 
 
 def _comparison_table(task: Mapping[str, Any]) -> str:
@@ -148,12 +172,17 @@ def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _selection_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| held out from training | share | rate | by depth | mean |", "|---|---|---|---|---|"]
+    """Per task and share the mean over the depths at every rate that was tried, the chosen one in bold."""
+    lines = ["| held out from training | share | mean over the depths, by rate |", "|---|---|---|"]
     for task in REPLAY_TASKS:
         for share in SHARES:
-            for rate in task.tried:
-                if content := found.get(task.chooses(share, rate)):
-                    values = by_depth(content)
-                    shown = ", ".join(f"{value:.3f}" for value in values)
-                    lines.append(f"| {task.title} | {_CALLED[share]} | {rate:g} | {shown} | {fmean(values):.3f} |")
+            means = {
+                rate: f"{fmean(by_depth(found[name])):.3f} at {rate:g}"
+                for rate in task.tried
+                if (name := task.chooses(share, rate)) in found
+            }
+            if means:
+                chosen = task.rates[share]
+                shown = ", ".join(f"**{mean}**" if rate == chosen else mean for rate, mean in means.items())
+                lines.append(f"| {task.title} | {_CALLED[share]} | {shown} |")
     return "\n".join(lines)

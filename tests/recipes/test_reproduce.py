@@ -1,11 +1,12 @@
 """The runs behind the docs' numbers: commands that the recipes accept, and tables that follow from results."""
 
 import json
+from statistics import fmean
 
 import pytest
 import reproduce
 from studies import runs
-from studies.tables_of_replay import replay_data, work_by_depth
+from studies.tables_of_replay import by_depth, replay_data, work_by_depth
 from studies.tables_of_runs import comparison_table, tables
 
 from hf_s3t.errors import ConfigError
@@ -141,3 +142,16 @@ def test_the_smallest_share_that_keeps_up_is_found():
     task = runs.REPLAY_TASKS[0]
     data = replay_data({task.named(share, 1): run(*values) for share, values in by_share.items()})
     assert [one["smallest_share"] for one in data["tasks"]] == ["0.5"]
+
+
+@pytest.mark.parametrize("task", runs.REPLAY_TASKS, ids=lambda task: task.name)
+def test_the_rate_of_a_share_is_the_best_on_what_was_held_out(task):
+    sign = -1 if task.metric == "loss" else 1
+    for share, rate in task.rates.items():
+        paths = {tried: runs.RESULTS / f"{task.chooses(share, tried)}.json" for tried in task.tried}
+        means = {
+            tried: sign * fmean(by_depth(json.loads(path.read_text())))
+            for tried, path in paths.items()
+            if path.is_file()
+        }
+        assert not means or rate == max(means, key=means.get)
