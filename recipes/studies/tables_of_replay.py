@@ -5,6 +5,7 @@ from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
+from studies.measured import paired_difference
 from studies.runs import REPLAY_TASKS, SEEDS, SHARES, ReplayTask
 
 from hf_s3t.sequences.families import lattice, stage_work, work_of
@@ -43,38 +44,17 @@ def replay_data(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured_tasks(found: Mapping[str, Any]) -> list[ReplayTask]:
-    """The tasks of which the share of all and another one were measured."""
-    return [
-        task
-        for task in REPLAY_TASKS
-        if _seeds(task, "1", found) and any(_seeds(task, share, found) for share in SHARES if share != "1")
-    ]
+    """The tasks of which the share of all and another one were measured, with the same seed."""
+    return [task for task in REPLAY_TASKS if any(_seeds(task, share, found) for share in SHARES if share != "1")]
 
 
 def _seeds(task: ReplayTask, share: str, found: Mapping[str, Any]) -> list[int]:
-    return [seed for seed in SEEDS if task.named(share, seed) in found]
+    """The seeds that were run both so and with all rows."""
+    return [seed for seed in SEEDS if task.named(share, seed) in found and task.named("1", seed) in found]
 
 
 def _compared(task: ReplayTask, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    curves = []
-    for share in SHARES:
-        contents = [found[task.named(share, seed)] for seed in _seeds(task, share, found)]
-        if not contents:
-            continue
-        values = list(zip(*map(by_depth, contents), strict=True))
-        curves.append(
-            {
-                "share": share,
-                "name": _CALLED[share],
-                "metric": task.metric,
-                "learning_rate": contents[0]["settings"]["training"]["learning_rate"],
-                "seeds": _seeds(task, share, found),
-                "work": [round(work, 6) for work in work_by_depth(task.num_slices, share)],
-                "steps": contents[0]["cost"]["steps"],
-                "mean": [round(fmean(one), 6) for one in values],
-                "standard_deviation": [round(stdev(one), 6) if len(one) > 1 else 0 for one in values],
-            }
-        )
+    curves = [_curve(task, share, seeds, found) for share in SHARES if (seeds := _seeds(task, share, found))]
     data = found[task.named("1", _seeds(task, "1", found)[0])]["data"]
     return {
         "name": task.name,
@@ -84,24 +64,35 @@ def _compared(task: ReplayTask, found: Mapping[str, Mapping[str, Any]]) -> dict[
         "train_rows": data["train_rows"],
         "evaluation_rows": next(iter(data["evaluation_rows"].values())),
         "curves": curves,
-        "smallest_share": _smallest(curves),
+        "smallest_share": next(curve["share"] for curve in curves if curve["keeps_up"]),
     }
 
 
-def _smallest(curves: Sequence[Mapping[str, Any]]) -> str:
-    """The smallest share that is within the tolerance of all rows, with all slices learnt and on average."""
-    (everything,) = (curve for curve in curves if curve["share"] == "1")
-    return next(curve["share"] for curve in curves if _keeps_up(curve, everything))
+def _curve(task: ReplayTask, share: str, seeds: list[int], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    contents = [found[task.named(share, seed)] for seed in seeds]
+    values = list(zip(*map(by_depth, contents), strict=True))
+    # Of all rows, the same seeds: the others had other slices.
+    shared = [by_depth(found[task.named("1", seed)]) for seed in seeds]
+    mean, of_all = [fmean(one) for one in values], [fmean(one) for one in zip(*shared, strict=True)]
+    on_average, with_all = lost(task.metric, fmean(mean), fmean(of_all)), lost(task.metric, mean[-1], of_all[-1])
+    return {
+        "share": share,
+        "name": _CALLED[share],
+        "learning_rate": contents[0]["settings"]["training"]["learning_rate"],
+        "seeds": seeds,
+        "work": [round(work, 6) for work in work_by_depth(task.num_slices, share)],
+        "steps": contents[0]["cost"]["steps"],
+        "mean": [round(one, 6) for one in mean],
+        "standard_deviation": [round(stdev(one), 6) if len(one) > 1 else 0 for one in values],
+        "lost_on_average": on_average,
+        "lost_with_all_slices": with_all,
+        "keeps_up": max(on_average, with_all) <= TOLERANCE,
+    }
 
 
-def _keeps_up(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    pairs = ((curve["mean"][-1], fmean(curve["mean"])) for curve in (ours, theirs))
-    return all(loss_of(ours["metric"], one, other) <= TOLERANCE for one, other in zip(*pairs, strict=True))
-
-
-def loss_of(metric: str, ours: float, theirs: float) -> float:
+def lost(metric: str, ours: float, theirs: float) -> float:
     """By how much `ours` is worse: the difference of two accuracies, and of two losses its share of `theirs`."""
-    return round(ours / theirs - 1 if metric == "loss" else theirs - ours, 9)
+    return round(ours / theirs - 1 if metric == "loss" else theirs - ours, 6)
 
 
 # Tables
@@ -112,7 +103,7 @@ def replay_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     tasks = replay_data(found)["tasks"]
     return [
         _work_table(),
-        *map(_comparison_table, tasks),
+        *(_comparison_table(task, found) for task in tasks),
         *([_overview(tasks)] if tasks else []),
         _selection_table(found),
     ]
@@ -133,24 +124,28 @@ def _work_table() -> str:
     return "\n".join(lines)
 
 
-def _comparison_table(task: Mapping[str, Any]) -> str:
-    of = "loss" if task["metric"] == "loss" else "accuracy"
+def _comparison_table(task: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
-        f"| {task['title']}: share of the earlier rows | work | steps | {of} by depth: mean ± standard deviation | "
-        "all depths, against 1 | seeds |",
-        "|---|---|---|---|---|---|",
+        f"| {task['title']}: share of the earlier rows | work | steps | {task['metric']} by depth: mean ± standard "
+        "deviation | seeds | on average, against 1 | with all slices (95% interval) |",
+        "|---|---|---|---|---|---|---|",
     ]
-    whole = next(fmean(curve["mean"]) for curve in task["curves"] if curve["share"] == "1")
     for curve in task["curves"]:
-        points = [f"{mean:.3f}{_spread(curve, d)}" for d, mean in enumerate(curve["mean"])]
-        mean = fmean(curve["mean"])
-        gap = f"{100 * (mean / whole - 1):+.1f}%" if of == "loss" else f"{100 * (mean - whole):+.1f}"
-        shown = "" if curve["share"] == "1" else gap
-        lines.append(
-            f"| {curve['name']} | {curve['work'][-1]:.2f} | {curve['steps']} | {', '.join(points)} | {shown} | "
-            f"{len(curve['seeds'])} |"
-        )
+        shown = ", ".join(f"{mean:.3f}{_spread(curve, d)}" for d, mean in enumerate(curve["mean"]))
+        gaps = ["", ""] if curve["share"] == "1" else _gaps(task, curve, found)
+        work, seeds = f"{curve['work'][-1]:.2f}", str(len(curve["seeds"]))
+        lines.append(f"| {' | '.join([curve['name'], work, str(curve['steps']), shown, seeds, *gaps])} |")
     return "\n".join(lines)
+
+
+def _gaps(task: Mapping[str, Any], curve: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The mean over the depths, and the deepest stages, against all rows."""
+    lost_by = [curve["lost_on_average"], curve["lost_with_all_slices"]]
+    if task["metric"] == "loss":
+        return [f"{100 * value:+.1f}%" for value in lost_by]
+    (of,) = (one for one in REPLAY_TASKS if one.name == task["name"])
+    runs = ({seed: found[of.named(share, seed)] for seed in curve["seeds"]} for share in (curve["share"], "1"))
+    return [f"{-100 * lost_by[0] + 0:+.1f}", paired_difference(*runs)]
 
 
 def _spread(curve: Mapping[str, Any], place: int) -> str:
@@ -159,15 +154,19 @@ def _spread(curve: Mapping[str, Any], place: int) -> str:
 
 def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| task | rows a slice | steps of a first stage | smallest share that keeps up | its work, of that of 1 |",
-        "|---|---|---|---|---|",
+        "| task | rows a slice | steps of a first stage | smallest share that keeps up | work, of that of 1 | "
+        "all rows for a first stage's steps |",
+        "|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        of = next(one for one in REPLAY_TASKS if one.name == task["name"])
-        works = {curve["share"]: curve["work"][-1] for curve in task["curves"]}
-        share = task["smallest_share"]
+        (of,) = (one for one in REPLAY_TASKS if one.name == task["name"])
+        curves = {curve["share"]: curve for curve in task["curves"]}
+        work = curves[task["smallest_share"]]["work"][-1] / curves["1"]["work"][-1]
         rows = task["train_rows"] / of.num_shards / of.num_slices
-        lines.append(f"| {task['title']} | {rows:.0f} | {of.steps[1]} | {share} | {works[share] / works['1']:.2f} |")
+        equal = ("falls behind", "keeps up")[curves["equal"]["keeps_up"]] if "equal" in curves else ""
+        lines.append(
+            f"| {task['title']} | {rows:.0f} | {of.steps[1]} | {task['smallest_share']} | {work:.2f} | {equal} |"
+        )
     return "\n".join(lines)
 
 

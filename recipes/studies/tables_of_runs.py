@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
+from studies.measured import paired_difference
 from studies.runs import FIGURES, SEEDS, runs
 from studies.tables import study_tables
 from studies.tables_of_replay import by_depth, replay_data, replay_tables
 
 
-_BOOTSTRAP_SAMPLES = 10_000
 # Tasks of Figure 5 and what they are called: with three seeds, and with one.
 _COMPARED = {"trec": "MiniLM on TREC", "sst2": "MiniLM on SST-2"}
 _SINGLE = {"trec-L6": "TREC, L = 6", "cola": "CoLA", "cb": "CB", "rte": "RTE", "cifar10": "CIFAR-10"}
@@ -101,7 +100,7 @@ def comparison_table(task: str, found: dict[str, dict]) -> str:
             continue
         columns = zip(*map(by_depth, contents.values()), strict=True)
         fulls = {s: found[n] for s in contents if (n := f"{task}-full-{shards}-seed{s}") in found}
-        gap = "" if method == "full" or not fulls else _difference(contents, fulls)
+        gap = "" if method == "full" or not fulls else paired_difference(contents, fulls)
         seconds = fmean(content["cost"]["seconds"] for content in contents.values())
         numbers = ", ".join(_mean(values) for values in columns)
         lines.append(f"| {title} | {numbers} | {len(contents)} | {gap} | {seconds:.0f} |")
@@ -162,28 +161,3 @@ def _compared(task: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-    """
-    Mean difference in points, on the same rows and seeds, and where it lies with 95%: a bootstrap over both.
-
-    Another test set would have other rows, and another training another seed; an interval over rows alone would hold
-    for these very trainings.
-    """
-    points = np.array([_right(ours[seed]) - _right(theirs[seed]) for seed in theirs]) * 100
-    if np.ptp(points) == 0:
-        return f"{points.mean():+.1f}"
-    draw = np.random.default_rng(0).integers
-    seeds, rows = points.shape
-    means = [
-        points[draw(seeds, size=seeds)].mean(axis=0)[draw(rows, size=rows)].mean() for _ in range(_BOOTSTRAP_SAMPLES)
-    ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{points.mean():+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _right(content: dict[str, Any]) -> np.ndarray:
-    """Per evaluation row whether the deepest stacks were right."""
-    digits = content["right"][max(content["right"], key=int)]
-    return np.array([int(digit) for digit in digits])
