@@ -125,9 +125,10 @@ def _work_table() -> str:
 
 
 def _comparison_table(task: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str:
+    interval = "" if task["metric"] == "loss" else " (95% interval)"
     lines = [
         f"| {task['title']}: share of the earlier rows | work | steps | {task['metric']} by depth: mean ± standard "
-        "deviation | seeds | on average, against 1 | with all slices (95% interval) |",
+        f"deviation | seeds | on average, against 1 | with all slices{interval} |",
         "|---|---|---|---|---|---|---|",
     ]
     for curve in task["curves"]:
