@@ -8,7 +8,7 @@ import numpy as np
 from studies.measured import standard_error
 from studies.pictures_of_deletions import SHADES, shades
 
-from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers
+from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
 
 
 _PLUS_MINUS = " (± a standard error of the rows)"
@@ -286,8 +286,11 @@ def _replay(data):
             ylabel="held-out loss" if task["metric"] == "loss" else f"{task['metric']} (%)",
         )
     finish(*panels, legends=False)
-    panels[0].legend(title="share of the earlier rows", fontsize=8)
-    figure.suptitle("Replay: quality at every depth against the work it took (mean and standard deviation of seeds)")
+    shared_legend(figure, panels, len(styles) + 1)
+    figure.suptitle(
+        "Replay: quality at every depth against the work it took, by the share of the earlier rows "
+        "(mean and standard deviation of seeds)"
+    )
     return figure
 
 
