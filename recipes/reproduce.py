@@ -1,9 +1,9 @@
 """
-The runs behind docs/reproduction.md: each is one command of a recipe, and together they make its tables.
+The runs behind docs/reproduction.md and docs/beyond_the_paper.md: each is one command of a recipe.
 
     python recipes/reproduce.py list                                            # every run, done or not
     python recipes/reproduce.py run --minilm MODEL --data DATA "trec-*"         # what is not done yet, in order
-    python recipes/reproduce.py figure                                          # Figure 5, from the results
+    python recipes/reproduce.py figure          # Figure 5 and the one of replay, from the results
     python recipes/reproduce.py tables          # the tables, from the results, and from the data of docs/figures/
 
 A run that was interrupted goes on where it stopped, and one whose results are there is not run again, so a long list
@@ -18,7 +18,7 @@ from common import command_line
 from studies.figures import draw
 from studies.runs import FIGURES, run_all, runs
 from studies.stored import stored_data, write_data
-from studies.tables_of_runs import figure_5, tables
+from studies.tables_of_runs import figure_5, replay, tables
 
 from hf_s3t.analysis.pictures import check_picture
 
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every run, done or not")
     commands.add_parser("tables", help="the tables, from the results that are there")
-    figure = commands.add_parser("figure", help="Figure 5, from the results that are there")
+    figure = commands.add_parser("figure", help="Figure 5 and the one of replay, from the results")
     figure.add_argument("--output", default=FIGURES, type=Path, help="folder for data and picture")
     run = commands.add_parser("run", help="run what is not done yet")
     run.add_argument("names", nargs="*", default=["*"], help="patterns of names, such as 'trec-*-seed1'; all if none")
@@ -48,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "tables":
         print("\n\n".join(tables()))
     elif arguments.command == "figure":
-        picture = arguments.output / "figure-5.png"
-        check_picture(picture, make_folder=True)
-        write_data(picture.with_suffix(".json"), figure_5())
-        draw("figure-5", stored_data(picture.with_suffix(".json")), picture)
-        print(picture)
+        for name, make in (("figure-5", figure_5), ("replay", replay)):
+            picture = arguments.output / f"{name}.png"
+            check_picture(picture, make_folder=True)
+            write_data(picture.with_suffix(".json"), make())
+            draw(name, stored_data(picture.with_suffix(".json")), picture)
+            print(picture)
     else:
         run_all(arguments.names, minilm=arguments.minilm, data=arguments.data, work_dir=arguments.work_dir)
 

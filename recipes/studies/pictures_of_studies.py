@@ -8,7 +8,7 @@ import numpy as np
 from studies.measured import standard_error
 from studies.pictures_of_deletions import SHADES, shades
 
-from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers
+from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
 
 
 _PLUS_MINUS = " (± a standard error of the rows)"
@@ -263,6 +263,37 @@ def _fine_tuned(data):
     return figure
 
 
+def _replay(data):
+    tasks = data["tasks"]
+    columns = min(len(tasks), 3)
+    rows = -(-len(tasks) // columns)
+    figure, panels = new_figure(rows * columns, (4.6 * columns, 4.4 * rows), columns)
+    for axes in panels[len(tasks) :]:
+        axes.remove()
+    panels = panels[: len(tasks)]
+    styles = {"0": (MORE[2], "o-"), "0.25": (OURS, "s-"), "0.5": (FIRST, "^-"), "1": (PAPER, "D-")}
+    for axes, task in zip(panels, tasks, strict=True):
+        scale = 1 if task["metric"] == "loss" else 100
+        for curve in task["curves"]:
+            color, style = styles.get(curve["share"], (SISA, "v--"))
+            mean, error = scale * np.array(curve["mean"]), scale * np.array(curve["standard_deviation"])
+            axes.errorbar(
+                curve["work"], mean, error, fmt=style, color=color, markersize=5, capsize=3, label=curve["name"]
+            )
+        axes.set(
+            title=f"{task['title']}, L = {task['num_slices']}",
+            xlabel="work of a sequence up to each depth (full fine-tunings)",
+            ylabel="held-out loss" if task["metric"] == "loss" else f"{task['metric']} (%)",
+        )
+    finish(*panels, legends=False)
+    shared_legend(figure, panels, len(styles) + 1)
+    figure.suptitle(
+        "Replay: quality at every depth against the work it took, by the share of the earlier rows "
+        "(mean and standard deviation of seeds)"
+    )
+    return figure
+
+
 # Name of the figure -> what draws its data.
 DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-5": _fine_tuned,
@@ -271,5 +302,6 @@ DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "figure-14": _sequential,
     "figure-16": _together,
     "ablations": _ablations,
+    "replay": _replay,
     "table-3-files": _table_3_files,
 }

@@ -54,7 +54,9 @@ class Run:
     Args:
         name (`str`): Names its results file and the folder of its system.
         config (`str`): The configuration in `recipes/configs/`, without `.yaml`.
-        files (`tuple[str, ...]`): Files to train on and, if it is another one, to evaluate on, below the data folder.
+        files (`tuple[str, ...]`):
+            Files to train on and, if it is another one, to evaluate on, below the data folder; none if the task brings
+            its rows.
         options (`dict`): What the command sets beyond the configuration.
         recipe (`str`): A key of `RECIPES`.
     """
@@ -81,15 +83,14 @@ class Run:
 
     def arguments(self, model: str, data: Path, work_dir: Path) -> list[str]:
         """The command line of the recipe."""
-        train, *evaluation = (str(data / file) for file in self.files)
+        # The rows to choose settings by are some of those to train on.
+        wanted = self.files[:1] if "validation_share" in self.options else self.files
         own = {
             "config": CONFIGS / f"{self.config}.yaml",
             "model_name_or_path": model,
-            "dataset_name": train,
             "output_dir": work_dir / self.name,
             "results_file": self.results,
-            # The rows to choose settings by are some of those to train on.
-            **({} if "validation_share" in self.options or not evaluation else {"eval_file": evaluation[0]}),
+            **{name: data / file for name, file in zip(("dataset_name", "eval_file"), wanted, strict=False)},
             **self.options,
         }
         return [text for name, value in own.items() for text in (f"--{name}", *map(str, _as_list(value)))]
@@ -112,6 +113,7 @@ def runs() -> list[Run]:
         *_single("trec-L6", *TREC, {**_settings(1), "num_slices": 6, "layers_per_slice": 1}),
         *_language(),
         *_images(),
+        *_replay(),
     ]
 
 
@@ -192,6 +194,188 @@ def _settings(shards: int) -> dict[str, Any]:
     }
 
 
+# Replay
+
+
+# What an epoch of a later stage takes of the earlier slices' rows; "equal": all, but for a first stage's steps only.
+SHARES = ("0", "0.25", "0.5", "1", "equal")
+# The share of none had a name before there were others.
+_HOW = {"0": {"stage_data": "slice"}, "0.25": {"replay": 0.25}, "0.5": {"replay": 0.5}, "1": {}}
+
+
+@dataclass(frozen=True)
+class ReplayTask:
+    """
+    A model and a data set on which the shares of replay are compared, with one published sequence a shard.
+
+    Args:
+        name (`str`): Begins the names of its runs.
+        title (`str`): What tables and pictures call it.
+        config (`str`), files (`tuple[str, ...]`): As in [`Run`].
+        options (`dict`): What all of its runs set beyond the configuration.
+        choice (`dict`): What those set beside that choose a rate, on rows that training could have had.
+        tried (`tuple[float, ...]`): The rates that they choose of.
+        rates (`dict[str, float]`): Share -> the rate that was chosen: the best mean over the depths.
+        steps (`tuple[int, int]`): Steps of a first stage, of a run that chooses and of one that is compared.
+        num_slices (`int`): L.
+        metric (`str`): What is measured.
+        recipe (`str`): A key of `RECIPES`.
+        is_chosen (`bool`): Whether the rate of the share of all was chosen before, for the comparison with full LoRA.
+        earlier (`str`, *optional*): Begins the names of runs that have the share of all already, and do for it.
+    """
+
+    name: str
+    title: str
+    config: str
+    files: tuple[str, ...]
+    options: dict[str, Any]
+    choice: dict[str, Any]
+    tried: tuple[float, ...]
+    rates: dict[str, float]
+    steps: tuple[int, int]
+    num_slices: int = 3
+    metric: str = "accuracy"
+    recipe: str = "text_classification"
+    is_chosen: bool = True
+    earlier: str | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that each take their share of the rows."""
+        return self.options["num_shards"]
+
+    def named(self, share: str, seed: int) -> str:
+        """The name of a run that is compared."""
+        return f"{self.earlier if share == '1' and self.earlier else f'replay-{self.name}-{share}'}-seed{seed}"
+
+    def chooses(self, share: str, rate: float) -> str:
+        """The name of a run that a rate is chosen by."""
+        return f"select-replay-{self.name}-{share}-rate{rate:g}"
+
+    def runs(self) -> Iterator[Run]:
+        """The runs that choose, then those that are compared; but for those that are there already."""
+        for share in SHARES:
+            for rate in () if share == "1" and self.is_chosen else self.tried:
+                options = {"seed": 42, "learning_rate": rate, **self.choice}
+                yield self._run(self.chooses(share, rate), share, self.steps[0], options)
+        for seed in SEEDS:
+            for share in SHARES:
+                options = {"seed": seed, "learning_rate": self.rates[share]}
+                if share != "1" or not self.earlier:
+                    yield self._run(self.named(share, seed), share, self.steps[1], options)
+
+    def _run(self, name: str, share: str, steps: int, options: dict[str, Any]) -> Run:
+        how = {"max_steps": steps} if share == "equal" else _HOW[share]
+        return Run(name, self.config, self.files, {"method": "s3t", **self.options, **how, **options}, self.recipe)
+
+
+_CHOICE = {"validation_share": 0.2, "max_eval_samples": 500}
+_DIGITS = {"budget": 1, "num_slices": 4}
+_ALPACA = {"num_shards": 1, "budget": 1, "max_train_samples": 500, "skip_full_lora": True}
+# Rows that choose are neither trained on nor measured by the runs that are compared.
+_ALPACA_CHOICE = {"max_train_samples": 800, "eval_size": 200}
+
+
+def _all(rate: float) -> dict[str, float]:
+    return dict.fromkeys(SHARES, rate)
+
+
+REPLAY_TASKS = (
+    ReplayTask(
+        "trec-m1",
+        "MiniLM on TREC, m = 1",
+        *TREC,
+        options={"num_shards": 1, **_settings(1)},
+        choice=_CHOICE,
+        tried=(1e-3, 2e-3),
+        rates=_all(2e-3),
+        steps=(210, 210),
+    ),
+    ReplayTask(
+        "digits-m1",
+        "ViT on the digits, m = 1",
+        "digits",
+        (),
+        options={"num_shards": 1, **_DIGITS},
+        choice={"validation_share": 0.2},
+        tried=(2.5e-3, 5e-3, 1e-2, 2e-2),
+        rates={**_all(5e-3), "1": 1e-2},
+        steps=(48, 64),
+        num_slices=4,
+        recipe="image_classification",
+        is_chosen=False,
+    ),
+    ReplayTask(
+        "digits-m5",
+        "ViT on the digits, m = 5",
+        "digits",
+        (),
+        options={"num_shards": 5, **_DIGITS},
+        choice={"validation_share": 0.2},
+        tried=(5e-3, 1e-2, 2e-2, 4e-2),
+        rates={**_all(1e-2), "0.25": 2e-2, "equal": 2e-2},
+        steps=(16, 16),
+        num_slices=4,
+        recipe="image_classification",
+        is_chosen=False,
+    ),
+    ReplayTask(
+        "alpaca-m1",
+        "a small Llama on Alpaca, m = 1",
+        "stories260k",
+        ("alpaca/alpaca_union.jsonl",),
+        options=_ALPACA,
+        choice=_ALPACA_CHOICE,
+        tried=(2e-3, 4e-3),
+        rates=_all(2e-3),
+        steps=(39, 24),
+        num_slices=4,
+        metric="loss",
+        recipe="llama_alpaca",
+        is_chosen=False,
+    ),
+    ReplayTask(
+        "trec-m5",
+        "MiniLM on TREC, m = 5",
+        *TREC,
+        options={"num_shards": 5, **_settings(5)},
+        choice=_CHOICE,
+        tried=(1e-3, 2e-3),
+        rates=_all(2e-3),
+        steps=(170, 170),
+        earlier="trec-s3t-m5",
+    ),
+    ReplayTask(
+        "sst2-m1",
+        "MiniLM on SST-2, m = 1",
+        *SST2,
+        options={"num_shards": 1, **_settings(1)},
+        choice=_CHOICE,
+        tried=(5e-4, 1e-3),
+        rates=_all(5e-4),
+        steps=(210, 210),
+        earlier="sst2-s3t-m1",
+    ),
+    # As everywhere for SST-2, with five shards at the rates of one.
+    ReplayTask(
+        "sst2-m5",
+        "MiniLM on SST-2, m = 5",
+        *SST2,
+        options={"num_shards": 5, **_settings(5)},
+        choice=_CHOICE,
+        tried=(),
+        rates=_all(5e-4),
+        steps=(170, 170),
+        earlier="sst2-s3t-m5",
+    ),
+)
+
+
+def _replay() -> Iterator[Run]:
+    for task in REPLAY_TASKS:
+        yield from task.runs()
+
+
 def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
@@ -222,18 +406,25 @@ def run_all(names: Sequence[str], *, minilm: str, data: Path, work_dir: Path) ->
         if run.recipe == "llama_alpaca":
             model = str(data / "stories260K")
         elif run.recipe == "image_classification":
-            model = small_vit(work_dir / "cifar10-vit", data / run.files[0])
+            images = data / run.files[0] if run.files else None
+            model = small_vit(work_dir / f"{run.config}-vit", run.config, images)
         # The data is public, and methods are compared: their rows lie in the same places.
         use_public_secret(work_dir / run.name)
         RECIPES[run.recipe].main(run.arguments(model, data, work_dir))
         shorten(run.results)
 
 
-def small_vit(folder: Path, images: Path) -> str:
-    """A vision transformer pretrained on half of the images, made once."""
+# What the vision transformer of a configuration is pretrained on, and how.
+_PRETRAINED: dict[str, dict[str, Any]] = {
+    "small_vit_cifar10": {"task_name": "cifar10", "image_size": 32, "patch_size": 4, "hidden_size": 128, "epochs": 60},
+    "digits": {"task_name": "digits", "share": 0.35, "hidden_size": 64, "epochs": 150, "learning_rate": 2e-3},
+}
+
+
+def small_vit(folder: Path, config: str, images: Path | None) -> str:
+    """A vision transformer pretrained on a part of the images, made once."""
     if not (folder / "config.json").is_file():
-        sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 128, "epochs": 60}
-        pretrain(Settings(str(folder), task_name="cifar10", dataset_name=str(images), **sizes))
+        pretrain(Settings(str(folder), dataset_name=images and str(images), **_PRETRAINED[config]))
     return str(folder)
 
 

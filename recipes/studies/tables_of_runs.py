@@ -1,16 +1,16 @@
-"""The tables of docs/reproduction.md that follow from the results of runs, in Markdown, and the data of Figure 5."""
+"""The tables of the docs that follow from the results of runs, in Markdown, and the data of their figures."""
 
 import json
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
+from studies.measured import paired_difference
 from studies.runs import FIGURES, SEEDS, runs
 from studies.tables import study_tables
+from studies.tables_of_replay import by_depth, replay_data, replay_tables
 
 
-_BOOTSTRAP_SAMPLES = 10_000
 # Tasks of Figure 5 and what they are called: with three seeds, and with one.
 _COMPARED = {"trec": "MiniLM on TREC", "sst2": "MiniLM on SST-2"}
 _SINGLE = {"trec-L6": "TREC, L = 6", "cola": "CoLA", "cb": "CB", "rte": "RTE", "cifar10": "CIFAR-10"}
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def tables() -> list[str]:
-    """The tables of docs/reproduction.md, in Markdown."""
+    """The tables of docs/reproduction.md, then those of docs/beyond_the_paper.md, in Markdown."""
     found = _results()
     made = [
         *(_selection_table(task, found) for task in ("trec", "sst2")),
@@ -35,6 +35,7 @@ def tables() -> list[str]:
         _single_table(found),
         _language_table(found),
         *study_tables(FIGURES),
+        *replay_tables(found),
     ]
     # Of what was not run there are no rows below the line that heads them.
     return [table for table in made if table.count("\n") > 1]
@@ -57,7 +58,7 @@ def _language_table(found: dict[str, dict]) -> str:
         cells = [f"{losses[key]:.3f}" if key in losses else "" for key in ("base", "full LoRA")]
         # A deletion voids what was measured before it, at every depth; what came after is a column of its own.
         was_deleted = "unlearned" in found[name]
-        depths = "" if was_deleted else ", ".join(f"{value:.3f}" for value in _by_depth(found[name]))
+        depths = "" if was_deleted else ", ".join(f"{value:.3f}" for value in by_depth(found[name]))
         after = next((f"{loss:.3f}" for key, loss in losses.items() if "after" in key), "")
         shown = f"{forgotten['before']:.3f} before, {forgotten['after']:.3f} after" if forgotten else ""
         lines.append(f"| {name.rpartition('-')[0]} | {' | '.join([*cells, depths, after, shown])} |")
@@ -71,9 +72,9 @@ def _single_table(found: dict[str, dict]) -> str:
         there = next((content for content in contents.values() if content), None)
         if there is None:
             continue
-        (by_depth,) = there["metrics"].values()
-        cells = [", ".join(f"{value:.3f}" for value in _by_depth(c)) if c else "" for c in contents.values()]
-        lines.append(f"| {task} | {next(iter(by_depth['1']))} | {' | '.join(cells)} |")
+        (measured,) = there["metrics"].values()
+        cells = [", ".join(f"{value:.3f}" for value in by_depth(c)) if c else "" for c in contents.values()]
+        lines.append(f"| {task} | {next(iter(measured['1']))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -82,7 +83,7 @@ def _selection_table(task: str, found: dict[str, dict]) -> str:
     for name, content in found.items():
         if name.startswith(f"select-{task}-"):
             shown = name.removeprefix(f"select-{task}-")
-            lines.append(f"| {shown} | {', '.join(f'{a:.3f}' for a in _by_depth(content))} |")
+            lines.append(f"| {shown} | {', '.join(f'{a:.3f}' for a in by_depth(content))} |")
     return "\n".join(lines)
 
 
@@ -97,29 +98,34 @@ def comparison_table(task: str, found: dict[str, dict]) -> str:
         contents = {s: found[n] for s in SEEDS if (n := f"{task}-{kind}-seed{s}") in found}
         if not contents:
             continue
-        by_depth = zip(*(_by_depth(content) for content in contents.values()), strict=True)
+        columns = zip(*map(by_depth, contents.values()), strict=True)
         fulls = {s: found[n] for s in contents if (n := f"{task}-full-{shards}-seed{s}") in found}
-        gap = "" if method == "full" or not fulls else _difference(contents, fulls)
+        gap = "" if method == "full" or not fulls else paired_difference(contents, fulls)
         seconds = fmean(content["cost"]["seconds"] for content in contents.values())
-        numbers = ", ".join(_mean(values) for values in by_depth)
+        numbers = ", ".join(_mean(values) for values in columns)
         lines.append(f"| {title} | {numbers} | {len(contents)} | {gap} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-# Figure 5
+# Figures
+
+
+def replay() -> dict[str, Any]:
+    """The data of the picture of replay."""
+    return replay_data(_results())
 
 
 def figure_5() -> dict[str, Any]:
     """The data of Figure 5: quality at every depth, against full fine-tuning."""
-    found = _results()
+    found = {name: content for name, content in _results().items() if "replay-" not in name}
     return {
         "tasks": [_compared(task, title, found) for task, title in _COMPARED.items()],
         "single": [
             {
                 "title": title,
                 "metric": next(iter(next(iter(full["metrics"].values()))["1"])),
-                "full": _by_depth(full)[-1],
-                "s3t": _by_depth(ours),
+                "full": by_depth(full)[-1],
+                "s3t": by_depth(ours),
             }
             for task, title in _SINGLE.items()
             if (full := found.get(f"{task}-full-m1-seed1")) and (ours := found.get(f"{task}-s3t-m1-seed1"))
@@ -138,51 +144,20 @@ def _compared(task: str, title: str, found: dict[str, dict]) -> dict[str, Any]:
     curves = []
     for kind, name in _NAMES.items():
         contents = [found[n] for s in SEEDS if (n := f"{task}-{kind}-seed{s}") in found]
-        by_depth = list(zip(*map(_by_depth, contents), strict=True))
+        columns = list(zip(*map(by_depth, contents), strict=True))
         # The aim is measured at the rate that was chosen.
         if contents and "rate" not in kind:
             curves.append(
                 {
                     "name": name,
                     "num_shards": int(kind[-1]),
-                    "mean": [round(fmean(values), 6) for values in by_depth],
-                    "standard_deviation": [round(stdev(values), 6) if len(values) > 1 else 0 for values in by_depth],
+                    "mean": [round(fmean(values), 6) for values in columns],
+                    "standard_deviation": [round(stdev(values), 6) if len(values) > 1 else 0 for values in columns],
                 }
             )
     depths = max(len(curve["mean"]) for curve in curves)
     return {"title": title, "metric": "accuracy", "num_slices": depths, "seeds": len(SEEDS), "curves": curves}
 
 
-def _by_depth(content: dict[str, Any]) -> list[float]:
-    """The task's first metric at every depth."""
-    (by_depth,) = content["metrics"].values()
-    return [next(iter(by_depth[depth].values())) for depth in sorted(by_depth, key=int)]
-
-
 def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-    """
-    Mean difference in points, on the same rows and seeds, and where it lies with 95%: a bootstrap over both.
-
-    Another test set would have other rows, and another training another seed; an interval over rows alone would hold
-    for these very trainings.
-    """
-    points = np.array([_right(ours[seed]) - _right(theirs[seed]) for seed in theirs]) * 100
-    if np.ptp(points) == 0:
-        return f"{points.mean():+.1f}"
-    draw = np.random.default_rng(0).integers
-    seeds, rows = points.shape
-    means = [
-        points[draw(seeds, size=seeds)].mean(axis=0)[draw(rows, size=rows)].mean() for _ in range(_BOOTSTRAP_SAMPLES)
-    ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{points.mean():+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _right(content: dict[str, Any]) -> np.ndarray:
-    """Per evaluation row whether the deepest stacks were right."""
-    digits = content["right"][max(content["right"], key=int)]
-    return np.array([int(digit) for digit in digits])

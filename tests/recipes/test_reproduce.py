@@ -1,10 +1,12 @@
-"""The runs behind docs/reproduction.md: commands that the recipes accept, and tables that follow from results."""
+"""The runs behind the docs' numbers: commands that the recipes accept, and tables that follow from results."""
 
 import json
+from statistics import fmean
 
 import pytest
 import reproduce
 from studies import runs
+from studies.tables_of_replay import by_depth, replay_data, work_by_depth
 from studies.tables_of_runs import comparison_table, tables
 
 from hf_s3t.errors import ConfigError
@@ -26,14 +28,36 @@ def test_every_run_is_a_command_of_its_recipe(run, tmp_path):
     if run.recipe == "llama_alpaca":
         return
     assert options.s3t.num_shards == run.options.get("num_shards", 1)
-    # Settings are chosen on rows that training could have had, never on a test set.
-    assert bool(options.script.validation_share) == (options.script.eval_file is None) == ("select-" in run.name)
+    # Settings are chosen on rows that training could have had, never on a test set; the digits bring their own.
+    chooses = "select-" in run.name
+    assert bool(options.script.validation_share) == chooses
+    assert (options.script.eval_file is None) == (chooses or run.config == "digits")
 
 
 def test_runs_that_are_compared_differ_in_method_and_rate_only():
     by_name = {run.name: run for run in RUNS}
     ours, theirs = by_name["trec-s3t-m5-seed2"].options, by_name["trec-full-m5-seed2"].options
     assert {name for name in ours if ours[name] != theirs[name]} == {"method", "learning_rate"}
+
+
+@pytest.mark.parametrize("task", runs.REPLAY_TASKS, ids=lambda task: task.name)
+def test_shares_of_replay_differ_in_nothing_else(task):
+    by_name = {run.name: run.options for run in RUNS}
+    how = {"stage_data", "replay", "max_steps", "learning_rate"}
+    others = [
+        {name: value for name, value in by_name[task.named(share, 2)].items() if name not in how}
+        for share in runs.SHARES
+    ]
+    assert all(one == others[0] for one in others)
+    # The rate of every share was chosen among the same.
+    assert not task.tried or {*task.rates.values()} <= {*task.tried}
+
+
+def test_the_rows_that_choose_for_a_language_model_are_not_those_that_compare(tmp_path):
+    (task,) = (task for task in runs.REPLAY_TASKS if task.recipe == "llama_alpaca")
+    (run,) = (run for run in RUNS if run.name == task.named("1", 1))
+    compared = runs.RECIPES[task.recipe].read(run.arguments("base", tmp_path, tmp_path)).script.eval_size
+    assert task.options["max_train_samples"] + compared <= task.choice["max_train_samples"]
 
 
 def result(right: str, seconds: float = 10.0) -> dict:
@@ -87,14 +111,49 @@ def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
 
 
 def test_the_docs_show_the_tables_of_the_results_that_are_kept():
-    page = (runs.DOCS / "reproduction.md").read_text()
+    page = "".join((runs.DOCS / f"{name}.md").read_text() for name in ("reproduction", "beyond_the_paper"))
     assert any(run.results.is_file() for run in RUNS)
     for table in tables():
         assert table in page
 
 
-def test_figure_5_is_that_of_the_results(tmp_path):
+@pytest.mark.parametrize("name", ["figure-5", "replay"])
+def test_a_figure_is_that_of_the_results(name, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `figures`")
     reproduce.main(["figure", "--output", str(tmp_path)])
-    assert (tmp_path / "figure-5.json").read_text() == (runs.FIGURES / "figure-5.json").read_text()
-    assert (tmp_path / "figure-5.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.json").read_text() == (runs.FIGURES / f"{name}.json").read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_work_is_that_of_the_method():
+    # One sequence of four slices, in full fine-tunings of its shard.
+    assert [round(work_by_depth(4, share)[-1], 2) for share in runs.SHARES] == [0.81, 1.16, 1.5, 2.19, 0.81]
+
+
+def test_the_smallest_share_that_keeps_up_is_found():
+    def run(*accuracies: float) -> dict:
+        return {
+            "metrics": {"test": {str(depth): {"accuracy": value} for depth, value in enumerate(accuracies, 1)}},
+            "settings": {"training": {"learning_rate": 1e-3}},
+            "cost": {"steps": 9},
+            "data": {"train_rows": 90, "evaluation_rows": {"test": 30}},
+        }
+
+    # Half a point below with all slices learnt is enough, if it is so on average too.
+    by_share = {"0": (0.9, 0.9, 0.904), "0.25": (0.8, 0.9, 0.92), "0.5": (0.9, 0.9, 0.905), "1": (0.9, 0.9, 0.91)}
+    task = runs.REPLAY_TASKS[0]
+    data = replay_data({task.named(share, 1): run(*values) for share, values in by_share.items()})
+    assert [one["smallest_share"] for one in data["tasks"]] == ["0.5"]
+
+
+@pytest.mark.parametrize("task", runs.REPLAY_TASKS, ids=lambda task: task.name)
+def test_the_rate_of_a_share_is_the_best_on_what_was_held_out(task):
+    sign = -1 if task.metric == "loss" else 1
+    for share, rate in task.rates.items():
+        paths = {tried: runs.RESULTS / f"{task.chooses(share, tried)}.json" for tried in task.tried}
+        means = {
+            tried: sign * fmean(by_depth(json.loads(path.read_text())))
+            for tried, path in paths.items()
+            if path.is_file()
+        }
+        assert not means or rate == max(means, key=means.get)
