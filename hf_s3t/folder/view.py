@@ -351,7 +351,7 @@ class FolderView:
         """The stages that are valid, whether they are planned or not."""
         valid: set[StageKey] = set()
         # Parents come first, so one look at the parent stands for the whole lineage.
-        for key in sorted(self._stages.records, key=lambda key: key.depth):
+        for key in sorted(self._stages.records, key=lambda key: len(key.prefix)):
             if is_stage_of(key, self.config) and (key.parent is None or key.parent in valid) and self._fits(key):
                 valid.add(key)
         return frozenset(valid)

@@ -100,8 +100,9 @@ class StageKey(NamedTuple):
 
 def is_stage_of(key: StageKey, config: S3TConfig) -> bool:
     """Whether a system of these settings can have the stage: it has the shard and the slices, each of them once."""
-    are_slices = all(slice_ < config.num_slices for slice_ in key.prefix)
-    return key.shard < config.num_shards and are_slices and len(set(key.prefix)) == key.depth
+    # Asked of every stage in a folder at every look at it.
+    shard, prefix = key
+    return shard < config.num_shards and max(prefix) < config.num_slices and len(set(prefix)) == len(prefix)
 
 
 def stage_seed(seed: int, key: StageKey) -> int:
@@ -367,14 +368,25 @@ class Plan:
             `tuple[tuple[StageKey, ...], ...]`: Per shard the last stages of the stacks that serve; empty if none is
             left.
         """
+        there = frozenset(valid)
         of_shards: list[list[StageKey]] = [[] for _ in range(self.num_shards)]
-        whole: set[StageKey] = set()
-        # Nothing serves whose stack has a gap.
-        for key in sorted(valid, key=lambda key: key.depth):
-            if key.parent is None or key.parent in whole:
-                whole.add(key)
-                of_shards[key.shard].append(key)
-        return tuple(self._served_of(shard, keys, select, losses or {}) for shard, keys in enumerate(of_shards))
+        for key in there:
+            of_shards[key.shard].append(key)
+        if select == "longest":
+            return tuple(self._deepest(keys, there) for keys in of_shards)
+        whole = [[key for key in keys if there.issuperset(key.lineage)] for keys in of_shards]
+        return tuple(self._served_of(shard, keys, select, losses or {}) for shard, keys in enumerate(whole))
+
+    def _deepest(self, keys: Sequence[StageKey], valid: frozenset[StageKey]) -> tuple[StageKey, ...]:
+        by_depth: dict[int, list[StageKey]] = {}
+        for key in keys:
+            by_depth.setdefault(len(key.prefix), []).append(key)
+        for depth in sorted(by_depth, reverse=True):
+            # Nothing serves whose stack has a gap.
+            whole = [key for key in by_depth[depth] if valid.issuperset(key.lineage)]
+            if whole:
+                return (min(whole, key=self.rank),)
+        return ()
 
     def _served_of(
         self, shard: int, valid: Sequence[StageKey], select: str, losses: Mapping[StageKey, float]
@@ -383,10 +395,7 @@ class Plan:
             return ()
         if select == "all":
             return self._tips(shard, set(valid))
-        if select == "metric":
-            return (min(valid, key=lambda key: (_rank(losses.get(key)), -key.depth, self.rank(key))),)
-        deepest = max(key.depth for key in valid)
-        return (min((key for key in valid if key.depth == deepest), key=self.rank),)
+        return (min(valid, key=lambda key: (_rank(losses.get(key)), -key.depth, self.rank(key))),)
 
     def _tips(self, shard: int, valid: Collection[StageKey]) -> tuple[StageKey, ...]:
         planned = [stack[:depth] for stack in self._stacks[shard] if (depth := _valid_depth(stack, valid))]
