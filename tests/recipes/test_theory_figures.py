@@ -20,8 +20,12 @@ def stored(name):
     return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
 
 
+# The search of families takes a minute.
+MARKS = {"table-3": [], "families": [pytest.mark.slow, pytest.mark.long]}
+
+
 class TestNumbers:
-    @pytest.mark.parametrize("name", [n if n == "table-3" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.slow)) for n in NAMES])
     def test_stored_ones_are_those_of_the_code(self, name):
         again = json.loads(json.dumps(theory.STUDIES[name]()))
         before = stored(name)

@@ -483,6 +483,7 @@ def in_processes(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_processes_draw_the_same_and_go_on_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_S3T_KEY", "of all of these systems")
     launched(Path(__file__), str(tmp_path), processes=2, environment={"OMP_NUM_THREADS": "1"})
