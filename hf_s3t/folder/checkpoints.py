@@ -2,14 +2,15 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
 
+from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import StageKey
+from ..plan.stages import StageKey, is_stage_of
 from ..records.ledger import Ledger
 from ..records.validity import is_current
 from .earlier_slices import EarlierSlices
@@ -114,11 +115,13 @@ class Checkpoints:
 
     Args:
         path (`Path`): The folder of the system.
+        config ([`~hf_s3t.S3TConfig`]): Its settings: checkpoints of stages that it cannot have are passed over.
         earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
-    def __init__(self, path: Path, earlier: EarlierSlices):
+    def __init__(self, path: Path, config: S3TConfig, earlier: EarlierSlices):
         self.path = path
+        self._config = config
         self._earlier = earlier
         self._held: set[Path] = set()
 
@@ -185,20 +188,21 @@ class Checkpoints:
             ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         """
         stale = []
-        for folder in folders_below(self.path / CHECKPOINTS):
-            # What others put there is not ours to judge, and no reason to leave a deletion half done.
-            with contextlib.suppress(FolderError):
-                slices = slices_of(stage_of(folder))
-                names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
-                found = [folder / name for name in names]
-                stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
+        for folder, key in self._stages():
+            slices = slices_of(key)
+            names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
+            found = [folder / name for name in names]
+            stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
         return stale
 
     def finished(self, is_there: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
         """Folders for checkpoints of stages that need no training, because they or others in their place are there."""
-        found = {}
+        return {folder: key for folder, key in self._stages() if is_there(key)}
+
+    def _stages(self) -> Iterator[tuple[Path, StageKey]]:
+        """The folders of stages. What others put there is not ours to judge, nor a reason to stop a removal."""
         for folder in folders_below(self.path / CHECKPOINTS):
             with contextlib.suppress(FolderError):
-                if is_there(key := stage_of(folder)):
-                    found[folder] = key
-        return found
+                key = stage_of(folder)
+                if is_stage_of(key, self._config):
+                    yield folder, key

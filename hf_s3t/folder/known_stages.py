@@ -4,12 +4,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import S3TConfig
 from ..errors import FolderError
-from ..plan.stages import StageKey
+from ..plan.stages import StageKey, is_stage_of
 from .earlier_slices import EarlierSlices
 from .files import Stamp, stamp
 from .layout import STAGE_FILE
 from .stage_record import adapter_of, read_stage, stages_in
+
+
+# How often a record is read that another process replaces meanwhile.
+_ATTEMPTS = 10
 
 
 class KnownStages:
@@ -18,12 +23,15 @@ class KnownStages:
 
     Args:
         path (`Path`): The folder of the system.
+        config ([`~hf_s3t.S3TConfig`]): Its settings: folders of stages that it cannot have are passed over.
         earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which records of format 1 are understood.
     """
 
-    def __init__(self, path: Path, earlier: EarlierSlices):
+    def __init__(self, path: Path, config: S3TConfig, earlier: EarlierSlices):
         self.path = path
+        self._config = config
         self._earlier = earlier
+        # Replaced, and never changed: other threads go through what was there when they began.
         self.records: dict[StageKey, dict[str, Any]] = {}
         # The digests of their adapters by their names: what a deletion's line is compared with, so always at hand.
         self.adapters: dict[str, str] = {}
@@ -34,8 +42,9 @@ class KnownStages:
 
     def take_over(self, records: Mapping[StageKey, dict[str, Any]]) -> None:
         """Know these records, which were read elsewhere, and nothing else."""
-        self.records, self.condemned, self._stamps = dict(records), {}, {}
-        self.adapters = _adapters_of(records)
+        self.records = {key: record for key, record in records.items() if is_stage_of(key, self._config)}
+        self.condemned, self._stamps = {}, {}
+        self.adapters = _adapters_of(self.records)
 
     def look(self) -> list[FolderError]:
         """
@@ -49,24 +58,38 @@ class KnownStages:
         records: dict[StageKey, dict[str, Any]] = {}
         stamps: dict[StageKey, Stamp | None] = {}
         for key in stages_in(self.path, problems):
-            # Before reading: a record that is replaced meanwhile is read again.
-            stamps[key] = self._stamp_of(key)
+            if not is_stage_of(key, self._config):
+                continue
             try:
-                unchanged = stamps[key] is not None and stamps[key] == self._stamps.get(key)
-                is_known = unchanged and key in self.records
-                records[key] = self.records[key] if is_known else read_stage(self.path, key, self._earlier)
+                found = self._look_at(key)
+                if found is not None:
+                    stamps[key], records[key] = found
             except FolderError as error:
-                # Between the look at the folder and at its file, another process may have removed the stage.
-                if (self.path / key.path).exists():
-                    problems.append(error)
-                    # To be read again, whatever its stamp.
-                    del stamps[key]
-                    if key in self.records:
-                        records[key] = self.records[key]
+                problems.append(error)
+                # To be read again, whatever its stamp.
+                if key in self.records:
+                    records[key] = self.records[key]
         if records != self.records:
             self.adapters = _adapters_of(records)
         self.records, self._stamps, self.condemned = records, stamps, {}
         return problems
+
+    def _look_at(self, key: StageKey) -> tuple[Stamp | None, dict[str, Any]] | None:
+        """The record of a stage, and the stamp it has; `None` if another process has removed the stage meanwhile."""
+        for attempt in range(_ATTEMPTS):
+            # Before reading: a record that is replaced meanwhile is read again.
+            seen = self._stamp_of(key)
+            if seen is not None and seen == self._stamps.get(key) and key in self.records:
+                return seen, self.records[key]
+            try:
+                return seen, read_stage(self.path, key, self._earlier)
+            except FolderError:
+                if not (self.path / key.path).exists():
+                    return None
+                # One that was removed, and grown again since, is another.
+                if self._stamp_of(key) == seen or attempt == _ATTEMPTS - 1:
+                    raise
+        return None
 
     def translate(self) -> None:
         """Understand what was read before something was learnt of slices."""
@@ -74,22 +97,27 @@ class KnownStages:
 
     def note(self, key: StageKey, record: dict[str, Any]) -> None:
         """Know a stage that was written a moment ago."""
-        self.records[key], self._stamps[key] = record, self._stamp_of(key)
+        self.records = {**self.records, key: record}
+        self._stamps[key] = self._stamp_of(key)
         self.adapters[str(key)] = adapter_of(record)
 
     def condemn(self, keys: Iterable[StageKey]) -> None:
         """Have stages count as removed, until they are."""
         # That these no longer match their slices needs no computing.
+        records = dict(self.records)
         for key in keys:
-            self.condemned[key] = self.records.pop(key)
+            self.condemned[key] = records.pop(key)
             del self.adapters[str(key)]
+        self.records = records
 
     def forget(self, keys: Iterable[StageKey]) -> None:
         """Know stages no more."""
+        records = dict(self.records)
         for key in keys:
-            self.records.pop(key, None)
+            records.pop(key, None)
             self.adapters.pop(str(key), None)
             self.condemned.pop(key, None)
+        self.records = records
 
     def _stamp_of(self, key: StageKey) -> Stamp | None:
         return stamp(f"{self.path}/{key.path}/{STAGE_FILE}")

@@ -85,7 +85,7 @@ def stages_in(path: Path, problems: list[FolderError]) -> Iterator[StageKey]:
                     try:
                         yield StageKey.from_path(f"{STAGES}/{shard}/{name}")
                     except FolderError as error:
-                        problems.append(error)
+                        problems.append(FolderError(f"{error} Move it out of {path}."))
         except FolderError as error:
             problems.append(error)
 

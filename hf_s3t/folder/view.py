@@ -12,7 +12,7 @@ from typing import Any
 from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.growth import Growth
-from ..plan.stages import StageKey, is_stage_of
+from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
@@ -68,8 +68,8 @@ class FolderView:
         self._ledger_stamp: Stamp | None = None
         # By which what was written in format 1 is understood; where that is the folder's still, of slices as they are.
         self._earlier = EarlierSlices(record.get("earlier_slices", {}))
-        self._stages = KnownStages(path, self._earlier)
-        self._checkpoints = Checkpoints(path, self._earlier)
+        self._stages = KnownStages(path, self.config, self._earlier)
+        self._checkpoints = Checkpoints(path, self.config, self._earlier)
         # How many lines of the ledger are known to be synced, and the lines that the table on the disk goes by.
         self._settled = 0
         self._table_pin = ""
@@ -313,12 +313,20 @@ class FolderView:
 
     @property
     def stages(self) -> list[StageKey]:
-        """The stages that have a folder, valid or not."""
+        """The stages that have a folder, valid or not. What a system of these settings cannot have is none."""
         return list(self._stages.records)
 
     def stage_record(self, key: StageKey) -> dict[str, Any]:
-        """What `stage.json` says."""
-        return self._stages.records[key]
+        """
+        What `stage.json` says.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If the stage is not there, or not any more.
+        """
+        record = self._stages.records.get(key)
+        if record is None:
+            raise FolderError(f"{self.path / key.path} is not there: it was never trained, or removed since.")
+        return record
 
     @property
     def stage_records(self) -> Mapping[StageKey, dict[str, Any]]:
@@ -331,30 +339,36 @@ class FolderView:
 
     def adapter_digest(self, key: StageKey) -> str:
         """The digest of a stage's adapter file, as it was written."""
-        return adapter_of(self._stages.records[key])
+        return adapter_of(self.stage_record(key))
 
     def is_valid(self, key: StageKey) -> bool:
         """
         Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
         there.
         """
-        return is_stage_of(key, self.config) and all(
-            stage in self._stages.records and self._fits(stage) for stage in key.lineage
-        )
+        records = self._stages.records
+        return all(stage in records and self._fits(stage, records) for stage in key.lineage)
 
-    def _fits(self, key: StageKey) -> bool:
-        below = None if key.parent is None else self.adapter_digest(key.parent)
-        return fits(self._stages.records[key], self.slice_digests(key), below)
+    def _fits(self, key: StageKey, records: Mapping[StageKey, dict[str, Any]]) -> bool:
+        below = None if key.parent is None else adapter_of(records[key.parent])
+        return fits(records[key], self.slice_digests(key), below)
 
     @property
     def valid_stages(self) -> frozenset[StageKey]:
         """The stages that are valid, whether they are planned or not."""
-        valid: set[StageKey] = set()
+        return frozenset(self.valid_records)
+
+    @property
+    def valid_records(self) -> dict[StageKey, dict[str, Any]]:
+        """What `stage.json` says of each valid stage, parents first, as of one time."""
+        # Another thread may take in what others removed or grew meanwhile.
+        records = self._stages.records
+        valid: dict[StageKey, dict[str, Any]] = {}
         # Parents come first, so one look at the parent stands for the whole lineage.
-        for key in sorted(self._stages.records, key=lambda key: len(key.prefix)):
-            if is_stage_of(key, self.config) and (key.parent is None or key.parent in valid) and self._fits(key):
-                valid.add(key)
-        return frozenset(valid)
+        for key in sorted(records, key=lambda key: len(key.prefix)):
+            if (key.parent is None or key.parent in valid) and self._fits(key, records):
+                valid[key] = records[key]
+        return valid
 
     def missing_stages(self) -> list[StageKey]:
         """The stages that the plan still lacks; see `Plan.missing`."""
@@ -391,7 +405,7 @@ class FolderView:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file is missing, truncated or altered.
         """
-        files = self._stages.records[key]["files"]
+        files = self.stage_record(key)["files"]
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
             check_digest(self._stage_file(key, name), files[name])
         return self._stage_file(key, ADAPTER_FILE).parent
@@ -403,7 +417,7 @@ class FolderView:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If a file of the stage is missing, truncated or altered.
         """
-        files = self._stages.records[key]["files"]
+        files = self.stage_record(key)["files"]
         check_digest(self._stage_file(key, ADAPTER_CONFIG_FILE), files[ADAPTER_CONFIG_FILE])
         return read_checked(self._stage_file(key, ADAPTER_FILE), files[ADAPTER_FILE])
 

@@ -400,6 +400,20 @@ def test_a_folder_that_is_no_stage_among_the_stages_is_refused_by_name(system, n
         SystemFolder(system)
 
 
+@pytest.mark.parametrize("name", ["shard-7/0", "shard-0/9", "shard-0/0-0", "shard-0/0-1-2-0"])
+def test_what_has_the_name_of_a_stage_that_the_system_cannot_have_is_none_and_stops_no_deletion(system, name):
+    shutil.copytree(system / "stages/shard-0/0", system / "stages" / name)
+    forge(system / "stages" / name / STAGE_FILE, stage=name)
+    (system / "checkpoints" / name / "checkpoint-1").mkdir(parents=True)
+    folder = SystemFolder(system)
+    assert set(folder.stages) == folder.valid_stages == set(folder.plan.stages()) and not folder.missing_stages()
+    removed = apply(folder, IDS[:1]).stages_removed
+    again = SystemFolder(system)
+    assert name not in removed and again.is_deleted(IDS[0]) and again.missing_stages()
+    # It is for whoever put it there to look at.
+    assert any(f"stages/{name} is no part of a system" in problem for problem in inspect(system).problems)
+
+
 def test_adapters_swapped_between_stages_are_refused(system):
     one, other = (system / f"stages/shard-0/{n}/adapter_model.safetensors" for n in (0, 1))
     first = one.read_bytes()
@@ -1106,6 +1120,41 @@ def test_a_stage_that_is_there_without_its_record_is_refused_however_it_came_abo
     removed_when_it_is_named(monkeypatch, lambda path: path == damaged and (path / STAGE_FILE).unlink())
     with pytest.raises(FolderError, match=f"{damaged / STAGE_FILE} is missing"):
         look(folder)
+
+
+@pytest.mark.parametrize("look", [SystemFolder.refresh, SystemFolder.refresh_stages])
+def test_a_stage_that_is_grown_again_while_its_record_is_read_is_the_one_that_is_there_then(system, monkeypatch, look):
+    folder, key = SystemFolder(system), StageKey(0, (0,))
+    folder._stages.take_over({})
+    read, away = known_stages.read_stage, system / "stages/shard-0/.gone-0"
+
+    def read_while_another_process_regrows(path, stage, earlier):
+        if stage == key and not away.exists():
+            (system / key.path).rename(away)
+            try:
+                return read(path, stage, earlier)
+            finally:
+                shutil.copytree(away, system / key.path)
+                forge_stage(system, str(key), metrics={"grown": 2})
+        return read(path, stage, earlier)
+
+    monkeypatch.setattr(known_stages, "read_stage", read_while_another_process_regrows)
+    look(folder)
+    assert folder.stage_record(key)["metrics"] == {"grown": 2}
+
+
+def test_which_stages_are_valid_is_of_one_time_whatever_another_thread_takes_in_meanwhile(system, monkeypatch):
+    folder = SystemFolder(system)
+    before, digests = folder.valid_stages, SystemFolder.slice_digests
+
+    def digests_while_others_go(self, key):
+        folder._stages.forget(before)
+        return digests(self, key)
+
+    monkeypatch.setattr(SystemFolder, "slice_digests", digests_while_others_go)
+    assert folder.valid_stages == before and not folder.valid_stages
+    with pytest.raises(FolderError, match="shard-0/0 is not there: it was never trained, or removed since"):
+        folder.adapter_digest(StageKey(0, (0,)))
 
 
 def test_no_line_of_another_process_is_lost(system):
