@@ -440,9 +440,11 @@ else:
 class _Measured(_Host):
     """The part of a trainer that notes what every unit cost. It comes before the trainer's class."""
 
-    def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        output: TrainOutput = super()._train_stage(key, resume, ignore_keys_for_eval)
-        if self.is_world_process_zero() and self._stage_rows is not None:
+    def _train_stage(
+        self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput | None:
+        output: TrainOutput | None = super()._train_stage(key, resume, ignore_keys_for_eval)
+        if output is not None and self.is_world_process_zero() and self._stage_rows is not None:
             rows = self._stage_rows.num_per_epoch(key, self.folder.table)
             seen = round((self.state.epoch or 0) * rows)
             add_cost(self.folder, UnitCost(str(key), output.metrics["train_runtime"], output.global_step, seen))

@@ -201,7 +201,7 @@ class SystemFolder(FolderView):
             try:
                 written = fill_stage(temporary, key, record, fill)
                 self.refresh_ledger()
-                if not fits(written, self.slice_digests(key), self._below_now(key)):
+                if not self._stands(key, written):
                     self.remove_checkpoints(key)
                     return False
                 there = read_intact_stage(self.path, key, self._earlier)
@@ -219,10 +219,18 @@ class SystemFolder(FolderView):
                 shutil.rmtree(temporary, ignore_errors=True)
         return True
 
-    def _below_now(self, key: StageKey) -> str | None:
-        """The digest of the adapter that lies now under the stage that another stands on."""
-        below = None if key.parent is None else read_intact_stage(self.path, key.parent, self._earlier)
-        return None if below is None else adapter_of(below)
+    def _stands(self, key: StageKey, written: Mapping[str, Any]) -> bool:
+        """Whether a stage is valid on the stages that lie under it on the disk now, down to the base."""
+        below = None
+        for stage in key.lineage:
+            try:
+                record = written if stage == key else read_stage(self.path, stage, self._earlier)
+            except FolderError:
+                return False
+            if not fits(record, self.slice_digests(stage), below):
+                return False
+            below = adapter_of(record)
+        return True
 
     def remove_stages(self, keys: Iterable[StageKey]) -> None:
         """

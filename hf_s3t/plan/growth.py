@@ -115,7 +115,9 @@ class Growth:
     def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
         """The stage of a shard to grow first; remembered, as it is asked for again when another shard has grown."""
         state = frozenset(there), frozenset(empty)
-        if shard not in self._known or self._known[shard][0] != state:
+        # Another thread may ask of other stages meanwhile.
+        known = self._known.get(shard)
+        if known is None or known[0] != state:
             missing, outlook = _prefixes(self._plan.missing_in(shard, *state)), self._outlooks[shard]
             first = outlook.first(missing, _prefixes(there))
             found = None
@@ -123,8 +125,8 @@ class Growth:
                 prefix, worth = first
                 (alone,) = self._soon[shard].worths([prefix], _prefixes(there))
                 found = _Found(StageKey(shard, prefix), worth, alone)
-            self._known[shard] = state, found
-        return self._known[shard][1]
+            known = self._known[shard] = state, found
+        return known[1]
 
     def _step(self, found: "_Found") -> Step:
         shards = len(self._outlooks)

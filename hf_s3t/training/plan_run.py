@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..config import require_int, require_positive
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
+from ..folder.stage_record import adapter_of
 from ..folder.status import serving_depths
 from ..model.base_precision import check_precision
 from ..model.scope import Scope
@@ -95,6 +96,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     """The part of a trainer that makes every stage of the plan exist."""
 
     _progress: PlanProgress
+    # How many lines the ledger had when the stage that is trained was chosen.
+    _lines_then: int
 
     @old_objects_passed_over()
     def train(
@@ -219,19 +222,24 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _train_unless_overtaken(
         self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput | None:
-        """Train a stage; `None` if its checkpoint is of no use, or a deletion took what it stands on."""
-        known = len(self.folder.ledger.lines)
+        """Train a stage; `None` if its checkpoint is of no use, or a deletion took it, or what it stands on."""
         try:
             return self._train_stage(key, resume, ignore_keys_for_eval)
         except CheckpointError as error:
             logger.warning(f"{key} is trained again from its beginning: {error}")
             self.folder.remove_checkpoints(key)
         except FolderError:
-            # A deletion by another process may have taken what the stage stands on: then another is next.
-            self.folder.refresh_ledger()
-            if self.accelerator.num_processes > 1 or len(self.folder.ledger.lines) == known:
+            # A deletion may have taken what the stage stands on, since it was chosen: then another is next.
+            if self.accelerator.num_processes > 1 or not self._is_overtaken(key):
                 raise
         return None
+
+    def _is_overtaken(self, key: StageKey) -> bool:
+        """Whether others deleted since a stage was chosen, or removed what it stands on."""
+        self.folder.refresh_ledger()
+        self.folder.refresh_stages()
+        is_standing = key.parent is None or self.folder.is_valid(key.parent)
+        return not is_standing or len(self.folder.ledger.lines) != self._lines_then
 
     def _after_stage(self, key: StageKey) -> None:
         self._agreed |= {key}
@@ -267,11 +275,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
 
     def _next_stage(self) -> StageKey | None:
         """The stage to train next, the same in every process."""
-        folder = self.folder
-        self._agree_on_deletions()
-        folder.refresh_stages()
-        # Told from the records of all stages, so no more often than it has to be.
-        valid = folder.valid_stages
+        valid = self._agree_on_what_is_there()
         if not valid <= self._agreed:
             # Another trainer is at work on the folder.
             self._refuse_other_recipe(resume=False)
@@ -328,22 +332,24 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         """Whether a sequence is whole with a stage: on its set, in whatever order, no other is planned to stand."""
         return any(key.slices == (key.shard, frozenset(leaf)) for leaf in self.folder.plan.sequences[key.shard])
 
-    def _agree_on_deletions(self) -> None:
-        """
-        Have all processes read the ledger as far as each other.
-
-        The first one says what a stage saw. One that knew of fewer deletions would train it on more than that.
-        """
+    def _agree_on_what_is_there(self) -> frozenset[StageKey]:
+        """Have all processes read the ledger as far as each other, and know the same valid stages; tells these."""
         folder = self.folder
         folder.refresh_ledger()
+        folder.refresh_stages()
         for _ in range(_ATTEMPTS):
-            lines = gather_object([len(folder.ledger.lines)])
-            if min(lines) == max(lines):
-                return
+            self._lines_then = len(folder.ledger.lines)
+            # Told from the records of all stages, so no more often than it has to be.
+            valid = folder.valid_stages
+            read = gather_object([(self._lines_then, valid)])
+            if all(one == read[0] for one in read):
+                return valid
             time.sleep(_A_MOMENT)
             folder.refresh()
+        lines, stages = [lines for lines, _ in read], [len(valid) for _, valid in read]
         raise FolderError(
-            f"The processes read {lines} lines in the ledger of {folder.path}. Let all of them see the same folder."
+            f"The processes read {lines} lines in the ledger of {folder.path}, and {stages} valid stages. Let all of "
+            "them see the same folder."
         )
 
     def _refuse_other_recipe(self, resume: bool) -> None:
@@ -352,7 +358,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         the whole system.
         """
         folder = self.folder
-        records = {key: folder.stage_record(key) for key in sorted(folder.valid_stages)}
+        records = dict(sorted(folder.valid_records.items()))
         for record in records.values():
             other = self._other_recipe(record)
             if other:
@@ -388,10 +394,10 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
 
     def _unfinished(self, key: StageKey) -> dict[str, Any] | None:
         """The record of the newest checkpoint of a stage that another recipe alone would keep from being resumed."""
-        folder = self.folder
-        if key.parent is not None and not folder.is_valid(key.parent):
+        folder, valid = self.folder, self.folder.valid_records
+        if key.parent is not None and key.parent not in valid:
             return None
-        below = folder.adapter_digest(key.parent) if key.parent else None
+        below = adapter_of(valid[key.parent]) if key.parent else None
         for _, record in self._checkpoints(key, self.folder.checkpoints(key)):
             whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
             if whole and fits(record, folder.slice_digests(key), below):

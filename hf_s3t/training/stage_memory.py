@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..errors import DivergedError
@@ -48,6 +49,8 @@ class StageMemory(LiveModel):
         """Have a stage in memory as its file has it, and tell the digest of its tensors."""
         digest = self.folder.adapter_digest(stage)
         if self._stack.holds(stage, digest):
+            # Whoever loads the stage that is to stand on it has its file alone.
+            self.folder.adapter_path(stage)
             found = tensors_digest(self._stack.tensors(stage))
             if digest not in _CONTENTS:
                 _CONTENTS[digest] = tensors_digest(read_tensors(self.folder.read_adapter(stage), str(stage)))
@@ -78,17 +81,25 @@ class StageMemory(LiveModel):
             self._live.free(idle)
         self._stack.drop(idle)
 
-    def _write(self, key: StageKey, record: dict[str, Any]) -> None:
+    def _write(self, key: StageKey, record: dict[str, Any]) -> bool:
+        """Write a stage; whether it is kept, the same in every process."""
+        is_kept = False
         if self.is_world_process_zero():
             base = self.folder.base_id, self.folder.base_revision
-            self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, *base))
-        self.accelerator.wait_for_everyone()
+            is_kept = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, *base))
+        is_kept = bool(broadcast_object_list([is_kept])[0])
         if not self.is_world_process_zero():
             self.folder.refresh()
-        if self.folder.is_valid(key):
+        if is_kept and self.folder.is_valid(key):
             self._take_as_written(key)
         else:
             self._stack.drop([key])
+        if not is_kept and self.is_world_process_zero():
+            logger.warning(
+                f"{key} is discarded: while it was trained, a deletion took examples that it saw, or what it stands "
+                "on was removed or grown anew."
+            )
+        return is_kept
 
     def _take_as_written(self, key: StageKey) -> None:
         """Know a stage in memory by its file. Where another trainer wrote it first, that one takes its place."""

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging
 
-from ..folder.layout import ADAPTER_FILE
 from ..plan.stages import StageKey, stage_seed
 from .circumstances import circumstances, differing, recipe_of
 from .curve import TrainingCurve
@@ -48,11 +47,23 @@ class StageRecords(TrainingCurve):
         folder = self.folder
         return {
             "slices": folder.slice_digests(key),
-            "below": folder.stage_record(key.parent)["files"][ADAPTER_FILE] if key.parent else None,
+            "below": folder.adapter_digest(key.parent) if key.parent else None,
             "recipe": recipe_of(self.args),
             "parts": self._parts,
             "circumstances": self._circumstances(key),
         }
+
+    def _origin_of_all(self, key: StageKey) -> dict[str, Any] | None:
+        """
+        What a stage is made from, the same in every process; `None` if there is no more of it, or the processes have
+        not read equally far. The first one says what a stage saw: one that knew less would train it on more than that.
+        """
+        folder = self.folder
+        stands = key.parent is None or folder.is_valid(key.parent)
+        is_whole = stands and not key.saw(self._rows_of_stages.empty(folder.table))
+        origin = self._origin(key) if is_whole else None
+        known = gather_object([origin and (origin["slices"], origin["below"])])
+        return origin if all(one == known[0] for one in known) else None
 
     def _record(
         self, key: StageKey, origin: dict[str, Any], frozen: str, frozen_after: str, metrics: dict[str, float]

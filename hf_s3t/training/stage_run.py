@@ -48,11 +48,18 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
     def _refuse_changed_accelerator(self) -> None:
         refuse_changed_accelerator(self.accelerator, self._accelerator_settings)
 
-    def _train_stage(self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
+    def _train_stage(
+        self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput | None:
+        """Train a stage; `None` if a deletion was first, before it began or before it was written."""
         with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
+            # A live model may have deleted since the stage was chosen.
+            origin = self._origin_of_all(key)
+            if origin is None:
+                return None
+            # After it was told what that is: what is loaded now is that, or the stage is not written.
             frozen = self._bring_in(key)
             self._refuse_upon_diverged(key)
-            origin = self._origin(key)
             (is_begun,) = broadcast_object_list([self.folder.has_checkpoints(key)])
             if self.args.save_strategy != "no" or is_begun:
                 self._take_scratch(key, origin)
@@ -74,8 +81,8 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
                     f"Training {key} changed buffers of the base model, on which all stages stand: the next stage "
                     "would depend on what this one saw. Use a model whose forward pass keeps nothing."
                 )
-            self._write(key, self._record(key, origin, frozen, frozen_after, metrics))
-        return output
+            is_kept = self._write(key, self._record(key, origin, frozen, frozen_after, metrics))
+        return output if is_kept else None
 
     def _refuse_changed_below(self, key: StageKey, before: str, after: str) -> None:
         if after == before:

@@ -921,6 +921,20 @@ def test_a_deletion_that_came_while_a_stage_trained_discards_it(tmp_path):
     assert key in SystemFolder(folder.path).valid_stages
 
 
+def test_a_stage_is_not_written_where_another_one_lies_further_below_than_it_was_trained_on(system):
+    folder = SystemFolder(system)
+    key = next(key for key in folder.plan.stages() if key.depth == 3)
+    record = record_of(folder, key)
+    first, *_ = key.lineage
+    shutil.rmtree(system / key.path)
+    shutil.rmtree(system / first.path)
+    # Grown again by another process, and not bit for bit the same. The stage between the two stands on nothing now.
+    other = SystemFolder(system)
+    assert other.write_stage(first, record_of(other, first), fill_with({**record, "below": "another"}, first))
+    assert folder.write_stage(key, record, fill_with(record, key)) is False
+    assert not (system / key.path).exists()
+
+
 def test_a_deletion_elsewhere_does_not_disturb_a_stage_in_training(tmp_path):
     folder = new_system(tmp_path / "system")
     key = folder.plan.stages()[0]

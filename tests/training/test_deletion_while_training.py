@@ -1,6 +1,7 @@
 """Deletions by other processes that arrive while a trainer is at work: no stage they touch stays, finished or not."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
-from support.folders import apply
+from safetensors.torch import load_file, save_file
+from support.folders import apply, forge_stage
 from support.insides import routing_of, stack_of
 from support.launched import launched
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
 
 from hf_s3t import S3TTrainer, launch
-from hf_s3t.errors import ExhaustedError, S3TError
+from hf_s3t.errors import ExhaustedError, FolderError, S3TError
+from hf_s3t.folder.files import file_digest
+from hf_s3t.folder.layout import ADAPTER_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
 
@@ -375,6 +378,101 @@ def test_a_deletion_of_what_the_next_stage_stands_on(tmp_path):
     trainer.victim = victim = victim_in(trainer.folder, trainer.folder.plan.stages()[0])
     trainer.train()
     same_bits_as_without(path, victim, tmp_path / "without")
+
+
+class ForgetsBeforeAStage(S3TTrainer):
+    """The trainer's own live model forgets between two stages, when the second of them is chosen."""
+
+    chosen, victims = None, ()
+
+    def _next_stage(self):
+        key = super()._next_stage()
+        if self.victims and key == self.chosen:
+            victims, self.victims = self.victims, ()
+            self.s3t_model.unlearn(victims)
+        return key
+
+
+@pytest.mark.parametrize("hit", [0, -1], ids=["what the next stage stands on", "the next stage"])
+def test_a_live_model_that_forgets_between_two_stages_does_not_end_training(hit, tmp_path):
+    path = tmp_path / "system"
+    trainer = system(path, cls=ForgetsBeforeAStage)
+    trainer.s3t_model.refresh()
+    trainer.chosen = next(key for key in trainer.folder.plan.stages() if key.depth == 2)
+    victim = trainer.folder.table.members(0, trainer.chosen.prefix[hit])[0]
+    trainer.victims = [victim]
+    trainer.train()
+    same_bits_as_without(path, victim, tmp_path / "without")
+
+
+def test_a_slice_that_a_live_model_empties_between_two_stages_is_trained_on_no_more(tmp_path):
+    rows = [{**row, "shard": 0, "slice": int(number == 0)} for number, row in enumerate(ROWS)]
+    columns = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
+    config = s3t_config(sequence_selection=[[0, 1]], **columns)
+    trainer = make_trainer(tmp_path, tiny_llama(3), rows=rows, config=config, cls=ForgetsBeforeAStage)
+    trainer.s3t_model.refresh()
+    trainer.chosen, trainer.victims = trainer.folder.plan.stages()[1], [ROWS[0]["id"]]
+    assert trainer.train().metrics["stages_trained"] == 1
+    assert trainer.folder.stages == trainer.folder.plan.stages()[:1] and not trainer.folder.missing_stages()
+
+
+def regrow_otherwise(path, key):
+    """Put another stage under a name, as a process does that grows it again with other sums."""
+    stage = path / key.path
+    tensors = {name: tensor + 1 for name, tensor in load_file(stage / ADAPTER_FILE).items()}
+    files = {**SystemFolder(path).stage_record(key)["files"]}
+    shutil.copytree(stage, stage.with_name(".tmp-other"))
+    shutil.rmtree(stage)
+    stage.with_name(".tmp-other").rename(stage)
+    save_file(tensors, stage / ADAPTER_FILE, {"format": "pt"})
+    files[ADAPTER_FILE] = file_digest(stage / ADAPTER_FILE)
+    forge_stage(path, str(key), files=files)
+
+
+class ParentIsRegrown(S3TTrainer):
+    """Another process grows the parent anew when it is in memory; another thread reads the folder then."""
+
+    begun = ()
+
+    def _bring_in(self, key):
+        digest = super()._bring_in(key)
+        if key.depth == 2 and key not in self.begun:
+            regrow_otherwise(self.folder.path, key.parent)
+            self.folder.refresh_stages()
+        self.begun = (*self.begun, key)
+        return digest
+
+
+def test_a_stage_is_not_written_upon_another_parent_than_it_was_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_llama(3), rows=ROWS, config=s3t_config(budget=1), cls=ParentIsRegrown)
+    report = trainer.train().metrics
+    first, second = trainer.folder.plan.stages()
+    # The one that was trained on what went is discarded, and does not count.
+    assert trainer.begun == (first, second, second) and report["stages_trained"] == 2
+    assert trainer.folder.valid_stages == {first, second}
+    record, below = trainer.folder.stage_record(second), stack_of(trainer).digest([first])
+    assert record["below"] == trainer.folder.adapter_digest(first) and record["frozen_before"] == below
+
+
+def test_a_stage_that_is_damaged_while_another_is_trained_on_it_is_named_and_what_was_trained_stays(tmp_path):
+    path = tmp_path / "system"
+    first = system(tmp_path / "whole").folder.plan.stages()[0]
+    file = path / first.path / ADAPTER_FILE
+    whole = []
+
+    def damage():
+        whole.append(file.read_bytes())
+        file.write_bytes(whole[0][:-1] + bytes([whole[0][-1] ^ 1]))
+
+    trainer = system(path, callbacks=[callback := DeleteDuring(2, damage)])
+    with pytest.raises(FolderError, match=rf"{first}/{ADAPTER_FILE} was altered .* remove its folder and call `train"):
+        trainer.train()
+    assert callback.begun == 2 and trainer.folder.stages == list(first.lineage) + trainer.folder.plan.stages()[1:2]
+    shutil.rmtree(file.parent)
+    trainer.train()
+    assert file.read_bytes() == whole[0] and trainer.folder.valid_stages == set(trainer.folder.plan.stages())
+    # What stands on it was not trained again.
+    assert callback.begun == 1 + len(trainer.folder.plan.stages())
 
 
 def late_deletion(path, moment):

@@ -86,12 +86,12 @@ class Deletes(TrainerCallback):
     """Another process that deletes while the first stage of a call is trained."""
 
     def __init__(self):
-        self.folder = None
+        self.folder, self.place = None, (1, 2)
 
     def on_train_begin(self, args, state, control, **kwargs):
         folder, self.folder = self.folder, None
         if folder is not None:
-            apply(folder, folder.table.members(1, 2)[:1])
+            apply(folder, folder.table.members(*self.place)[:1])
 
 
 def test_a_deletion_meanwhile_counts_in_what_is_left(tmp_path):
@@ -103,3 +103,17 @@ def test_a_deletion_meanwhile_counts_in_what_is_left(tmp_path):
     assert done["stages_trained"] == 1
     assert done["stages_left"] == len(trainer.folder.missing_stages()) == system_status(trainer.folder)["stages_left"]
     assert done["stages_left"] > 1
+
+
+@pytest.mark.parametrize("limit", [{"max_stages": 1}, {"max_seconds": 15}], ids=["stages", "seconds"])
+def test_a_stage_that_is_discarded_counts_as_none(limit, tmp_path, monkeypatch):
+    deletes = Deletes()
+    trainer = trainer_of(tmp_path / "system", [deletes, Clock(monkeypatch)])
+    trainer.train(max_stages=4)
+    before = trainer.folder.valid_stages
+    key = trainer.folder.growth.next(before).key
+    deletes.folder, deletes.place = type(trainer.folder)(trainer.folder.path), (key.shard, key.prefix[-1])
+    done = trainer.train(**limit).metrics
+    gone = {stage for stage in before if stage.shard == key.shard and key.prefix[-1] in stage.prefix}
+    assert len(trainer.folder.valid_stages - (before - gone)) == done["stages_trained"] == 1
+    assert done["stages_left"] == len(trainer.folder.missing_stages())
