@@ -247,6 +247,11 @@ class Plan:
         """Number of shards."""
         return len(self.families)
 
+    def unnamed_slices(self, num_slices: int) -> list[tuple[int, int]]:
+        """The (shard, slice) pairs, of so many slices a shard, that no planned stage sees, as listed sequences may."""
+        named = [set().union(*family) for family in self.families]
+        return [(shard, s) for shard, own in enumerate(named) for s in range(num_slices) if s not in own]
+
     def __contains__(self, key: StageKey) -> bool:
         return key in self._planned
 

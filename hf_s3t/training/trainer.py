@@ -44,6 +44,8 @@ from .tracking import PlanHandler
 
 logger = logging.get_logger(__name__)
 
+# As many slices are named that no sequence does.
+_SHOWN_SLICES = 5
 # What is given as the model: one, or the name of one.
 _Base = TypeVar("_Base")
 
@@ -148,6 +150,16 @@ class S3TTrainerMixin(PlanRuns):
             logger.warning_once(
                 f"{dropped} of {len(self.folder.table)} examples are not trained on: truncation or filtering left "
                 "nothing of them. Their ids stay in the table. Raise `max_length` to train on them."
+            )
+        unplanned = self.folder.plan.unnamed_slices(self.s3t_config.num_slices)
+        passed_over = sum(self.folder.table.size(*place) for place in unplanned)
+        if passed_over:
+            shown = ", ".join(f"{slice_} of shard {shard}" for shard, slice_ in unplanned[:_SHOWN_SLICES])
+            more = ", ..." if len(unplanned) > _SHOWN_SLICES else ""
+            logger.warning_once(
+                f"{passed_over} of {len(self.folder.table)} examples are never trained on: they lie in slices that no "
+                f"planned sequence names (slice {shown}{more}). To train on them, name every slice in "
+                "`sequence_selection`, with another `output_dir`; or plan fewer slices."
             )
         if launch.asked_for() > 1 and self.accelerator.num_processes == 1:
             logger.warning_once(

@@ -117,3 +117,17 @@ def test_a_stage_that_is_discarded_counts_as_none(limit, tmp_path, monkeypatch):
     gone = {stage for stage in before if stage.shard == key.shard and key.prefix[-1] in stage.prefix}
     assert len(trainer.folder.valid_stages - (before - gone)) == done["stages_trained"] == 1
     assert done["stages_left"] == len(trainer.folder.missing_stages())
+
+
+@pytest.mark.parametrize(("sequences", "where"), [([[0, 1], [1]], "slice 2 of shard 0"), ([[0, 2], [1, 0]], None)])
+def test_examples_that_no_planned_sequence_names_are_told_of(sequences, where, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_s3t.training.trainer.logger.warning_once", said.append)
+    config = s3t_config(num_slices=3, keep_idle=None, sequence_selection=sequences)
+    table = make_trainer(tmp_path / "system", tiny_llama(3), lm_rows(36), config=config).folder.table
+    (told,) = [sentence for sentence in said if "never trained on" in sentence] or [None]
+    if where is None:
+        assert told is None
+    else:
+        assert told.startswith(f"{table.size(0, 2)} of 36 examples are never trained on") and f"({where})" in told
+        assert "name every slice in `sequence_selection`" in told
