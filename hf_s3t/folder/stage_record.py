@@ -8,7 +8,16 @@ from typing import Any
 from ..errors import FolderError
 from ..plan.stages import StageKey
 from .earlier_slices import EarlierSlices
-from .files import REGROW, check_digest, file_digest, read_checked_json, sync, unreadable, write_checked_json
+from .files import (
+    REGROW,
+    check_digest,
+    file_digest,
+    read_checked,
+    read_checked_json,
+    sync,
+    unreadable,
+    write_checked_json,
+)
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE, STAGES
 
 
@@ -37,6 +46,31 @@ def read_intact_stage(path: Path, key: StageKey, earlier: EarlierSlices) -> dict
     except FolderError:
         return None
     return record
+
+
+def read_files(path: Path, key: StageKey, record: Mapping[str, Any], earlier: EarlierSlices) -> dict[str, bytes]:
+    """
+    The files of a stage besides its adapter, whose record was read before.
+
+    Args:
+        path (`Path`): The folder of the system.
+        key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
+        record (mapping): What its `stage.json` said.
+        earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If a file is missing or altered, or another stage is there now.
+    """
+    folder = path / key.path
+    config = read_checked(folder / ADAPTER_CONFIG_FILE, record["files"][ADAPTER_CONFIG_FILE])
+    try:
+        written = (folder / STAGE_FILE).read_bytes()
+    except OSError as error:
+        raise unreadable(folder / STAGE_FILE, error) from error
+    # What is there is never changed, but another stage may have taken its place before, or may after.
+    if read_stage(path, key, earlier) != record or written != (folder / STAGE_FILE).read_bytes():
+        raise FolderError(f"{folder} holds another stage than a moment ago. Call again.")
+    return {ADAPTER_CONFIG_FILE: config, STAGE_FILE: written}
 
 
 def adapter_of(record: Mapping[str, Any]) -> str:

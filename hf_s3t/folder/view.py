@@ -27,7 +27,7 @@ from .known_stages import KnownStages
 from .layout import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
-from .stage_record import adapter_of
+from .stage_record import adapter_of, read_files
 from .table_file import StoredTable, TableHead, read_head_of_table, read_table
 from .versions import library_versions
 
@@ -170,10 +170,13 @@ class FolderView:
         """Whether lines came to the ledger since the table on the disk was written: it may hold deleted rows."""
         return self._table_pin != pin_of(self.ledger)
 
-    def table_and_ledger(self) -> tuple[ExampleTable, Ledger]:
-        """Both, as of one time: of what is written, the table has to go by the lines that stand beside it."""
+    def as_of_one_time(self) -> tuple[ExampleTable, Ledger, dict[StageKey, dict[str, Any]]]:
+        """
+        Table, ledger and the records of the valid stages: of what is written, the table has to go by the lines that
+        stand beside it, and the stages by both.
+        """
         with self._reading:
-            return self.table, self.ledger
+            return self.table, self.ledger, self.valid_records
 
     def prepare(self) -> None:
         """Find out now what the first deletion would otherwise wait for."""
@@ -409,6 +412,19 @@ class FolderView:
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
             check_digest(self._stage_file(key, name), files[name])
         return self._stage_file(key, ADAPTER_FILE).parent
+
+    def read_other_files(self, key: StageKey, record: Mapping[str, Any]) -> dict[str, bytes]:
+        """
+        The bytes of a stage's files besides its adapter, by their names.
+
+        Args:
+            key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
+            record (mapping): What its `stage.json` said.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If a file is missing or altered, or another stage is there now.
+        """
+        return read_files(self.path, key, record, self._earlier)
 
     def read_adapter(self, key: StageKey) -> bytes:
         """

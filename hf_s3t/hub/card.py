@@ -181,8 +181,9 @@ def _plan_facts(folder: SystemFolder) -> dict[str, Any]:
 
 
 def _stage_facts(folder: SystemFolder) -> dict[str, Any]:
-    keys = sorted(folder.valid_stages)
-    records = [folder.stage_record(key) for key in keys]
+    valid = folder.valid_records
+    keys = sorted(valid)
+    records = [valid[key] for key in keys]
     return {
         "depth_one": next((key.path for key in keys if key.depth == 1), None),
         "recipe": _recipe(records),

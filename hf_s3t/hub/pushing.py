@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..errors import ConfigError, HubError, MergeNeededError, TransferError
 from ..folder.earlier_slices import EarlierSlices
-from ..folder.files import digested_json
+from ..folder.files import digested_json, read_checked, stamp
 from ..folder.identity import damaged_parts, differing_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_FILE,
@@ -30,6 +30,7 @@ from ..folder.table_file import table_bytes
 from ..plan.stages import StageKey, is_stage_of
 from ..records.digests import PUBLIC_SECRET, DigestKey
 from ..records.examples import ExampleTable
+from ..records.ledger import Ledger
 from ..records.validity import fits
 from .client import (
     ATTEMPTS,
@@ -134,21 +135,26 @@ def _commit_upon_what_is_there(
         state = repo.state()
         merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
         card = repo.card(state)
+        stages = folder.stage_records
         try:
             changes = _operations(folder, state, describe, card)
-        except FileNotFoundError:
-            # Another process deleted examples meanwhile, and with them stages.
+        except OSError as error:
+            # Another process deleted examples meanwhile, and with them stages, or grew some again; or one is damaged.
             folder.refresh()
+            if folder.stage_records == stages and not isinstance(error, FileNotFoundError):
+                raise
             continue
         refuse_what_git_would_keep(repo, state, changes.added)
         if not dry_run:
             remember(repo.repo_id, folder.record, folder.ledger)
-        if dry_run or not any(changes):
-            return _report(repo, state.commit, changes, merged)
-        commit = _commit(repo, state, changes, message or _message(folder))
+        if dry_run or not (changes.added or changes.deleted):
+            if dry_run or _is_last(folder, changes.ledger):
+                return _report(repo, state.commit, changes, merged)
+            continue
+        commit = _commit(folder, repo, state, changes, message or _message(folder))
         if commit is not None:
             return _report(repo, commit, changes, merged)
-        # Somebody was first, or the answer was lost and this commit may be there: look again.
+        # Somebody was first, here or there, or the answer was lost and this commit may be there: look again.
         merge = True
         folder.refresh()
         time.sleep(min(0.25 * 2**attempt, LONGEST_WAIT))
@@ -207,11 +213,24 @@ def _message(folder: SystemFolder) -> str:
     return f"S3T system, {len(folder.valid_stages)} stages" + (f", {deletions} deletions" if deletions else "")
 
 
-class _Changes(NamedTuple):
-    """What a commit changes: the files it adds, and the paths it deletes."""
+@dataclass(frozen=True)
+class _Adapter:
+    """The adapter file of a stage, and the digest that the record of the stage has of it."""
 
-    added: dict[str, bytes | Path]
+    path: Path
+    digest: str
+
+    def read_bytes(self) -> bytes:
+        """What is in it, as it was written."""
+        return read_checked(self.path, self.digest)
+
+
+class _Changes(NamedTuple):
+    """What a commit changes: the files it adds, and the paths it deletes; and the ledger that all of it goes by."""
+
+    added: dict[str, bytes | Path | _Adapter]
     deleted: list[str]
+    ledger: Ledger
 
 
 @dataclass(frozen=True)
@@ -295,14 +314,18 @@ def _stages_that_saw(
 
 def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
+    folder.refresh_ledger()
+    folder.refresh_stages()
     # A live model may follow other processes meanwhile, in threads of its own.
-    table, ledger = folder.table_and_ledger()
+    table, ledger, valid = folder.as_of_one_time()
+    # What a system on the Hub serves is there already, or it is not: it has no files to bring.
+    ours = {key: record for key, record in valid.items() if folder.stage_paths(key)}
     earlier = _earlier_slices(folder, state)
-    ours, stages = folder.valid_stages, _stages_to_be(folder, table, state, earlier)
-    wanted: dict[str, bytes | Path] = {}
-    for key in stages:
-        if key in ours and folder.stage_record(key)["files"] == stages[key]["files"]:
-            wanted |= {f"{key.path}/{name}": path for name, path in folder.stage_paths(key).items()}
+    stages = _stages_to_be(folder, ours, table, state, earlier)
+    wanted: dict[str, bytes | Path | _Adapter] = {}
+    for key, record in stages.items():
+        if record is ours.get(key):
+            wanted |= _files_of(folder, key, record)
     wanted |= folder.companions()
     wanted[CONFIG_FILE] = folder.config_bytes(earlier)
     wanted[LEDGER_FILE] = ledger.text.encode()
@@ -314,15 +337,24 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
     deleted = [
         path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
     ]
-    return _Changes(added, deleted)
+    return _Changes(added, deleted, ledger)
+
+
+def _files_of(folder: SystemFolder, key: StageKey, record: Mapping[str, Any]) -> dict[str, bytes | _Adapter]:
+    """The files of a stage by their paths, as its record has them, whatever takes its place meanwhile."""
+    adapter = _Adapter(folder.stage_paths(key)[ADAPTER_FILE], adapter_of(record))
+    files: dict[str, bytes | _Adapter] = {ADAPTER_FILE: adapter, **folder.read_other_files(key, record)}
+    return {f"{key.path}/{name}": content for name, content in files.items()}
 
 
 def _stages_to_be(
-    folder: SystemFolder, table: ExampleTable, state: HubState, earlier: EarlierSlices
+    folder: SystemFolder,
+    ours: Mapping[StageKey, Mapping[str, Any]],
+    table: ExampleTable,
+    state: HubState,
+    earlier: EarlierSlices,
 ) -> dict[StageKey, Mapping[str, Any]]:
     """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
-    # What a system on the Hub serves is there already, or it is not: it has no files to bring.
-    ours = {key: folder.stage_record(key) for key in folder.valid_stages if folder.stage_paths(key)}
     there = {key: earlier.translated(r) for key, r in state.stages.items() if _is_whole(state, key, r)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
     # Parents first, whether they are planned or not.
@@ -352,24 +384,27 @@ def _fits(table: ExampleTable, key: StageKey, record: Mapping[str, Any], chosen:
     return fits(record, table.slice_digests(key.shard, key.prefix), below)
 
 
-def _is_there(entry: RepoFile | None, path: str, content: bytes | Path) -> bool:
+def _is_there(entry: RepoFile | None, path: str, content: bytes | Path | _Adapter) -> bool:
     if entry is None or (entry.lfs is None and must_be_erasable(path)):
         return False
-    data = content.read_bytes() if isinstance(content, Path) else content
+    if entry.lfs is not None and isinstance(content, _Adapter):
+        return entry.lfs.sha256 == content.digest
+    data = content if isinstance(content, bytes) else content.read_bytes()
     if entry.lfs is not None:
         return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
     return entry.blob_id == git_hash(data)
 
 
-def _commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> str | None:
+def _commit(folder: SystemFolder, repo: HubRepo, state: HubState, changes: _Changes, message: str) -> str | None:
     """The new commit, or `None` if what is there must be looked at again first."""
     try:
         with warnings.catch_warnings():
             # A table in a model's repository is meant here.
             warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            return call_once(_create_commit, repo, state, changes, message).oid
+            commit = call_once(_create_commit, folder, repo, state, changes, message)
+            return None if commit is None else commit.oid
     except (HTTPError, TransferError) as error:
-        if not all(content.is_file() for content in changes.added.values() if isinstance(content, Path)):
+        if not all(path.is_file() for path in _paths(changes)):
             # Another process deleted examples meanwhile, and with them stages.
             return None
         if isinstance(error, HfHubHTTPError) and http_status(error) == _CONFLICT:
@@ -379,13 +414,36 @@ def _commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> 
         return None
 
 
-def _create_commit(repo: HubRepo, state: HubState, changes: _Changes, message: str) -> CommitInfo:
+def _paths(changes: _Changes) -> list[Path]:
+    """The files that are uploaded from the disk."""
+    paths = [content.path if isinstance(content, _Adapter) else content for content in changes.added.values()]
+    return [path for path in paths if isinstance(path, Path)]
+
+
+def _is_last(folder: SystemFolder, ledger: Ledger) -> bool:
+    """Whether no line came to the ledger since it was read."""
+    folder.refresh_ledger()
+    return folder.ledger == ledger
+
+
+def _create_commit(
+    folder: SystemFolder, repo: HubRepo, state: HubState, changes: _Changes, message: str
+) -> CommitInfo | None:
+    """Upload the files, then commit them; `None` if the folder is not any more what is to be committed."""
+    stamps = list(map(stamp, _paths(changes)))
+    additions = []
+    for path, content in sorted(changes.added.items()):
+        source = content.path if isinstance(content, _Adapter) else content
+        additions.append(CommitOperationAdd(path, source if isinstance(source, bytes) else str(source)))
+        if isinstance(content, _Adapter) and additions[-1].upload_info.sha256.hex() != content.digest:
+            return None
+    repo.api.preupload_lfs_files(repo.repo_id, additions, revision="main", free_memory=False)
+    # That took its time: what was uploaded has to be what was read, and no deletion to have come since.
+    if not _is_last(folder, changes.ledger) or list(map(stamp, _paths(changes))) != stamps:
+        return None
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-        CommitOperationDelete(path_in_repo=path) for path in changes.deleted
-    ]
-    operations += [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(content) if isinstance(content, Path) else content)
-        for path, content in sorted(changes.added.items())
+        *(CommitOperationDelete(path_in_repo=path) for path in changes.deleted),
+        *additions,
     ]
     return repo.api.create_commit(
         repo.repo_id, operations, commit_message=message, parent_commit=state.commit, revision="main"

@@ -25,8 +25,10 @@ from hf_s3t.errors import ConfigError, FolderError, HubError, KeyMissingError, M
 from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.hub.card import description
 from hf_s3t.hub.folder import HubFolder
 from hf_s3t.hub.memory import state_folder
+from hf_s3t.hub.pushing import push
 from hf_s3t.hub.repository import HubRepo
 from hf_s3t.model.route import Route, routed
 from hf_s3t.model.tensor_files import differing_tensors
@@ -48,6 +50,61 @@ def test_a_push_is_one_commit_of_the_system_without_its_secret(system, repo, hub
     assert "ledger.key" not in on_hub and not hub.disk_contains((system.path / "ledger.key").read_bytes())
     assert report.commit == repo.state().commit and set(report.added) == on_hub - {".gitattributes"}
     assert repo.api.list_repo_commits(repo.repo_id)[0].title == "first"
+
+
+def send_while(folder, repo, do):
+    """Push, and have another process do something once, when the files have been looked at and nothing is sent."""
+    todo = [do]
+
+    def describe(*args):
+        if todo:
+            todo.pop()()
+        return description(*args, repo_id=repo.repo_id)
+
+    return push(folder, repo, describe)
+
+
+def grown_otherwise(path, key):
+    """Another process grew a stage again, with other sums."""
+    stage = path / key.path
+    tensors = {name: tensor + 1 for name, tensor in load_file(stage / "adapter_model.safetensors").items()}
+    files = {**SystemFolder(path).stage_record(key)["files"]}
+    shutil.copytree(stage, stage.with_name(".tmp-other"))
+    shutil.rmtree(stage)
+    stage.with_name(".tmp-other").rename(stage)
+    save_file(tensors, stage / "adapter_model.safetensors", {"format": "pt"})
+    files["adapter_model.safetensors"] = file_digest(stage / "adapter_model.safetensors")
+    forge_stage(path, str(key), files=files)
+
+
+def test_a_stage_that_is_grown_anew_while_it_is_pushed_comes_with_its_own_record(system, repo):
+    key = next(key for key in system.stages if key.depth == 2)
+    send_while(system, repo, lambda: grown_otherwise(system.path, key))
+    there = SystemFolder(system.path)
+    assert repo.state().stages[key]["files"] == there.stage_record(key)["files"]
+    pulled = HubFolder(repo.repo_id)
+    assert pulled.valid_stages == there.valid_stages
+    for stage in sorted(pulled.valid_stages):
+        assert pulled.read_adapter(stage) == there.read_adapter(stage)
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_no_push_brings_what_another_process_deleted_by_then(system, repo, moment):
+    # Of a slice that no stage saw: no file goes that would be missed.
+    for stage in system.stages:
+        if stage.saw({(1, 1)}):
+            shutil.rmtree(system.path / stage.path)
+    system.refresh()
+    if moment == "meanwhile":
+        send(system, repo)
+    victim, other = member(system, 1, 1), SystemFolder(system.path)
+    if moment == "before":
+        apply(other, [victim])
+        send(system, repo)
+    else:
+        send_while(system, repo, lambda: apply(other, [victim]))
+    assert other.names.id_digest(victim) in repo.state().ledger.deleted
+    assert len(HubFolder(repo.repo_id).table) == len(other.table)
 
 
 def test_pushing_again_uploads_nothing(system, repo, hub):

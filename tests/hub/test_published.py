@@ -59,7 +59,7 @@ class Published:
     """What a stranger reads of a system: the files of a push."""
 
     def __init__(self, folder: SystemFolder, path: Path):
-        files, _ = _operations(folder, HubState("", {}), lambda *_: {}, None)
+        files = _operations(folder, HubState("", {}), lambda *_: {}, None).added
         for name, content in files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
