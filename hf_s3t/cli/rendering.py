@@ -266,7 +266,7 @@ def show_recommendation(found: "Recommendation") -> None:
         ("shards (m)", best.num_shards),
         ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
         ("stages per shard", f"{best.num_stages // best.num_shards}: {best.plan}"),
-        ("rows of earlier slices", f"replay={best.replay:g}"),
+        ("rows of earlier slices", f"replay={best.replay:g}, {best.replay_reason}"),
         ("epochs per stage", f"{best.epochs}; at least {best.steps_of_first_stage} steps"),
         ("first training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
         ("stages, storage", f"{best.num_stages}, {size}"),
@@ -297,8 +297,8 @@ def show_recommendation(found: "Recommendation") -> None:
     columns = ("month", "grown again", "never", published)
     _table(columns, [(f"{month:.4g}", *(f"{depth:.1f}" for depth in depths)) for month, *depths in over_time])
     say("more depth costs more training (months until dead and exhausted: if never grown again):")
-    of_each = ("", "m", "L", "layers", "stages", "of each shard", "first hours", "after each request", "hours a month")
-    ends = (f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
+    of_each = ("", "m", "L", "layers", "stages", "of each shard", "replay", "first hours")
+    ends = ("after each request", "hours a month", f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
 
 
@@ -358,6 +358,7 @@ def _option(option: "Option", is_chosen: bool) -> tuple[Any, ...]:
         option.layers_per_slice,
         option.num_stages,
         option.plan,
+        f"{option.replay:g}",
         f"{option.training_hours:.3g}",
         option.after_each_request,
         f"{option.hours_per_month:.3g}",
