@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import require_int
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS
 from ..sequences.families import best_family, depths_of_hit_sets, lattice, stages_of, work_of
 from ..sequences.rules import select_sequences
@@ -371,9 +371,9 @@ def shapes(workload: Workload, backbone: Backbone, max_shards: int, replay: floa
         _, steps = _epochs(workload, workload.num_examples // size)
         raise ConfigError(
             f"num_examples={workload.num_examples} with batch_size={workload.batch_size}: even one shard of {size} "
-            f"slices gives its first stage {steps} steps in {max(MOST_EPOCHS, workload.epochs)} epochs, expected at "
-            f"least {LEAST_STEPS}, below which a stage does not converge. Lower the batch size, or train one adapter "
-            "and train it again for each deletion."
+            f"slices gives its first stage {counted(steps, 'step')} in "
+            f"{counted(max(MOST_EPOCHS, workload.epochs), 'epoch')}, expected at least {LEAST_STEPS}, below which a "
+            "stage does not converge. Lower the batch size, or train one adapter and train it again for each deletion."
         )
     return found
 
@@ -472,7 +472,7 @@ def _epochs(workload: Workload, slice_examples: int) -> tuple[int, int]:
 def _reason_of_replay(rows_per_slice: int) -> str:
     least = next((rows for rows, _ in _REPLAYS if rows_per_slice >= rows), None)
     bound = f"fewer than {_REPLAYS[-1][0]}" if least is None else f"{least} or more"
-    return f"by {rows_per_slice} rows a slice ({bound})"
+    return f"by {counted(rows_per_slice, 'row')} a slice ({bound})"
 
 
 def _kinds(num_slices: int, replay: float) -> Iterator[_Kind]:
@@ -586,6 +586,6 @@ def _in_words(policy: Policy, num_slices: int) -> str:
     if policy.trigger == 0:
         return "no stage"
     if policy.extra:
-        return "1 stage" if policy.extra == 1 else f"{policy.extra} stages"
+        return counted(policy.extra, "stage")
     deep = f"all {num_slices} slices" if policy.target == num_slices else f"{policy.target} of {num_slices} slices"
     return f"stages until every shard serves {deep}"

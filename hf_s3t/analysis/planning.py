@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import require_choice, require_int, require_share
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS, Plan
 from ..sequences.rules import select_sequences
 from .backbone import TARGETS, Backbone
@@ -324,14 +324,14 @@ def _notes(
     if not meets_goal:
         end = "a shard is dead" if until == "first_shard" else "all shards are dead"
         yield (
-            f"Nothing considered is expected to last {goal_months:g} months until {end} and to serve "
+            f"Nothing considered is expected to last {counted(goal_months, 'month')} until {end} and to serve "
             f"{100 * goal_depth:g}% of its slices in the mean: this comes closest. More may be had for more hours "
             "(--max-hours, --max-hours-per-month) or more shards (--max-shards)."
         )
     if chosen.epochs > workload.epochs:
         yield (
-            f"{chosen.epochs} epochs instead of {workload.epochs}: the first stage of a sequence sees one slice only, "
-            f"and a stage of fewer than about {LEAST_STEPS} steps does not converge."
+            f"{counted(chosen.epochs, 'epoch')} instead of {workload.epochs}: the first stage of a sequence sees one "
+            f"slice only, and a stage of fewer than about {LEAST_STEPS} steps does not converge."
         )
     if chosen.num_shards * chosen.num_slices * LEAST_STEPS * workload.batch_size > workload.num_examples * 10:
         yield "There are few examples per slice: compare the quality with that of ordinary fine-tuning first."
