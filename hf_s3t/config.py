@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .errors import ConfigError, FormatVersionError
+from .errors import ConfigError, FormatVersionError, counted
 
 
 FORMAT_VERSION = 1
@@ -242,8 +242,9 @@ class S3TConfig:
             self.layers_per_slice = list(self.layers_per_slice)
             if len(self.layers_per_slice) != self.num_slices:
                 raise ConfigError(
-                    f"`layers_per_slice` has {len(self.layers_per_slice)} entries, but num_slices={self.num_slices}. "
-                    "Give one number of layers per slice, top first, or a single number for all."
+                    f"`layers_per_slice` has {counted(len(self.layers_per_slice), 'value')}, but "
+                    f"num_slices={self.num_slices}. Give one number of layers per slice, top first, or a single "
+                    "number for all."
                 )
             for count in self.layers_per_slice:
                 require_int("layers_per_slice", count, 1)
@@ -264,8 +265,8 @@ class S3TConfig:
         priors = given if per_shard else [given]
         if per_shard and len(priors) != self.num_shards:
             raise ConfigError(
-                f"`deletion_prior` has {len(priors)} lists, but num_shards={self.num_shards}. Give one list for all "
-                "shards or one list per shard."
+                f"`deletion_prior` has {counted(len(priors), 'list')}, but num_shards={self.num_shards}. Give one "
+                "list for all shards or one list per shard."
             )
         for prior in priors:
             check_prior(prior, self.num_slices)
@@ -303,8 +304,8 @@ class S3TConfig:
         counts = sorted({len(sequences) for sequences in lists})
         if self.budget is not None and counts != [self.budget]:
             raise ConfigError(
-                f"budget={self.budget}, but `sequence_selection` lists {' or '.join(map(str, counts))} sequences per "
-                "shard. Leave `budget` out when the sequences are listed."
+                f"budget={self.budget}, but the number of sequences that `sequence_selection` lists for a shard is "
+                f"{' or '.join(map(str, counts))}. Leave `budget` out when the sequences are listed."
             )
 
     def _check_rule(self, rule: str) -> None:
@@ -346,7 +347,7 @@ class S3TConfig:
             raise ConfigError(
                 f'sequence_selection="{LATTICE}" trains one stage for each set of at most {LATTICE_MOST_SLICES} '
                 f"slices, got num_slices={self.num_slices}: {2**self.num_slices - 1} stages a shard. Lower "
-                "`num_slices`, or give `work_budget`."
+                f"`num_slices`, or give `{'work_budget' if self.num_slices <= FAMILY_MOST_SLICES else 'budget'}`."
             )
 
     def _sequences_at_most(self) -> int:
@@ -381,7 +382,8 @@ class S3TConfig:
             raise ConfigError(expected) from error
         if nested and len(shards) != self.num_shards:
             raise ConfigError(
-                f"`sequence_selection` lists sequences for {len(shards)} shards, but num_shards={self.num_shards}."
+                f"`sequence_selection` lists sequences for {counted(len(shards), 'shard')}, but num_shards="
+                f"{self.num_shards}. Give one list of sequences for all shards, or one list of them per shard."
             )
         for sequences in shards:
             if not sequences:
@@ -503,8 +505,8 @@ def check_prior(prior: Sequence[float], num_slices: int) -> None:
     """
     if len(prior) != num_slices:
         raise ConfigError(
-            f"`deletion_prior` has {len(prior)} entries, expected num_slices={num_slices}. Give one probability per "
-            "slice."
+            f"`deletion_prior` has {counted(len(prior), 'value')}, expected num_slices={num_slices}. Give one "
+            "probability per slice."
         )
     numeric = all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in prior)
     # Compared with a bound, because an integer may be too large for a float; and NaN is within none.
@@ -538,9 +540,10 @@ def require_chain(name: str, work: float, num_slices: int, replay: float) -> Non
     chain = math.fsum(share * (num_slices + i) for i, share in enumerate(seen, start=1)) / (2 * num_slices**2)
     # The sum of the same floats in another order pays still.
     if work < chain - 1e-9:
+        lower = ", or lower `replay`" if replay > 0 and num_slices > 1 else ""
         raise ConfigError(
-            f"{name}={work:g}, but one chain of num_slices={num_slices} stages costs "
-            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much, or lower `replay`."
+            f"{name}={work:g}, but one chain of stages with num_slices={num_slices} costs "
+            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much{lower}."
         )
 
 

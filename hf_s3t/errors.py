@@ -22,6 +22,8 @@ The errors of hf_s3t: every one is an `S3TError` and also what Python callers wo
     - HubError (OSError)
         - TransferError
         - MergeNeededError
+
+And how what they say, as all else that is said, names a number of things: `counted`.
 """
 
 
@@ -111,3 +113,9 @@ class TransferError(HubError):
 
 class MergeNeededError(HubError):
     """The Hub knows of deletions that the folder to be pushed does not."""
+
+
+def counted(number: float, what: str) -> str:
+    """A number of things, as a sentence says it: `1 stage`, `2 stages`."""
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {what}" + ("" if number == 1 else "s")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import require_int
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS
 from ..sequences.families import best_family, depths_of_hit_sets, lattice, stages_of, work_of
 from ..sequences.rules import select_sequences
@@ -20,7 +20,7 @@ from .rates import deletion_rate
 from .streams import Policy, Stream, streams_of
 
 
-__all__ = ["MOST_EPOCHS", "Option", "Shape", "Workload", "shapes", "survival"]
+__all__ = ["MOST_EPOCHS", "Option", "Shape", "Workload", "replay_for", "shapes", "survival"]
 
 # A stage that reads its slice more often does not converge better, in our experience.
 MOST_EPOCHS = 30
@@ -31,6 +31,8 @@ _MOST_SLICES_OF_LATTICE = 6
 _BUDGETS = {2: (1.5,), 3: (1.5, 2.0), 4: (1.6, 2.0, 2.5), 5: (1.5, 2.5), 6: (1.5,)}
 _SEQUENCES = (2, 4)
 _SHARDS_ONE_BY_ONE = 8
+# From how many rows a slice on which share of replay ended within half a point of all rows, where it was measured.
+_REPLAYS = ((600, 0.25), (200, 0.5))
 # Requests that are simulated one by one; what comes after is as in the second half of them.
 _SIMULATED = 300
 _BYTES_PER_WEIGHT = 4
@@ -82,6 +84,7 @@ class Option:
         work_budget (`float` or `None`): Else what its family may cost, as `S3TConfig` counts it.
         budget (`int` or `None`): Else the number of sequences `B` per shard.
         replay (`float`): Share of the earlier slices' rows in an epoch.
+        replay_reason (`str`): Why so much, in words.
         epochs (`int`): Epochs of every stage.
         steps_of_first_stage (`int`): Optimizer steps of the shortest stage.
         num_stages (`int`): Stages to train.
@@ -121,6 +124,7 @@ class Option:
     work_budget: float | None
     budget: int | None
     replay: float
+    replay_reason: str
     epochs: int
     steps_of_first_stage: int
     num_stages: int
@@ -208,6 +212,7 @@ class Shape:
     layers_per_slice: int
     kind: _Kind
     replay: float
+    replay_reason: str
     epochs: int
     steps: int
     works: tuple[float, ...]
@@ -302,6 +307,7 @@ class Shape:
             work_budget=self.kind if isinstance(self.kind, float) else None,
             budget=self.kind if isinstance(self.kind, int) else None,
             replay=self.replay,
+            replay_reason=self.replay_reason,
             epochs=self.epochs,
             steps_of_first_stage=self.steps,
             num_stages=num_stages,
@@ -330,7 +336,7 @@ class Shape:
         )
 
 
-def shapes(workload: Workload, backbone: Backbone, max_shards: int, replay: float) -> list[Shape]:
+def shapes(workload: Workload, backbone: Backbone, max_shards: int, replay: float | None = None) -> list[Shape]:
     """
     The ways to set up a system that have enough steps for each stage.
 
@@ -338,7 +344,8 @@ def shapes(workload: Workload, backbone: Backbone, max_shards: int, replay: floa
         workload ([`Workload`]): Data and requests.
         backbone ([`~hf_s3t.analysis.backbone.Backbone`]): The model.
         max_shards (`int`): Number of shards at most.
-        replay (`float`): Share of the earlier slices' rows in an epoch.
+        replay (`float`, *optional*):
+            Share of the earlier slices' rows in an epoch; if not given, [`replay_for`] the rows of a slice.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If there are too few examples for any.
@@ -350,23 +357,48 @@ def shapes(workload: Workload, backbone: Backbone, max_shards: int, replay: floa
     found = []
     for m in _numbers_of_shards(max_shards):
         for size in sizes:
-            epochs, steps = _epochs(workload, workload.num_examples // (m * size))
+            rows = workload.num_examples // (m * size)
+            epochs, steps = _epochs(workload, rows)
             if steps < LEAST_STEPS:
                 continue
             per_slice = layers // size
-            works = tuple(stage_cost(depth, size, per_slice, layers, replay) for depth in range(1, size + 1))
-            for kind in _kinds(size, replay):
-                found.append(Shape(m, size, per_slice, kind, replay, epochs, steps, works, workload))
+            share, reason = (replay_for(rows), _reason_of_replay(rows)) if replay is None else (replay, "as given")
+            works = tuple(stage_cost(depth, size, per_slice, layers, share) for depth in range(1, size + 1))
+            for kind in _kinds(size, share):
+                found.append(Shape(m, size, per_slice, kind, share, reason, epochs, steps, works, workload))
     if not found:
         size = sizes[0]
         _, steps = _epochs(workload, workload.num_examples // size)
         raise ConfigError(
             f"num_examples={workload.num_examples} with batch_size={workload.batch_size}: even one shard of {size} "
-            f"slices gives its first stage {steps} steps in {max(MOST_EPOCHS, workload.epochs)} epochs, expected at "
-            f"least {LEAST_STEPS}, below which a stage does not converge. Lower the batch size, or train one adapter "
-            "and train it again for each deletion."
+            f"slices gives its first stage {counted(steps, 'step')} in "
+            f"{counted(max(MOST_EPOCHS, workload.epochs), 'epoch')}, expected at least {LEAST_STEPS}, below which a "
+            "stage does not converge. Lower the batch size, or train one adapter and train it again for each deletion."
         )
     return found
+
+
+def replay_for(rows_per_slice: int) -> float:
+    """
+    The share of replay for slices of a size: the smallest that ended within half a point of all rows, where measured.
+
+    Args:
+        rows_per_slice (`int`):
+            Training examples in a slice.
+
+    Returns:
+        `float`: Share of the earlier slices' rows in an epoch of a stage.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.analysis.options import replay_for
+
+    >>> [replay_for(rows) for rows in (600, 599, 200, 199)]
+    [0.25, 0.5, 0.5, 1.0]
+    ```
+    """
+    return next((share for rows, share in _REPLAYS if rows_per_slice >= rows), 1.0)
 
 
 def survival(option: Option, deletions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -435,6 +467,12 @@ def _epochs(workload: Workload, slice_examples: int) -> tuple[int, int]:
         return workload.epochs, 0
     epochs = min(max(workload.epochs, math.ceil(LEAST_STEPS / per_epoch)), max(MOST_EPOCHS, workload.epochs))
     return epochs, epochs * per_epoch
+
+
+def _reason_of_replay(rows_per_slice: int) -> str:
+    least = next((rows for rows, _ in _REPLAYS if rows_per_slice >= rows), None)
+    bound = f"fewer than {_REPLAYS[-1][0]}" if least is None else f"{least} or more"
+    return f"by {counted(rows_per_slice, 'row')} a slice ({bound})"
 
 
 def _kinds(num_slices: int, replay: float) -> Iterator[_Kind]:
@@ -548,6 +586,6 @@ def _in_words(policy: Policy, num_slices: int) -> str:
     if policy.trigger == 0:
         return "no stage"
     if policy.extra:
-        return "1 stage" if policy.extra == 1 else f"{policy.extra} stages"
+        return counted(policy.extra, "stage")
     deep = f"all {num_slices} slices" if policy.target == num_slices else f"{policy.target} of {num_slices} slices"
     return f"stages until every shard serves {deep}"

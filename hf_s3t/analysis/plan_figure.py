@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import counted
 from .pictures import FIRST, OURS, PAPER, SISA, check_picture, finish, new_figure, plain_numbers, save
 from .planning import Option, Recommendation, Workload
 
@@ -69,7 +70,7 @@ def _draw_depth(axes: "Axes", found: Recommendation, workload: Workload) -> None
         )
     axes.set(
         title=f"m = {best.num_shards}, L = {best.num_slices}, {best.plan}: expected depth",
-        xlabel=f"months, at {workload.deletions_per_month:g} requests each",
+        xlabel=f"months, at {counted(workload.deletions_per_month, 'request')} each",
         ylabel="slices that serve",
         ylim=(0, 1.35 * best.num_slices),
         xlim=(0, None),
@@ -95,7 +96,7 @@ def _draw_costs(axes: "Axes", found: Recommendation) -> None:
     axes.axhline(100 * found.goal_depth, color=PAPER, linestyle=":", label="goal")
     axes.set(
         title="More depth costs more training (m·L·stages of a shard)",
-        xlabel=f"training (hours in {found.goal_months:g} months)",
+        xlabel=f"training (hours in {counted(found.goal_months, 'month')})",
         ylabel="slices that serve, in the mean (%)",
         xscale="log",
     )

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..config import require_choice, require_int
-from ..errors import ConfigError
+from ..config import require_choice, require_int, require_share
+from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS, Plan
 from ..sequences.rules import select_sequences
 from .backbone import TARGETS, Backbone
@@ -21,6 +21,7 @@ from .options import (
     Workload,
     depths_of,
     published,
+    replay_for,
     require_positive,
     shapes,
     stage_cost,
@@ -33,20 +34,18 @@ from .streams import Policy
 
 __all__ = [
     "MOST_EPOCHS",
-    "REPLAY",
     "TARGETS",
     "Backbone",
     "Option",
     "Recommendation",
     "Workload",
     "recommend",
+    "replay_for",
     "sequence_cost",
     "storage",
     "survival",
 ]
 
-# The smallest share that ended within half a point of all rows where it was measured.
-REPLAY = 0.5
 # Of the options, those are shown that serve at least so much of their slices more than the next cheaper one.
 _WORTH_SHOWING = 0.04
 # Streams of requests of each option: to compare all of them, and to say what is expected of those that are shown.
@@ -114,7 +113,7 @@ def recommend(
     goal_months: float = 12.0,
     goal_depth: float = 0.75,
     until: str = "first_shard",
-    replay: float = REPLAY,
+    replay: float | None = None,
     max_hours: float | None = None,
     max_hours_per_month: float | None = None,
     max_shards: int = 5,
@@ -140,8 +139,9 @@ def recommend(
         until (`str`, defaults to `"first_shard"`):
             What must not be expected within these months: that a request leaves a shard with nothing to serve until
             it is grown again, or `"exhausted"`, that one leaves all of them so.
-        replay (`float`, defaults to 0.5):
-            Share of the earlier slices' rows in an epoch of a stage.
+        replay (`float`, *optional*):
+            Share of the earlier slices' rows in an epoch of a stage. If not given, what kept up with all rows in
+            slices of as many rows where that was measured: 0.25 from 600 on, 0.5 from 200 on, 1.0 below.
         max_hours (`float`, *optional*):
             Hours that the first training may take.
         max_hours_per_month (`float`, *optional*):
@@ -163,13 +163,13 @@ def recommend(
 
     >>> plan = recommend(Workload(50_000, deletions_per_month=2, hours_per_epoch=1.0), Backbone(num_layers=24))
     >>> plan.chosen.settings
-    {'num_shards': 5, 'num_slices': 4, 'work_budget': 2.4, 'replay': 0.5}
+    {'num_shards': 5, 'num_slices': 4, 'work_budget': 1.9, 'replay': 0.25}
     >>> plan.chosen.after_each_request
     'stages until every shard serves 3 of 4 slices'
     ```
     """
     _check_goals(goal_months, goal_depth, until, replay, max_hours, max_hours_per_month, max_shards)
-    found = shapes(workload, backbone, max_shards, float(replay))
+    found = shapes(workload, backbone, max_shards, None if replay is None else float(replay))
     if max_hours is not None:
         cheapest = min(shape.hours for shape in found)
         found = [shape for shape in found if shape.hours <= max_hours]
@@ -281,7 +281,7 @@ def _check_goals(
     goal_months: float,
     goal_depth: float,
     until: str,
-    replay: float,
+    replay: float | None,
     max_hours: float | None,
     max_hours_per_month: float | None,
     max_shards: int,
@@ -290,9 +290,9 @@ def _check_goals(
     for name, value in (("max_hours", max_hours), ("max_hours_per_month", max_hours_per_month)):
         if value is not None:
             require_positive(name, value)
-    for name, value in (("goal_depth", goal_depth), ("replay", replay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ConfigError(f"`{name}` must be a share from 0 to 1, got {value!r}.")
+    require_share("goal_depth", goal_depth)
+    if replay is not None:
+        require_share("replay", replay)
     require_choice("until", until, UNTIL)
     require_int("max_shards", max_shards, 1)
 
@@ -324,14 +324,14 @@ def _notes(
     if not meets_goal:
         end = "a shard is dead" if until == "first_shard" else "all shards are dead"
         yield (
-            f"Nothing considered is expected to last {goal_months:g} months until {end} and to serve "
+            f"Nothing considered is expected to last {counted(goal_months, 'month')} until {end} and to serve "
             f"{100 * goal_depth:g}% of its slices in the mean: this comes closest. More may be had for more hours "
             "(--max-hours, --max-hours-per-month) or more shards (--max-shards)."
         )
     if chosen.epochs > workload.epochs:
         yield (
-            f"{chosen.epochs} epochs instead of {workload.epochs}: the first stage of a sequence sees one slice only, "
-            f"and a stage of fewer than about {LEAST_STEPS} steps does not converge."
+            f"{counted(chosen.epochs, 'epoch')} instead of {workload.epochs}: the first stage of a sequence sees one "
+            f"slice only, and a stage of fewer than about {LEAST_STEPS} steps does not converge."
         )
     if chosen.num_shards * chosen.num_slices * LEAST_STEPS * workload.batch_size > workload.num_examples * 10:
         yield "There are few examples per slice: compare the quality with that of ordinary fine-tuning first."

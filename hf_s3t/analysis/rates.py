@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..config import check_prior, require_choice, require_int
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..sequences.rules import check_prefixes
 
 
@@ -380,13 +380,15 @@ def _checked_sequences(
     given: list[Any] = list(sequences) if per_shard else [sequences] * num_shards
     if len(given) != num_shards:
         raise ConfigError(
-            f"`sequences` lists sequences for {len(given)} shards, but num_shards={num_shards}. Give one list for all "
-            "shards or one per shard."
+            f"`sequences` lists sequences for {counted(len(given), 'shard')}, but num_shards={num_shards}. Give one "
+            "list for all shards or one per shard."
         )
     lists = [check_prefixes(shard, num_slices) for shard in given]
     wrong = sorted({len(shard) for shard in lists} - {budget})
     if wrong and budget is not None:
-        raise ConfigError(f"`sequences` gives a shard {wrong[0]} sequences, but budget={budget}. Make them agree.")
+        raise ConfigError(
+            f"`sequences` gives a shard {counted(wrong[0], 'sequence')}, but budget={budget}. Make them agree."
+        )
     return lists
 
 
@@ -399,8 +401,8 @@ def _checked_sets(first_slices_alive: Iterable[Iterable[int]], num_shards: int, 
         ) from error
     if len(sets) != num_shards:
         raise ConfigError(
-            f"`first_slices_alive` has {len(sets)} entries, but num_shards={num_shards}. Give a set for every shard, "
-            "an empty one where it is dead."
+            f"`first_slices_alive` has {counted(len(sets), 'value')}, but num_shards={num_shards}. Give a set for "
+            "every shard, an empty one where it is dead."
         )
     wrong = sorted(set().union(*sets) - set(range(num_slices)), key=repr)
     if wrong:
@@ -476,8 +478,8 @@ def _priors(prior: Prior | None, num_shards: int, num_slices: int) -> list[Seque
     priors: list[Sequence[float]] = list(prior) if _is_list(prior[0]) else [prior] * num_shards
     if len(priors) != num_shards:
         raise ConfigError(
-            f"`prior` has {len(priors)} lists, but num_shards={num_shards}. Give one list for all shards or one per "
-            "shard."
+            f"`prior` has {counted(len(priors), 'list')}, but num_shards={num_shards}. Give one list for all shards "
+            "or one per shard."
         )
     for values in priors:
         check_prior(values, num_slices)

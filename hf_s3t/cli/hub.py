@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import counted
 from ..folder.opening import open_folder
 from . import rendering
 from .arguments import AsJson, DryRun, Folder, Repo, Token
@@ -59,12 +60,12 @@ def pull(
     from ..hub.folder import HubFolder
 
     system = HubFolder(repo_id, revision, token)
-    stages = len(system.valid_stages)
+    stages = counted(len(system.valid_stages), "stage")
     if dry_run:
-        rendering.say(f"would pull {stages} stages of {repo_id} at {system.commit} to {target}")
+        rendering.say(f"would pull {stages} of {repo_id} at {system.commit} to {target}")
     else:
         system.copy_to(target)
-        rendering.say(f"{repo_id} at {system.commit} is in {target}: {stages} stages")
+        rendering.say(f"{repo_id} at {system.commit} is in {target}: {stages}")
 
 
 def erase(repo_id: Repo, token: Token = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:

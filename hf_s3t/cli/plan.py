@@ -90,7 +90,12 @@ Depth = Annotated[
 ]
 Replay = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Share of earlier slices' rows in an epoch of a stage.", show_default="0.5"),
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of earlier slices' rows in an epoch of a stage: 0.25 from 600 rows a slice, 0.5 from 200, else 1.",
+        show_default="by the rows of a slice",
+    ),
 ]
 EndsWith = Annotated[
     Until, typer.Option(help="What should not come sooner: the first dead shard, or all of them dead at once.")
@@ -135,7 +140,7 @@ def plan(
     knows where examples lie.
     """
     # It simulates, by libraries that are slow to import, and only this command needs it.
-    from ..analysis.planning import REPLAY, Workload, recommend
+    from ..analysis.planning import Workload, recommend
 
     _check_what_is_measured(examples, hours_per_epoch, model, measure)
     targets = None if target_modules is None else target_modules.value
@@ -159,7 +164,7 @@ def plan(
             goal_months=months,
             goal_depth=depth,
             until=until.value,
-            replay=REPLAY if replay is None else replay,
+            replay=replay,
             max_hours=max_hours,
             max_hours_per_month=max_hours_per_month,
             max_shards=max_shards,

@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import counted
 from ..folder.foreign import printable
 from ..operations.deletion import DeletionPreview
 from ..operations.pending import PendingReceipt
@@ -40,8 +41,8 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     """The depths of every shard, what is there of its plan, and what is left."""
     valid, planned = status["stages"]
     say(
-        f"{_count(status['examples'], 'example')}, {_count(status['deletions'], 'deletion')}, {valid} of "
-        f"{_count(planned, 'stage')}"
+        f"{counted(status['examples'], 'example')}, {counted(status['deletions'], 'deletion')}, {valid} of "
+        f"{counted(planned, 'stage')}"
     )
     if plan.by_sets:
         _show_sets(status["depths"], status["sets"])
@@ -52,14 +53,14 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
     if status["pending"]:
-        say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
+        say(f"waiting for `hf-s3t apply-pending`, and in until then: {counted(status['pending'], 'example')}")
     if status["is_exhausted"]:
         _show_exhausted(status["examples"])
 
 
 def _show_sets(depths: Sequence[int], sets: Sequence[Sequence[tuple[int, int]]]) -> None:
     sizes = range(1, max(map(len, sets)) + 1)
-    columns = [_count(size, "slice") for size in sizes]
+    columns = [counted(size, "slice") for size in sizes]
     rows = [
         (shard, depth, *(f"{there} of {planned}" for there, planned in own), *[""] * (len(sizes) - len(own)))
         for shard, (depth, own) in enumerate(zip(depths, sets, strict=True))
@@ -83,7 +84,7 @@ def _show_what_is_left_to_train(status: dict[str, Any]) -> None:
     step = status["next_stage"]
     now, later = fmean(status["depths"]), status["expected_depth"]
     say(
-        f"left to train: {_count(status['stages_left'], 'stage')}, the work of {_work(status['work_left'])} full "
+        f"left to train: {counted(status['stages_left'], 'stage')}, the work of {_work(status['work_left'])} full "
         "fine-tunings"
     )
     serves = "its loss decides whether it serves"
@@ -99,13 +100,13 @@ def show_push(report: "PushReport", dry_run: bool) -> None:
     """What a push did, or would do, on the Hub and where it took in deletions here."""
     if report.forgotten:
         forgot = "would forget here" if dry_run else "forgot here"
-        say(f"{forgot} what {report.repo_id} knows as deleted: {_count(report.forgotten, 'example')}")
+        say(f"{forgot} what {report.repo_id} knows as deleted: {counted(report.forgotten, 'example')}")
         say(f"stages {'that would go' if dry_run else 'removed'} here: {_list(report.stages_removed)}")
     if not (report.added or report.deleted):
         say(f"{report.repo_id} is up to date at {report.commit}")
         return
     done = "would change" if dry_run else "changed"
-    say(f"{done} {report.repo_id}: {_count(len(report.added), 'file')} added, {len(report.deleted)} deleted")
+    say(f"{done} {report.repo_id}: {counted(len(report.added), 'file')} added, {len(report.deleted)} deleted")
     if not dry_run:
         say(f"commit {report.commit}")
     if report.deleted:
@@ -115,7 +116,7 @@ def show_push(report: "PushReport", dry_run: bool) -> None:
 def show_erasure(report: "ErasureReport") -> None:
     """What is gone from the Hub, and what nobody here can confirm."""
     done = "would erase" if report.is_dry_run else "erased"
-    say(f"{done} {_count(report.blobs, 'large file')} ({decimal(report.bytes)}) of {report.repo_id}")
+    say(f"{done} {counted(report.blobs, 'large file')} ({decimal(report.bytes)}) of {report.repo_id}")
     if report.refs_removed:
         say(f"branches and tags {'to be ' if report.is_dry_run else ''}removed: {', '.join(report.refs_removed)}")
     for line in report.confirmed:
@@ -128,7 +129,7 @@ def show_erasure(report: "ErasureReport") -> None:
 def show_pending(receipt: PendingReceipt) -> None:
     """A request that was recorded for later."""
     say(
-        f"recorded {receipt.time}: {_count(receipt.requested, 'example')} to be forgotten, {receipt.already_deleted} "
+        f"recorded {receipt.time}: {counted(receipt.requested, 'example')} to be forgotten, {receipt.already_deleted} "
         "deleted before"
     )
     _show_passed_over(receipt)
@@ -136,7 +137,7 @@ def show_pending(receipt: PendingReceipt) -> None:
     if receipt.apply_by is not None:
         # A process that runs by then does not see it: no time is kept but by a load.
         due = f"by `hf-s3t apply-pending`, or by the first load of the model after {receipt.apply_by}"
-    say(f"waiting in all, and in until deleted {due}: {_count(receipt.pending, 'example')}")
+    say(f"waiting in all, and in until deleted {due}: {counted(receipt.pending, 'example')}")
 
 
 def show_places(
@@ -156,7 +157,7 @@ def show_places(
 
 def show_preview(preview: DeletionPreview) -> None:
     """What a deletion would do."""
-    say(f"would unlearn {_count(len(preview.present), 'example')}, {preview.already_deleted} deleted before")
+    say(f"would unlearn {counted(len(preview.present), 'example')}, {preview.already_deleted} deleted before")
     _show_passed_over(preview)
     _show_depths(preview.depths_before, preview.depths_after)
     say(f"stages that would go: {_list(preview.stages_removed)}")
@@ -170,7 +171,7 @@ def show_preview(preview: DeletionPreview) -> None:
 def show_report(report: UnlearningReport, receipt: Receipt | None, examples_left: int) -> None:
     """What a deletion did, and whether there is anything left to train on."""
     say(
-        f"unlearned {_count(report.deleted, 'example')} in {report.seconds * 1000:.1f} ms, {report.already_deleted} "
+        f"unlearned {counted(report.deleted, 'example')} in {report.seconds * 1000:.1f} ms, {report.already_deleted} "
         "deleted before"
     )
     _show_passed_over(report)
@@ -240,9 +241,9 @@ def show_purge(purge: Purge, dry_run: bool) -> None:
 
 def show_measured(found: "Measured") -> None:
     """What stages took, where a few steps of them were trained."""
-    say(f"measured on {found.device}, {_count(found.rows, 'row')}:")
+    say(f"measured on {found.device}, {counted(found.rows, 'row')}:")
     speeds = [
-        f"{seconds:.3g} seconds a step, {examples:.3g} examples a second, {_count(depth, 'layer')} trained"
+        f"{seconds:.3g} seconds a step, {examples:.3g} examples a second, {counted(depth, 'layer')} trained"
         for seconds, examples, depth in zip(
             found.seconds_per_step, found.examples_per_second, found.depths, strict=True
         )
@@ -259,15 +260,15 @@ def show_measured(found: "Measured") -> None:
 def show_recommendation(found: "Recommendation") -> None:
     """What to set up and how to keep it up, what to expect of it, and what else there is."""
     best = found.chosen
-    layers = "1 layer" if best.layers_per_slice == 1 else f"{best.layers_per_slice} layers"
+    layers = counted(best.layers_per_slice, "layer")
     size = "not known without --model or --hidden-size" if best.storage_bytes is None else decimal(best.storage_bytes)
-    goal = f"{found.goal_months:g} months"
+    goal = counted(found.goal_months, "month")
     rows = [
         ("shards (m)", best.num_shards),
         ("slices per shard (L)", f"{best.num_slices} of {layers} each"),
         ("stages per shard", f"{best.num_stages // best.num_shards}: {best.plan}"),
-        ("rows of earlier slices", f"replay={best.replay:g}"),
-        ("epochs per stage", f"{best.epochs}; at least {best.steps_of_first_stage} steps"),
+        ("rows of earlier slices", f"replay={best.replay:g}, {best.replay_reason}"),
+        ("epochs per stage", f"{best.epochs}; at least {counted(best.steps_of_first_stage, 'step')}"),
         ("first training", f"{_hours(best.training_hours)}, {best.cost_ratio:.1f} times ordinary fine-tuning"),
         ("stages, storage", f"{best.num_stages}, {size}"),
         ("after each request", f"grow {best.after_each_request}"),
@@ -284,8 +285,8 @@ def show_recommendation(found: "Recommendation") -> None:
         ("exhausted", _end(best.months_until_exhausted, best.deletions_until_exhausted)),
         (
             "targeted requests",
-            f"{best.targeted_deletions_until_first_dead_shard} kill a shard, "
-            f"{best.targeted_deletions_until_exhausted} exhaust the system",
+            f"{_does(best.targeted_deletions_until_first_dead_shard, 'kill')} a shard, "
+            f"{_does(best.targeted_deletions_until_exhausted, 'exhaust')} the system",
         ),
     ]
     _table(("", ""), rows, header=False)
@@ -297,8 +298,8 @@ def show_recommendation(found: "Recommendation") -> None:
     columns = ("month", "grown again", "never", published)
     _table(columns, [(f"{month:.4g}", *(f"{depth:.1f}" for depth in depths)) for month, *depths in over_time])
     say("more depth costs more training (months until dead and exhausted: if never grown again):")
-    of_each = ("", "m", "L", "layers", "stages", "of each shard", "first hours", "after each request", "hours a month")
-    ends = (f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
+    of_each = ("", "m", "L", "layers", "stages", "of each shard", "replay", "first hours")
+    ends = ("after each request", "hours a month", f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
 
 
@@ -358,6 +359,7 @@ def _option(option: "Option", is_chosen: bool) -> tuple[Any, ...]:
         option.layers_per_slice,
         option.num_stages,
         option.plan,
+        f"{option.replay:g}",
         f"{option.training_hours:.3g}",
         option.after_each_request,
         f"{option.hours_per_month:.3g}",
@@ -374,6 +376,10 @@ def _between(dead: float, exhausted: float) -> str:
     return never + ("" if math.isinf(exhausted) else f", all of them once in {_months(exhausted)}")
 
 
+def _does(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number == 1 else "")
+
+
 def _end(months: float, deletions: float) -> str:
     return f"expected after {_months(months)} months, {deletions:.1f} requests"
 
@@ -383,7 +389,8 @@ def _months(months: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+    number, unit = (hours, "hour") if hours >= 1 else (hours * 60, "minute")
+    return counted(float(f"{number:.3g}"), unit)
 
 
 def _show_depths(before: list[int], after: list[int]) -> None:
@@ -396,12 +403,12 @@ def _show_passed_over(found: UnlearningReport | DeletionPreview | PendingReceipt
         say(f"group {group!r} was deleted before")
     for number, what in ((found.unknown, "id"), (found.unknown_groups, "group")):
         if number:
-            say(f"{_count(number, what)} {'was' if number == 1 else 'were'} never trained on, and passed over")
+            say(f"{counted(number, what)} {'was' if number == 1 else 'were'} never trained on, and passed over")
 
 
 def _show_exhausted(examples_left: int) -> None:
     if examples_left:
-        say(f"no shard is left to answer: `train()` grows stages on the {_count(examples_left, 'example')} left")
+        say(f"no shard is left to answer: `train()` grows stages on the {counted(examples_left, 'example')} left")
     else:
         say("no shard is left to answer, and no example to train on: train a new system in another folder")
 
@@ -435,10 +442,6 @@ def _joined(sequence: Sequence[int]) -> str:
 
 def _list(values: Sequence[str]) -> str:
     return ", ".join(values) or "none"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _work(value: float) -> str:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import LFSFileInfo
 
-from ..errors import HubError
+from ..errors import HubError, counted
 from ..folder.files import make_folders, read_checked_json, write_checked_json
 from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 from .client import call_with_retries, http_status, hub_errors_as_sentences
@@ -246,7 +246,7 @@ def _erase_files(
     seen["blobs"] = {oid: path for oid, path in seen["blobs"].items() if oid not in held}
     left = [file for file in repo.large_files() if file.file_oid in seen["blobs"]]
     if left:
-        raise HubError(f"{len(left)} files are still listed after they were erased. Call again.")
+        raise HubError(f"After they were erased, {counted(len(left), 'file')} can still be listed. Call again.")
     return erased
 
 

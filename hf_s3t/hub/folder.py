@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..errors import FolderError, HubError, KeyMissingError
+from ..errors import FolderError, HubError, KeyMissingError, counted
 from ..folder.config_file import read_record
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import check_digest, digested_json, make_folders, stamp, sync, write_atomically
@@ -190,8 +190,8 @@ class HubFolder(SystemFolder):
         places = {(shard, slice_) for shard in range(config.num_shards) for slice_ in range(config.num_slices)}
         if set(index["slices"]) != places:
             raise FolderError(
-                f"{file} has digests of {len(index['slices'])} slices, expected those of the {len(places)} slices of "
-                f"the system. {_FORGED}"
+                f"{file} has digests of {counted(len(index['slices']), 'slice')}, expected those of the "
+                f"{counted(len(places), 'slice')} of the system. {_FORGED}"
             )
         if index["ledger"] != pin_of(self._published):
             raise FolderError(

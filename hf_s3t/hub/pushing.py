@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy,
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
-from ..errors import ConfigError, HubError, MergeNeededError, TransferError
+from ..errors import ConfigError, HubError, MergeNeededError, TransferError, counted
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import digested_json, read_checked, stamp
 from ..folder.identity import damaged_parts, differing_parts, is_same_system
@@ -210,7 +210,9 @@ def _is_dense(table: ExampleTable, deleted: int) -> bool:
 
 def _message(folder: SystemFolder) -> str:
     deletions = folder.ledger.num_deletions
-    return f"S3T system, {len(folder.valid_stages)} stages" + (f", {deletions} deletions" if deletions else "")
+    return f"S3T system, {counted(len(folder.valid_stages), 'stage')}" + (
+        f", {counted(deletions, 'deletion')}" if deletions else ""
+    )
 
 
 @dataclass(frozen=True)

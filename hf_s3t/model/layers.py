@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import ConfigError, IsolationError, LayersNotFoundError
+from ..errors import ConfigError, IsolationError, LayersNotFoundError, counted
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _refuse_shared_layers(lists: dict[str, nn.ModuleList], depth: int | None) ->
     held = max(map(_num_layers, lists.values()), default=0)
     if depth is not None and 0 < held < depth:
         raise IsolationError(
-            f"The config says {depth} layers, but the model holds at most {held} in a list: "
+            f"The config says {counted(depth, 'layer')}, but the model holds at most {held} in a list: "
             "layers are shared across depth, so a stage's adapter would act in other stages too. Use a model with "
             "separate layers."
         )
@@ -173,15 +173,15 @@ def group_layers(
     """
     if num_slices > num_layers:
         raise ConfigError(
-            f"num_slices={num_slices} is more than the model's {num_layers} layers: every slice needs at least one. "
-            "Use fewer slices."
+            f"num_slices={num_slices} is more than the model's {counted(num_layers, 'layer')}: every slice needs at "
+            "least one. Use fewer slices."
         )
     sizes = layers_per_slice if layers_per_slice is not None else num_layers // num_slices
     sizes = [sizes] * num_slices if isinstance(sizes, int) else list(sizes)
     if sum(sizes) > num_layers:
         raise ConfigError(
-            f"layers_per_slice={layers_per_slice} with num_slices={num_slices} needs {sum(sizes)} layers, but the "
-            f"model has {num_layers}. Lower one of them."
+            f"layers_per_slice={layers_per_slice} with num_slices={num_slices} needs {counted(sum(sizes), 'layer')}, "
+            f"but the model has {num_layers}. Lower one of them."
         )
     if growth == "bottom-up":
         bottoms = [sum(sizes[:i]) for i in range(num_slices)]

@@ -112,8 +112,3 @@ def require_file(path: Path, advice: str = "Restore it from a backup.") -> None:
         raise FolderError(f"{path} is a folder, expected a file. {advice}")
     if not os.path.lexists(path):
         raise FolderError(f"{path} is missing. {advice}")
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things, as a sentence says it."""
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import S3TConfig
-from ..errors import ConfigError, FolderError, KeyMissingError
+from ..errors import ConfigError, FolderError, KeyMissingError, counted
 from ..folder.config_file import plan_of, read_record
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
@@ -18,7 +18,7 @@ from ..folder.table_file import StoredTable, read_table
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .findings import Findings, counted, require_file
+from .findings import Findings, require_file
 
 
 @dataclass

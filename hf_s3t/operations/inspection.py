@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..errors import FolderError
+from ..errors import FolderError, counted
 from ..folder.files import stamp
 from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
@@ -19,7 +19,7 @@ from ..folder.layout import (
     is_log,
 )
 from ..folder.opening import ReadOnlyFolder
-from .findings import Findings, Inspection, counted, require_file
+from .findings import Findings, Inspection, require_file
 from .inspected_records import inspect_records
 from .inspected_stages import inspect_checkpoints, inspect_stages
 from .pending import PendingRequests

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import PARTITIONS, require_choice, require_int
-from ..errors import ConfigError, EmptySliceError, ExampleIdError
+from ..errors import ConfigError, EmptySliceError, ExampleIdError, counted
 
 
 # An id, a group, or what else names rows that stay together.
@@ -340,7 +340,9 @@ def _turns(
 def _checked_groups(groups: Iterable[Any], rows: int) -> list[Name]:
     checked = _plain(groups, "group", "Give every row a group: a row on its own gets a group of its own.")
     if len(checked) != rows:
-        raise ConfigError(f"`groups` has {len(checked)} entries for {rows} ids. Give one group per row.")
+        raise ConfigError(
+            f"`groups` has {counted(len(checked), 'value')} for {counted(rows, 'id')}. Give one group per row."
+        )
     return checked
 
 
@@ -386,7 +388,9 @@ def _is_integer(value: Any) -> bool:
 def _numbers(name: str, values: Iterable[Any] | None, bound: int, ids: Sequence[Name]) -> np.ndarray:
     values = [] if values is None else list(values)
     if len(values) != len(ids):
-        raise ConfigError(f"`{name}s` has {len(values)} entries for {len(ids)} ids. Give one {name} per row.")
+        raise ConfigError(
+            f"`{name}s` has {counted(len(values), 'value')} for {counted(len(ids), 'id')}. Give one {name} per row."
+        )
     if set(map(type, values)) != {int} or min(values) < 0 or max(values) >= bound:
         wrong = [f"{v!r} (id {i!r})" for v, i in zip(values, ids) if not _is_integer(v) or not 0 <= v < bound]
         if wrong:
@@ -413,10 +417,10 @@ def _check_groups_whole(groups: Sequence[Name], group_of: np.ndarray, shards: np
 
 def _check_enough(distinct: int, grouped: bool, num_shards: int, num_slices: int) -> None:
     if distinct < num_shards * num_slices:
-        what = "groups" if grouped else "examples"
+        what = "group" if grouped else "example"
         raise EmptySliceError(
-            f"{distinct} {what} cannot fill num_shards={num_shards} times num_slices={num_slices} slices: at least "
-            f"{num_shards * num_slices} {what} are expected. Lower `num_shards` or `num_slices`."
+            f"{counted(distinct, what)} cannot fill num_shards={num_shards} times num_slices={num_slices} slices, "
+            f"expected at least {num_shards * num_slices}. Lower `num_shards` or `num_slices`."
         )
 
 

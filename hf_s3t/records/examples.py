@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError
+from ..errors import ContentChangedError, ExampleIdError, UnknownExampleError, counted
 from ..plan.partition import in_order
 from .buffers import DIGEST_BYTES, MODULUS, arrow_texts, digests_of, from_hexadecimal, hexadecimal, sums_of
 from .columns import Columns
@@ -454,22 +454,23 @@ class ExampleTable:
         changed = [ids[number] for number in there[~is_same].tolist()]
         if new:
             raise UnknownExampleError(
-                f"The dataset has {len(new)} examples that this system was not partitioned with: {some(new)}. Leave "
-                "them out, or train a new system in another `output_dir`."
+                f"The dataset has {counted(len(new), 'example')} that this system was not partitioned with: "
+                f"{some(new)}. Leave them out, or train a new system in another `output_dir`."
             )
         if changed:
             raise ContentChangedError(
-                f"The content of {len(changed)} examples is not what it was at the first training: {some(changed)}. "
-                "Restore the rows. If ids are row numbers, they shift when rows leave the dataset: give it as it was, "
-                "deleted rows included, or make systems with an `id_column`."
+                f"The content of {counted(len(changed), 'example')} is not what it was at the first training: "
+                f"{some(changed)}. Restore the rows. If ids are row numbers, they shift when rows leave the dataset: "
+                "give it as it was, deleted rows included, or make systems with an `id_column`."
             )
         if len(rows) != len(self):
             is_missing = self._is_in.copy()
             is_missing[rows] = False
             missing = self.columns.kept(np.flatnonzero(is_missing))
             raise ExampleIdError(
-                f"The dataset lacks {len(missing)} examples that this system holds: {some(sorted(missing, key=str))}."
-                " If they are to be forgotten, call `unlearn` with these ids; otherwise give the full dataset."
+                f"The dataset lacks {counted(len(missing), 'example')} that this system holds: "
+                f"{some(sorted(missing, key=str))}. If they are to be forgotten, call `unlearn` "
+                "with these ids; otherwise give the full dataset."
             )
         found: list[int] = there.tolist()
         return found

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
+from ..errors import counted
 from .ledger_chain import Digests, LedgerChain, changes_between
 from .ledger_line import KINDS, LEDGER_VERSION, LedgerEntry, line_hash, signed_part
 
@@ -234,7 +235,7 @@ class Ledger:
         return Ledger.parse, (self.text,)
 
     def __repr__(self) -> str:
-        return f"Ledger({self._count} lines)"
+        return f"Ledger({counted(self._count, 'line')})"
 
     @property
     def lines(self) -> Sequence[str]:
@@ -266,7 +267,7 @@ class Ledger:
 
     def _within(self, number: int) -> int:
         if not 0 <= number <= self._count:
-            raise IndexError(f"Got line {number}, expected one of {self._count} lines.")
+            raise IndexError(f"Got line {number}, expected one of {counted(self._count, 'line')}.")
         return number - 1
 
     @cached_property

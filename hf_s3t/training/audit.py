@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from ..errors import ConfigError, S3TError
+from ..errors import ConfigError, S3TError, counted
 from ..folder.system import SystemFolder
 from ..model.randomness import preserved_randomness
 from ..model.tensor_files import differing_tensors, read_tensors
@@ -85,7 +85,7 @@ class VerificationReport:
 
     def __str__(self) -> str:
         if self.ok:
-            return f"{len(self.stages)} stages trained again in {self.seconds:.1f} s: bit for bit the same"
+            return f"{counted(len(self.stages), 'stage')} trained again in {self.seconds:.1f} s: bit for bit the same"
         lines = [f"recorded {name}: {then!r}, now {now!r}" for name, (then, now) in self.circumstances.items()]
         lines += [f"{stage} differs in {', '.join(names)}" for stage, names in self.mismatches.items()]
         return "\n".join(lines)

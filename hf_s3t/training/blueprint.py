@@ -315,7 +315,7 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
     if given is not None and differing and not _asks_for_the_same(given, config, differing):
         raise ConfigError(
             "`s3t_config` differs from the one this folder's system was made with: "
-            + ", ".join(f"{n}={getattr(given, n)!r} (was {getattr(config, n)!r})" for n in differing)
+            + ", ".join(_difference(name, given, config) for name in differing)
             + ". Leave it out to go on with the system, or choose another `output_dir`; a folder in which nothing has "
             "been trained yet can be removed."
         )
@@ -326,6 +326,17 @@ def _differs(name: str, given: S3TConfig, recorded: S3TConfig) -> bool:
     """Whether a setting contradicts the recorded one. What is planned is written down: left out, that is meant."""
     value = getattr(given, name)
     return value != getattr(recorded, name) and not (name in _PLANNED and value is None)
+
+
+def _difference(name: str, given: S3TConfig, recorded: S3TConfig) -> str:
+    """A setting and the recorded one, as a message says them: `None` is what nobody wrote."""
+    now, then = getattr(given, name), getattr(recorded, name)
+    was = repr(then)
+    if then is None:
+        planned = {other: getattr(recorded, other) for other in _PLANNED if name in _PLANNED}
+        beside = " and ".join(f"{other}={value!r}" for other, value in planned.items() if value is not None)
+        was = "left out" + (f", beside {beside}" if beside else "")
+    return f"{f'{name}={now!r}' if now is not None else f'`{name}` left out'} (was {was})"
 
 
 def _asks_for_the_same(given: S3TConfig, recorded: S3TConfig, differing: list[str]) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from accelerate.utils import gather_object
 
-from ..errors import DivergedError
+from ..errors import DivergedError, counted
 from ..folder.finite import named
 from ..plan.stages import StageKey
 
@@ -68,8 +68,8 @@ def refuse_diverged(stage: StageKey, tensors: dict[str, torch.Tensor], watch: Fi
     first = watch.first_step
     when = f"The loss or its gradient is so since step {first}" if first else "No loss and no gradient was so before"
     raise DivergedError(
-        f"{stage} is NaN or infinite after {step} steps, in {named(names)}. {when}. It is not written: it would "
-        "silence its ensemble. Look through its examples for values that are not finite and for rows without a label "
-        "that counts, and mend or unlearn them; or begin a system in another `output_dir` with a lower "
+        f"{stage} is NaN or infinite after {counted(step, 'step')}, in {named(names)}. {when}. It is not written: it "
+        "would silence its ensemble. Look through its examples for values that are not finite and for rows without a "
+        "label that counts, and mend or unlearn them; or begin a system in another `output_dir` with a lower "
         "`learning_rate`, or with `max_grad_norm`."
     )

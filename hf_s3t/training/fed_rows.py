@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..errors import IsolationError
+from ..errors import IsolationError, counted
 from ..model.ensemble_loss import IGNORED_LABEL
 from ..model.fresh_copies import fresh_copy
 from ..model.randomness import preserved_randomness, seed_all
@@ -66,8 +66,8 @@ class FedRows:
                 shared = sum(row in own[columns] for row in self._digests(dataset, columns))
                 if shared:
                     raise IsolationError(
-                        f"{shared} rows of `eval_dataset` are training examples, and evaluation chooses the model "
-                        '(`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
+                        f"`eval_dataset` holds {counted(shared, 'training example')}, and evaluation chooses the "
+                        'model (`load_best_model_at_end` or select="metric"). Take them out of `eval_dataset`.'
                     )
         return all(map(self._holds_inputs, [train_dataset, *sets]))
 

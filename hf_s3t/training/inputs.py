@@ -24,7 +24,7 @@ from transformers.utils import (
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from ..config import S3TConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..model.layers import LayerGroups
 from ..model.task import find_task
 from ..plan.stages import Plan, StageKey, relative_cost
@@ -187,7 +187,7 @@ def _refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
         missing = sum(value is None for value in dataset.with_format(None)[column][:])
         if missing:
             raise ConfigError(
-                f"{missing} of {len(dataset)} rows of `train_dataset` have no `{column}`. Drop them: "
+                f"`train_dataset` lacks `{column}` in {missing} of {counted(len(dataset), 'row')}. Drop them: "
                 f"`dataset.filter(lambda row: row[{column!r}] is not None)`."
             )
 
@@ -263,8 +263,9 @@ def say_what_the_default_costs(
     costs = [relative_cost(key, examples(key), depth, layers.layers_below(key.group)) for key in stages]
     plain = 2 * depth * (1 if max_steps > 0 else len(table))
     logger.warning_once(
-        f"`s3t_config` was left out: with {config.num_shards} shard and {config.num_slices} slices `train()` trains "
-        f"{len(stages)} stages, one for each set of slices, at about {sum(costs) / plain:.1f} times the cost of one "
-        "plain run. Give S3TConfig(num_shards=..., num_slices=..., work_budget=...), a smaller budget costs less; "
-        "`hf-s3t plan` recommends them, and S3TConfig() says that these are meant."
+        f"`s3t_config` was left out: with {counted(config.num_shards, 'shard')} and "
+        f"{counted(config.num_slices, 'slice')} `train()` trains {len(stages)} stages, one for each set of slices, at "
+        f"about {sum(costs) / plain:.1f} times the cost of one plain run. Give S3TConfig(num_shards=..., "
+        "num_slices=..., work_budget=...), a smaller budget costs less; `hf-s3t plan` recommends them, and "
+        "S3TConfig() says that these are meant."
     )

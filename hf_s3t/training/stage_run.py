@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..errors import ConfigError, IsolationError, S3TError
+from ..errors import ConfigError, IsolationError, S3TError, counted
 from ..model.fresh_copies import fresh_copy, fresh_dataset
 from ..model.randomness import own_randomness
 from ..plan.stages import StageKey, stage_seed
@@ -101,9 +101,9 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         if done >= planned or self.args.load_best_model_at_end or any(gather_object([self._is_condemned()])):
             return
         raise IsolationError(
-            f"{key} was ended after {done} of {planned} steps, and is discarded: nothing in the recipe says where. A "
-            "callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and call `train()` "
-            "again; an evaluation may end a stage with `load_best_model_at_end=True`."
+            f"{key} was ended after {done} of {counted(planned, 'step')}, and is discarded: nothing in the recipe "
+            "says where. A callback ended it, or its examples make no batch (`dataloader_drop_last`). Mend that, and "
+            "call `train()` again; an evaluation may end a stage with `load_best_model_at_end=True`."
         )
 
     @contextlib.contextmanager

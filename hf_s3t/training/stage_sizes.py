@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..plan.stages import StageKey
 from ..records.examples import ExampleTable
 from .rows import StageRows
@@ -31,9 +31,9 @@ def check_batches(
     few = [key for key in keys if rows.num_per_epoch(key, table) < size] if args.dataloader_drop_last else []
     if few:
         raise ConfigError(
-            f"`dataloader_drop_last=True` leaves {few[0]} ({len(few)} stages in all) without a batch: it has "
-            f"{rows.num_per_epoch(few[0], table)} examples an epoch, and a batch {size}. Leave it off, or have "
-            "smaller batches, fewer shards or fewer slices."
+            f"`dataloader_drop_last=True` leaves {few[0]} ({counted(len(few), 'stage')} in all) without a batch: it "
+            f"has {counted(rows.num_per_epoch(few[0], table), 'example')} an epoch, and a batch {size}. Leave it off, "
+            "or have smaller batches, fewer shards or fewer slices."
         )
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .. import launch
 from ..config import S3TConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..folder.secret import write_key
 from ..folder.system import SystemFolder
 from ..model.fresh_copies import fresh_copy
@@ -148,8 +148,8 @@ class S3TTrainerMixin(PlanRuns):
         dropped = rows.dropped(self.folder.table)
         if dropped:
             logger.warning_once(
-                f"{dropped} of {len(self.folder.table)} examples are not trained on: truncation or filtering left "
-                "nothing of them. Their ids stay in the table. Raise `max_length` to train on them."
+                f"Truncation or filtering left nothing of {dropped} of {counted(len(self.folder.table), 'example')} "
+                "to train on. Their ids stay in the table. Raise `max_length` to train on them."
             )
         unplanned = self.folder.plan.unnamed_slices(self.s3t_config.num_slices)
         passed_over = sum(self.folder.table.size(*place) for place in unplanned)

@@ -502,7 +502,7 @@ class TestWrongInput:
             (dict(budget=0), "`budget` must be"),
             (dict(until="tomorrow"), "`until` must be one of exhausted, first_shard"),
             (dict(prior=SKEWED, budget=2), "Give `sequences`"),
-            (dict(prior=[0.5, 0.5]), "has 2 entries"),
+            (dict(prior=[0.5, 0.5]), "has 2 values"),
             (dict(prior=0.5), "`prior` must be a list"),
             (dict(prior=[SKEWED] * 3), "`prior` has 3 lists, but num_shards=2"),
             (dict(sequences=[(0, 1, 2, 3)]), "1 sequences, but budget=4"),

@@ -181,7 +181,7 @@ class TestFamilies:
             (dict(requests=0), "`requests`"),
             (dict(runs=0), "`runs`"),
             (dict(num_shards=0), "`num_shards`"),
-            (dict(prior=[1.0]), "1 entries|`deletion_prior`"),
+            (dict(prior=[1.0]), "1 value|`deletion_prior`"),
         ],
     )
     def test_wrong_arguments(self, change, says):

@@ -823,7 +823,7 @@ def test_plan_recommends_a_system(llama):
     assert lines["shards (m)"].endswith(f" {best.num_shards}")
     assert f"{best.num_slices} of {best.layers_per_slice} layers each" in text
     assert lines["stages per shard"].endswith(f" {len(best.family)}: {best.plan}")
-    assert lines["rows of earlier slices"].endswith(f" replay={best.replay:g}")
+    assert lines["rows of earlier slices"].endswith(" replay=0.25, by 1733 rows a slice (600 or more)")
     assert lines["after each request"].endswith(f" grow {best.after_each_request}")
     assert f"{best.mean_depth:.1f} of {best.num_slices} slices serve" in lines["in 12 months"]
     assert f"expected after {best.months_until_first_dead_shard:.1f} months" in lines["first dead shard"]
@@ -863,7 +863,7 @@ def test_plan_says_what_decided(llama):
 
 
 def test_plan_takes_replay_as_given():
-    assert "replay=1\n" in run(*PLAN, "--num-layers", 8, "--replay", 1).stdout
+    assert "replay=1, as given\n" in run(*PLAN, "--num-layers", 8, "--replay", 1).stdout
 
 
 @pytest.fixture

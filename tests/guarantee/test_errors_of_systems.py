@@ -85,13 +85,13 @@ def rewritten(number: int, **changes) -> list[dict]:
 
 
 @cases(
-    Refusal(ContentChangedError, "content that changed", "content of 1 examples is not what it was .*'example-003'",
+    Refusal(ContentChangedError, "content that changed", "content of 1 example is not what it was .*'example-003'",
         "what it was at the first training", "Restore the rows", rows=rewritten(3,
         labels=[9] * 8)),
-    Refusal(ContentChangedError, "a group that changed", "content of 1 examples .*'example-003'",
+    Refusal(ContentChangedError, "a group that changed", "content of 1 example .*'example-003'",
         "what it was at the first training", "Restore the rows", rows=rewritten(3,
         person="person-3")),
-    Refusal(UnknownExampleError, "a new example", "has 1 examples that this system was not partitioned with: 'new'",
+    Refusal(UnknownExampleError, "a new example", "has 1 example that this system was not partitioned with: 'new'",
         "not partitioned with", "Leave them out, or train a new system in another `output_dir`", rows=[*PEOPLE,
         {**PEOPLE[0], "id": "new"}]),
     Refusal(ExampleIdError, "examples that are not there any more",

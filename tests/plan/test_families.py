@@ -229,11 +229,14 @@ def test_all_sets_are_taken_where_they_are_paid_for():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 2.0), "work_budget=2, but one chain of num_slices=4 stages costs 2.1875 at replay=1.*Give at least so"),
+        (
+            (4, 2.0),
+            "work_budget=2, but one chain of stages with num_slices=4 costs 2.1875 at replay=1.*Give at least so",
+        ),
         ((11, 9.0), "num_slices=11.*at most 10 slices"),
         ((4, 9.0, None, 100, 1.5), "`replay` must be a number from 0 to 1, got 1.5"),
         ((4, float("nan")), "`work_budget` must be a number"),
-        ((4, 9.0, [0.5, 0.5]), "has 2 entries, expected num_slices=4"),
+        ((4, 9.0, [0.5, 0.5]), "has 2 values, expected num_slices=4"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(arguments, message):

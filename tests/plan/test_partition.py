@@ -157,7 +157,7 @@ class TestGroups:
             assign(range(3), num_shards=1, num_slices=1, groups=[1, 2, wrong])
 
     def test_one_group_per_row(self):
-        with pytest.raises(ConfigError, match="2 entries for 3 ids"):
+        with pytest.raises(ConfigError, match="2 values for 3 ids"):
             assign(range(3), num_shards=1, num_slices=1, groups=["a", "b"])
 
 
@@ -276,7 +276,7 @@ class TestColumn:
             assign(["a", "b"], num_shards=2, num_slices=1, method="column", shards=[0, wrong], slices=[0, 0])
 
     def test_one_number_per_row(self):
-        with pytest.raises(ConfigError, match="`slices` has 1 entries for 2 ids"):
+        with pytest.raises(ConfigError, match="`slices` has 1 value for 2 ids"):
             assign(["a", "b"], num_shards=2, num_slices=1, method="column", shards=[0, 1], slices=[0])
 
     def test_a_group_in_two_slices_is_refused(self):

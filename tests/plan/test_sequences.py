@@ -405,7 +405,7 @@ class TestWrongInput:
             (dict(num_slices=4, budget=5, method="sorted-cyclic", prior=FIGURE_4), "at most num_slices=4"),
             (dict(num_slices=9, budget=4, method="optimal"), "num_slices=9.*at most 8 slices. Use"),
             (dict(num_slices=4, budget=4, method="bms"), "needs the probability of each slice"),
-            (dict(num_slices=3, budget=3, method="bms", prior=FIGURE_4), "has 4 entries"),
+            (dict(num_slices=3, budget=3, method="bms", prior=FIGURE_4), "has 4 values"),
             (dict(num_slices=2, budget=2, method="bms", prior=[0.5, 0.6]), "sums to 1.1"),
         ],
     )

@@ -478,14 +478,14 @@ def test_changed_content_is_an_error_that_names_the_ids():
         ("d", content("d3")),
         ("e", content("d4")),
     ]
-    with pytest.raises(ContentChangedError, match=r"content of 1 examples is not .*: 'b'\. Restore the rows"):
+    with pytest.raises(ContentChangedError, match=r"content of 1 example is not .*: 'b'\. Restore the rows"):
         check(small_table(), rows)
 
 
 def test_new_rows_are_an_error_that_names_the_ids():
     rows = [(i, row.digest) for i, row in small_table().rows.items()] + [("new", content("d9"))]
     with pytest.raises(
-        UnknownExampleError, match=r"1 examples that this system was not partitioned with: 'new'\. Leave"
+        UnknownExampleError, match=r"1 example that this system was not partitioned with: 'new'\. Leave"
     ):
         check(small_table(), rows)
 

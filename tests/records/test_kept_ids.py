@@ -134,7 +134,7 @@ def test_a_dataset_that_does_not_fit_is_refused_by_its_own_ids(planted):
         system(planted.folder.path, rows=[rows[0], {**rows[1], "input_ids": rows[2]["input_ids"]}, *rows[2:]])
     with pytest.raises(ContentChangedError, match=r"someone1@example\.org"):
         system(planted.folder.path, rows=[rows[0], {**rows[1], "person": "Another"}, *rows[2:]])
-    with pytest.raises(ExampleIdError, match="lacks 1 examples"):
+    with pytest.raises(ExampleIdError, match="lacks 1 example "):
         system(planted.folder.path, rows=rows[:-1])
 
 

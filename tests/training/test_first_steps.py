@@ -274,7 +274,7 @@ def test_a_stage_that_deletions_leave_without_a_batch_is_refused_before_any_is_t
     args = training_arguments(tmp_path, per_device_train_batch_size=6, dataloader_drop_last=True)
     trainer = make_trainer(tmp_path, rows=lm_rows(12), config=s3t_config(partition="balanced"), args=args)
     trainer.s3t_model.unlearn(list(trainer.folder.table.members(0, 0))[:1])
-    with pytest.raises(ConfigError, match=r"leaves shard-0/0 \(1 stages in all\) without a batch: it has 5 examples"):
+    with pytest.raises(ConfigError, match=r"leaves shard-0/0 \(1 stage in all\) without a batch: it has 5 examples"):
         trainer.train()
     assert not trainer.folder.stages
 

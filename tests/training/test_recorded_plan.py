@@ -77,12 +77,17 @@ def test_a_config_that_asks_for_the_recorded_plan_in_other_words_goes_on_with_it
 @pytest.mark.parametrize(
     ("name", "given", "got", "was"),
     [
-        ("lattice", {"budget": 4}, "budget=4", "was None"),
-        ("default", {"budget": 4}, "budget=4", "was None"),
-        ("default", {"work_budget": 5.0}, "work_budget=5.0", "was None"),
-        ("default", {"keep_idle": True}, "keep_idle=True", "was None"),
+        ("lattice", {"budget": 4}, "budget=4", "was left out, beside sequence_selection='lattice'"),
+        ("default", {"budget": 4}, "budget=4", r"was left out\)"),
+        ("default", {"work_budget": 5.0}, "work_budget=5.0", r"was left out\)"),
+        ("default", {"keep_idle": True}, "keep_idle=True", r"was left out\)"),
         ("rotations", {"budget": 2}, "budget=2", "was 4"),
-        ("rotations", {"sequence_selection": "lattice"}, "sequence_selection='lattice'", "was None"),
+        (
+            "rotations",
+            {"sequence_selection": "lattice"},
+            "sequence_selection='lattice'",
+            "was left out, beside budget=4",
+        ),
         (
             "two rotations",
             {"sequence_selection": "random", "budget": 2},
@@ -90,6 +95,7 @@ def test_a_config_that_asks_for_the_recorded_plan_in_other_words_goes_on_with_it
             "was 'cyclic'",
         ),
         ("work budget", {"work_budget": 6.5}, "work_budget=6.5", "was 5.0"),
+        ("work budget", {"keep_idle": False}, "keep_idle=False", "was left out, beside work_budget=5.0"),
         ("published", {"keep_idle": False}, "keep_idle=False", "was True"),
         ("listed", {"sequence_selection": [[0, 1], [2]]}, r"sequence_selection=\[\[0, 1\], \[2\]\]", "was"),
     ],
@@ -102,3 +108,9 @@ def test_a_config_that_contradicts_the_recorded_plan_is_refused_and_nothing_is_w
     ):
         trainer_on(path, S3TConfig(**SHAPE, **given))
     assert files_of(path) == before
+
+
+def test_a_setting_that_is_left_out_now_is_named_as_that(folder, tmp_path):
+    trainer_on(tmp_path / "uneven", S3TConfig(**SHAPE, layers_per_slice=1, sequence_selection="lattice"))
+    with pytest.raises(ConfigError, match=r"with: `layers_per_slice` left out \(was 1\)\. Leave it out to go on"):
+        trainer_on(tmp_path / "uneven", S3TConfig(**SHAPE))
