@@ -377,6 +377,7 @@ class HubFolder(SystemFolder):
         are sequences, because what stands on a stage that is not pulled is not pulled either.
         """
         pulled = frozenset(stages)
-        known = sorted({*self.stages, *self.plan.stages()})
+        # The commit still has what a deletion here condemned, planned or not, which this knows no more.
+        known = sorted({*read_index(self._download(INDEX_FILE))["stages"], *self.plan.stages()})
         lowest = (key for key in known if key not in pulled and (not key.parent or key.parent in pulled))
         return [f"{key.path}[-/]*" for key in lowest]
