@@ -30,6 +30,7 @@ from ..folder.layout import (
     TABLE_FILE,
 )
 from ..folder.ledger_file import pin_of, read_ledger
+from ..folder.removal import discard
 from ..folder.secret import KEY_VARIABLE, load_key
 from ..folder.system import SystemFolder
 from ..folder.table_file import read_table, write_table
@@ -342,7 +343,7 @@ class HubFolder(SystemFolder):
         _ = self.key
         # What another process of this machine deleted meanwhile.
         self.refresh_ledger()
-        stages = sorted(self.valid_stages)
+        records = {key: self.stage_record(key) for key in sorted(self.valid_stages)}
         companions = sorted(COMPANIONS - {ATTRIBUTES_FILE, IGNORE_FILE, CACHE})
         with hub_errors_as_sentences(self.repo.repo_id, "The pull ended"):
             snapshot = call_with_retries(
@@ -352,21 +353,25 @@ class HubFolder(SystemFolder):
                     token=self.repo.token,
                     cache_dir=self.repo.cache_dir,
                     allow_patterns=[f"{STAGES}/shard-*/*", *companions],
-                    ignore_patterns=self._not_pulled(stages),
+                    ignore_patterns=self._not_pulled(records),
                 )
             )
         make_folders(target / STAGES)
         for name in companions:
             if (Path(snapshot) / name).is_file():
                 shutil.copyfile(Path(snapshot) / name, target / name)
-        for key in stages:
+        for key, record in records.items():
             for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-                check_digest(Path(snapshot) / key.path / name, self.stage_record(key)["files"][name])
+                check_digest(Path(snapshot) / key.path / name, record["files"][name])
             shutil.copytree(Path(snapshot) / key.path, target / key.path)
         if (self.path / KEY_FILE).is_file():
             shutil.copy2(self.path / KEY_FILE, target / KEY_FILE)
-        write_table(target / TABLE_FILE, self.table, self.ledger)
-        write_atomically(target / LEDGER_FILE, self.ledger.text.encode())
+        # Of one time, and with what was deleted while all this took its own.
+        self.refresh_ledger()
+        table, ledger = self.table_and_ledger()
+        discard(target / key.path for key in records.keys() - self.valid_stages)
+        write_table(target / TABLE_FILE, table, ledger)
+        write_atomically(target / LEDGER_FILE, ledger.text.encode())
         for file in (*target.rglob("*"), target):
             sync(file)
         write_atomically(target / CONFIG_FILE, self.config_bytes())
@@ -377,6 +382,7 @@ class HubFolder(SystemFolder):
         are sequences, because what stands on a stage that is not pulled is not pulled either.
         """
         pulled = frozenset(stages)
-        known = sorted({*self.stages, *self.plan.stages()})
+        # The commit still has what a deletion here condemned, planned or not, which this knows no more.
+        known = sorted({*read_index(self._download(INDEX_FILE))["stages"], *self.plan.stages()})
         lowest = (key for key in known if key not in pulled and (not key.parent or key.parent in pulled))
         return [f"{key.path}[-/]*" for key in lowest]

@@ -558,6 +558,22 @@ def test_a_server_whose_home_is_read_only_serves_by_what_it_reads(pushed, repo, 
     assert HubFolder(repo.repo_id).ledger.num_deletions == 0 and not first.path.exists()
 
 
+def test_a_pull_holds_nothing_that_was_deleted_while_it_downloaded(pushed, repo, tmp_path, monkeypatch):
+    live, victim = HubFolder(repo.repo_id), member(pushed)
+    condemned = []
+
+    def interrupted(*args, **named):
+        condemned.extend(apply(HubFolder(repo.repo_id), [victim]).stages_removed)
+        return snapshot_download(*args, **named)
+
+    monkeypatch.setattr("hf_s3t.hub.folder.snapshot_download", interrupted)
+    live.copy_to(tmp_path / "pulled")
+    assert condemned and not [stage for stage in condemned if (tmp_path / "pulled" / "stages" / stage).exists()]
+    pulled = SystemFolder(tmp_path / "pulled")
+    assert pulled.is_deleted(victim) and victim not in pulled.table.rows
+    assert pulled.valid_stages == live.valid_stages and inspect(pulled.path).problems == ()
+
+
 def test_a_pull_fetches_the_valid_stages_by_a_few_patterns_and_nothing_of_others(
     pushed, repo, hub, tmp_path, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """Plans of sets on the Hub: a set may be grown in two orders by two machines, and an older folder has idle stages."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -84,6 +85,27 @@ def test_a_deletion_takes_both_orders_and_both_are_erased(two_machines, repo, hu
     (stored,) = [stored for (_, name), stored in hub.repos.items() if name == repo.repo_id]
     stored.gc()
     assert not any(data in on_disk(stored.dir) for data in erased)
+
+
+def test_a_pull_after_a_deletion_leaves_on_the_hub_what_that_condemned_in_either_order(
+    two_machines, repo, hub, tmp_path
+):
+    """Also what is planned in another order, and what the copy that deleted knows no more."""
+    for folder in two_machines:
+        send(folder, repo)
+    system = HubFolder(repo.repo_id)
+    condemned = apply(system, [member(system, 0, 0)]).stages_removed
+    assert {str(FULL), str(OTHERWISE)} <= set(condemned)
+    hub.requests.clear()
+    system.copy_to(tmp_path / "pulled")
+    paths = [call["path"] for call in hub.calls("GET", "/resolve/.*/stages/shard-")]
+    assert not {re.search(r"/(shard-\d+/[\d-]+)/", path)[1] for path in paths} & set(condemned)
+    pulled = SystemFolder(tmp_path / "pulled")
+    assert pulled.valid_stages == system.valid_stages and not {FULL, OTHERWISE} & set(pulled.stages)
+    # The Hub has them until somebody pushes who knows.
+    assert {FULL, OTHERWISE} <= set(repo.state().stages)
+    assert {f"stages/{stage}/adapter_model.safetensors" for stage in condemned} <= set(send(pulled, repo).deleted)
+    assert set(repo.state().stages) == system.valid_stages
 
 
 @pytest.fixture

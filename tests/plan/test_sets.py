@@ -13,8 +13,10 @@ from hf_s3t import S3TConfig
 from hf_s3t.config import LATTICE, SEQUENCE_SELECTIONS
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.plan import Growth, Plan, StageKey
+from hf_s3t.plan.stages import is_stage_of
 from hf_s3t.sequences.families import expected_depth, lattice, stage_work, stages_of
 from hf_s3t.sequences.rules import select_sequences
+from hf_s3t.sequences.worth import Outlook
 
 
 MANY = settings(max_examples=100, deadline=None)
@@ -121,6 +123,36 @@ def test_what_is_missing_depends_on_nothing_but_what_is_there(history):
     again = Plan.from_record(history.plan.to_record(), history.config)
     assert again == history.plan
     assert again.missing(history.valid, history.empty) == history.plan.missing(history.valid, history.empty)
+
+
+def test_a_set_is_grown_on_the_first_by_rank_of_the_valid_stages_that_saw_the_rest_of_it():
+    plan = Plan((((2,), (2, 1), (0,), (0, 2), (0, 1), (0, 1, 2)),), by_sets=True)
+    # Of one set in two orders the planned one; of two sets the one that is planned first.
+    valid = [StageKey(0, prefix) for prefix in [(0,), (0, 2), (1,), (1, 2), (2,), (2, 1)]]
+    assert plan.missing(valid)[-1] == StageKey(0, (2, 1, 0))
+    assert plan.missing([key for key in valid if key.prefix != (2, 1)])[-1] == StageKey(0, (1, 2, 0))
+    assert plan.missing([key for key in valid if len(key.prefix) == 1 or key.prefix[0] == 0])[-1].prefix == (0, 2, 1)
+    # Its own first order comes before any other.
+    assert plan.missing([*valid, StageKey(0, (0, 1))]) == [StageKey(0, (0, 1, 2))]
+
+
+def test_a_set_belongs_to_the_sequence_that_has_its_stage_or_else_the_set_and_counts_by_its_size():
+    plan = Plan((((0, 1), (2, 1, 0)),), by_sets=True)
+    numbers = {(0, 1): 0, (1, 0): 0, (2,): 1, (1, 2): 1, (0, 2, 1): 1, (0, 2): 0}
+    assert {prefix: plan.sequence_of(StageKey(0, prefix)) for prefix in numbers} == numbers
+    published = Plan((((0, 1), (1, 0)),))
+    assert [published.sequence_of(StageKey(0, prefix)) for prefix in [(0, 1), (1, 0), (1,)]] == [0, 1, 1]
+    valid = [StageKey(0, prefix) for prefix in [(1,), (1, 0), (0, 1), (1, 2)]]
+    assert plan.sets(valid) == [[(0, 2), (2, 2), (0, 1)]]
+    assert plan.sets(valid, {(0, 0)}) == [[(0, 1), (1, 1), (0, 0)]]
+    assert plan.depths([StageKey(0, prefix) for prefix in [(0,), (1,), (1, 0), (2,)]]) == [[2, 1]]
+
+
+def test_a_system_can_have_stages_of_its_shards_on_its_slices_each_once():
+    config = S3TConfig(num_shards=2, num_slices=3)
+    assert all(is_stage_of(StageKey(shard, (2, 0)), config) for shard in range(2))
+    for shard, prefix in [(2, (0,)), (0, (3,)), (0, (0, 3)), (1, (1, 1)), (1, (0, 2, 0))]:
+        assert not is_stage_of(StageKey(shard, prefix), config)
 
 
 @pytest.mark.parametrize("num_slices", [2, 3, 4, 5, 6])
@@ -331,6 +363,23 @@ def test_the_expected_depth_is_the_mean_over_shards_and_as_many_requests_as_ther
     assert by_families == pytest.approx(expected, abs=1e-9)
 
 
+@MANY
+@given(histories, st.booleans())
+def test_a_step_says_what_its_stage_brings_by_itself(history, by_sets):
+    plan = history.plan if by_sets else Plan(history.plan.families)
+    growth, valid = Growth(plan, history.config), set(history.valid)
+
+    def serves_now():
+        of_shards = [[key.prefix for key in valid if key.shard == shard] for shard in range(history.num_shards)]
+        return sum(map(naive_depth, of_shards)) / history.num_shards
+
+    for step in growth.steps(history.valid, history.empty):
+        before = serves_now(), growth.expected_depth(valid)
+        valid.add(step.key)
+        assert step.depth == pytest.approx(serves_now() - before[0])
+        assert step.expected_depth == pytest.approx(growth.expected_depth(valid) - before[1], abs=1e-9)
+
+
 def test_of_equals_the_first_of_the_plan_is_grown_first():
     config = S3TConfig(num_shards=2, num_slices=3)
     plan = Plan.from_config(config)
@@ -372,6 +421,17 @@ def test_a_published_plan_is_grown_as_it_is_planned(history):
     plan = Plan(history.plan.families)
     steps = Growth(plan, history.config).missing(history.valid, history.empty)
     assert [step.key for step in steps] == plan.missing(history.valid, history.empty)
+
+
+@pytest.mark.parametrize("place", [0, 5, 10])
+def test_where_sets_are_too_many_the_drawn_requests_hit_what_the_prior_says(place):
+    one = [float(s == place) for s in range(11)]
+    # One request hits one slice, and so do many of the same; many of all slices leave none.
+    assert Outlook(11, horizon=1).expected_depth([(place,)]) < 1 == Outlook(11, horizon=1).expected_depth([(0,), (1,)])
+    for horizon in (1, 1000):
+        only = Outlook(11, one, horizon)
+        assert [only.expected_depth([(s,)]) for s in range(11)] == [float(s != place) for s in range(11)]
+    assert Outlook(11, horizon=10**6).expected_depth([(s,) for s in range(11)]) < 0.01
 
 
 # What a config asks for

@@ -14,7 +14,7 @@ from support.insides import rows_of_stages
 from support.launched import launched
 from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig
@@ -24,7 +24,7 @@ from hf_s3t.errors import ConfigError
 from hf_s3t.folder.files import read_checked_json, write_checked_json
 from hf_s3t.folder.layout import CONFIG_FILE
 from hf_s3t.plan import StageKey, stage_seed
-from hf_s3t.training.sampler import ReplayBatches, ReplayDraw, ReplaySampler
+from hf_s3t.training.sampler import ReplayBatches, ReplayDraw, ReplaySampler, replayed
 
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "shared_key")]
@@ -217,19 +217,31 @@ def test_an_epoch_takes_each_new_row_once_and_another_share_of_the_earlier_ones(
 
 def test_batches_of_balanced_cost_are_made_of_what_is_drawn():
     lengths = [1 + number * 7 % 11 for number in range(30)]
+    draw = ReplayDraw(20, 10, 10, seed=5)
+    for drop_last in (False, True):
+        settings = [dict(seed=3, rank=rank, drop_last=drop_last) for rank in range(2)]
+        samplers = [ReplayBatches(BatchRebalanceSampler(lengths, 8, 2, 2, **given), draw) for given in settings]
+        for epoch in range(EPOCHS):
+            drawn, _ = draw.of_epoch(epoch)
+            seen = []
+            for sampler, given in zip(samplers, settings, strict=True):
+                # As if nothing else were there.
+                alone = BatchRebalanceSampler([lengths[position] for position in drawn], 8, 2, 2, **given)
+                for each in (sampler, alone):
+                    each.set_epoch(epoch)
+                batches = list(sampler)
+                assert batches == [[drawn[number] for number in batch] for batch in alone]
+                assert len(batches) == len(sampler)
+                seen += [position for batch in batches for position in batch]
+            assert set(seen) < set(drawn) if drop_last else sorted(seen) == drawn
 
-    draw = ReplayDraw(20, 10, 6, seed=5)
-    ranks = [BatchRebalanceSampler(lengths, 8, 2, 2, rank=rank, drop_last=False) for rank in range(2)]
-    samplers = [ReplayBatches(of_rank, draw) for of_rank in ranks]
-    for epoch in range(EPOCHS):
-        drawn, _ = draw.of_epoch(epoch)
-        seen = []
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
-            batches = list(sampler)
-            assert len(batches) == len(sampler)
-            seen += [position for batch in batches for position in batch]
-        assert sorted(seen) == drawn
+
+@pytest.mark.parametrize(
+    "sampler", [RandomSampler(range(30), replacement=True), BatchSampler(SequentialSampler(range(30)), 2, False)]
+)
+def test_what_is_put_in_another_order_than_trainers_own_is_not_drawn_from(sampler):
+    with pytest.raises(ConfigError, match=rf"has a {type(sampler).__name__} of its own\. Leave `replay` out"):
+        replayed(sampler, ReplayDraw(20, 10, 6, seed=5))
 
 
 # To the bit
