@@ -85,7 +85,7 @@ def s3t_points(
 
     Args:
         plans (mapping from `str` to prefixes):
-            By name, the stages of a shard in the order in which they are planned, parents before children.
+            By name, the stages of a shard; published ones in the order in which they are planned.
         num_slices (`int`):
             Number of slices `L` of each shard.
         quality (mapping from `float` to sequences of `float` or callables):

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import check_prior, require_horizon, require_int
 from ..sequences.families import family_of, stage_work, stages_of
-from ..sequences.worth import patterns
+from ..sequences.worth import Outlook, patterns
 
 
 class Next(NamedTuple):
@@ -31,7 +31,9 @@ class Growing:
     once, as states come again; decisions are those of [`~hf_s3t.plan.growth.Growth`].
 
     Args:
-        family (sequence of prefixes): The stages in the order in which they are planned, parents before children.
+        family (sequence of prefixes):
+            The stages; published ones in the order in which they are planned, parents before children. By sets they
+            are ordered here, by their worth, as [`~hf_s3t.plan.stages.Plan`] orders those of a new system.
         num_slices (`int`): Number of slices `L`.
         by_sets (`bool`, defaults to `True`): Whether a stage counts by its set, as in plans without idle stages.
         prior (sequence of `float`, *optional*): Probability of each slice to be hit; uniform if not given.
@@ -64,8 +66,12 @@ class Growing:
         require_horizon("horizon", horizon)
         if prior is not None:
             check_prior(prior, num_slices)
-        self.stages = (family_of if by_sets else stages_of)(family)
+        self.stages = stages_of(family)
         self.by_sets = by_sets
+        if by_sets:
+            # As `Plan.from_config` has it: of equals the first of the plan is grown.
+            outlook = Outlook(num_slices, None if prior is None else tuple(prior), horizon, replay)
+            self.stages = outlook.order(family_of(family))
         self.all = (1 << len(self.stages)) - 1
         sets = [sum(1 << s for s in prefix) for prefix in self.stages]
         self._hit_by = [_bits(set_ >> s & 1 for set_ in sets) for s in range(num_slices)]

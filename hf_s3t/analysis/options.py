@@ -13,7 +13,6 @@ from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS
 from ..sequences.families import best_family, depths_of_hit_sets, lattice, stages_of, work_of
 from ..sequences.rules import select_sequences
-from ..sequences.worth import Outlook
 from .backbone import Backbone
 from .growing import Growing
 from .rates import deletion_rate
@@ -490,14 +489,12 @@ def _kinds(num_slices: int, replay: float) -> Iterator[_Kind]:
 
 @functools.lru_cache(maxsize=None, typed=True)  # a budget of 4.0 is not 4 sequences
 def _family(num_slices: int, kind: _Kind, replay: float) -> tuple[tuple[int, ...], ...]:
-    """The stages of a shard, in the order in which they are planned where that matters."""
+    """The stages of a shard."""
     if isinstance(kind, str):
-        family = lattice(num_slices)
-    elif isinstance(kind, float):
-        family = best_family(num_slices, kind, replay=replay)
-    else:
-        return stages_of(select_sequences(num_slices, kind))
-    return Outlook(num_slices, replay=replay).order(family)
+        return lattice(num_slices)
+    if isinstance(kind, float):
+        return best_family(num_slices, kind, replay=replay)
+    return stages_of(select_sequences(num_slices, kind))
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -249,7 +249,7 @@ def families_under(
 
     Args:
         family (sequence of prefixes):
-            The stages of each shard, in the order in which they are planned, parents before children.
+            The stages of each shard; published ones in the order in which they are planned, parents before children.
         num_slices (`int`): Number of slices `L` of each shard.
         policy ([`Policy`]): How far it is grown again.
         num_shards (`int`, defaults to 1): Number of shards `m`.

@@ -125,8 +125,13 @@ class Outlook:
         return next(prefix for prefix in lineage if prefix in known), worths[best]
 
     def order(self, family: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-        """The stages of a family, parents before children, in the order in which they are worth growing."""
-        left, grown = list(family), list[tuple[int, ...]]()
+        """
+        The stages of a family, parents before children, in the order in which they are worth growing.
+
+        Of equals the smallest set comes first, and of those the one of the lowest slices: a family has this one order,
+        in whatever other it is given.
+        """
+        left, grown = sorted(family, key=lambda prefix: (len(prefix), sorted(prefix))), list[tuple[int, ...]]()
         while (step := self.first(left, grown)) is not None:
             grown.append(step[0])
             left.remove(step[0])

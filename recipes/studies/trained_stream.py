@@ -10,6 +10,7 @@ from typing import Any
 from studies.answers import Benches, Trained, chosen_rate, named, quality_together
 from studies.workbench import Workbench, about
 
+from hf_s3t import S3TConfig
 from hf_s3t.analysis.streams import Policy, Stream, drawn_requests, families_under, sisa
 from hf_s3t.baselines import Method
 from hf_s3t.baselines.cost import UnitCost
@@ -84,7 +85,7 @@ def trained_stream(options: argparse.Namespace, others: Sequence[str]) -> dict[s
         settings = {"order": options.order, "requests": options.requests, "stages": way.stages}
         label = f"stream-{way.trained.name}-{way.stages or ('exhausted' if way.until_exhausted else 'all')}"
         found = here.kept(label, lambda b=here, w=way, n=label, r=requests: _answered(b, w, n, r), **settings)
-        simulated = _simulated(here, way, found["works"], options)
+        simulated = simulated_stream(config, way, found["works"], options.requests, options.order)
         table = quality_together(benches, way.trained, rate, options.seeds)
         expected = sum(table[named(depths)] * share for depths, share in simulated.together.items())
         systems.append(
@@ -201,16 +202,24 @@ def _works(bench: Workbench, method: Method) -> list[float]:
 # Simulated
 
 
-def _simulated(bench: Workbench, way: Answered, works: Sequence[float], options: argparse.Namespace) -> Stream:
-    """The same requests. What a stage costs is the model's, with its layers and rows."""
-    config = bench.loaded.config
+def simulated_stream(config: S3TConfig, way: Answered, works: Sequence[float], requests: int, order: int) -> Stream:
+    """
+    The same requests, simulated.
+
+    Args:
+        config (`S3TConfig`): Shards, slices, and the horizon by which stages are weighed.
+        way ([`Answered`]): What is trained after each request.
+        works (sequence of `float`): What a stage of each depth costs, with the model's layers and rows.
+        requests (`int`): Number of requests.
+        order (`int`): Seed of the requests.
+    """
     size = config.num_slices
     drawn: Mapping[str, Any] = {
         "num_shards": config.num_shards,
         "replay": way.trained.replay,
         "works": works,
-        "requests": options.requests,
-        "seed": options.order,
+        "requests": requests,
+        "seed": order,
     }
     if way.trained.method == "sisa":
         return sisa(size, way.policy(size), reorders=False, **drawn)

@@ -123,8 +123,12 @@ class TestFamilies:
             prior = [share * 4 / size for share in prior for _ in range(size // 4)]
             config = replace(config, deletion_prior=prior)
         plan = Plan.from_config(config)
-        growing = Growing(plan.families[0], size, prior=prior, replay=config.replay)
         growth, rng = Growth(plan, config), random.Random(1)
+        # In whatever order it is given, a family is grown in that of the plan.
+        shuffled = rng.sample(plan.families[0], len(plan.families[0]))
+        growing = Growing(shuffled, size, prior=prior, replay=config.replay)
+        for given in (plan.families[0], Plan.as_asked_for(config).families[0]):
+            assert Growing(given, size, prior=prior, replay=config.replay).stages == growing.stages
         for _ in range(40):
             # Deletions and stages that were grown since, in any order.
             state, valid = growing.all, set(plan.stages())

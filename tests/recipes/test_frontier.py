@@ -11,9 +11,11 @@ import pytest
 from studies.answers import Trained, named
 from studies.figures import draw
 from studies.frontier import SHARES, called, compared, simulated
+from studies.trained_stream import simulated_stream, ways
 from support.tiny import tiny_vit
 from transformers import ViTImageProcessorPil
 
+from hf_s3t import S3TConfig
 from hf_s3t.analysis.streams import Policy
 
 
@@ -156,13 +158,16 @@ class TestStoredFigures:
         assert picture.startswith(b"\x89PNG") and len(picture) < 120_000
 
     def test_the_simulated_stream_is_where_the_trained_one_is(self):
-        """Stages to the number; the work but for rows that are gone; accuracy within its own error."""
+        """Depths and stages to the number; the work but for rows that are gone; accuracy within its own error."""
         data = json.loads((FIGURES / "frontier-trained.json").read_text(encoding="utf-8"))
         assert data["requests"] >= 100 and {system["method"] for system in data["systems"]} == {"s3t", "sisa"}
-        for system in data["systems"]:
+        config = S3TConfig(num_shards=data["num_shards"], num_slices=data["num_slices"])
+        for way, system in zip(ways(0.25, [1, 2]), data["systems"], strict=True):
             simulated = system["simulated"]
-            assert len(system["depths"]) == len(simulated["depths"]) == data["requests"] + 1
-            assert system["mean_depth"] == pytest.approx(simulated["mean_depth"], abs=0.05)
+            now = simulated_stream(config, way, system["works"], data["requests"], data["order"])
+            assert [round(depth, 4) for depth in now.depth_after] == simulated["depths"]
+            assert len(system["depths"]) == data["requests"] + 1
+            assert system["depths"] == simulated["depths"] and system["mean_depth"] == simulated["mean_depth"]
             assert system["stages_trained"] == simulated["stages"]
             assert system["work"] == pytest.approx(simulated["work"], rel=0.15)
             assert system["mean_quality"] == pytest.approx(simulated["mean_quality"], abs=0.02)
