@@ -171,10 +171,11 @@ def _rows(data: str) -> "Dataset":
         if path.is_file():
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
         return load_dataset(data, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
+    # An empty file ends the reader's iteration.
+    except (OSError, ValueError, DatasetsError, StopIteration) as error:
+        reason = str(error).strip().split("\n")[0].removesuffix(".") or "it holds none"
         raise ConfigError(
-            f"--measure={data}: no rows to be had: {reason} Give a file of rows ({', '.join(_READERS)}), or an id on "
+            f"--measure={data}: no rows to be had: {reason}. Give a file of rows ({', '.join(_READERS)}), or an id on "
             "the Hub with a split 'train'."
         ) from error
 

@@ -505,7 +505,7 @@ class TestWrongInput:
             (dict(prior=[0.5, 0.5]), "has 2 values"),
             (dict(prior=0.5), "`prior` must be a list"),
             (dict(prior=[SKEWED] * 3), "`prior` has 3 lists, but num_shards=2"),
-            (dict(sequences=[(0, 1, 2, 3)]), "1 sequences, but budget=4"),
+            (dict(sequences=[(0, 1, 2, 3)]), "1 sequence, but budget=4"),
             (dict(sequences=[[(0, 1, 2, 3)]] * 3), "for 3 shards, but num_shards=2"),
             (dict(sequences=[(0, 1, 0)] * 4), "slices from 0 to 3, each once"),
             (dict(sequences=[(0, 4)] * 4), "slices from 0 to 3"),

@@ -862,6 +862,13 @@ def test_plan_says_what_decided(llama):
     assert "a stage of fewer than about 50 steps does not converge" in text
 
 
+def test_plan_says_one_of_a_thing_as_one():
+    text = run(
+        *PLAN, "--num-layers", 4, "--months", 1, "--max-shards", 3, "--until", "exhausted", "--replay", 1
+    ).stdout
+    assert "in 1 month  " in text and "hours in 1 month  " in text and "1 kills a shard, 3 exhaust the system" in text
+
+
 def test_plan_takes_replay_as_given():
     assert "replay=1, as given\n" in run(*PLAN, "--num-layers", 8, "--replay", 1).stdout
 
@@ -971,6 +978,7 @@ def test_plan_needs_numbers_or_rows_to_measure_with(options, says):
         ("rows.txt", "a row", "rows.txt: expected a file of .json, .jsonl, .csv, .parquet"),
         ("rows.csv", "question,answer\nwhat,this\n", "columns question, answer; expected 'text' or 'sentence' with"),
         ("nowhere", None, "nowhere: no rows to be had: .* Give a file of rows"),
+        ("empty.jsonl", "", "empty.jsonl: no rows to be had: it holds none. Give a file of rows"),
     ],
 )
 def test_plan_refuses_rows_that_it_cannot_measure_with(llama, tmp_path, name, content, says):
