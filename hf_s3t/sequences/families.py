@@ -344,7 +344,8 @@ class _Search:
         # By the slices that are left, not by those that are hit.
         self.weights = hit_set_weights(prior, horizon)[::-1]
         self.sizes = np.bitwise_count(self.states).astype(np.int64)
-        self.levels = [self.states[self.sizes == size] for size in range(self.size + 1)]
+        self.levels = [self.states[self.sizes == size] for size in range(1, self.size + 1)]
+        self.below = [self._below(level) for level in self.levels]
         work = [0] + [round(stage_work(depth, self.size, replay) * _PARTS) for depth in range(1, self.size + 1)]
         self.costs = np.array(work, dtype=np.int64)[self.sizes]
 
@@ -390,7 +391,7 @@ class _Search:
     def chain(self) -> frozenset[int]:
         """The chain to full depth that serves most."""
         gains = self._gains(np.zeros(len(self.states), dtype=np.int64))
-        _, before = self._along(gains, np.zeros(len(self.states), dtype=bool))
+        *_, before = self._along(gains, 0.0, self.states > 0)
         return frozenset(self._back(self.everything, before, frozenset()))
 
     def filled(self, family: frozenset[int]) -> frozenset[int]:
@@ -402,7 +403,7 @@ class _Search:
 
     def exchanged(self, family: frozenset[int]) -> frozenset[int]:
         """Take some sets out on which nothing stands, and fill up again, as long as something becomes better."""
-        best, rng, failed = family, random.Random(_SEED), 0
+        best, reached, rng, failed = family, self.rank(family), random.Random(_SEED), 0
         while failed < _ROUNDS:
             sets = set(best)
             # Python promises the stream of `random()` alone.
@@ -412,8 +413,8 @@ class _Search:
                     sets.remove(free[int(rng.random() * len(free))])
             other = self.filled(frozenset(sets))
             failed += 1
-            if self.rank(other) > self.rank(best):
-                best, failed = other, 0
+            if (rank := self.rank(other)) > reached:
+                best, reached, failed = other, rank, 0
         return best
 
     def _removable(self, sets: set[int]) -> list[int]:
@@ -429,44 +430,36 @@ class _Search:
 
     def _best_chain(self, sets: set[int]) -> list[int] | None:
         """The missing sets of the chain that gains most for its work, among those that are paid for."""
-        left, is_there = self.affordable - self.work(sets), np.zeros(len(self.states), dtype=bool)
-        is_there[list(sets)] = True
-        gains = self._gains(self.served(sets))
+        left, is_missing = self.affordable - self.work(sets), np.ones(len(self.states), dtype=bool)
+        is_missing[[0, *sets]] = False
+        gains = self._gains(self.served(sets)) * is_missing
         rate, best = 0.0, None
         while True:
             # The end of the best chain is where the sum along it is greatest; of ends too dear, none.
-            _, before = self._along(gains - rate * self.costs, is_there)
-            found = self._ends(gains, before, is_there, left)
-            if found is None or found[0] <= rate:
+            gained, cost, before = self._along(gains, rate, is_missing)
+            can = (gained > 0) & (cost <= left)
+            rates = np.divide(gained, cost, out=np.zeros(len(gained)), where=can)
+            end = int(rates.argmax())
+            if rates[end] <= rate:
                 return best
-            rate, best = found[0], self._back(found[1], before, sets)
+            rate, best = float(rates[end]), self._back(end, before, sets)
 
-    def _ends(
-        self, gains: np.ndarray, before: np.ndarray, is_there: np.ndarray, left: int
-    ) -> tuple[float, int] | None:
-        """What the chain to each set gains for its work, and the end of the best one that is paid for."""
-        gained, cost = np.zeros(len(self.states)), np.zeros(len(self.states), dtype=np.int64)
-        for level in self.levels[1:]:
-            new = level[~is_there[level]]
-            gained[new] = gained[before[new]] + gains[new]
-            cost[new] = cost[before[new]] + self.costs[new]
-        can = (cost > 0) & (cost <= left) & (gained > 0)
-        if not can.any():
-            return None
-        rates = np.where(can, gained / np.maximum(cost, 1), -1.0)
-        end = int(rates.argmax())
-        return float(rates[end]), end
-
-    def _along(self, terms: np.ndarray, is_there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The greatest sum along a chain to each set from one that is there, and the set before it in that chain."""
-        best, before = np.zeros(len(self.states)), np.zeros(len(self.states), dtype=np.int64)
-        for level in self.levels[1:]:
-            below = np.stack([level ^ (1 << s) for s in range(self.size)])
-            sums = np.where(level >> np.arange(self.size)[:, None] & 1, best[below % len(self.states)], -np.inf)
-            chosen = sums.argmax(axis=0)
-            before[level] = below[chosen, np.arange(len(level))]
-            best[level] = np.where(is_there[level], 0.0, sums.max(axis=0) + terms[level])
-        return best, before
+    def _along(
+        self, gains: np.ndarray, rate: float, is_missing: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        For each missing set the chain to it, from one that is there, that gains most beyond so much for each unit of
+        work: what it gains, what it costs, and the set before the last.
+        """
+        gained, beyond = np.zeros(len(self.states)), np.zeros(len(self.states))
+        cost, before = np.zeros(len(self.states), dtype=np.int64), np.zeros(len(self.states), dtype=np.int64)
+        for level, below in zip(self.levels, self.below, strict=True):
+            best = below[beyond[below].argmax(axis=0), np.arange(len(level))]
+            before[level] = best
+            gained[level] = own = (gained[best] + gains[level]) * is_missing[level]
+            cost[level] = work = (cost[best] + self.costs[level]) * is_missing[level]
+            beyond[level] = own - rate * work
+        return gained, cost, before
 
     def _back(self, end: int, before: np.ndarray, sets: Collection[int]) -> list[int]:
         chain = []
@@ -477,17 +470,23 @@ class _Search:
 
     def _gains(self, served: np.ndarray) -> np.ndarray:
         """For every set, the weight of the states that have it and are served less than its size."""
-        gains = np.zeros(len(self.states))
-        for size in range(1, self.size + 1):
-            missed = self.weights * (served < size)
-            for bit in range(self.size):
-                without, with_ = self._halves(missed, bit)
-                without += with_
-            gains[self.levels[size]] = missed[self.levels[size]]
+        missed: np.ndarray = self.weights * (served < np.arange(self.size + 1)[:, None])
+        for bit in range(self.size):
+            without, with_ = self._halves(missed, bit)
+            without += with_
+        gains: np.ndarray = missed[self.sizes, self.states]
         return gains
+
+    def _below(self, level: np.ndarray) -> np.ndarray:
+        """For each of some sets of one size, those with one slice less."""
+        slices = np.arange(self.size)
+        has = (level[:, None] >> slices & 1).astype(bool)
+        without = level[:, None] ^ (1 << slices)
+        by_set: np.ndarray = without[has].reshape(len(level), -1)
+        return by_set.T
 
     @staticmethod
     def _halves(values: np.ndarray, bit: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of what belongs to the states without a slice, and with it."""
-        halves = values.reshape(-1, 2, 1 << bit)
-        return halves[:, 0], halves[:, 1]
+        halves = values.reshape(*values.shape[:-1], -1, 2, 1 << bit)
+        return halves[..., 0, :], halves[..., 1, :]
