@@ -368,8 +368,8 @@ class HubFolder(SystemFolder):
             shutil.copy2(self.path / KEY_FILE, target / KEY_FILE)
         # Of one time, and with what was deleted while all this took its own.
         self.refresh_ledger()
-        table, ledger = self.table_and_ledger()
-        discard(target / key.path for key in records.keys() - self.valid_stages)
+        table, ledger, valid = self.as_of_one_time()
+        discard(target / key.path for key in records.keys() - valid.keys())
         write_table(target / TABLE_FILE, table, ledger)
         write_atomically(target / LEDGER_FILE, ledger.text.encode())
         for file in (*target.rglob("*"), target):
