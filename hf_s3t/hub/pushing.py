@@ -12,9 +12,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy,
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
-from ..errors import ConfigError, HubError, MergeNeededError, TransferError, counted
+from ..errors import ConfigError, FolderError, HubError, MergeNeededError, TransferError, counted
 from ..folder.earlier_slices import EarlierSlices
-from ..folder.files import digested_json, read_checked, stamp
+from ..folder.files import check_digest, digested_json, read_checked, stamp
 from ..folder.identity import damaged_parts, differing_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_FILE,
@@ -138,20 +138,20 @@ def _commit_upon_what_is_there(
         stages = folder.stage_records
         try:
             changes = _operations(folder, state, describe, card)
-        except OSError as error:
+            refuse_what_git_would_keep(repo, state, changes.added)
+            if not dry_run:
+                remember(repo.repo_id, folder.record, folder.ledger)
+            if dry_run or not (changes.added or changes.deleted):
+                if dry_run or _is_last(folder, changes.ledger):
+                    return _report(repo, state.commit, changes, merged)
+                continue
+            commit = _commit(folder, repo, state, changes, message or _message(folder))
+        except (FileNotFoundError, FolderError) as error:
             # Another process deleted examples meanwhile, and with them stages, or grew some again; or one is damaged.
             folder.refresh()
-            if folder.stage_records == stages and not isinstance(error, FileNotFoundError):
+            if folder.stage_records == stages and isinstance(error, FolderError):
                 raise
             continue
-        refuse_what_git_would_keep(repo, state, changes.added)
-        if not dry_run:
-            remember(repo.repo_id, folder.record, folder.ledger)
-        if dry_run or not (changes.added or changes.deleted):
-            if dry_run or _is_last(folder, changes.ledger):
-                return _report(repo, state.commit, changes, merged)
-            continue
-        commit = _commit(folder, repo, state, changes, message or _message(folder))
         if commit is not None:
             return _report(repo, commit, changes, merged)
         # Somebody was first, here or there, or the answer was lost and this commit may be there: look again.
@@ -438,6 +438,7 @@ def _create_commit(
         source = content.path if isinstance(content, _Adapter) else content
         additions.append(CommitOperationAdd(path, source if isinstance(source, bytes) else str(source)))
         if isinstance(content, _Adapter) and additions[-1].upload_info.sha256.hex() != content.digest:
+            check_digest(content.path, content.digest)
             return None
     repo.api.preupload_lfs_files(repo.repo_id, additions, revision="main", free_memory=False)
     # That took its time: what was uploaded has to be what was read, and no deletion to have come since.

@@ -227,7 +227,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             return self._train_stage(key, resume, ignore_keys_for_eval)
         except CheckpointError as error:
             logger.warning(f"{key} is trained again from its beginning: {error}")
-            self.folder.remove_checkpoints(key)
+            with self.folder.lock():
+                self.folder.remove_checkpoints(key)
         except FolderError:
             # A deletion may have taken what the stage stands on, since it was chosen: then another is next.
             if self.accelerator.num_processes > 1 or not self._is_overtaken(key):

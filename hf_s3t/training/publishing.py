@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import ConfigError, HubError
+from ..errors import ConfigError, FolderError, HubError
 from ..hub.card import description
 from ..hub.client import hub_errors_as_sentences
 from ..hub.pushing import PushReport, push
@@ -68,10 +68,13 @@ class Publishing(LiveModel):
                 self._live.refresh()
 
     def _push_meanwhile(self, message: str) -> None:
-        """A Hub that cannot be reached is no reason to lose training: the push at the end brings what is missing."""
+        """
+        A Hub that cannot be reached, or a damaged stage, is no reason to lose training: the push at the end brings
+        what is missing, or tells it.
+        """
         try:
             self.push_to_hub(message)
-        except HubError as error:
+        except (HubError, FolderError) as error:
             logger.warning(f"{message} could not be pushed: {error} It is tried again with the next.")
 
     def _make_repo(self, token: str | None, private: bool | None) -> str:

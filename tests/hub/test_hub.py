@@ -88,6 +88,15 @@ def test_a_stage_that_is_grown_anew_while_it_is_pushed_comes_with_its_own_record
         assert pulled.read_adapter(stage) == there.read_adapter(stage)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "stage.json"])
+def test_a_stage_that_is_damaged_is_named_and_not_pushed(system, repo, name):
+    file = system.path / max(system.stages).path / name
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(FolderError, match=rf"{file} .* remove its folder and call `train\(\)`"):
+        send(system, repo)
+    assert repo.state().record is None
+
+
 @pytest.mark.parametrize("moment", ["before", "meanwhile"])
 def test_no_push_brings_what_another_process_deleted_by_then(system, repo, moment):
     # Of a slice that no stage saw: no file goes that would be missed.
