@@ -117,7 +117,7 @@ EIGHT = ids_of(8)
         rows=Dataset.from_dict({"id": EIGHT, "question": ["w4"] * 8, "answer": ["w5"] * 8})),
     Refusal(ConfigError, "half a pair", "has the columns id, prompt", "'prompt' and 'completion'", "Rename them",
         rows=Dataset.from_dict({"id": EIGHT, "prompt": ["w4"] * 8})),
-    Refusal(ConfigError, "missing texts", "1 of 8 rows of `train_dataset` have no `text`", "Drop them",
+    Refusal(ConfigError, "missing texts", "`train_dataset` lacks `text` in 1 of 8 rows", "Drop them",
         r"`dataset.filter\(", rows=Dataset.from_dict({"id": EIGHT, "text": ["w4"] * 7 + [None]})),
     Refusal(ConfigError, "a classifier", "BertForSequenceClassification is no language model",
         "which `S3TSFTTrainer` trains", "use `S3TTrainer`", model=tiny_bert(2)),

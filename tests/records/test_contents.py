@@ -181,5 +181,5 @@ def test_a_field_that_only_the_deleted_row_had_is_no_change_of_the_others(tmp_pa
     left = rows[:3] + rows[4:]
     assert len(trainer(left).folder.table) == 15
     left[0]["meta"] = {"lang": "de"}
-    with pytest.raises(ContentChangedError, match="The content of 1 examples"):
+    with pytest.raises(ContentChangedError, match="The content of 1 example is"):
         trainer(left)

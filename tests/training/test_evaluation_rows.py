@@ -120,7 +120,7 @@ def test_other_rows_pass(stored, tmp_path):
 def test_they_are_found_among_tensors_too(tmp_path):
     """A dataset of torch to train on: row numbers are the ids."""
     config = s3t_config(budget=1, id_column=None)
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer_of(tmp_path / "a", Dataset.from_list(without_ids(ROWS[:3])), Rows(without_ids(ROWS)), config=config)
     trainer_of(tmp_path / "b", Dataset.from_list(OTHERS_AS_ROWS), Rows(without_ids(ROWS)), config=config)
 
@@ -132,7 +132,7 @@ def test_a_row_that_is_told_apart_by_its_label_alone_is_another(tmp_path):
 
 def test_labels_that_say_the_words_again_are_no_difference(tmp_path):
     words = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(3)])
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer_of(tmp_path, words, lm_rows(12), tiny_llama(2))
 
 
@@ -142,7 +142,7 @@ def test_words_that_the_loss_passes_over_are_no_difference(masked, tmp_path):
     rows = lm_rows(12)
     less = [{**row, "labels": [-100] * 4 + row["input_ids"][4:]} for row in rows]
     train, evaluation = (less, rows) if masked == "training" else (rows, less)
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer_of(tmp_path, Dataset.from_list(without_ids(evaluation[:3])), train, tiny_llama(2))
 
 
@@ -151,7 +151,7 @@ def test_images_are_compared_in_single_precision(cast, tmp_path):
     shown = Rows(
         without_ids(image_rows(3)), lambda row: {**row, "pixel_values": np.asarray(row["pixel_values"], cast)}
     )
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer_of(tmp_path, shown, image_rows(12), tiny_vit(2))
 
 
@@ -184,10 +184,10 @@ def test_texts_are_compared_as_tokens(tokenizer, tmp_path, packing):
             processing_class=tokenizer,
         )
 
-    with pytest.raises(IsolationError, match="2 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 2 training examples"):
         trainer("the same", TEXTS[10:14], source="web")
     # Other spaces are the same tokens.
-    with pytest.raises(IsolationError, match="2 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 2 training examples"):
         trainer("spaces", [f" {text} " for text in TEXTS[10:14]])
     trainer("others", TEXTS[12:])
 
@@ -202,14 +202,14 @@ def test_rows_that_the_collator_tokenizes_are_compared_as_it_makes_them(tokenize
     train = [{"id": f"row-{n}", "text": text, "label": n % 3} for n, text in enumerate(TEXTS[:12])]
     more = {"data_collator": Tokenizes(), "args": training_arguments(tmp_path, remove_unused_columns=False, **CHOOSES)}
     evaluation = Rows([{"text": text, "label": n % 3} for n, text in enumerate(TEXTS[:2])], dict)
-    with pytest.raises(IsolationError, match="2 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 2 training examples"):
         trainer_of(tmp_path, evaluation, train, **more)
 
 
 def test_a_set_that_is_given_later_is_compared_before_training(tmp_path):
     trainer = trainer_of(tmp_path, Dataset.from_list(OTHERS_AS_ROWS))
     trainer.eval_dataset = Rows(without_ids(ROWS[:3]))
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer.train()
     assert not trainer.folder.valid_stages
 
@@ -230,5 +230,5 @@ def test_a_collator_that_draws_is_asked_nothing_where_the_rows_are_inputs(tmp_pa
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     words = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(3)])
     rows = [{"id": row["id"], "input_ids": row["input_ids"]} for row in lm_rows(12)]
-    with pytest.raises(IsolationError, match="3 rows of `eval_dataset`"):
+    with pytest.raises(IsolationError, match="`eval_dataset` holds 3 training examples"):
         trainer_of(tmp_path, words, rows, tiny_llama(2), data_collator=collator)
