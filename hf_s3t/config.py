@@ -24,6 +24,9 @@ SELECTIONS = ("longest", "metric", "all")
 KEEP_IDS = ("plain", "digest")
 GROWTHS = ("top-down", "bottom-up")
 STAGE_DATA = ("cumulative", "slice")
+GATES = ("terms",)
+# Of serving, not of stages: those of a system may be changed.
+OF_SERVING = ("gate", "gate_top_k", "gate_temperature")
 # Far beyond what anybody trains; a config from elsewhere must not fill the memory before it is refused.
 _LARGEST_PLAN = 2_000_000
 _LARGEST_HORIZON = 10**9
@@ -104,6 +107,16 @@ class S3TConfig:
         select (`str`, defaults to `"longest"`):
             Which surviving stack of a shard serves: the `"longest"`, the one with the best recorded evaluation loss
             (`"metric"`), or the longest of every sequence together (`"all"`).
+        gate (`str`, *optional*):
+            What gives each row of a call weights over the shards: `"terms"`, by the words that its prompt shares with
+            the prompts of the rows that are still in (for bases that read text). The folder then holds keyed digests
+            of these words (`gate.safetensors`). `None` is the mean of all members. This setting and the two that
+            follow are of serving: no stage depends on them, and they can be others at each load.
+        gate_top_k (`int`, *optional*):
+            How many members answer a row at most, where as many stand out by their weights; all, by their weights, if
+            not given.
+        gate_temperature (`float`, defaults to 1.0):
+            By what a gate's scores are divided before the softmax that makes weights of them.
         base_is_public (`bool`, defaults to `False`):
             States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
         growth (`str`, defaults to `"top-down"`):
@@ -182,6 +195,15 @@ class S3TConfig:
         default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
     )
     select: str = field(default="longest", metadata={"help": "Stack served per shard: longest, metric or all."})
+    gate: str | None = field(
+        default=None, metadata={"help": "terms: weigh members by the words of each prompt; the mean if not given."}
+    )
+    gate_top_k: int | None = field(
+        default=None, metadata={"help": "Members that answer a row at most, where a gate names so many."}
+    )
+    gate_temperature: float = field(
+        default=1.0, metadata={"help": "What a gate's scores are divided by before they become weights."}
+    )
     base_is_public: bool = field(
         default=False, metadata={"help": "The data a GPTQ or AWQ base was calibrated on can never be deleted."}
     )
@@ -211,6 +233,7 @@ class S3TConfig:
         self._check_replay()
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        self.gate_temperature = check_gate(self.gate, self.gate_top_k, self.gate_temperature, self.num_shards)
         for name in _SWITCHES:
             require_bool(name, getattr(self, name))
         if self.keep_idle is not None:
@@ -492,6 +515,39 @@ class S3TConfig:
         except ValueError as error:
             raise ConfigError(f"An S3TConfig is read from JSON, and this is none: {error}.") from error
         return cls.from_dict(values)
+
+
+def check_gate(gate: Any, top_k: Any, temperature: Any, num_shards: int) -> float:
+    """
+    Check what says how members are weighed.
+
+    Args:
+        gate (`str`, *optional*): [`S3TConfig.gate`].
+        top_k (`int`, *optional*): [`S3TConfig.gate_top_k`].
+        temperature (`float`): [`S3TConfig.gate_temperature`].
+        num_shards (`int`): The shards of the system.
+
+    Returns:
+        `float`: The temperature.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If one is out of range, or contradicts another.
+    """
+    if gate is not None:
+        require_choice("gate", gate, GATES)
+    if top_k is not None:
+        require_int("gate_top_k", top_k, 1)
+        if gate is None:
+            raise ConfigError(
+                f"gate_top_k={top_k} without a gate, whose weights name the members that answer. Give "
+                'gate="terms", or leave out `gate_top_k`.'
+            )
+        if top_k > num_shards:
+            raise ConfigError(
+                f"gate_top_k={top_k} is more than num_shards={num_shards}: each shard has one weight. Lower it, or "
+                "leave it out for all."
+            )
+    return require_positive("gate_temperature", temperature)
 
 
 def check_prior(prior: Sequence[float], num_slices: int) -> None:

@@ -135,11 +135,20 @@ class TermRows:
         Args:
             id_digests (collection of `str`, or `numpy.ndarray`): See [`TermRows.without`].
         """
-        return self._taken(self._numbers_of(id_digests))
+        numbers = self._numbers_of(id_digests)
+        begins = np.where(numbers > 0, self.ends[numbers - 1], 0)
+        lengths = self.ends[numbers] - begins
+        places, terms = (self.shards[numbers], self.slices[numbers]), self.terms[_ranges(begins, lengths)]
+        return TermRows(self.digests[numbers], *places, np.cumsum(lengths, dtype=np.int64), terms)
 
     def settled(self) -> "TermRows":
         """The same rows in arrays that hold nothing of those that were removed."""
-        return self if self.is_settled else self._taken(np.flatnonzero(self._is_in))
+        if self.is_settled:
+            return self
+        left, lengths = self._is_in, self._lengths
+        terms = self.terms[np.repeat(left, lengths)]
+        ends = np.cumsum(lengths[left], dtype=np.int64)
+        return TermRows(self.digests[left], self.shards[left], self.slices[left], ends, terms)
 
     def _numbers_of(self, id_digests: Collection[str] | np.ndarray) -> np.ndarray:
         """The numbers of the rows that are in of some ids, ascending."""
@@ -153,12 +162,6 @@ class TermRows:
     @cached_property
     def _sought(self) -> np.ndarray:
         return _comparable(self.digests)
-
-    def _taken(self, numbers: np.ndarray) -> "TermRows":
-        lengths = self._lengths[numbers]
-        terms = self.terms[_ranges(self.ends[numbers] - lengths, lengths)]
-        places = self.shards[numbers], self.slices[numbers]
-        return TermRows(self.digests[numbers], *places, np.cumsum(lengths, dtype=np.int64), terms)
 
     @property
     def _lengths(self) -> np.ndarray:
@@ -207,6 +210,9 @@ class TermCounts:
         self.places = places
         self.counts = counts
         self.totals = totals
+        # What was taken away since, and where: a copy of millions of counts would be waited for.
+        self._taken_at = np.zeros(0, np.int64)
+        self._taken = np.zeros(0, np.uint32)
 
     @classmethod
     def of(cls, rows: TermRows, num_shards: int, num_slices: int) -> "TermCounts":
@@ -236,31 +242,46 @@ class TermCounts:
         """
         if not len(rows):
             return self
-        gone = TermCounts.of(rows, self.num_shards, self.num_slices)
+        gone = TermCounts.of(rows, *self._shape)
         at, lengths = self._found(gone.terms)
         # Of these terms, in order: by this a count is found among all those of its term at once.
         where, num_places = _ranges(at, lengths), len(self.totals)
         sought = np.repeat(np.arange(len(at)), lengths) * num_places + self.places[where]
         wanted = np.repeat(np.arange(len(at)), gone._sizes) * num_places + gone.places
-        counts = self.counts.copy()
-        counts[where[np.searchsorted(sought, wanted)]] -= gone.counts
-        shape = self.num_shards, self.num_slices
-        return TermCounts(*shape, self.terms, self.ends, self.places, counts, self.totals - gone.totals)
+        at = np.concatenate([self._taken_at, where[np.searchsorted(sought, wanted)]])
+        left = TermCounts(*self._shape, self.terms, self.ends, self.places, self.counts, self.totals - gone.totals)
+        left._taken_at, which = np.unique(at, return_inverse=True)
+        left._taken = np.zeros(len(left._taken_at), np.uint32)
+        np.add.at(left._taken, which, np.concatenate([self._taken, gone.counts]))
+        return left
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.num_shards, self.num_slices
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is known of terms that no row has any more."""
-        return bool(self.counts.all())
+        """Whether the arrays hold nothing that was taken away."""
+        return not len(self._taken_at)
 
     def settled(self) -> "TermCounts":
         """The same counts in arrays that hold nothing of terms that no row has any more."""
         if self.is_settled:
             return self
-        is_left = self.counts > 0
+        counts = self._counts_at(np.arange(len(self.counts)))
+        is_left = counts > 0
         left = np.cumsum(is_left, dtype=np.int64)[self.ends - 1]
         has_any = np.diff(left, prepend=0) > 0
-        arrays = self.terms[has_any], left[has_any], self.places[is_left], self.counts[is_left]
-        return TermCounts(self.num_shards, self.num_slices, *arrays, self.totals)
+        arrays = self.terms[has_any], left[has_any], self.places[is_left], counts[is_left]
+        return TermCounts(*self._shape, *arrays, self.totals)
+
+    def _counts_at(self, where: np.ndarray) -> np.ndarray:
+        """Some of the counts, without what was taken away."""
+        found = self.counts[where]
+        if not self.is_settled:
+            at = np.minimum(np.searchsorted(self._taken_at, where), len(self._taken_at) - 1)
+            found -= np.where(self._taken_at[at] == where, self._taken[at], 0).astype(np.uint32)
+        return np.asarray(found)
 
     def scores(self, terms: np.ndarray, seen: Sequence[Iterable[int]]) -> np.ndarray:
         """
@@ -275,7 +296,7 @@ class TermCounts:
         Returns:
             `numpy.ndarray` of shape `(num_shards,)`: The scores as float64; 0 where no term is known.
         """
-        is_seen = np.zeros((self.num_shards, self.num_slices), bool)
+        is_seen = np.zeros(self._shape, bool)
         for shard, slices in enumerate(seen):
             is_seen[shard, list(slices)] = True
         is_alive = is_seen.any(axis=1)
@@ -298,8 +319,8 @@ class TermCounts:
         begins, lengths = self._found(terms)
         where = _ranges(begins, lengths)
         found = np.zeros((len(begins), len(self.totals)), np.int64)
-        found[np.repeat(np.arange(len(begins)), lengths), self.places[where]] = self.counts[where]
-        return found.reshape(-1, self.num_shards, self.num_slices)
+        found[np.repeat(np.arange(len(begins)), lengths), self.places[where]] = self._counts_at(where)
+        return found.reshape(-1, *self._shape)
 
     def _found(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the counts begin of those among some terms that are known, and how many each has."""
