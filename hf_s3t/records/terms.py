@@ -1,7 +1,9 @@
 """Which terms the prompts of rows hold, and how many rows of each shard hold them: what a gate knows of a system."""
 
+import hashlib
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -41,6 +43,16 @@ def terms_of(text: str, key: DigestKey) -> np.ndarray:
         key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
     """
     return np.unique(key.of_terms(words_of(text)))
+
+
+def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
+    """
+    SHA-256 of a tokenizer's vocabulary: with another one, the tokens of a prompt are other words.
+
+    Args:
+        vocabulary (mapping from `str` to `int`): What the tokenizer's `get_vocab()` returns.
+    """
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
 class TermRows:
