@@ -51,6 +51,9 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
+    if status["gate"] is not None:
+        rows, terms = _count(status["gate"]["rows"], "row"), _count(status["gate"]["terms"], "distinct word")
+        say(f"gate: {status['gate']['kind']}, of the prompts of {rows}, {terms}")
     if status["pending"]:
         say(f"waiting for `hf-s3t apply-pending`, and in until then: {_count(status['pending'], 'example')}")
     if status["is_exhausted"]:

@@ -406,6 +406,13 @@ class SystemFolder(FolderView):
             given = record["baseline"]
             record["baseline"] = {**given, "s3t_config": {**given["s3t_config"], **settings}}
         write_record(self.path / CONFIG_FILE, record)
+        self._take_in_settings(record)
+
+    def refresh_settings(self) -> None:
+        """Read again what `s3t_config.json` says: how a system is served may have been changed by another process."""
+        self._take_in_settings(read_record(self.path / CONFIG_FILE))
+
+    def _take_in_settings(self, record: dict[str, Any]) -> None:
         self.record, self.config = record, S3TConfig.from_dict(record["s3t_config"])
 
     # What a removal that was interrupted left
