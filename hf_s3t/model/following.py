@@ -13,6 +13,7 @@ from ..errors import S3TError
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
 from .calls import Calls, Routing
+from .gates import ChosenGate, Gate, GateSettings, TermsGate, UnreadableGate, tokenizer_of_gate
 from .retrying import Retrying
 from .stack import StageStack
 
@@ -36,6 +37,11 @@ _ATTEMPTS = 10
 class Following:
     """The part of [`~hf_s3t.S3TModel`] that keeps what serves in step with the folder."""
 
+    # What is put together of the folder's stages; the baselines have others.
+    routing_type: type[Routing] = Routing
+    # Which gate weighs the members.
+    _gate_settings = GateSettings()
+
     def _begin_serving(self, stack: StageStack, folder: SystemFolder, preload: str) -> None:
         """
         Serve what a folder says from here on.
@@ -54,6 +60,8 @@ class Following:
         self._followed: tuple[int, tuple[Any, ...]] | None = None
         self._look_again = 0.0
         self._not_taken_up: str | None = None
+        # The gate that was made last, and the digest of its tokenizer.
+        self._terms: tuple[str, TermsGate] | None = None
         self._deletion_lock = threading.RLock()
         compact = functools.partial(_compact, folder)
         self._cleaner = Retrying(compact, "The table of examples still holds deleted rows")
@@ -243,7 +251,34 @@ class Following:
     def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
         folder = self.folder
         served = folder.plan.served(valid, folder.config.select, folder.losses())
-        return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
+        digests = [folder.adapter_digest(tip) for tips in served for tip in tips]
+        settings = self._gate_settings.resolved(folder.config)
+        return self.routing_type(served, digests, self._gate(settings), settings.top_k)
+
+    def _gate(self, settings: ChosenGate) -> Gate | None:
+        """What weighs the members by what is in now. Stages are taken out of use also where it cannot be read."""
+        if settings.gate != "terms":
+            given: Gate | None = settings.gate
+            return given
+        try:
+            return self._terms_gate(float(settings.temperature))
+        except (S3TError, OSError) as error:
+            return UnreadableGate(error)
+
+    def _terms_gate(self, temperature: float) -> TermsGate:
+        folder: Any = self.folder
+        folder.load_gate()
+        counts, digest = folder.term_counts, folder.gate_tokenizer_digest
+        if self._terms is None or self._terms[0] != digest:
+            tokenizer = tokenizer_of_gate(folder.path, digest)
+        else:
+            _, last = self._terms
+            if last.counts is counts and last.temperature == temperature:
+                return last
+            tokenizer = last.tokenizer
+        gate = TermsGate(tokenizer, folder.key, counts, temperature)
+        self._terms = digest, gate
+        return gate
 
     @property
     def _routing(self) -> Routing:

@@ -27,10 +27,24 @@ class Route:
     Args:
         members (`tuple[StageKey, ...]`): The last stage of each member's stack; without any, the base is by itself.
         stopped (`threading.Event`): Set by a deletion to stop the calls that go this way.
+        sizes (`tuple[int, ...]`, *optional*): How many rows each member's block has; equally many if not given.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_s3t.model.route import Route
+    >>> from hf_s3t.plan import StageKey
+
+    >>> route = Route((StageKey(0, (0,)), StageKey(1, (0,))), sizes=(1, 2))
+    >>> [len(block) for block in route.blocks(torch.zeros(6, 4))]  # three rows of two positions
+    [2, 4]
+    ```
     """
 
     members: tuple[StageKey, ...]
     stopped: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+    sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -38,6 +52,34 @@ class Route:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A copied cache was made with the same stacks, and they are compared by identity.
         return self
+
+    @cached_property
+    def num_rows(self) -> int:
+        """By what the rows of a batch can be divided: how many there are, or how many blocks of equal size."""
+        return len(self.members) if self.sizes is None else sum(self.sizes)
+
+    def blocks(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        The block of each member.
+
+        Args:
+            rows (`torch.Tensor` of shape `(rows, ...)` or `(rows * positions, ...)`): What a module is given.
+        """
+        if self.sizes is None:
+            return rows.chunk(len(self.members))
+        return torch.split(rows, self._lengths(len(rows)))
+
+    def _lengths(self, total: int) -> list[int]:
+        lengths = self._lengths_by_total.get(total)
+        if lengths is None:
+            lengths = [size * (total // self.num_rows) for size in self.sizes or ()]
+            self._lengths_by_total[total] = lengths
+        return lengths
+
+    @cached_property
+    def _lengths_by_total(self) -> dict[int, list[int]]:
+        # Every layer of every token asks.
+        return {}
 
     @cached_property
     def is_stopped(self) -> Callable[[], bool]:
