@@ -1,7 +1,5 @@
 """Gates: how much each shard knows of a prompt. They are computed from what is in, and never trained."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from ..checks import check_gate
 from ..config import S3TConfig
 from ..errors import ConfigError, FolderError, S3TError
 from ..records.digests import DigestKey
-from ..records.terms import TermCounts, terms_of
+from ..records.terms import TermCounts, terms_of, vocabulary_digest
 
 
 # The setting is what the system's config says.
@@ -182,7 +180,7 @@ def tokenizer_of_gate(path: Path, expected: str) -> Any:
             f"The gate of {path} reads prompts with the tokenizer there, which cannot be loaded ({error}). Save that "
             "of the rows there with its `save_pretrained`, or load the system with gate=None."
         ) from error
-    found = vocabulary_digest(tokenizer)
+    found = vocabulary_digest(tokenizer.get_vocab())
     if found != expected:
         raise FolderError(
             f"The gate of {path} was made with a tokenizer whose vocabulary has the digest {expected[:16]}…, and the "
@@ -190,12 +188,6 @@ def tokenizer_of_gate(path: Path, expected: str) -> Any:
             "`build_gate()` of the trainer; gate=None serves without it."
         )
     return tokenizer
-
-
-def vocabulary_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary, in its order: by which a gate knows the tokenizer of its rows."""
-    tokens = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(tokens, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,7 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         settings = GateSettings(gate, gate_top_k, gate_temperature)
         settings.check(folder.config)
         if settings.resolved(folder.config).gate == "terms":
-            gated: Any = folder
-            gated.load_gate()
+            folder.load_gate()
         base = find_base(
             folder.record,
             base_model,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.insides import routing_of
+from support.insides import routing_of, wait_for_cleaner
 from support.plain_peft import difference, naive_member
 from support.tiny import (
     PAD,
@@ -25,12 +25,13 @@ from support.tiny import (
     tiny_llava,
     tiny_vit,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_s3t import S3TModel
-from hf_s3t.errors import CallStoppedError, ConfigError, S3TError, StaleCacheError
+from hf_s3t.errors import CallStoppedError, ConfigError, FolderError, S3TError, StaleCacheError
 from hf_s3t.model.gates import chosen
 from hf_s3t.model.gating import Gating
 from hf_s3t.model.route import Route
@@ -514,3 +515,130 @@ def test_a_route_of_some_members_is_stopped_with_the_whole():
     assert part.sizes == (2, 1)
     route.stopped.set()
     assert part.is_stopped()
+
+
+# By terms
+
+
+def tokenizer_of_words(**settings) -> PreTrainedTokenizerFast:
+    """Every token of the tiny models is a word, `w7` say."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(4, VOCABULARY))])}
+    tokenizer = Tokenizer(models.WordLevel({**words, **settings}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+def facts() -> list:
+    """Rows of a prompt of four words and an answer of four."""
+    return [{**row, "labels": [-100] * 4 + row["input_ids"][4:]} for row in lm_rows(12)]
+
+
+def trainer_of_facts(path: Path, **settings):
+    config = s3t_config(num_shards=SHARDS, partition="balanced", **settings)
+    return make_trainer(path, tiny_llama(), facts(), config=config, processing_class=tokenizer_of_words())
+
+
+@pytest.fixture
+def known_facts(tmp_path) -> Path:
+    plant_stages(trainer_of_facts(tmp_path / "system", gate="terms", gate_top_k=1, gate_temperature=0.1))
+    return tmp_path / "system"
+
+
+def load(path: Path, **settings) -> S3TModel:
+    return S3TModel.from_pretrained(path, base_model=tiny_llama(), **settings)
+
+
+def prompt_of(row: dict, padding: int = 0) -> dict:
+    ids = torch.tensor([[PAD] * padding + row["input_ids"][:4]])
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+
+def test_the_shard_that_was_trained_on_a_prompt_answers_it(known_facts):
+    model, members = load(known_facts), members_of(known_facts, tiny_llama)
+    places = model.locate([row["id"] for row in facts()])
+    known_to = [model.gate_weights(**prompt_of(row)).argmax().item() for row in facts()]
+    assert known_to == [places[row["id"]][0] for row in facts()]
+    for row, shard in zip(facts()[:4], known_to, strict=False):
+        asked = dict(max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+        assert torch.equal(
+            model.generate(**prompt_of(row), **asked), members[shard].generate(**prompt_of(row), **asked)
+        )
+        # Neither padding nor what is labelled is part of the prompt.
+        weights = model.gate_weights(**prompt_of(row))
+        assert torch.equal(model.gate_weights(**prompt_of(row, padding=2)), weights)
+        whole = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        assert torch.equal(model(**whole).logits, members[shard](input_ids=whole["input_ids"]).logits)
+    # What is recorded can be overruled.
+    flat = load(known_facts, gate_temperature=1e9, gate_top_k=None).gate_weights(**prompt_of(facts()[0]))
+    assert flat.tolist() == [pytest.approx([1 / 3] * 3)]
+    unknown = {"input_ids": torch.full((1, 4), 3)}
+    assert model.gate_weights(**unknown).tolist() == [[1 / 3] * 3]
+
+
+def test_live_models_follow_deletions_and_forget_to_the_bit(known_facts):
+    """By themselves and by others: as a model that is loaded afterwards, which reads what is left."""
+    model, other = load(known_facts), load(known_facts)
+    row = facts()[0]
+    before = [one.gate_weights(**prompt_of(row)) for one in (model, other)]
+    model.unlearn([row["id"]])
+    after = [one.gate_weights(**prompt_of(row)) for one in (model, other, load(known_facts))]
+    assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+    assert not torch.equal(before[0], after[0])
+    # Once more with the gate written without the row; a cache that nothing of this concerns stays good.
+    wait_for_cleaner(model)
+    assert torch.equal(model.gate_weights(**prompt_of(row)), after[0])
+    answer = other(**prompt_of(facts()[1]), use_cache=True)
+    other.refresh()
+    other(input_ids=torch.tensor([[7]]), past_key_values=answer.past_key_values)
+
+
+def test_a_gate_that_is_made_later_is_taken_up(tmp_path):
+    plant_stages(trainer_of_facts(tmp_path / "system"))
+    model, mean = load(tmp_path / "system"), load(tmp_path / "system", gate=None)
+    inputs = prompt_of(facts()[0])
+    expected = mean(**inputs).logits
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(FolderError, match=r"build_gate\(\)"):
+        load(tmp_path / "system", gate="terms")
+    trainer_of_facts(tmp_path / "system", gate="terms", gate_top_k=1, gate_temperature=0.1).build_gate()
+    shard = model.gate_weights(**inputs).argmax().item()
+    assert torch.equal(model(**inputs).logits, members_of(tmp_path / "system", tiny_llama)[shard](**inputs).logits)
+    assert torch.equal(mean(**inputs).logits, expected)
+
+
+def test_calls_are_refused_where_the_gate_cannot_be_read_and_deletions_are_not(known_facts):
+    """Nobody gets a mean who asked for a gate."""
+    model, inputs = load(known_facts), prompt_of(facts()[0])
+    gate = known_facts / "gate.safetensors"
+    gate.write_bytes(gate.read_bytes()[100:])
+    for refused in (lambda: model(**inputs), lambda: model.generate(**inputs), lambda: load(known_facts)):
+        with pytest.raises(FolderError, match="gate"):
+            refused()
+    depths = routing_of(model).depths
+    model.unlearn([facts()[0]["id"]])
+    assert sum(routing_of(model).depths) < sum(depths)
+
+
+def test_another_tokenizer_is_refused(known_facts):
+    tokenizer_of_words(w4=7, w7=4).save_pretrained(known_facts)
+    with pytest.raises(FolderError, match="made with a tokenizer whose vocabulary has the digest"):
+        load(known_facts)
+    load(known_facts, gate=None)
+    (known_facts / "tokenizer.json").unlink()
+    (known_facts / "tokenizer_config.json").unlink()
+    with pytest.raises(FolderError, match="cannot be loaded"):
+        load(known_facts)
+
+
+def test_embeddings_alone_are_no_prompt(known_facts):
+    model, inputs = load(known_facts), prompt_of(facts()[0])
+    embedded = {"inputs_embeds": tiny_llama().get_input_embeddings()(inputs["input_ids"]).detach()}
+    asked = dict(max_new_tokens=3, do_sample=False, pad_token_id=PAD)
+    for refused in (lambda: model(**embedded), lambda: model.generate(**embedded, **asked)):
+        with pytest.raises(S3TError, match="reads a prompt by its `input_ids`"):
+            refused()
+    with model.weighted_by(model.gate_weights(**inputs)):
+        assert difference(model(**embedded).logits, model(**inputs).logits) <= TOLERANCE
+    whole = model.generate(**inputs, **asked)
+    assert torch.equal(model.generate(**inputs, **embedded, **asked), whole)
