@@ -4,7 +4,7 @@ A token where a gate names one shard for each row, against plain PEFT with one s
 Five full stacks; each row of a batch is answered by the one that knows it, so that a batch of eight mixes all five.
 Plain PEFT serves one of them, exported as an adapter, which answers every row: what a single model costs. The text of
 each row is compared with what plain PEFT generates with the row's own shard. The weights are given: what it takes to
-read a prompt is measured with the counts of terms, in `bench_scale.py`.
+read a prompt is measured with the counts of terms, in `bench_gates.py`.
 """
 
 from pathlib import Path
@@ -63,7 +63,7 @@ def compare(report: Report, size: tuple[int, int, int], folder: Path, rounds: in
 def main() -> None:
     chosen = options(__doc__)
     settings = {"shards": SHARDS, "num_slices": SLICES, "rank": 16, "prompt": PROMPT, "vocabulary": 32_000}
-    report = Report("gates", chosen, settings)
+    report = Report("gated_tokens", chosen, settings)
     with temporary_folder() as folder, torch.inference_mode():
         for size in QUICK_SIZES if chosen.quick else SIZES:
             system = Path(folder) / f"of-{size[0]}-{size[1]}"
