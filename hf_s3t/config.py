@@ -2,11 +2,26 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .checks import (
+    check_gate,
+    check_prior,
+    require_bool,
+    require_chain,
+    require_horizon,
+    require_name,
+    require_positive,
+    require_share,
+)
+from .checks import (
+    require_choice as require_choice,
+)
+from .checks import (
+    require_int as require_int,
+)
 from .errors import ConfigError, FormatVersionError, counted
 
 
@@ -24,9 +39,10 @@ SELECTIONS = ("longest", "metric", "all")
 KEEP_IDS = ("plain", "digest")
 GROWTHS = ("top-down", "bottom-up")
 STAGE_DATA = ("cumulative", "slice")
+# Of serving, not of stages: those of a system may be changed.
+OF_SERVING = ("gate", "gate_top_k", "gate_temperature")
 # Far beyond what anybody trains; a config from elsewhere must not fill the memory before it is refused.
 _LARGEST_PLAN = 2_000_000
-_LARGEST_HORIZON = 10**9
 _NEEDS_PRIOR = ("bms", "conditional", "sorted-cyclic")
 _SWITCHES = ("colocate_duplicates", "base_is_public")
 _COLUMNS = ("id_column", "group_column", "shard_column", "slice_column")
@@ -104,6 +120,16 @@ class S3TConfig:
         select (`str`, defaults to `"longest"`):
             Which surviving stack of a shard serves: the `"longest"`, the one with the best recorded evaluation loss
             (`"metric"`), or the longest of every sequence together (`"all"`).
+        gate (`str`, *optional*):
+            What gives each row of a call weights over the shards: `"terms"`, by the words that its prompt shares with
+            the prompts of the rows that are still in (for bases that read text). The folder then holds keyed digests
+            of these words (`gate.safetensors`). `None` is the mean of all members. This setting and the two that
+            follow are of serving: no stage depends on them, and they can be others at each load.
+        gate_top_k (`int`, *optional*):
+            How many members answer a row at most, where as many stand out by their weights; all, by their weights, if
+            not given.
+        gate_temperature (`float`, defaults to 1.0):
+            By what a gate's scores are divided before the softmax that makes weights of them.
         base_is_public (`bool`, defaults to `False`):
             States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
         growth (`str`, defaults to `"top-down"`):
@@ -182,6 +208,15 @@ class S3TConfig:
         default=None, metadata={"help": "mean_logits, mean_probabilities or majority_vote; by task if not given."}
     )
     select: str = field(default="longest", metadata={"help": "Stack served per shard: longest, metric or all."})
+    gate: str | None = field(
+        default=None, metadata={"help": "terms: weigh members by the words of each prompt; the mean if not given."}
+    )
+    gate_top_k: int | None = field(
+        default=None, metadata={"help": "Members that answer a row at most, where a gate names so many."}
+    )
+    gate_temperature: float = field(
+        default=1.0, metadata={"help": "What a gate's scores are divided by before they become weights."}
+    )
     base_is_public: bool = field(
         default=False, metadata={"help": "The data a GPTQ or AWQ base was calibrated on can never be deleted."}
     )
@@ -211,6 +246,7 @@ class S3TConfig:
         self._check_replay()
         if self.aggregation is not None:
             require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        self.gate_temperature = check_gate(self.gate, self.gate_top_k, self.gate_temperature, self.num_shards)
         for name in _SWITCHES:
             require_bool(name, getattr(self, name))
         if self.keep_idle is not None:
@@ -494,87 +530,3 @@ class S3TConfig:
         except ValueError as error:
             raise ConfigError(f"An S3TConfig is read from JSON, and this is none: {error}.") from error
         return cls.from_dict(values)
-
-
-def check_prior(prior: Sequence[float], num_slices: int) -> None:
-    """
-    Check a deletion prior over the slices of one shard.
-
-    Raises:
-        [`~hf_s3t.errors.ConfigError`]: If it has not `num_slices` probabilities that sum to one.
-    """
-    if len(prior) != num_slices:
-        raise ConfigError(
-            f"`deletion_prior` has {counted(len(prior), 'value')}, expected num_slices={num_slices}. Give one "
-            "probability per slice."
-        )
-    numeric = all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in prior)
-    # Compared with a bound, because an integer may be too large for a float; and NaN is within none.
-    if not numeric or not all(0 <= p <= sys.float_info.max for p in prior):
-        raise ConfigError(f"`deletion_prior` must hold non-negative probabilities, got {prior!r}.")
-    total = sum(map(float, prior))
-    if abs(total - 1) > 1e-6:
-        raise ConfigError(f"`deletion_prior` sums to {total:g}, expected 1. Divide each entry by the sum.")
-
-
-def require_positive(name: str, value: Any) -> float:
-    """A setting as a number above zero, or a [`~hf_s3t.errors.ConfigError`] if it is none."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Compared with a bound, because an integer may be too large for a float; and NaN is within none.
-    if not is_number or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"`{name}` must be a number above 0, got {value!r}.")
-    return float(value)
-
-
-def require_int(name: str, value: Any, minimum: int | None) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is no integer, or below its minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
-        bound = "" if minimum is None else f" of at least {minimum}"
-        raise ConfigError(f"`{name}` must be an integer{bound}, got {value!r}.")
-
-
-def require_chain(name: str, work: float, num_slices: int, replay: float) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if so much work does not pay for one chain of stages to full depth."""
-    # A stage at depth i costs (i / L) (L + i) / 2L where it sees all earlier slices, else the share that it sees.
-    seen = [1 + replay * below for below in range(num_slices)]
-    chain = math.fsum(share * (num_slices + i) for i, share in enumerate(seen, start=1)) / (2 * num_slices**2)
-    # The sum of the same floats in another order pays still.
-    if work < chain - 1e-9:
-        lower = ", or lower `replay`" if replay > 0 and num_slices > 1 else ""
-        raise ConfigError(
-            f"{name}={work:g}, but one chain of stages with num_slices={num_slices} costs "
-            f"{math.ceil(chain * 1e4) / 1e4:g} at replay={replay:g}. Give at least so much{lower}."
-        )
-
-
-def require_share(name: str, value: Any) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is no number from 0 to 1."""
-    # NaN is within no bounds.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ConfigError(f"`{name}` must be a number from 0 to 1, got {value!r}.")
-
-
-def require_bool(name: str, value: Any) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if a switch is neither on nor off."""
-    # Taken for a truth, a text such as "no" would be one.
-    if not isinstance(value, bool):
-        raise ConfigError(f"`{name}` must be True or False, got {value!r}.")
-
-
-def require_name(name: str, value: Any) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if what names a column can name none."""
-    if value is not None and not (isinstance(value, str) and value):
-        raise ConfigError(f"`{name}` must be the name of a column, got {value!r}. Leave it out if there is none.")
-
-
-def require_horizon(name: str, value: Any) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if a number of deletions to look ahead is none, or beyond all use."""
-    require_int(name, value, 0)
-    if value > _LARGEST_HORIZON:
-        raise ConfigError(f"`{name}` must be at most {_LARGEST_HORIZON}. Lower it.")
-
-
-def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise [`~hf_s3t.errors.ConfigError`] if a setting is none of its choices."""
-    if value not in choices:
-        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS = (
     {"errors", "launch"},
+    {"checks"},
     {"config"},
     {"sequences"},
     {"plan"},
@@ -32,7 +33,20 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The front door, which opens every room when it is asked for a name of it, and what runs the command line.
 OUTSIDE = {"", "__main__"}
 # Rooms that work where nothing heavy is installed, and start at once.
-PURE = ("errors", "launch", "config", "sequences", "plan", "analysis", "records", "folder", "hub", "operations", "cli")
+PURE = (
+    "errors",
+    "launch",
+    "checks",
+    "config",
+    "sequences",
+    "plan",
+    "analysis",
+    "records",
+    "folder",
+    "hub",
+    "operations",
+    "cli",
+)
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "torch", "transformers", "trl"}
 LARGEST = 600
 NEEDS_LINTER = "needs import-linter, which the extra `test` does not bring: the plain test has passed"

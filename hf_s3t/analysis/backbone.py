@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import require_choice, require_int
+from ..checks import require_choice, require_int
 from ..errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import check_prior, require_horizon, require_int
+from ..checks import check_prior, require_horizon, require_int
 from ..sequences.families import family_of, stage_work, stages_of
 from ..sequences.worth import Outlook, patterns
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import require_int
+from ..checks import require_int
 from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS
 from ..sequences.families import best_family, depths_of_hit_sets, lattice, stages_of, work_of

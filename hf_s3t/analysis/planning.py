@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..config import require_choice, require_int, require_share
+from ..checks import require_choice, require_int, require_share
 from ..errors import ConfigError, counted
 from ..plan.stages import LEAST_STEPS, Plan
 from ..sequences.rules import select_sequences

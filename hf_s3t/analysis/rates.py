@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ..config import check_prior, require_choice, require_int
+from ..checks import check_prior, require_choice, require_int
 from ..errors import ConfigError, counted
 from ..sequences.rules import check_prefixes
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import check_prior, require_int
+from ..checks import check_prior, require_int
 from ..errors import ConfigError
 from ..sequences.families import depths_of_hit_sets as depths_of_hit_sets
 from ..sequences.rules import check_prefixes

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-from ..config import check_prior, require_int
+from ..checks import check_prior, require_int
 from ..errors import ConfigError
 from ..sequences.families import stage_work
 from .growing import Growing

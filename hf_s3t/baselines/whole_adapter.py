@@ -155,7 +155,4 @@ class WholeAdapterModel(S3TModel):
 
     stack_type = WholeAdapterStack
     methods: tuple[str, ...] = ("full", "sisa", "sequential")
-
-    def _routing_of(self, valid: frozenset[StageKey]) -> Routing:
-        routing = super()._routing_of(valid)
-        return WholeAdapterRouting(routing.served, routing.identity[1])
+    routing_type = WholeAdapterRouting

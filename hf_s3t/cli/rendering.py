@@ -52,6 +52,9 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
+    if status["gate"] is not None:
+        rows, terms = counted(status["gate"]["rows"], "row"), counted(status["gate"]["terms"], "distinct word")
+        say(f"gate: {status['gate']['kind']}, of the prompts of {rows}, {terms}")
     if status["pending"]:
         say(f"waiting for `hf-s3t apply-pending`, and in until then: {counted(status['pending'], 'example')}")
     if status["is_exhausted"]:

@@ -10,11 +10,13 @@ from ..plan.stages import StageKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .files import make_folders, stamp, sync, write_atomically
+from .gate_file import StoredGate, write_gate
 from .layout import (
     CACHE,
     COMPANIONS,
     CONFIG_FILE,
     COST_FILE,
+    GATE_FILE,
     KEY_FILE,
     LEDGER_FILE,
     PENDING_FILE,
@@ -28,7 +30,7 @@ from .table_file import write_table
 
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _ATTEMPTS = 5
-# What is copied as it is, besides stages. Config, table and ledger are written anew, from what was read.
+# What is copied as it is, besides stages. Config, table, gate and ledger are written anew, from what was read.
 _COPIED = COMPANIONS - {CACHE} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
 
 
@@ -42,12 +44,14 @@ class Snapshot:
         ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         stages (`frozenset[StageKey]`): The valid stages.
         lines_in_table (`int`): How many lines of the ledger the table on the disk goes by.
+        gate ([`~hf_s3t.folder.gate_file.StoredGate`], *optional*): The gate of the examples that are in.
     """
 
     table: ExampleTable
     ledger: Ledger
     stages: frozenset[StageKey]
     lines_in_table: int
+    gate: StoredGate | None = None
 
 
 def check_target(target: Path, path: Path) -> None:
@@ -109,6 +113,8 @@ def _copy_files(path: Path, target: Path, snapshot: Snapshot) -> None:
     shutil.copytree(path, target, dirs_exist_ok=True, ignore=_left_out(path, snapshot))
     # As they were read: a deletion that is under way may not have come to its files.
     write_table(target / TABLE_FILE, snapshot.table, snapshot.ledger)
+    if snapshot.gate is not None:
+        write_gate(target / GATE_FILE, snapshot.gate, snapshot.ledger, snapshot.table.names.key.check)
     write_atomically(target / LEDGER_FILE, snapshot.ledger.text.encode())
     write_head(target, snapshot.ledger)
     for name in (TABLE_FILE, LEDGER_FILE):

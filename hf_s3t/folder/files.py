@@ -140,7 +140,7 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def write_atomically(path: Path, data: bytes | memoryview, synced: bool = True) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, synced: bool = True, private: bool = False) -> None:
     """
     Write a file that is there whole or not at all, whenever this process dies. Its permissions stay what they were.
 
@@ -149,21 +149,27 @@ def write_atomically(path: Path, data: bytes | memoryview, synced: bool = True) 
         data (`bytes` or `memoryview`): What it shall hold.
         synced (`bool`, defaults to `True`):
             Make it last through a crash of the machine when this returns; otherwise it may be empty after one.
+        private (`bool`, defaults to `False`): Only its owner may read it, from the first byte on.
     """
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_open_private if private else None) as file:
             file.write(data)
             file.flush()
             if synced:
                 os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(path, temporary)
+        if not private:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)
         os.replace(temporary, path)
         if synced:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _digest_of(record: Mapping[str, Any]) -> str:

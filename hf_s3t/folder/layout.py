@@ -2,6 +2,7 @@
 
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
+GATE_FILE = "gate.safetensors"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
 KEY_FILE = "ledger.key"
@@ -44,6 +45,7 @@ HISTORY = ".git"
 PARTS = (
     CONFIG_FILE,
     TABLE_FILE,
+    GATE_FILE,
     LEDGER_FILE,
     HEAD_FILE,
     PENDING_FILE,

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..analysis import expected_deletions_left
 from ..plan.stages import StageKey
+from .gate_file import KIND
 from .system import SystemFolder
 
 
@@ -96,7 +97,8 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
         far), `depths` (per shard the depth that serves), `sequence_depths` (per shard and sequence), `sets` (per
         shard and number of slices: sets that are there, planned), `stages` (valid, and with those that are missing),
         what `outlook` says, `next_stage`, `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected
-        further requests).
+        further requests), `gate` (the `kind` of the gate that is there, its number of `rows` and of distinct `terms`;
+        `None` without one).
     """
     valid = folder.valid_stages
     ahead = outlook(folder, valid)
@@ -111,4 +113,12 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
         "next_stage": next_stage(folder, valid),
         "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
         "deletions_until_exhausted": deletions_left(folder, valid),
+        "gate": _gate(folder),
     }
+
+
+def _gate(folder: SystemFolder) -> dict[str, Any] | None:
+    if not folder.has_gate:
+        return None
+    head = folder.gate_head()
+    return {"kind": KIND, "rows": head.rows, "terms": head.terms}

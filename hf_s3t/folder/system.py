@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import S3TConfig
+from ..config import OF_SERVING, S3TConfig
 from ..errors import FolderError
 from ..plan.stages import Plan, StageKey
 from ..records.digests import DigestKey
@@ -29,6 +29,7 @@ from .files import (
     temporary_beside,
     write_atomically,
 )
+from .gate_file import StoredGate, write_gate
 from .identity import is_same_system, new_identity
 from .layout import (
     ATTRIBUTES_FILE,
@@ -36,6 +37,7 @@ from .layout import (
     COMPANIONS,
     CONFIG_FILE,
     DIAGRAM_FILE,
+    GATE_FILE,
     IGNORE_FILE,
     LEDGER_FILE,
     STAGE_FILES,
@@ -73,7 +75,12 @@ class SystemFolder(FolderView):
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], record: Mapping[str, Any], table: ExampleTable, key: DigestKey
+        cls,
+        path: str | os.PathLike[str],
+        record: Mapping[str, Any],
+        table: ExampleTable,
+        key: DigestKey,
+        gate: StoredGate | None = None,
     ) -> "SystemFolder":
         """
         Make a new system: the table, an empty ledger, and last the config, whose presence makes it a system.
@@ -84,12 +91,15 @@ class SystemFolder(FolderView):
                 the one that its settings ask for.
             table ([`~hf_s3t.records.examples.ExampleTable`]): Its examples.
             key ([`~hf_s3t.records.digests.DigestKey`]): The secret these were digested with.
+            gate ([`~hf_s3t.folder.gate_file.StoredGate`], *optional*): The terms of their prompts.
         """
         path = Path(path)
         make_folders(path / STAGES)
         # Whoever made the folder did so for this system, a moment ago.
         sync_above(path)
         write_table(path / TABLE_FILE, table, Ledger())
+        if gate is not None:
+            write_gate(path / GATE_FILE, gate, Ledger(), key.check)
         write_atomically(path / LEDGER_FILE, b"")
         write_head(path, Ledger())
         written = {
@@ -268,6 +278,8 @@ class SystemFolder(FolderView):
         groups: Iterable[int | str] = (),
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
+        # A gate that cannot be written without these rows is told of before they are in the ledger.
+        _ = self.is_gate_behind
         ids, digests = list(ids), dict(self._stages.adapters)
         line = self.ledger.append(
             "deletion",
@@ -353,12 +365,62 @@ class SystemFolder(FolderView):
         self._take_in_columns()
         # Before it is written: what is made for that is what stays.
         table, ledger = self.table.settled(), self.ledger
+        # The table last: as long as it is behind, the gate may be.
+        self._compact_gate(ledger)
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
         with self._reading:
             self._table_pin = pin_of(ledger)
             self._table_stamp = stamp(self.path / TABLE_FILE)
             self.table = table
+
+    def _compact_gate(self, ledger: Ledger) -> None:
+        """Write the gate without the rows that the ledger masks."""
+        if not self.is_gate_behind:
+            return
+        gate = self.load_gate().settled()
+        with explained(f"{self.path / GATE_FILE} could not be written without the deleted rows", _IN_FORCE):
+            write_gate(self.path / GATE_FILE, gate, ledger, self.record["key_check"])
+        self._has_written(gate, ledger)
+
+    def _has_written(self, gate: StoredGate, ledger: Ledger) -> None:
+        with self._reading:
+            self._gate_stamp = stamp(self.path / GATE_FILE)
+            self._gate, self._gate_ledger = gate, ledger
+
+    def put_gate(self, gate: StoredGate, settings: Mapping[str, Any]) -> None:
+        """
+        Write a gate that was made of the rows of the system, without those that are not in, and record its settings.
+
+        Args:
+            gate ([`~hf_s3t.folder.gate_file.StoredGate`]): The gate, of the rows that are in and perhaps more.
+            settings (mapping): What of [`~hf_s3t.S3TConfig`] says how it is used, by the names of its fields.
+        """
+        with self.writing():
+            self.refresh_ledger()
+            self._settle()
+            ledger = self.ledger
+            gate = gate.without(ledger.deleted).settled()
+            with explained(f"{self.path / GATE_FILE} could not be written", _NOTHING_REMOVED):
+                write_gate(self.path / GATE_FILE, gate, ledger, self.record["key_check"])
+                self._has_written(gate, ledger)
+                self._record_settings(settings)
+
+    def _record_settings(self, settings: Mapping[str, Any]) -> None:
+        record = read_record(self.path / CONFIG_FILE)
+        record["s3t_config"] = {**record["s3t_config"], **settings}
+        if "baseline" in record:
+            given = record["baseline"]
+            record["baseline"] = {**given, "s3t_config": {**given["s3t_config"], **settings}}
+        write_record(self.path / CONFIG_FILE, record)
+        self._take_in_settings(record)
+
+    def refresh_settings(self) -> None:
+        """Read again what `s3t_config.json` says: how a system is served may have been changed by another process."""
+        self._take_in_settings(read_record(self.path / CONFIG_FILE))
+
+    def _take_in_settings(self, record: dict[str, Any]) -> None:
+        self.record, self.config = record, S3TConfig.from_dict(record["s3t_config"])
 
     # What a removal that was interrupted left
 
@@ -381,9 +443,8 @@ class SystemFolder(FolderView):
                 self._remove_remains()
 
     def _has_remains(self) -> bool:
-        return bool(
-            self.is_table_behind or leftovers(self.path) or self.condemned_stages() or self._stale_checkpoints()
-        )
+        is_behind = self.is_table_behind or self.is_gate_behind
+        return bool(is_behind or leftovers(self.path) or self.condemned_stages() or self._stale_checkpoints())
 
     def _remove_remains(self) -> None:
         # Again: while this waited for the lock, a stage may have been grown anew under its old name.
@@ -392,7 +453,7 @@ class SystemFolder(FolderView):
         remove_leftovers(self.path)
         self.remove_stages(self.condemned_stages())
         self.remove_stale_checkpoints()
-        if self.is_table_behind:
+        if self.is_table_behind or self.is_gate_behind:
             self._compact()
 
     # Checkpoints of stages in training
@@ -480,7 +541,8 @@ class SystemFolder(FolderView):
         self.refresh_stages()
         with self._reading:
             table, ledger, pin = self.table, self.ledger, self._table_pin
-        return Snapshot(table, ledger, self.valid_stages, int(pin.partition(" ")[0]))
+            gate = self.load_gate() if self.has_gate else None
+        return Snapshot(table, ledger, self.valid_stages, int(pin.partition(" ")[0]), gate)
 
     def companions(self) -> dict[str, Path]:
         """The files of the tokenizer or processor that lie beside the system, by their names."""
@@ -488,12 +550,20 @@ class SystemFolder(FolderView):
         found = {name: self.path / name for name in sorted(COMPANIONS - ours)}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def config_bytes(self, earlier: EarlierSlices | None = None) -> bytes:
+    def config_bytes(self, earlier: EarlierSlices | None = None, gated: bool = False) -> bytes:
         """
         `s3t_config.json` as others may have it: of a base that is a folder of this machine, only the name.
 
         Args:
             earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`], *optional*):
                 By which stages that others have are understood; the folder's own if not given.
+            gated (`bool`, defaults to `False`): Whether others get the gate, without which they are told of none.
         """
-        return config_for_others(self._migrated_record(self.earlier_slices() if earlier is None else earlier))
+        return config_for_others(self._record_for_others(earlier, gated))
+
+    def _record_for_others(self, earlier: EarlierSlices | None, gated: bool) -> dict[str, Any]:
+        record = self._migrated_record(self.earlier_slices() if earlier is None else earlier)
+        if gated or self.config.gate is None:
+            return record
+        settings = {name: value for name, value in record["s3t_config"].items() if name not in OF_SERVING}
+        return {**record, "s3t_config": settings}

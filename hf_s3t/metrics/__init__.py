@@ -19,7 +19,7 @@ from pathlib import Path
 
 import evaluate
 
-from ..config import require_choice
+from ..checks import require_choice
 
 
 __all__ = ["METRICS", "load", "path"]

@@ -7,7 +7,9 @@ The model that serves a system: its base, its stacks of adapters, answers and de
 - `loading`: the steps of loading before there is a model.
 - `model_class`: the class of a served model, made for the class of its base.
 - `answering`: one answer from the members.
-- `generating`: the same at each step of `generate`.
+- `gates`: how much each shard knows of a prompt, from what is in.
+- `weighing`: asks the gate, once for each prompt, or takes what it is told.
+- `generating`: one answer at each step of `generate`.
 - `following`: keeps the stages in memory, and which of them answer, in step with the folder.
 - `unlearning`: forgets, now or later, while others call.
 - `handing_out`: copies, pushes and exports.
@@ -46,6 +48,8 @@ Stacks of adapters, over PEFT:
 - `routed_layers`: adapted layers and heads that go by it.
 - `joined_adapters`: those of several members in one piece of memory, for one product.
 - `batches`: the rows of a call, repeated for every member.
+- `gating`: which members answer which rows of a call.
+- `gated_pass`: a pass in which each member computes only those.
 - `shared_pass`: whether the members can share one pass of the base.
 - `trunk`: what lies below every stage of a route, computed once and cached once.
 - `uncompiled`: functions that no compiled graph takes in.

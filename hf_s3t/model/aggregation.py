@@ -1,6 +1,6 @@
 """How the answers of an ensemble's members become one."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ def logit_fields(names: Collection[str]) -> tuple[str, ...]:
     return next((fields for fields in _HEADS if set(fields) <= set(names)), ())
 
 
-def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how: str) -> dict[str, torch.Tensor]:
+def answers_of(
+    outputs: Sequence[Mapping[str, Any]], make: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """
     What a route answers, by field, from what the base did: once for all members, or once for each.
 
@@ -34,8 +36,7 @@ def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how:
         outputs (sequence of mappings):
             What the base answered, members one after the other: logits of shape `(members * rows, ..., classes)` in
             one output, or of shape `(rows, ..., classes)` in one for each.
-        weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
-        how (`str`): As for `answer_of`.
+        make (callable): Makes one answer of the members' logits, as `answer_of` does.
 
     Returns:
         `dict` of `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
@@ -50,8 +51,8 @@ def answers_of(outputs: Sequence[Mapping[str, Any]], weights: torch.Tensor, how:
             "model whose forward returns these."
         )
     if len(outputs) == 1:
-        return {name: answer_of(outputs[0][name], weights, how) for name in fields}
-    return {name: answer_of(torch.cat([output[name] for output in outputs]), weights, how) for name in fields}
+        return {name: make(outputs[0][name]) for name in fields}
+    return {name: make(torch.cat([output[name] for output in outputs])) for name in fields}
 
 
 def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Tensor:
@@ -62,7 +63,7 @@ def answer_of(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
 
     Args:
         logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): As for `aggregate`.
-        weights (`torch.Tensor` of shape `(members,)`): As for `aggregate`.
+        weights (`torch.Tensor` of shape `(members,)` or `(members, rows)`): As for `aggregate`.
         how (`str`): As for `aggregate`; a vote is a vote also where only one votes.
 
     Returns:
@@ -79,7 +80,8 @@ def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
 
     Args:
         logits (`torch.Tensor` of shape `(members * rows, ..., classes)`): One block of rows per member.
-        weights (`torch.Tensor` of shape `(members,)`): Weight of each member, summing to one.
+        weights (`torch.Tensor` of shape `(members,)` or `(members, rows)`):
+            Weight of each member, for all rows or for each, summing to one.
         how (`str`):
             `"mean_logits"`; `"mean_probabilities"`: the logarithm of the mean of the members' probabilities;
             `"majority_vote"`: the share of votes per class.
@@ -100,7 +102,8 @@ def aggregate(logits: torch.Tensor, weights: torch.Tensor, how: str) -> torch.Te
     """
     members = len(weights)
     stacked = torch.unflatten(logits, 0, (members, -1))
-    weights = weights.to(stacked.device, _precision(logits)).view(-1, *[1] * (stacked.dim() - 1))
+    weights = weights.to(stacked.device, _precision(logits))
+    weights = weights.view(*weights.shape, *[1] * (stacked.dim() - weights.dim()))
     if how == "mean_logits":
         return torch.sum(stacked * weights, 0)
     if how == "mean_probabilities":
@@ -119,7 +122,8 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     Args:
         stacked (`torch.Tensor` of shape `(members, rows, ..., classes)`): Their logits.
-        weights (`torch.Tensor` of shape `(members, 1, ..., 1)`): Their weights, in the precision of the answer.
+        weights (`torch.Tensor` of shape `(members, 1 or rows, 1, ..., 1)`):
+            Their weights, in the precision of the answer.
 
     Returns:
         `torch.Tensor` of shape `(rows, ..., classes)`.
@@ -130,18 +134,29 @@ def _log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     answer = torch.empty(stacked.shape[1:], dtype=weights.dtype, device=stacked.device)
     # A vocabulary is long: piece by piece, what lies between stays in a processor's cache, and little of it in memory.
     rows = max(1, _AT_ONCE["cpu" if stacked.device.type == "cpu" else "other"] // classes)
-    weights = weights.view(members, 1, 1)
     pieces = torch.split(stacked.reshape(members, -1, classes), rows, dim=1)
-    for piece, part in zip(pieces, torch.split(answer.view(-1, classes), rows), strict=True):
+    parts = torch.split(answer.view(-1, classes), rows)
+    for piece, part, of_piece in zip(
+        pieces, parts, _weights_of_pieces(stacked, weights, rows, len(parts)), strict=True
+    ):
         part.zero_()
-        for logits, weight in zip(piece, weights, strict=True):
+        for logits, weight in zip(piece, of_piece, strict=True):
             part.addcmul_(logits.softmax(-1, dtype=part.dtype), weight)
         # Probabilities so small that single precision has few bits for them, or none.
         vanishing = part.amin(-1) < _VANISHING
         part.log_()
         if vanishing.any():
-            part[vanishing] = _exact_log_of_mean(piece[:, vanishing], weights)
+            of_vanishing = of_piece.expand(-1, len(part), -1)[:, vanishing]
+            part[vanishing] = _exact_log_of_mean(piece[:, vanishing], of_vanishing)
     return answer
+
+
+def _weights_of_pieces(stacked: torch.Tensor, weights: torch.Tensor, rows: int, count: int) -> Sequence[torch.Tensor]:
+    """Weights of shape `(members, 1 or rows of the piece, 1)`; shapes as for `_log_of_mean`."""
+    if weights.shape[1] == 1:
+        return [weights.view(-1, 1, 1)] * count
+    of_rows = weights.expand(-1, *stacked.shape[1:-1], 1).reshape(len(weights), -1, 1)
+    return torch.split(of_rows, rows, dim=1)
 
 
 def _exact_log_of_mean(stacked: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

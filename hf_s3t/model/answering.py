@@ -1,6 +1,9 @@
 """One answer from the members of an ensemble: in one pass of their base or in one each; with none, the base alone."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,11 +11,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..errors import S3TError
-from .aggregation import answers_of, check_is_no_set, fields_of_sets, logit_fields
-from .batches import num_rows, refuse_unknown_positions, repeat_rows
-from .caches import CACHES, cache_of, caches_in, check_cache, refuse_other_state, stamp_cache
+from .aggregation import answer_of, answers_of, check_is_no_set, fields_of_sets, logit_fields
+from .batches import can_be_selected, num_rows, refuse_unknown_positions, repeat_rows
+from .caches import CACHES, cache_of, caches_in, check_cache, forget_rows, refuse_other_state, stamp_cache
 from .calls import Routing
 from .ensemble_loss import EnsembleLoss
+from .gated_pass import answer_by, batch_for
+from .gating import Gating
 from .route import BASE_ALONE, Route, routed
 from .shared_pass import SharedPass
 from .trunk import Trunks
@@ -52,7 +57,14 @@ class Ensemble:
         refuse_other_state(inputs)
         check_cache(cache_of(inputs), route or BASE_ALONE)
 
-    def answer(self, routing: Routing, inputs: dict[str, Any], targets: dict[str, Any], how: str) -> ModelOutput:
+    def answer(
+        self,
+        routing: Routing,
+        inputs: dict[str, Any],
+        targets: dict[str, Any],
+        how: str,
+        gating: Gating | None = None,
+    ) -> ModelOutput:
         """
         What the members of a routing answer together; without any, what the base answers.
 
@@ -61,6 +73,8 @@ class Ensemble:
             inputs (`dict`): The inputs of the base by name, tensors of shape `(rows, ...)`.
             targets (`dict`): Labels and what goes with them; see [`~hf_s3t.model.ensemble_loss.take_targets`].
             how (`str`): See [`~hf_s3t.model.aggregation.aggregate`].
+            gating ([`~hf_s3t.model.gating.Gating`], *optional*):
+                Which of the members answer which rows; all of them answer all if not given.
 
         Returns:
             The base's output class with logits of shape `(rows, ..., classes)`, and the loss if there are targets.
@@ -69,29 +83,75 @@ class Ensemble:
             return self._answer_as_base(inputs, targets)
         members = len(routing.route)
         rows = num_rows(inputs, self._base.main_input_name)
+        if gating is not None:
+            return self._answer_gated(routing, routing.route, inputs, targets, how, gating)
+        make = partial(answer_of, weights=routing.weights, how=how)
         if members == 1:
-            return self._answer_of_one(routing, routing.route, {**inputs, **targets}, how)
+            return self._answer_of_one(routing.route, routing.route, {**inputs, **targets}, make)
         if not self._shared_pass.is_possible(inputs, rows):
-            return self._answer_in_turn(routing, routing.route, inputs, targets, how)
+            return self._answer_in_turn(routing, routing.route, inputs, targets, make)
         refuse_unknown_positions(self._base, inputs, rows)
         with self._trunks.shared(routing.route, inputs, rows), routed(routing.route):
             outputs = self._base(**repeat_rows(inputs, rows, members), return_dict=True)
         stamp_cache(cache_of(inputs), routing.route)
         stamp_cache(cache_of(outputs), routing.route)
-        answers = answers_of([outputs], routing.weights, how)
+        answers = answers_of([outputs], make)
         return self.output(outputs, answers, self.loss(routing, answers, targets, inputs), members)
 
-    def _answer_of_one(self, routing: Routing, route: Route, given: dict[str, Any], how: str) -> ModelOutput:
+    def _answer_gated(
+        self,
+        routing: Routing,
+        whole: Route,
+        inputs: dict[str, Any],
+        targets: dict[str, Any],
+        how: str,
+        gating: Gating,
+    ) -> ModelOutput:
+        """In one pass, of each member only the rows that it is to answer; where these cannot be told apart, of all."""
+        cache, rows = cache_of(inputs), gating.num_rows
+        forget_rows(cache)
+        if gating.is_of_one:
+            make = partial(answer_by, gating, how=how)
+            return self._answer_of_one(gating.route_of_pass, whole, {**inputs, **targets}, make, gating)
+        is_shared = self._shared_pass.is_possible(inputs, rows)
+        if not (is_shared and can_be_selected(inputs)):
+            gating = gating.of_all_rows()
+        route, make = gating.route_of_pass, partial(answer_by, gating, how=how)
+        if not is_shared:
+            return self._answer_in_turn(routing, route, inputs, targets, make, gating)
+        refuse_unknown_positions(self._base, inputs, rows)
+        shared = self._trunks.shared(route, inputs, rows) if gating.is_full else contextlib.nullcontext()
+        with shared, routed(route):
+            outputs = self._base(**batch_for(gating, inputs), return_dict=True)
+        stamp_cache(cache, whole, gating)
+        stamp_cache(cache_of(outputs), whole, gating)
+        answers = answers_of([outputs], make)
+        return self.output(outputs, answers, self.loss(routing, answers, targets, inputs, gating), len(route))
+
+    def _answer_of_one(
+        self,
+        route: Route,
+        whole: Route,
+        given: dict[str, Any],
+        make: Callable[[torch.Tensor], torch.Tensor],
+        gating: Gating | None = None,
+    ) -> ModelOutput:
         """What the base answers with one member, and its loss."""
         with routed(route):
             outputs = self._base(**given, return_dict=True)
-        stamp_cache(cache_of(given), route)
-        stamp_cache(cache_of(outputs), route)
-        answers = answers_of([outputs], routing.weights, how)
+        stamp_cache(cache_of(given), whole, gating)
+        stamp_cache(cache_of(outputs), whole, gating)
+        answers = answers_of([outputs], make)
         return outputs if _says_only(outputs, answers) else self.output(outputs, answers, outputs.get("loss"))
 
     def _answer_in_turn(
-        self, routing: Routing, route: Route, inputs: dict[str, Any], targets: dict[str, Any], how: str
+        self,
+        routing: Routing,
+        route: Route,
+        inputs: dict[str, Any],
+        targets: dict[str, Any],
+        make: Callable[[torch.Tensor], torch.Tensor],
+        gating: Gating | None = None,
     ) -> ModelOutput:
         """One pass per member."""
         if caches_in(inputs):
@@ -107,8 +167,8 @@ class Ensemble:
             each.append(outputs)
         for name in caches_in(outputs):
             outputs[name] = None
-        answers = answers_of(each, routing.weights, how)
-        loss = self.loss(routing, answers, targets, inputs)
+        answers = answers_of(each, make)
+        loss = self.loss(routing, answers, targets, inputs, gating)
         return self.output(outputs, answers, loss, len(each))
 
     def _answer_as_base(self, inputs: dict[str, Any], targets: dict[str, Any]) -> ModelOutput:
@@ -139,7 +199,12 @@ class Ensemble:
         return type(outputs)(**{k: v for k, v in kept.items() if v is not None})
 
     def loss(
-        self, routing: Routing, answers: dict[str, torch.Tensor], targets: dict[str, Any], inputs: dict[str, Any]
+        self,
+        routing: Routing,
+        answers: dict[str, torch.Tensor],
+        targets: dict[str, Any],
+        inputs: dict[str, Any],
+        gating: Gating | None = None,
     ) -> torch.Tensor | None:
         """
         The loss of an answer that is not the base's own; `None` without targets.
@@ -149,12 +214,16 @@ class Ensemble:
             answers (`dict` of `torch.Tensor` of shape `(rows, ..., classes)`): Their logits by field.
             targets (`dict`): Labels and what goes with them.
             inputs (`dict`): What else the base was called with.
+            gating ([`~hf_s3t.model.gating.Gating`], *optional*): Which of the members answered which rows.
         """
         if not targets:
             return None
         if routing.route is None:
             return self._loss_of_several(answers, targets, inputs, [(BASE_ALONE, 1.0)])
-        members = zip(_members_alone(routing.route), routing.weights.tolist(), strict=True)
+        if gating is not None:
+            members = zip(_members_alone(gating.route_of_pass), gating.weights_of_pass, strict=True)
+        else:
+            members = zip(_members_alone(routing.route), routing.weights.tolist(), strict=True)
         return self._loss_of_several(answers, targets, inputs, list(members))
 
 
@@ -168,4 +237,4 @@ def _says_only(outputs: ModelOutput, answers: dict[str, torch.Tensor]) -> bool:
 
 def _members_alone(route: Route) -> list[Route]:
     """The members of a route by themselves; what stops the one stops them too."""
-    return [replace(route, members=(tip,)) for tip in route.members]
+    return [replace(route, members=(tip,), sizes=None) for tip in route.members]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -131,17 +133,46 @@ def repeat_rows(inputs: dict[str, Any], rows: int, members: int) -> dict[str, An
     """
     if members == 1:
         return inputs
-    return {n: v if n in NOT_ROWS else _repeat_value(n, v, rows, members) for n, v in inputs.items()}
+    take = partial(_repeat_along, members)
+    return {n: v if n in NOT_ROWS else _take_of_value(n, v, rows, take, members) for n, v in inputs.items()}
 
 
-def _repeat_value(name: str, value: Any, rows: int, members: int) -> Any:
+def select_rows(inputs: dict[str, Any], rows: int, index: torch.Tensor) -> dict[str, Any]:
+    """
+    The inputs of some examples, in some order; what has no row per example stays as it is.
+
+    Args:
+        inputs (`dict`): The inputs of a call by name, tensors of shape `(rows, ...)`, which `can_be_selected`.
+        rows (`int`): Number of examples.
+        index (`torch.Tensor` of shape `(entries,)`): Which rows, each as often as it is named.
+
+    Returns:
+        `dict`: The same, tensors of shape `(entries, ...)`.
+    """
+
+    def take(value: torch.Tensor, dimension: int) -> torch.Tensor:
+        return value.index_select(dimension, index.to(value.device))
+
+    return {n: v if n in NOT_ROWS else _take_of_value(n, v, rows, take, 1) for n, v in inputs.items()}
+
+
+def can_be_selected(value: Any) -> bool:
+    """Whether it is known which part of an input, or of all inputs, is of which row: not so of encoded pictures."""
+    if isinstance(value, ModelOutput):
+        return False
+    return all(map(can_be_selected, value.values())) if isinstance(value, dict) else True
+
+
+def _take_of_value(
+    name: str, value: Any, rows: int, take: Callable[[torch.Tensor, int], torch.Tensor], members: int
+) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() > 0:
         dimension = _dimension_of_rows(name, value)
-        return _repeat_along(value, members, dimension) if value.shape[dimension] == rows else value
+        return take(value, dimension) if value.shape[dimension] == rows else value
     if isinstance(value, ModelOutput):
         return _repeat_encoded(value, members)
     if isinstance(value, dict):
-        return {k: _repeat_value(name, v, rows, members) for k, v in value.items()}
+        return {k: _take_of_value(name, v, rows, take, members) for k, v in value.items()}
     return value
 
 
@@ -149,7 +180,7 @@ def _repeat_encoded(encoded: ModelOutput, members: int) -> ModelOutput:
     """Pictures, of shape `(pictures, ...)`, once per member: in the order of the rows, however many a row has."""
     repeated = dict(encoded)
     if _ENCODED in repeated:
-        repeated[_ENCODED] = _repeat_along(repeated[_ENCODED], members)
+        repeated[_ENCODED] = _repeat_along(members, repeated[_ENCODED])
     if _ENCODED_BY_LAYER in repeated:
         repeated[_ENCODED_BY_LAYER] = [_repeat_layer(layer, members) for layer in repeated[_ENCODED_BY_LAYER]]
     return type(encoded)(**repeated)
@@ -158,11 +189,11 @@ def _repeat_encoded(encoded: ModelOutput, members: int) -> ModelOutput:
 def _repeat_layer(features: Any, members: int) -> Any:
     # Some put the number of the layer before its features.
     if isinstance(features, tuple) and isinstance(features[0], int):
-        return features[0], _repeat_along(features[1], members)
-    return _repeat_along(features, members)
+        return features[0], _repeat_along(members, features[1])
+    return _repeat_along(members, features)
 
 
-def _repeat_along(value: Any, members: int, dimension: int = 0) -> Any:
+def _repeat_along(members: int, value: Any, dimension: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return value.repeat([members if d == dimension else 1 for d in range(value.dim())])
     return value * members

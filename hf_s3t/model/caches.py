@@ -8,6 +8,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import S3TError, StaleCacheError
+from .gating import Gating
 from .route import BASE_ALONE, Route
 
 
@@ -43,10 +44,22 @@ def has_cache(values: Mapping[str, Any]) -> bool:
     return cache is not None and not _is_empty(cache)
 
 
-def stamp_cache(cache: Cache | None, route: Route) -> None:
-    """Remember which stacks filled a cache."""
+def stamp_cache(cache: Cache | None, route: Route, gating: Gating | None = None) -> None:
+    """Remember which stacks filled a cache, and with which rows if not all of them with all."""
     if cache is not None:
-        vars(cache)["_s3t_route"] = route
+        vars(cache).update(_s3t_route=route, _s3t_gating=gating)
+
+
+def gating_of_cache(cache: Cache | None) -> Gating | None:
+    """Which members filled a cache with which rows; `None` where all did with all, or where it is empty."""
+    gating: Gating | None = getattr(cache, "_s3t_gating", None)
+    return gating if cache is None or gating is None or not _is_empty(cache) else None
+
+
+def forget_rows(cache: Cache | None) -> None:
+    """Let a cache that was cropped to nothing be filled with another number of rows than it had."""
+    if cache is not None and is_plain_cache(cache) and _is_empty(cache):
+        cache.reset()
 
 
 def check_cache(cache: Cache | None, route: Route) -> None:
@@ -140,9 +153,17 @@ def reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
     Reorder a cache for beam search: the same beams in the block of rows of every member that filled it.
 
     Args:
-        cache ([`~transformers.Cache`]): The cache, of `members * rows` rows; of `rows` in layers that no stage adapts.
+        cache ([`~transformers.Cache`]):
+            The cache, of `members * rows` rows, or of each member's where a gate says who answers which; of `rows` in
+            layers that no stage adapts.
         beam_idx (`torch.Tensor` of shape `(rows,)`): For each row the one that it goes on from.
     """
+    gating = gating_of_cache(cache)
+    if gating is not None and not gating.is_full:
+        after, entries = gating.reordered(beam_idx)
+        vars(cache)["_s3t_gating"] = after
+        cache.reorder_cache(entries)
+        return cache
     rows, members = len(beam_idx), max(1, len(getattr(cache, "_s3t_route", BASE_ALONE)))
     of_all = torch.cat([beam_idx + member * rows for member in range(members)])
     if members > 1 and holds_one_block(cache, rows):

@@ -1,15 +1,19 @@
 """The calls under way on a model: each works on one routing; a deletion waits for those on the old, or stops them."""
 
 import contextlib
+import copy
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import S3TError
 from ..plan.stages import StageKey
+from .gates import Gate, chosen
+from .gating import Gating
 from .route import Route
 from .scope import Scope
 
@@ -22,11 +26,19 @@ class Routing:
         served (sequence of sequences of [`~hf_s3t.plan.stages.StageKey`]):
             Per shard the tips of the stacks that answer.
         digests (sequence of `str`): The digests of the files of those stages.
+        gate ([`~hf_s3t.model.gates.Gate`], *optional*): What weighs the members for each row; equally if not given.
+        gate_top_k (`int`, *optional*): See [`~hf_s3t.model.gates.chosen`].
     """
 
     route_type = Route
 
-    def __init__(self, served: Sequence[Sequence[StageKey]], digests: Sequence[str] = ()):
+    def __init__(
+        self,
+        served: Sequence[Sequence[StageKey]],
+        digests: Sequence[str] = (),
+        gate: Gate | None = None,
+        gate_top_k: int | None = None,
+    ):
         self.served = tuple(tuple(tips) for tips in served)
         self.identity = (self.served, tuple(digests))
         members = tuple(tip for tips in self.served for tip in tips)
@@ -34,7 +46,46 @@ class Routing:
         alive = sum(1 for tips in self.served if tips)
         self.weights = torch.tensor([1 / (alive * len(tips)) for tips in self.served for _ in tips])
         self.stages = frozenset(key for tip in members for key in tip.lineage)
+        # Per shard the slices that its stacks have seen.
+        self.seen = tuple(frozenset(number for tip in tips for number in tip.prefix) for tips in self.served)
+        self.gate, self.gate_top_k = gate, gate_top_k
+        # Without the gate, of which there may be another for the same stacks.
         self._cuts: dict[int, Routing] = {}
+
+    def with_gate(self, gate: Gate | None, top_k: int | None) -> "Routing":
+        """The same stacks, weighed by another gate: the route is the same, so that caches stay good."""
+        other = copy.copy(self)
+        other.gate, other.gate_top_k = gate, top_k
+        return other
+
+    def gating(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int) -> Gating | None:
+        """
+        Who answers which rows; `None` without a gate, and where there are not several members to choose from.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(rows, positions)`, *optional*): The prompts.
+            attention_mask (`torch.Tensor` of shape `(rows, positions)`, *optional*): What of them counts.
+            rows (`int`): How many rows the call has.
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: If the gate cannot tell, or speaks of other rows.
+        """
+        if self.gate is None or self.route is None or len(self.route) == 1:
+            return None
+        weights = self.gate.weights(input_ids, attention_mask, self.seen)
+        if len(weights) not in (1, rows):
+            raise S3TError(
+                f"Weights were given for {len(weights)} rows, and the call has {rows}. Give `weighted_by` one row of "
+                "weights for each prompt, or one for all."
+            )
+        weights = weights.expand(rows, -1)
+        shards = torch.tensor([shard for shard, tips in enumerate(self.served) for _ in tips])
+        # The stacks of one shard share what it has.
+        shares = torch.tensor([1 / len(tips) for tips in self.served for _ in tips], dtype=weights.dtype)
+        of_members = chosen(weights, self.seen, self.gate_top_k)[:, shards] * shares
+        # In the precision that equal weights have.
+        of_members = of_members.t().to(self.weights.dtype)
+        return Gating(self.route, of_members if input_ids is None else of_members.to(input_ids.device))
 
     def cut(self, depth: int | None) -> "Routing":
         """
@@ -50,7 +101,7 @@ class Routing:
                 list(dict.fromkeys(tip.lineage[min(depth, tip.depth) - 1] for tip in tips)) for tips in self.served
             ]
             self._cuts[depth] = type(self)(tips, (*self.identity[1], str(depth)))
-        return self._cuts[depth]
+        return self._cuts[depth].with_gate(self.gate, self.gate_top_k)
 
     @property
     def num_blocks(self) -> int:
@@ -61,6 +112,22 @@ class Routing:
     def depths(self) -> list[int]:
         """Per shard the depth of the deepest stack that answers; 0 where the shard is dead."""
         return [max((tip.depth for tip in tips), default=0) for tips in self.served]
+
+
+@dataclass
+class Steps:
+    """
+    The steps of a call that generates, which one thread takes.
+
+    Args:
+        routing ([`Routing`]): What they all work on.
+        thread (`int`): The thread.
+        gating ([`~hf_s3t.model.gating.Gating`], *optional*): Who answers which row, since its prompt was read.
+    """
+
+    routing: Routing
+    thread: int = field(default_factory=threading.get_ident)
+    gating: Gating | None = None
 
 
 class Calls:
@@ -83,7 +150,9 @@ class Calls:
         # The routing of the call that code is inside of, and the depth that stacks are cut to for calls that begin.
         self._inside = Scope("hf_s3t_inside")
         self._limit = Scope("hf_s3t_limit")
-        # The call whose steps are taken here, and the thread that takes them.
+        # The gate that is asked in place of the routing's own by calls that begin.
+        self._gate = Scope("hf_s3t_gate")
+        # The steps that are taken here.
         self._stepping = Scope("hf_s3t_stepping")
 
     @property
@@ -137,14 +206,14 @@ class Calls:
     @contextlib.contextmanager
     def stepping(self, routing: Routing) -> Iterator[None]:
         """Inside, calls that this thread makes are steps of the call around them: they end before it."""
-        with self._stepping.holding((threading.get_ident(), routing)):
+        with self._stepping.holding(Steps(routing)):
             yield
 
     @property
-    def of_step(self) -> Routing | None:
-        """The routing of a call that is a step, if one begins here: that around it is counted, and has its turn."""
-        thread, routing = self._stepping.get() or (None, None)
-        return routing if thread == threading.get_ident() else None
+    def steps(self) -> Steps | None:
+        """Those that a call which begins here is one of: the call around them is counted, and has its turn."""
+        steps: Steps | None = self._stepping.get()
+        return steps if steps is not None and steps.thread == threading.get_ident() else None
 
     def _join(self, outer: Routing | None) -> Routing | None:
         """Count one more call on the routing of the call around it, unless that has ended meanwhile."""
@@ -161,6 +230,9 @@ class Calls:
                 self._changed.wait_for(lambda: not self._is_awaited)
                 return None
             routing = self.routing.cut(self._limit.get())
+            gate = self._gate.get()
+            if gate is not None:
+                routing = routing.with_gate(gate, routing.gate_top_k)
             self._calls[routing] += 1
             return routing
 
@@ -180,6 +252,12 @@ class Calls:
     def limited_to(self, depth: int) -> Iterator[None]:
         """Inside, calls that begin here work on stacks of at most so many stages."""
         with self._limit.holding(depth):
+            yield
+
+    @contextlib.contextmanager
+    def weighted_by(self, gate: Gate) -> Iterator[None]:
+        """Inside, calls that begin here ask this gate."""
+        with self._gate.holding(gate):
             yield
 
     @contextlib.contextmanager
@@ -207,6 +285,8 @@ class Calls:
             # Caches are compared by route: the same stacks keep theirs, and with it caches stay good.
             if routing.identity != self.routing.identity:
                 self.routing = routing
+            elif routing.gate is not self.routing.gate or routing.gate_top_k != self.routing.gate_top_k:
+                self.routing = self.routing.with_gate(routing.gate, routing.gate_top_k)
         return time.perf_counter() - started
 
     def wait_for(self, stages: frozenset[StageKey], timeout: float) -> bool:

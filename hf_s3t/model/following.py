@@ -10,9 +10,12 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import S3TError
+from ..folder.files import Stamp, stamp
+from ..folder.layout import GATE_FILE
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
 from .calls import Calls, Routing
+from .gates import RECORDED, ChosenGate, Gate, GateSettings, TermsGate, UnreadableGate, tokenizer_of_gate
 from .retrying import Retrying
 from .stack import StageStack
 
@@ -33,8 +36,17 @@ _IN_ANY_CASE = 60.0
 _ATTEMPTS = 10
 
 
+# How many lines the ledger has, what is seen of the stages' folders, and of the gate.
+_State = tuple[int, tuple[Any, ...], Stamp | None]
+
+
 class Following:
     """The part of [`~hf_s3t.S3TModel`] that keeps what serves in step with the folder."""
+
+    # What is put together of the folder's stages; the baselines have others.
+    routing_type: type[Routing] = Routing
+    # Which gate weighs the members.
+    _gate_settings = GateSettings()
 
     def _begin_serving(self, stack: StageStack, folder: SystemFolder, preload: str) -> None:
         """
@@ -51,9 +63,12 @@ class Following:
         self._calls = Calls(Routing(()))
         # What serves goes by so many lines of the ledger, and by the stages that were there then: others than this
         # model read the folder too, and write to it.
-        self._followed: tuple[int, tuple[Any, ...]] | None = None
+        self._followed: _State | None = None
+        self._gate_stamp = self._stamp_of_gate()
         self._look_again = 0.0
         self._not_taken_up: str | None = None
+        # The gate that was made last, and the digest of its tokenizer.
+        self._terms: tuple[str, TermsGate] | None = None
         self._deletion_lock = threading.RLock()
         compact = functools.partial(_compact, folder)
         self._cleaner = Retrying(compact, "The table of examples still holds deleted rows")
@@ -140,11 +155,16 @@ class Following:
         known = self._followed is not None and self._followed[0] == len(self.folder.ledger.lines)
         return known and not self.folder.has_news()
 
-    def _state(self) -> tuple[int, tuple[Any, ...]]:
+    def _state(self) -> "_State":
         """What is known of the folder, before stages are looked at: what comes meanwhile is news again."""
-        return len(self.folder.ledger.lines), self.folder.stages_stamp()
+        return len(self.folder.ledger.lines), self.folder.stages_stamp(), self._stamp_of_gate()
 
-    def _has_followed(self, state: tuple[int, tuple[Any, ...]]) -> None:
+    def _stamp_of_gate(self) -> Stamp | None:
+        """By which a gate that was made since is told; `None` where none is asked for."""
+        asks = self._gate_settings.gate in (RECORDED, "terms")
+        return stamp(self.folder.path / GATE_FILE) if asks else None
+
+    def _has_followed(self, state: "_State") -> None:
         self._followed = state
         # A change that came right after may bear the same time as the one that was seen.
         newest = max((stamp.time for stamp in state[1] if stamp is not None), default=0)
@@ -199,6 +219,10 @@ class Following:
         folder, stack, calls = self.folder, self.stack, self._calls
         # In this order: what comes in between is followed before the next call.
         followed = self._state()
+        if followed[2] != self._gate_stamp:
+            # With the gate its settings are recorded.
+            folder.refresh_settings()
+            self._gate_stamp = followed[2]
         valid = folder.valid_stages
         present = frozenset(key for key in valid if stack.holds(key, folder.adapter_digest(key)))
         routing = self._routing_of(valid)
@@ -243,7 +267,34 @@ class Following:
     def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
         folder = self.folder
         served = folder.plan.served(valid, folder.config.select, folder.losses())
-        return Routing(served, [folder.adapter_digest(tip) for tips in served for tip in tips])
+        digests = [folder.adapter_digest(tip) for tips in served for tip in tips]
+        settings = self._gate_settings.resolved(folder.config)
+        return self.routing_type(served, digests, self._gate(settings), settings.top_k)
+
+    def _gate(self, settings: ChosenGate) -> Gate | None:
+        """What weighs the members by what is in now. Stages are taken out of use also where it cannot be read."""
+        if settings.gate != "terms":
+            given: Gate | None = settings.gate
+            return given
+        try:
+            return self._terms_gate(float(settings.temperature))
+        except (S3TError, OSError) as error:
+            return UnreadableGate(error)
+
+    def _terms_gate(self, temperature: float) -> TermsGate:
+        folder = self.folder
+        stored = folder.load_gate()
+        counts, digest = stored.counts, stored.tokenizer_digest
+        if self._terms is None or self._terms[0] != digest:
+            tokenizer = tokenizer_of_gate(folder, digest)
+        else:
+            _, last = self._terms
+            if last.counts is counts and last.temperature == temperature:
+                return last
+            tokenizer = last.tokenizer
+        gate = TermsGate(tokenizer, folder.key, counts, temperature)
+        self._terms = digest, gate
+        return gate
 
     @property
     def _routing(self) -> Routing:

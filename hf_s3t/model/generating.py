@@ -13,10 +13,10 @@ from transformers.utils.generic import ModelOutput
 
 from ..errors import ConfigError, S3TError
 from .caches import has_cache, reorder_cache
-from .following import Following
 from .model_class import brings_own_ways
 from .route import NoWay, noting_lengths, routed
 from .streaming import ending, streamer_of
+from .weighing import Weighing
 
 
 logger = logging.get_logger(__name__)
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
+        def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
+
         def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
     _Host = object
 
 
-class Generating(Following, _Host):
+class Generating(Weighing, _Host):
     """The part of [`~hf_s3t.S3TModel`] that generates."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +115,24 @@ class Generating(Following, _Host):
         # It would change the base's config under the calls of other threads.
         return contextlib.nullcontext()
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        # Before beams: those of one prompt are answered by the same members.
+        self._read_prompts(input_ids, model_kwargs, expand_size)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
     def _prepare_static_cache(self, *args: Any, batch_size: int, **kwargs: Any) -> Any:
         with self._calls.call() as routing:
-            # What is made before the first pass is made for the rows of all members.
-            return super()._prepare_static_cache(*args, batch_size=batch_size * routing.num_blocks, **kwargs)
+            # What is made before the first pass is made for the rows of all members, or those that a gate gave each.
+            rows, steps = batch_size * routing.num_blocks, self._calls.steps
+            if steps is not None and steps.gating is not None and steps.gating.num_rows == batch_size:
+                rows = steps.gating.num_entries
+            return super()._prepare_static_cache(*args, batch_size=rows, **kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         base: Any = self.base_model

@@ -24,6 +24,7 @@ from .answering import Ensemble
 from .batches import bind
 from .calls import Routing, refuse_stopped
 from .ensemble_loss import take_targets
+from .gates import RECORDED, Gate, GateSettings
 from .generating import Generating
 from .handing_out import HandingOut
 from .loading import check_base_fits, check_options, find_base, make_ready, open_system, recorded_shape
@@ -58,6 +59,14 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         when_exhausted (`str`, defaults to `"error"`):
             With no shard left, `"error"` raises [`~hf_s3t.errors.ExhaustedError`]; `"base"` lets a language model
             answer as its base.
+        gate (`str` or [`~hf_s3t.model.gates.Gate`], *optional*, defaults to `"recorded"`):
+            What weighs the shards for each row of a call, or of each prompt of `generate`: `"terms"`, by the words of
+            the prompt and of the rows that are still in (the system must have been built with it; see
+            `S3TConfig.gate`), or an object of yours; `None` weighs them equally; `"recorded"` is what the config says.
+        gate_top_k (`int`, *optional*, defaults to `"recorded"`):
+            How many shards answer a row where they stand out; the others compute nothing. `None`: all that have a
+            weight.
+        gate_temperature (`float`, defaults to `"recorded"`): What the scores of `"terms"` are divided by.
 
     Example:
 
@@ -80,10 +89,21 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         model: Self = super().__new__(made)
         return model
 
-    def __init__(self, stack: StageStack, folder: SystemFolder, preload: str = "best", when_exhausted: str = "error"):
+    def __init__(
+        self,
+        stack: StageStack,
+        folder: SystemFolder,
+        preload: str = "best",
+        when_exhausted: str = "error",
+        gate: Gate | str | None = RECORDED,
+        gate_top_k: int | str | None = RECORDED,
+        gate_temperature: float | str = RECORDED,
+    ):
         # Not the base class's, which would build another base.
         nn.Module.__init__(self)
         check_options(preload, when_exhausted, stack.head)
+        self._gate_settings = GateSettings(gate, gate_top_k, gate_temperature)
+        self._gate_settings.check(folder.config)
         check_method(folder.record, self.methods, folder.path)
         self.add_module("base_model", stack.base)
         self.when_exhausted = when_exhausted
@@ -109,6 +129,9 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         quantization_config: Any = None,
         preload: str = "best",
         when_exhausted: str = "error",
+        gate: Gate | str | None = RECORDED,
+        gate_top_k: int | str | None = RECORDED,
+        gate_temperature: float | str = RECORDED,
     ) -> "S3TModel":
         """
         Load a system. The model is bound to the folder: `unlearn` writes there.
@@ -134,9 +157,14 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
                 an answer depends on the other rows of its batch.
             preload (`str`, defaults to `"best"`): See [`S3TModel`].
             when_exhausted (`str`, defaults to `"error"`): See [`S3TModel`].
+            gate (`str` or [`~hf_s3t.model.gates.Gate`], *optional*, defaults to `"recorded"`): See [`S3TModel`].
+            gate_top_k (`int`, *optional*, defaults to `"recorded"`): See [`S3TModel`].
+            gate_temperature (`float`, defaults to `"recorded"`): See [`S3TModel`].
 
         Raises:
-            [`~hf_s3t.errors.FolderError`]: If the folder holds no system, or a file is missing or altered.
+            [`~hf_s3t.errors.FolderError`]: If the folder holds no system, or a file is missing or altered, or the gate
+                that is asked for is not there or was made with another tokenizer.
+            [`~hf_s3t.errors.ConfigError`]: If `gate_top_k` is more than there are shards, or given without a gate.
             [`~hf_s3t.errors.HubError`]: If the repository or revision cannot be found or reached.
             [`~hf_s3t.errors.BaseModelMismatchError`]: If the base is not the one the stages were trained on.
         """
@@ -145,6 +173,10 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         check_method(folder.record, cls.methods, folder.path)
         shape = recorded_shape(folder)
         check_options(preload, when_exhausted, shape.head)
+        settings = GateSettings(gate, gate_top_k, gate_temperature)
+        settings.check(folder.config)
+        if settings.resolved(folder.config).gate == "terms":
+            folder.load_gate()
         base = find_base(
             folder.record,
             base_model,
@@ -161,7 +193,17 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         make_ready(base, shape.head, folder.config.seed)
         stack = cls.stack_type(base, shape.peft_config, shape.layers, shape.head)
         served = getattr(cls, "_served_as", cls)
-        return served(stack, folder, preload=preload, when_exhausted=when_exhausted).eval()
+        model: S3TModel = served(
+            stack,
+            folder,
+            preload=preload,
+            when_exhausted=when_exhausted,
+            gate=gate,
+            gate_top_k=gate_top_k,
+            gate_temperature=gate_temperature,
+        )
+        model._refuse_unreadable_gate()
+        return model.eval()
 
     # A Transformers model of its task
 
@@ -272,10 +314,10 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
         inputs = bind(self.base_model, args, kwargs)
         # Given by position they are among the inputs.
         labels, return_dict = inputs.pop("labels", labels), inputs.pop("return_dict", return_dict)
-        of_step = self._calls.of_step
-        if of_step is not None:
-            answer = self._answer(of_step, inputs, labels)
-            refuse_stopped(of_step)
+        steps = self._calls.steps
+        if steps is not None:
+            answer = self._answer(steps.routing, inputs, labels)
+            refuse_stopped(steps.routing)
         else:
             with self._call() as routing:
                 answer = self._answer(routing, inputs, labels)
@@ -289,7 +331,8 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             self._ensemble.check(inputs, routing.route)
             if routing.route is None:
                 self._check_base_may_answer()
-            return self._ensemble.answer(routing, inputs, targets, self.aggregation)
+            gating = self._gating(routing, inputs, targets.get("labels"))
+            return self._ensemble.answer(routing, inputs, targets, self.aggregation, gating)
 
     def _check_base_may_answer(self) -> None:
         """Where no stack answers, the base may if that is asked for, and stages are not just out of memory."""

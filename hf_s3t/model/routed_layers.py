@@ -156,16 +156,16 @@ def _add_members(
     Returns:
         `torch.Tensor` of the output's shape; the output itself where no gradients are needed.
     """
-    if len(output) % len(names):
+    if len(output) % route.num_rows:
+        blocks_of = "" if route.sizes is None else f", of {', '.join(map(str, route.sizes))} rows each"
         raise S3TError(
-            f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members: "
-            "it selects among them, so they cannot be told apart. Leave it out of `target_modules`."
+            f"An adapted {type(layer).__name__} was given {len(output)} rows for {len(names)} ensemble members"
+            f"{blocks_of}: it selects among them, so they cannot be told apart. Leave it out of `target_modules`."
         )
     in_place = not output.requires_grad and not torch.is_grad_enabled()
     if in_place and _add_products(layer, route, names, x, output):
         return output
-    blocks = output.chunk(len(names))
-    inputs = x.chunk(len(names))
+    blocks, inputs = route.blocks(output), route.blocks(x)
     if in_place:
         for name, given, block in zip(names, inputs, blocks, strict=True):
             if name is not None:
@@ -198,7 +198,7 @@ def _add_products(
     if not output.is_contiguous():
         return False
     # One member is multiplied as plain PEFT does, to the bit.
-    together = joined(layer, route, names, output) if len(names) > 1 else None
+    together = joined(layer, route, names, output) if len(names) > 1 and route.sizes is None else None
     if together is not None:
         members = len(names)
         given = x.to(output.dtype).reshape(members, -1, x.shape[-1])
@@ -208,11 +208,39 @@ def _add_products(
     if pairs is None:
         return False
     whole, given = output.view(-1, output.shape[-1]), x.to(output.dtype).flatten(0, -2)
-    blocks, inputs = ([whole], [given]) if len(names) == 1 else (whole.chunk(len(names)), given.chunk(len(names)))
+    if route.sizes is not None and _add_padded(layer, route, given, whole):
+        return True
+    blocks, inputs = ((whole,), (given,)) if len(names) == 1 else (route.blocks(whole), route.blocks(given))
     for name, pair, rows, block in zip(names, pairs, inputs, blocks, strict=True):
         if pair is not None:
             low = nn.functional.linear(rows, pair[0])
             block.addmm_(low, pair[1].t(), alpha=layer.scaling[name])
+    return True
+
+
+def _add_padded(layer: AdaptedLayer, route: Route, given: torch.Tensor, output: torch.Tensor) -> bool:
+    """
+    Add each member's adapter to its block of few rows, all blocks together.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
+        route ([`~hf_s3t.model.route.Route`]): That of the call, of blocks of unequal size.
+        given (`torch.Tensor` of shape `(rows, features_in)`): What the layer was given.
+        output (`torch.Tensor` of shape `(rows, features_out)`): What the base layer made of it.
+
+    Returns:
+        `bool`: False, and nothing is changed, if there are too many rows, or no weights to multiply with at once.
+    """
+    padding = route.padding(len(given), given.device)
+    if padding is None or route.whole is None:
+        return False
+    # The memory is that of the whole route: calls that ask other members do not move it.
+    together = joined(layer, route.whole, route.whole.by_group[vars(layer)["_s3t_group"]], output)
+    if together is None:
+        return False
+    blocks = given.index_select(0, padding.taken).view(len(route.whole), -1, given.shape[-1])
+    made = together.product(blocks).view(-1, output.shape[-1]).index_select(0, padding.places)
+    output.add_(made, alpha=together.scaling)
     return True
 
 
@@ -270,7 +298,7 @@ def _answer_with_heads(
             if not isinstance(value, torch.Tensor):
                 return value
             if value.dim() > 0 and len(value) == rows:
-                value = value.chunk(len(route))[member]
+                value = route.blocks(value)[member]
             # On a base of another precision than at training; as adapters, a head is what its file says.
             return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 

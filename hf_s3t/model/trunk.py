@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from ..errors import CallStoppedError
 from .aggregation import logit_fields
 from .batches import NOT_ROWS, first_rows, repeat_rows
-from .caches import CACHES, cache_of, caches_in, has_cache, holds_one_block, is_plain_cache, repeat_block
+from .caches import CACHES, cache_of, caches_in, forget_rows, has_cache, holds_one_block, is_plain_cache, repeat_block
 from .layers import LayerGroups, outer_lists
 from .route import ROUTE, Route, routed
 from .scope import Scope
@@ -228,9 +228,8 @@ class Trunks:
             is_shared = is_plain_cache(cache) and holds_one_block(cache, rows)
             trunk = Trunk(route, rows, cache) if is_shared else None
         else:
-            if cache is not None and is_plain_cache(cache):
-                # Cropped to nothing, it has the numbers of rows still that other stages had.
-                cache.reset()
+            # Cropped to nothing, it has the numbers of rows still that other stages had.
+            forget_rows(cache)
             trunk = Trunk(route, rows) if self._is_possible(route, inputs, rows) else None
         with _TRUNK.holding(trunk):
             yield

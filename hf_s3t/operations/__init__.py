@@ -7,7 +7,8 @@ What is done to a folder without a model: deletions, receipts, inspection, purge
 - `receipts`: what a line of the ledger proves, in words and for machines.
 - `inspection`: what is wrong with a folder, and what the next load would remove: `hf-s3t check`.
 - `inspected_records`: its look at config, secret, ledger and table.
+- `inspected_gate`: its look at the gate.
 - `inspected_stages`: its look at stages and checkpoints.
-- `findings`: what both find, gathered as sentences.
+- `findings`: what all of these find, gathered as sentences.
 - `purge`: what a run leaves behind that no deletion reaches, and removing it.
 """

@@ -1,6 +1,7 @@
 """What a look at a folder finds, gathered as sentences: problems with their remedies, notes, and what is to go."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,3 +113,10 @@ def require_file(path: Path, advice: str = "Restore it from a backup.") -> None:
         raise FolderError(f"{path} is a folder, expected a file. {advice}")
     if not os.path.lexists(path):
         raise FolderError(f"{path} is missing. {advice}")
+
+
+def require_private(file: Path, findings: Findings, why: str) -> None:
+    """Tell of a file that others than its owner may read."""
+    mode = stat.S_IMODE(os.lstat(file).st_mode)
+    if os.name == "posix" and mode != 0o600:
+        findings.problems.append(f"{file} has mode {mode:03o}, expected 600: {why}. Run `chmod 600` on it.")

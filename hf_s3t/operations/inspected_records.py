@@ -1,7 +1,6 @@
 """Looks at what a folder says of its system as a whole: config, secret, ledger, and the table of examples."""
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..folder.table_file import StoredTable, read_table
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from .findings import Findings, require_file
+from .findings import Findings, require_file, require_private
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Records:
 
     Args:
         config ([`~hf_s3t.S3TConfig`], *optional*): The settings.
+        key_check (`str`, defaults to `""`): What tells the secret from others.
         is_of_format_1 (`bool`, defaults to `False`): Whether nothing of a later format was written yet.
         key ([`~hf_s3t.records.digests.DigestKey`], *optional*): The secret.
         ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger, if it holds all lines that it had.
@@ -36,6 +36,7 @@ class Records:
     """
 
     config: S3TConfig | None = None
+    key_check: str = ""
     is_of_format_1: bool = False
     key: DigestKey | None = None
     ledger: Ledger | None = None
@@ -57,7 +58,7 @@ def inspect_records(path: Path, findings: Findings) -> Records:
     records = Records()
     with findings.reading(path):
         record = _read_config(path)
-        records.config = _settings_in(path, record)
+        records.config, records.key_check = _settings_in(path, record), str(record.get("key_check", ""))
         # Read to see that it is one.
         plan_of(path / CONFIG_FILE, record, records.config)
         records.is_of_format_1 = record["format_version"] == 1
@@ -87,11 +88,7 @@ def _check_key_file(file: Path, findings: Findings) -> None:
     if not os.path.lexists(file):
         return
     require_file(file)
-    mode = stat.S_IMODE(os.lstat(file).st_mode)
-    if os.name == "posix" and mode != 0o600:
-        findings.problems.append(
-            f"{file} has mode {mode:03o}, expected 600: others could test who was deleted. Run `chmod 600` on it."
-        )
+    require_private(file, findings, "others could test who was deleted")
 
 
 def _read_ledger_and_table(path: Path, records: Records, findings: Findings) -> None:

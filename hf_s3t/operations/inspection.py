@@ -10,6 +10,7 @@ from ..folder.layout import (
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
+    GATE_FILE,
     HISTORY,
     LEDGER_FILE,
     PARTS,
@@ -20,6 +21,7 @@ from ..folder.layout import (
 )
 from ..folder.opening import ReadOnlyFolder
 from .findings import Findings, Inspection, require_file
+from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
 from .inspected_stages import inspect_checkpoints, inspect_stages
 from .pending import PendingRequests
@@ -62,6 +64,8 @@ def _look(path: Path, adapters: bool) -> Findings:
         findings.problems.extend(map(foreign_problem, foreign_parts(path)))
         _inspect_root(path, findings)
         records = inspect_records(path, findings)
+        with findings.reading(path / GATE_FILE):
+            inspect_gate(path, records, findings)
         with findings.reading(path / STAGES):
             inspect_stages(path, records, adapters, findings)
         with findings.reading(path / CHECKPOINTS):

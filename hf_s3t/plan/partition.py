@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import PARTITIONS, require_choice, require_int
+from ..checks import require_choice, require_int
+from ..config import PARTITIONS
 from ..errors import ConfigError, EmptySliceError, ExampleIdError, counted
 
 

@@ -6,6 +6,7 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 - `buffers`: Arrow arrays from numpy arrays and texts, and back.
 - `columns`: the columns of a table of examples.
 - `examples`: the table of examples: which id lies in which slice, and what pins each slice to its content.
+- `terms`: which terms the prompts of rows hold, and how many rows of each shard hold them.
 - `earlier`: what format 1 wrote of a system's examples.
 - `validity`: the one rule by which a stage is valid.
 - `ledger`: the append-only lines of deletions, each with the hash of the line before.

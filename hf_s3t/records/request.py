@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import require_choice
+from ..checks import require_choice
 from ..errors import ConfigError, ExampleIdError
 
 

@@ -14,15 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from ..config import (
-    FAMILY_MOST_SLICES,
-    LATTICE_MOST_SLICES,
-    OPTIMAL_MOST_SLICES,
-    check_prior,
-    require_chain,
-    require_horizon,
-    require_int,
-)
+from ..checks import check_prior, require_chain, require_horizon, require_int
+from ..config import FAMILY_MOST_SLICES, LATTICE_MOST_SLICES, OPTIMAL_MOST_SLICES
 from ..errors import ConfigError
 from .optimal import hit_set_weights, mean_depth_weights
 from .rules import select_sequences

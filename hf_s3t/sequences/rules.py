@@ -10,14 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..config import (
-    OPTIMAL_MOST_SLICES,
-    SEQUENCE_SELECTIONS,
-    check_prior,
-    require_choice,
-    require_horizon,
-    require_int,
-)
+from ..checks import check_prior, require_choice, require_horizon, require_int
+from ..config import OPTIMAL_MOST_SLICES, SEQUENCE_SELECTIONS
 from ..errors import ConfigError
 from .optimal import best_sequences
 

@@ -33,6 +33,7 @@ What decides a stage:
 - `optimizers`: whose parameters optimizers train, which weights they serve, what a checkpoint brings back.
 - `stage_records`: what a stage is made from, and whether another trainer would make it so.
 - `rows`: the rows of a training dataset: ids, groups, digests, and what a stage gets.
+- `gate_rows`: what a gate is made of: the words of the prompts of rows.
 - `dataset_rows`: the rows of a dataset of any kind, as they are stored and as it shows them.
 - `fed_rows`: rows as the model gets them, by which evaluation sets are compared with training examples.
 - `sampler`: which of a stage's examples an epoch takes, and their order.

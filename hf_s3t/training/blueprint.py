@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..config import S3TConfig
+from ..config import OF_SERVING, S3TConfig
 from ..errors import ConfigError
 from ..folder.opening import check_method, open_folder
 from ..folder.secret import draw_key
@@ -319,11 +319,15 @@ def _merged_config(given: S3TConfig | None, recorded: dict[str, Any] | None) -> 
             + ". Leave it out to go on with the system, or choose another `output_dir`; a folder in which nothing has "
             "been trained yet can be removed."
         )
+    if given is not None and given.gate is not None:
+        return replace(config, **{name: getattr(given, name) for name in OF_SERVING})
     return config
 
 
 def _differs(name: str, given: S3TConfig, recorded: S3TConfig) -> bool:
     """Whether a setting contradicts the recorded one. What is planned is written down: left out, that is meant."""
+    if name in OF_SERVING:
+        return False
     value = getattr(given, name)
     return value != getattr(recorded, name) and not (name in _PLANNED and value is None)
 

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..config import require_int, require_positive
+from ..checks import require_int, require_positive
 from ..errors import CheckpointError, ConfigError, FolderError, S3TError
 from ..folder.stage_record import adapter_of
 from ..folder.status import serving_depths

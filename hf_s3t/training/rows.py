@@ -179,7 +179,7 @@ class StageRows:
         ours = rows.own_columns & set(columns)
         if ours and prepared.format["type"] != "custom":
             prepared = prepared.remove_columns(sorted(ours))
-        self._prepared = prepared
+        self.prepared = prepared
         self.config = config
         kept: list[Any] = rows.ids
         if names is not None and names.are_digests:
@@ -222,6 +222,12 @@ class StageRows:
         """How many examples an epoch of a stage takes."""
         return self.config.examples_per_epoch(self.sizes(key, table))
 
+    def positions_of(self, table: ExampleTable) -> tuple[np.ndarray, list[int]]:
+        """The rows of a table that preparation left something of: their numbers there, and their positions here."""
+        numbers = table.row_numbers
+        found = [self._position.get(kept, -1) for kept in table.columns.kept(numbers)]
+        return numbers[np.asarray(found, np.int64) >= 0], [position for position in found if position >= 0]
+
     def _positions_in(self, shard: int, slice_: int, table: ExampleTable) -> list[int]:
         place, holds = (shard, slice_), table.slice_digest(shard, slice_)
         held, positions = self._in_order.get(place, ("", []))
@@ -242,20 +248,20 @@ class StageRows:
             table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
             secret ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
         """
-        if not isinstance(self._prepared, datasets.Dataset):
+        if not isinstance(self.prepared, datasets.Dataset):
             return None
         if not self._row_digests:
-            encoded = _encoded(self._prepared, self._version)
+            encoded = _encoded(self.prepared, self._version)
             self._row_digests = [hashlib.sha256(row).hexdigest() for row in encoded]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 
     def select(self, key: StageKey, table: ExampleTable) -> Any:
         """The dataset of a stage."""
         positions = self.positions(key, table)
-        if isinstance(self._prepared, datasets.Dataset):
+        if isinstance(self.prepared, datasets.Dataset):
             # Of an array Datasets makes a fingerprint at once, of a list number by number.
-            return self._prepared.select(np.asarray(positions, np.int64))
-        return Subset(self._prepared, positions)
+            return self.prepared.select(np.asarray(positions, np.int64))
+        return Subset(self.prepared, positions)
 
     def check_slices(self, table: ExampleTable) -> None:
         """

@@ -1,6 +1,7 @@
 """`S3TTrainer`: Transformers' `Trainer`, run once per stage of an S3T system."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from peft import PeftConfig
@@ -17,7 +18,7 @@ from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from .. import launch
-from ..config import S3TConfig
+from ..config import OF_SERVING, S3TConfig
 from ..errors import ConfigError, counted
 from ..folder.secret import write_key
 from ..folder.system import SystemFolder
@@ -32,6 +33,7 @@ from .audit import VerificationReport, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .fed_rows import FedRows
+from .gate_rows import check_has_prompts, gate_of, tokenizer_of
 from .inputs import check_answers, check_kinds, check_parts
 from .optimizers import refuse_bound_optimizer
 from .plan_run import PlanRuns, old_objects_passed_over
@@ -71,7 +73,7 @@ class S3TTrainerMixin(PlanRuns):
         prepared = self._prepared_rows(blueprint)
         folder = blueprint.folder
         if blueprint.new is not None and self.is_world_process_zero():
-            folder = self._make_folder(blueprint, blueprint.new)
+            folder = self._make_folder(blueprint, blueprint.new, prepared)
         self.accelerator.wait_for_everyone()
         self.folder = self._as_it_is_now(folder)
         # Another trainer may have made it first, with a secret of its own.
@@ -109,13 +111,15 @@ class S3TTrainerMixin(PlanRuns):
             return None
         prepared = StageRows(self.train_dataset, rows, KeptNames(new.key, blueprint.config.keep_ids))
         prepared.check_slices(new.table)
+        if blueprint.config.gate is not None:
+            check_has_prompts(prepared, self.processing_class)
         if self.train_dataset is not rows.dataset and collates_as_stored(self.data_collator):
             check_rows(self.train_dataset, self.model, blueprint.head, self.args)
         stages = new.plan.stages(new.table.empty)
         check_batches(stages, prepared, new.table, self.args, self.accelerator.num_processes)
         return prepared
 
-    def _make_folder(self, blueprint: Blueprint, new: NewSystem) -> SystemFolder | None:
+    def _make_folder(self, blueprint: Blueprint, new: NewSystem, prepared: StageRows | None) -> SystemFolder | None:
         """Make the system; `None` if another trainer made the same one while this one was being set up."""
         output_dir = self._output_dir
         with SystemFolder.making(output_dir):
@@ -123,7 +127,11 @@ class S3TTrainerMixin(PlanRuns):
                 check_same(blueprint, self.model, output_dir)
                 return None
             write_key(output_dir, new.key)
-            folder = SystemFolder.create(output_dir, blueprint.record(self.model, new.key), new.table, new.key)
+            gate, tokenizer = None, tokenizer_of(self.processing_class)
+            if blueprint.config.gate is not None and prepared is not None and tokenizer is not None:
+                gate = gate_of(prepared, new.table, new.key, tokenizer)
+            record = blueprint.record(self.model, new.key)
+            folder = SystemFolder.create(output_dir, record, new.table, new.key, gate)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         return folder
@@ -178,6 +186,45 @@ class S3TTrainerMixin(PlanRuns):
                 "converges. Raise `num_train_epochs`, lower `per_device_train_batch_size` or "
                 "`gradient_accumulation_steps`, or have fewer shards or slices."
             )
+
+    # The gate
+
+    def build_gate(self) -> None:
+        """
+        Make the gate of the rows that are in, in the folder of a system that has none or another one.
+
+        A system that is made with `S3TConfig(gate="terms")` has one. This is for one that was made without, and for
+        other prompts or another tokenizer. Nothing is trained. The settings that `s3t_config` has of a gate are
+        recorded with it. Who serves the folder takes it up when the model is loaded the next time.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If the trainer has no dataset, or no prompts can be read from it.
+            [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
+
+        Example:
+
+        ```python
+        trainer = S3TTrainer(
+            model, args, train_dataset=dataset, processing_class=tokenizer, s3t_config=S3TConfig(gate="terms", ...)
+        )
+        trainer.build_gate()
+        ```
+        """
+        rows = self._stage_rows
+        if rows is None:
+            raise ConfigError(
+                "`build_gate` got no rows, expected those of the system: the trainer has no `train_dataset`. Make it "
+                "with the dataset of the first training."
+            )
+        check_has_prompts(rows, self.processing_class)
+        self.s3t_config = replace(self.s3t_config, gate=self.s3t_config.gate or "terms")
+        tokenizer, folder = tokenizer_of(self.processing_class), self.folder
+        if self.is_world_process_zero() and tokenizer is not None:
+            folder.refresh_ledger()
+            gate = gate_of(rows, folder.table, folder.key, tokenizer)
+            folder.put_gate(gate, {name: getattr(self.s3t_config, name) for name in OF_SERVING})
+        self.accelerator.wait_for_everyone()
+        folder.refresh_settings()
 
     # The audit
 

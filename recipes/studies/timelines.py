@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from hf_s3t.config import require_choice, require_int
+from hf_s3t.checks import require_choice, require_int
 from hf_s3t.errors import ConfigError
 
 

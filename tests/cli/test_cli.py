@@ -258,6 +258,7 @@ def test_status_for_machines(system):
         "next_stage",
         "deletions_until_first_dead_shard",
         "deletions_until_exhausted",
+        "gate",
         "pending",
         "is_exhausted",
     ]

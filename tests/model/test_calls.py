@@ -227,14 +227,14 @@ def test_a_call_begun_in_a_task_of_a_call_that_has_ended_is_one_of_its_own():
 def test_steps_are_of_the_thread_that_takes_them_and_end_with_their_call():
     """What another thread, or a task that outlives the call, begins is counted by itself."""
     calls = Calls(OLD)
-    assert calls.of_step is None
+    assert calls.steps is None
     with calls.call() as routing, calls.stepping(routing):
-        assert calls.of_step is OLD
+        assert calls.steps is not None and calls.steps.routing is OLD
         context = copy_context()
-        with in_thread(lambda: context.run(lambda: calls.of_step)) as outcome:
+        with in_thread(lambda: context.run(lambda: calls.steps)) as outcome:
             pass
         assert outcome == [None]
-    assert calls.of_step is None and context.run(lambda: calls.of_step) is None
+    assert calls.steps is None and context.run(lambda: calls.steps) is None
 
 
 def test_a_call_that_joins_the_one_it_was_started_in_and_outlives_it_is_waited_for():

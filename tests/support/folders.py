@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.folder.files import write_checked_json
+from hf_s3t.folder.gate_file import StoredGate
 from hf_s3t.folder.layout import KEY_FILE, STAGE_FILE
 from hf_s3t.folder.secret import read_key, write_key
 from hf_s3t.folder.system import SystemFolder
@@ -23,10 +24,12 @@ from hf_s3t.records.digests import DigestKey, KeptNames
 from hf_s3t.records.examples import Example, ExampleTable
 from hf_s3t.records.report import UnlearningReport
 from hf_s3t.records.request import DeletionRequest
+from hf_s3t.records.terms import TermRows, terms_of, vocabulary_digest
 
 
 NUMBERS = list(range(12))
 NAMES = [f"someone-{name}@example.org" for name in "abcdefghijkl"]
+VOCABULARY = vocabulary_digest({"what": 0, "known": 1})
 USERS = [f"user-{number // 2}" for number in range(12)]
 # Each user has two examples.
 CONFIG = S3TConfig(num_shards=2, num_slices=3, group_column="user", keep_idle=True, seed=1)
@@ -55,7 +58,21 @@ def new_system(path, ids=NUMBERS, config=CONFIG, groups=USERS) -> SystemFolder:
     groups = [None] * len(ids) if groups is None else groups
     rows = {i: Example(*place, key.of_content({"id": i}), group) for i, place, group in zip(ids, places, groups)}
     table = ExampleTable.of(rows, **shape, seed=config.seed, names=KeptNames(key, config.keep_ids))
-    return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, table, key)
+    gate = gate_of(table, key) if config.gate else None
+    return SystemFolder.create(path, {"s3t_config": config.to_dict(), "base_model": {"id": "base"}}, table, key, gate)
+
+
+def gate_of(table: ExampleTable, key: DigestKey) -> StoredGate:
+    """What `trainer.build_gate()` would make of rows whose prompts name their ids."""
+    columns = table.columns.taken(table.row_numbers)
+    terms = [terms_of(prompt_of(one), key) for one in columns.kept(np.arange(len(columns)))]
+    rows = TermRows.of(columns.id_digests, columns.shards, columns.slices, terms)
+    return StoredGate.of(rows, table.num_shards, table.num_slices, VOCABULARY)
+
+
+def prompt_of(one: int | str) -> str:
+    """The prompt of an example."""
+    return f"What is known of {one}?"
 
 
 def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
