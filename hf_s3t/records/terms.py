@@ -95,7 +95,8 @@ class TermRows:
         self.slices = slices
         self.ends = ends
         self.terms = terms
-        self._is_in = np.ones(len(digests), bool)
+        # The numbers of those that were removed, ascending.
+        self._gone = np.zeros(0, np.int64)
 
     @classmethod
     def of(
@@ -117,12 +118,12 @@ class TermRows:
         return cls(np.ascontiguousarray(digests[order]), *places, ends, joined.astype(np.uint32))
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._is_in))
+        return len(self.digests) - len(self._gone)
 
     @property
     def is_settled(self) -> bool:
         """Whether the arrays hold no row that was removed."""
-        return bool(self._is_in.all())
+        return not len(self._gone)
 
     def without(self, id_digests: Collection[str] | np.ndarray) -> "TermRows":
         """
@@ -136,8 +137,7 @@ class TermRows:
         if not len(gone):
             return self
         left = TermRows(self.digests, self.shards, self.slices, self.ends, self.terms)
-        left._is_in = self._is_in.copy()
-        left._is_in[gone] = False
+        left._gone = np.union1d(self._gone, gone)
         return left
 
     def only(self, id_digests: Collection[str] | np.ndarray) -> "TermRows":
@@ -157,7 +157,8 @@ class TermRows:
         """The same rows in arrays that hold nothing of those that were removed."""
         if self.is_settled:
             return self
-        left, lengths = self._is_in, self._lengths
+        left, lengths = np.ones(len(self.digests), bool), self._lengths
+        left[self._gone] = False
         terms = self.terms[np.repeat(left, lengths)]
         ends = np.cumsum(lengths[left], dtype=np.int64)
         return TermRows(self.digests[left], self.shards[left], self.slices[left], ends, terms)
@@ -169,7 +170,7 @@ class TermRows:
         inside = at < len(self.digests)
         at, wanted = at[inside], wanted[inside]
         at = at[self._sought[at] == wanted]
-        return np.unique(at[self._is_in[at]])
+        return np.setdiff1d(at, self._gone)
 
     @cached_property
     def _sought(self) -> np.ndarray:

@@ -13,15 +13,18 @@ from support.folders import (
     apply,
     delete_and_die,
     gate_of,
+    gate_says,
+    gate_that_never_had,
     grow,
     new_system,
     own_surroundings,
     prompt_of,
     record,
+    stored_gate,
 )
 
 from hf_s3t.errors import FolderError, FormatVersionError
-from hf_s3t.folder.gate_file import StoredGate, read_gate, write_gate
+from hf_s3t.folder.gate_file import StoredGate, write_gate
 from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, LEDGER_FILE
 from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.system import SystemFolder
@@ -52,25 +55,6 @@ def path(planted, tmp_path):
     return shutil.copytree(planted, tmp_path / "system")
 
 
-def arrays_of(gate: StoredGate) -> list[tuple[str, list]]:
-    gate = gate.settled()
-    named = {
-        f"{part}.{name}": value for part in ("rows", "counts") for name, value in vars(getattr(gate, part)).items()
-    }
-    return {
-        name: value.tolist() for name, value in named.items() if isinstance(value, np.ndarray) and "._" not in name
-    }
-
-
-def never_had(folder: SystemFolder) -> list[tuple[str, list]]:
-    """The gate of a system that never had the rows that are not in."""
-    return arrays_of(gate_of(folder.table, folder.key))
-
-
-def on_disk(folder: SystemFolder) -> list[tuple[str, list]]:
-    return arrays_of(read_gate(folder.path / GATE_FILE, folder.key.check, folder.config)[0])
-
-
 def mode_of(file) -> int:
     return stat.S_IMODE(file.stat().st_mode)
 
@@ -85,7 +69,7 @@ def test_a_deletion_leaves_the_gate_of_a_system_that_never_had_the_rows(path):
     assert len(own) == 1 and own.tobytes() in (path / GATE_FILE).read_bytes() and mode_of(path / GATE_FILE) == 0o600
 
     apply(folder, NAMES[3:5])
-    assert on_disk(folder) == never_had(folder) == arrays_of(folder.load_gate())
+    assert stored_gate(folder) == gate_that_never_had(folder) == gate_says(folder.load_gate())
     assert mode_of(path / GATE_FILE) == 0o600
     # Of the row neither what names it nor what it said; the ledger has the digest of its id in hexadecimal digits.
     for file in path.rglob("*.*"):
@@ -94,7 +78,7 @@ def test_a_deletion_leaves_the_gate_of_a_system_that_never_had_the_rows(path):
 
     # Who has the folder open follows the line, and reads no rows again.
     assert before.counts.scores(own, SEEN).any()
-    assert arrays_of(other.load_gate()) == never_had(other) and not other.term_counts.scores(own, SEEN).any()
+    assert gate_says(other.load_gate()) == gate_that_never_had(other) and not other.term_counts.scores(own, SEEN).any()
     assert other.load_gate().rows.terms is before.rows.terms and other.holds_deleted_rows
     other.let_go_of_deleted_rows()
     assert other.load_gate().is_settled and not other.holds_deleted_rows
@@ -114,10 +98,10 @@ def test_a_removal_that_was_interrupted_is_finished_and_masked_until_then(path):
     delete_and_die(SystemFolder(path), NAMES[:1])
     as_written = (path / GATE_FILE).read_bytes()
     looked_at = ReadOnlyFolder(path)
-    assert looked_at.is_gate_behind and arrays_of(looked_at.load_gate()) == never_had(looked_at)
+    assert looked_at.is_gate_behind and gate_says(looked_at.load_gate()) == gate_that_never_had(looked_at)
     assert (path / GATE_FILE).read_bytes() == as_written
     folder = SystemFolder(path)
-    assert not folder.is_gate_behind and on_disk(folder) == never_had(folder)
+    assert not folder.is_gate_behind and stored_gate(folder) == gate_that_never_had(folder)
 
 
 def test_a_gate_that_fell_behind_a_table_is_brought_in_step(path):
@@ -126,7 +110,7 @@ def test_a_gate_that_fell_behind_a_table_is_brought_in_step(path):
     apply(SystemFolder(path), NAMES[:1])
     (path / GATE_FILE).write_bytes(earlier)
     folder = SystemFolder(path)
-    assert on_disk(folder) == never_had(folder)
+    assert stored_gate(folder) == gate_that_never_had(folder)
 
 
 def test_a_gate_that_was_made_anew_is_taken_in_by_who_has_the_folder_open(path):
@@ -138,7 +122,7 @@ def test_a_gate_that_was_made_anew_is_taken_in_by_who_has_the_folder_open(path):
     assert SystemFolder(path).config.gate_top_k == 1 and folder.config.gate_top_k == 1
     assert first.tokenizer_digest != other.gate_tokenizer_digest == "another"
     # It has no row that was deleted meanwhile, and the ledger came with it.
-    assert arrays_of(other.load_gate()) == never_had(folder) == on_disk(folder)
+    assert gate_says(other.load_gate()) == gate_that_never_had(folder) == stored_gate(folder)
     assert other.is_deleted(NAMES[0])
 
 
@@ -149,7 +133,7 @@ def test_a_copy_has_the_gate_without_what_was_deleted(path, tmp_path):
         record(folder, NAMES[:1])
     folder.copy_to(tmp_path / "copy")
     copied = SystemFolder(tmp_path / "copy")
-    assert on_disk(copied) == never_had(copied) and mode_of(tmp_path / "copy" / GATE_FILE) == 0o600
+    assert stored_gate(copied) == gate_that_never_had(copied) and mode_of(tmp_path / "copy" / GATE_FILE) == 0o600
     assert not inspect(tmp_path / "copy").problems
 
 

@@ -23,16 +23,18 @@ from support.folders import (
     apply,
     delete_and_die,
     gate_of,
+    gate_says,
+    gate_that_never_had,
     grow,
     new_system,
     own_surroundings,
     stages_on_disk,
+    stored_gate,
 )
 from support.insides import routing_of, wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.gate_file import read_gate
 from hf_s3t.folder.layout import ADAPTER_FILE, GATE_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
@@ -126,22 +128,13 @@ class Outcome:
         assert set(found) - {PENDING_FILE} == set(expected), f"something is left {why}"
         assert names_in(path) == sorted(folder.table.rows) == self.rows[in_force], why
         if folder.has_gate:
-            stored, _ = read_gate(Path(path) / GATE_FILE, folder.key.check, folder.config)
-            assert parts_of(stored) == parts_of(gate_of(folder.table, folder.key)) == parts_of(folder.load_gate()), why
+            assert stored_gate(folder) == gate_that_never_had(folder) == gate_says(folder.load_gate()), why
         if in_force:
             assert not [n for n, data in found.items() if any(v.encode() in (data or b"") for v in self.victims)], why
         assert folder.valid_stages == set(folder.stages), why
         for key in folder.stages:
             folder.adapter_path(key)
         return in_force
-
-
-def parts_of(gate) -> list[bytes]:
-    """Everything that a gate knows of rows."""
-    settled = gate.settled()
-    rows, counts = settled.rows, settled.counts
-    arrays = rows.digests, rows.shards, rows.slices, rows.ends, rows.terms, counts.terms, counts.ends, counts.places
-    return [array.tobytes() for array in (*arrays, counts.counts, counts.totals)]
 
 
 def names_in(path) -> list[str]:
@@ -301,7 +294,7 @@ def test_a_system_is_there_when_its_making_was_acknowledged_and_can_be_made_agai
         found.add(exists)
         assert exists or "acknowledged" not in crash.told, crash
         folder = SystemFolder(path) if exists else new_system(path, NAMES, GATED, None)
-        assert parts_of(folder.load_gate()) == parts_of(gate_of(made.table, folder.key)), crash
+        assert gate_says(folder.load_gate()) == gate_says(gate_of(made.table, folder.key)), crash
         assert set(folder.table.rows) == set(made.table.rows) and grow(folder).valid_stages, crash
     assert found == {False, True}
 
@@ -340,7 +333,7 @@ def test_a_gate_that_is_made_later_is_there_and_used_or_not_used_yet(first, tmp_
         assert folder.config.gate or "acknowledged" not in crash.told, crash
         # Its settings are recorded last.
         if folder.config.gate or folder.has_gate:
-            assert parts_of(folder.load_gate()) == parts_of(made), crash
+            assert gate_says(folder.load_gate()) == gate_says(made), crash
         assert not inspect(path).problems, crash
     assert found == {None, "terms"}
 

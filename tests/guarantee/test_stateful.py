@@ -25,10 +25,13 @@ from support.folders import (
     apply,
     delete_and_die,
     files_of,
+    gate_says,
+    gate_that_never_had,
     grow,
     new_system,
     request_later,
     stages_on_disk,
+    stored_gate,
 )
 from support.insides import wait_for_cleaner
 
@@ -282,7 +285,10 @@ class Life(RuleBasedStateMachine):
         assert stages_written(self.path) == self.plain.stages
         assert set(pq.read_table(self.path / TABLE_FILE).column("id").to_pylist()) == self.plain.present
         assert inspect(self.path).problems == ()
-        status = system_status(open_folder(self.path, read_only=True))
+        folder = open_folder(self.path, read_only=True)
+        if folder.has_gate:
+            assert stored_gate(folder) == gate_that_never_had(folder)
+        status = system_status(folder)
         assert status["depths"] == self.plain.depths
         assert status["sequence_depths"] == [
             [self.plain.depth_of(shard, sequence) for sequence in sequences]
@@ -370,10 +376,17 @@ class FolderLife(Life):
     def check_who_serves(self):
         assert {str(key) for key in self.folder.valid_stages} == self.plain.stages
         assert set(self.folder.table.rows) == self.plain.present
+        assert gate_says(self.folder.load_gate()) == gate_that_never_had(self.folder)
 
 
 CONFIG = S3TConfig(
-    num_shards=2, num_slices=3, sequence_selection=SEQUENCES, group_column="user", keep_idle=True, seed=1
+    num_shards=2,
+    num_slices=3,
+    sequence_selection=SEQUENCES,
+    group_column="user",
+    keep_idle=True,
+    gate="terms",
+    seed=1,
 )
 
 

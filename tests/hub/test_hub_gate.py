@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.folders import VOCABULARY, apply, gate_of, prompt_of
+from support.folders import VOCABULARY, apply, gate_of, gate_says, gate_that_never_had, prompt_of, stored_gate
 from support.hub_systems import ROWS, files_on, load, member, send
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 
@@ -27,22 +27,6 @@ def gated(system) -> SystemFolder:
     return system
 
 
-def arrays_of(gate) -> list[bytes]:
-    gate = gate.settled()
-    return [
-        getattr(part, name).tobytes()
-        for part, names in (
-            (gate.rows, ("digests", "shards", "slices", "ends", "terms")),
-            (gate.counts, ("terms", "ends", "places", "counts", "totals")),
-        )
-        for name in names
-    ]
-
-
-def never_had(folder) -> list[bytes]:
-    return arrays_of(gate_of(folder.table, folder.key))
-
-
 def card_of(repo) -> str:
     return ModelCard(repo.card(repo.state())).content
 
@@ -63,29 +47,28 @@ def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, 
     monkeypatch.setenv("HF_S3T_KEY", gated.key.secret.decode())
     there = HubFolder(repo.repo_id)
     assert there.config.gate_top_k == 1 and there.gate_tokenizer_digest == VOCABULARY
-    assert arrays_of(there.load_gate()) == never_had(gated)
+    assert gate_says(there.load_gate()) == gate_that_never_had(gated)
 
     victim = member(gated)
     asked = terms_of(prompt_of(victim), gated.key)
     seen = [range(gated.config.num_slices)] * gated.config.num_shards
     before = there.term_counts.scores(asked, seen).tolist()
     apply(there, [victim])
-    assert arrays_of(there.load_gate()) == never_had(there)
+    assert gate_says(there.load_gate()) == gate_that_never_had(there)
     assert there.term_counts.scores(asked, seen).tolist() != before
     # Who loads it again on this machine knows, and so does a copy.
-    assert arrays_of(HubFolder(repo.repo_id).load_gate()) == never_had(there)
+    assert gate_says(HubFolder(repo.repo_id).load_gate()) == gate_that_never_had(there)
     there.copy_to(tmp_path / "pulled")
     pulled = SystemFolder(tmp_path / "pulled")
-    stored, _ = read_gate(tmp_path / "pulled" / GATE_FILE, pulled.key.check, pulled.config)
-    assert arrays_of(stored) == never_had(there) and pulled.config.gate == "terms"
+    assert stored_gate(pulled) == gate_that_never_had(there) and pulled.config.gate == "terms"
     assert not inspect(tmp_path / "pulled").problems
 
     # A push keeps what is there in step, and takes it away where that is asked for.
     send(there, repo, merge=True)
     stored, _ = read_gate(repo.download(GATE_FILE, repo.newest_commit()), pulled.key.check, pulled.config)
-    assert arrays_of(stored) == never_had(there)
+    assert gate_says(stored) == gate_that_never_had(there)
     there.refresh()
-    assert arrays_of(there.load_gate()) == never_had(there)
+    assert gate_says(there.load_gate()) == gate_that_never_had(there)
     send(gated, repo, merge=True, include_gate=False)
     assert GATE_FILE not in files_on(repo) and gated.has_gate and not HubFolder(repo.repo_id).has_gate
 

@@ -13,8 +13,8 @@ import safetensors.numpy
 
 from hf_s3t import S3TConfig
 from hf_s3t.folder.files import write_checked_json
-from hf_s3t.folder.gate_file import StoredGate
-from hf_s3t.folder.layout import KEY_FILE, STAGE_FILE
+from hf_s3t.folder.gate_file import StoredGate, read_gate
+from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, STAGE_FILE
 from hf_s3t.folder.secret import read_key, write_key
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations import deletion, pending
@@ -68,6 +68,24 @@ def gate_of(table: ExampleTable, key: DigestKey) -> StoredGate:
     terms = [terms_of(prompt_of(one), key) for one in columns.kept(np.arange(len(columns)))]
     rows = TermRows.of(columns.id_digests, columns.shards, columns.slices, terms)
     return StoredGate.of(rows, table.num_shards, table.num_slices, VOCABULARY)
+
+
+def gate_says(gate: StoredGate) -> list[list]:
+    """Everything that a gate says of rows."""
+    rows, counts = gate.settled().rows, gate.settled().counts
+    of_rows = [rows.digests, rows.shards, rows.slices, rows.ends, rows.terms]
+    of_counts = [counts.terms, counts.ends, counts.places, counts.counts, counts.totals]
+    return [array.tolist() for array in (*of_rows, *of_counts)]
+
+
+def gate_that_never_had(folder: SystemFolder) -> list[list]:
+    """What the gate of a system says that never had the rows which are not in."""
+    return gate_says(gate_of(folder.table, folder.key))
+
+
+def stored_gate(folder: SystemFolder) -> list[list]:
+    """What the gate on the disk says."""
+    return gate_says(read_gate(folder.path / GATE_FILE, folder.key.check, folder.config)[0])
 
 
 def prompt_of(one: int | str) -> str:
