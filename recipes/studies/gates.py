@@ -3,11 +3,11 @@
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import batched, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ from datasets import Dataset
 from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
 from demo.people_demo import DEMO, demo_base
 from demo.small_llama import base_model
-from scipy.stats import mannwhitneyu
+from scipy.stats import rankdata
 from studies.rewording import REWORDINGS, reworded
 from studies.workbench import kept
 
@@ -230,7 +230,9 @@ class Taught:
         script, trainer = self.options.script, self.method.trainer
         examples = as_examples(Dataset.from_list(asked), script.prompt_template, False)
         prepared = trainer._prepare_dataset(examples, trainer.processing_class, trainer.args, False, None, "questions")
-        return [dict(trainer.data_collator(list(features))) for features in batched(prepared, _BATCH)]
+        features = list(prepared)
+        parts = [features[start : start + _BATCH] for start in range(0, len(features), _BATCH)]
+        return [dict(trainer.data_collator(part)) for part in parts]
 
     def shares(self, names: Iterable[str]) -> torch.Tensor:
         """All weight on the shard that each row of the subjects is in: `(rows, num_shards)`."""
@@ -261,10 +263,15 @@ def membership(members: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> d
         alike, so whole subjects change sides.
     """
     rng, subjects = np.random.default_rng(0), [*members, *others]
+    sizes = np.array([len(scores) for scores in subjects])
+    ranks = _by_subject(rankdata(np.concatenate(subjects)), subjects)
+    sums = np.array([found.sum() for found in ranks])
 
-    def auc(order: Sequence[int]) -> float:
-        one, other = (np.concatenate([subjects[n] for n in part]) for part in np.split(order, [len(members)]))
-        return float(mannwhitneyu(one, other).statistic / (len(one) * len(other)))
+    def auc(order: np.ndarray) -> float:
+        """Mann and Whitney's statistic, if the first of the order were the members."""
+        inside = order[: len(members)]
+        count = sizes[inside].sum()
+        return float((sums[inside].sum() - count * (count + 1) / 2) / (count * (sizes.sum() - count)))
 
     by_chance = [auc(rng.permutation(len(subjects))) for _ in range(_PERMUTATIONS)]
     return {"auc": round(auc(np.arange(len(subjects))), 4), "error": round(float(np.std(by_chance)), 4)}
@@ -299,8 +306,8 @@ def orphans(deleted: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> dict
     }
 
 
-def _by_subject(values: np.ndarray, subjects: Iterable[Sequence[Row]]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum([len(rows) for rows in subjects])[:-1])
+def _by_subject(values: np.ndarray, subjects: Iterable[Sized]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(one) for one in subjects])[:-1])
 
 
 # Measuring a system

@@ -1,0 +1,54 @@
+"""What is kept of one shard's knowledge: questions changed by rule, and whether deleted subjects can be told."""
+
+import numpy as np
+import pytest
+from demo.invented_people import ATTRIBUTES
+from studies.gates import AS_TRAINED, KINDS, membership, orphans, people
+from studies.rewording import REWORDINGS, reworded
+
+
+QUESTION = "What is the name of the first novel by Ada Byron?"
+
+
+class TestRewording:
+    @pytest.mark.parametrize("rule", REWORDINGS)
+    def test_a_question_is_always_changed_alike_and_never_to_nothing(self, rule):
+        assert reworded(QUESTION, rule) == reworded(QUESTION, rule) != QUESTION
+        assert reworded("Who?", rule)
+
+    def test_what_is_asked_about_stays(self):
+        for rule in ("other words", "other opening", "another order"):
+            assert {"Ada", "Byron"} <= set(reworded(QUESTION, rule).strip("?.").replace("?", "").split())
+
+    def test_every_question_about_people_changes(self):
+        for question, _ in ATTRIBUTES.values():
+            asked = question.format(name="Ada Byron")
+            assert all(reworded(asked, rule) != asked for rule in ("other words", "other opening"))
+
+
+def test_who_chooses_is_neither_deleted_nor_reported():
+    subjects = people(8, 2, 2)
+    parts = (subjects.deleted, subjects.choosing, subjects.reported)
+    assert all(parts) and sorted(name for part in parts for name in part) == sorted(subjects.known)
+    assert not set(subjects.known) & set(subjects.strangers)
+    assert KINDS[0] == AS_TRAINED and len(subjects.rows()) == 82
+
+
+class TestForgotten:
+    def test_members_are_told_and_strangers_are_not(self):
+        rng = np.random.default_rng(0)
+        strangers = [rng.normal(size=5) for _ in range(30)]
+        known, unknown = ([rng.normal(shift, size=5) for _ in range(20)] for shift in (2, 0))
+        assert membership(known, strangers)["auc"] > 0.9
+        found = membership(unknown, strangers)
+        assert abs(found["auc"] - 0.5) < 3 * found["error"]
+
+    def test_the_error_counts_subjects_and_not_their_rows(self):
+        alike = [np.full(50, value) for value in np.random.default_rng(0).normal(size=20)]
+        assert membership(alike[:10], alike[10:])["error"] > 0.1
+
+    def test_a_favourite_shard_is_noticed(self):
+        rng = np.random.default_rng(0)
+        even = [rng.dirichlet([5.0] * 4, size=6) for _ in range(30)]
+        favoured = [rng.dirichlet([5.0, 1.0, 1.0, 1.0], size=6) for _ in range(10)]
+        assert orphans(favoured, even)["chance"] == 0 < orphans(even[:10], even[10:])["chance"]
