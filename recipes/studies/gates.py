@@ -426,9 +426,15 @@ def _weights(model: S3TModel, taught: Taught, subjects: Sequence[Sequence[Row]])
 
 
 def gates(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
-    """People and authors by numbers of shards, and layouts at equal work: by the mean, by terms, by who knows."""
+    """People and authors by numbers of shards, layouts at equal work: by the mean, by terms, by who knows."""
     quiet()
-    return {name: PARTS[name](options, others) for name in options.only}
+    found = {name: PARTS[name](options, others) for name in options.only}
+    # Of one part they differ in what each system says of itself.
+    settings = {name: systems[0]["settings"] for name, systems in found.items() if systems}
+    for systems in found.values():
+        for system in systems:
+            del system["settings"]
+    return {**found, "settings": settings, "seeds": options.seeds}
 
 
 def _people(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
