@@ -48,7 +48,7 @@ _PERMUTATIONS = 500
 _BATCH = 64
 # Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
 LAYOUTS = tuple(product((1, 5, 20), (1, 2, 4)))
-_LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 40}
+_LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 24}
 
 
 # What is taught and asked
