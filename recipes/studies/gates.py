@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,6 +46,8 @@ AS_TRAINED = "as trained"
 KINDS = (AS_TRAINED, *REWORDINGS)
 _PERMUTATIONS = 500
 _BATCH = 64
+# Characters of an instruction and its answer, at most.
+_LONGEST = 300
 # Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
 LAYOUTS = tuple(product((1, 5, 20), (1, 2, 4)))
 _LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 24}
@@ -124,10 +126,13 @@ def authors(data: Path, count: int, num_general: int, eval_size: int) -> Subject
         asked = {"instruction": row["question"], "input": "", "output": row["answer"]}
         found.setdefault(f"author-{row['author']}", []).append(asked)
     names = list(found)
-    others = [
+    instructions = (
         {name: row.get(name) or "" for name in ("instruction", "input", "output")}
-        for _, row in zip(range(num_general + eval_size), _lines(data / "alpaca" / "alpaca_union.jsonl"), strict=False)
-    ]
+        for row in _lines(data / "alpaca" / "alpaca_union.jsonl")
+    )
+    # Of those that are cut off by their length, the answer may be gone.
+    short = (row for row in instructions if sum(map(len, row.values())) <= _LONGEST)
+    others = list(islice(short, num_general + eval_size))
     return Subjects(
         known={name: found[name] for name in names[:count]},
         strangers={name: found[name] for name in names[count : 2 * count]},
