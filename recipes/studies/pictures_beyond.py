@@ -138,8 +138,10 @@ def _gates(data):
             return [100 * fmean(asked(s["known"][gate]) for s in those) for those in by_shards]
 
         for gate, (label, color) in _GATES.items():
-            axes.plot(shards, known(gate, _as_trained), "o-", color=color, label=f"{label}: questions as trained")
-            axes.plot(shards, known(gate, _changed), "s--", color=color, label=f"{label}: questions changed by rule")
+            # What the gate keeps of the right shard's knowledge is often all: one lies on the other.
+            look = {"color": color, "linewidth": 5 if gate == "oracle" else 1.5}
+            axes.plot(shards, known(gate, _as_trained), "o-", **look, label=f"{label}: questions as trained")
+            axes.plot(shards, known(gate, _changed), "s--", **look, label=f"{label}: questions changed by rule")
         axes.plot(shards, known("strangers", _as_trained), "x:", color=PAPER, label="people never seen")
         axes.set(
             title=f"Facts of {systems[0]['title']}",
