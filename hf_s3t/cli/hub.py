@@ -20,6 +20,13 @@ def push(
     ] = None,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Forget here, too, what the Hub knows as deleted.")] = False,
+    include_gate: Annotated[
+        bool | None,
+        typer.Option(
+            "--include-gate/--no-gate",
+            help="Push the gate, whose words can be guessed by who has the secret; as it is there if not given.",
+        ),
+    ] = None,
     token: Token = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -36,7 +43,16 @@ def push(
 
     describe = partial(description, repo_id=repo_id)
     repo, system = HubRepo(repo_id, token), open_folder(folder, read_only=dry_run)
-    done = push_system(system, repo, describe, private=private, commit_message=message, merge=merge, dry_run=dry_run)
+    done = push_system(
+        system,
+        repo,
+        describe,
+        private=private,
+        commit_message=message,
+        merge=merge,
+        include_gate=include_gate,
+        dry_run=dry_run,
+    )
     if as_json:
         rendering.print_json({"dry_run": dry_run, **asdict(done)})
     else:

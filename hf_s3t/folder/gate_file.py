@@ -23,6 +23,7 @@ from .ledger_file import pin_of
 
 GATE_VERSION = 1
 KIND = "terms"
+_SAID = "hf_s3t.gate"
 _NO_DIGEST = "0" * 64
 _OF_ROWS = {"row_digests": "u1", "row_shards": "i4", "row_slices": "i4", "row_ends": "i8", "row_terms": "u4"}
 _OF_COUNTS = {"terms": "u4", "ends": "i8", "places": "i4", "counts": "u4", "totals": "i8"}
@@ -118,8 +119,8 @@ def gate_bytes(gate: StoredGate, ledger: Ledger, key_check: str) -> memoryview:
     arrays += [counts.terms, counts.ends, counts.places, counts.counts, counts.totals]
     tensors = dict(zip((*_OF_ROWS, *_OF_COUNTS), map(np.ascontiguousarray, arrays), strict=True))
     # The digest covers the whole file, with zeros where it stands itself.
-    metadata = {
-        "version": str(GATE_VERSION),
+    said = {
+        "version": GATE_VERSION,
         "kind": KIND,
         "ledger": pin_of(ledger),
         "tokenizer": gate.tokenizer_digest,
@@ -127,7 +128,8 @@ def gate_bytes(gate: StoredGate, ledger: Ledger, key_check: str) -> memoryview:
         "key_check": key_check,
         "digest": _NO_DIGEST,
     }
-    data = memoryview(bytearray(save(tensors, metadata)))
+    # One text, sorted: of several, each would stand elsewhere in each file.
+    data = memoryview(bytearray(save(tensors, {_SAID: json.dumps(said, sort_keys=True)})))
     at = _place_of(data, _NO_DIGEST)
     data[at : at + len(_NO_DIGEST)] = hashlib.sha256(data).hexdigest().encode()
     return data
@@ -135,7 +137,7 @@ def gate_bytes(gate: StoredGate, ledger: Ledger, key_check: str) -> memoryview:
 
 def _place_of(data: bytes | memoryview, digest: str) -> int:
     """Where the digest stands: in the header."""
-    return bytes(data[: 8 + _LARGEST_HEADER]).index(f'"digest":"{digest}"'.encode()) + len('"digest":"')
+    return bytes(data[: 8 + _LARGEST_HEADER]).index(digest.encode())
 
 
 def read_gate_head(path: Path, key_check: str) -> GateHead:
@@ -172,8 +174,8 @@ def _head_of(path: Path, data: bytes, key_check: str) -> GateHead:
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size]) if size <= _LARGEST_HEADER else {}
-        said: Mapping[str, Any] = header["__metadata__"]
-        version, kind, found = int(said["version"]), said["kind"], said["key_check"]
+        said = _said_in(header)
+        version, kind, found = said["version"], said["kind"], said["key_check"]
         if version != GATE_VERSION or kind != KIND:
             raise FormatVersionError(
                 f"{path} holds a gate of the kind {kind!r} in version {version}; this hf_s3t reads {KIND!r} in "
@@ -181,7 +183,7 @@ def _head_of(path: Path, data: bytes, key_check: str) -> GateHead:
                 "it anew by `trainer.build_gate()`."
             )
         shapes = [header[name]["shape"][0] for name in ("row_ends", "terms")]
-        head = GateHead(said["ledger"], said["tokenizer"], said["build"], *shapes)
+        head = GateHead(str(said["ledger"]), str(said["tokenizer"]), str(said["build"]), *shapes)
     except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise _is_no_gate(path, error) from error
     if found != key_check:
@@ -189,6 +191,11 @@ def _head_of(path: Path, data: bytes, key_check: str) -> GateHead:
             f"{path} was made with another secret than this system's: its terms are of other words. {_REMEDY}"
         )
     return head
+
+
+def _said_in(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    said: Mapping[str, Any] = json.loads(header["__metadata__"][_SAID])
+    return said
 
 
 def read_gate(path: Path, key_check: str, config: S3TConfig) -> tuple[StoredGate, str]:
@@ -227,7 +234,7 @@ def read_gate(path: Path, key_check: str, config: S3TConfig) -> tuple[StoredGate
 
 def _require_intact(path: Path, data: bytes) -> None:
     size = int.from_bytes(data[:8], "little")
-    digest = json.loads(data[8 : 8 + size])["__metadata__"]["digest"]
+    digest = str(_said_in(json.loads(data[8 : 8 + size]))["digest"])
     at = _place_of(data, digest)
     view = memoryview(data)
     found = hashlib.sha256(view[:at])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import S3TConfig
+from ..config import OF_SERVING, S3TConfig
 from ..errors import FolderError
 from ..plan.stages import Plan, StageKey
 from ..records.digests import DigestKey
@@ -270,9 +270,8 @@ class SystemFolder(FolderView):
         groups: Iterable[int | str] = (),
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
-        if self.has_gate:
-            # One that cannot be written without these rows is told before they are in the ledger.
-            self.gate_head()
+        # A gate that cannot be written without these rows is told of before they are in the ledger.
+        _ = self.is_gate_behind
         ids, digests = list(ids), dict(self._stages.adapters)
         line = self.ledger.append(
             "deletion",
@@ -379,7 +378,7 @@ class SystemFolder(FolderView):
     def _has_written(self, gate: StoredGate, ledger: Ledger) -> None:
         with self._reading:
             self._gate_stamp = stamp(self.path / GATE_FILE)
-            self._gate, self._gate_lines = gate, len(ledger.lines)
+            self._gate, self._gate_ledger = gate, ledger
 
     def put_gate(self, gate: StoredGate, settings: Mapping[str, Any]) -> None:
         """
@@ -543,12 +542,20 @@ class SystemFolder(FolderView):
         found = {name: self.path / name for name in sorted(COMPANIONS - ours)}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def config_bytes(self, earlier: EarlierSlices | None = None) -> bytes:
+    def config_bytes(self, earlier: EarlierSlices | None = None, gated: bool = False) -> bytes:
         """
         `s3t_config.json` as others may have it: of a base that is a folder of this machine, only the name.
 
         Args:
             earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`], *optional*):
                 By which stages that others have are understood; the folder's own if not given.
+            gated (`bool`, defaults to `False`): Whether others get the gate, without which they are told of none.
         """
-        return config_for_others(self._migrated_record(self.earlier_slices() if earlier is None else earlier))
+        return config_for_others(self._record_for_others(earlier, gated))
+
+    def _record_for_others(self, earlier: EarlierSlices | None, gated: bool) -> dict[str, Any]:
+        record = self._migrated_record(self.earlier_slices() if earlier is None else earlier)
+        if gated or self.config.gate is None:
+            return record
+        settings = {name: value for name, value in record["s3t_config"].items() if name not in OF_SERVING}
+        return {**record, "s3t_config": settings}

@@ -89,7 +89,7 @@ class FolderView:
         # The gate as it was last read, less what was deleted until a line of the ledger; read when it is asked for.
         self._gate: StoredGate | None = None
         self._gate_stamp: Stamp | None = None
-        self._gate_lines = 0
+        self._gate_ledger = Ledger()
         # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
         # holds it waits for nothing, so that it may be taken inside the folder's lock.
         self._reading = threading.RLock()
@@ -364,9 +364,9 @@ class FolderView:
             if self._gate is None or found != self._gate_stamp:
                 self._read_gate(file)
                 self._gate_stamp = found
-            if self._gate_lines != len(self.ledger.lines):
-                self._gate = self._gate_now().without(self._deleted_since(self._gate_lines))
-                self._gate_lines = len(self.ledger.lines)
+            if self._gate_ledger is not self.ledger:
+                self._gate = self._gate_now().without(self._deleted_since(len(self._gate_ledger.lines)))
+                self._gate_ledger = self.ledger
             return self._gate_now()
 
     def _gate_now(self) -> StoredGate:
@@ -382,7 +382,8 @@ class FolderView:
             return
         gate, pin = read_gate(file, self.record["key_check"], self.config)
         self._require_gate_pinned(pin)
-        self._gate, self._gate_lines = gate, int(pin.partition(" ")[0])
+        self._gate = gate.without(self._deleted_since(int(pin.partition(" ")[0])))
+        self._gate_ledger = self.ledger
 
     def _require_gate_pinned(self, pin: str) -> None:
         if not holds(self.ledger, pin):

@@ -52,6 +52,7 @@ def render_card(
     evaluation: Mapping[str, float] | None = None,
     previous: str | None = None,
     is_same_state: bool = False,
+    has_gate: bool = False,
 ) -> str:
     """
     The model card of a system as it is now.
@@ -65,6 +66,7 @@ def render_card(
         previous (`str`, *optional*): The card so far, from which datasets and licence are kept where none are given.
         is_same_state (`bool`, defaults to `False`):
             Whether no example was deleted since the card so far: else its evaluation numbers are dropped.
+        has_gate (`bool`, defaults to `False`): Whether the repository holds the system's gate.
 
     Returns:
         `str`: The card, metadata included.
@@ -95,6 +97,7 @@ def render_card(
         datasets=datasets,
         evaluation={name: _number(value) for name, value in numbers.items()},
         is_base_known=folder.base_id is not None,
+        gate=folder.config.gate if has_gate else None,
         **_base_facts(record, public),
         **_layer_facts(record),
         **_plan_facts(folder),
@@ -342,6 +345,7 @@ def description(
     folder: SystemFolder,
     previous: str | None,
     is_same_state: bool,
+    has_gate: bool = False,
     *,
     repo_id: str,
     datasets: Sequence[str] = (),
@@ -355,6 +359,7 @@ def description(
         folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
         previous (`str`, *optional*): As in [`render_card`].
         is_same_state (`bool`): As in [`render_card`].
+        has_gate (`bool`, defaults to `False`): As in [`render_card`].
         repo_id (`str`): As in [`render_card`].
         datasets (sequence of `str`, *optional*): As in [`render_card`].
         license (`str`, *optional*): As in [`render_card`].
@@ -371,6 +376,7 @@ def description(
         evaluation=evaluation,
         previous=previous,
         is_same_state=is_same_state,
+        has_gate=has_gate,
     )
     return {CARD_FILE: card.encode(), DIAGRAM_FILE: render_diagram(folder.plan, folder.valid_stages).encode()}
 

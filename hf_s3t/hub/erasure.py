@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import LFSFileInfo
 
 from ..errors import HubError
 from ..folder.files import make_folders, read_checked_json, write_checked_json
-from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES, TABLE_FILE
+from ..folder.layout import CARD_FILE, CONFIG_FILE, GATE_FILE, LEDGER_FILE, STAGES, TABLE_FILE
 from .client import call_with_retries, http_status, hub_errors_as_sentences
 from .large_files import must_be_erasable
 from .memory import remember, state_folder
@@ -181,7 +181,7 @@ def _refs(repo: HubRepo) -> _Refs:
 
 
 def _is_ours(path: str) -> bool:
-    return path.startswith(f"{STAGES}/") or path in (TABLE_FILE, LEDGER_FILE, CONFIG_FILE, CARD_FILE)
+    return path.startswith(f"{STAGES}/") or path in (TABLE_FILE, GATE_FILE, LEDGER_FILE, CONFIG_FILE, CARD_FILE)
 
 
 def _contents(repo: HubRepo, revision: str) -> set[str]:

@@ -15,6 +15,7 @@ from ..folder.config_file import read_record
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import check_digest, digested_json, make_folders, stamp, sync, write_atomically
 from ..folder.foreign import forgeries_told
+from ..folder.gate_file import write_gate
 from ..folder.identity import damaged_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_CONFIG_FILE,
@@ -23,13 +24,14 @@ from ..folder.layout import (
     CACHE,
     COMPANIONS,
     CONFIG_FILE,
+    GATE_FILE,
     IGNORE_FILE,
     KEY_FILE,
     LEDGER_FILE,
     STAGES,
     TABLE_FILE,
 )
-from ..folder.ledger_file import pin_of, read_ledger
+from ..folder.ledger_file import pin_of, read_ledger, require_pinned
 from ..folder.secret import KEY_VARIABLE, load_key
 from ..folder.system import SystemFolder
 from ..folder.table_file import read_table, write_table
@@ -253,6 +255,26 @@ class HubFolder(SystemFolder):
     def _compact(self) -> None:
         self.refresh_ledger()
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether the repository holds the gate: a push without it tells of none."""
+        return self.record["s3t_config"].get("gate") is not None
+
+    def _gate_path(self) -> Path:
+        return self._download(GATE_FILE) if self.has_gate else self.path / GATE_FILE
+
+    @property
+    def is_gate_behind(self) -> bool:
+        """As of the table: a push brings a gate without the deleted rows."""
+        return False
+
+    def _require_gate_pinned(self, pin: str) -> None:
+        require_pinned(Path(LEDGER_FILE), self._published, pin, GATE_FILE)
+
+    def _deleted_since(self, lines: int) -> Collection[str]:
+        # As of the table: what this machine knows may stand between the lines of the repository.
+        return self.ledger.deleted
+
     def refresh_stages(self) -> None:
         """A commit does not change."""
 
@@ -262,6 +284,7 @@ class HubFolder(SystemFolder):
     @property
     def holds_deleted_rows(self) -> bool:
         """Whether rows that were deleted are still in memory, masked."""
+        # Asked of the rest, the table would be downloaded.
         return self._table is not None and super().holds_deleted_rows
 
     def slice_digests(self, key: StageKey) -> list[str]:
@@ -310,9 +333,9 @@ class HubFolder(SystemFolder):
         """None: what this serves is on the Hub."""
         return {}
 
-    def config_bytes(self, earlier: EarlierSlices | None = None) -> bytes:
+    def config_bytes(self, earlier: EarlierSlices | None = None, gated: bool = False) -> bytes:
         """`s3t_config.json` as it was written, or as a migration makes it."""
-        return digested_json(self._migrated_record(self.earlier_slices() if earlier is None else earlier))
+        return digested_json(self._record_for_others(earlier, gated))
 
     def problems(self) -> list[str]:
         """One sentence for each thing that is wrong with the ledger or with a file that serves."""
@@ -366,10 +389,12 @@ class HubFolder(SystemFolder):
         if (self.path / KEY_FILE).is_file():
             shutil.copy2(self.path / KEY_FILE, target / KEY_FILE)
         write_table(target / TABLE_FILE, self.table, self.ledger)
+        if self.has_gate:
+            write_gate(target / GATE_FILE, self.load_gate(), self.ledger, self.record["key_check"])
         write_atomically(target / LEDGER_FILE, self.ledger.text.encode())
         for file in (*target.rglob("*"), target):
             sync(file)
-        write_atomically(target / CONFIG_FILE, self.config_bytes())
+        write_atomically(target / CONFIG_FILE, self.config_bytes(gated=self.has_gate))
 
     def _not_pulled(self, stages: Collection[StageKey]) -> list[str]:
         """

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ..errors import HubError
-from ..folder.layout import ADAPTER_FILE, ATTRIBUTES_FILE, TABLE_FILE
+from ..folder.layout import ADAPTER_FILE, ATTRIBUTES_FILE, GATE_FILE, TABLE_FILE
 from .git_attributes import state_of
 from .repository import HubRepo, HubState
 
@@ -13,8 +13,8 @@ _LARGE = "filter=lfs diff=lfs merge=lfs -text"
 
 
 def must_be_erasable(path: str) -> bool:
-    """Whether a file holds weights or ids, and so belongs into the large-file storage: what git keeps, it keeps."""
-    return path == TABLE_FILE or path.endswith(f"/{ADAPTER_FILE}")
+    """Whether a file holds weights, ids or words and belongs into the large-file storage: what git keeps, it keeps."""
+    return path in (TABLE_FILE, GATE_FILE) or path.endswith(f"/{ADAPTER_FILE}")
 
 
 def refuse_what_git_would_keep(repo: HubRepo, state: HubState, added: Iterable[str]) -> None:

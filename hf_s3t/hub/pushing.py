@@ -15,10 +15,12 @@ from huggingface_hub.utils.sha import git_hash
 from ..errors import ConfigError, HubError, MergeNeededError, TransferError
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import digested_json
+from ..folder.gate_file import gate_bytes
 from ..folder.identity import damaged_parts, differing_parts, is_same_system
 from ..folder.layout import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    GATE_FILE,
     LEDGER_FILE,
     STAGE_FILES,
     STAGES,
@@ -47,8 +49,9 @@ from .repository import INDEX_FILE, HubRepo, HubState, stage_index
 
 
 _CONFLICT = 412
-# From the folder, the card so far and whether nothing was deleted since it, to files beside the system by their names.
-Describe = Callable[[SystemFolder, str | None, bool], Mapping[str, bytes]]
+# From the folder, the card so far, whether nothing was deleted since it, and whether the gate goes with it, to files
+# beside the system by their names.
+Describe = Callable[[SystemFolder, str | None, bool, bool], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def push(
     commit_message: str | None = None,
     merge: bool = False,
     on_merge: Callable[[], object] | None = None,
+    include_gate: bool | None = None,
     dry_run: bool = False,
 ) -> PushReport:
     """
@@ -98,6 +102,9 @@ def push(
         commit_message (`str`, *optional*): Title of the commit.
         merge (`bool`, defaults to `False`): Take in deletions that the Hub knows and the folder does not.
         on_merge (callable, *optional*): Called when the folder has taken in deletions, before anything is uploaded.
+        include_gate (`bool`, *optional*):
+            Whether the repository gets, or keeps, the system's gate. Left out, one that has it keeps it, in step with
+            the deletions, and no other gets it.
         dry_run (`bool`, defaults to `False`): Report what would be done, and do nothing.
 
     Returns:
@@ -115,8 +122,11 @@ def push(
         if not dry_run:
             call_with_retries(repo.api.create_repo, repo.repo_id, private=private, exist_ok=True)
         elif not call_with_retries(repo.api.repo_exists, repo.repo_id):
-            return _report(repo, "", _operations(folder, HubState("", {}), describe, None), _Merged())
-        return _commit_upon_what_is_there(folder, repo, describe, commit_message, merge, on_merge, dry_run)
+            changes = _operations(folder, HubState("", {}), describe, None, include_gate)
+            return _report(repo, "", changes, _Merged())
+        return _commit_upon_what_is_there(
+            folder, repo, describe, commit_message, merge, on_merge, include_gate, dry_run
+        )
 
 
 def _commit_upon_what_is_there(
@@ -126,6 +136,7 @@ def _commit_upon_what_is_there(
     message: str | None,
     merge: bool,
     on_merge: Callable[[], object] | None,
+    include_gate: bool | None,
     dry_run: bool,
 ) -> PushReport:
     """Look at the main branch, take in its deletions, and commit what it lacks; again, where somebody was first."""
@@ -135,7 +146,7 @@ def _commit_upon_what_is_there(
         merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
         card = repo.card(state)
         try:
-            changes = _operations(folder, state, describe, card)
+            changes = _operations(folder, state, describe, card, include_gate)
         except FileNotFoundError:
             # Another process deleted examples meanwhile, and with them stages.
             folder.refresh()
@@ -293,7 +304,9 @@ def _stages_that_saw(
     return tuple(sorted(folder.plan.removed_by(gone, stages)))
 
 
-def _operations(folder: SystemFolder, state: HubState, describe: Describe, card: str | None) -> _Changes:
+def _operations(
+    folder: SystemFolder, state: HubState, describe: Describe, card: str | None, include_gate: bool | None
+) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
     # A live model may follow other processes meanwhile, in threads of its own.
     table, ledger = folder.table_and_ledger()
@@ -304,16 +317,20 @@ def _operations(folder: SystemFolder, state: HubState, describe: Describe, card:
         if key in ours and folder.stage_record(key)["files"] == stages[key]["files"]:
             wanted |= {f"{key.path}/{name}": path for name, path in folder.stage_paths(key).items()}
     wanted |= folder.companions()
-    wanted[CONFIG_FILE] = folder.config_bytes(earlier)
+    gated = GATE_FILE in state.tree if include_gate is None else include_gate
+    wanted[CONFIG_FILE] = folder.config_bytes(earlier, gated)
     wanted[LEDGER_FILE] = ledger.text.encode()
     wanted[TABLE_FILE] = bytes(table_bytes(table, ledger))
+    if gated:
+        wanted[GATE_FILE] = bytes(gate_bytes(folder.load_gate(), ledger, folder.record["key_check"]))
     wanted[INDEX_FILE] = digested_json(stage_index(table, ledger, stages))
-    wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == ledger.deleted)
+    wanted |= describe(folder, card, state.record is not None and state.ledger.deleted == ledger.deleted, gated)
     kept = {f"{key.path}/{name}" for key in stages for name in STAGE_FILES}
     added = {path: content for path, content in wanted.items() if not _is_there(state.tree.get(path), path, content)}
     deleted = [
         path for path in state.tree if path.startswith(f"{STAGES}/") and path not in kept and path != INDEX_FILE
     ]
+    deleted += [GATE_FILE] if GATE_FILE in state.tree and not gated else []
     return _Changes(added, deleted)
 
 

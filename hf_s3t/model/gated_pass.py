@@ -53,7 +53,10 @@ def answer_by(gating: Gating, logits: torch.Tensor, how: str) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(rows, ..., classes)`, in at least single precision.
     """
-    answers = [answer_of(logits[part.entries.to(logits.device)], part.weights, how) for part in gating.parts]
+    answers = [
+        answer_of(logits if part.entries is None else logits[part.entries.to(logits.device)], part.weights, how)
+        for part in gating.parts
+    ]
     if len(answers) == 1:
         return answers[0]
     answer = answers[0].new_empty(gating.num_rows, *answers[0].shape[1:])

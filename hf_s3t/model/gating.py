@@ -10,10 +10,13 @@ from .route import Route
 
 
 class Part(NamedTuple):
-    """Rows that equally many members answer, where in the batch their answers are, and their weights."""
+    """
+    Rows that equally many members answer, where in the batch their answers are (`None`: it is these, in this order),
+    and their weights.
+    """
 
     rows: torch.Tensor
-    entries: torch.Tensor
+    entries: torch.Tensor | None
     weights: torch.Tensor
 
 
@@ -81,7 +84,8 @@ class Gating:
         sizes = self._computed.sum(1).tolist()
         members = tuple(tip for tip, size in zip(self.route.members, sizes, strict=True) if size)
         # Of one member, whose block is the batch, it is not asked where blocks end.
-        return replace(self.route, members=members, sizes=tuple(filter(None, sizes)) if len(members) > 1 else None)
+        blocks = tuple(filter(None, sizes)) if len(members) > 1 else None
+        return replace(self.route, members=members, sizes=blocks, whole=self.route)
 
     @property
     def weights_of_pass(self) -> list[float]:
@@ -136,7 +140,8 @@ class Gating:
             rows = (counts == count).nonzero()[:, 0]
             # Per row, in the order of members.
             of_rows, members = needed[:, rows].t().nonzero(as_tuple=True)
-            entries = self._places[members, rows[of_rows]].view(-1, count).t()
+            entries = self._places[members, rows[of_rows]].view(-1, count).t().flatten()
             weights = self.weights[members, rows[of_rows]].view(-1, count).t()
-            parts.append(Part(rows, entries.flatten(), weights))
+            is_all = len(entries) == self.num_entries and bool((entries.diff() == 1).all())
+            parts.append(Part(rows, None if is_all else entries, weights))
         return parts

@@ -60,6 +60,7 @@ class HandingOut(Following):
         datasets: Sequence[str] = (),
         license: str | None = None,
         evaluation: Mapping[str, float] | None = None,
+        include_gate: bool | None = None,
     ) -> PushReport | ErasureReport:
         """
         Bring the system to the Hub, with its deletions and a model card: one commit, of what is not there yet.
@@ -80,6 +81,12 @@ class HandingOut(Following):
             license (`str`, *optional*): For the card: identifier of the licence.
             evaluation (mapping from `str` to `float`, *optional*):
                 For the card: numbers measured with the system as it is now. They are dropped with the next deletion.
+            include_gate (`bool`, *optional*):
+                Whether the gate goes with it, by which members are weighed. It leaks: for each row that is in, it has
+                keyed digests of the words of its prompt, in which shard and slice it lies, and how many rows share
+                each word. Who has the system's secret can guess the words, and everybody can count them. Left out, a
+                repository that has it keeps it, in step with deletions, and no other gets it; who loads a system
+                without it gets the mean of its members.
 
         Returns:
             [`~hf_s3t.hub.pushing.PushReport`], or with `erase_history=True` an
@@ -113,6 +120,7 @@ class HandingOut(Following):
                     commit_message=commit_message,
                     merge=merge,
                     on_merge=self._serve,
+                    include_gate=include_gate,
                 )
             finally:
                 self.refresh()

@@ -59,6 +59,15 @@ class Joined:
         """
         output.baddbmm_(torch.bmm(x, self.down_transposed), self.up_transposed, alpha=self.scaling)
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        What each adapter makes of its block of rows, before it is scaled.
+
+        Args:
+            x (`torch.Tensor` of shape `(adapters, rows, features_in)`): The rows.
+        """
+        return torch.bmm(torch.bmm(x, self.down_transposed), self.up_transposed)
+
     def is_for(self, names: Sequence[str | None], output: torch.Tensor) -> bool:
         """Whether these are the adapters to add to an output, and can be."""
         return self.names == names and self.down.dtype == output.dtype and self.down.device == output.device

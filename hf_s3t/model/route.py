@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -13,6 +13,25 @@ from torch import nn
 from ..errors import CallStoppedError, NotServedError
 from ..plan.stages import StageKey
 from .scope import Scope
+
+
+# Up to so many rows, counted with their positions, blocks are multiplied together: padded to one size they are few
+# calls, and no more than so many times the work. Beyond, a block is a product of its own.
+_FEW = 1024
+_MUCH_PADDING = 4
+
+
+class Padding(NamedTuple):
+    """
+    Blocks of unequal size as blocks of equal size, one for each member of the whole route.
+
+    Args:
+        taken (`torch.Tensor` of shape `(members * longest,)`): Which row to put there; any where a block is shorter.
+        places (`torch.Tensor` of shape `(rows,)`): Where each row has been put.
+    """
+
+    taken: torch.Tensor
+    places: torch.Tensor
 
 
 # Positional and named arguments of a call of a module.
@@ -28,6 +47,7 @@ class Route:
         members (`tuple[StageKey, ...]`): The last stage of each member's stack; without any, the base is by itself.
         stopped (`threading.Event`): Set by a deletion to stop the calls that go this way.
         sizes (`tuple[int, ...]`, *optional*): How many rows each member's block has; equally many if not given.
+        whole ([`Route`], *optional*): The route of which these are some of the members.
 
     Example:
 
@@ -45,6 +65,7 @@ class Route:
     members: tuple[StageKey, ...]
     stopped: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
     sizes: tuple[int, ...] | None = None
+    whole: "Route | None" = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -79,6 +100,35 @@ class Route:
     @cached_property
     def _lengths_by_total(self) -> dict[int, list[int]]:
         # Every layer of every token asks.
+        return {}
+
+    def padding(self, total: int, device: torch.device) -> Padding | None:
+        """
+        How the blocks can be multiplied together; `None` where that is not worth it.
+
+        Args:
+            total (`int`): How many rows a module is given, or rows and positions.
+            device (`torch.device`): Where they are.
+        """
+        if self.whole is None or total > _FEW:
+            return None
+        kind = total, device
+        if kind not in self._paddings:
+            self._paddings[kind] = self._padding(total, device, self.whole)
+        return self._paddings[kind]
+
+    def _padding(self, total: int, device: torch.device, whole: "Route") -> Padding | None:
+        lengths = self._lengths(total)
+        longest = max(lengths)
+        if len(whole) * longest > _MUCH_PADDING * total:
+            return None
+        begins = [whole.members.index(tip) * longest for tip in self.members]
+        places = torch.cat([torch.arange(at, at + n) for at, n in zip(begins, lengths, strict=True)])
+        taken = torch.zeros(len(whole) * longest, dtype=torch.long).scatter_(0, places, torch.arange(total))
+        return Padding(taken.to(device), places.to(device))
+
+    @cached_property
+    def _paddings(self) -> dict[tuple[int, torch.device], Padding | None]:
         return {}
 
     @cached_property

@@ -41,7 +41,8 @@ class Publishing(LiveModel):
             token (`str`, *optional*): Token with write access; `args.hub_token`, else that of `hf auth login`.
             revision (`str`, *optional*): Must be `None` or `"main"`: a deletion has one branch to reach.
             private (`bool`, *optional*): Whether a new repository is private; `args.hub_private_repo` if not given.
-            kwargs: `merge`, `datasets`, `license` and `evaluation`, as in [`~hf_s3t.S3TModel.push_to_hub`].
+            kwargs: `merge`, `datasets`, `license`, `evaluation` and `include_gate`, as in
+                [`~hf_s3t.S3TModel.push_to_hub`].
 
         Returns:
             [`~hf_s3t.hub.pushing.PushReport`]: What was pushed; `None` in all processes but the first.
@@ -59,10 +60,10 @@ class Publishing(LiveModel):
             return None
         token = token if token is not None else self.args.hub_token
         repo_id = self.hub_model_id if self.hub_model_id is not None else self._make_repo(token, private)
-        merge = kwargs.pop("merge", False)
+        how = {"merge": kwargs.pop("merge", False), "include_gate": kwargs.pop("include_gate", None)}
         describe = functools.partial(description, repo_id=repo_id, **kwargs)
         try:
-            return push(self.folder, HubRepo(repo_id, token), describe, commit_message=commit_message, merge=merge)
+            return push(self.folder, HubRepo(repo_id, token), describe, commit_message=commit_message, **how)
         finally:
             if self._live is not None and self._stack.in_training is None:
                 self._live.refresh()

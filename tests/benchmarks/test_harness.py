@@ -69,6 +69,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
         ("memory", []),
         pytest.param("stage", [], marks=pytest.mark.long),
         ("ledger", ["--cpu-time"]),
+        ("gates", ["--cpu-time"]),
         pytest.param("training", [], marks=pytest.mark.long),
         *(
             pytest.param(name, ["--cpu-time"], marks=pytest.mark.long)

@@ -179,7 +179,7 @@ def altered(file):
 
 def pinned_otherwise(file):
     """As if it had been written without what was deleted since."""
-    file.write_bytes(file.read_bytes().replace(b'"ledger":"0 "', b'"ledger":"1 "'))
+    file.write_bytes(file.read_bytes().replace(b'\\"ledger\\": \\"0 \\"', b'\\"ledger\\": \\"1 \\"'))
 
 
 def emptied(file):
@@ -209,14 +209,19 @@ def test_a_gate_of_another_system_or_release_is_refused_before_anything_is_delet
     assert (path / KEY_FILE).read_text() != (tmp_path / "other" / KEY_FILE).read_text()
     folder = SystemFolder(path)
     own = (path / GATE_FILE).read_bytes()
+    of_another_kind = own.replace(b'\\"kind\\": \\"terms', b'\\"kind\\": \\"which')
     for data, error, match in (
         ((tmp_path / "other" / GATE_FILE).read_bytes(), FolderError, "with another secret than this system's"),
         (
-            own.replace(b'"version":"1"', b'"version":"9"'),
+            own.replace(b'\\"version\\": 1', b'\\"version\\": 9'),
             FormatVersionError,
             "'terms' in version 9; this hf_s3t reads",
         ),
-        (own.replace(b'"kind":"terms"', b'"kind":"which"'), FormatVersionError, "kind 'which'.*Install the version"),
+        (
+            of_another_kind,
+            FormatVersionError,
+            "kind 'which'.*Install the version",
+        ),
     ):
         (path / GATE_FILE).write_bytes(data)
         with pytest.raises(error, match=match):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.crashes import Faults, Recording, crashes, plant
-from support.folders import apply, files_of, forge, grow, new_system, stages_on_disk
+from support.folders import apply, files_of, forge, gate_of, grow, new_system, stages_on_disk
 from support.format_1 import FOLDERS, VERDICTS, WRITTEN, base, copy_of, format_of, load, verdict
 from support.tiny import lm_rows, make_trainer, s3t_config, training_arguments
 from transformers import AutoModelForSequenceClassification, TrainerCallback
@@ -24,6 +24,7 @@ from hf_s3t import S3TConfig
 from hf_s3t.baselines.prototypes import ProtoSISAModel
 from hf_s3t.cli.app import app
 from hf_s3t.errors import ContentChangedError, FolderError
+from hf_s3t.folder.identity import identity_of
 from hf_s3t.folder.layout import CHECKPOINTS, CONFIG_FILE, PROTOTYPES_FILE, TABLE_FILE, TEMPORARY
 from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.system import SystemFolder
@@ -493,3 +494,16 @@ def test_what_no_version_writes_is_refused_by_its_name(tmp_path, field, value):
     with pytest.raises(FolderError, match=rf"{CONFIG_FILE}.*{field}.*Restore it from a backup"):
         SystemFolder(folder.path)
     assert any(field in problem for problem in inspect(folder.path).problems)
+
+
+@pytest.mark.parametrize("name", ["trained", "behind"], indirect=True)
+def test_a_gate_is_given_to_a_folder_of_format_1_which_stays_the_system_that_it_was(path):
+    folder = SystemFolder(path)
+    identity, stages_before, left = identity_of(folder.record), folder.valid_stages, next(iter(folder.table.rows))
+    folder.put_gate(gate_of(folder.table, folder.key), {"gate": "terms"})
+    again = SystemFolder(path)
+    assert format_of(path) == 2 and again.config.gate == "terms" and not inspect(path).problems
+    assert identity_of(again.record) == identity and again.valid_stages == stages_before
+    apply(again, [left])
+    found, expected = SystemFolder(path).load_gate(), gate_of(again.table, again.key)
+    assert found.rows.digests.tolist() == expected.rows.digests.tolist() and found.is_counted

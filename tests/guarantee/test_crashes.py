@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from support.folders import (
     add_checkpoint,
     apply,
     delete_and_die,
+    gate_of,
     grow,
     new_system,
     own_surroundings,
@@ -30,13 +32,16 @@ from support.insides import routing_of, wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.layout import ADAPTER_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
+from hf_s3t.folder.gate_file import read_gate
+from hf_s3t.folder.layout import ADAPTER_FILE, GATE_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 
 
 CONFIG = S3TConfig(num_shards=2, num_slices=2, keep_idle=True, seed=1)
+GATED = replace(CONFIG, gate="terms")
 EARLIER = NAMES[:1]
 
 
@@ -62,6 +67,14 @@ def first(tmp_path_factory):
     """A system with every stage and an empty ledger, not to be changed."""
     path = tmp_path_factory.mktemp("first") / "system"
     grow(new_system(path, NAMES, CONFIG, None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A system with every stage, an empty ledger and a gate; not to be changed."""
+    path = tmp_path_factory.mktemp("gated") / "system"
+    grow(new_system(path, NAMES, GATED, None))
     return path
 
 
@@ -112,12 +125,23 @@ class Outcome:
         assert parts(found, "checkpoints") == parts(expected, "checkpoints"), why
         assert set(found) - {PENDING_FILE} == set(expected), f"something is left {why}"
         assert names_in(path) == sorted(folder.table.rows) == self.rows[in_force], why
+        if folder.has_gate:
+            stored, _ = read_gate(Path(path) / GATE_FILE, folder.key.check, folder.config)
+            assert parts_of(stored) == parts_of(gate_of(folder.table, folder.key)) == parts_of(folder.load_gate()), why
         if in_force:
             assert not [n for n, data in found.items() if any(v.encode() in (data or b"") for v in self.victims)], why
         assert folder.valid_stages == set(folder.stages), why
         for key in folder.stages:
             folder.adapter_path(key)
         return in_force
+
+
+def parts_of(gate) -> list[bytes]:
+    """Everything that a gate knows of rows."""
+    settled = gate.settled()
+    rows, counts = settled.rows, settled.counts
+    arrays = rows.digests, rows.shards, rows.slices, rows.ends, rows.terms, counts.terms, counts.ends, counts.places
+    return [array.tobytes() for array in (*arrays, counts.counts, counts.totals)]
 
 
 def names_in(path) -> list[str]:
@@ -155,13 +179,13 @@ def delete(path, mark, victims) -> None:
 EVERY = pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 
 
-@pytest.mark.parametrize("start", ["first", pytest.param("later", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["first", "gated", pytest.param("later", marks=pytest.mark.slow)])
 def test_after_a_crash_at_any_moment_of_a_deletion_it_is_in_force_or_never_was(start, request, tmp_path):
     start = request.getfixturevalue(start)
     victims = victims_of(start)
     recording = record(start, tmp_path / "recorded", partial(delete, victims=victims))
     synced = [step.name for step in recording.steps if step.kind == "sync"]
-    assert synced[0] == LEDGER_FILE and len(synced) <= 4, "unlearning is to be fast"
+    assert synced[0] == LEDGER_FILE and len(synced) <= 4 + 2 * (start / GATE_FILE).exists(), "unlearning is to be fast"
     assert sweep(recording, Outcome(start, victims, tmp_path / "whole"), tmp_path) == {False, True}
 
 
@@ -254,14 +278,14 @@ def test_a_stage_in_the_place_of_one_that_is_not_valid_is_written_whole_or_not_a
         assert grow(folder).valid_stages == set(folder.plan.stages())
 
 
-def test_a_table_is_the_old_or_the_new_one_and_masked_in_any_case(first, tmp_path):
+def test_table_and_gate_are_old_or_new_ones_and_masked_in_any_case(gated, tmp_path):
     """A load that finishes what a deletion left undone, rows included."""
-    victims = victims_of(first)
-    start = Path(shutil.copytree(first, tmp_path / "start"))
+    victims = victims_of(gated)
+    start = Path(shutil.copytree(gated, tmp_path / "start"))
     delete_and_die(SystemFolder(start), victims)
     recording = record(start, tmp_path / "recorded", lambda path, mark: SystemFolder(path))
-    assert TABLE_FILE in {step.target for step in recording.steps}
-    assert sweep(recording, Outcome(first, victims, tmp_path / "whole"), tmp_path) == {True}
+    assert {TABLE_FILE, GATE_FILE} <= {step.target for step in recording.steps}
+    assert sweep(recording, Outcome(gated, victims, tmp_path / "whole"), tmp_path) == {True}
 
 
 def test_a_system_is_there_when_its_making_was_acknowledged_and_can_be_made_again_otherwise(tmp_path):
@@ -269,21 +293,22 @@ def test_a_system_is_there_when_its_making_was_acknowledged_and_can_be_made_agai
     root.mkdir()
     recording, found = Recording(root), set()
     with recording.running():
-        made = new_system(root / "system", NAMES, CONFIG, None)
+        made = new_system(root / "system", NAMES, GATED, None)
         recording.mark("acknowledged")
     for crash, root in left_by(crashes(recording), tmp_path):
         path = root / "system"
         exists = SystemFolder.exists(path)
         found.add(exists)
         assert exists or "acknowledged" not in crash.told, crash
-        folder = SystemFolder(path) if exists else new_system(path, NAMES, CONFIG, None)
+        folder = SystemFolder(path) if exists else new_system(path, NAMES, GATED, None)
+        assert parts_of(folder.load_gate()) == parts_of(gate_of(made.table, folder.key)), crash
         assert set(folder.table.rows) == set(made.table.rows) and grow(folder).valid_stages, crash
     assert found == {False, True}
 
 
-def test_a_copy_has_every_deletion_or_is_no_system(first, tmp_path):
-    victims = victims_of(first)
-    start = Path(shutil.copytree(first, tmp_path / "start"))
+def test_a_copy_has_every_deletion_or_is_no_system(gated, tmp_path):
+    victims = victims_of(gated)
+    start = Path(shutil.copytree(gated, tmp_path / "start"))
     folder = SystemFolder(start)
     # The table still has the rows: only the ledger tells that they are deleted.
     delete_and_die(folder, victims)
@@ -292,12 +317,32 @@ def test_a_copy_has_every_deletion_or_is_no_system(first, tmp_path):
     with recording.running():
         folder.copy_to(tmp_path / "copies" / "copy")
         recording.mark("acknowledged")
-    outcome = Outcome(first, victims, tmp_path / "whole")
+    outcome = Outcome(gated, victims, tmp_path / "whole")
     found = list(crashes(recording))
     systems = [crash for crash in found if "copy/s3t_config.json" in crash.tree]
     assert systems and all(crash in systems or "acknowledged" not in crash.told for crash in found)
     for crash, root in left_by(systems, tmp_path):
         assert outcome.check(root / "copy", True, str(crash))
+
+
+def put(path, mark, made) -> None:
+    SystemFolder(path).put_gate(made, {"gate": "terms"})
+    mark("acknowledged")
+
+
+def test_a_gate_that_is_made_later_is_there_and_used_or_not_used_yet(first, tmp_path):
+    folder = SystemFolder(first)
+    made = gate_of(folder.table, folder.key)
+    recording, found = record(first, tmp_path / "recorded", partial(put, made=made)), set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        folder = SystemFolder(path)
+        found.add(folder.config.gate)
+        assert folder.config.gate or "acknowledged" not in crash.told, crash
+        # Its settings are recorded last.
+        if folder.config.gate or folder.has_gate:
+            assert parts_of(folder.load_gate()) == parts_of(made), crash
+        assert not inspect(path).problems, crash
+    assert found == {None, "terms"}
 
 
 # Requests that wait
@@ -443,12 +488,12 @@ def apply_despite(faults, folder, victims) -> Exception | None:
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["for a moment", "for long"])
-def test_a_full_disk_at_any_moment_of_a_deletion_leaves_it_undone_or_in_force(first, tmp_path, once):
-    victims = victims_of(first)
-    outcome = Outcome(first, victims, tmp_path / "whole")
+def test_a_full_disk_at_any_moment_of_a_deletion_leaves_it_undone_or_in_force(gated, tmp_path, once):
+    victims = victims_of(gated)
+    outcome = Outcome(gated, victims, tmp_path / "whole")
     found = set()
     for after in range(200):
-        path = Path(shutil.copytree(first, tmp_path / str(after)))
+        path = Path(shutil.copytree(gated, tmp_path / str(after)))
         folder = SystemFolder(path)
         rows, stages = set(folder.table.rows), set(folder.stages)
         error = apply_despite(faults := Faults(after, once=once), folder, victims)

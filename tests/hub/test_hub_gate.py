@@ -1,0 +1,97 @@
+"""The gate of a system on the Hub: there only where somebody chose so, and without deleted rows, there or here."""
+
+import pytest
+from huggingface_hub import ModelCard
+from support.folders import VOCABULARY, apply, gate_of, prompt_of
+from support.hub_systems import files_on, member, send
+
+from hf_s3t.errors import FolderError
+from hf_s3t.folder.gate_file import read_gate
+from hf_s3t.folder.layout import GATE_FILE
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.hub.erasure import erase
+from hf_s3t.hub.folder import HubFolder
+from hf_s3t.operations.inspection import inspect
+from hf_s3t.records.terms import terms_of
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def gated(system) -> SystemFolder:
+    system.put_gate(gate_of(system.table, system.key), {"gate": "terms", "gate_top_k": 1})
+    return system
+
+
+def arrays_of(gate) -> list[bytes]:
+    gate = gate.settled()
+    return [
+        getattr(part, name).tobytes()
+        for part, names in (
+            (gate.rows, ("digests", "shards", "slices", "ends", "terms")),
+            (gate.counts, ("terms", "ends", "places", "counts", "totals")),
+        )
+        for name in names
+    ]
+
+
+def never_had(folder) -> list[bytes]:
+    return arrays_of(gate_of(folder.table, folder.key))
+
+
+def card_of(repo) -> str:
+    return ModelCard(repo.card(repo.state())).content
+
+
+def test_a_gate_is_not_pushed_and_nobody_is_told_of_one(gated, repo):
+    send(gated, repo)
+    assert GATE_FILE not in files_on(repo) and "gate.safetensors" not in card_of(repo)
+    there = HubFolder(repo.repo_id)
+    assert not there.has_gate and there.config.gate is None and gated.config.gate == "terms"
+    with pytest.raises(FolderError, match=r"the system has no gate.*gate=None"):
+        there.load_gate()
+
+
+def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, repo, tmp_path, monkeypatch):
+    send(gated, repo, include_gate=True)
+    assert GATE_FILE in files_on(repo) and "| gate | `terms`" in card_of(repo)
+    assert send(gated, repo).added == ()
+    monkeypatch.setenv("HF_S3T_KEY", gated.key.secret.decode())
+    there = HubFolder(repo.repo_id)
+    assert there.config.gate_top_k == 1 and there.gate_tokenizer_digest == VOCABULARY
+    assert arrays_of(there.load_gate()) == never_had(gated)
+
+    victim = member(gated)
+    asked = terms_of(prompt_of(victim), gated.key)
+    seen = [range(gated.config.num_slices)] * gated.config.num_shards
+    before = there.term_counts.scores(asked, seen).tolist()
+    apply(there, [victim])
+    assert arrays_of(there.load_gate()) == never_had(there)
+    assert there.term_counts.scores(asked, seen).tolist() != before
+    # Who loads it again on this machine knows, and so does a copy.
+    assert arrays_of(HubFolder(repo.repo_id).load_gate()) == never_had(there)
+    there.copy_to(tmp_path / "pulled")
+    pulled = SystemFolder(tmp_path / "pulled")
+    stored, _ = read_gate(tmp_path / "pulled" / GATE_FILE, pulled.key.check, pulled.config)
+    assert arrays_of(stored) == never_had(there) and pulled.config.gate == "terms"
+    assert not inspect(tmp_path / "pulled").problems
+
+    # A push keeps what is there in step, and takes it away where that is asked for.
+    send(there, repo, merge=True)
+    stored, _ = read_gate(repo.download(GATE_FILE, repo.newest_commit()), pulled.key.check, pulled.config)
+    assert arrays_of(stored) == never_had(there)
+    there.refresh()
+    assert arrays_of(there.load_gate()) == never_had(there)
+    send(gated, repo, merge=True, include_gate=False)
+    assert GATE_FILE not in files_on(repo) and gated.has_gate and not HubFolder(repo.repo_id).has_gate
+
+
+def test_erasing_takes_the_old_gates(gated, repo, hub):
+    send(gated, repo, include_gate=True)
+    old = (gated.path / GATE_FILE).read_bytes()
+    assert hub.disk_contains(old)
+    apply(gated, [member(gated)])
+    send(gated, repo)
+    erase(repo)
+    assert GATE_FILE in files_on(repo) and not hub.disk_contains(old)
