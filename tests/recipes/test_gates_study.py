@@ -1,12 +1,19 @@
 """What is kept of one shard's knowledge: questions changed by rule, and whether deleted subjects can be told."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from demo.invented_people import ATTRIBUTES
+from studies.figures import draw
 from studies.gates import AS_TRAINED, KINDS, membership, orphans, people
 from studies.rewording import REWORDINGS, reworded
+from studies.tables_of_gates import TABLES
 
 
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 QUESTION = "What is the name of the first novel by Ada Byron?"
 
 
@@ -52,3 +59,29 @@ class TestForgotten:
         even = [rng.dirichlet([5.0] * 4, size=6) for _ in range(30)]
         favoured = [rng.dirichlet([5.0, 1.0, 1.0, 1.0], size=6) for _ in range(10)]
         assert orphans(favoured, even)["chance"] == 0 < orphans(even[:10], even[10:])["chance"]
+
+
+class TestStored:
+    @pytest.fixture
+    def data(self):
+        return json.loads((FIGURES / "gates.json").read_text(encoding="utf-8"))
+
+    def test_the_gate_keeps_what_the_right_shard_knows(self, data):
+        """At least 97% of it as trained, 88% in other words, of what is known beyond strangers."""
+        for system in data["people"]:
+            for kind, least in ((AS_TRAINED, 0.97), *((rule, 0.88) for rule in REWORDINGS)):
+                mean, terms, oracle, guessed = (
+                    system["known"][gate][kind] for gate in ("mean", "terms", "oracle", "strangers")
+                )
+                assert mean <= terms and terms - guessed >= least * (oracle - guessed), (system["num_shards"], kind)
+            assert system["held_out"]["terms"] <= system["held_out"]["mean"] + 2 * system["held_out"]["error"]
+
+    def test_the_figure_is_drawn_with_named_axes(self, data, tmp_path):
+        assert not re.search(r'"/[a-z]+/', json.dumps(data)), "a path of a machine"
+        draw("gates", data, tmp_path / "figure.svg")
+        assert "number of shards" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+
+    def test_every_part_has_its_rows(self, data):
+        for _, make in TABLES:
+            head, line, *rows = make(data).splitlines()
+            assert {row.count("|") for row in rows} <= {head.count("|")} == {line.count("|")}
