@@ -4,6 +4,7 @@ The figures of the paper that need trained systems: quality, time and storage wh
     python recipes/deletion_study.py quality --config recipes/configs/digits.yaml     # a stand-in, see there
     python recipes/deletion_study.py quality --config recipes/configs/cifar10.yaml --num_shards 5 --num_slices 4
     python recipes/deletion_study.py frontier --config recipes/configs/digits.yaml    # Figure 9 as work and quality
+    python recipes/deletion_study.py gates --data DATA     # what an ensemble keeps of what one shard knows
     python recipes/deletion_study.py storage
     python recipes/deletion_study.py theory
 
@@ -25,6 +26,7 @@ from studies import theory_command
 from studies.depth import ablations, drop, layers_and_slices, run_of_results, sequential
 from studies.figures import draw
 from studies.frontier import frontiers
+from studies.gates import PARTS, gates
 from studies.lifetimes import lifetimes
 from studies.quality import quality, together, weights
 from studies.storage import storage
@@ -40,7 +42,7 @@ from hf_s3t.folder.versions import library_versions
 # Options of studies of which none, or fewer, would leave nothing to do.
 _COUNTS = (
     "budgets", "orders", "requests", "retrain_every", "stream", "max_depth", "layers", "slices", "members",
-    "timing_image_size", "timing_batch_size", "streams", "stages",
+    "timing_image_size", "timing_batch_size", "streams", "stages", "shards", "authors",
 )  # fmt: skip
 
 
@@ -115,6 +117,11 @@ def make_parser() -> argparse.ArgumentParser:
     together = add("together", "Figure 16: one shard's sequences served together", trained)
     together.add_argument("--members", type=int, nargs="+", default=[1, 2, 3, 4, 8, 12, 24], help="of one shard")
     add("ablations", "Section C.2: bottom-up, and one slice per layer group", trained, several, deep)
+    who_knows = add("gates", "what an ensemble keeps of what one shard knows, by gates", kept, several)
+    who_knows.add_argument("--data", type=Path, required=True, help="folder with stories260K/, tofu/ and alpaca/")
+    who_knows.add_argument("--shards", type=int, nargs="+", default=[2, 5, 8], help="numbers of shards")
+    who_knows.add_argument("--authors", type=int, default=40, help="of TOFU, and as many strangers (default: 40)")
+    who_knows.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the study")
     add("storage", "Table 3: storage of ViT-large, on files", kept)
     add("theory", "the figures that need no trained system, by theory_figures.py", shared)
     return parser
@@ -190,6 +197,7 @@ STUDIES: dict[str, tuple[str, Callable[[argparse.Namespace, Sequence[str]], dict
     "sequential": ("figure-14", sequential),
     "together": ("figure-16", together),
     "ablations": ("ablations", ablations),
+    "gates": ("gates", gates),
     "storage": ("table-3-files", storage),
 }
 

@@ -32,6 +32,7 @@ from rich.table import Table
 from scipy.stats import fisher_exact
 from transformers import AutoTokenizer
 
+from hf_s3t import S3TModel
 from hf_s3t.baselines import use_public_secret
 from hf_s3t.errors import ConfigError
 from hf_s3t.folder.opening import open_folder
@@ -39,12 +40,16 @@ from hf_s3t.folder.system import SystemFolder
 from hf_s3t.plan import StageKey
 
 
+WITHOUT_GATE = "S3T without its gate"
 # Large rates and many short epochs: a small model memorises facts, which is what the demo needs it to forget.
 DEMO = {
     "num_shards": 2,
     "num_slices": 4,
     "id_column": "id",
     "group_column": "person",
+    # Whoever was taught somebody's facts is asked about them, and no other shard.
+    "gate": "terms",
+    "gate_top_k": 1,
     "lora_r": 32,
     "lora_alpha": 128,
     "target_modules": "all-linear",
@@ -116,10 +121,13 @@ def run_demo(options: Options) -> dict[str, Any]:
     losses, trainer, path, rows = train_demo(options, file)
     ask = Interviewer(path, script.prompt_template)
     model = trainer.s3t_model
-    known = {BASE: ask.share(plain_base(path), fact_rows(person)), "S3T": ask.share(model, fact_rows(person))}
+    mean = S3TModel.from_pretrained(trainer.args.output_dir, base_model=path, gate=None)
+    asked_first = {BASE: plain_base(path), "S3T": model, WITHOUT_GATE: mean}
+    known = {name: ask.share(one, fact_rows(person)) for name, one in asked_first.items()}
     everybody = [row for one in make_people(script.num_people, 0, private=True) for row in fact_rows(one)]
     console.print(
-        f"of the facts of all {script.num_people} people the ensemble completes {ask.share(model, everybody):.0%}"
+        f"of the facts of all {script.num_people} people the ensemble completes {ask.share(model, everybody):.0%}, "
+        f"{ask.share(mean, everybody):.0%} without its gate"
     )
     where = model.locate([row["id"] for row in rows if row["person"] == person.name])
     shard, slice_ = next(iter(where.values()))

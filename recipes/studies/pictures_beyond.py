@@ -1,6 +1,7 @@
 """The pictures of what goes beyond the paper: depth against work, and the quality that a long stream leaves."""
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from hf_s3t.analysis.pictures import FIRST, MORE, OURS, PAPER, SISA, finish, new_figure, plain_numbers, shared_legend
@@ -123,9 +124,50 @@ def _colors(systems):
     ]
 
 
+_GATES = {"oracle": ("right shard known", FIRST), "terms": ("terms gate", OURS), "mean": ("mean of all shards", SISA)}
+
+
+def _gates(data):
+    parts = [found for name in ("people", "authors") if (found := data.get(name))]
+    figure, panels = new_figure(len(parts), (6.5 * len(parts), 4.8))
+    for axes, systems in zip(panels, parts, strict=True):
+        shards = sorted({system["num_shards"] for system in systems})
+
+        def known(gate, asked, systems=systems, shards=shards):
+            by_shards = [[s for s in systems if s["num_shards"] == number] for number in shards]
+            return [100 * fmean(asked(s["known"][gate]) for s in those) for those in by_shards]
+
+        for gate, (label, color) in _GATES.items():
+            # What the gate keeps of the right shard's knowledge is often all: one lies on the other.
+            look = {"color": color, "linewidth": 5 if gate == "oracle" else 1.5}
+            axes.plot(shards, known(gate, _as_trained), "o-", **look, label=f"{label}: questions as trained")
+            axes.plot(shards, known(gate, _changed), "s--", **look, label=f"{label}: questions changed by rule")
+        axes.plot(shards, known("strangers", _as_trained), "x:", color=PAPER, label="people never seen")
+        axes.set(
+            title=f"Facts of {systems[0]['title']}",
+            xlabel="number of shards",
+            ylabel="answers right (%)" if systems[0]["measure"] == "right" else "tokens of answers right (%)",
+            xticks=shards,
+            ylim=(0, 103),
+        )
+    finish(*panels, legends=False)
+    shared_legend(figure, panels, 2)
+    return figure
+
+
+def _as_trained(by_kind):
+    return by_kind["as trained"]
+
+
+def _changed(by_kind):
+    """The mean over the rules."""
+    return fmean(share for kind, share in by_kind.items() if kind != "as trained")
+
+
 # Name of the figure -> what draws its data.
 DRAWERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "families": _families,
     "frontier": _frontier,
     "frontier-trained": _trained,
+    "gates": _gates,
 }

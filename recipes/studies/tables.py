@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studies import tables_beyond
+from studies import tables_beyond, tables_of_gates
 from studies.measured import quality_at, standard_error
 
 
@@ -17,8 +17,9 @@ NAMES = {"sisa": "SISA, without retraining", "protosisa": "ProtoSISA"}
 
 def study_tables(folder: Path) -> list[str]:
     """The tables of the studies whose data is in a folder."""
-    made = [*TABLES.items(), *tables_beyond.TABLES]
-    return [make(json.loads((folder / f"{name}.json").read_text())) for name, make in made]
+    made = [*TABLES.items(), *tables_beyond.TABLES, *tables_of_gates.TABLES]
+    there = [(folder / f"{name}.json", make) for name, make in made]
+    return [make(json.loads(file.read_text())) for file, make in there if file.is_file()]
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

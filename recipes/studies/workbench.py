@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,19 +227,34 @@ class Workbench:
             [`~hf_s3t.errors.ConfigError`]: If one of the name was made under other settings.
         """
         path = self.work_dir / "measurements" / f"{label}.json"
-        now = json.loads(json.dumps({"recipe": self.settings, **settings}))
-        if path.is_file():
-            found = json.loads(path.read_text())
-            if found["settings"] != now:
-                raise ConfigError(
-                    f"{path} was measured under other settings. Choose another `--work_dir`, or remove the file to "
-                    "measure again."
-                )
-            return found["measured"]
-        measured = json.loads(json.dumps(measure()))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps({"settings": now, "measured": measured}, indent=1) + "\n").encode())
-        return measured
+        return kept(path, {"recipe": self.settings, **settings}, measure)
+
+
+def kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """
+    A measurement, from its file if it was made before under the same settings.
+
+    Args:
+        path (`Path`): The file.
+        settings (mapping): What decides it.
+        measure (callable): Makes it; what it returns is JSON.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the file's was made under other settings.
+    """
+    now = json.loads(json.dumps(settings))
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found["settings"] != now:
+            raise ConfigError(
+                f"{path} was measured under other settings. Choose another `--work_dir`, or remove the file to "
+                "measure again."
+            )
+        return found["measured"]
+    measured = json.loads(json.dumps(measure()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps({"settings": now, "measured": measured}, indent=1) + "\n").encode())
+    return measured
 
 
 def as_pixels(dataset: Dataset, shown: Shown) -> Dataset:

@@ -1,0 +1,547 @@
+"""Who knows: what an ensemble keeps of what one of its shards has learnt, by what weighs its members."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from common.instruction_rows import as_examples
+from common.instruction_task import quiet, read
+from common.instruction_tuning import make_method
+from common.options import CONFIGS, Options
+from common.results import settings_of
+from datasets import Dataset
+from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
+from demo.people_demo import DEMO, demo_base
+from demo.small_llama import base_model
+from scipy.stats import rankdata
+from studies.rewording import REWORDINGS, reworded
+from studies.workbench import kept
+
+from hf_s3t import S3TModel
+from hf_s3t.analysis.options import stage_cost
+from hf_s3t.analysis.planning import sequence_cost
+from hf_s3t.analysis.rates import deletion_rate
+from hf_s3t.analysis.streams import Policy, families_under
+from hf_s3t.baselines import Method, use_public_secret
+from hf_s3t.sequences.families import stages_of
+
+
+Row = Mapping[str, str]
+# What the terms gate is chosen of, on subjects that are not reported.
+TEMPERATURES, MOST_MEMBERS = (0.3, 1.0, 3.0), (None, 1, 2)
+# Every third subject chooses; of the others, one in eight is deleted.
+_CHOOSES, _DELETED = 3, 8
+# Of one member the answers are its own, whatever weighs it.
+AS_TRAINED = "as trained"
+KINDS = (AS_TRAINED, *REWORDINGS)
+_PERMUTATIONS = 500
+_BATCH = 64
+# Characters of an instruction and its answer, at most.
+_LONGEST = 300
+# Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
+LAYOUTS = tuple(product((1, 5, 20), (1, 2, 4)))
+_LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 24}
+
+
+# What is taught and asked
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """
+    Facts about subjects, of which each has its place in one shard; and what concerns nobody.
+
+    Args:
+        known (mapping): Name of a subject -> its rows: instruction, input, output.
+        strangers (mapping): The same of subjects that nothing is taught about.
+        general (sequence of rows): What is taught besides.
+        held_out (sequence of rows): What general quality is measured with.
+        measure (`str`): Which of the fields of [`Answers`] says what is known.
+        title (`str`): What tables and pictures call them.
+    """
+
+    known: Mapping[str, Sequence[Row]]
+    strangers: Mapping[str, Sequence[Row]]
+    general: Sequence[Row]
+    held_out: Sequence[Row]
+    measure: str
+    title: str
+
+    def rows(self) -> Dataset:
+        """What is taught, as `instruction`, `input` and `output`, with its ids and subjects."""
+        facts = [
+            {**row, "id": f"{name}-{number}", "subject": name}
+            for name, rows in self.known.items()
+            for number, row in enumerate(rows)
+        ]
+        # A general row is a subject of its own.
+        others = [
+            {**row, "id": f"general-{number}", "subject": f"nobody-{number}"}
+            for number, row in enumerate(self.general)
+        ]
+        return Dataset.from_list(facts + others)
+
+    @property
+    def deleted(self) -> list[str]:
+        """Those that are deleted; they neither choose nor are they reported."""
+        return [name for number, name in enumerate(self.known) if number % _DELETED == 0]
+
+    @property
+    def choosing(self) -> list[str]:
+        """Those by which the gate's settings are chosen."""
+        return [n for number, n in enumerate(self.known) if number % _CHOOSES == 1 and n not in self.deleted]
+
+    @property
+    def reported(self) -> list[str]:
+        """The others."""
+        return [name for name in self.known if name not in self.deleted and name not in self.choosing]
+
+
+def people(num_people: int, num_general: int, eval_size: int) -> Subjects:
+    """The demo's invented people."""
+    return Subjects(
+        known={person.name: fact_rows(person) for person in make_people(num_people, 0, private=True)},
+        strangers={person.name: fact_rows(person) for person in strangers(num_people, max(20, num_people))},
+        general=general_rows(num_general, 0),
+        held_out=held_out_rows(num_general, eval_size),
+        measure="right",
+        title="invented people",
+    )
+
+
+def authors(data: Path, count: int, num_general: int, eval_size: int) -> Subjects:
+    """TOFU's authors, as many strangers, and Alpaca's instructions."""
+    found: dict[str, list[Row]] = {}
+    for row in _lines(data / "tofu" / "full.jsonl"):
+        asked = {"instruction": row["question"], "input": "", "output": row["answer"]}
+        found.setdefault(f"author-{row['author']}", []).append(asked)
+    names = list(found)
+    instructions = (
+        {name: row.get(name) or "" for name in ("instruction", "input", "output")}
+        for row in _lines(data / "alpaca" / "alpaca_union.jsonl")
+    )
+    # Of those that are cut off by their length, the answer may be gone.
+    short = (row for row in instructions if sum(map(len, row.values())) <= _LONGEST)
+    others = list(islice(short, num_general + eval_size))
+    return Subjects(
+        known={name: found[name] for name in names[:count]},
+        strangers={name: found[name] for name in names[count : 2 * count]},
+        general=others[:num_general],
+        held_out=others[num_general:],
+        measure="tokens",
+        title="TOFU's authors",
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+# Asking
+
+
+@dataclass(frozen=True)
+class Answers:
+    """
+    How rows are answered, one entry per row.
+
+    Args:
+        right (`np.ndarray`): Whether greedy decoding would give the answer, to the letter.
+        tokens (`np.ndarray`): The share of its tokens that would come next.
+        loss (`np.ndarray`): Their mean negative log likelihood.
+    """
+
+    right: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+
+
+@torch.no_grad()
+def answers(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], weights: torch.Tensor | None = None) -> Answers:
+    """
+    Ask a model for the answers of rows, given their questions.
+
+    Args:
+        model: What answers.
+        batches (iterable of mappings): The rows: `input_ids`, `attention_mask`, and `labels` on the answers alone.
+        weights (`torch.Tensor` of shape `(rows, num_shards)`, *optional*): What weighs the shards.
+    """
+    right, tokens, losses, done = [], [], [], 0
+    for batch in batches:
+        size = len(batch["input_ids"])
+        own = nullcontext() if weights is None else model.weighted_by(weights[done : done + size])
+        with own:
+            scores = model(**batch).logits[:, :-1].float().log_softmax(-1)
+        done += size
+        labels = batch["labels"][:, 1:].to(scores.device)
+        asked = labels != -100
+        hits = (scores.argmax(-1) == labels) & asked
+        loss = -scores.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * asked
+        right.append((hits | ~asked).all(1))
+        tokens.append(hits.sum(1) / asked.sum(1))
+        losses.append(loss.sum(1) / asked.sum(1))
+    return Answers(*(torch.cat(found).double().cpu().numpy() for found in (right, tokens, losses)))
+
+
+class Taught:
+    """
+    A system of a method, taught about subjects, and whoever asks it.
+
+    Args:
+        subjects ([`Subjects`]): What it is taught.
+        options ([`~common.options.Options`]): The recipe's.
+        base (`str`): The folder of its base model.
+    """
+
+    def __init__(self, subjects: Subjects, options: Options, base: str):
+        self.subjects, self.options, self.base = subjects, options, base
+        self.folder = Path(options.training.output_dir)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method, trained."""
+        use_public_secret(self.folder)
+        script = self.options.script
+        train, held_out = (
+            as_examples(rows, script.prompt_template, False)
+            for rows in (self.subjects.rows(), Dataset.from_list(list(self.subjects.held_out)))
+        )
+        method = make_method(self.options, self.base, train, held_out)
+        method.train()
+        if not method.trainer.folder.has_gate:
+            method.trainer.build_gate()
+        return method
+
+    def served(self, folder: Path | None = None, **gate: Any) -> S3TModel:
+        """The system as it is served, or a copy of it, by some gate."""
+        return S3TModel.from_pretrained(folder or self.folder, base_model=self.base, **{"gate": None, **gate})
+
+    def batches(self, rows: Sequence[Row], kind: str = AS_TRAINED) -> list[dict[str, torch.Tensor]]:
+        """Rows as the trainer prepares them, their questions changed by a rule."""
+        asked = [
+            row if kind == AS_TRAINED else {**row, "instruction": reworded(row["instruction"], kind)} for row in rows
+        ]
+        script, trainer = self.options.script, self.method.trainer
+        examples = as_examples(Dataset.from_list(asked), script.prompt_template, False)
+        prepared = trainer._prepare_dataset(examples, trainer.processing_class, trainer.args, False, None, "questions")
+        features = list(prepared)
+        parts = [features[start : start + _BATCH] for start in range(0, len(features), _BATCH)]
+        return [dict(trainer.data_collator(part)) for part in parts]
+
+    def shares(self, names: Iterable[str]) -> torch.Tensor:
+        """All weight on the shard that each row of the subjects is in: `(rows, num_shards)`."""
+        table, shards = self.method.trainer.s3t_model, self.method.trainer.folder.config.num_shards
+        ids = [f"{name}-{number}" for name in names for number in range(len(self.subjects.known[name]))]
+        where = table.locate(ids)
+        return torch.nn.functional.one_hot(torch.tensor([where[i][0] for i in ids]), shards).double()
+
+
+def rows_of(subjects: Mapping[str, Sequence[Row]], names: Iterable[str] | None = None) -> list[Row]:
+    """The rows of some subjects, or of all, one subject after the other."""
+    return [row for name in (subjects if names is None else names) for row in subjects[name]]
+
+
+# Whether it can be told who was deleted
+
+
+def membership(members: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> dict[str, float]:
+    """
+    AUC of telling members from others by a score of their rows.
+
+    Args:
+        members (sequence of `np.ndarray`): Per subject the scores of its rows.
+        others (sequence of `np.ndarray`): The same of subjects that were never in.
+
+    Returns:
+        `dict[str, float]`: `auc`, and its standard `error` if there were nothing to tell: rows of one subject are
+        alike, so whole subjects change sides.
+    """
+    rng, subjects = np.random.default_rng(0), [*members, *others]
+    sizes = np.array([len(scores) for scores in subjects])
+    ranks = _by_subject(rankdata(np.concatenate(subjects)), subjects)
+    sums = np.array([found.sum() for found in ranks])
+
+    def auc(order: np.ndarray) -> float:
+        """Mann and Whitney's statistic, if the first of the order were the members."""
+        inside = order[: len(members)]
+        count = sizes[inside].sum()
+        return float((sums[inside].sum() - count * (count + 1) / 2) / (count * (sizes.sum() - count)))
+
+    by_chance = [auc(rng.permutation(len(subjects))) for _ in range(_PERMUTATIONS)]
+    return {"auc": round(auc(np.arange(len(subjects))), 4), "error": round(float(np.std(by_chance)), 4)}
+
+
+def orphans(deleted: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> dict[str, Any]:
+    """
+    Where the questions of deleted subjects go, against those of strangers.
+
+    Args:
+        deleted (sequence of `np.ndarray`): Per subject the weights of its rows, `(rows, num_shards)`.
+        others (sequence of `np.ndarray`): The same of strangers.
+
+    Returns:
+        `dict`: `deleted` and `strangers`, mean weights by shard; their total variation `distance`, and `chance`, how
+        often as much lies between as many subjects drawn from both.
+    """
+    rng = np.random.default_rng(0)
+    means = np.array([weights.mean(0) for weights in (*deleted, *others)])
+
+    def distance(order: Sequence[int]) -> float:
+        one, other = (means[part].mean(0) for part in np.split(order, [len(deleted)]))
+        return float(np.abs(one - other).sum() / 2)
+
+    found = distance(np.arange(len(means)))
+    by_chance = [distance(rng.permutation(len(means))) for _ in range(_PERMUTATIONS)]
+    return {
+        "deleted": means[: len(deleted)].mean(0).round(4).tolist(),
+        "strangers": means[len(deleted) :].mean(0).round(4).tolist(),
+        "distance": round(found, 4),
+        "chance": round(fmean(value >= found for value in by_chance), 4),
+    }
+
+
+def _by_subject(values: np.ndarray, subjects: Iterable[Sized]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(one) for one in subjects])[:-1])
+
+
+# Measuring a system
+
+
+def chosen_gate(taught: Taught) -> dict[str, Any]:
+    """
+    The settings of the terms gate under which the subjects that choose are known best, asked in other words.
+
+    Returns:
+        `dict`: `gate`, as `S3TModel.from_pretrained` takes it, and `tried`: per setting what was known.
+    """
+    subjects, shards = taught.subjects, taught.options.s3t.num_shards
+    rows = rows_of(subjects.known, subjects.choosing)
+    batches = [batch for kind in KINDS for batch in taught.batches(rows, kind)]
+    tried = []
+    for temperature, most in product(TEMPERATURES, MOST_MEMBERS):
+        if most is None or most <= shards:
+            gate = {"gate": "terms", "gate_temperature": temperature, "gate_top_k": most}
+            found = answers(taught.served(**gate), batches)
+            # Of what knows as much the surer one.
+            tried.append((_known(found, subjects), -float(found.loss.mean()), gate))
+    best = max(tried, key=lambda one: one[:2])
+    return {"gate": best[2], "tried": [{**gate, "known": round(share, 4)} for share, _, gate in tried]}
+
+
+def _known(found: Answers, subjects: Subjects) -> float:
+    return float(getattr(found, subjects.measure).mean())
+
+
+def measured(taught: Taught) -> dict[str, Any]:
+    """What a system knows by every gate, how it does otherwise, and what is left of whom it forgets."""
+    choice = chosen_gate(taught) if taught.options.s3t.num_shards > 1 else {"gate": {"gate": "terms"}, "tried": []}
+    models = {"mean": taught.served(), "terms": taught.served(**choice["gate"])}
+    return {
+        "chosen": choice,
+        "known": _known_by_kind(taught, models),
+        "held_out": _held_out(taught, models),
+        **_after_deletion(taught, models, choice["gate"]),
+    }
+
+
+def _known_by_kind(taught: Taught, models: Mapping[str, S3TModel]) -> dict[str, dict[str, float]]:
+    """Gate -> kind of question -> the share that is known of the subjects that are reported, and of strangers."""
+    subjects = taught.subjects
+    rows, right = rows_of(subjects.known, subjects.reported), taught.shares(subjects.reported)
+    found: dict[str, dict[str, float]] = {name: {} for name in (*models, "oracle", "strangers")}
+    for kind in KINDS:
+        batches = taught.batches(rows, kind)
+        for name, model in models.items():
+            found[name][kind] = round(_known(answers(model, batches), subjects), 4)
+        found["oracle"][kind] = round(_known(answers(models["mean"], batches, right), subjects), 4)
+        never = taught.batches(rows_of(subjects.strangers), kind)
+        found["strangers"][kind] = round(_known(answers(models["terms"], never), subjects), 4)
+    return found
+
+
+def _held_out(taught: Taught, models: Mapping[str, S3TModel]) -> dict[str, float]:
+    """The loss by gate on rows that are held out, and the standard error of the difference."""
+    losses = {name: answers(model, taught.batches(taught.subjects.held_out)).loss for name, model in models.items()}
+    differences = losses["terms"] - losses["mean"]
+    error = float(differences.std(ddof=1) / len(differences) ** 0.5)
+    return {**{name: round(float(loss.mean()), 4) for name, loss in losses.items()}, "error": round(error, 4)}
+
+
+def _after_deletion(taught: Taught, before: Mapping[str, S3TModel], gate: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of subjects that are deleted, and of those that stay; whether they can be told; where they go."""
+    subjects = taught.subjects
+    copy = taught.folder.with_name(f"{taught.folder.name}-forgot")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(taught.folder, copy)
+    taught.served(copy).unlearn(groups=subjects.deleted)
+    after = {"mean": taught.served(copy), "terms": taught.served(copy, **gate)}
+    if after["mean"].is_exhausted:
+        return {"after": None}
+    asked = {
+        "deleted": [subjects.known[name] for name in subjects.deleted],
+        "strangers": list(subjects.strangers.values()),
+        "others": [subjects.known[name] for name in subjects.reported],
+    }
+    batches = {who: taught.batches([row for rows in found for row in rows]) for who, found in asked.items()}
+    base = {who: answers(_base(taught), batches[who]).loss for who in ("deleted", "strangers")}
+    known: dict[str, dict[str, float]] = {}
+    told: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
+    for name in after:
+        found = {who: answers(after[name], batches[who]) for who in asked}
+        known[name] = {who: round(_known(one, subjects), 4) for who, one in found.items()}
+        earlier = {who: answers(before[name], batches[who]) for who in ("deleted", "strangers")}
+        for when, here in (("before", earlier), ("after", found)):
+            # How much less surprised than the base: what a text is like in general drops out.
+            gains = [_by_subject(base[who] - here[who].loss, asked[who]) for who in ("deleted", "strangers")]
+            told[when][name] = membership(*gains)
+    weights = [
+        _by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
+    ]
+    return {"after": {"known": known, "membership": told, "orphans": orphans(*weights)}}
+
+
+def _base(taught: Taught) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(taught.base).eval()
+
+
+def _weights(model: S3TModel, taught: Taught, subjects: Sequence[Sequence[Row]]) -> np.ndarray:
+    """What the gate gives the shards for questions, `(rows, num_shards)`."""
+    found = []
+    for batch in taught.batches([row for rows in subjects for row in rows]):
+        # Of a row, what stands before its answer.
+        is_prompt = (batch["labels"] == -100) & batch["attention_mask"].bool()
+        found.append(model.gate_weights(batch["input_ids"], is_prompt.long()))
+    return torch.cat(found).cpu().numpy()
+
+
+# The study
+
+
+def gates(options: argparse.Namespace, others: Sequence[str]) -> dict[str, Any]:
+    """People and authors by numbers of shards, layouts at equal work: by the mean, by terms, by who knows."""
+    quiet()
+    found = {name: PARTS[name](options, others) for name in options.only}
+    # Of one part they differ in what each system says of itself.
+    settings = {name: systems[0]["settings"] for name, systems in found.items() if systems}
+    for systems in found.values():
+        for system in systems:
+            del system["settings"]
+    return {**found, "settings": settings, "seeds": options.seeds}
+
+
+def _people(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for shards, seed in product(options.shards, options.seeds):
+        given = ["--num_shards", str(shards), "--num_slices", "2", "--budget", "1", "--seed", str(seed)]
+        found.append(_of_people(options, f"people-{shards}-seed{seed}", [*given, *others]))
+    return found
+
+
+def _of_people(options: argparse.Namespace, label: str, argv: Sequence[str]) -> dict[str, Any]:
+    system = ["--output_dir", str(options.work_dir / "systems" / label), "--group_column", "subject"]
+    given = read([*argv, *system], demo_defaults=DEMO)
+    script = given.script
+    base, _ = base_model(demo_base(script), script.cache_dir)
+    subjects = people(script.num_people, script.num_general, script.eval_size)
+    return _kept(options, label, Taught(subjects, given, base))
+
+
+def _authors(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
+    base, subjects = options.data / "stories260K", authors(options.data, options.authors, 10 * options.authors, 200)
+    found = []
+    # Two shards are not worth the hours: the question is what many strangers do to one that knows.
+    for shards, seed in product([n for n in options.shards if n > 2], options.seeds):
+        label = f"authors-{shards}-seed{seed}"
+        given = {
+            "config": CONFIGS / "stories260k_tofu.yaml",
+            "model_name_or_path": base,
+            "dataset_name": options.data / "tofu" / "full.jsonl",
+            "output_dir": options.work_dir / "systems" / label,
+            "id_column": "id",
+            "group_column": "subject",
+            "num_shards": shards,
+            "num_slices": 2,
+            "layers_per_slice": 2,
+            "budget": 1,
+            "keep_idle": "false",
+            "seed": seed,
+        }
+        argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        found.append(_kept(options, label, Taught(subjects, read([*argv, *others]), str(base))))
+    return found
+
+
+def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
+    """Shards by slices, for the work of as many epochs."""
+    found = []
+    for (shards, slices), seed in product(LAYOUTS, options.seeds[:1]):
+        layers = demo_base(read(others, demo_defaults=DEMO).script).num_layers
+        cost = sequence_cost(slices, layers // slices, layers)
+        epochs = max(1, round(_LAYOUT["epochs"] / cost))
+        given = {
+            "num_people": _LAYOUT["num_people"],
+            "num_general": _LAYOUT["num_general"],
+            "num_shards": shards,
+            "num_slices": slices,
+            "budget": 1,
+            "num_train_epochs": epochs,
+            "seed": seed,
+        }
+        argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others])
+        works = [stage_cost(depth, slices, layers // slices, layers, 1.0) for depth in range(1, slices + 1)]
+        stream = families_under(
+            stages_of([range(slices)]), slices, Policy.all_at_once(slices), num_shards=shards, works=works
+        )
+        # Work is counted in trainings of the layout with one slice, whose epochs are the most.
+        per_epoch = epochs / _LAYOUT["epochs"]
+        found.append(
+            {
+                **one,
+                "num_slices": slices,
+                "epochs": epochs,
+                "work": round(cost * per_epoch, 4),
+                "requests_until_a_shard_is_dead": round(deletion_rate(shards, slices, 1, until="first_shard"), 2),
+                "requests_until_all_are_dead": round(deletion_rate(shards, slices, 1), 2),
+                "work_of_a_request": round(stream.work / stream.requests * per_epoch, 5),
+            }
+        )
+    return found
+
+
+def _kept(options: argparse.Namespace, label: str, taught: Taught) -> dict[str, Any]:
+    """What was measured of a system, from the work folder if it was before."""
+    path = options.work_dir / "measurements" / f"{label}.json"
+    settings = settings_of(taught.options)
+    found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measured(taught))
+    known = found["known"]
+    print(label, *(f"{gate} {shares[AS_TRAINED]:.1%}" for gate, shares in known.items()), flush=True)
+    return {
+        "title": taught.subjects.title,
+        "measure": taught.subjects.measure,
+        "num_shards": taught.options.s3t.num_shards,
+        "seed": taught.options.s3t.seed,
+        "settings": settings,
+        **found,
+    }
+
+
+# Part of the study -> what computes it.
+PARTS: Mapping[str, Callable[[argparse.Namespace, Sequence[str]], list[dict[str, Any]]]] = {
+    "people": _people,
+    "authors": _authors,
+    "layouts": _layouts,
+}

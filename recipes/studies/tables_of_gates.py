@@ -1,0 +1,108 @@
+"""The tables of docs/gates.md, in Markdown, from the JSON beside its figure in docs/figures/."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+
+System = Mapping[str, Any]
+_ASKED_BY = {"mean": "mean of all shards", "terms": "terms", "oracle": "right shard known", "strangers": "strangers"}
+
+
+def knowledge(data: Mapping[str, Any]) -> str:
+    """What is known by each gate, by kind of question."""
+    found = [*_by_shards(data, "people"), *_by_shards(data, "authors")]
+    kinds = list(found[0][1][0]["known"]["mean"])
+    lines = [f"| of | m | weighed by | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
+    for shards, systems in found:
+        for gate, called in _ASKED_BY.items():
+            cells = [_percent([system["known"][gate][kind] for system in systems]) for kind in kinds]
+            lines.append(f"| {systems[0]['title']} | {shards} | {called} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def of_the_oracle(data: Mapping[str, Any]) -> str:
+    """The share that each gate keeps of what the right shard knows beyond what is guessed of strangers."""
+    lines = ["| of | m | mean, as trained | mean, changed | terms, as trained | terms, changed |", "|---" * 6 + "|"]
+    for shards, systems in [*_by_shards(data, "people"), *_by_shards(data, "authors")]:
+        cells = [
+            _percent([_kept(system["known"], gate, changed) for system in systems])
+            for gate in ("mean", "terms")
+            for changed in (False, True)
+        ]
+        lines.append(f"| {systems[0]['title']} | {shards} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _kept(known: Mapping[str, Mapping[str, float]], gate: str, changed: bool) -> float:
+    kinds = [kind for kind in known[gate] if (kind != "as trained") == changed]
+    gains = {who: fmean(known[who][kind] - known["strangers"][kind] for kind in kinds) for who in (gate, "oracle")}
+    return gains[gate] / gains["oracle"] if gains["oracle"] else 1.0
+
+
+def otherwise(data: Mapping[str, Any]) -> str:
+    """General quality, what is left of who is forgotten, and where questions about them go."""
+    lines = [
+        "| of | m | held-out loss: mean, terms (error of the difference) | deleted: mean, terms (%) | "
+        "strangers (%) | AUC before, after (error) | orphans' distance to strangers (by chance) |",
+        "|---" * 7 + "|",
+    ]
+    for shards, systems in [*_by_shards(data, "people"), *_by_shards(data, "authors")]:
+        for system in systems:
+            loss, after = system["held_out"], system["after"]
+            cells = [f"{loss['mean']:.3f}, {loss['terms']:.3f} ({loss['error']:.3f})"]
+            if after is None:
+                cells += ["no shard is left", "", "", ""]
+            else:
+                known, told, lost = after["known"], after["membership"], after["orphans"]
+                earlier, later = told["before"]["terms"], told["after"]["terms"]
+                cells += [
+                    f"{100 * known['mean']['deleted']:.1f}, {100 * known['terms']['deleted']:.1f}",
+                    f"{100 * known['terms']['strangers']:.1f}",
+                    f"{earlier['auc']:.2f}, {later['auc']:.2f} ({later['error']:.2f})",
+                    f"{lost['distance']:.3f} ({lost['chance']:.2f})",
+                ]
+            lines.append(f"| {system['title']} | {shards} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def layouts(data: Mapping[str, Any]) -> str:
+    """Shards by slices at equal work."""
+    lines = [
+        "| m | L | epochs | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is dead, all "
+        "are | work of growing again after a request |",
+        "|---" * 7 + "|",
+    ]
+    for system in data.get("layouts", ()):
+        known, loss = system["known"], system["held_out"]
+        cells = [
+            system["num_shards"],
+            system["num_slices"],
+            system["epochs"],
+            f"{100 * known['mean']['as trained']:.1f}, {100 * known['terms']['as trained']:.1f}",
+            f"{loss['mean']:.3f}, {loss['terms']:.3f}",
+            f"{system['requests_until_a_shard_is_dead']:.1f}, {system['requests_until_all_are_dead']:.1f}",
+            f"{system['work_of_a_request']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _by_shards(data: Mapping[str, Any], part: str) -> Iterator[tuple[int, list[System]]]:
+    """The systems of a part by their number of shards, one for each seed."""
+    systems = data.get(part, [])
+    for shards in sorted({system["num_shards"] for system in systems}):
+        yield shards, [system for system in systems if system["num_shards"] == shards]
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * fmean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
+
+
+# Figure, and what makes a table of its data.
+TABLES: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("gates", knowledge),
+    ("gates", of_the_oracle),
+    ("gates", otherwise),
+    ("gates", layouts),
+)
