@@ -70,6 +70,13 @@ def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, 
     assert GATE_FILE not in files_on(repo) and gated.has_gate and not HubFolder(repo.repo_id).has_gate
 
 
+def test_a_deletion_reaches_a_repository_whose_gate_the_folder_lacks(gated, repo):
+    send(gated, repo, include_gate=True)
+    (gated.path / GATE_FILE).unlink()
+    apply(gated, [member(gated)])
+    assert GATE_FILE in send(gated, repo).deleted and GATE_FILE not in files_on(repo)
+
+
 def test_erasing_takes_the_old_gates(gated, repo, hub):
     send(gated, repo, include_gate=True)
     old = (gated.path / GATE_FILE).read_bytes()
