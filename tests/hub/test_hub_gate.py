@@ -1,10 +1,14 @@
 """The gate of a system on the Hub: there only where somebody chose so, and without deleted rows, there or here."""
 
+import json
+
 import pytest
 from huggingface_hub import ModelCard
 from support.folders import VOCABULARY, apply, gate_of, gate_says, gate_that_never_had, prompt_of, stored_gate
 from support.hub_systems import files_on, member, send
+from typer.testing import CliRunner
 
+from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.gate_file import read_gate
 from hf_s3t.folder.layout import GATE_FILE
@@ -35,6 +39,9 @@ def test_a_gate_is_not_pushed_and_nobody_is_told_of_one(gated, repo):
     assert not there.has_gate and there.config.gate is None and gated.config.gate == "terms"
     with pytest.raises(FolderError, match=r"the system has no gate.*gate=None"):
         there.load_gate()
+    for how, pushed in ((), False), (("--include-gate",), True):
+        said = CliRunner().invoke(app, ["push", str(gated.path), repo.repo_id, "--dry-run", "--json", *how]).stdout
+        assert (GATE_FILE in json.loads(said)["added"]) is pushed
 
 
 def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, repo, tmp_path, monkeypatch):
