@@ -18,9 +18,9 @@ def check_gate(gate: Any, top_k: Any, temperature: Any, num_shards: int) -> floa
     Check what says how members are weighed.
 
     Args:
-        gate (`str`, *optional*): [`S3TConfig.gate`].
-        top_k (`int`, *optional*): [`S3TConfig.gate_top_k`].
-        temperature (`float`): [`S3TConfig.gate_temperature`].
+        gate (`str`, *optional*): As in [`~hf_s3t.S3TConfig`].
+        top_k (`int`, *optional*): As in [`~hf_s3t.S3TConfig`].
+        temperature (`float`): As in [`~hf_s3t.S3TConfig`].
         num_shards (`int`): The shards of the system.
 
     Returns:

@@ -105,7 +105,7 @@ def push(
         on_merge (callable, *optional*): Called when the folder has taken in deletions, before anything is uploaded.
         include_gate (`bool`, *optional*):
             Whether the repository gets, or keeps, the system's gate. Left out, one that has it keeps it, in step with
-            the deletions, and no other gets it.
+            the deletions, unless the folder has none, and no other gets it.
         dry_run (`bool`, defaults to `False`): Report what would be done, and do nothing.
 
     Returns:
@@ -342,7 +342,8 @@ def _operations(
         if record is ours.get(key):
             wanted |= _files_of(folder, key, record)
     wanted |= folder.companions()
-    gated = GATE_FILE in state.tree if include_gate is None else include_gate
+    # Of one that the folder lacks nobody takes the deleted rows: it goes.
+    gated = GATE_FILE in state.tree and folder.has_gate if include_gate is None else include_gate
     wanted[CONFIG_FILE] = folder.config_bytes(earlier, gated)
     wanted[LEDGER_FILE] = ledger.text.encode()
     wanted[TABLE_FILE] = bytes(table_bytes(table, ledger))

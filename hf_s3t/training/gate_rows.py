@@ -115,7 +115,8 @@ def prompt_tokens(row: Mapping[str, Any]) -> list[int]:
     Args:
         row (mapping): A prepared row, with `input_ids` and perhaps `labels`, `completion_mask` or `assistant_masks`.
     """
-    tokens: list[int] = [int(token) for token in row[_TOKENS]]
+    given: Any = row[_TOKENS]
+    tokens: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
     for name in _ANSWERS:
         marks: Any = row.get(name)
         # One label for the row is none of its tokens, and those of a decoder are of other tokens.

@@ -22,7 +22,9 @@ from support.folders import (
     record,
     stored_gate,
 )
+from typer.testing import CliRunner
 
+from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError, FormatVersionError
 from hf_s3t.folder.gate_file import StoredGate, write_gate
 from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, LEDGER_FILE
@@ -227,6 +229,8 @@ def test_arrays_that_do_not_belong_together_are_refused_though_their_digest_matc
 
 def test_check_and_purge_know_the_gate(path):
     assert not inspect(path).problems and not inspect(path).notes
+    said = CliRunner().invoke(app, ["status", str(path)]).stdout
+    assert f"gate: terms, of the prompts of {len(NAMES)} rows, 19 distinct words" in said
     folder = SystemFolder(path)
     gate, fewer = folder.load_gate(), folder.table.without(NAMES[:1])
 

@@ -1,13 +1,17 @@
 """The gate of a system on the Hub: there only where somebody chose so, and without deleted rows, there or here."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.folders import VOCABULARY, apply, gate_of, gate_says, gate_that_never_had, prompt_of, stored_gate
 from support.hub_systems import ROWS, files_on, load, member, send
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
+from typer.testing import CliRunner
 
 from hf_s3t import S3TModel
+from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.gate_file import read_gate
 from hf_s3t.folder.layout import GATE_FILE
@@ -38,6 +42,9 @@ def test_a_gate_is_not_pushed_and_nobody_is_told_of_one(gated, repo):
     assert not there.has_gate and there.config.gate is None and gated.config.gate == "terms"
     with pytest.raises(FolderError, match=r"the system has no gate.*gate=None"):
         there.load_gate()
+    for how, pushed in ((), False), (("--include-gate",), True):
+        said = CliRunner().invoke(app, ["push", str(gated.path), repo.repo_id, "--dry-run", "--json", *how]).stdout
+        assert (GATE_FILE in json.loads(said)["added"]) is pushed
 
 
 def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, repo, tmp_path, monkeypatch):
@@ -71,6 +78,13 @@ def test_a_gate_that_is_pushed_serves_there_without_what_is_deleted_here(gated, 
     assert gate_says(there.load_gate()) == gate_that_never_had(there)
     send(gated, repo, merge=True, include_gate=False)
     assert GATE_FILE not in files_on(repo) and gated.has_gate and not HubFolder(repo.repo_id).has_gate
+
+
+def test_a_deletion_reaches_a_repository_whose_gate_the_folder_lacks(gated, repo):
+    send(gated, repo, include_gate=True)
+    (gated.path / GATE_FILE).unlink()
+    apply(gated, [member(gated)])
+    assert GATE_FILE in send(gated, repo).deleted and GATE_FILE not in files_on(repo)
 
 
 def test_erasing_takes_the_old_gates(gated, repo, hub):
