@@ -204,12 +204,12 @@ def _add_products(
         given = x.to(output.dtype).reshape(members, -1, x.shape[-1])
         together.add_to(output.view(members, -1, output.shape[-1]), given)
         return True
+    if route.sizes is not None and _add_padded(layer, route, x, output):
+        return True
     pairs = plain_pairs(layer, names, output.dtype)
     if pairs is None:
         return False
     whole, given = output.view(-1, output.shape[-1]), x.to(output.dtype).flatten(0, -2)
-    if route.sizes is not None and _add_padded(layer, route, given, whole):
-        return True
     blocks, inputs = ((whole,), (given,)) if len(names) == 1 else (route.blocks(whole), route.blocks(given))
     for name, pair, rows, block in zip(names, pairs, inputs, blocks, strict=True):
         if pair is not None:
@@ -218,29 +218,29 @@ def _add_products(
     return True
 
 
-def _add_padded(layer: AdaptedLayer, route: Route, given: torch.Tensor, output: torch.Tensor) -> bool:
+def _add_padded(layer: AdaptedLayer, route: Route, x: torch.Tensor, output: torch.Tensor) -> bool:
     """
     Add each member's adapter to its block of few rows, all blocks together.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): An adapted layer.
         route ([`~hf_s3t.model.route.Route`]): That of the call, of blocks of unequal size.
-        given (`torch.Tensor` of shape `(rows, features_in)`): What the layer was given.
-        output (`torch.Tensor` of shape `(rows, features_out)`): What the base layer made of it.
+        x (`torch.Tensor` of shape `(rows, ..., features_in)`): What the layer was given.
+        output (`torch.Tensor` of shape `(rows, ..., features_out)`): What the base layer made of it.
 
     Returns:
         `bool`: False, and nothing is changed, if there are too many rows, or no weights to multiply with at once.
     """
-    padding = route.padding(len(given), given.device)
+    padding = route.padding(x.numel() // x.shape[-1], x.device)
     if padding is None or route.whole is None:
         return False
     # The memory is that of the whole route: calls that ask other members do not move it.
     together = joined(layer, route.whole, route.whole.by_group[vars(layer)["_s3t_group"]], output)
     if together is None:
         return False
-    blocks = given.index_select(0, padding.taken).view(len(route.whole), -1, given.shape[-1])
-    made = together.product(blocks).view(-1, output.shape[-1]).index_select(0, padding.places)
-    output.add_(made, alpha=together.scaling)
+    given = x.to(output.dtype).flatten(0, -2).index_select(0, padding.taken)
+    made = together.product(given.view(len(route.whole), -1, x.shape[-1])).flatten(0, 1)
+    output.view(-1, output.shape[-1]).add_(made.index_select(0, padding.places), alpha=together.scaling)
     return True
 
 

@@ -73,7 +73,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
         pytest.param("training", [], marks=pytest.mark.long),
         *(
             pytest.param(name, ["--cpu-time"], marks=pytest.mark.long)
-            for name in ("unlearn", "folder", "loading", "scale")
+            for name in ("unlearn", "folder", "loading", "scale", "gated_tokens")
         ),
     ],
 )

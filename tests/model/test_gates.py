@@ -208,6 +208,7 @@ def test_a_prompt_that_nobody_knows_gets_the_mean_to_the_bit(path):
         assert torch.equal(served(path, tiny_llama(), gate_top_k=top_k)(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_blocks_of_unequal_size(path, members):
     model = served(path, tiny_llama())
     embedded = [tiny_llama().get_input_embeddings()(prompts(MIXED)["input_ids"]).detach() for _ in range(2)]
@@ -251,7 +252,11 @@ def test_in_8_bit_it_equals_the_naive_loop_too(tmp_path):
     assert torch.equal(model.generate(**inputs, **asked), naive.generate(**inputs, **asked, use_cache=False))
 
 
-@pytest.mark.parametrize("fresh", [tiny_bert, tiny_gpt2, tiny_vit], ids=["bert", "gpt2", "vit"])
+@pytest.mark.parametrize(
+    "fresh",
+    [tiny_bert, *(pytest.param(fresh, marks=pytest.mark.slow) for fresh in (tiny_gpt2, tiny_vit))],
+    ids=["bert", "gpt2", "vit"],
+)
 def test_heads_and_other_layers_are_applied_block_by_block(tmp_path, fresh):
     rows = {tiny_bert: classification_rows, tiny_gpt2: lm_rows, tiny_vit: image_rows}[fresh]()
     made(tmp_path / "system", fresh(), rows)
@@ -307,7 +312,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("top_k", [None, 1])
+@pytest.mark.parametrize("top_k", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_generation_equals_the_naive_loop(path, members, way, top_k):
     gate = ByFirstWord()
     model = served(path, tiny_llama(), gate, gate_top_k=top_k)
@@ -435,6 +440,7 @@ def test_where_rows_cannot_be_taken_apart_members_answer_in_turn(path, members, 
     model.generate(**prompts([11]), max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.slow
 def test_pictures_that_generate_encoded_are_not_taken_apart(tmp_path):
     """Which of them is of which row only the base knows: every member that is needed computes all rows."""
     trainer = make_trainer(
