@@ -54,6 +54,8 @@ class Routing:
 
     def with_gate(self, gate: Gate | None, top_k: int | None) -> "Routing":
         """The same stacks, weighed by another gate: the route is the same, so that caches stay good."""
+        if gate is self.gate and top_k == self.gate_top_k:
+            return self
         other = copy.copy(self)
         other.gate, other.gate_top_k = gate, top_k
         return other
@@ -285,7 +287,7 @@ class Calls:
             # Caches are compared by route: the same stacks keep theirs, and with it caches stay good.
             if routing.identity != self.routing.identity:
                 self.routing = routing
-            elif routing.gate is not self.routing.gate or routing.gate_top_k != self.routing.gate_top_k:
+            else:
                 self.routing = self.routing.with_gate(routing.gate, routing.gate_top_k)
         return time.perf_counter() - started
 

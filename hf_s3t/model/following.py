@@ -286,7 +286,7 @@ class Following:
         stored = folder.load_gate()
         counts, digest = stored.counts, stored.tokenizer_digest
         if self._terms is None or self._terms[0] != digest:
-            tokenizer = tokenizer_of_gate(folder.path, digest)
+            tokenizer = tokenizer_of_gate(folder, digest)
         else:
             _, last = self._terms
             if last.counts is counts and last.temperature == temperature:

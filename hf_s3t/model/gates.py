@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
@@ -12,6 +11,8 @@ from transformers import AutoTokenizer
 from ..checks import check_gate
 from ..config import S3TConfig
 from ..errors import ConfigError, FolderError, S3TError
+from ..folder.system import SystemFolder
+from ..hub.folder import HubFolder
 from ..records.digests import DigestKey
 from ..records.terms import TermCounts, terms_of, vocabulary_digest
 
@@ -162,28 +163,32 @@ class UnreadableGate:
         raise self._error.with_traceback(None)
 
 
-def tokenizer_of_gate(path: Path, expected: str) -> Any:
+def tokenizer_of_gate(folder: SystemFolder, expected: str) -> Any:
     """
-    The tokenizer that a system's folder holds, by which prompts are read.
+    The tokenizer that a system's folder or repository holds, by which prompts are read.
 
     Args:
-        path (`Path`): The folder.
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The folder.
         expected (`str`): The digest of the vocabulary that the gate was made with.
 
     Raises:
         [`~hf_s3t.errors.FolderError`]: If there is none, or another one.
     """
+    where, how = str(folder.path), {}
+    if isinstance(folder, HubFolder):
+        repo = folder.repo
+        where, how = repo.repo_id, {"revision": folder.commit, "token": repo.token, "cache_dir": repo.cache_dir}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(where, **how)
     except (OSError, ValueError) as error:
         raise FolderError(
-            f"The gate of {path} reads prompts with the tokenizer there, which cannot be loaded ({error}). Save that "
+            f"The gate of {where} reads prompts with the tokenizer there, which cannot be loaded ({error}). Save that "
             "of the rows there with its `save_pretrained`, or load the system with gate=None."
         ) from error
     found = vocabulary_digest(tokenizer.get_vocab())
     if found != expected:
         raise FolderError(
-            f"The gate of {path} was made with a tokenizer whose vocabulary has the digest {expected[:16]}…, and the "
+            f"The gate of {where} was made with a tokenizer whose vocabulary has the digest {expected[:16]}…, and the "
             f"one there has {found[:16]}…. Put the tokenizer of the rows back, or make the gate anew with "
             "`build_gate()` of the trainer; gate=None serves without it."
         )

@@ -1,10 +1,13 @@
 """The gate of a system on the Hub: there only where somebody chose so, and without deleted rows, there or here."""
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from support.folders import VOCABULARY, apply, gate_of, prompt_of
-from support.hub_systems import files_on, member, send
+from support.hub_systems import ROWS, files_on, load, member, send
+from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 
+from hf_s3t import S3TModel
 from hf_s3t.errors import FolderError
 from hf_s3t.folder.gate_file import read_gate
 from hf_s3t.folder.layout import GATE_FILE
@@ -95,3 +98,22 @@ def test_erasing_takes_the_old_gates(gated, repo, hub):
     send(gated, repo)
     erase(repo)
     assert GATE_FILE in files_on(repo) and not hub.disk_contains(old)
+
+
+def test_a_model_from_the_hub_weighs_as_that_of_the_folder(repo, tmp_path, monkeypatch):
+    """With the tokenizer that is there, and the secret, without which nobody tells words from terms."""
+    tokenizer = tokenizer_of_words()
+    trainer = make_trainer(
+        tmp_path / "system",
+        config=s3t_config(num_shards=2, gate="terms", gate_temperature=0.1),
+        processing_class=tokenizer,
+    )
+    plant_stages(trainer)
+    send(trainer.folder, repo, include_gate=True)
+    asked = torch.tensor([row["input_ids"] for row in ROWS[:4]])
+    expected = S3TModel.from_pretrained(tmp_path / "system", base_model=tiny_llama()).gate_weights(asked)
+    with pytest.raises(FolderError, match="needs its secret"):
+        load(repo)
+    monkeypatch.setenv("HF_S3T_KEY", trainer.folder.key.secret.decode())
+    assert torch.equal(load(repo).gate_weights(asked), expected)
+    assert expected.amax(1).min() > 0.5

@@ -24,15 +24,14 @@ from support.tiny import (
     tiny_llama,
     tiny_llava,
     tiny_vit,
+    tokenizer_of_words,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationMixin,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -551,15 +550,6 @@ def test_a_route_of_some_members_is_stopped_with_the_whole():
 
 
 # By terms
-
-
-def tokenizer_of_words(**settings) -> PreTrainedTokenizerFast:
-    """Every token of the tiny models is a word, `w7` say."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(4, VOCABULARY))])}
-    tokenizer = Tokenizer(models.WordLevel({**words, **settings}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
 def facts() -> list:

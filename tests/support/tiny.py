@@ -8,7 +8,8 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.plan import stage_seed
@@ -135,6 +136,15 @@ def tiny_llava() -> PreTrainedModel:
         ),
         image_token_id=50,
     )
+
+
+def tokenizer_of_words(**settings) -> PreTrainedTokenizerFast:
+    """Every token of the tiny models is a word, `w7` say."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: number for number, word in enumerate([*special, *(f"w{n}" for n in range(4, VOCABULARY))])}
+    tokenizer = Tokenizer(models.WordLevel({**words, **settings}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
 LORA_TARGETS = {
