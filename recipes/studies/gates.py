@@ -225,7 +225,9 @@ class Taught:
 
     def served(self, folder: Path | None = None, **gate: Any) -> S3TModel:
         """The system as it is served, or a copy of it, by some gate."""
-        return S3TModel.from_pretrained(folder or self.folder, base_model=self.base, **{"gate": None, **gate})
+        return S3TModel.from_pretrained(
+            folder or self.method.output_dir, base_model=self.base, **{"gate": None, **gate}
+        )
 
     def batches(self, rows: Sequence[Row], kind: str = AS_TRAINED) -> list[dict[str, torch.Tensor]]:
         """Rows as the trainer prepares them, their questions changed by a rule."""

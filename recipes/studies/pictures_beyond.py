@@ -128,31 +128,50 @@ _GATES = {"oracle": ("right shard known", FIRST), "terms": ("terms gate", OURS),
 
 
 def _gates(data):
-    parts = [found for name in ("people", "authors") if (found := data.get(name))]
-    figure, panels = new_figure(len(parts), (6.5 * len(parts), 4.8))
-    for axes, systems in zip(panels, parts, strict=True):
-        shards = sorted({system["num_shards"] for system in systems})
-
-        def known(gate, asked, systems=systems, shards=shards):
-            by_shards = [[s for s in systems if s["num_shards"] == number] for number in shards]
-            return [100 * fmean(asked(s["known"][gate]) for s in those) for those in by_shards]
-
-        for gate, (label, color) in _GATES.items():
-            # What the gate keeps of the right shard's knowledge is often all: one lies on the other.
-            look = {"color": color, "linewidth": 5 if gate == "oracle" else 1.5}
-            axes.plot(shards, known(gate, _as_trained), "o-", **look, label=f"{label}: questions as trained")
-            axes.plot(shards, known(gate, _changed), "s--", **look, label=f"{label}: questions changed by rule")
-        axes.plot(shards, known("strangers", _as_trained), "x:", color=PAPER, label="people never seen")
+    parts = [(name, found) for name in ("people", "authors", "layouts") if (found := data.get(name))]
+    figure, panels = new_figure(len(parts), (6.5 * len(parts), 5.2))
+    for axes, (name, systems) in zip(panels, parts, strict=True):
+        if name == "layouts":
+            _draw_layouts(axes, systems)
+        else:
+            _draw_gates(axes, systems)
         axes.set(
-            title=f"Facts of {systems[0]['title']}",
             xlabel="number of shards",
             ylabel="answers right (%)" if systems[0]["measure"] == "right" else "tokens of answers right (%)",
-            xticks=shards,
+            xticks=sorted({system["num_shards"] for system in systems}),
             ylim=(0, 103),
         )
     finish(*panels, legends=False)
-    shared_legend(figure, panels, 2)
+    shared_legend(figure, panels, 2 * len(parts))
     return figure
+
+
+def _draw_gates(axes, systems):
+    """What is known by each gate, of questions as trained and of changed ones."""
+    for gate, (label, color) in _GATES.items():
+        # What the gate keeps of the right shard's knowledge is often all: one lies on the other.
+        look = {"color": color, "linewidth": 5 if gate == "oracle" else 1.5}
+        axes.plot(*_known(systems, gate, _as_trained), "o-", **look, label=f"{label}: questions as trained")
+        axes.plot(*_known(systems, gate, _changed), "s--", **look, label=f"{label}: questions changed by rule")
+    axes.plot(*_known(systems, "strangers", _as_trained), "x:", color=PAPER, label="subjects never seen")
+    axes.set(title=f"Facts of {systems[0]['title']}")
+
+
+def _draw_layouts(axes, systems):
+    """What is known of questions as trained, by numbers of slices, at equal work."""
+    slices = sorted({system["num_slices"] for system in systems})
+    for size, color in zip(slices, MORE, strict=False):
+        of_size = [system for system in systems if system["num_slices"] == size]
+        axes.plot(*_known(of_size, "terms", _as_trained), "o-", color=color, label=f"terms gate, L = {size}")
+        axes.plot(*_known(of_size, "mean", _as_trained), "s--", color=color, label=f"mean, L = {size}")
+    axes.set(title=f"Layouts at equal work: facts of {systems[0]['title']}")
+
+
+def _known(systems, gate, asked):
+    """Numbers of shards, and in percent what is known with so many."""
+    shards = sorted({system["num_shards"] for system in systems})
+    by_shards = [[s for s in systems if s["num_shards"] == number] for number in shards]
+    return shards, [100 * fmean(asked(s["known"][gate]) for s in those) for those in by_shards]
 
 
 def _as_trained(by_kind):
