@@ -326,7 +326,7 @@ def _stages_that_saw(
 
 
 def _operations(
-    folder: SystemFolder, state: HubState, describe: Describe, card: str | None, include_gate: bool | None
+    folder: SystemFolder, state: HubState, describe: Describe, card: str | None, include_gate: bool | None = None
 ) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
     folder.refresh_ledger()

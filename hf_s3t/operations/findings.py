@@ -27,7 +27,7 @@ class ToRemove:
 
     Args:
         path (`Path`): Where it lies.
-        kind (`str`): `"stage"`, `"checkpoint"`, `"leftover"`, or `"rows"` for the table of examples.
+        kind (`str`): `"stage"`, `"checkpoint"`, `"leftover"`, or `"rows"` for the table of examples or the gate.
     """
 
     path: Path

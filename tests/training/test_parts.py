@@ -803,7 +803,7 @@ def test_a_stage_that_was_begun_does_not_go_on_with_another_part_and_can_be_begu
 def feed_otherwise(trainer):
     """As another tokenizer would: the rows are the same, what the model is fed is not."""
     rows = rows_of_stages(trainer)
-    rows._prepared = rows._prepared.map(lambda row: {"input_ids": row["input_ids"][::-1]}, keep_in_memory=True)
+    rows.prepared = rows.prepared.map(lambda row: {"input_ids": row["input_ids"][::-1]}, keep_in_memory=True)
 
 
 def test_rows_that_are_fed_otherwise_are_refused(system):

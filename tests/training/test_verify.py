@@ -123,7 +123,7 @@ def test_a_mismatch_first_says_which_circumstance_is_another(system):
 def test_rows_that_are_prepared_otherwise_are_a_circumstance(system):
     trainer = trainer_of(system)
     # As another tokenizer would: the rows are the same, what the model is fed is not.
-    trainer._stage_rows._prepared = trainer._stage_rows._prepared.map(
+    trainer._stage_rows.prepared = trainer._stage_rows.prepared.map(
         lambda row: {"input_ids": row["input_ids"][::-1]}, keep_in_memory=True
     )
     report = trainer.verify([STAGE])
