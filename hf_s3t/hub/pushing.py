@@ -145,6 +145,8 @@ def _commit_upon_what_is_there(
     for attempt in range(ATTEMPTS):
         state = repo.state()
         merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
+        if attempt == 0 and include_gate is None and folder.has_gate and GATE_FILE not in state.tree:
+            _warn_of_gate_that_stays(repo.repo_id)
         card = repo.card(state)
         stages = folder.stage_records
         try:
@@ -193,6 +195,14 @@ def _warn_of_base_of_this_machine(folder: SystemFolder, repo_id: str) -> None:
             "the folder's name alone. Push the base to the Hub and train on it by its id to spare them that.",
             stacklevel=3,
         )
+
+
+def _warn_of_gate_that_stays(repo_id: str) -> None:
+    warnings.warn(
+        f"The system's gate stays here, because it tells of the words of rows: who loads {repo_id} is answered by the "
+        "mean of all shards. Push with `include_gate=True` to have it there too, or with `False` if it shall not be.",
+        stacklevel=4,
+    )
 
 
 def _warn_of_what_tells_who(folder: SystemFolder, repo_id: str) -> None:

@@ -35,8 +35,9 @@ def card_of(repo) -> str:
     return ModelCard(repo.card(repo.state())).content
 
 
-def test_a_gate_is_not_pushed_and_nobody_is_told_of_one(gated, repo):
-    send(gated, repo)
+def test_a_gate_is_not_pushed_and_only_who_pushes_is_told_of_one(gated, repo):
+    with pytest.warns(UserWarning, match=r"gate stays here.*include_gate=True"):
+        send(gated, repo)
     assert GATE_FILE not in files_on(repo) and "gate.safetensors" not in card_of(repo)
     there = HubFolder(repo.repo_id)
     assert not there.has_gate and there.config.gate is None and gated.config.gate == "terms"
