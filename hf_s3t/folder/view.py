@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,32 @@ from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from ..records.terms import TermCounts
 from ..records.validity import fits, is_current
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
 from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record
 from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp, sync
 from .foreign import forgeries_told
-from .gate_file import GateHead, StoredGate, no_gate, read_gate, read_gate_head
+from .gate_view import GateView
 from .identity import is_same_system
 from .known_stages import KnownStages
 from .layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CONFIG_FILE,
-    GATE_FILE,
     HEAD_FILE,
     LEDGER_FILE,
     STAGES,
     TABLE_FILE,
 )
-from .ledger_file import holds, pin_of, read_head, read_ledger, read_on, require_pinned
+from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
 from .secret import load_key
 from .stage_record import adapter_of, read_files
 from .table_file import StoredTable, TableHead, read_head_of_table, read_table
 from .versions import library_versions
 
 
-class FolderView:
+class FolderView(GateView):
     """
     What the folder of one system says: settings, table, ledger, and which stages are valid. It is not written to.
 
@@ -86,10 +84,7 @@ class FolderView:
         self._table_pin = ""
         # By which a table that was read is told from one that was written since.
         self._table_stamp: Stamp | None = None
-        # The gate as it was last read, less what was deleted until a line of the ledger; read when it is asked for.
-        self._gate: StoredGate | None = None
-        self._gate_stamp: Stamp | None = None
-        self._gate_ledger = Ledger()
+        self._begin_gate()
         # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
         # holds it waits for nothing, so that it may be taken inside the folder's lock.
         self._reading = threading.RLock()
@@ -202,7 +197,7 @@ class FolderView:
     @property
     def holds_deleted_rows(self) -> bool:
         """Whether rows that were deleted are still in memory, masked."""
-        return not self.table.is_settled or not (self._gate is None or self._gate.is_settled)
+        return not self.table.is_settled or self._gate_holds_deleted_rows
 
     def let_go_of_deleted_rows(self) -> None:
         """Hold no masked rows any more, unless more are masked meanwhile. Nothing is waited for, nor written."""
@@ -211,12 +206,7 @@ class FolderView:
         with self._reading:
             if self.table is table:
                 self.table = settled
-        gate = self._gate
-        if gate is not None and not gate.is_settled:
-            without = gate.settled()
-            with self._reading:
-                if self._gate is gate:
-                    self._gate = without
+        self._let_go_of_deleted_terms()
 
     def _read_ledger(self, known: Ledger | None = None) -> Ledger:
         # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
@@ -303,100 +293,6 @@ class FolderView:
     def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
         """A table that goes by so many lines of the ledger, without what the lines after these deleted."""
         return table.without_digests(ledger.deleted_since(lines))
-
-    # The gate, which goes by the ledger as the table does
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether there is a gate."""
-        return os.path.lexists(self._gate_path())
-
-    def _gate_path(self) -> Path:
-        return self.path / GATE_FILE
-
-    def gate_head(self) -> GateHead:
-        """
-        What the file of the gate says of it as a whole: a look at its beginning.
-
-        Raises:
-            [`~hf_s3t.errors.FolderError`]: If there is none, or it is none of this system.
-        """
-        return read_gate_head(self._gate_path(), self.record["key_check"])
-
-    @property
-    def is_gate_behind(self) -> bool:
-        """Whether lines came to the ledger since the gate on the disk was written: it may hold deleted rows."""
-        return self.has_gate and self.gate_head().pin != pin_of(self.ledger)
-
-    @property
-    def term_counts(self) -> TermCounts:
-        """
-        The counts of the gate, without the rows that the ledger deleted, whoever wrote its lines.
-
-        Raises:
-            [`~hf_s3t.errors.FolderError`]: As `load_gate`.
-        """
-        return self.load_gate().counts
-
-    @property
-    def gate_tokenizer_digest(self) -> str:
-        """
-        The digest of the tokenizer that the gate read rows by; see [`~hf_s3t.records.terms.vocabulary_digest`].
-
-        Raises:
-            [`~hf_s3t.errors.FolderError`]: As `load_gate`.
-        """
-        return self.load_gate().tokenizer_digest
-
-    def load_gate(self) -> StoredGate:
-        """
-        The gate, without the rows that the ledger deleted; read again only where another was made.
-
-        Returns:
-            [`~hf_s3t.folder.gate_file.StoredGate`]: The same object until something changes.
-
-        Raises:
-            [`~hf_s3t.errors.FolderError`]: If there is none, or it is damaged or another system's: saying what to do.
-            [`~hf_s3t.errors.FormatVersionError`]: If a newer hf_s3t wrote it.
-        """
-        with self._reading:
-            file = self._gate_path()
-            found = stamp(file)
-            if found is None:
-                raise no_gate(file)
-            if self._gate is None or found != self._gate_stamp:
-                self._read_gate(file)
-                self._gate_stamp = found
-            if self._gate_ledger is not self.ledger:
-                self._gate = self._gate_now().without(self._deleted_since(len(self._gate_ledger.lines)))
-                self._gate_ledger = self.ledger
-            return self._gate_now()
-
-    def _gate_now(self) -> StoredGate:
-        if self._gate is None:
-            raise no_gate(self._gate_path())
-        return self._gate
-
-    def _read_gate(self, file: Path) -> None:
-        known, head = self._gate, read_gate_head(file, self.record["key_check"])
-        if known is not None and known.build == head.build:
-            # Another process wrote it without rows that a line of the ledger deleted, as that has to be done here.
-            self._require_gate_pinned(head.pin)
-            return
-        gate, pin = read_gate(file, self.record["key_check"], self.config)
-        self._require_gate_pinned(pin)
-        self._gate = gate.without(self._deleted_since(int(pin.partition(" ")[0])))
-        self._gate_ledger = self.ledger
-
-    def _require_gate_pinned(self, pin: str) -> None:
-        if not holds(self.ledger, pin):
-            # The ledger is never behind a gate that was written since.
-            self.refresh_ledger()
-        require_pinned(self.path / LEDGER_FILE, self.ledger, pin, GATE_FILE)
-
-    def _deleted_since(self, lines: int) -> Collection[str]:
-        """The digests of the ids that lines after the first so many deleted."""
-        return self.ledger.deleted_since(lines)
 
     # The stages
 

@@ -19,7 +19,9 @@ def study_tables(folder: Path) -> list[str]:
     """The tables of the studies whose data is in a folder."""
     made = [*TABLES.items(), *tables_beyond.TABLES, *tables_of_gates.TABLES]
     there = [(folder / f"{name}.json", make) for name, make in made]
-    return [make(json.loads(file.read_text())) for file, make in there if file.is_file()]
+    made_of = [make(json.loads(file.read_text())) for file, make in there if file.is_file()]
+    # A part of a study that was not run has no table.
+    return [table for table in made_of if table]
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -67,13 +67,15 @@ def otherwise(data: Mapping[str, Any]) -> str:
 
 
 def layouts(data: Mapping[str, Any]) -> str:
-    """Shards by slices at equal work."""
+    """Shards by slices at equal work; empty where they were not measured."""
+    if not data.get("layouts"):
+        return ""
     lines = [
         "| m | L | epochs | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is dead, all "
         "are | work of growing again after a request |",
         "|---" * 7 + "|",
     ]
-    for system in data.get("layouts", ()):
+    for system in data["layouts"]:
         known, loss = system["known"], system["held_out"]
         cells = [
             system["num_shards"],

@@ -569,7 +569,9 @@ def trainer_of_facts(path: Path, **settings):
 
 
 @pytest.fixture
-def known_facts(tmp_path) -> Path:
+def known_facts(tmp_path, monkeypatch) -> Path:
+    # It decides which facts a shard has; with some, one is worded like those of another shard.
+    monkeypatch.setenv("HF_S3T_KEY", "each fact is told from the others")
     plant_stages(trainer_of_facts(tmp_path / "system", gate="terms", gate_top_k=1, gate_temperature=0.1))
     return tmp_path / "system"
 

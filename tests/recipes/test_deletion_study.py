@@ -477,13 +477,19 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("model", [[], ["--model_name_or_path", "./no-such-model"]])
-@pytest.mark.parametrize("study", sorted(set(deletion_study.STUDIES) - {"storage"}))
+@pytest.mark.parametrize("study", sorted(set(deletion_study.STUDIES) - {"storage", "gates"}))
 def test_a_study_that_is_refused_leaves_no_folder(study, model, tmp_path):
     where = ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "docs" / "figures")]
     with pytest.raises(ConfigError, match="--model_name_or_path"):
         deletion_study.main([study, "--task_name", "digits", *model, *where])
     with pytest.raises(ConfigError, match=r"There is no .* to draw from"):
         deletion_study.main([study, "--redraw", *where])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_without_its_numbers_is_refused_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"There is no .*gates\.json to draw from"):
+        deletion_study.main(["gates", "--redraw", "--data", str(tmp_path), "--output", str(tmp_path / "figures")])
     assert list(tmp_path.iterdir()) == []
 
 

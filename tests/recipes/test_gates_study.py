@@ -10,7 +10,7 @@ from demo.invented_people import ATTRIBUTES
 from studies.figures import draw
 from studies.gates import AS_TRAINED, KINDS, membership, orphans, people
 from studies.rewording import REWORDINGS, reworded
-from studies.tables_of_gates import TABLES
+from studies.tables_of_gates import TABLES, layouts
 
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
@@ -83,5 +83,8 @@ class TestStored:
 
     def test_every_part_has_its_rows(self, data):
         for _, make in TABLES:
-            head, line, *rows = make(data).splitlines()
+            if not (table := make(data)):
+                assert make is layouts and not data.get("layouts")
+                continue
+            head, line, *rows = table.splitlines()
             assert {row.count("|") for row in rows} <= {head.count("|")} == {line.count("|")}
