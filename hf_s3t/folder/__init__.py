@@ -15,7 +15,8 @@ One module for each kind of file, its one reader and writer:
 - `config_file`: `s3t_config.json`, whose presence makes a folder a system, in the formats that it had.
 - `ledger_file`: the ledger, and the pins by which other files remember its last line.
 - `table_file`: the table of examples.
-- `gate_file`, `gate_view`: the terms of their prompts, by which a gate weighs shards; what a folder says of them.
+- `gate_file`: the terms of their prompts, by which a gate weighs shards.
+- `gate_view`: what a folder says of them.
 - `secret`: the secret of a system's digests, in the environment or in `ledger.key`.
 - `stage_record`: `stage.json`, what a stage was made from.
 - `checkpoints`: checkpoints of stages in training.

@@ -26,7 +26,8 @@ class GateView:
 
     if TYPE_CHECKING:
 
-        def refresh_ledger(self) -> None: ...
+        def refresh_ledger(self) -> None:
+            """Read on in the ledger."""
 
     def _begin_gate(self) -> None:
         # As it was last read, less what was deleted until a line of the ledger.
