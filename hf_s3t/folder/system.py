@@ -158,8 +158,7 @@ class SystemFolder(FolderView):
         if self.is_migrated:
             return
         found = read_record(self.path / CONFIG_FILE)
-        if not is_same_system(found, self.record):
-            raise FolderError(f"{self.path} holds another system now. Open it anew.")
+        self._refuse_another_system(found)
         with self._reading:
             # What slices are now, whoever wrote to the ledger last.
             self.refresh_ledger()
@@ -168,6 +167,10 @@ class SystemFolder(FolderView):
                 with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
                     write_record(self.path / CONFIG_FILE, found)
             self._follow_migration(found)
+
+    def _refuse_another_system(self, found: dict[str, Any]) -> None:
+        if not is_same_system(found, self.record):
+            raise FolderError(f"{self.path} holds another system now. Open it anew.")
 
     def _migrated_record(self, earlier: EarlierSlices) -> dict[str, Any]:
         """What `s3t_config.json` says in the newest format."""
@@ -278,8 +281,9 @@ class SystemFolder(FolderView):
         groups: Iterable[int | str] = (),
     ) -> None:
         """Append a deletion to the ledger and sync it. After this the deletion is in force, whatever happens."""
-        # A gate that cannot be written without these rows is told of before they are in the ledger.
-        _ = self.is_gate_behind
+        if self.has_gate:
+            # One that cannot be written without these rows is told of before they are in the ledger.
+            self.gate_head()
         ids, digests = list(ids), dict(self._stages.adapters)
         line = self.ledger.append(
             "deletion",
@@ -365,14 +369,14 @@ class SystemFolder(FolderView):
         self._take_in_columns()
         # Before it is written: what is made for that is what stays.
         table, ledger = self.table.settled(), self.ledger
-        # The table last: as long as it is behind, the gate may be.
-        self._compact_gate(ledger)
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
         with self._reading:
             self._table_pin = pin_of(ledger)
             self._table_stamp = stamp(self.path / TABLE_FILE)
             self.table = table
+        # Last: a gate that is damaged keeps no deleted row in the table.
+        self._compact_gate(ledger)
 
     def _compact_gate(self, ledger: Ledger) -> None:
         """Write the gate without the rows that the ledger masks."""
@@ -395,8 +399,12 @@ class SystemFolder(FolderView):
         Args:
             gate ([`~hf_s3t.folder.gate_file.StoredGate`]): The gate, of the rows that are in and perhaps more.
             settings (mapping): What of [`~hf_s3t.S3TConfig`] says how it is used, by the names of its fields.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: If another system lies there now, or the folder cannot be written to.
         """
         with self.writing():
+            self._refuse_another_system(read_record(self.path / CONFIG_FILE))
             self.refresh_ledger()
             self._settle()
             ledger = self.ledger

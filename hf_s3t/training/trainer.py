@@ -195,7 +195,7 @@ class S3TTrainerMixin(PlanRuns):
 
         A system that is made with `S3TConfig(gate="terms")` has one. This is for one that was made without, and for
         other prompts or another tokenizer. Nothing is trained. The settings that `s3t_config` has of a gate are
-        recorded with it. Who serves the folder takes it up when the model is loaded the next time.
+        recorded with it. Models that serve the folder as its settings say take it up at their next call.
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]: If the trainer has no dataset, or no prompts can be read from it.

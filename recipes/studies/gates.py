@@ -3,13 +3,12 @@
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from datasets import Dataset
 from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
 from demo.people_demo import DEMO, demo_base
 from demo.small_llama import base_model
-from scipy.stats import rankdata
+from studies.membership import by_subject, membership, orphans
 from studies.rewording import REWORDINGS, reworded
 from studies.workbench import kept
 
@@ -44,7 +43,6 @@ _CHOOSES, _DELETED = 3, 8
 # Of one member the answers are its own, whatever weighs it.
 AS_TRAINED = "as trained"
 KINDS = (AS_TRAINED, *REWORDINGS)
-_PERMUTATIONS = 500
 _BATCH = 64
 # Characters of an instruction and its answer, at most.
 _LONGEST = 300
@@ -254,69 +252,6 @@ def rows_of(subjects: Mapping[str, Sequence[Row]], names: Iterable[str] | None =
     return [row for name in (subjects if names is None else names) for row in subjects[name]]
 
 
-# Whether it can be told who was deleted
-
-
-def membership(members: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> dict[str, float]:
-    """
-    AUC of telling members from others by a score of their rows.
-
-    Args:
-        members (sequence of `np.ndarray`): Per subject the scores of its rows.
-        others (sequence of `np.ndarray`): The same of subjects that were never in.
-
-    Returns:
-        `dict[str, float]`: `auc`, and its standard `error` if there were nothing to tell: rows of one subject are
-        alike, so whole subjects change sides.
-    """
-    rng, subjects = np.random.default_rng(0), [*members, *others]
-    sizes = np.array([len(scores) for scores in subjects])
-    ranks = _by_subject(rankdata(np.concatenate(subjects)), subjects)
-    sums = np.array([found.sum() for found in ranks])
-
-    def auc(order: np.ndarray) -> float:
-        """Mann and Whitney's statistic, if the first of the order were the members."""
-        inside = order[: len(members)]
-        count = sizes[inside].sum()
-        return float((sums[inside].sum() - count * (count + 1) / 2) / (count * (sizes.sum() - count)))
-
-    by_chance = [auc(rng.permutation(len(subjects))) for _ in range(_PERMUTATIONS)]
-    return {"auc": round(auc(np.arange(len(subjects))), 4), "error": round(float(np.std(by_chance)), 4)}
-
-
-def orphans(deleted: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> dict[str, Any]:
-    """
-    Where the questions of deleted subjects go, against those of strangers.
-
-    Args:
-        deleted (sequence of `np.ndarray`): Per subject the weights of its rows, `(rows, num_shards)`.
-        others (sequence of `np.ndarray`): The same of strangers.
-
-    Returns:
-        `dict`: `deleted` and `strangers`, mean weights by shard; their total variation `distance`, and `chance`, how
-        often as much lies between as many subjects drawn from both.
-    """
-    rng = np.random.default_rng(0)
-    means = np.array([weights.mean(0) for weights in (*deleted, *others)])
-
-    def distance(order: Sequence[int]) -> float:
-        one, other = (means[part].mean(0) for part in np.split(order, [len(deleted)]))
-        return float(np.abs(one - other).sum() / 2)
-
-    found = distance(np.arange(len(means)))
-    by_chance = [distance(rng.permutation(len(means))) for _ in range(_PERMUTATIONS)]
-    return {
-        "deleted": means[: len(deleted)].mean(0).round(4).tolist(),
-        "strangers": means[len(deleted) :].mean(0).round(4).tolist(),
-        "distance": round(found, 4),
-        "chance": round(fmean(value >= found for value in by_chance), 4),
-    }
-
-
-def _by_subject(values: np.ndarray, subjects: Iterable[Sized]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum([len(one) for one in subjects])[:-1])
-
-
 # Measuring a system
 
 
@@ -405,10 +340,10 @@ def _after_deletion(taught: Taught, before: Mapping[str, S3TModel], gate: Mappin
         earlier = {who: answers(before[name], batches[who]) for who in ("deleted", "strangers")}
         for when, here in (("before", earlier), ("after", found)):
             # How much less surprised than the base: what a text is like in general drops out.
-            gains = [_by_subject(base[who] - here[who].loss, asked[who]) for who in ("deleted", "strangers")]
+            gains = [by_subject(base[who] - here[who].loss, asked[who]) for who in ("deleted", "strangers")]
             told[when][name] = membership(*gains)
     weights = [
-        _by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
+        by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
     ]
     return {"after": {"known": known, "membership": told, "orphans": orphans(*weights)}}
 

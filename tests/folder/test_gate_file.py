@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 from hf_s3t.cli.app import app
 from hf_s3t.errors import FolderError, FormatVersionError
 from hf_s3t.folder.gate_file import StoredGate, write_gate
-from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, LEDGER_FILE
+from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
 from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.folder.table_file import read_table
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.purge import purge
 from hf_s3t.records.terms import TermRows, terms_of
@@ -182,6 +183,27 @@ def test_a_damaged_gate_is_refused_and_never_passed_over(path, damage):
     # As it says: without the file the system is as it was.
     (path / GATE_FILE).unlink()
     apply(SystemFolder(path), NAMES[:1])
+
+
+def test_a_gate_is_not_put_where_another_system_lies_by_now(path, tmp_path):
+    folder = SystemFolder(path)
+    gate = folder.load_gate()
+    path.rename(tmp_path / "moved")
+    new_system(path, NAMES, GATED, None)
+    of_the_other = (path / GATE_FILE).read_bytes()
+    with pytest.raises(FolderError, match="another system now"):
+        folder.put_gate(gate, {"gate": "terms"})
+    assert (path / GATE_FILE).read_bytes() == of_the_other
+
+
+def test_a_damaged_gate_keeps_no_deleted_row_in_the_table(path):
+    folder = SystemFolder(path)
+    altered(path / GATE_FILE)
+    with pytest.raises(FolderError, match=r"gate.safetensors was altered"):
+        apply(folder, NAMES[:1])
+    assert NAMES[0] not in read_table(path / TABLE_FILE).columns["id"].to_pylist()
+    (path / GATE_FILE).unlink()
+    assert SystemFolder(path).is_deleted(NAMES[0])
 
 
 def test_a_gate_that_says_of_itself_what_it_was_not_written_with_is_refused(path):

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_s3t import S3TModel
-from hf_s3t.errors import CallStoppedError, ConfigError, FolderError, S3TError, StaleCacheError
+from hf_s3t.errors import CallStoppedError, ConfigError, FolderError, FormatVersionError, S3TError, StaleCacheError
 from hf_s3t.model.gates import chosen
 from hf_s3t.model.gating import Gating
 from hf_s3t.model.route import Route
@@ -679,3 +679,24 @@ def test_embeddings_alone_are_no_prompt(known_facts):
         assert difference(model(**embedded).logits, model(**inputs).logits) <= TOLERANCE
     whole = model.generate(**inputs, **asked)
     assert torch.equal(model.generate(**inputs, **embedded, **asked), whole)
+
+
+def test_what_is_grown_again_is_weighed_without_what_was_deleted(known_facts):
+    """What serves has seen the slice again, and only the counts tell what is gone from it."""
+    model, other, row = load(known_facts), load(known_facts), facts()[0]
+    before = [one.gate_weights(**prompt_of(row)) for one in (model, other)]
+    model.unlearn([row["id"]])
+    plant_stages(trainer_of_facts(known_facts, gate="terms", gate_top_k=1, gate_temperature=0.1))
+    after = [one.gate_weights(**prompt_of(row)) for one in (model, other, load(known_facts))]
+    assert model.status()["depths"] == [2] * SHARDS
+    assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+    assert not torch.equal(before[0], after[0])
+
+
+def test_a_live_model_deletes_nothing_that_a_gate_of_another_release_would_keep(known_facts):
+    model, file = load(known_facts), known_facts / "gate.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    with pytest.raises(FormatVersionError, match="version 9"):
+        model.unlearn([facts()[0]["id"]])
+    assert not (known_facts / "ledger.jsonl").read_bytes()
+    assert model.folder.table.rows

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from demo.invented_people import ATTRIBUTES
 from studies.figures import draw
-from studies.gates import AS_TRAINED, KINDS, membership, orphans, people
+from studies.gates import AS_TRAINED, KINDS, people
+from studies.membership import membership, orphans
 from studies.rewording import REWORDINGS, reworded
 from studies.tables_of_gates import TABLES, layouts
 
