@@ -37,17 +37,21 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "figures": ["matplotlib>=3.10"],
     "lm_eval": ["lm-eval[hf]==0.4.13"],
+    "serve": ["fastapi>=0.165", "httpx2>=2.16", "prometheus_client>=0.26", "pydantic>=2.14", "uvicorn>=0.54"],
     "vision": ["pillow>=12.0"],
 }
 EXTRAS_REQUIRE["test"] = [
     *EXTRAS_REQUIRE["figures"],
     *EXTRAS_REQUIRE["lm_eval"],
+    *EXTRAS_REQUIRE["serve"],
     *EXTRAS_REQUIRE["vision"],
     "hypothesis>=6.170",
+    "openai>=3.57",
     "pytest>=9.2",
     "pytest-cov>=7.1",
     "pytest-xdist>=3.8",
     "schedulefree>=1.4",
+    "schemathesis>=4.32",
 ]
 EXTRAS_REQUIRE["dev"] = [
     *EXTRAS_REQUIRE["docs"],

@@ -25,7 +25,7 @@ FLOORS = (
     {"folder"},
     {"hub", "operations"},
     {"model"},
-    {"training"},
+    {"training", "server"},
     {"baselines"},
     {"cli"},
 )
