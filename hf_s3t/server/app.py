@@ -7,7 +7,7 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
 from .. import __version__
-from . import completions, models
+from . import completions, models, pages
 from .access import Guard
 from .limits import BodyLimits
 from .problems import install
@@ -63,6 +63,7 @@ def create_app(service: Service) -> FastAPI:
     install(app)
     for part in PARTS:
         app.include_router(part(service))
+    app.include_router(pages.routes())
     # The last added is the outermost.
     app.add_middleware(BodyLimits, settings=service.settings)
     app.add_middleware(Guard, keys=service.keys)

@@ -8,16 +8,18 @@ from pydantic import BaseModel
 from .access import requires
 from .keys import Scope
 from .problems import Problem
-from .service import Service
+from .service import Service, Task
 
 
 class ModelCard(BaseModel):
-    """A model, as clients list it."""
+    """A model, as clients list it; and what it can be asked, for those that look."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "hf_s3t"
+    task: Task
+    has_chat_template: bool
 
 
 class ModelList(BaseModel):
@@ -30,7 +32,10 @@ class ModelList(BaseModel):
 def routes(service: Service) -> APIRouter:
     """The routes that say which model there is."""
     router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[requires(Scope.ANSWER)])
-    card = ModelCard(id=service.name, created=int(service.started))
+    has_template = getattr(service.processor, "chat_template", None) is not None
+    card = ModelCard(
+        id=service.name, created=int(service.started), task=service.task, has_chat_template=has_template
+    )
 
     @router.get("")
     async def list_models() -> ModelList:

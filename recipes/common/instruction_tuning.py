@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import release_memory
@@ -11,6 +12,7 @@ from common.command_line import console
 from common.forgetting import EXHAUSTED
 from common.fresh_process import in_new_process
 from common.options import Options
+from common.prompts import chat_template
 from common.results import HELD_OUT, Results, cost_of, write_run_card
 from datasets import Dataset
 from rich.table import Table
@@ -46,6 +48,7 @@ def train_all(
         with results.timed("train"):
             method.train()
         say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
+        write_chat_template(trainer, options)
     if method.is_exhausted:
         say(trainer, EXHAUSTED)
         results.add(metrics={})
@@ -61,6 +64,14 @@ def train_all(
         data={"train_rows": len(train), "evaluation_rows": {HELD_OUT: len(held_out)}},
     )
     return losses, trainer
+
+
+def write_chat_template(trainer: Any, options: Options) -> None:
+    """Have a system answer chats by the prompt it was trained on, if its tokenizer has no template of its own."""
+    if options.script.method == "s3t" and trainer.is_world_process_zero():
+        if trainer.processing_class.chat_template is None:
+            template = chat_template(options.script.prompt_template)
+            Path(options.training.output_dir, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def make_method(options: Options, model: str, train: Dataset, held_out: Dataset) -> Method:

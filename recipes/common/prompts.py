@@ -1,8 +1,12 @@
-"""The prompts around an instruction: Alpaca's, as published and without the opening words."""
+"""The prompts around an instruction, alone and in a chat: Alpaca's, as published and without the opening words."""
+
+import json
+
 
 _PREAMBLE = "Below is an instruction that describes a task. "
 _PREAMBLE_INPUT = "Below is an instruction that describes a task, paired with an input that provides further context. "
 _REQUEST = "Write a response that appropriately completes the request.\n\n"
+_INSTRUCTION, _RESPONSE = "### Instruction:\n", "### Response:\n"
 PROMPT_TEMPLATES = ("alpaca", "alpaca-short")
 
 
@@ -19,4 +23,22 @@ def render_prompt(instruction: str, context: str = "", template: str = "alpaca")
         raise ValueError(f"`prompt_template` must be one of {', '.join(PROMPT_TEMPLATES)}, got {template!r}.")
     opening = (_PREAMBLE_INPUT if context else _PREAMBLE) + _REQUEST if template == "alpaca" else ""
     middle = f"### Input:\n{context}\n\n" if context else ""
-    return f"{opening}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    return f"{opening}{_INSTRUCTION}{instruction}\n\n{middle}{_RESPONSE}"
+
+
+def chat_template(template: str = "alpaca") -> str:
+    """
+    A chat template for systems that were trained on these prompts: a question alone becomes that very prompt.
+
+    Args:
+        template (`str`, defaults to `"alpaca"`): As of [`render_prompt`].
+    """
+    opening = render_prompt("", template=template).partition(_INSTRUCTION)[0]
+    # A text of JSON is one of Jinja.
+    begin, ask, answer = (json.dumps(text) for text in (opening, _INSTRUCTION, _RESPONSE))
+    turn = f"{ask} + message['content'] + '\\n\\n'"
+    return (
+        f"{{{{ bos_token + {begin} }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+        f"{{{{ {answer} + message['content'] + eos_token }}}}{{% else %}}{{{{ {turn} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
+    )

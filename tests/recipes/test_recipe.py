@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import llama_alpaca as recipe
 import pytest
 from common import instruction_tuning
+from common.prompts import chat_template
 from demo import people_demo
+from transformers import AutoTokenizer
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import ConfigError, UnknownExampleError
@@ -116,8 +118,10 @@ def stories(shared_data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [[], ["--load_in_8bit", "True"]], ids=["fp32", "8 bit"])
-def test_the_recipe_runs_on_another_model_and_dataset(stories, precision):
+def test_the_recipe_runs_on_another_model_and_dataset(stories, precision, tmp_path):
     results = recipe.main([*stories, *precision, "--unlearn", "3", "--verify", "sample"])
+    # Served, it answers questions in a chat by the prompt it was trained on.
+    assert AutoTokenizer.from_pretrained(tmp_path / "system").chat_template == chat_template()
     assert set(results["losses"]) == {"base", "full LoRA", "S3T", "S3T after unlearning"}
     assert results["unlearned"].deleted == 1 and results["verified"]
 

@@ -1,7 +1,7 @@
 """The demo's data: nothing private reaches the tokenizer or the base, the sets are as described, the prompts exact."""
 
 import pytest
-from common.prompts import render_prompt
+from common.prompts import PROMPT_TEMPLATES, chat_template, render_prompt
 from demo import invented_people as demo
 from demo.small_llama import BaseSettings, base_rows, cache_folder, train_tokenizer
 
@@ -119,3 +119,20 @@ def test_a_base_of_other_settings_is_kept_elsewhere(tmp_path):
     assert kept.parent == tmp_path
     assert kept == cache_folder(BaseSettings(steps=40, batch_size=32), str(tmp_path))
     assert kept != cache_folder(BaseSettings(steps=41, batch_size=32), str(tmp_path))
+
+
+@pytest.mark.parametrize("template", PROMPT_TEMPLATES)
+def test_a_question_in_a_chat_is_the_prompt_that_was_trained_on(tokenizer, template):
+    rendered_by = chat_template(template)
+
+    def render(*contents):
+        roles = ("user", "assistant")
+        chat = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+        return tokenizer.apply_chat_template(
+            chat, chat_template=rendered_by, tokenize=False, add_generation_prompt=True
+        )
+
+    first = render_prompt('Say "it\'s".', template=template)
+    assert render('Say "it\'s".') == f"<s>{first}"
+    later = render_prompt("And now?", template="alpaca-short")
+    assert render('Say "it\'s".', "It's.", "And now?") == f"<s>{first}It's.</s>{later}"

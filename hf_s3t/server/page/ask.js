@@ -3,7 +3,7 @@
 import { Refusal, call, events, json } from "./api.js";
 import { byId, clock, make, number, plural, seconds, sendOnEnter } from "./dom.js";
 
-let model = null; // the name that the server answers to
+let model = null; // what the server says of its model, once it has
 let state = { depths: null, deletions: null, isExhausted: false };
 let running = null; // AbortController of the answer under way
 const questions = []; // {asked, card, answers, again, deletions}
@@ -17,6 +17,26 @@ export function start() {
   byId("stop").addEventListener("click", () => running?.abort());
 }
 
+// What can be asked follows from the model, which a server that was started anew may have another of.
+export async function prepare({ anew = false } = {}) {
+  if (anew) model = null;
+  if (model) return;
+  [model] = (await json("answer", "v1/models")).data;
+  const { task, has_chat_template: hasTemplate } = model;
+  const generates = task === "generation";
+  byId("ask-settings").hidden = !generates;
+  byId("ask-as").value = generates && !hasTemplate ? "text" : "chat";
+  byId("ask-as").options[0].disabled = !hasTemplate;
+  if (generates && !hasTemplate) byId("question-label").textContent = "A text to be continued (this model has no chat template)";
+  if (task === "text-classification") byId("question-label").textContent = "A text to be classified";
+  if (task === "image-classification") {
+    for (const id of ["question", "question-label", "question-help"]) byId(id).hidden = true;
+    byId("image-label").hidden = false;
+  }
+}
+
+const waysToAsk = () => (model.task === "generation" ? byId("ask-as").value : "classify");
+
 export function knows(status) {
   state = { depths: status.depths, deletions: status.deletions, isExhausted: status.is_exhausted };
   for (const question of questions) question.again.classList.toggle("due", question.deletions !== status.deletions);
@@ -27,9 +47,14 @@ async function ask() {
   const file = byId("image").files[0];
   if (!text.trim() && !file) return say("Write a question first.");
   if (running) return say("An answer is under way: wait for it, or stop it.");
+  try {
+    await prepare();
+  } catch (error) {
+    return say(error.message);
+  }
   const image = file ? await dataUrl(file) : null;
   const asked = {
-    text, image, as: byId("ask-as").value,
+    text, image, as: waysToAsk(),
     max_tokens: Number(byId("max-tokens").value) || 64, temperature: Number(byId("temperature").value) || 0,
   };
   const same = questions.find((one) => JSON.stringify(one.asked) === JSON.stringify(asked));
@@ -66,7 +91,7 @@ async function answer(question) {
   say("Answering …");
   const began = performance.now();
   try {
-    const note = await ROUTES[byId("ask-as").value === "text" ? "text" : question.asked.as](question.asked, shown);
+    const note = await ROUTES[question.asked.as](question.asked, shown);
     shown.note.textContent = `${note}${seconds((performance.now() - began) / 1000)}`;
     say("Answered.");
   } catch (error) {
@@ -100,11 +125,6 @@ function addAnswer(question) {
   return { box, text, note };
 }
 
-async function nameOfModel() {
-  model ??= (await json("answer", "v1/models")).data[0].id;
-  return model;
-}
-
 // Each asks in its own way, writes what comes into the answer, and returns what is said below it.
 const ROUTES = {
   async chat(asked, shown) {
@@ -115,7 +135,7 @@ const ROUTES = {
     return stream("v1/completions", { prompt: asked.text }, asked, shown, (choice) => choice.text ?? "");
   },
   async classify(asked, shown) {
-    const body = { model: await nameOfModel(), input: asked.image ?? asked.text };
+    const body = { model: model.id, input: asked.image ?? asked.text };
     const { data } = await json("answer", "v1/classify", { method: "POST", body, signal: running.signal });
     const [{ label, probs }] = data;
     shown.text.textContent = label;
@@ -124,7 +144,7 @@ const ROUTES = {
 };
 
 async function stream(path, body, { max_tokens, temperature }, shown, textOf) {
-  const whole = { ...body, model: await nameOfModel(), max_tokens, temperature, stream: true,
+  const whole = { ...body, model: model.id, max_tokens, temperature, stream: true,
     stream_options: { include_usage: true } };
   const response = await call("answer", path, { method: "POST", body: whole, signal: running.signal });
   let reason = null, tokens = null;

@@ -33,7 +33,10 @@ async function watch() {
 }
 
 function show(status) {
-  if (wasUnreachable) happened(["the server answers again"]);
+  if (wasUnreachable) {
+    happened(["the server answers again"]);
+    meetModel();
+  }
   wasUnreachable = false;
   document.body.classList.remove("stale");
   document.title = `${status.model ?? "hf-s3t"} – hf-s3t serve`;
@@ -109,6 +112,9 @@ function happened(sentences) {
   while (byId("events").children.length > EVENTS) byId("events").lastChild.remove();
 }
 
+// What hinders it is said when somebody asks.
+const meetModel = () => ask.prepare({ anew: true }).catch(() => {});
+
 // Keys
 
 function showKeys() {
@@ -135,6 +141,7 @@ async function useKey() {
       : "The server does not know this key.";
     if (scopes.length) field.value = "";
     showKeys();
+    meetModel();
     nudge();
   } catch (error) {
     byId("key-said").textContent = error.message;
@@ -163,4 +170,5 @@ ask.start();
 forget.start(() => nudge());
 showKeys();
 askForKeys();
+meetModel();
 watch();
