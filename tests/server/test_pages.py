@@ -115,5 +115,32 @@ def test_every_field_has_a_label_and_every_name_is_there():
     assert named | pointed <= set(ids)
 
 
+def luminance(colour: str) -> float:
+    """The relative luminance of a colour, as WCAG 2.2 defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+# What stands on what: a text and its background, both by their names in the stylesheet.
+TEXTS = (
+    *((text, back) for text in ("ink", "faint") for back in ("card", "back")),
+    *(("on-accent", "accent"), ("accent", "card"), ("ink", "tint"), ("card", "bad"), ("bad", "card"), ("bad", "back")),
+    *((kind, f"{kind}-tint") for kind in ("good", "fair", "bad")),
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_it_stands_on(scheme):
+    """4.5 to 1, which WCAG 2.2 asks for texts of any size."""
+    css = (FOLDER / "page.css").read_text(encoding="utf-8")
+    roots = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w+);", roots[["light", "dark"].index(scheme)]))
+    for text, back in TEXTS:
+        darker, lighter = sorted((luminance(colours[text]), luminance(colours[back])))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, f"{text} on {back}"
+
+
 def test_the_page_is_no_part_of_the_description_of_the_api(client):
     assert client.get("/openapi.json").json()["paths"] == {}
