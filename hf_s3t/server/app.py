@@ -7,7 +7,7 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
 from .. import __version__
-from . import completions, models, pages
+from . import chat, classify, completions, models, pages
 from .access import Guard
 from .limits import BodyLimits
 from .problems import install
@@ -18,6 +18,8 @@ from .service import Service
 PARTS: tuple[Callable[[Service], APIRouter], ...] = (
     models.routes,
     completions.routes,
+    chat.routes,
+    classify.routes,
 )
 
 
