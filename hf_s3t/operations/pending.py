@@ -110,6 +110,12 @@ class PendingRequests:
         groups = self.folder.table.groups_of(self.ids()) if digests else []
         return [group for group in groups if self.folder.names.group_digest(group) in digests]
 
+    def waiting(self) -> list[tuple[str | None, int]]:
+        """Of each request of which something is still in: by when it is to be applied, and how many examples."""
+        lines, deleted = self._lines(), self.folder.ledger.deleted
+        left = [(line["apply_by"], sum(one not in deleted for one in line["ids"])) for line in lines]
+        return [(due, examples) for due, examples in left if examples]
+
     def request(self) -> DeletionRequest:
         """All that waits, as one request."""
         return DeletionRequest(self.ids(), self.groups(), missing="ignore")
