@@ -7,9 +7,10 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
 from .. import __version__
-from . import chat, classify, completions, models, pages
+from . import chat, classify, completions, erasures, models, pages, status
 from .access import Guard
 from .limits import BodyLimits
+from .logs import Observed
 from .problems import install
 from .service import Service
 
@@ -20,6 +21,8 @@ PARTS: tuple[Callable[[Service], APIRouter], ...] = (
     completions.routes,
     chat.routes,
     classify.routes,
+    erasures.routes,
+    status.routes,
 )
 
 
@@ -69,4 +72,5 @@ def create_app(service: Service) -> FastAPI:
     # The last added is the outermost.
     app.add_middleware(BodyLimits, settings=service.settings)
     app.add_middleware(Guard, keys=service.keys)
+    app.add_middleware(Observed, metrics=service.metrics)
     return app

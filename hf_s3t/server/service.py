@@ -15,9 +15,10 @@ from .batching import Batcher
 from .classification import Classifier
 from .generation import Generator, eos_tokens
 from .keys import Keys
-from .measuring import Metrics, NoMetrics
+from .measuring import Metrics
 from .prompts import Prompts
 from .settings import ServerSettings
+from .watching import PrometheusMetrics
 
 
 class Task(StrEnum):
@@ -51,7 +52,7 @@ class Service:
     processor: Any
     settings: ServerSettings = field(default_factory=ServerSettings)
     keys: Keys = field(default_factory=lambda: Keys({}))
-    metrics: Metrics = field(default_factory=NoMetrics)
+    metrics: Metrics = field(default_factory=PrometheusMetrics)
     engine: Any = None
     started: float = field(default_factory=time.time)
     # Set by the part that erases, for those that show what waits.
