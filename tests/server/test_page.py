@@ -67,23 +67,28 @@ def open_page(browser):
 
 
 def trainer_of(path: Path):
-    """A trainer of the system of these tests: two shards of three slices, four examples of each of six persons."""
+    """A trainer of the system of these tests: two shards of three slices, two examples of each of twelve persons."""
     rows = rows_for(tiny_llama(), 24)
-    names = [HOSTILE, *(f"user-{n}" for n in range(1, 6))]
-    rows = [{**row, "id": f"row-{n}", "person": names[n // 4]} for n, row in enumerate(rows)]
+    names = [HOSTILE, *(f"user-{n}" for n in range(1, 12))]
+    rows = [{**row, "id": f"row-{n}", "person": names[n // 2]} for n, row in enumerate(rows)]
     config = S3TConfig(num_shards=2, num_slices=3, id_column="id", group_column="person")
     return make_trainer(path, tiny_llama(), rows, config=config)
 
 
-@pytest.fixture
-def system(tmp_path):
-    path = tmp_path / "tiny-s3t"
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("planted") / "tiny-s3t"
     tiny_llama().save_pretrained(path / "base")
     plant_stages(trainer_of(path))
     tokenizer = tokenizer_of_words()
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def system(planted, tmp_path):
+    return shutil.copytree(planted, tmp_path / planted.name)
 
 
 def free_port() -> int:
@@ -171,23 +176,23 @@ def test_the_whole_story(system, open_page, tmp_path):
 
         look_for(page, "user-2")
         preview = httpx2.post(f"{url}/v1/erasures?dry_run=true", json={"groups": ["user-2"]}).json()
-        expect(page.locator("#found")).to_contain_text("4 examples")
+        expect(page.locator("#found")).to_contain_text("2 examples")
         expect(page.locator(".stage.would-go")).to_have_count(len(preview["stages"]))
         assert drawn(page, "would-go") == set(preview["stages"])
 
         # Whoever thinks better of it changes nothing: by the button, and by Escape.
-        page.get_by_role("button", name="Forget 4 examples").click()
-        expect(page.get_by_role("dialog")).to_contain_text("Forget 4 examples (user-2)?")
+        page.get_by_role("button", name="Forget 2 examples").click()
+        expect(page.get_by_role("dialog")).to_contain_text("Forget 2 examples (user-2)?")
         expect(page.get_by_role("button", name="Keep them")).to_be_focused()
         page.get_by_role("button", name="Keep them").click()
-        page.get_by_role("button", name="Forget 4 examples").click()
+        page.get_by_role("button", name="Forget 2 examples").click()
         page.keyboard.press("Escape")
         expect(page.get_by_role("dialog")).to_be_hidden()
         assert status_of(url)["deletions"] == 0
 
-        page.get_by_role("button", name="Forget 4 examples").click()
+        page.get_by_role("button", name="Forget 2 examples").click()
         page.get_by_role("button", name="Forget them").click()
-        expect(page.locator(".done")).to_contain_text("4 examples forgotten")
+        expect(page.locator(".done")).to_contain_text("2 examples forgotten")
         expect(page.locator("#events")).to_contain_text("went")
         after = status_of(url)
         assert after["deletions"] == 1
@@ -235,7 +240,7 @@ def test_by_the_keyboard_alone(system, open_page):
             page.keyboard.press("Tab")
         page.keyboard.type("user-3")
         page.keyboard.press("Enter")
-        forget = page.get_by_role("button", name="Forget 4 examples")
+        forget = page.get_by_role("button", name="Forget 2 examples")
         expect(forget).to_be_visible()
         for _ in range(6):
             if forget.evaluate("one => one === document.activeElement"):
@@ -245,7 +250,7 @@ def test_by_the_keyboard_alone(system, open_page):
         expect(page.get_by_role("button", name="Keep them")).to_be_focused()
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        expect(page.locator(".done")).to_contain_text("4 examples forgotten")
+        expect(page.locator(".done")).to_contain_text("2 examples forgotten")
 
 
 def test_a_request_for_later_waits_and_is_shown_as_waiting(system, open_page):
@@ -281,7 +286,7 @@ def test_names_are_texts_whatever_they_look_like(system, open_page):
         look_for(page, HOSTILE)
         page.locator("#found summary").click()
         expect(page.locator("#found-rows")).to_contain_text(HOSTILE)
-        page.get_by_role("button", name="Forget 4 examples").click()
+        page.get_by_role("button", name="Forget 2 examples").click()
         expect(page.get_by_role("dialog")).to_contain_text(HOSTILE)
         assert page.locator("img").count() == 0
 
@@ -322,7 +327,7 @@ def test_keys_are_asked_for_kept_in_the_tab_and_each_is_told_what_it_may(system,
         use.click()
         expect(page.locator("#key-said")).to_have_text("You may forget, watch with it.")
         look_for(page, "user-1")
-        expect(page.get_by_role("button", name="Forget 4 examples")).to_be_visible()
+        expect(page.get_by_role("button", name="Forget 2 examples")).to_be_visible()
         assert all(key not in page.url and key not in page.locator("body").inner_text() for key in keys.values())
         assert page.evaluate("() => localStorage.length") == 0
 
@@ -338,8 +343,10 @@ def test_keys_are_asked_for_kept_in_the_tab_and_each_is_told_what_it_may(system,
 def test_an_exhausted_system_says_so_and_comes_back(system, open_page):
     with server(system) as url:
         page = open_page(url)
-        # A row of each slice.
-        look_for(page, "\n".join(f"row-{n}" for n in range(0, 24, 4)), "id")
+        asked = [("id", f"row-{n}") for n in range(24)]
+        found = httpx2.get(f"{url}/v1/examples", params=asked).json()["data"]
+        one_of_each_slice = {(one["shard"], one["slice"]): one["id"] for one in found}
+        look_for(page, "\n".join(one_of_each_slice.values()), "id")
         expect(page.locator("#cost .notice")).to_contain_text("Nothing would be left to answer")
         page.get_by_role("button", name="Forget 6 examples").click()
         page.get_by_role("button", name="Forget them").click()
@@ -359,18 +366,18 @@ def test_a_server_that_is_gone_and_one_that_is_back(system, open_page):
         page = open_page(url)
         expect(page.get_by_role("status").first).to_have_text("Answers")
         look_for(page, "user-5")
-        expect(page.get_by_role("button", name="Forget 4 examples")).to_be_visible()
+        expect(page.get_by_role("button", name="Forget 2 examples")).to_be_visible()
     expect(page.get_by_role("status").first).to_contain_text("cannot be reached")
     page.get_by_label("Your question").fill("w7")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator(".answer.failed")).to_contain_text("cannot be reached")
     # Whether it was done is not known; sent again it is the same request.
-    page.get_by_role("button", name="Forget 4 examples").click()
+    page.get_by_role("button", name="Forget 2 examples").click()
     page.get_by_role("button", name="Forget them").click()
     expect(page.locator("#forgotten")).to_contain_text("Whether it was forgotten is not known")
     with server(system, port) as url:
         page.get_by_role("button", name="Send it again").click()
-        expect(page.locator(".done")).to_contain_text("4 examples forgotten")
+        expect(page.locator(".done")).to_contain_text("2 examples forgotten")
         expect(page.get_by_role("status").first).to_have_text("Answers")
         expect(page.locator("#events")).to_contain_text("the server answers again")
         assert status_of(url)["deletions"] == 1
@@ -392,7 +399,7 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_is_large_enough_for_a_fing
         page.locator("#found summary").click()
         page.locator("#stage-table summary").click()
         assert overflow(page) == 0
-        page.get_by_role("button", name="Forget 4 examples").click()
+        page.get_by_role("button", name="Forget 2 examples").click()
         assert overflow(page) == 0
         small = "all => all.filter(one => one.offsetHeight && one.offsetHeight < 32).map(one => one.outerHTML)"
         assert (
@@ -411,7 +418,7 @@ def test_who_wants_no_motion_sees_none(system, open_page):
     with server(system) as url:
         page = open_page(url, reduced_motion="reduce")
         look_for(page, "user-1")
-        page.get_by_role("button", name="Forget 4 examples").click()
+        page.get_by_role("button", name="Forget 2 examples").click()
         page.get_by_role("button", name="Forget them").click()
         gone = page.locator(".stage.gone").first
         expect(gone).to_be_visible()
@@ -427,6 +434,6 @@ def test_a_screen_reader_is_told_what_the_picture_shows(system, open_page):
             expect(picture).to_be_visible()
         page.locator("#stage-table summary").click()
         expect(page.locator("#stage-rows tr")).to_have_count(2)
-        expect(page.get_by_role("log", name="What happened").or_(page.get_by_role("log"))).to_have_count(1)
+        expect(page.get_by_role("log", name="What happened")).to_have_count(1)
         unnamed = "all => all.filter(one => !one.labels?.length && !one.textContent.trim()).map(one => one.outerHTML)"
         assert page.locator("input, select, textarea, button").evaluate_all(unnamed) == []

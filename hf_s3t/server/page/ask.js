@@ -135,7 +135,7 @@ const ROUTES = {
     return stream("v1/completions", { prompt: asked.text }, asked, shown, (choice) => choice.text ?? "");
   },
   async classify(asked, shown) {
-    const body = { model: model.id, input: asked.image ?? asked.text };
+    const body = { model: model.id, ...(asked.image ? { images: [asked.image] } : { input: asked.text }) };
     const { data } = await json("answer", "v1/classify", { method: "POST", body, signal: running.signal });
     const [{ label, probs }] = data;
     shown.text.textContent = label;

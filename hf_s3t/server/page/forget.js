@@ -45,7 +45,7 @@ async function find() {
       json("erase", `v1/examples?${asked}`),
       json("erase", "v1/erasures?dry_run=true", { method: "POST", body: request }),
     ]);
-    show(examples.data ?? examples, preview, request);
+    show(examples.data, preview, request);
   } catch (error) {
     say(error.message);
     report(error);
@@ -53,41 +53,43 @@ async function find() {
 }
 
 function show(examples, preview, request) {
-  const duplicates = preview.duplicates?.length ?? 0;
-  const going = preview.requested - preview.already_deleted + duplicates;
-  if (!going) {
-    return say(`${plural(preview.already_deleted, "example")} of that name ${
-      preview.already_deleted === 1 ? "was" : "were"} forgotten before: nothing is left to forget.`);
+  if (!preview.deleted) {
+    const gone = preview.already_deleted;
+    return say(gone ? `${plural(gone, "example")} of that name ${gone === 1 ? "was" : "were"} forgotten before: nothing is left to forget.`
+      : "It was forgotten before: nothing is left to forget.");
   }
-  found = { request, preview, going };
+  found = { request, preview };
   say("");
-  byId("found-summary").textContent = plural(examples.filter((one) => !one.deleted).length, "example")
-    + (duplicates ? `, and ${plural(duplicates, "row")} of the same content` : "");
+  byId("found-summary").textContent = plural(preview.deleted, "example");
   byId("found-rows").replaceChildren(...examples.slice(0, LISTED).map(row),
     ...(examples.length > LISTED ? [rest(examples.length - LISTED)] : []));
-  byId("cost").replaceChildren(...cost(preview));
-  byId("forget").textContent = `Forget ${plural(going, "example")} …`;
+  byId("cost").replaceChildren(...cost(preview, request));
+  byId("forget").textContent = `Forget ${plural(preview.deleted, "example")} …`;
   byId("found").hidden = false;
   markWouldGo(preview.stages);
 }
 
 function row({ id, group, shard, slice, deleted }) {
   const where = deleted ? ["forgotten before", ""] : [shard, slice];
-  return make("tr", {}, make("th", { scope: "row", textContent: id }),
+  return make("tr", {}, make("th", { scope: "row", textContent: id ?? "all of it" }),
     ...[group ?? "", ...where].map((text) => make("td", { textContent: text })));
 }
 
 const rest = (n) => make("tr", {}, make("td", { colSpan: 4, textContent: `and ${number(n)} more` }));
 
-function cost(preview) {
+function cost(preview, request) {
   const lines = preview.stages.length ? stagesByShard(preview.stages) : ["No stage would go."];
   lines.push(`Depths ${depths(preview)}.`);
   const { deletions_left_before: before, deletions_left_after: after } = preview;
-  if (before !== undefined && after !== undefined) {
-    lines.push(`Expected further deletions until nothing answers: ${number(before, 1)} → ${number(after, 1)}.`);
-  }
+  lines.push(`Expected further deletions until nothing answers: ${number(before, 1)} → ${number(after, 1)}.`);
   if (preview.work_to_regrow) {
     lines.push(`To grow it again takes ${number(preview.work_to_regrow, 2)} of a plain fine-tuning on all the data.`);
+  }
+  const equal = preview.duplicates;
+  if (request.include_duplicates) lines.push("Rows of the same content under other ids are among them.");
+  else if (equal.length) {
+    lines.push(`${plural(equal.length, "row")} of the same content under other ids would stay: ${
+      equal.slice(0, LISTED).join(", ")}${equal.length > LISTED ? ", …" : ""}.`);
   }
   const said = lines.map((line) => make("p", { textContent: line }));
   if (preview.is_exhausted) said.push(make("p", { className: "notice", textContent: EXHAUSTS }));
@@ -104,12 +106,15 @@ const EXHAUSTS = "Nothing would be left to answer: until stages are grown again,
 const depths = ({ depths_before: before, depths_after: after }) => `[${before.join(", ")}] → [${after.join(", ")}]`;
 
 function confirm() {
-  const { preview, going, request } = found;
+  const { preview, request } = found;
   const names = request.groups ?? request.ids;
   const of = names.length === 1 ? ` (${names[0]})` : "";
-  byId("confirm-title").textContent = `Forget ${plural(going, "example")}${of}?`;
+  byId("confirm-title").textContent = `Forget ${plural(preview.deleted, "example")}${of}?`;
   byId("confirm-cost").textContent = `${plural(preview.stages.length, "stage")} will go, depths ${depths(preview)}.`
     + (preview.is_exhausted ? ` ${EXHAUSTS}` : "");
+  // What is of the same content is found when it is erased, so that cannot wait.
+  byId("when").disabled = request.include_duplicates;
+  if (request.include_duplicates) byId("when").value = "";
   byId("confirm").returnValue = "keep";
   byId("confirm").showModal();
 }
@@ -203,7 +208,7 @@ export async function list() {
     byId("erasure-rows").replaceChildren(...data.map((one) => make("tr", {},
       make("th", { scope: "row", textContent: one.id }), make("td", { textContent: fromNow(one.created) }),
       make("td", { textContent: STATES[one.status] ?? one.status }),
-      make("td", { textContent: one.deleted ?? one.requested ?? "" }),
+      make("td", { textContent: one.status === "done" ? one.deleted : one.requested }),
       make("td", {}, one.status === "done" ? receiptButton(one) : ""))));
   } catch (error) {
     byId("erasures").hidden = true;
@@ -213,7 +218,7 @@ export async function list() {
   }
 }
 
-const STATES = { done: "done", waiting: "waits", interrupted: "interrupted: send it again" };
+const STATES = { done: "done", waiting: "waits", running: "under way", interrupted: "interrupted: send it again" };
 
 function say(words) {
   byId("find-said").textContent = words;
