@@ -98,10 +98,12 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _collect(service: Service, answer: Answer[Classified], num_tokens: int) -> dict[str, Any]:
-    labels = service.model.config.id2label
+    labels = service.model.config.id2label or {}
     found = [one.probs for one in await answer.all()]
     data = [
-        Classification(index=index, label=str(labels[_best(probs)]), probs=probs, num_classes=len(probs))
+        Classification(
+            index=index, label=str(labels.get(_best(probs), _best(probs))), probs=probs, num_classes=len(probs)
+        )
         for index, probs in enumerate(found)
     ]
     service.metrics.tokens(num_tokens, 0)

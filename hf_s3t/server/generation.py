@@ -1,7 +1,7 @@
 """A batch of rows through `model.generate`: each row is read, and ended, by itself."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -168,8 +168,7 @@ class Reading(StoppingCriteria):
         for row, token, told in zip(self._rows, tokens, self._scoring.told(tokens), strict=True):
             if not row.is_over:
                 row.take(token, told)
-        is_over: Any = torch.tensor([row.is_over for row in self._rows], device=input_ids.device)
-        return is_over
+        return cast(torch.BoolTensor, torch.tensor([row.is_over for row in self._rows], device=input_ids.device))
 
 
 def eos_tokens(model: S3TModel, tokenizer: Any) -> frozenset[int]:
