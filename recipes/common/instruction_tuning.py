@@ -69,8 +69,10 @@ def train_all(
 def write_chat_template(trainer: Any, options: Options) -> None:
     """Have a system answer chats by the prompt it was trained on, if its tokenizer has no template of its own."""
     if options.script.method == "s3t" and trainer.is_world_process_zero():
-        if trainer.processing_class.chat_template is None:
-            template = chat_template(options.script.prompt_template)
+        tokenizer = trainer.processing_class
+        if tokenizer.chat_template is None:
+            has_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+            template = chat_template(options.script.prompt_template, has_bos)
             Path(options.training.output_dir, "chat_template.jinja").write_text(template, encoding="utf-8")
 
 

@@ -121,7 +121,7 @@ def stories(shared_data, tmp_path):
 def test_the_recipe_runs_on_another_model_and_dataset(stories, precision, tmp_path):
     results = recipe.main([*stories, *precision, "--unlearn", "3", "--verify", "sample"])
     # Served, it answers questions in a chat by the prompt it was trained on.
-    assert AutoTokenizer.from_pretrained(tmp_path / "system").chat_template == chat_template()
+    assert AutoTokenizer.from_pretrained(tmp_path / "system").chat_template == chat_template("alpaca-short")
     assert set(results["losses"]) == {"base", "full LoRA", "S3T", "S3T after unlearning"}
     assert results["unlearned"].deleted == 1 and results["verified"]
 
