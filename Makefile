@@ -22,7 +22,7 @@ CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo docs test test-slow test-all test-lowest coverage lint format bench dist clean
+.PHONY: help .venv demo docs test test-slow test-all test-lowest test-browser coverage lint format bench dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -63,6 +63,14 @@ test-all: $(STAMP)  ## every test, within thirty
 
 test-lowest: $(LOWEST)/.installed  ## the unit suite with the oldest versions that setup.py claims
 	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not slow and not gpu" $(ARGS)
+
+# Playwright without a browser of its own: it drives Debian's, or the one that HF_S3T_CHROMIUM names.
+test-browser: $(STAMP)  ## the page of `hf-s3t serve` in a real browser; installs playwright, and Chromium where apt can
+	$(BIN)/python -m pip install --quiet "playwright>=1.65"
+	@test -n "$$HF_S3T_CHROMIUM" || command -v chromium || { test "$$(id -u)" = 0 && command -v apt-get && \
+		apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } >/dev/null || { \
+		echo "There is no Chromium here. Install it (apt install chromium), or name one by HF_S3T_CHROMIUM."; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py $(ARGS)
 
 coverage: $(STAMP)  ## the unit suite, and that it runs as much of the package as before
 	$(PYTEST) -m "not slow and not gpu" --cov --cov-report term:skip-covered $(ARGS)

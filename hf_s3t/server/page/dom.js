@@ -15,6 +15,8 @@ export const number = (value, digits = 0) =>
 
 export const clock = (time = new Date()) => time.toLocaleTimeString("en-GB");
 
+export const when = (time) => new Date(time).toLocaleString("en-GB", { dateStyle: "short", timeStyle: "medium" });
+
 // "in 3 hours", "2 minutes ago"
 export function fromNow(time, now = Date.now()) {
   const seconds = (new Date(time).getTime() - now) / 1000;

@@ -1,7 +1,7 @@
 // Forgetting: find, see what it costs, confirm, and keep the receipt. And which erasures wait and were done.
 
 import { Refusal, json, randomName } from "./api.js";
-import { byId, fromNow, make, number, plural, seconds, sendOnEnter } from "./dom.js";
+import { byId, fromNow, make, number, plural, seconds, sendOnEnter, when } from "./dom.js";
 import { markWouldGo } from "./picture.js";
 
 const LISTED = 50;
@@ -206,7 +206,7 @@ export async function list() {
     byId("erasures").hidden = !data.length;
     byId("erasures-said").hidden = true;
     byId("erasure-rows").replaceChildren(...data.map((one) => make("tr", {},
-      make("th", { scope: "row", textContent: one.id }), make("td", { textContent: fromNow(one.created) }),
+      make("th", { scope: "row", textContent: one.id }), make("td", { textContent: when(one.created) }),
       make("td", { textContent: STATES[one.status] ?? one.status }),
       make("td", { textContent: one.status === "done" ? one.deleted : one.requested }),
       make("td", {}, one.status === "done" ? receiptButton(one) : ""))));

@@ -43,8 +43,12 @@ function layoutOf(names) {
   return { places, columns: place(root, 0, 0), rows };
 }
 
+const setOf = (stage) => slicesOf(stage).sort((a, b) => a - b).join();
+
+// A stage counts by the set of its slices: what is there in another order is not missing.
 function statesOf(shard) {
-  const found = new Map(shard.planned.map((name) => [name, "missing"]));
+  const there = new Set(shard.stages.map(({ stage }) => setOf(stage)));
+  const found = new Map(shard.planned.filter((name) => !there.has(setOf(name))).map((name) => [name, "missing"]));
   for (const { stage, is_serving } of shard.stages) found.set(stage, is_serving ? "serves" : "kept");
   return found;
 }
@@ -126,13 +130,13 @@ function build(shard, names, key) {
 const WORDS = { serves: "serves", kept: "kept, serves when those that serve go", missing: "not there" };
 
 function paint(block, name, state) {
-  const before = states?.get(name);
+  const before = states ? (states.get(name) ?? "missing") : state;
   block.classList.remove("serves", "kept", "missing");
   block.classList.add(state);
   block.classList.toggle("would-go", wouldGo.has(name) && state !== "missing");
   block.querySelector("title").textContent = `Stage ${slicesOf(name).join("-")}, trained on ${
     plural(slicesOf(name).length, "slice")}: ${WORDS[state]}`;
-  if (before && before !== "missing" && state === "missing") flash(block, "gone");
+  if (before !== "missing" && state === "missing") flash(block, "gone");
   if (before === "missing" && state !== "missing") flash(block, "grown");
 }
 
