@@ -8,11 +8,11 @@ from typing import Any
 
 from accelerate.utils import release_memory
 from common import lm_evaluation
+from common.chats import chat_template
 from common.command_line import console
 from common.forgetting import EXHAUSTED
 from common.fresh_process import in_new_process
 from common.options import Options
-from common.prompts import chat_template
 from common.results import HELD_OUT, Results, cost_of, write_run_card
 from datasets import Dataset
 from rich.table import Table

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import llama_alpaca as recipe
 import pytest
 from common import instruction_tuning
-from common.prompts import chat_template
+from common.chats import chat_template
 from demo import people_demo
 from transformers import AutoTokenizer
 

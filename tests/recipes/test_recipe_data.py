@@ -1,7 +1,8 @@
 """The demo's data: nothing private reaches the tokenizer or the base, the sets are as described, the prompts exact."""
 
 import pytest
-from common.prompts import PROMPT_TEMPLATES, chat_template, render_prompt
+from common.chats import chat_template
+from common.prompts import PROMPT_TEMPLATES, render_prompt
 from demo import invented_people as demo
 from demo.small_llama import BaseSettings, base_rows, cache_folder, train_tokenizer
 
