@@ -34,8 +34,8 @@ from hf_s3t.plan.stages import StageKey
 Stage = tuple[StageKey, str]
 # The folders of the stages of each stack that answers, from the base up.
 Routing = tuple[tuple[Path, ...], ...]
-# Seconds by which the watcher, or the server, may notice later than the other what came.
-_LATE = 1.0
+# Seconds that a server may take to load what was grown, while older stages answer.
+_LATE = 10.0
 _BETWEEN_LOOKS = 0.02
 # Two tokens whose probabilities are as close may change places from one order of sums to another.
 _TIE = 1e-4
@@ -388,17 +388,17 @@ def judge(history: History, naive: Naive, asked: Sequence[Asked], erased: Sequen
 
 
 def _compare(history: History, naive: Naive, one: Asked, verdict: Verdict) -> None:
-    is_close = False
-    candidates = history.candidates(one)
-    for routing in candidates:
+    is_close, given = False, []
+    for routing in history.candidates(one):
         text, close = naive.answer(one.prompt, routing)
         if text.split() == one.text.split():
             return
         is_close |= close
+        given.append(text)
     if is_close:
         verdict.too_close += 1
     else:
-        verdict.wrong.append(f"{one.prompt!r} gave {one.text!r}, which none of {len(candidates)} routings gives")
+        verdict.wrong.append(f"{one.prompt!r} gave {one.text!r}, expected one of {given}")
 
 
 def memory_of(pid: int) -> float:
