@@ -11,7 +11,9 @@ from support.plain_peft import naive_ensemble, naive_member
 from support.served import serving, tiny_system
 from support.tiny import lm_rows, s3t_config, tiny_llama, tokenizer_of_words
 
+from hf_s3t.server.problems import Problem
 from hf_s3t.server.prompts import Prompts
+from hf_s3t.server.schemas import Message
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] == 'user' and 'w5 ' or 'w6 ' }}{{ m['content'] }} {% endfor %}w7"
@@ -20,6 +22,7 @@ PROMPTS = ["w7 w8", "w30 w31 w32 w33 w34 w35", "w9", "w40 w41 w42", "w11 w12", "
 
 def tokenizer():
     made = tokenizer_of_words()
+    made.add_special_tokens({"eos_token": "</s>"})
     made.chat_template = TEMPLATE
     return made
 
@@ -30,9 +33,9 @@ def facts():
 
 SYSTEMS = {
     "one shard": dict(),
-    "five shards": dict(config=s3t_config(num_shards=5)),
+    "five shards": dict(config=s3t_config(num_shards=5, partition="balanced")),
     "gated": dict(
-        config=s3t_config(num_shards=3, gate="terms", gate_top_k=1, gate_temperature=0.1),
+        config=s3t_config(num_shards=3, partition="balanced", gate="terms", gate_top_k=1, gate_temperature=0.1),
         rows=facts(),
         processing_class=tokenizer_of_words(),
     ),
@@ -115,7 +118,7 @@ def streamed(stream):
 
 
 def test_a_stream_says_what_the_answer_says_piece_by_piece(served):
-    client, service, _ = served
+    client, _, _ = served
     asked = dict(model="system", prompt=PROMPTS[:3], max_tokens=9, temperature=0)
     whole = client.completions.create(**asked)
     texts, reasons, pieces = streamed(client.completions.create(**asked, stream=True))
@@ -160,7 +163,7 @@ def test_an_answer_ends_before_a_stop_string_also_in_a_stream(served):
 
 
 def test_the_end_of_a_text_is_told_and_not_shown(served):
-    client, service, _ = served
+    client, _, _ = served
     # Bias makes the end certain.
     asked = dict(model="system", prompt="w7", max_tokens=5, temperature=0, logit_bias={"2": 100})
     (choice,) = client.completions.create(**asked).choices
@@ -187,8 +190,8 @@ def test_a_seed_makes_what_is_drawn_the_same_again_whatever_was_drawn_before(ser
 def test_logprobs_are_those_of_the_naive_ensemble(served, systems):
     client, service, _ = served
     path = systems("five shards")
-    served_stacks = [tips for tips in service.model._calls.routing.served]
-    members = [[naive_member(tiny_llama(), path, tip.shard, tip.prefix) for tip in tips] for tips in served_stacks]
+    serving_now = service.model._calls.routing.served
+    members = [[naive_member(tiny_llama(), path, tip.shard, tip.prefix) for tip in tips] for tips in serving_now]
     asked = dict(model="system", prompt="w7 w8 w9", max_tokens=5, temperature=0, logit_bias={"2": -100})
     found = client.completions.create(**asked, logprobs=3).choices[0]
     ids = service.processor("w7 w8 w9" + found.text)["input_ids"]
@@ -282,8 +285,9 @@ def test_what_a_template_refuses_is_told(served):
     strict = tokenizer_of_words()
     strict.chat_template = "{{ raise_exception('Roles must alternate') }}"
     prompts = Prompts(service.model, strict, service.settings)
-    with pytest.raises(Exception, match="Roles must alternate"):
-        prompts.of_chat([])
+    with pytest.raises(Problem, match="Roles must alternate") as refused:
+        prompts.of_chat([Message(role="user", content="w7")])
+    assert refused.value.status == 422
 
 
 def test_the_description_names_every_route_and_its_key(served):
