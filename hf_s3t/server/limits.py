@@ -1,0 +1,77 @@
+"""What keeps one client from taking what others need: how large a body is, and how long it may take to come."""
+
+import asyncio
+from contextlib import suppress
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .problems import Problem
+from .settings import ServerSettings
+
+
+class BodyLimits:
+    """
+    Reads the body of a request before its route does: refuses one that is too large or too slow.
+
+    Nothing of a body that is refused is kept. One that comes in chunks without a length is counted as it comes.
+
+    Args:
+        app (ASGI app): What gets the whole body.
+        settings ([`~hf_s3t.server.settings.ServerSettings`]): The limits.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings):
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As any ASGI app."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except Problem as problem:
+            # What of the body is still to come is not read: the connection is of no more use.
+            problem.headers["Connection"] = "close"
+            await problem.response()(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _given_first(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body; `None` if the client went away."""
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    if sum(map(len, chunks)) > self._settings.max_body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            seconds = self._settings.body_timeout
+            raise Problem(408, f"The body did not come within {seconds:g} seconds.", "body_timeout") from None
+
+    def _too_large(self) -> Problem:
+        most = self._settings.max_body_bytes
+        return Problem(413, f"The body is larger than {most} bytes. Send less at once.", "body_too_large")
+
+
+def _given_first(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, and then what comes after it."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        with suppress(IndexError):
+            return waiting.pop()
+        return await receive()
+
+    return receive_again
