@@ -1,4 +1,4 @@
-"""A base as modules without weights: what is needed of it where stages are put together and another process answers."""
+"""A base as modules without weights, for putting stages together where another process answers."""
 
 from typing import Any, NoReturn
 
@@ -47,7 +47,8 @@ def skeleton_of_base(record: dict[str, Any]) -> PreTrainedModel:
             if buffer is not None:
                 module._buffers[name] = _one_number(buffer)
     model.register_forward_pre_hook(_refuse_calls)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _made_without_values(
@@ -57,9 +58,10 @@ def _made_without_values(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return architecture(config)
+            model: PreTrainedModel = architecture(config)
     finally:
         torch.set_default_dtype(before)
+    return model
 
 
 def _one_number(tensor: torch.Tensor) -> torch.Tensor:

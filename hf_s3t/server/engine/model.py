@@ -1,8 +1,10 @@
 """A system that an engine answers for: it forgets and grows as any served model, and the engine follows."""
 
 import contextlib
+import dataclasses
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from ...model.skeleton import skeleton_of_base
 from ...model.stack import StageStack
 from ...plan.stages import StageKey
 from ...records.ledger import LedgerEntry
+from ...records.report import UnlearningReport
+from ...records.request import DeletionRequest
 from .address import EngineAddress
 from .exports import Exports
 from .switching import Switch, is_worth_waiting
@@ -92,9 +96,15 @@ class EngineModel(S3TModel):
                 self.switch.close(error)
             raise
         finally:
-            self.switch.retire(valid, on_running, timeout)
+            # Whoever waits for requests to end does so after this: those that come now wait for this.
+            self.switch.retire(valid, on_running, None)
             self.switch.names.tell()
         return seconds
+
+    def _unlearn(self, request: DeletionRequest, on_running: str, timeout: float, started: float) -> UnlearningReport:
+        report = super()._unlearn(request, on_running, timeout, started)
+        self.switch.retire(self._valid(), on_running, timeout)
+        return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
     def _valid(self) -> set[tuple[StageKey, str]]:
         return {(key, self.folder.adapter_digest(key)) for key in self.folder.valid_stages}
@@ -135,8 +145,14 @@ class EngineModel(S3TModel):
 
     # What is tried again
 
-    def try_again(self, on_running: str = "wait", timeout: float = PATIENCE) -> None:
-        """Do at the engine what could not be done before: load what serves, let go of the rest."""
+    def try_again(self, on_running: str = "wait", timeout: float | None = None) -> None:
+        """
+        Do at the engine what could not be done before: load what serves, let go of the rest.
+
+        Args:
+            on_running (`str`, defaults to `"wait"`): As in [`~hf_s3t.S3TModel.unlearn`].
+            timeout (`float`, *optional*): The same; requests under way are not waited for here if not given.
+        """
         with self._deletion_lock:
             if not self.switch.knows_leftovers:
                 self.switch.find_leftovers()
@@ -281,8 +297,8 @@ def check_engine_can_serve(folder: SystemFolder) -> None:
 
 def _exhausted(folder: SystemFolder) -> str:
     if not folder.ledger.num_deletions:
-        return f"{folder.path} has no trained stage yet. Call `train()` of its trainer first."
+        return f"{folder.path.name} has no trained stage yet. Call `train()` of its trainer first."
     return (
-        f"{folder.path} is exhausted: deletions reached the first slice of every sequence. Call `train()` of its "
+        f"{folder.path.name} is exhausted: deletions reached the first slice of every sequence. Call `train()` of its "
         "trainer to grow stages on the remaining data; this server takes them up by itself."
     )

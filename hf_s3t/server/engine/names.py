@@ -171,4 +171,3 @@ class Names:
             with self._changed:
                 if wake in self._waiting:
                     self._waiting.remove(wake)
-

@@ -11,12 +11,11 @@ A switch goes in this order, whatever it is for:
 6. The files of the old export are removed.
 
 What fails of the last three is tried again until it is done. A server that dies in between leaves the folder of an
-export, or a name that the engine still lists: both are known by the folder's identity in them, and the next server with
-the same folder for exports begins by removing them.
+export, or a name that the engine still lists. Both are known by the identity of the folder of exports, and the next
+server with that folder begins by removing them.
 """
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...errors import ExhaustedError, S3TError, counted
+from ...model.following import PATIENCE
 from ...plan.stages import StageKey
 from .exports import Exports
 from .names import Loaded, Names
@@ -59,6 +59,8 @@ class Switch:
         # What the engine is to let go of, with what it was, and what stood against it last.
         self._retired: dict[str, Loaded | None] = {}
         self._problems: dict[str, str] = {}
+        # Until when requests on stacks that were taken back may run.
+        self._latest: dict[str, float] = {}
         self._not_loaded: Exception | None = None
         self._knows_leftovers = False
         # When the engine's process began that had stacks which were taken back.
@@ -137,7 +139,7 @@ class Switch:
         if self._knows_leftovers and None in self._retired.values():
             self._had_others.add(self.vllm.started())
 
-    def retire(self, valid: Collection[tuple[StageKey, str]], on_running: str, timeout: float) -> None:
+    def retire(self, valid: Collection[tuple[StageKey, str]], on_running: str, timeout: float | None) -> None:
         """
         Have the engine let go of all that does not serve any more, when no request is under way on it.
 
@@ -146,21 +148,30 @@ class Switch:
         Args:
             valid (collection of `tuple[StageKey, str]`): The stages that are valid, with the digests of their files.
             on_running (`str`): `"wait"` lets requests on a stack that was taken back end, `"cancel"` ends them.
-            timeout (`float`): Seconds to wait at most; then they are ended.
+            timeout (`float`, *optional*):
+                Seconds to wait here at most; then they are ended. Without it nothing is waited for here: a later call
+                finds that they ended, or took too long.
         """
-        deadline = time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         for name, loaded in list(self._retired.items()):
             must_go = loaded is None or not set(loaded.stages) <= set(valid)
-            patience = 0.0 if on_running == "cancel" or not must_go else max(0.0, deadline - time.monotonic())
-            if not self.names.wait_until_free(name, patience):
-                if not must_go:
-                    continue
-                self.names.stop(name)
-                if not self.names.wait_until_free(name, _ENDING):
-                    self._problems[name] = f"Requests on {name} were told to end and have not."
-                    continue
-            self._let_go(name)
+            if self.names.wait_until_free(name, 0) or (must_go and self._ended(name, on_running, deadline)):
+                self._let_go(name)
         self._plan_next()
+
+    def _ended(self, name: str, on_running: str, deadline: float | None) -> bool:
+        """Whether the requests on a stack that was taken back have ended, told to if they had their time."""
+        latest = self._latest.setdefault(name, time.monotonic() + PATIENCE)
+        if on_running != "cancel":
+            if deadline is None and time.monotonic() < latest:
+                return False
+            if deadline is not None and self.names.wait_until_free(name, max(0.0, deadline - time.monotonic())):
+                return True
+        self.names.stop(name)
+        if self.names.wait_until_free(name, _ENDING):
+            return True
+        self._problems[name] = f"Requests on {name} were told to end and have not."
+        return False
 
     def _retire(self, loaded: Loaded) -> None:
         self._retired[loaded.name] = loaded
@@ -181,7 +192,8 @@ class Switch:
             self._problems[name] = problem
         else:
             del self._retired[name]
-            self._problems.pop(name, None)
+            for notes in (self._problems, self._latest):
+                notes.pop(name, None)
 
     # What is tried again
 
@@ -201,7 +213,7 @@ class Switch:
         return self._knows_leftovers
 
     def _plan_next(self) -> None:
-        self._pause = min(2 * self._pause, _AT_THE_LATEST) if self.has_work else _SOON
+        self._pause = _SOON if self.problem is None else min(2 * self._pause, _AT_THE_LATEST)
         self._next = time.monotonic() + self._pause
 
     # What is told of it
@@ -238,7 +250,7 @@ class Switch:
         elif self._had_others:
             confirmed.append(
                 "The requests on the stacks that served before have ended, the engine lists their names no more, and "
-                f"their exports are removed from {self.exports.path}."
+                "the files of their exports are removed."
             )
         if self._may_hold_weights():
             not_confirmed.append(
@@ -265,7 +277,9 @@ class Switch:
 
     def _may_hold_weights(self) -> bool:
         # One that was started since has nothing of them.
-        return bool(self._had_others) and (None in self._had_others or self.vllm.started() in {None, *self._had_others})
+        return bool(self._had_others) and (
+            None in self._had_others or self.vllm.started() in {None, *self._had_others}
+        )
 
     def status(self) -> dict[str, Any]:
         """Where the engine stands, for whoever watches."""
