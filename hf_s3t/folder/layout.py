@@ -18,6 +18,9 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Of a checkpoint: what an optimizer trains with, if that is not what serves.
 TRAINING_WEIGHTS_FILE = "training_weights.safetensors"
 PENDING_FILE = "pending.jsonl"
+ERASURES_FILE = "erasures.jsonl"
+# Beside the folder's lock, and held for longer: from looking a request to erase up until it is done.
+ERASURES_LOCK_FILE = ".erasures.lock"
 COST_FILE = "cost.json"
 PROTOTYPES_FILE = "prototypes.safetensors"
 CARD_FILE = "README.md"
@@ -49,6 +52,7 @@ PARTS = (
     LEDGER_FILE,
     HEAD_FILE,
     PENDING_FILE,
+    ERASURES_FILE,
     KEY_FILE,
     COST_FILE,
     PROTOTYPES_FILE,

@@ -14,6 +14,7 @@ from ..folder.layout import (
     ADAPTER_FILE,
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
+    ERASURES_LOCK_FILE,
     LEFTOVER_PREFIXES,
     LOCK_FILE,
     STAGE_FILE,
@@ -49,7 +50,7 @@ def inspect_stages(path: Path, records: Records, adapters: bool, findings: Findi
         raise FolderError(f"{root} is missing. Restore it, or make an empty folder and call `train()`.")
     stages: dict[StageKey, dict[str, Any]] = {}
     for shard in entries(root):
-        if shard.name == LOCK_FILE and shard.is_file():
+        if shard.name in (LOCK_FILE, ERASURES_LOCK_FILE) and shard.is_file():
             continue
         if not shard.name.startswith("shard-") or shard.is_symlink() or not shard.is_dir():
             findings.unknown(shard)

@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 from ..errors import FolderError, counted
+from ..folder.erasure_requests_file import ErasureBook
 from ..folder.files import stamp
 from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
+    ERASURES_FILE,
     GATE_FILE,
     HISTORY,
     LEDGER_FILE,
@@ -20,7 +22,9 @@ from ..folder.layout import (
     is_log,
 )
 from ..folder.opening import ReadOnlyFolder
-from .findings import Findings, Inspection, require_file
+from ..records.request import some
+from .erasures import states_of
+from .findings import Findings, Inspection, require_file, require_private
 from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
 from .inspected_stages import inspect_checkpoints, inspect_stages
@@ -72,6 +76,8 @@ def _look(path: Path, adapters: bool) -> Findings:
             inspect_checkpoints(path, records, findings)
         with findings.reading(path / PENDING_FILE):
             _inspect_requests(path, findings)
+        with findings.reading(path / ERASURES_FILE):
+            _inspect_erasures(path, findings)
     return findings
 
 
@@ -101,3 +107,27 @@ def _inspect_requests(path: Path, findings: Findings) -> None:
     if waiting:
         by = "" if due is None else f" by the first load of the model after {due.isoformat(timespec='seconds')}"
         findings.notes.append(f"{path / PENDING_FILE}: {counted(waiting, 'example')} wait to be deleted{by}.")
+
+
+def _inspect_erasures(path: Path, findings: Findings) -> None:
+    """Look at the book of a server, and note which of its requests came to nothing."""
+    if not os.path.lexists(path / ERASURES_FILE) or len(findings.problems) > len(findings.to_remove):
+        return
+    require_file(path / ERASURES_FILE)
+    require_private(path / ERASURES_FILE, findings, "others could see when somebody asked to be forgotten")
+    folder = ReadOnlyFolder(path)
+    erasures = ErasureBook(folder).latest()
+    lost = [one for one, state in zip(erasures, states_of(folder, erasures), strict=True) if state == "interrupted"]
+    forgotten = [one.id for one in lost if one.report is not None]
+    interrupted = [one.id for one in lost if one.report is None]
+    if forgotten:
+        findings.problems.append(
+            f"{path / LEDGER_FILE} lacks deletions of {counted(len(forgotten), 'request')} which by "
+            f"{path / ERASURES_FILE} were done ({some(forgotten)}): it is older. Restore the newest from a backup; "
+            "do not serve this system."
+        )
+    if interrupted:
+        findings.notes.append(
+            f"{path / ERASURES_FILE}: {counted(len(interrupted), 'request')} to erase came to nothing, because a "
+            f"server died meanwhile ({some(interrupted)}). Who asked was told nothing; a repeated request goes on."
+        )

@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import ConfigError, FolderError
+from ..errors import FolderError
+from ..folder.erasure_requests_file import due_after
 from ..folder.files import explained, sync, unreadable
 from ..folder.layout import PENDING_FILE
 from ..folder.system import SystemFolder
@@ -72,7 +73,7 @@ class PendingRequests:
             `str`: The time of the request.
         """
         now = datetime.now(UTC)
-        due = None if max_delay is None else _due(now, max_delay)
+        due = None if max_delay is None else due_after(now, max_delay)
         time = now.isoformat(timespec="milliseconds")
         line = {
             "version": _VERSION,
@@ -95,8 +96,12 @@ class PendingRequests:
 
     def ids(self) -> list[int | str]:
         """The examples that wait and are still in."""
-        digests = {digest for line in self._lines() for digest in line["ids"]}
+        digests = self.id_digests()
         return self.folder.table.of_digests(digests) if digests else []
+
+    def id_digests(self) -> frozenset[str]:
+        """The digests of the examples that were asked for, whether they are still in or not."""
+        return frozenset(digest for line in self._lines() for digest in line["ids"])
 
     def groups(self) -> list[int | str]:
         """The groups that were named and still have examples."""
@@ -104,6 +109,12 @@ class PendingRequests:
         # Its examples stand in the request too, as far as they are still in.
         groups = self.folder.table.groups_of(self.ids()) if digests else []
         return [group for group in groups if self.folder.names.group_digest(group) in digests]
+
+    def waiting(self) -> list[tuple[str | None, int]]:
+        """Of each request of which something is still in: by when it is to be applied, and how many examples."""
+        lines, deleted = self._lines(), self.folder.ledger.deleted
+        left = [(line["apply_by"], sum(one not in deleted for one in line["ids"])) for line in lines]
+        return [(due, examples) for due, examples in left if examples]
 
     def request(self) -> DeletionRequest:
         """All that waits, as one request."""
@@ -149,16 +160,6 @@ class PendingRequests:
                 "backup, or call `unlearn` for the requests and remove the file."
             ) from error
         return values
-
-
-def _due(now: datetime, max_delay: float) -> datetime:
-    try:
-        return now + timedelta(seconds=max_delay)
-    except (OverflowError, ValueError) as error:
-        raise ConfigError(
-            f"`max_delay` must be a number of seconds that leads to a date, got {max_delay!r}. Leave it out to set no "
-            "time."
-        ) from error
 
 
 def request_later(folder: SystemFolder, request: DeletionRequest, max_delay: float | None = None) -> PendingReceipt:

@@ -91,6 +91,14 @@ class DigestKey:
         """Keyed digest of what was given to a trainer besides rows."""
         return self._digest(b"part", content)
 
+    def of_repeat_key(self, text: str) -> str:
+        """Keyed digest of what a client repeats a request by."""
+        return self._digest(b"repeat", text.encode("utf-8", "surrogatepass"))
+
+    def of_erasure(self, request: Mapping[str, Any]) -> str:
+        """Keyed digest of what a request to erase asks for, by which it is told from another one."""
+        return self._digest(b"erasure", encode(request))
+
     @property
     def check(self) -> str:
         """What tells this secret from another without giving it away."""

@@ -7,9 +7,10 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
 from .. import __version__
-from . import completions, models
+from . import completions, erasures, models, status
 from .access import Guard
 from .limits import BodyLimits
+from .logs import Observed
 from .problems import install
 from .service import Service
 
@@ -18,6 +19,8 @@ from .service import Service
 PARTS: tuple[Callable[[Service], APIRouter], ...] = (
     models.routes,
     completions.routes,
+    erasures.routes,
+    status.routes,
 )
 
 
@@ -66,4 +69,5 @@ def create_app(service: Service) -> FastAPI:
     # The last added is the outermost.
     app.add_middleware(BodyLimits, settings=service.settings)
     app.add_middleware(Guard, keys=service.keys)
+    app.add_middleware(Observed, metrics=service.metrics)
     return app

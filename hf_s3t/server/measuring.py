@@ -8,7 +8,7 @@ class Metrics(Protocol):
     What the parts of a server report to. All are called from any thread, and must be quick.
 
     `server/answers.py` calls `tokens`, `first_token`; `server/batching.py` calls `batch`; the outermost layer of the
-    app calls `request_done`.
+    app calls `request_done`; `server/erasures.py` calls `erasure`.
     """
 
     def request_done(self, route: str, status: int, seconds: float) -> None:
@@ -46,6 +46,15 @@ class Metrics(Protocol):
             size (`int`): Its rows.
         """
 
+    def erasure(self, examples: int, seconds: float) -> None:
+        """
+        A deletion is in force.
+
+        Args:
+            examples (`int`): How many examples went.
+            seconds (`float`): How long it took.
+        """
+
 
 class NoMetrics:
     """Measures nothing."""
@@ -60,4 +69,7 @@ class NoMetrics:
         """Nothing."""
 
     def batch(self, size: int) -> None:
+        """Nothing."""
+
+    def erasure(self, examples: int, seconds: float) -> None:
         """Nothing."""

@@ -11,8 +11,9 @@ from ..errors import ConfigError
 from ..hub.folder import HubFolder
 from ..model.modeling import S3TModel
 from .keys import Keys
-from .measuring import Metrics, NoMetrics
+from .measuring import Metrics
 from .settings import ServerSettings
+from .watching import PrometheusMetrics
 
 
 class Task(StrEnum):
@@ -46,7 +47,7 @@ class Service:
     processor: Any
     settings: ServerSettings = field(default_factory=ServerSettings)
     keys: Keys = field(default_factory=lambda: Keys({}))
-    metrics: Metrics = field(default_factory=NoMetrics)
+    metrics: Metrics = field(default_factory=PrometheusMetrics)
     engine: Any = None
     started: float = field(default_factory=time.time)
     # Set by the part that erases, for those that show what waits.

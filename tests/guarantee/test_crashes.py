@@ -28,6 +28,7 @@ from support.folders import (
     grow,
     new_system,
     own_surroundings,
+    request_later,
     stages_on_disk,
     stored_gate,
 )
@@ -35,11 +36,14 @@ from support.insides import routing_of, wait_for_cleaner
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
-from hf_s3t.folder.layout import ADAPTER_FILE, GATE_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
+from hf_s3t.folder.erasure_requests_file import ErasureBook
+from hf_s3t.folder.layout import ADAPTER_FILE, ERASURES_FILE, GATE_FILE, LEDGER_FILE, PENDING_FILE, TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.erasures import record_erasure, state_of
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
+from hf_s3t.records.request import DeletionRequest
 
 
 CONFIG = S3TConfig(num_shards=2, num_slices=2, keep_idle=True, seed=1)
@@ -391,6 +395,86 @@ def test_a_request_beside_one_of_a_process_that_died_unsynced_is_not_lost_with_i
         for crash, path in left_by(crashes(recording, disk), tmp_path):
             assert other in PendingRequests(SystemFolder(path)).ids() or "asked 0" not in crash.told, crash
         disk.do(step)
+
+
+# Requests to erase, as a server takes them
+
+
+def erase(path, mark, victims) -> None:
+    """Take a request, as a server does: if it is one that was taken before, go on with it."""
+    folder = SystemFolder(path)
+    book = ErasureBook(folder)
+    with book.taking():
+        erasure = book.of_key("7f3") or record_erasure(book, DeletionRequest(victims), "b0d7", "7f3")
+        mark("recorded")
+        if erasure.report is None:
+            report = apply(folder, victims)
+            erasure = book.note_done(erasure.id, {"deleted": report.deleted + report.already_deleted})
+    mark("acknowledged")
+
+
+class ErasureOutcome(Outcome):
+    """The same of a request to erase, which stands in a book too."""
+
+    def check(self, path, acknowledged: bool, why="") -> bool:
+        tree = tree_of(path)
+        in_force = super().check(path, acknowledged, why)
+        assert tree_of(path).get(ERASURES_FILE) == tree.get(ERASURES_FILE), f"a load changed the book {why}"
+        known = ErasureBook(SystemFolder(path)).latest()
+        assert len(known) <= 1 and (known or not in_force), f"deleted, and the request is not known {why}"
+        states = [state_of(SystemFolder(path), one) for one in known]
+        assert states == ["done" if in_force else "interrupted"] * len(known), why
+        assert not inspect(path).problems, why
+        # Whoever asked asks again: it is the same request, and it is in force.
+        again = []
+        erase(path, again.append, self.victims)
+        book = ErasureBook(SystemFolder(path))
+        assert [one.id for one in book.latest()] == [one.id for one in known] or not known, why
+        assert book.latest()[0].report == {"deleted": len(self.victims)} and again[-1] == "acknowledged", why
+        assert tree_of(path)[LEDGER_FILE].count(b"\n") == 1, f"a repeated request deleted again {why}"
+        return in_force
+
+
+@EVERY
+def test_a_request_to_erase_that_was_acknowledged_is_in_force_and_a_repeated_one_goes_on(first, tmp_path, step):
+    victims = victims_of(first)
+    outcome = ErasureOutcome(first, victims, tmp_path / "whole")
+    outcome.before, outcome.after = ({**tree, ERASURES_FILE: b""} for tree in (outcome.before, outcome.after))
+    recording, found = record(first, tmp_path / "recorded", partial(erase, victims=victims)), set()
+    for crash, path in left_by(crashes(recording), tmp_path, step):
+        if "recorded" not in crash.told and ERASURES_FILE not in crash.tree:
+            (path / ERASURES_FILE).touch(0o600)
+        found.add(outcome.check(path, "acknowledged" in crash.told, str(crash)))
+        if "recorded" in crash.told:
+            assert ErasureBook(SystemFolder(path)).of_key("7f3") is not None, crash
+    assert found == {False, True}
+
+
+def wait_to_be_erased(path, mark, victims) -> None:
+    folder = SystemFolder(path)
+    book = ErasureBook(folder)
+    with book.taking():
+        erasure = book.of_key("7f3") or record_erasure(book, DeletionRequest(victims), "b0d7", "7f3", 600.0)
+        if not erasure.waits:
+            request_later(folder, victims, max_delay=600.0)
+            book.note_waiting(erasure.id)
+    mark("acknowledged")
+
+
+def test_a_request_to_erase_that_waits_by_its_answer_waits(first, tmp_path):
+    victims = victims_of(first)
+    recording, found = record(first, tmp_path / "recorded", partial(wait_to_be_erased, victims=victims)), set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        folder = SystemFolder(path)
+        states = [state_of(folder, one) for one in ErasureBook(folder).latest()]
+        assert states == ["waiting"] or "acknowledged" not in crash.told, crash
+        found.update(states or ["nothing"])
+        wait_to_be_erased(path, lambda _: None, victims)
+        (erasure,) = ErasureBook(folder).latest()
+        assert state_of(folder, erasure) == "waiting" and set(PendingRequests(folder).ids()) == set(victims), crash
+        apply_pending(folder)
+        assert state_of(folder, erasure) == "done" and not inspect(path).problems, crash
+    assert found == {"nothing", "interrupted", "waiting"}
 
 
 # With a model

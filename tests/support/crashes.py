@@ -16,7 +16,7 @@ import pytest
 
 # Files and folders by their paths below a root: the bytes of files, `None` for folders.
 Tree = dict[str, bytes | None]
-LOCK = ".lock"
+LOCKS = (".lock", ".erasures.lock")
 
 
 def tree_of(root: Path) -> Tree:
@@ -31,7 +31,7 @@ def tree_of(root: Path) -> Tree:
                 if entry.is_dir(follow_symlinks=False):
                     found[name] = None
                     waiting.append(name)
-                elif entry.name != LOCK:
+                elif entry.name not in LOCKS:
                     with open(entry.path, "rb") as file:
                         found[name] = file.read()
     return found
@@ -131,7 +131,7 @@ class Recording:
         path = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
         if path == self.root:
             return ""
-        inside = path.startswith(self.root + os.sep) and os.path.basename(path) != LOCK
+        inside = path.startswith(self.root + os.sep) and os.path.basename(path) not in LOCKS
         return os.path.relpath(path, self.root) if inside else None
 
     def _look(self) -> None:

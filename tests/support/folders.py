@@ -155,7 +155,7 @@ def files_of(path) -> dict[str, bytes | None]:
     return {
         str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() and not entry.is_symlink() else None
         for entry in sorted(path.rglob("*"))
-        if entry.name != ".lock"
+        if entry.name not in (".lock", ".erasures.lock")
     }
 
 
