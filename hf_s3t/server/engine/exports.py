@@ -121,7 +121,7 @@ class Exports:
             return
         except OSError as error:
             raise FolderError(
-                f"The export {folder} could not be removed ({error}). Make the folder writable; it is tried again."
+                f"The export {name} could not be removed ({error.strerror}). Make its folder writable."
             ) from error
 
     def names(self) -> list[str]:

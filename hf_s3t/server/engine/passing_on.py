@@ -93,6 +93,10 @@ class Engine:
             self.model.try_again(on_running, timeout)
         return self.model.switch.receipt()
 
+    def receipt(self) -> dict[str, Any]:
+        """What is confirmed of what was taken back; see [`~hf_s3t.server.engine.switching.Switch.receipt`]."""
+        return self.model.switch.receipt()
+
     def status(self) -> dict[str, Any]:
         """Where the engine stands; see [`~hf_s3t.server.engine.switching.Switch.status`]."""
         return self.model.switch.status()

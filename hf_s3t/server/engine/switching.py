@@ -17,7 +17,7 @@ server with that folder begins by removing them.
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,9 @@ class Switch:
             self.vllm.load(name, self.exports.write(name, write))
         except (S3TError, OSError) as error:
             self._not_loaded = error
-            # Whether the engine has it is not always known.
             self._retired[name] = loaded
+            if isinstance(error, EngineDownError) and not error.was_asked:
+                self._has_let_go(name, [self.exports.remove])
             if before is None:
                 self.names.close(error)
             return
@@ -178,22 +179,26 @@ class Switch:
         self._had_others.add(loaded.engine_started)
 
     def _let_go(self, name: str) -> None:
+        problem = self._has_let_go(name, [self.vllm.unload, self.exports.remove])
+        if problem is not None and self._problems.get(name) != problem:
+            logger.error(f"The engine has not let go of {name}: {problem} It is tried again.")
+        if problem is not None:
+            self._problems[name] = problem
+
+    def _has_let_go(self, name: str, steps: Sequence[Callable[[str], None]]) -> str | None:
+        """Do what letting go of a name takes, each step whatever becomes of the others; returns what failed."""
         problems = []
-        steps: tuple[Callable[[str], None], ...] = (self.vllm.unload, self.exports.remove)
         for step in steps:
             try:
                 step(name)
             except (S3TError, OSError) as error:
                 problems.append(str(error))
         if problems:
-            problem = " ".join(problems)
-            if self._problems.get(name) != problem:
-                logger.error(f"The engine has not let go of {name}: {problem} It is tried again.")
-            self._problems[name] = problem
-        else:
-            del self._retired[name]
-            for notes in (self._problems, self._latest):
-                notes.pop(name, None)
+            return " ".join(problems)
+        del self._retired[name]
+        for notes in (self._problems, self._latest):
+            notes.pop(name, None)
+        return None
 
     # What is tried again
 

@@ -11,9 +11,10 @@ from ...errors import S3TError
 from .address import EngineAddress
 
 
-# Seconds: to connect, and until an adapter is loaded or a list is there.
+# Seconds: to connect, until an adapter is loaded, and until anything else is done.
 CONNECT_TIMEOUT = 5.0
-_TIMEOUT = 120.0
+_LOADING_TIMEOUT = 120.0
+_TIMEOUT = 15.0
 # How much of what an engine says of an error is repeated.
 _SHOWN = 300
 _STARTED = re.compile(rb"^process_start_time_seconds(?:\{[^}]*\})? ([0-9.e+]+)", re.MULTILINE)
@@ -24,7 +25,17 @@ class EngineError(S3TError, RuntimeError):
 
 
 class EngineDownError(EngineError):
-    """The engine cannot be reached, or did not answer in time: what was asked of it may have been done or not."""
+    """
+    The engine cannot be reached, or did not answer in time.
+
+    Args:
+        message (`str`): What to do.
+        was_asked (`bool`, defaults to `True`): Whether it may have done what was asked of it.
+    """
+
+    def __init__(self, message: str, was_asked: bool = True):
+        super().__init__(message)
+        self.was_asked = was_asked
 
 
 class Vllm:
@@ -39,9 +50,7 @@ class Vllm:
     def __init__(self, address: EngineAddress, key: str | None = None):
         self.address = address
         # No proxy of the environment: adapters and prompts go to this address and nowhere else.
-        self._client = httpx2.Client(
-            headers=authorization(key), timeout=httpx2.Timeout(_TIMEOUT, connect=CONNECT_TIMEOUT), trust_env=False
-        )
+        self._client = httpx2.Client(headers=authorization(key), trust_env=False)
 
     def models(self) -> dict[str, str | None]:
         """
@@ -72,7 +81,10 @@ class Vllm:
             [`EngineError`]: If the engine refuses.
         """
         self._ask(
-            "POST", f"{self.address.url}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())}
+            "POST",
+            f"{self.address.url}/load_lora_adapter",
+            {"lora_name": name, "lora_path": str(folder.resolve())},
+            _LOADING_TIMEOUT,
         )
 
     def unload(self, name: str) -> None:
@@ -107,13 +119,18 @@ class Vllm:
         """Let go of connections."""
         self._client.close()
 
-    def _ask(self, method: str, url: str, body: Mapping[str, Any] | None) -> httpx2.Response:
+    def _ask(
+        self, method: str, url: str, body: Mapping[str, Any] | None, timeout: float = _TIMEOUT
+    ) -> httpx2.Response:
         try:
-            answer = self._client.request(method, url, json=body)
+            answer = self._client.request(
+                method, url, json=body, timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT)
+            )
         except httpx2.HTTPError as error:
             raise EngineDownError(
                 f"No engine answers at {self.address.url} ({type(error).__name__}). Start vLLM there, or give its "
-                "address."
+                "address.",
+                was_asked=not isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)),
             ) from error
         if answer.is_success:
             return answer
