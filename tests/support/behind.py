@@ -4,7 +4,8 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import httpx2
 from fastapi import FastAPI
 
 from hf_s3t import S3TConfig, S3TModel
+from hf_s3t.folder.system import SystemFolder
 from hf_s3t.server.engine.model import EngineModel, load_behind_engine
 from hf_s3t.server.engine.passing_on import Engine
 from hf_s3t.server.measuring import NoMetrics
@@ -19,7 +21,7 @@ from hf_s3t.server.problems import install
 from hf_s3t.server.settings import ServerSettings
 from support.fake_vllm import FakeVllm, adapter_digest
 from support.served import listening
-from support.tiny import make_trainer, plant_stages, tiny_llama
+from support.tiny import ids_of, make_trainer, plant_stages, tiny_llama
 
 
 @dataclass
@@ -104,3 +106,20 @@ def behind(path: Path, fake: FakeVllm, key: str | None = None, exports=None, **s
     finally:
         fake.go()
         model.end()
+
+
+def of_last_slice(path: Path) -> str:
+    """The id of an example by whose deletion the stack that serves is cut, and not lost."""
+    folder = SystemFolder(path)
+    (tips,) = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    return next(i for i in ids_of(24) if folder.table.places_of([i]) == [(0, tips[0].prefix[-1])])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until something that happens beside has happened."""
+    ticker = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return
+        ticker.wait(0.05)
+    raise AssertionError("It did not happen.")

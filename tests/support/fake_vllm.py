@@ -21,8 +21,8 @@ def adapter_digest(folder: str | Path) -> str:
 
 class FakeVllm:
     """
-    A server with the routes of vLLM that are used. A completion's text names the digest of the adapter's file as it was
-    when it was loaded, a word for each token that was asked for.
+    A server with the routes of vLLM that are used. A completion's text is the digest of the adapter's file as it was
+    when it was loaded, once for each token that was asked for.
 
     A request whose prompt has the word `slow` gets its first word, and the others when `go` is called.
     """

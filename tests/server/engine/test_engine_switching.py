@@ -4,7 +4,7 @@ import stat
 import threading
 
 import pytest
-from support.behind import behind
+from support.behind import behind, of_last_slice, wait_for
 from support.fake_vllm import FakeVllm
 from support.folders import apply
 from support.served import tiny_system
@@ -28,26 +28,8 @@ def system(tmp_path):
     return tiny_system(tmp_path / "system", config=CONFIG)
 
 
-def of_last_slice(path) -> str:
-    """The id of an example by whose deletion the stack that serves is cut, and not lost."""
-    folder = SystemFolder(path)
-    (tips,) = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
-    last = tips[0].prefix[-1]
-    return next(i for i in ids_of(24) if folder.table.places_of([i]) == [(0, last)])
-
-
 def exports_noted(path) -> int:
     return sum(entry.kind == "export" for entry in SystemFolder(path).ledger.entries)
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    """Until something that happens beside has happened."""
-    ticker = threading.Event()
-    for _ in range(int(seconds / 0.05)):
-        if condition():
-            return
-        ticker.wait(0.05)
-    raise AssertionError("It did not happen.")
 
 
 # What is passed on
