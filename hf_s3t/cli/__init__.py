@@ -7,6 +7,7 @@ The command line `hf-s3t`.
 - `folder`: commands on a system's folder.
 - `hub`: commands on its repository.
 - `plan`: the command for before there is a system.
+- `serve`: the command that serves a system over HTTP.
 - `measuring`: what a stage takes in time and memory, measured for it.
 - `rendering`: tables for people, JSON for programs.
 """

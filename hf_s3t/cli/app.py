@@ -1,6 +1,6 @@
 """
 The command line `hf-s3t`: its commands, and how they end. They work on the folder of a system on this machine, on its
-repository on the Hub, or before there is one (`plan`). Only `export` loads a model.
+repository on the Hub, or before there is one (`plan`). Only `export` and `serve` load a model.
 """
 
 import os
@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import ExhaustedError, S3TError
-from . import folder, hub, plan, rendering
+from . import folder, hub, plan, rendering, serve
 from .exit_codes import EXHAUSTED, EXIT_CODES, REFUSED
 
 
@@ -79,6 +79,7 @@ for command in (
     plan.plan,
 ):
     app.command(epilog=EXIT_CODES)(command)
+app.command(epilog=EXIT_CODES, context_settings=serve.CONTEXT)(serve.serve)
 
 
 def main() -> None:

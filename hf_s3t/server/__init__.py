@@ -1,1 +1,26 @@
-"""A system in production: it answers over HTTP, forgets while it answers, and takes up what is grown again."""
+"""
+A system in production: it answers over HTTP, forgets while it answers, and takes up what is grown again.
+
+- `running`: what `hf-s3t serve` runs.
+- `settings`: where it listens, what it batches, what it refuses.
+- `service`: what all routes share.
+- `app`: all routes, behind what lets requests in.
+- `keys`: keys and their scopes.
+- `access`: who is let in.
+- `limits`: how large a body is, and how long it may take.
+- `problems`: errors as clients of OpenAI's API expect them.
+- `measuring`: what is told of requests and batches.
+
+Answers:
+
+- `models`, `completions`, `chat`, `classify`: the routes.
+- `schemas`: what clients send and get.
+- `prompts`: from texts and chats to tokens.
+- `asking`: what a request asks of its rows.
+- `answers`: from rows to a response, collected or streamed.
+- `batching`: which rows go through the model together.
+- `rows`: a row of a batch that generates.
+- `row_text`: the text of one answer as its tokens come.
+- `generation`: a batch through `model.generate`.
+- `classification`: a batch through a classifier.
+"""

@@ -1,25 +1,262 @@
-"""From a request to its answer."""
+"""From the rows of a request to its response: collected or streamed, given up in time, and known until handed out."""
 
-from anyio import to_thread
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
-from .schemas import Usage
-from .service import Service
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from .batching import Batcher, Item
+from .problems import Problem
 
 
-async def answer(service: Service, prompt: str, max_tokens: int) -> tuple[str, Usage]:
-    """The text that follows a prompt, and what it cost."""
+class GivenPart(Protocol):
+    """What batches give of a row: parts of a text, say."""
 
-    def generate() -> tuple[str, Usage]:
-        inputs = service.processor(prompt, return_tensors="pt")
-        ids = service.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_tokens,
-            do_sample=False,
-        )
-        length = inputs["input_ids"].shape[1]
-        made = ids[0, length:].tolist()
-        usage = Usage(prompt_tokens=length, completion_tokens=len(made), total_tokens=length + len(made))
-        return str(service.processor.decode(made, skip_special_tokens=True)), usage
+    @property
+    def is_last(self) -> bool:
+        """Whether the row has no more."""
+        ...
 
-    return await to_thread.run_sync(generate)
+
+Given = TypeVar("Given", bound=GivenPart)
+# Between a stream and whatever proxies it.
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Answer(Generic[Given]):
+    """
+    What a request gets, while its rows run in other threads.
+
+    Args:
+        timeout (`float`): Seconds from now until it is given up.
+    """
+
+    def __init__(self, timeout: float):
+        self.since = time.monotonic()
+        self._deadline, self._timeout = self.since + timeout, timeout
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Given | Problem]] = asyncio.Queue()
+        self.items: list[Item] = []
+        # Its last byte was handed to the network, or will never be.
+        self.is_handed_out = asyncio.Event()
+
+    def put_for(self, index: int) -> Callable[[Given | Problem], None]:
+        """What the row of a number gives its parts to, from any thread."""
+
+        def put(given: Given | Problem) -> None:
+            # Where the loop is closed nobody waits.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, given))
+
+        return put
+
+    async def next(self) -> tuple[int, Given]:
+        """
+        The next part, and the number of its row.
+
+        Raises:
+            [`~hf_s3t.server.problems.Problem`]: If a row has none; 504 if it took too long.
+        """
+        try:
+            async with asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic()):
+                index, given = await self._events.get()
+        except TimeoutError:
+            message = f"The answer took longer than {self._timeout:g} seconds. Ask for less, or later."
+            raise Problem(504, message, "timeout") from None
+        if isinstance(given, Problem):
+            raise given
+        return index, given
+
+    async def parts(self) -> AsyncIterator[tuple[int, Given]]:
+        """
+        All parts as they come, each with the number of its row.
+
+        Raises:
+            [`~hf_s3t.server.problems.Problem`]: As [`Answer.next`].
+        """
+        left = len(self.items)
+        while left:
+            index, given = await self.next()
+            left -= given.is_last
+            yield index, given
+
+    async def all(self) -> list[Given]:
+        """
+        The last part of each row, in their order: of rows that are not streamed the only one.
+
+        Raises:
+            [`~hf_s3t.server.problems.Problem`]: As [`Answer.next`].
+        """
+        last = {index: given async for index, given in self.parts()}
+        return [last[index] for index in range(len(self.items))]
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was asked for."""
+        return time.monotonic() - self.since
+
+    def oldest_mark(self) -> int | None:
+        """What was known of deletions when the oldest of its batches began; `None` if none has."""
+        return min((item.mark for item in self.items if item.mark is not None), default=None)
+
+    def close(self) -> None:
+        """End what still runs for it."""
+        for item in self.items:
+            item.is_cancelled = True
+        self.is_handed_out.set()
+
+    def cut(self) -> None:
+        """Have it end now, with an error."""
+        self._events.put_nowait((0, Problem(503, "An erasure did not wait for this answer.", "stopped_by_erasure")))
+        for item in self.items:
+            item.is_cancelled = True
+
+
+class Answers:
+    """
+    The answers that are not handed out yet.
+
+    An erasure is acknowledged when no call computes with what it removed, and what such calls had computed has left
+    the server: see [`Answers.settled`].
+
+    Args:
+        mark (callable): What is known of deletions now: a number that each raises.
+        timeout (`float`): Seconds that an answer may take.
+    """
+
+    def __init__(self, mark: Callable[[], int], timeout: float):
+        self._mark, self._timeout = mark, timeout
+        self._open: set[Answer[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self) -> Answer[Any]:
+        """A new one, of the running event loop."""
+        answer: Answer[Any] = Answer(self._timeout)
+        self._open.add(answer)
+        return answer
+
+    def close(self, answer: Answer[Any]) -> None:
+        """It is handed out, or nobody waits for it any more."""
+        answer.close()
+        self._open.discard(answer)
+
+    async def settled(self, timeout: float) -> int:
+        """
+        Wait until each answer is handed out of which a part was computed before the last deletion.
+
+        Call it in the event loop of the app, when `model.unlearn` has returned and before that is acknowledged.
+
+        Args:
+            timeout (`float`): Seconds to wait at most; then they end with an error.
+
+        Returns:
+            `int`: How many had to be cut.
+        """
+        now = self._mark()
+        old = [answer for answer in self._open if (mark := answer.oldest_mark()) is not None and mark < now]
+        if not old:
+            return 0
+        waits = [asyncio.ensure_future(answer.is_handed_out.wait()) for answer in old]
+        await asyncio.wait(waits, timeout=timeout)
+        late = [answer for answer in old if not answer.is_handed_out.is_set()]
+        for wait in waits:
+            wait.cancel()
+        for answer in late:
+            answer.cut()
+        return len(late)
+
+
+class AnswerResponse(Response):
+    """
+    A response that is made while it is sent, and given up when its client goes.
+
+    Args:
+        answers ([`Answers`]): Those of the service.
+        answer ([`Answer`]): This one.
+        collected (callable): Gives the body, of an answer that is not streamed.
+        streamed (async iterator of `dict`, *optional*): Its events, of one that is.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        answer: Answer[Any],
+        collected: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+        streamed: AsyncIterator[dict[str, Any]] | None = None,
+    ):
+        super().__init__()
+        self._answers, self._answer, self._collected, self._streamed = answers, answer, collected, streamed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As any response."""
+        work = asyncio.ensure_future(self._respond(scope, receive, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            self._answers.close(self._answer)
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._collected is not None:
+            await JSONResponse(await self._collected())(scope, receive, send)
+        elif self._streamed is not None:
+            await _send_events(self._streamed, send)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _send_events(events: AsyncIterator[dict[str, Any]], send: Send) -> None:
+    """Send a stream of server-sent events; what goes wrong before the first one is a response of its own."""
+    first = await anext(events)
+    headers = {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": encoded})
+    await _send_event(first, send)
+    try:
+        async for event in events:
+            await _send_event(event, send)
+        last = b"data: [DONE]\n\n"
+    except Problem as problem:
+        # As clients of OpenAI's API tell an error within a stream.
+        last = _event(problem.body)
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _send_event(event: dict[str, Any], send: Send) -> None:
+    await send({"type": "http.response.body", "body": _event(event), "more_body": True})
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def submit(
+    batcher: Batcher[Any], answers: Answers, answer: Answer[Any], items: Sequence[Item], is_alone: bool
+) -> None:
+    """
+    Have the rows of an answer run.
+
+    Raises:
+        [`~hf_s3t.server.problems.Problem`]: If they are refused; the answer is closed then.
+    """
+    answer.items = list(items)
+    try:
+        batcher.submit(items, is_alone)
+    except Problem:
+        answers.close(answer)
+        raise

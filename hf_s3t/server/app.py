@@ -7,7 +7,7 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
 from .. import __version__
-from . import completions, erasures, models, status
+from . import chat, classify, completions, erasures, models, status
 from .access import Guard
 from .limits import BodyLimits
 from .logs import Observed
@@ -19,6 +19,8 @@ from .service import Service
 PARTS: tuple[Callable[[Service], APIRouter], ...] = (
     models.routes,
     completions.routes,
+    chat.routes,
+    classify.routes,
     erasures.routes,
     status.routes,
 )

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Path, Query, Response
 
 from ..folder.erasure_requests_file import ErasureBook, RecordedErasure
 from ..folder.system import SystemFolder
+from ..model.following import PATIENCE
 from ..operations.deletion import DeletionPreview, preview
 from ..operations.erasures import receipts_of, record_erasure, states_of
 from ..operations.written_ids import groups_from_texts, ids_from_texts
@@ -29,7 +30,7 @@ from .erasure_schemas import (
     Name,
 )
 from .keys import Scope
-from .problems import RETRY_SOON, Problem
+from .problems import PROBLEMS, RETRY_SOON, Problem
 from .service import Service
 
 
@@ -45,6 +46,8 @@ RepeatKey = Annotated[
         description="Whatever the client likes. A request that comes again with its key is the same request.",
     ),
 ]
+# Seconds for what is computed and not sent yet, where nobody waits for what is not.
+_HANDING_OUT = 1.0
 _NOTED = ("stages_removed", "depths_before", "depths_after", "is_exhausted", "seconds")
 
 
@@ -54,6 +57,21 @@ class _Request(DeletionRequest):
 
     ids: list[int | str] = field(default_factory=list)
     groups: list[int | str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """
+    A request that was carried out.
+
+    Args:
+        told ([`~hf_s3t.server.erasure_schemas.Erasure`]): What became of it.
+        patience (`float`, *optional*):
+            Seconds to wait for answers on their way out that may have been computed before; `None` if there is none.
+    """
+
+    told: Erasure
+    patience: float | None = None
 
 
 class Erasures:
@@ -103,7 +121,11 @@ class Erasures:
         self._asked += 1
         try:
             # A client that goes away does not stop it.
-            return await to_thread.run_sync(self.take, wanted, key, limiter=self._taking)
+            taken = await to_thread.run_sync(self.take, wanted, key, limiter=self._taking)
+            if taken.patience is not None:
+                # What was computed before has left the server when this is acknowledged.
+                await self._service.answers.settled(taken.patience)
+            return taken.told
         finally:
             self._asked -= 1
 
@@ -113,8 +135,8 @@ class Erasures:
 
     # Carrying out
 
-    def take(self, wanted: ErasureRequest, key: str | None = None) -> Erasure:
-        """What `erase` does, in a thread; arguments as there."""
+    def take(self, wanted: ErasureRequest, key: str | None = None) -> "Taken":
+        """What `erase` does, in a thread, but for answers on their way out; arguments as there."""
         names = self._folder.key
         body, repeat_key = names.of_erasure(wanted.canonical()), None if key is None else names.of_repeat_key(key)
         with self.book.taking():
@@ -137,11 +159,13 @@ class Erasures:
                 with self._lock:
                     self._running.discard(erasure.id)
 
-    def _carry_out(self, erasure: RecordedErasure, request: "_Request", on_running: str) -> Erasure:
+    def _carry_out(self, erasure: RecordedErasure, request: "_Request", on_running: str) -> "Taken":
         if erasure.max_delay is not None:
-            return self._hand_over(erasure, request)
+            return Taken(self._hand_over(erasure, request))
         if erasure.report is not None and states_of(self._folder, [erasure]) == ["done"]:
-            return self._told(erasure)
+            # What it stopped may still be on its way out, where it is repeated a moment later.
+            return Taken(self._told(erasure), PATIENCE)
+        serving = _serving(self._folder)
         # Also where the ledger has it already: whoever wrote it there may have died before the stages went.
         report = self._service.model.unlearn(
             request.ids,
@@ -153,7 +177,10 @@ class Erasures:
         self._service.metrics.erasure(report.deleted, report.seconds)
         engine = None if self._service.engine is None else self._service.engine.receipt()
         erasure = self.book.note_done(erasure.id, self._noted(erasure, report, engine))
-        return self._told(erasure, duplicates=report.duplicates)
+        told = self._told(erasure, duplicates=report.duplicates)
+        if serving.isdisjoint(told.stages_removed):
+            return Taken(told)
+        return Taken(told, PATIENCE if on_running == "wait" else _HANDING_OUT)
 
     def _hand_over(self, erasure: RecordedErasure, request: "_Request") -> Erasure:
         (state,) = states_of(self._folder, [erasure])
@@ -301,6 +328,12 @@ class Erasures:
         return ExampleList(data=[*found, *gone])
 
 
+def _serving(folder: SystemFolder) -> set[str]:
+    """The stages that answer now."""
+    served = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    return {str(stage) for tips in served for tip in tips for stage in tip.lineage}
+
+
 def _texts(names: Sequence[Name] | None) -> list[str]:
     return list(map(str, names or []))
 
@@ -328,7 +361,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def routes(service: Service) -> APIRouter:
     """The routes that erase, and that say what would go and what went."""
     erasures = service.erasures = Erasures(service)
-    router = APIRouter(prefix="/v1", tags=["erasures"], dependencies=[requires(Scope.ERASE)])
+    router = APIRouter(prefix="/v1", tags=["erasures"], dependencies=[requires(Scope.ERASE)], responses=PROBLEMS)
 
     @router.post(
         "/erasures",

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..errors import (
@@ -35,6 +36,28 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of a response that says what went wrong."""
+
+    error: ErrorDetail
+
+
+# What the description says of every route.
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "What is wrong with the request"},
+    "5XX": {"model": ErrorAnswer, "description": "Why there is no answer"},
 }
 
 

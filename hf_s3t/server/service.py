@@ -1,7 +1,7 @@
 """What all routes of a server share: the model, what it is called, who may ask, and what runs beside the requests."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -10,8 +10,13 @@ from typing import Any
 from ..errors import ConfigError
 from ..hub.folder import HubFolder
 from ..model.modeling import S3TModel
+from .answers import Answers
+from .batching import Batcher
+from .classification import Classifier
+from .generation import Generator, eos_tokens
 from .keys import Keys
 from .measuring import Metrics
+from .prompts import Prompts
 from .settings import ServerSettings
 from .watching import PrometheusMetrics
 
@@ -52,6 +57,12 @@ class Service:
     started: float = field(default_factory=time.time)
     # Set by the part that erases, for those that show what waits.
     erasures: Any = None
+    # The answers that are not handed out yet: an erasure waits for `answers.settled` before it is acknowledged.
+    answers: Answers = field(init=False)
+    # What runs rows through the model; its `num_waiting` and `num_running` are the queue.
+    batcher: Batcher[Any] = field(init=False)
+    prompts: Prompts = field(init=False)
+    eos: frozenset[int] = field(init=False, default=frozenset())
     on_start: list[Callable[[], None]] = field(default_factory=list)
     on_stop: list[Callable[[], None]] = field(default_factory=list)
 
@@ -61,6 +72,22 @@ class Service:
                 f"A system for {self.task} is served with its tokenizer, got a {type(self.processor).__name__}. Save "
                 "the tokenizer into the system's folder with its `save_pretrained`."
             )
+
+        run: Callable[[Sequence[Any]], None]
+        self.answers = Answers(self._deletions, self.settings.request_timeout)
+        self.prompts = Prompts(self.model, self.processor, self.settings)
+        if self.task is Task.GENERATION:
+            self.eos = eos_tokens(self.model, self.processor)
+            run = Generator(self.model, self.processor, self.settings.max_batch_size).run
+        else:
+            run = Classifier(self.model, self.processor).run
+        self.batcher = Batcher(run, self._deletions, self.settings, self.metrics)
+        self.on_start.append(self.batcher.start)
+        self.on_stop.append(self.batcher.stop)
+
+    def _deletions(self) -> int:
+        """How many lines the ledger has: what begins at as many works on what these deletions left."""
+        return len(self.model.folder.ledger.lines)
 
     @property
     def name(self) -> str:

@@ -113,7 +113,7 @@ def status_of(service: Service) -> Status:
         num_shards=folder.config.num_shards,
         is_exhausted=is_exhausted,
         shards=_shards(folder, found["depths"]),
-        queue=_queue(service),
+        queue=Queue(waiting=service.batcher.num_waiting, running=service.batcher.num_running),
         erasures_waiting=[WaitingErasure(apply_by=due, examples=n) for due, n in PendingRequests(folder).waiting()],
         engine=None if service.engine is None else service.engine.status(),
     )
@@ -138,10 +138,6 @@ def _shards(folder: SystemFolder, depths: list[int]) -> list[ShardShown]:
 
 def _stage(key: StageKey, serving: set[StageKey]) -> StageShown:
     return StageShown(stage=str(key), slices=list(key.prefix), is_serving=key in serving)
-
-
-def _queue(service: Service) -> Queue:
-    return Queue(waiting=0, running=0)
 
 
 def routes(service: Service) -> APIRouter:

@@ -131,9 +131,8 @@ def test_who_takes_a_request_is_waited_for_here_and_elsewhere(book):
     assert order == ["in", "out"] * 2
 
 
-def test_a_folder_of_format_1_is_migrated_before_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, SECRET_OF_FORMAT_1)
-    folder = SystemFolder(copy_of("regrown", tmp_path))
+def test_a_folder_of_format_1_is_migrated_before_it_is_written(tmp_path, shared_key):
+    folder = SystemFolder(copy_of("trained", tmp_path))
     assert not folder.is_migrated
     ErasureBook(folder).add(request())
     assert SystemFolder(folder.path).is_migrated

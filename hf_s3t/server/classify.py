@@ -1,0 +1,149 @@
+"""`/v1/classify`: what texts or images are, in the form that vLLM has."""
+
+import base64
+import binascii
+import io
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from anyio import to_thread
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from starlette.responses import Response
+
+from ..errors import ConfigError
+from .access import requires
+from .answers import Answer, AnswerResponse, submit
+from .classification import Classified, Input
+from .keys import Scope
+from .models import check_model
+from .problems import PROBLEMS, Problem
+from .schemas import Request, Usage
+from .service import Service, Task
+
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# A small file may hold an image that fills the memory.
+_MOST_PIXELS = 50_000_000
+_MOST_INPUTS = 128
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Inputs = Annotated[
+    list[str],
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    Field(min_length=1, max_length=_MOST_INPUTS),
+]
+
+
+class ClassifyRequest(Request):
+    """Texts, or images as data URLs (`data:image/png;base64,…`), to be classified."""
+
+    model: str | None = None
+    input: Inputs | None = None
+    images: Inputs | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.input is None) == (self.images is None):
+            raise ValueError("Give either `input` or `images`")
+        return self
+
+
+class Classification(BaseModel):
+    """What one input is."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyAnswer(BaseModel):
+    """What the inputs are, in their order."""
+
+    id: str = Field(default_factory=lambda: f"classify-{uuid.uuid4().hex}")
+    object: Literal["list"] = "list"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    data: list[Classification]
+    usage: Usage
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes that classify."""
+    router = APIRouter(prefix="/v1", tags=["answers"], dependencies=[requires(Scope.ANSWER)], responses=PROBLEMS)
+
+    @router.post("/classify", response_model=ClassifyAnswer)
+    async def classify(request: ClassifyRequest) -> Response:
+        """Say of each text or image what it is."""
+        check_model(service, request.model)
+        fields = await to_thread.run_sync(_fields_of, service, request)
+        answer = service.answers.open()
+        inputs = [Input(one, answer.put_for(index)) for index, one in enumerate(fields)]
+        submit(service.batcher, service.answers, answer, inputs)
+        num_tokens = sum(len(one["input_ids"]) for one in fields if "input_ids" in one)
+
+        async def collect() -> dict[str, Any]:
+            return await _collect(service, answer, num_tokens)
+
+        return AnswerResponse(service.answers, answer, collected=collect)
+
+    return router
+
+
+async def _collect(service: Service, answer: Answer[Classified], num_tokens: int) -> dict[str, Any]:
+    labels = service.model.config.id2label or {}
+    found = [one.probs for one in await answer.all()]
+    data = [
+        Classification(
+            index=index, label=str(labels.get(_best(probs), _best(probs))), probs=probs, num_classes=len(probs)
+        )
+        for index, probs in enumerate(found)
+    ]
+    service.metrics.tokens(num_tokens, 0)
+    return ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0)).model_dump()
+
+
+def _best(probs: Sequence[float]) -> int:
+    return max(range(len(probs)), key=probs.__getitem__)
+
+
+def _fields_of(service: Service, request: ClassifyRequest) -> list[dict[str, Any]]:
+    """What the model takes, of each input."""
+    if service.task is Task.GENERATION:
+        raise Problem(404, "This system makes text. Ask `/v1/completions` or `/v1/chat/completions`.", "wrong_task")
+    if service.task is Task.IMAGE_CLASSIFICATION:
+        # vLLM's clients know the one field.
+        return [_of_image(service.processor, one) for one in request.images or request.input or ()]
+    if request.input is None:
+        raise Problem(422, "This system classifies texts. Send them as `input`.", "wrong_input", "images")
+    return [service.prompts.fields_of(text) for text in request.input]
+
+
+def _of_image(processor: Any, url: str) -> dict[str, Any]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("Images are read by Pillow, which is not here: `pip install hf_s3t[vision]`.") from error
+    head, _, data = url.partition(",")
+    if not (head.startswith("data:") and head.endswith(";base64")):
+        raise _no_image("it is no data URL with base64")
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=_FORMATS) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise _no_image(f"it has more than {_MOST_PIXELS} pixels")
+            image = opened.convert("RGB")
+    except (OSError, ValueError, binascii.Error, SyntaxError, Image.DecompressionBombError):
+        raise _no_image(f"it cannot be read as {', '.join(_FORMATS)}") from None
+    return {name: value[0] for name, value in processor(images=[image], return_tensors="pt").items()}
+
+
+def _no_image(why: str) -> Problem:
+    expected = "Send `data:image/png;base64,` and the bytes in base64"
+    return Problem(422, f"An image is not taken: {why}. {expected}.", "invalid_image", "images")
