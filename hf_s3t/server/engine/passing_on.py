@@ -108,6 +108,11 @@ class Engine:
     # What a response asks for
 
     @property
+    def room(self) -> int | None:
+        """How many tokens the engine takes, prompt and answer together; `None` if it did not say."""
+        return self.model.switch.vllm.room
+
+    @property
     def client(self) -> httpx2.AsyncClient:
         """Through which requests are passed on, of the event loop that asks first."""
         if self._client is None:

@@ -49,6 +49,8 @@ class Vllm:
 
     def __init__(self, address: EngineAddress, key: str | None = None):
         self.address = address
+        # How many tokens it takes, prompt and answer together, as it said last.
+        self.room: int | None = None
         # No proxy of the environment: adapters and prompts go to this address and nowhere else.
         self._client = httpx2.Client(headers=authorization(key), trust_env=False)
 
@@ -61,7 +63,9 @@ class Vllm:
         """
         answer = self._ask("GET", f"{self.address.url}/models", None)
         try:
-            return {str(card["id"]): card.get("root") for card in answer.json()["data"]}
+            cards = answer.json()["data"]
+            self.room = next((int(card["max_model_len"]) for card in cards if card.get("max_model_len")), None)
+            return {str(card["id"]): card.get("root") for card in cards}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"{self.address.url}/models says something else than a list of models. Give the address of a vLLM "
