@@ -101,7 +101,7 @@ def main() -> None:
     if not python:
         print("HF_S3T_VLLM names no Python that has vLLM: nothing is measured.")
         return
-    layers, hidden, tokens, rounds = (4, 128, 16, 2) if asked.quick else (8, 512, 48, 5)
+    layers, hidden, tokens, rounds = (4, 128, 16, 2) if asked.quick else (8, 512, 32, 3)
     settings = {"layers": layers, "hidden": hidden, "tokens": tokens, "clients": CLIENTS, "prompt_tokens": 16}
     report = Report("serving_vllm", asked, settings)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,5 @@
 """A system that an engine answers for: it forgets and grows as any served model, and the engine follows."""
 
-import contextlib
 import dataclasses
 import os
 import threading
@@ -169,11 +168,16 @@ class EngineModel(S3TModel):
 
     def _look_and_try(self) -> None:
         while not self._end.wait(_BETWEEN_LOOKS):
-            # The folder may be out of reach for a while; requests say so, and the next look may find it.
-            with contextlib.suppress(S3TError, OSError):
+            try:
                 self.catch_up()
                 if self.switch.is_due:
                     self.try_again()
+            except (S3TError, OSError) as error:
+                # The folder may be out of reach for a while; requests say so, and the next look may find it.
+                logger.debug(f"The folder or the engine could not be looked at: {error}")
+            except Exception:
+                # Whoever looks must not end: then nothing would be tried again.
+                logger.exception("The folder or the engine could not be looked at")
 
     @property
     def _failures(self) -> list[str]:

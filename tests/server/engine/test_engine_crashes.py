@@ -1,10 +1,8 @@
 """A server that dies at any step of a switch: what the next one finds, and what it makes of it."""
 
 import contextlib
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -12,20 +10,27 @@ import httpx2
 import pytest
 from support.behind import of_last_slice, wait_for
 from support.fake_vllm import FakeVllm, adapter_digest
-from support.served import tiny_system
+from support.served import NO_KEYS, tiny_system
 from support.tiny import s3t_config
 
 from hf_s3t import S3TModel
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.server.running import serve
+from hf_s3t.server.settings import ServerSettings
 
 
 pytestmark = pytest.mark.slow
 
 
+# Its processes are forks of one that has everything imported.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hf_s3t.server.running"])
+
+
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen, url: str):
+    def __init__(self, process: multiprocessing.process.BaseProcess, url: str):
         self.process, self.url = process, url
 
     def erase(self, example: str) -> httpx2.Response:
@@ -39,21 +44,26 @@ class Served:
 
     def die(self) -> None:
         """At once, as from lack of memory."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
+        self.process.join()
+
+
+def run_server(path: str, engine: str, told) -> None:
+    """What the process does: `hf-s3t serve` on a free port, which it tells."""
+    serve(path, ServerSettings(port=0), NO_KEYS, engine=engine, say=told.send)
 
 
 @contextlib.contextmanager
 def served(path, fake: FakeVllm) -> Iterator[Served]:
-    command = [sys.executable, "-m", "hf_s3t", "serve", str(path), "--port", "0", "--engine", fake.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as process:
-        try:
-            line = process.stdout.readline()
-            assert " is at http://" in line, line
-            yield Served(process, line.split(" is at ")[1].split(",")[0].split()[0])
-        finally:
-            process.terminate()
-            process.wait(60)
+    told, tells = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=run_server, args=(str(path), fake.url, tells))
+    process.start()
+    try:
+        assert told.poll(120), "The server did not start."
+        yield Served(process, told.recv().split(" is at ")[1].split(",")[0])
+    finally:
+        process.terminate()
+        process.join(60)
 
 
 def expected_digest(path, scratch) -> str:
