@@ -22,7 +22,7 @@ CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo docs test test-slow test-all test-lowest coverage lint format bench dist clean
+.PHONY: help .venv demo docs test test-slow test-all test-serve test-lowest coverage lint format bench dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ test-slow: $(STAMP)  ## the slow tests but for the long ones, within ten
 
 test-all: $(STAMP)  ## every test, within thirty
 	$(PYTEST) $(ARGS)
+
+# The demo's own code makes the system.
+test-serve: $(STAMP)  ## a server under load for ten minutes, while its system forgets and grows; draws docs/figures/serving.png
+	PYTHONPATH=recipes $(BIN)/python benchmarks/load_serving.py $(ARGS)
 
 test-lowest: $(LOWEST)/.installed  ## the unit suite with the oldest versions that setup.py claims
 	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not slow and not gpu" $(ARGS)

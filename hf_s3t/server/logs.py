@@ -69,7 +69,9 @@ def start(level: str = "info", stream: TextIO | None = None) -> logging.Handler:
     for name in _OF_OTHERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
+        # What it loads, and from where, is told by nobody who serves.
+        least = logging.WARNING if name == "transformers" else logging.NOTSET
+        logger.setLevel(max(logging.getLevelNamesMapping()[level.upper()], least))
     # Whoever else logs through it would write the same twice.
     logging.getLogger("uvicorn.error").handlers = []
     logging.getLogger("uvicorn.error").propagate = True

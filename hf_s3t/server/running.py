@@ -14,6 +14,7 @@ from ..errors import ConfigError, FolderError
 from ..hub.folder import HubFolder
 from ..model.gates import RECORDED
 from ..model.modeling import S3TModel
+from . import logs
 from .access import is_loopback
 from .app import create_app
 from .engine.model import load_behind_engine
@@ -70,6 +71,7 @@ def serve(
         [`~hf_s3t.errors.S3TError`]: If the system cannot be loaded.
     """
     check_address(settings, keys)
+    logs.start()
     # Before a model is loaded in vain.
     with contextlib.closing(bound(settings)) as listener:
         if engine is not None:

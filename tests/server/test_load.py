@@ -1,0 +1,80 @@
+"""A server under load, while its system forgets and grows: no answer fails, and none comes from what was erased."""
+
+import threading
+import time
+
+import pytest
+from serving_story import Clients, Eraser, History, Naive, Watcher, judge
+from support.served import serving, tiny_system
+from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
+
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.deletion import apply
+from hf_s3t.records.request import DeletionRequest
+
+
+IDS = ids_of(60)
+CONFIG = s3t_config(num_shards=2, num_slices=3, partition="balanced")
+PROMPTS = ["w7 w8", "w30 w9 w12", "w11 w40", "w5 w6 w17"]
+
+
+def grow_on(path, end: threading.Event) -> None:
+    """A trainer beside the server: what is missing is made again, other than it was."""
+    seed = 1
+    while not end.wait(0.3):
+        plant_stages(make_trainer(path, tiny_llama(), lm_rows(len(IDS)), config=CONFIG), limit=2, seed=seed)
+        seed += 1
+
+
+def wait_until(condition, seconds=30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("erasures", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_under_load_each_answer_is_that_of_stages_that_were_not_erased_before(tmp_path, erasures):
+    path = tiny_system(tmp_path / "system", rows=lm_rows(len(IDS)), config=CONFIG)
+    end = threading.Event()
+    trainer = threading.Thread(target=grow_on, args=(path, end))
+    watcher = Watcher(path, tmp_path / "archive")
+
+    with serving(path) as (url, service), watcher.watching():
+        clients = Clients(url, service.name, PROMPTS, max_tokens=6, count=4)
+        eraser = Eraser(url, IDS, lambda one: apply(SystemFolder(path), DeletionRequest([one])))
+        trainer.start()
+        with clients.asking():
+            for _ in range(erasures):
+                answered = len(clients.asked)
+                wait_until(lambda seen=answered: len(clients.asked) > seen + 8)
+                wait_until(eraser.erase)
+            answered = len(clients.asked)
+            wait_until(lambda: len(clients.asked) > answered + 8)
+        end.set()
+        trainer.join()
+        assert not service.model.is_exhausted
+
+    history = History(path, watcher.kept, eraser.erased)
+    verdict = judge(history, Naive(tiny_llama, tokenizer_of_words(), 6), clients.asked, eraser.erased)
+    assert verdict.failed == [] and verdict.wrong == []
+    assert verdict.answers > 8 * erasures and verdict.too_close <= verdict.answers / 10
+    assert len(eraser.erased) == erasures and len(history.acknowledged) >= erasures
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_stage_that_was_erased_before_would_be_told(tmp_path):
+    """The check itself: what is asked after the erasure, and answered as before, is wrong."""
+    path = tiny_system(tmp_path / "system", rows=lm_rows(len(IDS)), config=CONFIG)
+    watcher = Watcher(path, tmp_path / "archive")
+    with serving(path) as (url, service), watcher.watching():
+        clients = Clients(url, service.name, PROMPTS, max_tokens=6, count=2)
+        with clients.asking():
+            wait_until(lambda: len(clients.asked) > 8)
+        eraser = Eraser(url, IDS, lambda one: None)
+        erased = eraser.erase()
+    history, naive = History(path, watcher.kept, eraser.erased), Naive(tiny_llama, tokenizer_of_words(), 6)
+    assert judge(history, naive, clients.asked, eraser.erased).wrong == []
+    for asked in clients.asked:
+        asked.start = asked.end = erased.end + 5
+    assert judge(history, naive, clients.asked, eraser.erased).wrong
