@@ -45,6 +45,13 @@ def serve(
         str, typer.Option(help="With no shard left: `error`, or `base` to let a language model answer as its base.")
     ] = "error",
     gate: Annotated[str, typer.Option(help="What weighs the shards: `recorded`, `terms` or `none`.")] = "recorded",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="The address of a vLLM server that answers in the model's place; for systems of one shard."),
+    ] = None,
+    engine_exports: Annotated[
+        Path | None, typer.Option(help="Where exports for the engine are written; beside the system if not given.")
+    ] = None,
     on_running: Annotated[
         str, typer.Option(help="What an erasure does with running answers on stages that go: `wait` or `cancel`.")
     ] = _DEFAULT.on_running,
@@ -79,6 +86,8 @@ def serve(
 ) -> None:
     """
     Serve a system over HTTP: answers in OpenAI's API, erasures, its state, and a page to see and steer it.
+
+    With --engine a vLLM server answers, with the stack that serves; its key comes from HF_S3T_ENGINE_KEY.
 
     Keys come from --keys, or from HF_S3T_ANSWER_KEYS, HF_S3T_ERASE_KEYS and HF_S3T_STATUS_KEYS. SIGTERM and Ctrl+C end
     it when running answers have ended.
@@ -118,5 +127,7 @@ def serve(
         preload=preload,
         when_exhausted=when_exhausted,
         gate=None if gate == "none" else gate,
+        engine=engine,
+        engine_exports=engine_exports,
         say=rendering.say,
     )

@@ -52,7 +52,7 @@ def load_base(
     """
     name = name or _recorded_name(record)
     as_recorded = dtype is None and quantization_config is None
-    architecture = _class_of(record)
+    architecture = class_of(record)
     if quantization_config is None and record["quantization"]:
         quantization_config = AutoQuantizationConfig.from_dict(dict(record["quantization"]))
     kwargs: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def _refuse_unfilled(missing: Sequence[str], name: str | os.PathLike[str], recor
         )
 
 
-def _class_of(record: dict[str, Any]) -> type[PreTrainedModel]:
+def class_of(record: dict[str, Any]) -> type[PreTrainedModel]:
     """The class of Transformers that a base was of, which decides what is read of its checkpoint."""
     # Code of one's own, or that came with a checkpoint, often calls its classes as Transformers does.
     origin, name = record.get("module", "transformers"), record["architecture"]

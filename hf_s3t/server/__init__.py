@@ -10,6 +10,7 @@ A system in production: it answers over HTTP, forgets while it answers, and take
 - `limits`: how large a body is, and how long it may take.
 - `problems`: errors as clients of OpenAI's API expect them.
 - `measuring`: what is told of requests and batches.
+- `engine`: vLLM behind the server, for systems of one shard.
 
 Answers:
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from .access import requires
 from .answers import Answer, AnswerResponse
 from .asking import check_task, rows_of
+from .engine.asking import ask_engine
 from .keys import Scope
 from .models import check_model
 from .problems import PROBLEMS
@@ -40,6 +41,8 @@ def routes(service: Service) -> APIRouter:
         """Say what the assistant says next; with `stream`, as server-sent events."""
         check_task(service)
         check_model(service, request.model)
+        if service.engine is not None:
+            return await ask_engine(service, request)
         prompt = await to_thread.run_sync(service.prompts.of_chat, request.messages)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         answer = rows_of(service, request, [prompt], request.max_completion_tokens or request.max_tokens, logprobs)

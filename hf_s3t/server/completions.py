@@ -10,6 +10,7 @@ from starlette.responses import Response
 from .access import requires
 from .answers import Answer, AnswerResponse
 from .asking import check_task, rows_of
+from .engine.asking import ask_engine
 from .keys import Scope
 from .models import check_model
 from .problems import PROBLEMS
@@ -28,6 +29,8 @@ def routes(service: Service) -> APIRouter:
         """Complete a text, or several; with `stream`, as server-sent events."""
         check_task(service)
         check_model(service, request.model)
+        if service.engine is not None:
+            return await ask_engine(service, request)
         prompts = await to_thread.run_sync(service.prompts.of_completion, request)
         answer = rows_of(service, request, prompts, request.max_tokens, request.logprobs)
         completing = _Completing(service, request, answer, sum(map(len, prompts)))

@@ -17,9 +17,15 @@ from ..model.modeling import S3TModel
 from . import logs
 from .access import is_loopback
 from .app import create_app
+from .engine.model import load_behind_engine
+from .engine.passing_on import Engine
 from .keys import VARIABLES, Keys
 from .service import Service
 from .settings import ServerSettings
+
+
+# The key that the engine was started with, if it was.
+ENGINE_KEY = "HF_S3T_ENGINE_KEY"
 
 
 def serve(
@@ -34,6 +40,8 @@ def serve(
     preload: str = "best",
     when_exhausted: str = "error",
     gate: str | None = RECORDED,
+    engine: str | None = None,
+    engine_exports: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """
@@ -52,6 +60,10 @@ def serve(
         preload (`str`, defaults to `"best"`): See there.
         when_exhausted (`str`, defaults to `"error"`): See there.
         gate (`str`, *optional*, defaults to `"recorded"`): See there.
+        engine (`str`, *optional*):
+            The address of a vLLM server that answers in the model's place; see [`~hf_s3t.server.engine`]. Its key is
+            in the environment variable `HF_S3T_ENGINE_KEY`.
+        engine_exports (`str` or `os.PathLike`, *optional*): Where exports for the engine are written.
         say (callable, *optional*): Told, in a line, where the server listens.
 
     Raises:
@@ -62,6 +74,14 @@ def serve(
     logs.start()
     # Before a model is loaded in vain.
     with contextlib.closing(bound(settings)) as listener:
+        if engine is not None:
+            _check_options_of_engine(dtype, when_exhausted)
+            run(
+                service_behind_engine(path, settings, keys, engine, engine_exports, revision, cache_dir, base_model),
+                listener,
+                say,
+            )
+            return
         model = S3TModel.from_pretrained(
             path,
             revision=revision,
@@ -74,6 +94,57 @@ def serve(
         )
         service = Service(model, find_processor(model, base_model), settings, keys)
         run(service, listener, say)
+
+
+def service_behind_engine(
+    path: str | os.PathLike[str],
+    settings: ServerSettings,
+    keys: Keys,
+    engine: str,
+    exports: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+) -> Service:
+    """
+    The service of a system that an engine answers for.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder of the system, or its repository on the Hub.
+        settings ([`~hf_s3t.server.settings.ServerSettings`]): How it is served.
+        keys ([`~hf_s3t.server.keys.Keys`]): Who may ask what.
+        engine (`str`): The address of the vLLM server.
+        exports (`str` or `os.PathLike`, *optional*): Where exports for it are written.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub's cache.
+        base_model (`str`, *optional*): Where the tokenizer is, if not in the system's folder.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: See [`~hf_s3t.server.engine.model.load_behind_engine`].
+    """
+    key = os.environ.get(ENGINE_KEY) or None
+    model = load_behind_engine(path, engine, exports=exports, engine_key=key, revision=revision, cache_dir=cache_dir)
+    try:
+        service = Service(model, find_processor(model, base_model), settings, keys)
+        service.engine = Engine(model, service.name, settings, service.metrics, key)
+    except BaseException:
+        model.end()
+        raise
+    service.on_stop.append(service.engine.end)
+    return service
+
+
+def _check_options_of_engine(dtype: str | None, when_exhausted: str) -> None:
+    if dtype is not None:
+        raise ConfigError(
+            f"dtype={dtype!r} is for a base in this process, and the engine has its own. Leave it out, and start the "
+            "engine with `--dtype`."
+        )
+    if when_exhausted != "error":
+        raise ConfigError(
+            f'when_exhausted={when_exhausted!r}, expected "error" with an engine: an exhausted system passes nothing '
+            "on. Ask the engine for its base where that is meant."
+        )
 
 
 def run(service: Service, listener: socket.socket, say: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from ..operations.pending import PendingRequests
 from ..plan.stages import StageKey
 from .access import requires
 from .keys import Scope
-from .problems import RETRY_LATER
+from .problems import RETRY_LATER, RETRY_SOON
 from .service import Service
 from .watching import CONTENT_TYPE, SystemMetrics, exposition
 
@@ -92,7 +92,7 @@ class Status(BaseModel):
 class Health(BaseModel):
     """Whether the server lives, or is ready."""
 
-    status: Literal["alive", "ready", "exhausted"]
+    status: Literal["alive", "ready", "exhausted", "engine not ready"]
 
 
 def status_of(service: Service) -> Status:
@@ -173,6 +173,10 @@ def routes(service: Service) -> APIRouter:
             response.status_code = 503
             response.headers["Retry-After"] = str(RETRY_LATER)
             return Health(status="exhausted")
+        if service.engine is not None and not service.engine.status()["is_ready"]:
+            response.status_code = 503
+            response.headers["Retry-After"] = str(RETRY_SOON)
+            return Health(status="engine not ready")
         return Health(status="ready")
 
     return router
