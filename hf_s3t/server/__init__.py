@@ -24,4 +24,8 @@ Answers:
 - `row_text`: the text of one answer as its tokens come.
 - `generation`: a batch through `model.generate`.
 - `classification`: a batch through a classifier.
+
+For people:
+
+- `pages`: the page at `/`, from the files in `page/`.
 """

@@ -54,6 +54,7 @@ function show(status) {
 
 function stateOf({ is_exhausted, depths, failures, engine }) {
   if (is_exhausted) return ["Exhausted: no shard has a stack left, questions are refused until stages are grown again", "bad"];
+  if (engine && !engine.is_ready) return [`Waits for vLLM behind it. ${engine.problem ?? ""}`.trim(), "bad"];
   const dead = depths.filter((depth) => depth === 0).length;
   if (dead) return [`Answers, without ${plural(dead, "shard")} that ${dead === 1 ? "has" : "have"} no stack left`, "fair"];
   if (failures?.length) return [`Answers. Not done yet, and tried again: ${failures.join(" ")}`, "fair"];
