@@ -4,7 +4,9 @@ The page in a real browser, at a real server: the whole story clicked through, a
 `make test-browser` installs what these tests need: playwright, and Debian's Chromium where there is none.
 """
 
+import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -17,7 +19,18 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from support.tiny import make_trainer, plant_stages, rows_for, tiny_llama, tokenizer_of_words
+from PIL import Image
+from support.served import tiny_system
+from support.tiny import (
+    IMAGE_SIZE,
+    make_trainer,
+    plant_stages,
+    rows_for,
+    tiny_llama,
+    tiny_vit,
+    tokenizer_of_words,
+)
+from transformers import ViTImageProcessor
 
 from hf_s3t import S3TConfig
 
@@ -226,6 +239,39 @@ def test_the_whole_story(system, open_page, tmp_path):
         plant_stages(trainer_of(system), limit=1)
         expect(page.locator("#events")).to_contain_text("has grown")
         expect_drawn_as(page, status_of(url))
+
+
+def expect_labelled(page, found: dict) -> None:
+    """The answer shown is the most probable label, and how sure it is."""
+    expect(page.locator("#ask-said")).to_have_text("Answered.")
+    expect(page.locator(".answer .text")).to_have_text(found["label"])
+    expect(page.locator(".answer")).to_contain_text("sure of 3 labels")
+
+
+def test_a_classifier_of_texts_says_a_label(tmp_path, open_page):
+    system = tiny_system(tmp_path / "texts-s3t", tiny_llama(labels=3))
+    with server(system) as url:
+        page = open_page(url)
+        page.get_by_label("A text to be classified").fill("w7 w8")
+        expect(page.locator("#ask-settings")).to_be_hidden()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect_labelled(page, httpx2.post(f"{url}/v1/classify", json={"input": "w7 w8"}).json()["data"][0])
+
+
+def test_a_classifier_of_images_says_a_label(tmp_path, open_page):
+    processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    system = tiny_system(tmp_path / "images-s3t", tiny_vit(), tokenizer=processor)
+    image = io.BytesIO()
+    Image.new("RGB", (10, 12), "teal").save(image, "PNG")
+    with server(system) as url:
+        page = open_page(url)
+        field = page.get_by_label("An image")
+        expect(page.get_by_label("Your question")).to_be_hidden()
+        field.set_input_files({"name": "teal.png", "mimeType": "image/png", "buffer": image.getvalue()})
+        page.get_by_role("button", name="Ask", exact=True).click()
+        sent = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
+        expect_labelled(page, httpx2.post(f"{url}/v1/classify", json={"images": [sent]}).json()["data"][0])
+        expect(page.get_by_alt_text("The image that was asked about")).to_be_visible()
 
 
 def test_by_the_keyboard_alone(system, open_page):
