@@ -214,6 +214,8 @@ def test_the_whole_story(system, open_page, tmp_path):
         page.get_by_role("button", name="Forget them").click()
         expect(page.locator(".done")).to_contain_text("2 examples forgotten")
         expect(page.locator("#events")).to_contain_text("went")
+        expect(page.locator("#erasure-rows tr")).to_have_count(1)
+        expect(page.locator("#erasure-rows")).to_contain_text("done")
         after = status_of(url)
         assert after["deletions"] == 1
         assert set(preview["stages"]).isdisjoint(one["stage"] for shard in after["shards"] for one in shard["stages"])
@@ -406,6 +408,7 @@ def test_an_exhausted_system_says_so_and_comes_back(system, open_page):
         expect(page.get_by_role("status").first).to_contain_text("Exhausted")
         page.get_by_label("Your question").fill("w7")
         page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.locator("#ask-said")).to_contain_text("Exhausted: no shard has a stack left")
         expect(page.locator("#ask-said")).to_contain_text("Try again in")
         expect(page.locator(".answer.failed")).to_have_count(1)
         plant_stages(trainer_of(system))

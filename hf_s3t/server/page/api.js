@@ -53,11 +53,14 @@ export async function json(scope, path, options) {
   }
 }
 
+const EXHAUSTED = "Exhausted: no shard has a stack left, so nothing answers until stages are grown again on what remains.";
+
 async function refusal(response, hasKey, scope) {
   const { status } = response;
   const error = (await response.json().catch(() => ({})))?.error ?? {};
   const retryAfter = Number(response.headers.get("Retry-After")) || null;
-  return new Refusal(sentence(status, error.message, hasKey, scope, retryAfter),
+  const said = error.code === "exhausted" ? EXHAUSTED : error.message;
+  return new Refusal(sentence(status, said, hasKey, scope, retryAfter),
     { status, code: error.code ?? null, retryAfter });
 }
 

@@ -199,7 +199,7 @@ async function openReceipt(id) {
   }
 }
 
-// The newest erasures, for whoever may see them.
+// The newest erasures, for whoever may see them; whether one is under way.
 export async function list() {
   try {
     const { data } = await json("erase", "v1/erasures?limit=10");
@@ -210,11 +210,13 @@ export async function list() {
       make("td", { textContent: STATES[one.status] ?? one.status }),
       make("td", { textContent: one.status === "done" ? one.deleted : one.requested }),
       make("td", {}, one.status === "done" ? receiptButton(one) : ""))));
+    return data.some((one) => one.status === "running");
   } catch (error) {
     byId("erasures").hidden = true;
     byId("erasures-said").hidden = !error.isDenied;
     byId("erasures-said").textContent = "Which erasures were done shows with a key to forget.";
     report(error);
+    return false;
   }
 }
 

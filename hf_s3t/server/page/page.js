@@ -10,7 +10,7 @@ const EACH = 1000, AT_MOST = 15000, EVENTS = 50;
 
 let nudge = () => {}; // ends the present pause
 let wasUnreachable = false;
-let listed = null; // what the list of erasures was last asked for
+let listed = null; // what the list of erasures was last asked for; null: it is to be asked for again
 
 const sleep = (ms) => new Promise((resolve) => {
   const timer = setTimeout(resolve, ms);
@@ -48,8 +48,13 @@ function show(status) {
   ask.knows(status);
   byId("picture-said").hidden = true;
   const seen = JSON.stringify([status.deletions, status.erasures_waiting, api.keys().length]);
-  if (seen !== listed) forget.list();
+  if (seen !== listed) listErasures(seen);
+}
+
+async function listErasures(seen) {
   listed = seen;
+  // What is under way is asked for until it is not.
+  if (await forget.list()) listed = null;
 }
 
 function stateOf({ is_exhausted, depths, failures, engine }) {
@@ -168,7 +173,10 @@ byId("key-form").addEventListener("submit", (event) => {
 });
 document.addEventListener("visibilitychange", () => document.hidden || nudge());
 ask.start();
-forget.start(() => nudge());
+forget.start(() => {
+  listed = null;
+  nudge();
+});
 showKeys();
 askForKeys();
 meetModel();
