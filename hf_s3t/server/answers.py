@@ -246,7 +246,7 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 def submit(
-    batcher: Batcher[Any], answers: Answers, answer: Answer[Any], items: Sequence[Item], is_alone: bool
+    batcher: Batcher[Any], answers: Answers, answer: Answer[Any], items: Sequence[Item], is_alone: bool = False
 ) -> None:
     """
     Have the rows of an answer run.

@@ -5,7 +5,6 @@ import binascii
 import io
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from anyio import to_thread
@@ -98,20 +97,15 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _collect(service: Service, answer: Answer[Classified], num_tokens: int) -> dict[str, Any]:
-    labels = service.model.config.id2label or {}
+    labels: dict[Any, str] = dict(service.model.config.id2label or {})
     found = [one.probs for one in await answer.all()]
+    best = [max(range(len(probs)), key=probs.__getitem__) for probs in found]
     data = [
-        Classification(
-            index=index, label=str(labels.get(_best(probs), _best(probs))), probs=probs, num_classes=len(probs)
-        )
-        for index, probs in enumerate(found)
+        Classification(index=index, label=labels.get(number, str(number)), probs=probs, num_classes=len(probs))
+        for index, (number, probs) in enumerate(zip(best, found, strict=True))
     ]
     service.metrics.tokens(num_tokens, 0)
     return ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0)).model_dump()
-
-
-def _best(probs: Sequence[float]) -> int:
-    return max(range(len(probs)), key=probs.__getitem__)
 
 
 def _fields_of(service: Service, request: ClassifyRequest) -> list[dict[str, Any]]:

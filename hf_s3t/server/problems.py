@@ -159,6 +159,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_framework(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail).rstrip(".") + "."
+        if error.status_code == 400:
+            # The framework's word for bytes that are no text.
+            return Problem(422, "The body is no JSON. Send a JSON object.", "json_invalid").response()
         if error.status_code == 404:
             message = "There is nothing at this path. `/openapi.json` describes what there is."
         return Problem(error.status_code, message, headers=error.headers).response()

@@ -66,3 +66,53 @@ def serving(path: Path, processor: Any = None, **settings) -> Iterator[tuple[str
     service = service_of(path, processor, **settings)
     with listening(create_app(service)) as url:
         yield url, service
+
+
+class HeldTokenizer:
+    """
+    A tokenizer at which batches can be held: who reads tokens waits, from some point on, until it is let go.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._changed = threading.Condition()
+        self._left: int | None = None
+        self._num_held = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """As the tokenizer's, when it is let."""
+        with self._changed:
+            if self._left is not None:
+                self._left -= 1
+                if self._left < 0:
+                    self._num_held += 1
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._left is None or self._left >= 0, 60)
+                    self._num_held -= 1
+        return self._tokenizer.decode(*args, **kwargs)
+
+    def hold(self, after: int = 0) -> None:
+        """Hold who decodes from now on, but for some times."""
+        with self._changed:
+            self._left = after
+
+    def let_go(self) -> None:
+        """Hold nobody any more."""
+        with self._changed:
+            self._left = None
+            self._changed.notify_all()
+
+    def is_holding(self, batches: int = 1) -> None:
+        """Wait until so many batches are held."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._num_held >= batches, 60):
+                raise RuntimeError(f"{self._num_held} batches are held, and not {batches}.")

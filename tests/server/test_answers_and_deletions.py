@@ -1,0 +1,225 @@
+"""Answers beside deletions: what runs is waited for, or stopped and begun again; nothing old is told after it."""
+
+import asyncio
+import json
+import threading
+
+import httpx2
+import openai
+import pytest
+from support.served import HeldTokenizer, serving, tiny_system
+from support.tiny import s3t_config, tokenizer_of_words
+
+
+ASKED = {"model": "system", "prompt": "w7 w8", "max_tokens": 12, "temperature": 0, "logit_bias": {"2": -100}}
+PATIENCE = 60
+
+
+@pytest.fixture
+def system(tmp_path):
+    return tiny_system(tmp_path / "system", config=s3t_config(num_shards=2))
+
+
+@pytest.fixture
+def held():
+    tokenizer = HeldTokenizer(tokenizer_of_words())
+    yield tokenizer
+    tokenizer.let_go()
+
+
+class Asking(threading.Thread):
+    """A client in a thread of its own."""
+
+    def __init__(self, url, **more):
+        super().__init__(daemon=True)
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.asked, self.text, self.error = {**ASKED, **more}, "", None
+        self.has_some = threading.Event()
+        self.start()
+
+    def run(self):
+        try:
+            answer = self.client.completions.create(**self.asked)
+            for chunk in answer if self.asked.get("stream") else [answer]:
+                self.text += "".join(choice.text for choice in chunk.choices)
+                self.has_some.set()
+        except openai.APIError as error:
+            self.error = error
+
+    def ended(self):
+        self.join(PATIENCE)
+        assert not self.is_alive()
+        return self
+
+
+def first_of_a_shard(service) -> str:
+    """An example whose deletion takes a stage that serves."""
+    return next(iter(service.model.folder.table))
+
+
+def unlearning(service, **how):
+    """A deletion in a thread of its own."""
+    thread = threading.Thread(target=lambda: service.model.unlearn([first_of_a_shard(service)], **how), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_cancelled_answer_of_which_nothing_was_sent_is_begun_again_on_what_is_left(system, held):
+    with serving(system, held) as (url, service):
+        before = Asking(url).ended().text
+        # Answers that are not streamed are decoded token by token too.
+        held.hold(after=8)
+        asking = Asking(url)
+        held.is_holding()
+        service.model.unlearn([first_of_a_shard(service)], on_running="cancel")
+        held.let_go()
+        after = asking.ended().text
+        assert after == Asking(url).ended().text != before and asking.error is None
+
+
+def test_a_cancelled_stream_ends_with_an_error_that_clients_understand(system, held):
+    with serving(system, held) as (url, service):
+        whole = Asking(url).ended().text
+        held.hold(after=12)
+        asking = Asking(url, stream=True)
+        held.is_holding()
+        assert asking.has_some.wait(PATIENCE)
+        service.model.unlearn([first_of_a_shard(service)], on_running="cancel")
+        held.let_go()
+        error = asking.ended().error
+        assert error is not None and error.code == "stopped_by_erasure" and whole.startswith(asking.text)
+
+
+def test_waited_for_a_running_answer_ends_as_it_began_and_what_comes_meanwhile_runs_apart(system, held):
+    with serving(system, held) as (url, service):
+        old = Asking(url).ended().text
+        sizes = []
+        service.metrics.batch = sizes.append
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        deletion = unlearning(service)
+        # Until the ledger knows it: from then on calls that begin work on what is left.
+        while not service.model.folder.ledger.num_deletions:
+            assert deletion.is_alive()
+        coming = Asking(url)
+        held.is_holding(2)
+        assert deletion.is_alive() and sizes == [1, 1]
+        held.let_go()
+        assert running.ended().text == old
+        deletion.join(PATIENCE)
+        assert coming.ended().text == Asking(url).ended().text != old
+
+
+def test_a_deletion_is_settled_when_what_was_computed_before_it_is_handed_out(system, held):
+    with serving(system, held) as (url, service):
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        loops = [answer._loop for answer in service.answers._open]
+
+        def settled(timeout):
+            return asyncio.run_coroutine_threadsafe(service.answers.settled(timeout), loops[0])
+
+        # Nothing was deleted: nothing is waited for.
+        assert settled(PATIENCE).result(PATIENCE) == 0
+        deletion = unlearning(service)
+        while not service.model.folder.ledger.num_deletions:
+            assert deletion.is_alive()
+        waiting = settled(PATIENCE)
+        held.let_go()
+        assert waiting.result(PATIENCE) == 0 and running.ended().text
+        assert len(service.answers) == 0
+
+
+def test_an_answer_that_is_not_handed_out_in_time_is_cut(system, held):
+    with serving(system, held) as (url, service):
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        (answer,) = service.answers._open
+        deletion = unlearning(service)
+        while not service.model.folder.ledger.num_deletions:
+            assert deletion.is_alive()
+        cutting = asyncio.run_coroutine_threadsafe(service.answers.settled(0.01), answer._loop)
+        assert cutting.result(PATIENCE) == 1
+        assert running.ended().error.code == "stopped_by_erasure"
+        held.let_go()
+        deletion.join(PATIENCE)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_goes_frees_its_row(system, held, is_streamed):
+    with serving(system, held, max_concurrent_batches=1) as (url, service):
+        held.hold(after=8)
+        client = httpx2.Client()
+        body = {**ASKED, "max_tokens": 100, "stream": is_streamed}
+        leaving = threading.Thread(target=_ask_and_leave, args=(client, url, body), daemon=True)
+        leaving.start()
+        held.is_holding()
+        (answer,) = service.answers._open
+        client.close()
+        _wait_in(answer)
+        (row,) = answer.items
+        assert row.is_cancelled
+        held.let_go()
+        assert Asking(url).ended().text
+        assert len(row.tokens) < 100
+
+
+def _ask_and_leave(client, url, body):
+    try:
+        with client.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as answer:
+            for _ in answer.iter_lines():
+                pass
+    except Exception:
+        # The connection was closed under it.
+        return
+
+
+def _wait_in(answer):
+    async def handed_out():
+        await answer.is_handed_out.wait()
+
+    asyncio.run_coroutine_threadsafe(handed_out(), answer._loop).result(PATIENCE)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(system, held):
+    with serving(system, held, request_timeout=0.3) as (url, _):
+        held.hold(after=8)
+        late = httpx2.post(f"{url}/v1/completions", json=ASKED, timeout=PATIENCE)
+        assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+        stream = httpx2.post(f"{url}/v1/completions", json={**ASKED, "stream": True}, timeout=PATIENCE)
+        assert stream.status_code == 504
+        held.let_go()
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(system, held):
+    with serving(system, held, request_timeout=2) as (url, _):
+        held.hold(after=12)
+        text = httpx2.post(f"{url}/v1/completions", json={**ASKED, "stream": True}, timeout=PATIENCE).text
+        held.let_go()
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert json.loads(events[-1])["error"]["code"] == "timeout" and len(events) > 1
+
+
+def test_when_too_many_wait_further_ones_are_told_to_ask_again(system, held):
+    with serving(system, held, max_queue=1, max_concurrent_batches=1) as (url, service):
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        thread = Asking(url)
+        while not service.batcher.num_waiting:
+            assert thread.is_alive()
+        refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        held.let_go()
+        assert running.ended().text == thread.ended().text
+
+
+def test_an_exhausted_system_says_so_and_when_to_ask_again(system):
+    with serving(system) as (url, service):
+        service.model.unlearn(list(service.model.folder.table))
+        refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "exhausted"
+        assert int(refused.headers["retry-after"]) > 0
