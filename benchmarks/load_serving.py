@@ -204,7 +204,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         depth.step(times, depths, where="post", label=f"shard {shard}")
     depth.set(title="Depth of the stack that serves")
     memory.plot(*zip(*found["memory"], strict=True), label="the server's process", color="tab:green")
-    memory.set(title="Resident memory, MiB", xlabel="seconds", ylim=(0, None))
+    largest = max(size for _, size in found["memory"])
+    memory.set(title="Resident memory, MiB", xlabel="seconds", ylim=(0, 1.25 * largest))
     finish(*panels)
     save(figure, path)
 

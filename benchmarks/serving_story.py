@@ -269,23 +269,28 @@ class History:
         self._paths = {item.stage: item.path for item in kept}
         # When the erasure was acknowledged that took a stage: by whoever asked for what a line of the ledger says.
         self.acknowledged: dict[Stage, float] = {}
-        ends = {folder.names.id_digest(one): item.end for item in erased for one in item.ids}
+        # When it was asked for: from then on the stage may be switched off, long before its folder goes.
+        self.asked_for: dict[Stage, float] = {}
+        of_id = {folder.names.id_digest(one): item for item in erased for one in item.ids}
         for entry in folder.ledger.entries:
-            told = [ends[one] for one in entry.ids if one in ends]
+            told = [of_id[one] for one in entry.ids if one in of_id]
             if entry.kind == "deletion" and told:
                 for name, digest in entry.removed.items():
-                    self.acknowledged[(StageKey.from_path(f"stages/{name}"), digest)] = min(told)
+                    stage = (StageKey.from_path(f"stages/{name}"), digest)
+                    self.acknowledged[stage] = min(item.end for item in told)
+                    self.asked_for[stage] = min(item.start for item in told)
 
     def candidates(self, asked: Asked) -> list[Routing]:
         """What may have given an answer; the likely first."""
         erased = {stage for stage, when in self.acknowledged.items() if when <= asked.start}
+        going = {stage for stage, when in self.asked_for.items() if when <= asked.end} - erased
         times = (asked.start - _LATE, asked.start, asked.end)
         inside = [t for item in self._kept for t in (item.came, item.went) if times[0] < t <= asked.end]
         there: list[frozenset[Stage]] = []
         for moment in sorted({*times, *inside}):
             now = frozenset(item.stage for item in self._kept if item.came <= moment < item.went) - erased
             # What is there already answers until what came with the same look is loaded.
-            there += [*(before & now for before in there[-1:]), now]
+            there += [*(before & now for before in there[-1:]), now - going, now]
         found = map(self._serving, dict.fromkeys(reversed(there)))
         return list(dict.fromkeys(routing for routing in found if routing))
 

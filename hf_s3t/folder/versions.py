@@ -18,3 +18,8 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def own_version() -> str:
+    """The version of hf_s3t, as it is installed; `"unknown"` of a checkout that is not."""
+    return library_versions().get("hf_s3t", "unknown")

@@ -25,6 +25,14 @@ Answers:
 - `generation`: a batch through `model.generate`.
 - `classification`: a batch through a classifier.
 
+Erasures, and watching:
+
+- `erasures`: the routes that erase, each request once however often it comes.
+- `erasure_schemas`: what who erases sends and gets.
+- `status`: where the system stands, and whether the server is ready.
+- `watching`: the metrics of Prometheus.
+- `logs`: JSON lines that name nobody.
+
 For people:
 
 - `pages`: the page at `/`, from the files in `page/`.

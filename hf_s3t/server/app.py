@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
-from .. import __version__
+from ..folder.versions import own_version
 from . import chat, classify, completions, erasures, models, pages, status
 from .access import Guard
 from .limits import BodyLimits
@@ -58,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
     # The pages that FastAPI has for its description load scripts from elsewhere.
     app = FastAPI(
         title="hf_s3t",
-        version=__version__,
+        version=own_version(),
         summary="An S3T system in production: it answers, forgets while it answers, and comes back to full strength.",
         lifespan=lifespan,
         docs_url=None,

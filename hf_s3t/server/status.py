@@ -7,8 +7,8 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from .. import __version__
 from ..folder.system import SystemFolder
+from ..folder.versions import own_version
 from ..operations.pending import PendingRequests
 from ..plan.stages import StageKey
 from .access import requires
@@ -108,7 +108,7 @@ def status_of(service: Service) -> Status:
     return Status(
         **found,
         model=service.name,
-        version=__version__,
+        version=own_version(),
         uptime_seconds=time.time() - service.started,
         num_shards=folder.config.num_shards,
         is_exhausted=is_exhausted,
