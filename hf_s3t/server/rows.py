@@ -131,7 +131,8 @@ class Row(Item):
         """As before its batch began."""
         super().begin_again()
         self.tokens: list[int] = []
-        self._text = RowText(self._tokenizer, self.wanted.prompt, self.wanted.stop)
+        # Made in the thread of the batch: it reads the end of the prompt.
+        self._text: RowText | None = None
 
     @property
     def is_over(self) -> bool:
@@ -149,22 +150,24 @@ class Row(Item):
         if not self.tokens:
             self._first()
         self.tokens.append(token)
+        if self._text is None:
+            self._text = RowText(self._tokenizer, self.wanted.prompt, self.wanted.stop)
         if token in self._eos:
-            self._end("stop")
+            self._end(self._text, "stop")
             return
         self._text.take(token, logprob)
         if self._text.is_stopped:
-            self._end("stop")
+            self._end(self._text, "stop")
         elif len(self.tokens) >= self.wanted.max_tokens:
-            self._end("length")
+            self._end(self._text, "length")
         elif self.wanted.is_streamed:
             text, logprobs = self._text.ready()
             if text:
                 self.has_sent = True
                 self._put(Part(text, logprobs, len(self.tokens)))
 
-    def _end(self, finish_reason: str) -> None:
-        self._text.finish()
-        text, logprobs = self._text.ready()
+    def _end(self, of_row: RowText, finish_reason: str) -> None:
+        of_row.finish()
+        text, logprobs = of_row.ready()
         self.is_ended = self.has_sent = True
         self._put(Part(text, logprobs, len(self.tokens), finish_reason))

@@ -54,7 +54,7 @@ class Asking(threading.Thread):
 
 def first_of_a_shard(service) -> str:
     """An example whose deletion takes a stage that serves."""
-    return next(iter(service.model.folder.table))
+    return service.model.folder.table.ids_in(0, 0)[0]
 
 
 def unlearning(service, **how):
@@ -219,7 +219,10 @@ def test_when_too_many_wait_further_ones_are_told_to_ask_again(system, held):
 
 def test_an_exhausted_system_says_so_and_when_to_ask_again(system):
     with serving(system) as (url, service):
-        service.model.unlearn(list(service.model.folder.table))
+        table = service.model.folder.table
+        service.model.unlearn(
+            [one for shard in range(2) for number in range(2) for one in table.ids_in(shard, number)]
+        )
         refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "exhausted"
         assert int(refused.headers["retry-after"]) > 0
