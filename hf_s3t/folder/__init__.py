@@ -16,6 +16,7 @@ One module for each kind of file, its one reader and writer:
 - `ledger_file`: the ledger, and the pins by which other files remember its last line.
 - `table_file`: the table of examples.
 - `gate_file`: the terms of their prompts, by which a gate weighs shards.
+- `erasure_requests_file`: the requests to erase that servers took, so that a repeated one is the same.
 - `gate_view`: what a folder says of them.
 - `secret`: the secret of a system's digests, in the environment or in `ledger.key`.
 - `stage_record`: `stage.json`, what a stage was made from.

@@ -3,6 +3,7 @@ What is done to a folder without a model: deletions, receipts, inspection, purge
 
 - `deletion`: what a deletion would do, and doing it.
 - `pending`: deletions that are recorded now and applied together later.
+- `erasures`: requests to erase that a server takes, and what became of each.
 - `written_ids`: ids and groups as somebody wrote them, in the type that the system's have.
 - `receipts`: what a line of the ledger proves, in words and for machines.
 - `inspection`: what is wrong with a folder, and what the next load would remove: `hf-s3t check`.

@@ -24,4 +24,12 @@ Answers:
 - `row_text`: the text of one answer as its tokens come.
 - `generation`: a batch through `model.generate`.
 - `classification`: a batch through a classifier.
+
+Erasures, and watching:
+
+- `erasures`: the routes that erase, each request once however often it comes.
+- `erasure_schemas`: what who erases sends and gets.
+- `status`: where the system stands, and whether the server is ready.
+- `watching`: the metrics of Prometheus.
+- `logs`: JSON lines that name nobody.
 """
