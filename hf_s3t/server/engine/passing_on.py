@@ -19,7 +19,7 @@ from ..measuring import Metrics
 from ..problems import Problem, problem_of
 from ..settings import ServerSettings
 from .model import EngineModel
-from .vllm import CONNECT_TIMEOUT, authorization
+from .vllm import CONNECT_TIMEOUT, EngineError, authorization
 
 
 logger = logging.get_logger(__name__)
@@ -231,6 +231,9 @@ class PassedOn(Response):
                             raise _unavailable(None)
                         if lacking:
                             await to_thread.run_sync(self._engine.model.reload, lacking)
+        except EngineError as error:
+            logger.error(f"What serves could not be loaded anew: {error}")
+            raise _unavailable(None) from error
         except TimeoutError:
             raise Problem(504, "The answer took too long and was given up. Ask for fewer tokens.", "timeout") from None
 

@@ -83,7 +83,7 @@ class Switch:
 
     def close(self, why: Exception) -> None:
         """Pass nothing on, and say why."""
-        loaded = self.names.loaded
+        loaded, self._not_loaded = self.names.loaded, None
         self.names.close(why)
         if loaded is not None:
             self._retire(loaded)
@@ -105,8 +105,11 @@ class Switch:
         except (S3TError, OSError) as error:
             self._not_loaded = error
             self._retired[name] = loaded
-            if isinstance(error, EngineDownError) and not error.was_asked:
-                self._has_let_go(name, [self.exports.remove])
+            if isinstance(error, EngineDownError):
+                # What it was told to load, and did not say of, it may list later.
+                self._knows_leftovers = self._knows_leftovers and not error.was_asked
+                if not error.was_asked:
+                    self._has_let_go(name, [self.exports.remove])
             if before is None:
                 self.names.close(error)
             return

@@ -84,7 +84,9 @@ def test_an_erasure_survives_the_death_of_the_server(step, tmp_path):
             if step == "while one is waited for":
                 body = {"prompt": "w7 slow", "max_tokens": 3, "stream": True}
                 with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-                    next(response.iter_lines())
+                    # Kept: when it goes, so does the connection.
+                    lines = response.iter_lines()
+                    next(lines)
                     asking = threading.Thread(target=lambda: _suppressed(server.erase, example))
                     asking.start()
                     wait_for(lambda: len(fake.loaded) == 2)

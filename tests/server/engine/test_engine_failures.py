@@ -203,12 +203,13 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(system, fake):
 
 
 def test_an_answer_that_takes_too_long_is_given_up(system, fake):
-    with behind(system, fake, request_timeout=0.3) as server:
+    with behind(system, fake, request_timeout=2) as server:
         assert server.ask(3, prompt="slow").status_code == 504
         with server.stream(3) as events:
             assert "choices" in next(events)
             assert next(events)["error"]["code"] == "timeout"
-        wait_for(lambda: len(fake.broken_off) == 2)
+        wait_for(lambda: not any(fake.under_way.values()))
+        assert server.model.switch.names.running == 0
 
 
 def test_no_more_requests_are_under_way_than_may_be(system, fake):
