@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +22,7 @@ from datasets import Dataset
 from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
 from demo.people_demo import DEMO, demo_base
 from demo.small_llama import base_model
+from studies.gates_of_classifiers import classifiers
 from studies.membership import by_subject, membership, orphans
 from studies.rewording import REWORDINGS, reworded
 from studies.workbench import kept
@@ -47,8 +48,9 @@ _BATCH = 64
 # Characters of an instruction and its answer, at most.
 _LONGEST = 300
 # Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
-LAYOUTS = tuple(product((1, 5, 20), (1, 2, 4)))
-_LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 24}
+LAYOUTS = (*product((1, 5, 20), (1, 2, 4, 8)), (50, 1), (50, 2))
+# A base with a layer for each of eight slices, and a person or general row for each slice of each shard.
+_LAYOUT = {"num_layers": 8, "num_people": 40, "num_general": 160, "epochs": 24}
 
 
 # What is taught and asked
@@ -387,11 +389,14 @@ def _people(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str
     return found
 
 
-def _of_people(options: argparse.Namespace, label: str, argv: Sequence[str]) -> dict[str, Any]:
+def _of_people(
+    options: argparse.Namespace, label: str, argv: Sequence[str], num_layers: int | None = None
+) -> dict[str, Any]:
     system = ["--output_dir", str(options.work_dir / "systems" / label), "--group_column", "subject"]
     given = read([*argv, *system], demo_defaults=DEMO)
     script = given.script
-    base, _ = base_model(demo_base(script), script.cache_dir)
+    settings = demo_base(script)
+    base, _ = base_model(replace(settings, num_layers=num_layers or settings.num_layers), script.cache_dir)
     subjects = people(script.num_people, script.num_general, script.eval_size)
     return _kept(options, label, Taught(subjects, given, base))
 
@@ -423,9 +428,8 @@ def _authors(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
 
 def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
     """Shards by slices, for the work of as many epochs."""
-    found = []
-    for (shards, slices), seed in product(LAYOUTS, options.seeds[:1]):
-        layers = demo_base(read(others, demo_defaults=DEMO).script).num_layers
+    found, layers = [], _LAYOUT["num_layers"]
+    for (shards, slices), seed in product(LAYOUTS, options.seeds):
         cost = sequence_cost(slices, layers // slices, layers)
         epochs = max(1, round(_LAYOUT["epochs"] / cost))
         given = {
@@ -438,7 +442,7 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
             "seed": seed,
         }
         argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others])
+        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others], layers)
         works = [stage_cost(depth, slices, layers // slices, layers, 1.0) for depth in range(1, slices + 1)]
         stream = families_under(
             stages_of([range(slices)]), slices, Policy.all_at_once(slices), num_shards=shards, works=works
@@ -481,4 +485,5 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Sequence[str]], list[dict[str,
     "people": _people,
     "authors": _authors,
     "layouts": _layouts,
+    "classifiers": classifiers,
 }
