@@ -219,7 +219,7 @@ class Taught:
         )
         method = make_method(self.options, self.base, train, held_out)
         method.train()
-        if not method.trainer.folder.has_gate:
+        if self.options.script.method == "s3t" and not method.trainer.folder.has_gate:
             method.trainer.build_gate()
         return method
 
@@ -291,6 +291,19 @@ def measured(taught: Taught) -> dict[str, Any]:
         "known": _known_by_kind(taught, models),
         "held_out": _held_out(taught, models),
         **_after_deletion(taught, models, choice["gate"]),
+    }
+
+
+def measured_whole(taught: Taught) -> dict[str, Any]:
+    """What one LoRA knows that is fine-tuned on all the rows, and forgets nobody."""
+    subjects, model = taught.subjects, taught.method.model
+    asked = {"full": rows_of(subjects.known, subjects.reported), "strangers": rows_of(subjects.strangers)}
+    return {
+        "known": {
+            who: {kind: round(_known(answers(model, taught.batches(rows, kind)), subjects), 4) for kind in KINDS}
+            for who, rows in asked.items()
+        },
+        "held_out": {"full": round(float(answers(model, taught.batches(subjects.held_out)).loss.mean()), 4)},
     }
 
 
@@ -402,27 +415,41 @@ def _of_people(
 
 
 def _authors(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
-    base, subjects = options.data / "stories260K", authors(options.data, options.authors, 10 * options.authors, 200)
-    found = []
     # Two shards are not worth the hours: the question is what many strangers do to one that knows.
-    for shards, seed in product([n for n in options.shards if n > 2], options.seeds):
-        label = f"authors-{shards}-seed{seed}"
-        given = {
-            "config": CONFIGS / "stories260k_tofu.yaml",
-            "model_name_or_path": base,
-            "dataset_name": options.data / "tofu" / "full.jsonl",
-            "output_dir": options.work_dir / "systems" / label,
-            "id_column": "id",
-            "group_column": "subject",
-            "num_shards": shards,
-            "num_slices": 2,
-            "layers_per_slice": 2,
-            "budget": 1,
-            "keep_idle": "false",
-            "seed": seed,
-        }
-        argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        found.append(_kept(options, label, Taught(subjects, read([*argv, *others]), str(base))))
+    return [
+        _of_authors(options, f"authors-{shards}-seed{seed}", {"num_shards": shards, "seed": seed}, others)
+        for shards, seed in product([n for n in options.shards if n > 2], options.seeds)
+    ]
+
+
+def _of_authors(
+    options: argparse.Namespace, label: str, own: Mapping[str, Any], others: Sequence[str]
+) -> dict[str, Any]:
+    base, subjects = options.data / "stories260K", authors(options.data, options.authors, 10 * options.authors, 200)
+    given = {
+        "config": CONFIGS / "stories260k_tofu.yaml",
+        "model_name_or_path": base,
+        "dataset_name": options.data / "tofu" / "full.jsonl",
+        "output_dir": options.work_dir / "systems" / label,
+        "id_column": "id",
+        "group_column": "subject",
+        "num_slices": 2,
+        "layers_per_slice": 2,
+        "budget": 1,
+        "keep_idle": "false",
+        **own,
+    }
+    argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return _kept(options, label, Taught(subjects, read([*argv, *others]), str(base)))
+
+
+def _whole(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
+    """One LoRA on all the rows about people, and about authors."""
+    found = []
+    for seed in options.seeds:
+        argv = ["--method", "full", "--seed", str(seed), *others]
+        found.append(_of_people(options, f"people-full-seed{seed}", argv))
+        found.append(_of_authors(options, f"authors-full-seed{seed}", {"method": "full", "seed": seed}, others))
     return found
 
 
@@ -466,8 +493,9 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
 def _kept(options: argparse.Namespace, label: str, taught: Taught) -> dict[str, Any]:
     """What was measured of a system, from the work folder if it was before."""
     path = options.work_dir / "measurements" / f"{label}.json"
+    measure = measured_whole if taught.options.script.method == "full" else measured
     settings = settings_of(taught.options)
-    found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measured(taught))
+    found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measure(taught))
     known = found["known"]
     print(label, *(f"{gate} {shares[AS_TRAINED]:.1%}" for gate, shares in known.items()), flush=True)
     return {
@@ -485,5 +513,6 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Sequence[str]], list[dict[str,
     "people": _people,
     "authors": _authors,
     "layouts": _layouts,
+    "whole": _whole,
     "classifiers": classifiers,
 }
