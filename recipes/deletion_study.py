@@ -118,9 +118,15 @@ def make_parser() -> argparse.ArgumentParser:
     together.add_argument("--members", type=int, nargs="+", default=[1, 2, 3, 4, 8, 12, 24], help="of one shard")
     add("ablations", "Section C.2: bottom-up, and one slice per layer group", trained, several, deep)
     who_knows = add("gates", "what an ensemble keeps of what one shard knows, by gates", kept, several)
-    who_knows.add_argument("--data", type=Path, required=True, help="folder with stories260K/, tofu/ and alpaca/")
+    who_knows.add_argument(
+        "--data", type=Path, required=True, help="folder with stories260K/, tofu/, alpaca/, trec/, sst2/"
+    )
     who_knows.add_argument("--shards", type=int, nargs="+", default=[2, 5, 8], help="numbers of shards")
     who_knows.add_argument("--authors", type=int, default=40, help="of TOFU, and as many strangers (default: 40)")
+    who_knows.add_argument("--minilm", type=Path, help="folder of MiniLM, for the classifiers")
+    who_knows.add_argument(
+        "--systems", type=Path, default=Path("reproduction"), help="where the classifiers' systems are, or go"
+    )
     who_knows.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the study")
     add("storage", "Table 3: storage of ViT-large, on files", kept)
     add("theory", "the figures that need no trained system, by theory_figures.py", shared)

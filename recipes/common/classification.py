@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import transformers
@@ -93,6 +93,32 @@ class EvaluationSet:
     questions: list | None = None
 
 
+class Parts(NamedTuple):
+    """
+    What a method is made of, beside its options.
+
+    Args:
+        task: What is told apart, and how that is scored.
+        load_model (callable): Makes a base.
+        train (`Dataset`): The rows to train on, as the model takes them.
+        evaluation (mapping from `str` to [`EvaluationSet`]): What is evaluated on.
+        data_collator (callable): Makes batches of rows.
+        processing_class: The tokenizer or image processor.
+    """
+
+    task: Any
+    load_model: Callable[[], Any]
+    train: Dataset
+    evaluation: Mapping[str, EvaluationSet]
+    data_collator: Callable
+    processing_class: Any
+
+    @property
+    def first(self) -> EvaluationSet:
+        """What is evaluated on while training."""
+        return next(iter(self.evaluation.values()))
+
+
 # Data
 
 
@@ -173,17 +199,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run_classification(
-    options: Options,
-    results: Results,
-    task: Any,
-    load_model: Callable[[], Any],
-    train: Dataset,
-    evaluation: Mapping[str, EvaluationSet],
-    *,
-    data_collator: Callable,
-    processing_class: Any,
-) -> dict[str, Any]:
+def run_classification(options: Options, results: Results, parts: Parts) -> dict[str, Any]:
     """
     Train by the method asked for, measure at every depth, and write the results and the card.
 
@@ -191,12 +207,11 @@ def run_classification(
         `dict[str, Any]`: What the results file holds.
     """
     script, output_dir = options.script, Path(options.training.output_dir)
-    first = next(iter(evaluation.values()))
+    task, train, evaluation = parts.task, parts.train, parts.evaluation
     ids, groups = named(script, train, options.s3t, output_dir)
     trains = must_train(results.earlier() is not None, output_dir, ids, groups)
     results.go_on()
-    parts = options, task, load_model, train, first, data_collator, processing_class
-    method = make_method(*parts)
+    method = make_method(options, parts)
     if trains:
         with results.timed("train"):
             method.train()
@@ -212,7 +227,7 @@ def run_classification(
         unlearn(method, results, task, evaluation, ids, groups)
     results.add(cost=cost_of(method), storage_bytes=method.storage_bytes())
     if script.verify and method.trainer.folder.valid_stages:
-        results.add(verified=audit(method, script.verify, parts))
+        results.add(verified=audit(method, script.verify, options, parts))
     content = results.write()
     if PartialState().is_main_process:
         write_cards(script.method, output_dir, options, results, task)
@@ -277,48 +292,41 @@ def unlearn(
     measure(method, results, task, evaluation)
 
 
-def make_method(
-    options: Options,
-    task: Any,
-    load_model: Callable[[], Any],
-    train: Dataset,
-    first: EvaluationSet,
-    data_collator: Callable,
-    processing_class: Any,
-) -> Method:
+def make_method(options: Options, parts: Parts) -> Method:
     """The method asked for, on a base of its own."""
+    first = parts.first
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return score(prediction.predictions, first.references, first.questions, task)
+        return score(prediction.predictions, first.references, first.questions, parts.task)
 
     return METHODS[options.script.method](
-        load_model(),
+        parts.load_model(),
         options.training,
-        train_dataset=train,
+        train_dataset=parts.train,
         eval_dataset=first.dataset,
-        data_collator=data_collator,
-        processing_class=processing_class,
+        data_collator=parts.data_collator,
+        processing_class=parts.processing_class,
         compute_metrics=compute_metrics,
         peft_config=options.lora,
         s3t_config=options.s3t,
     )
 
 
-def audit(method: Method, which: str, parts: tuple) -> bool:
+def audit(method: Method, which: str, options: Options, parts: Parts) -> bool:
     """Train surviving stages again, in a process that has trained none of them, and compare them bit for bit."""
     if method.trainer.args.world_size > 1:
         # Processes that belong together were started by a launcher: the same command, run again, only audits.
         report = method.trainer.verify("sample" if which == "sample" else None)
     else:
-        report = in_new_process(audit_anew, which, parts)
+        report = in_new_process(audit_anew, which, options, parts)
     console.print(str(report))
     return report.ok
 
 
-def audit_anew(which: str, parts: tuple) -> VerificationReport:
+def audit_anew(which: str, options: Options, parts: Parts) -> VerificationReport:
     """The audit, of a method made anew."""
     quiet()
-    return make_method(*parts).trainer.verify("sample" if which == "sample" else None)
+    return make_method(options, parts).trainer.verify("sample" if which == "sample" else None)
 
 
 def write_cards(method: str, folder: Path, options: Options, results: Results, task: Any) -> None:

@@ -9,6 +9,7 @@ from common.base_models import check_model_is_given, reading_model
 from common.classification import (
     ClassificationArguments,
     EvaluationSet,
+    Parts,
     choose_rows,
     first_rows,
     prepared_eval_ids,
@@ -116,22 +117,19 @@ def run(options: Options) -> dict[str, Any]:
     if (found := say_it_is_done(results, options)) is not None:
         return found
     with results.timed("load"):
-        task, train, sets = load_rows(options, task)
-        processor = load_processor(options)
-        flip = options.script.augmentation == "crop-flip"
-        padding = None if options.script.augmentation == "none" else task.padding
-        train.set_transform(Shown(processor, task, padding, flip))
-        evaluation = {name: evaluation_set(dataset, options, Shown(processor, task)) for name, dataset in sets.items()}
-    return run_classification(
-        options,
-        results,
-        task,
-        partial(load_model, options, task),
-        train,
-        evaluation,
-        data_collator=DefaultDataCollator(),
-        processing_class=processor,
-    )
+        parts = prepare(options, task)
+    return run_classification(options, results, parts)
+
+
+def prepare(options: Options, task: ImageTask) -> Parts:
+    """What the recipe trains and measures with."""
+    task, train, sets = load_rows(options, task)
+    processor = load_processor(options)
+    flip = options.script.augmentation == "crop-flip"
+    padding = None if options.script.augmentation == "none" else task.padding
+    train.set_transform(Shown(processor, task, padding, flip))
+    evaluation = {name: evaluation_set(dataset, options, Shown(processor, task)) for name, dataset in sets.items()}
+    return Parts(task, partial(load_model, options, task), train, evaluation, DefaultDataCollator(), processor)
 
 
 def task_of(options: Options) -> ImageTask:

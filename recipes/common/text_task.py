@@ -9,6 +9,7 @@ from common.base_models import check_model_is_given, reading_model
 from common.classification import (
     ClassificationArguments,
     EvaluationSet,
+    Parts,
     choose_rows,
     first_rows,
     prepared_eval_ids,
@@ -116,22 +117,24 @@ def run(options: Options) -> dict[str, Any]:
     if (found := say_it_is_done(results, options)) is not None:
         return found
     with results.timed("load"):
-        task, train, evaluation = load_rows(options, task)
-        tokenizer = load_tokenizer(options)
-        train = tokenize(train, tokenizer, options)
-        evaluation = {
-            name: replace(rows, dataset=tokenize(rows.dataset, tokenizer, options, keep=()))
-            for name, rows in evaluation.items()
-        }
-    return run_classification(
-        options,
-        results,
+        parts = prepare(options, task)
+    return run_classification(options, results, parts)
+
+
+def prepare(options: Options, task: TextTask) -> Parts:
+    """What the recipe trains and measures with."""
+    task, train, evaluation = load_rows(options, task)
+    tokenizer = load_tokenizer(options)
+    return Parts(
         task,
         partial(load_model, options, task, tokenizer),
-        train,
-        evaluation,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
+        tokenize(train, tokenizer, options),
+        {
+            name: replace(rows, dataset=tokenize(rows.dataset, tokenizer, options, keep=()))
+            for name, rows in evaluation.items()
+        },
+        DataCollatorWithPadding(tokenizer),
+        tokenizer,
     )
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +22,7 @@ from datasets import Dataset
 from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
 from demo.people_demo import DEMO, demo_base
 from demo.small_llama import base_model
+from studies.gates_of_classifiers import classifiers
 from studies.membership import by_subject, membership, orphans
 from studies.rewording import REWORDINGS, reworded
 from studies.workbench import kept
@@ -47,8 +48,9 @@ _BATCH = 64
 # Characters of an instruction and its answer, at most.
 _LONGEST = 300
 # Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
-LAYOUTS = tuple(product((1, 5, 20), (1, 2, 4)))
-_LAYOUT = {"num_people": 40, "num_general": 80, "epochs": 24}
+LAYOUTS = (*product((1, 5, 20), (1, 2, 4, 8)), (50, 1), (50, 2))
+# A base with a layer for each of eight slices, and a person or general row for each slice of each shard.
+_LAYOUT = {"num_layers": 8, "num_people": 40, "num_general": 160, "epochs": 24}
 
 
 # What is taught and asked
@@ -217,7 +219,7 @@ class Taught:
         )
         method = make_method(self.options, self.base, train, held_out)
         method.train()
-        if not method.trainer.folder.has_gate:
+        if self.options.script.method == "s3t" and not method.trainer.folder.has_gate:
             method.trainer.build_gate()
         return method
 
@@ -289,6 +291,19 @@ def measured(taught: Taught) -> dict[str, Any]:
         "known": _known_by_kind(taught, models),
         "held_out": _held_out(taught, models),
         **_after_deletion(taught, models, choice["gate"]),
+    }
+
+
+def measured_whole(taught: Taught) -> dict[str, Any]:
+    """What one LoRA knows that is fine-tuned on all the rows, and forgets nobody."""
+    subjects, model = taught.subjects, taught.method.model
+    asked = {"full": rows_of(subjects.known, subjects.reported), "strangers": rows_of(subjects.strangers)}
+    return {
+        "known": {
+            who: {kind: round(_known(answers(model, taught.batches(rows, kind)), subjects), 4) for kind in KINDS}
+            for who, rows in asked.items()
+        },
+        "held_out": {"full": round(float(answers(model, taught.batches(subjects.held_out)).loss.mean()), 4)},
     }
 
 
@@ -387,45 +402,61 @@ def _people(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str
     return found
 
 
-def _of_people(options: argparse.Namespace, label: str, argv: Sequence[str]) -> dict[str, Any]:
+def _of_people(
+    options: argparse.Namespace, label: str, argv: Sequence[str], num_layers: int | None = None
+) -> dict[str, Any]:
     system = ["--output_dir", str(options.work_dir / "systems" / label), "--group_column", "subject"]
     given = read([*argv, *system], demo_defaults=DEMO)
     script = given.script
-    base, _ = base_model(demo_base(script), script.cache_dir)
+    settings = demo_base(script)
+    base, _ = base_model(replace(settings, num_layers=num_layers or settings.num_layers), script.cache_dir)
     subjects = people(script.num_people, script.num_general, script.eval_size)
     return _kept(options, label, Taught(subjects, given, base))
 
 
 def _authors(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
-    base, subjects = options.data / "stories260K", authors(options.data, options.authors, 10 * options.authors, 200)
-    found = []
     # Two shards are not worth the hours: the question is what many strangers do to one that knows.
-    for shards, seed in product([n for n in options.shards if n > 2], options.seeds):
-        label = f"authors-{shards}-seed{seed}"
-        given = {
-            "config": CONFIGS / "stories260k_tofu.yaml",
-            "model_name_or_path": base,
-            "dataset_name": options.data / "tofu" / "full.jsonl",
-            "output_dir": options.work_dir / "systems" / label,
-            "id_column": "id",
-            "group_column": "subject",
-            "num_shards": shards,
-            "num_slices": 2,
-            "layers_per_slice": 2,
-            "budget": 1,
-            "keep_idle": "false",
-            "seed": seed,
-        }
-        argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        found.append(_kept(options, label, Taught(subjects, read([*argv, *others]), str(base))))
+    return [
+        _of_authors(options, f"authors-{shards}-seed{seed}", {"num_shards": shards, "seed": seed}, others)
+        for shards, seed in product([n for n in options.shards if n > 2], options.seeds)
+    ]
+
+
+def _of_authors(
+    options: argparse.Namespace, label: str, own: Mapping[str, Any], others: Sequence[str]
+) -> dict[str, Any]:
+    base, subjects = options.data / "stories260K", authors(options.data, options.authors, 10 * options.authors, 200)
+    given = {
+        "config": CONFIGS / "stories260k_tofu.yaml",
+        "model_name_or_path": base,
+        "dataset_name": options.data / "tofu" / "full.jsonl",
+        "output_dir": options.work_dir / "systems" / label,
+        "id_column": "id",
+        "group_column": "subject",
+        "num_slices": 2,
+        "layers_per_slice": 2,
+        "budget": 1,
+        "keep_idle": "false",
+        **own,
+    }
+    argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return _kept(options, label, Taught(subjects, read([*argv, *others]), str(base)))
+
+
+def _whole(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
+    """One LoRA on all the rows about people, and about authors."""
+    found = []
+    for seed in options.seeds:
+        argv = ["--method", "full", "--seed", str(seed), *others]
+        found.append(_of_people(options, f"people-full-seed{seed}", argv))
+        found.append(_of_authors(options, f"authors-full-seed{seed}", {"method": "full", "seed": seed}, others))
     return found
 
 
 def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
     """Shards by slices, for the work of as many epochs."""
-    found = []
-    for (shards, slices), seed in product(LAYOUTS, options.seeds[:1]):
-        layers = demo_base(read(others, demo_defaults=DEMO).script).num_layers
+    found, layers = [], _LAYOUT["num_layers"]
+    for (shards, slices), seed in product(LAYOUTS, options.seeds):
         cost = sequence_cost(slices, layers // slices, layers)
         epochs = max(1, round(_LAYOUT["epochs"] / cost))
         given = {
@@ -438,7 +469,7 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
             "seed": seed,
         }
         argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others])
+        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others], layers)
         works = [stage_cost(depth, slices, layers // slices, layers, 1.0) for depth in range(1, slices + 1)]
         stream = families_under(
             stages_of([range(slices)]), slices, Policy.all_at_once(slices), num_shards=shards, works=works
@@ -462,8 +493,9 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
 def _kept(options: argparse.Namespace, label: str, taught: Taught) -> dict[str, Any]:
     """What was measured of a system, from the work folder if it was before."""
     path = options.work_dir / "measurements" / f"{label}.json"
+    measure = measured_whole if taught.options.script.method == "full" else measured
     settings = settings_of(taught.options)
-    found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measured(taught))
+    found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measure(taught))
     known = found["known"]
     print(label, *(f"{gate} {shares[AS_TRAINED]:.1%}" for gate, shares in known.items()), flush=True)
     return {
@@ -481,4 +513,6 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Sequence[str]], list[dict[str,
     "people": _people,
     "authors": _authors,
     "layouts": _layouts,
+    "whole": _whole,
+    "classifiers": classifiers,
 }

@@ -18,6 +18,10 @@ def knowledge(data: Mapping[str, Any]) -> str:
         for gate, called in _ASKED_BY.items():
             cells = [_percent([system["known"][gate][kind] for system in systems]) for kind in kinds]
             lines.append(f"| {systems[0]['title']} | {shards} | {called} | {' | '.join(cells)} |")
+    for title in dict.fromkeys(system["title"] for system in data.get("whole", [])):
+        whole = [system["known"]["full"] for system in data["whole"] if system["title"] == title]
+        cells = [_percent([known[kind] for known in whole]) for kind in kinds]
+        lines.append(f"| {title} | | one LoRA on everything | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -75,18 +79,35 @@ def layouts(data: Mapping[str, Any]) -> str:
         "are | work of growing again after a request |",
         "|---" * 7 + "|",
     ]
-    for system in data["layouts"]:
-        known, loss = system["known"], system["held_out"]
+    for shards, slices in dict.fromkeys((system["num_shards"], system["num_slices"]) for system in data["layouts"]):
+        systems = [s for s in data["layouts"] if (s["num_shards"], s["num_slices"]) == (shards, slices)]
+        known = [_percent([s["known"][gate]["as trained"] for s in systems]) for gate in ("mean", "terms")]
+        loss = [f"{fmean(s['held_out'][gate] for s in systems):.3f}" for gate in ("mean", "terms")]
+        one = systems[0]
         cells = [
-            system["num_shards"],
-            system["num_slices"],
-            system["epochs"],
-            f"{100 * known['mean']['as trained']:.1f}, {100 * known['terms']['as trained']:.1f}",
-            f"{loss['mean']:.3f}, {loss['terms']:.3f}",
-            f"{system['requests_until_a_shard_is_dead']:.1f}, {system['requests_until_all_are_dead']:.1f}",
-            f"{system['work_of_a_request']:.3f}",
+            shards,
+            slices,
+            one["epochs"],
+            ", ".join(known),
+            ", ".join(loss),
+            f"{one['requests_until_a_shard_is_dead']:.1f}, {one['requests_until_all_are_dead']:.1f}",
+            f"{one['work_of_a_request']:.3f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def classifiers(data: Mapping[str, Any]) -> str:
+    """Accuracy where shards are random parts of one task; empty where it was not measured."""
+    if not data.get("classifiers"):
+        return ""
+    ways = list(data["classifiers"][0]["accuracy"])
+    lines = [f"| task | {' | '.join(ways)} | one LoRA on everything |", "|---" * (2 + len(ways)) + "|"]
+    for task in dict.fromkeys(system["task"] for system in data["classifiers"]):
+        systems = [system for system in data["classifiers"] if system["task"] == task]
+        cells = [_percent([s["accuracy"][way] for s in systems if way in s["accuracy"]]) for way in ways]
+        whole = _percent([s["full_lora"] for s in systems if s["full_lora"] is not None])
+        lines.append(f"| {task} | {' | '.join(cells)} | {whole} |")
     return "\n".join(lines)
 
 
@@ -98,6 +119,8 @@ def _by_shards(data: Mapping[str, Any], part: str) -> Iterator[tuple[int, list[S
 
 
 def _percent(shares: Sequence[float]) -> str:
+    if not shares:
+        return ""
     return f"{100 * fmean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
 
 
@@ -107,4 +130,5 @@ TABLES: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("gates", of_the_oracle),
     ("gates", otherwise),
     ("gates", layouts),
+    ("gates", classifiers),
 )
