@@ -81,9 +81,7 @@ def ask(client: httpx2.Client, url: str, number: int, tokens: int) -> int:
     prompt = [[4 + (number * PROMPT + place) % (VOCABULARY - 4) for place in range(PROMPT)]]
     # The end of a text is too improbable to come.
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logit_bias": {"2": -100}}
-    answer = client.post(
-        f"{url}/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
-    )
+    answer = client.post(f"{url}/v1/completions", json=body)
     return answer.json()["usage"]["completion_tokens"]
 
 

@@ -77,9 +77,9 @@ for command in (
     hub.erase,
     folder.export,
     plan.plan,
+    serve.serve,
 ):
     app.command(epilog=EXIT_CODES)(command)
-app.command(epilog=EXIT_CODES, context_settings=serve.CONTEXT)(serve.serve)
 
 
 def main() -> None:

@@ -14,10 +14,9 @@ from . import rendering
 _DEFAULT = ServerSettings()
 # What the extra brings, by the names of its modules.
 _OF_EXTRA = ("anyio", "fastapi", "httpx2", "prometheus_client", "pydantic", "starlette", "uvicorn")
-# `from_pretrained` has names with underscores.
-CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-") if name.startswith("--") else name}
 
 
+# As `from_pretrained` writes them, options have underscores too.
 def serve(
     system: Annotated[str, typer.Argument(help="The folder of a system, or its repository on the Hub.")],
     host: Annotated[str, typer.Option(help="The address to listen on; without keys one of this machine.")] = (
@@ -33,16 +32,24 @@ def serve(
         typer.Option(help="A JSON file of keys by scope, which others cannot read; else they are in the environment."),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Id or path of the base model; the recorded one if not given.")
+        str | None,
+        typer.Option(
+            "--base-model", "--base_model", help="Id or path of the base model; the recorded one if not given."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="The Hub's cache.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", "--cache_dir", help="The Hub's cache.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the base; as at training if not given.")] = None,
     preload: Annotated[str, typer.Option(help="`best`: hold the stacks that serve in memory; `all`: every stage.")] = (
         "best"
     ),
     when_exhausted: Annotated[
-        str, typer.Option(help="With no shard left: `error`, or `base` to let a language model answer as its base.")
+        str,
+        typer.Option(
+            "--when-exhausted",
+            "--when_exhausted",
+            help="With no shard left: `error`, or `base` to let a language model answer as its base.",
+        ),
     ] = "error",
     gate: Annotated[str, typer.Option(help="What weighs the shards: `recorded`, `terms` or `none`.")] = "recorded",
     engine: Annotated[
