@@ -38,7 +38,7 @@ Routing = tuple[tuple[Path, ...], ...]
 _LATE = 10.0
 _BETWEEN_LOOKS = 0.02
 # Two tokens whose probabilities are as close may change places from one order of sums to another.
-_TIE = 1e-4
+_TIE = 1e-5
 
 
 @dataclass

@@ -1,16 +1,20 @@
 """A server under load, while its system forgets and grows: no answer fails, and none comes from what was erased."""
 
+import contextlib
 import threading
 import time
 
 import pytest
 from serving_story import Clients, Eraser, History, Naive, Watcher, judge
-from support.served import serving, tiny_system
+from support.served import listening, tiny_system
 from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 
+from hf_s3t import S3TModel
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
 from hf_s3t.records.request import DeletionRequest
+from hf_s3t.server.app import create_app
+from hf_s3t.server.service import Service
 
 
 IDS = ids_of(60)
@@ -24,6 +28,15 @@ def grow_on(path, end: threading.Event) -> None:
     while not end.wait(0.3):
         plant_stages(make_trainer(path, tiny_llama(), lm_rows(len(IDS)), config=CONFIG), limit=2, seed=seed)
         seed += 1
+
+
+@contextlib.contextmanager
+def serving(path):
+    """A server with every stage in memory: which of them answer follows from what is in the folder alone."""
+    model = S3TModel.from_pretrained(path, base_model=str(path / "base"), preload="all")
+    service = Service(model, tokenizer_of_words())
+    with listening(create_app(service)) as url:
+        yield url, service
 
 
 def wait_until(condition, seconds=30.0) -> None:
