@@ -36,6 +36,7 @@ What is refused:
 
 Stacks of adapters, over PEFT:
 
+- `skeleton`: a base as modules without weights, where another process answers.
 - `stack`: `StageStack`: attach, train one with the rest frozen, route, drop.
 - `stage_configs`: the PEFT config of each stage.
 - `stage_files`: the files of a stage, or of a whole stack.
