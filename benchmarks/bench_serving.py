@@ -7,7 +7,6 @@ tokens at least. With one shard and with five, each of four stages; the demo's L
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator
