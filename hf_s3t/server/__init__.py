@@ -14,7 +14,10 @@ A system in production: it answers over HTTP, forgets while it answers, and take
 
 Answers:
 
-- `models`, `completions`, `chat`, `classify`: the routes.
+- `models`: the one model that is served.
+- `completions`: what comes after a text.
+- `chat`: what comes next in a chat.
+- `classify`: what texts or images are.
 - `schemas`: what clients send and get.
 - `prompts`: from texts and chats to tokens.
 - `asking`: what a request asks of its rows.

@@ -33,9 +33,7 @@ def routes(service: Service) -> APIRouter:
     """The routes that say which model there is."""
     router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[requires(Scope.ANSWER)])
     has_template = getattr(service.processor, "chat_template", None) is not None
-    card = ModelCard(
-        id=service.name, created=int(service.started), task=service.task, has_chat_template=has_template
-    )
+    card = ModelCard(id=service.name, created=int(service.started), task=service.task, has_chat_template=has_template)
 
     @router.get("")
     async def list_models() -> ModelList:
