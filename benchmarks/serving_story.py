@@ -289,8 +289,9 @@ class History:
         there: list[frozenset[Stage]] = []
         for moment in sorted({*times, *inside}):
             now = frozenset(item.stage for item in self._kept if item.came <= moment < item.went) - erased
-            # What is there already answers until what came with the same look is loaded.
-            there += [*(before & now for before in there[-1:]), now - going, now]
+            # What is there already answers until what came since is loaded, with what goes switched off or not.
+            older = [before & now for before in there[-1:]]
+            there += [*(before - going for before in older), *older, now - going, now]
         found = map(self._serving, dict.fromkeys(reversed(there)))
         return list(dict.fromkeys(routing for routing in found if routing))
 
@@ -403,7 +404,8 @@ def _compare(history: History, naive: Naive, one: Asked, verdict: Verdict) -> No
     if is_close:
         verdict.too_close += 1
     else:
-        verdict.wrong.append(f"{one.prompt!r} gave {one.text!r}, expected one of {given}")
+        asked = f"{one.prompt!r}, asked at {one.start:.3f} and answered at {one.end:.3f},"
+        verdict.wrong.append(f"{asked} gave {one.text!r}, expected one of {given}")
 
 
 def memory_of(pid: int) -> float:

@@ -106,7 +106,9 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, ExhaustedError):
-        return Problem(503, str(error), "exhausted", headers={"Retry-After": str(RETRY_LATER)})
+        # Its sentence names the system's folder.
+        message = "No shard of the system is left to answer, or none is trained yet. Ask again when it was trained."
+        return Problem(503, message, "exhausted", headers={"Retry-After": str(RETRY_LATER)})
     if isinstance(error, CallStoppedError):
         message = "A deletion removed a stage that was answering, and stopped the answer. Ask again."
         return Problem(503, message, "stopped_by_erasure", headers={"Retry-After": "0"})
