@@ -157,17 +157,18 @@ class Answers:
         answer.close()
         self._open.discard(answer)
 
-    async def settled(self, timeout: float) -> int:
+    async def settled(self, timeout: float, cuts: bool = True) -> int:
         """
         Wait until each answer is handed out of which a part was computed before the last deletion.
 
         Call it in the event loop of the app, when `model.unlearn` has returned and before that is acknowledged.
 
         Args:
-            timeout (`float`): Seconds to wait at most; then they end with an error.
+            timeout (`float`): Seconds to wait at most.
+            cuts (`bool`, defaults to `True`): Whether they end with an error then.
 
         Returns:
-            `int`: How many had to be cut.
+            `int`: How many were not handed out by then.
         """
         now = self._mark()
         old = [answer for answer in self._open if answer.is_older(now)]
@@ -179,7 +180,7 @@ class Answers:
         late = [answer for answer in old if answer.is_older(now) and not answer.is_handed_out.is_set()]
         for wait in waits:
             wait.cancel()
-        for answer in late:
+        for answer in late if cuts else ():
             answer.cut()
         return len(late)
 

@@ -68,10 +68,12 @@ class Taken:
         told ([`~hf_s3t.server.erasure_schemas.Erasure`]): What became of it.
         patience (`float`, *optional*):
             Seconds to wait for answers on their way out that may have been computed before; `None` if there is none.
+        cuts (`bool`, defaults to `True`): Whether those that take longer end with an error.
     """
 
     told: Erasure
     patience: float | None = None
+    cuts: bool = True
 
 
 class Erasures:
@@ -124,7 +126,7 @@ class Erasures:
             taken = await to_thread.run_sync(self.take, wanted, key, limiter=self._taking)
             if taken.patience is not None:
                 # What was computed before has left the server when this is acknowledged.
-                await self._service.answers.settled(taken.patience)
+                await self._service.answers.settled(taken.patience, taken.cuts)
             return taken.told
         finally:
             self._asked -= 1
@@ -178,8 +180,11 @@ class Erasures:
         engine = None if self._service.engine is None else self._service.engine.receipt()
         erasure = self.book.note_done(erasure.id, self._noted(erasure, report, engine))
         told = self._told(erasure, duplicates=report.duplicates)
-        if serving.isdisjoint(told.stages_removed):
+        if not told.stages_removed:
             return Taken(told)
+        if serving.isdisjoint(told.stages_removed):
+            # They may have served until something better was grown: what they gave is on its way out at most.
+            return Taken(told, _HANDING_OUT, cuts=False)
         return Taken(told, PATIENCE if on_running == "wait" else _HANDING_OUT)
 
     def _hand_over(self, erasure: RecordedErasure, request: "_Request") -> Erasure:

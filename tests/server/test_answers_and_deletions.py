@@ -168,7 +168,9 @@ def test_what_waits_to_be_sent_of_an_answer_that_was_cut_is_not_sent():
     async def cut_and_read():
         answers, answer = answers_of([1])
         answer.put_for(0)(Part("of before", [], 1))
+        answer.put_for(0)(Part("too", [], 1))
         await asyncio.sleep(0)
+        assert await answers.settled(0.01, cuts=False) == 1 and (await answer.next())[1].text == "of before"
         assert await answers.settled(0.01) == 1
         return await answer.next()
 

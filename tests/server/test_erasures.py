@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 from support.served import listening, service_of, serving, tiny_system
-from support.tiny import ids_of, lm_rows, s3t_config
+from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import FolderError
@@ -20,6 +20,7 @@ from hf_s3t.operations.pending import apply_pending
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.app import create_app
+from hf_s3t.server.erasure_schemas import ErasureRequest
 from hf_s3t.server.keys import Keys, Scope
 
 
@@ -209,7 +210,6 @@ def test_a_request_that_a_death_interrupted_is_gone_on_with_by_its_key(system):
         taking, book = service.erasures, service.erasures.book
         names = service.model.folder.key
         from hf_s3t.operations.erasures import record_erasure
-        from hf_s3t.server.erasure_schemas import ErasureRequest
 
         # As it lies there when the process died after the first line.
         wanted = ErasureRequest(ids=IDS[:1])
@@ -223,7 +223,7 @@ def test_a_request_that_a_death_interrupted_is_gone_on_with_by_its_key(system):
         assert (again["id"], again["status"], again["deleted"]) == (died.id, "done", 1)
 
 
-def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system):
+def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system, caplog):
     """The line was written, and removing the stages failed."""
     with serving(system) as (url, service):
         client, folder = httpx2.Client(base_url=url), service.model.folder
@@ -231,14 +231,29 @@ def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system):
         def fails(keys):
             raise FolderError("There is no room.")
 
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level("ERROR", "hf_s3t.server"):
             patch.setattr(folder, "remove_stages", fails)
             assert erase(client, "7f3", ids=IDS[:1]).status_code == 503
+        assert "There is no room." in caplog.text
         assert len(ledger_of(system)) == 1
         told = erase(client, "7f3", ids=IDS[:1])
         assert told.status_code == 200 and told.json()["deleted"] == 1 and told.json()["stages_removed"]
         there = {str(key) for key in SystemFolder(system).stages}
         assert not there & set(told.json()["stages_removed"])
+
+
+def test_stages_that_do_not_answer_now_may_have_done_so_and_nothing_is_cut_for_them(tmp_path):
+    data, config = lm_rows(18), s3t_config(num_slices=3, partition="balanced")
+    path = tiny_system(tmp_path / "system", rows=data, config=config)
+    service = service_of(path)
+    create_app(service)
+    folder, model = service.model.folder, service.model
+    model.unlearn(folder.table.ids_in(0, 0)[:1])
+    # Of the slice one stage, which is not the deepest.
+    plant_stages(make_trainer(path, tiny_llama(), data, config=config), limit=1)
+    taken = service.erasures.take(ErasureRequest(ids=folder.table.ids_in(0, 0)[:1]))
+    assert taken.told.stages_removed == ["shard-0/0"] and taken.told.depths_before == taken.told.depths_after
+    assert taken.patience is not None and not taken.cuts
 
 
 # Later
