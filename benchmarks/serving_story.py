@@ -289,9 +289,8 @@ class History:
         there: list[frozenset[Stage]] = []
         for moment in sorted({*times, *inside}):
             now = frozenset(item.stage for item in self._kept if item.came <= moment < item.went) - erased
-            # What is there already answers until what came since is loaded, with what goes switched off or not.
-            older = [before & now for before in there[-1:]]
-            there += [*(before - going for before in older), *older, now - going, now]
+            # What is there already answers until what came with the same look is loaded.
+            there += [*(before & now for before in there[-1:]), now - going, now]
         found = map(self._serving, dict.fromkeys(reversed(there)))
         return list(dict.fromkeys(routing for routing in found if routing))
 
