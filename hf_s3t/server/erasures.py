@@ -1,5 +1,6 @@
 """`/v1/erasures`: examples are forgotten while others are answered, and each request is one however often it comes."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,10 @@ from typing import Annotated, Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Query, Response
 
+from ..errors import S3TError
 from ..folder.erasure_requests_file import ErasureBook, RecordedErasure
+from ..folder.files import stamp
+from ..folder.layout import PENDING_FILE
 from ..folder.system import SystemFolder
 from ..model.following import PATIENCE
 from ..operations.deletion import DeletionPreview, preview
@@ -34,6 +38,7 @@ from .problems import PROBLEMS, RETRY_SOON, Problem
 from .service import Service
 
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RepeatKey = Annotated[
@@ -46,6 +51,8 @@ RepeatKey = Annotated[
         description="Whatever the client likes. A request that comes again with its key is the same request.",
     ),
 ]
+# Seconds between two looks at requests that wait, which other processes record too.
+_BETWEEN_LOOKS = 1.0
 # Seconds for what is computed and not sent yet, where nobody waits for what is not.
 _HANDING_OUT = 1.0
 _NOTED = ("stages_removed", "depths_before", "depths_after", "is_exhausted", "seconds")
@@ -95,10 +102,36 @@ class Erasures:
         self._asked = 0
         # One after the other, as the model forgets; questions are answered meanwhile.
         self._taking, self._looking = CapacityLimiter(1), CapacityLimiter(4)
+        self._is_over = threading.Event()
 
     @property
     def _folder(self) -> SystemFolder:
         return self._service.model.folder
+
+    # What others record
+
+    def start(self) -> None:
+        """Apply in time what other processes record to be erased later, also those that are gone by then."""
+        self._is_over.clear()
+        threading.Thread(target=self._watch, name="hf-s3t-waiting-erasures", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        model, seen = self._service.model, None
+        while not self._is_over.wait(_BETWEEN_LOOKS):
+            # In this order: what comes meanwhile is news again.
+            found = stamp(self._folder.path / PENDING_FILE)
+            if found == seen:
+                continue
+            seen = found
+            try:
+                with model._deletion_lock:
+                    model._apply_in_time()
+            except (S3TError, OSError) as error:
+                logger.error(error)
 
     # From the event loop
 
@@ -366,6 +399,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def routes(service: Service) -> APIRouter:
     """The routes that erase, and that say what would go and what went."""
     erasures = service.erasures = Erasures(service)
+    service.on_start.append(erasures.start)
+    service.on_stop.append(erasures.stop)
     router = APIRouter(prefix="/v1", tags=["erasures"], dependencies=[requires(Scope.ERASE)], responses=PROBLEMS)
 
     @router.post(

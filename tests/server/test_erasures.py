@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -16,7 +17,7 @@ from hf_s3t.folder.erasure_requests_file import ErasureBook
 from hf_s3t.folder.layout import ERASURES_FILE, LEDGER_FILE, PENDING_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.pending import apply_pending
+from hf_s3t.operations.pending import apply_pending, request_later
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.app import create_app
@@ -292,6 +293,17 @@ def test_a_request_that_waits_is_kept_by_a_restart_and_applied_when_it_is_due(sy
 
 
 # Looking
+
+
+def test_what_another_process_recorded_for_later_is_applied_in_time(server, system):
+    """By the command line, say, which is gone when it is due."""
+    client, _ = server
+    request_later(SystemFolder(system), DeletionRequest(IDS[:1]), max_delay=0.1)
+    end = time.monotonic() + 60
+    while client.get("/v1/status").json()["deletions"] == 0:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(ledger_of(system)) == 1 and SystemFolder(system).is_deleted(IDS[0])
 
 
 def test_a_dry_run_says_what_would_go_and_changes_nothing(server, system):
