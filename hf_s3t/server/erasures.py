@@ -14,6 +14,7 @@ from ..errors import S3TError
 from ..folder.erasure_requests_file import ErasureBook, RecordedErasure
 from ..folder.files import stamp
 from ..folder.layout import PENDING_FILE
+from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..model.following import PATIENCE
 from ..operations.deletion import DeletionPreview, preview
@@ -195,14 +196,20 @@ class Erasures:
                     self._running.discard(erasure.id)
 
     def _carry_out(self, erasure: RecordedErasure, request: "_Request", on_running: str) -> "Taken":
+        model = self._service.model
         if erasure.max_delay is not None:
-            return Taken(self._hand_over(erasure, request))
+            told = self._hand_over(erasure, request)
+            if told.status != "done":
+                return Taken(told)
+            # Whoever applied it may not be through, or have died before that.
+            model.unlearn(request.ids, groups=request.groups, missing="ignore", on_running=on_running)
+            return Taken(told, PATIENCE)
         if erasure.report is not None and states_of(self._folder, [erasure]) == ["done"]:
             # What it stopped may still be on its way out, where it is repeated a moment later.
             return Taken(self._told(erasure), PATIENCE)
         serving = _serving(self._folder)
         # Also where the ledger has it already: whoever wrote it there may have died before the stages went.
-        report = self._service.model.unlearn(
+        report = model.unlearn(
             request.ids,
             groups=request.groups,
             missing=request.missing,
@@ -294,11 +301,27 @@ class Erasures:
         with self._lock:
             running = set(self._running)
         found = states_of(self._folder, erasures)
-        # What is under way is not told as done before it is.
+        # What is under way is not told as done before it is; nor is what others, or a due time, put into the ledger.
+        told = list(zip(erasures, found, strict=True))
+        is_asked = any(state == "done" and erasure.report is None for erasure, state in told)
+        is_under_way = is_asked and not self._is_through()
         return [
-            "running" if erasure.id in running and erasure.report is None and not erasure.waits else state
-            for erasure, state in zip(erasures, found, strict=True)
+            "running"
+            if erasure.report is None
+            and ((erasure.id in running and not erasure.waits) or (state == "done" and is_under_way))
+            else state
+            for erasure, state in told
         ]
+
+    def _is_through(self) -> bool:
+        """Whether nothing that the ledger takes back is in memory, or at the engine, any more."""
+        service = self._service
+        # Where nobody asks, nobody else follows what other processes did.
+        service.model._catch_up()
+        records, stack = self._folder.valid_records, service.model.stack
+        if service.engine is not None and service.engine.status()["to_let_go"]:
+            return False
+        return all(key in records and stack.holds(key, adapter_of(records[key])) for key in stack.loaded)
 
     def show(self, erasure_id: str) -> Erasure:
         """

@@ -8,8 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from support.served import listening, service_of, serving, tiny_system
-from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from support.served import HeldTokenizer, listening, service_of, serving, tiny_system
+from support.tiny import (
+    ids_of,
+    lm_rows,
+    make_trainer,
+    plant_stages,
+    s3t_config,
+    tiny_llama,
+    tokenizer_of_words,
+)
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import FolderError
@@ -276,6 +284,28 @@ def test_a_request_that_may_wait_is_202_until_it_is_applied(server, system):
     assert again.status_code == 200 and again.json() == done
     assert client.get("/v1/status").json()["erasures_waiting"] == []
     service.model._due.cancel()
+
+
+def test_what_is_applied_later_is_not_told_as_done_while_answers_still_run_on_it(system):
+    tokenizer = HeldTokenizer(tokenizer_of_words())
+    with serving(system, tokenizer) as (url, service), ThreadPoolExecutor(3) as pool:
+        client, model = httpx2.Client(base_url=url, timeout=60), service.model
+        one = model.folder.table.ids_in(0, 0)[0]
+        told = erase(client, "7f3", ids=[one], max_delay=3600).json()
+        asked = {"model": service.name, "prompt": "w7 w8", "max_tokens": 12, "logit_bias": {"2": -100}}
+        tokenizer.hold(after=8)
+        answer = pool.submit(client.post, "/v1/completions", json=asked)
+        tokenizer.is_holding()
+        applied = pool.submit(model.apply_pending)
+        while not model.folder.ledger.num_deletions:
+            assert not applied.done()
+        assert client.get(f"/v1/erasures/{told['id']}").json()["status"] == "running"
+        again = pool.submit(erase, client, "7f3", ids=[one], max_delay=3600)
+        assert not again.done() and not applied.done()
+        tokenizer.let_go()
+        assert again.result().json()["status"] == "done" and answer.done() and applied.done()
+        assert client.get(f"/v1/erasures/{told['id']}").json()["status"] == "done"
+        assert answer.result().status_code == 200
 
 
 def test_a_request_that_waits_is_kept_by_a_restart_and_applied_when_it_is_due(system):
