@@ -219,7 +219,8 @@ class Erasures:
         self._service.metrics.erasure(report.deleted, report.seconds)
         engine = None if self._service.engine is None else self._service.engine.receipt()
         erasure = self.book.note_done(erasure.id, self._noted(erasure, report, engine))
-        told = self._told(erasure, duplicates=report.duplicates)
+        # Of what an earlier attempt deleted the content is not known any more.
+        told = self._told(erasure, duplicates=report.duplicates if report.deleted or not erasure.ids else None)
         if not told.stages_removed:
             return Taken(told)
         if serving.isdisjoint(told.stages_removed):

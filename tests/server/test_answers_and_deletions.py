@@ -11,6 +11,9 @@ import pytest
 from support.served import HeldTokenizer, serving, tiny_system
 from support.tiny import s3t_config, tokenizer_of_words
 
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.deletion import apply
+from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.answers import Answers
 from hf_s3t.server.batching import Item
 from hf_s3t.server.problems import Problem
@@ -114,6 +117,20 @@ def test_waited_for_a_running_answer_ends_as_it_began_and_what_comes_meanwhile_r
         held.let_go()
         assert running.ended().text == old
         deletion.join(PATIENCE)
+        assert coming.ended().text == Asking(url).ended().text != old
+
+
+def test_what_another_process_deletes_holds_up_no_answers_that_come_after(system, held):
+    with serving(system, held) as (url, service):
+        old = Asking(url).ended().text
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        apply(SystemFolder(system), DeletionRequest([first_of_a_shard(service)]))
+        coming = Asking(url)
+        held.is_holding(2)
+        held.let_go()
+        assert running.ended().text == old
         assert coming.ended().text == Asking(url).ended().text != old
 
 

@@ -247,6 +247,7 @@ def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system, c
         assert len(ledger_of(system)) == 1
         told = erase(client, "7f3", ids=IDS[:1])
         assert told.status_code == 200 and told.json()["deleted"] == 1 and told.json()["stages_removed"]
+        assert told.json()["duplicates"] is None
         there = {str(key) for key in SystemFolder(system).stages}
         assert not there & set(told.json()["stages_removed"])
 
