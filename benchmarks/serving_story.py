@@ -403,7 +403,8 @@ def _compare(history: History, naive: Naive, one: Asked, verdict: Verdict) -> No
     if is_close:
         verdict.too_close += 1
     else:
-        verdict.wrong.append(f"{one.prompt!r} gave {one.text!r}, expected one of {given}")
+        asked = f"{one.prompt!r}, asked at {one.start:.3f} and answered at {one.end:.3f},"
+        verdict.wrong.append(f"{asked} gave {one.text!r}, expected one of {given}")
 
 
 def memory_of(pid: int) -> float:

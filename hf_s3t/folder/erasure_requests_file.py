@@ -214,7 +214,9 @@ class ErasureBook:
     # The file
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        advice = "Nothing was deleted because of this request. Make room, or make the folder writable, then repeat it."
+        is_new = line["kind"] == "request"
+        known_of = "Nothing was deleted because of this request" if is_new else "The ledger says what was deleted"
+        advice = f"{known_of}. Make room, or make the folder writable, then repeat the request."
         with self.folder.writing(), self._reading, explained(f"{self.path} could not be written", advice):
             known = self._refreshed()
             with open(self.path, "ab", opener=_open_private) as file:

@@ -42,6 +42,8 @@ class Answer(Generic[Given]):
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Given | Problem]] = asyncio.Queue()
         self.items: list[Item] = []
+        # Why nothing more of it is told, not even what is there already.
+        self._cut: Problem | None = None
         # Its last byte was handed to the network, or will never be.
         self.is_handed_out = asyncio.Event()
 
@@ -68,6 +70,8 @@ class Answer(Generic[Given]):
         except TimeoutError:
             message = f"The answer took longer than {self._timeout:g} seconds. Ask for less, or later."
             raise Problem(504, message, "timeout") from None
+        if self._cut is not None:
+            raise self._cut
         if isinstance(given, Problem):
             raise given
         return index, given
@@ -104,6 +108,11 @@ class Answer(Generic[Given]):
         """What was known of deletions when the oldest of its batches began; `None` if none has."""
         return min((item.mark for item in self.items if item.mark is not None), default=None)
 
+    def is_older(self, mark: int) -> bool:
+        """Whether one of its batches began when fewer deletions were known than now, by their mark."""
+        oldest = self.oldest_mark()
+        return oldest is not None and oldest < mark
+
     def close(self) -> None:
         """End what still runs for it."""
         for item in self.items:
@@ -111,8 +120,9 @@ class Answer(Generic[Given]):
         self.is_handed_out.set()
 
     def cut(self) -> None:
-        """Have it end now, with an error."""
-        self._events.put_nowait((0, Problem(503, "An erasure did not wait for this answer.", "stopped_by_erasure")))
+        """Have it end now, with an error: what waits to be sent, for a client that reads slowly say, is not."""
+        self._cut = Problem(503, "An erasure did not wait for this answer.", "stopped_by_erasure")
+        self._events.put_nowait((0, self._cut))
         for item in self.items:
             item.is_cancelled = True
 
@@ -147,28 +157,30 @@ class Answers:
         answer.close()
         self._open.discard(answer)
 
-    async def settled(self, timeout: float) -> int:
+    async def settled(self, timeout: float, cuts: bool = True) -> int:
         """
         Wait until each answer is handed out of which a part was computed before the last deletion.
 
         Call it in the event loop of the app, when `model.unlearn` has returned and before that is acknowledged.
 
         Args:
-            timeout (`float`): Seconds to wait at most; then they end with an error.
+            timeout (`float`): Seconds to wait at most.
+            cuts (`bool`, defaults to `True`): Whether they end with an error then.
 
         Returns:
-            `int`: How many had to be cut.
+            `int`: How many were not handed out by then.
         """
         now = self._mark()
-        old = [answer for answer in self._open if (mark := answer.oldest_mark()) is not None and mark < now]
+        old = [answer for answer in self._open if answer.is_older(now)]
         if not old:
             return 0
         waits = [asyncio.ensure_future(answer.is_handed_out.wait()) for answer in old]
         await asyncio.wait(waits, timeout=timeout)
-        late = [answer for answer in old if not answer.is_handed_out.is_set()]
+        # What was stopped may have begun again meanwhile, on what is left.
+        late = [answer for answer in old if answer.is_older(now) and not answer.is_handed_out.is_set()]
         for wait in waits:
             wait.cancel()
-        for answer in late:
+        for answer in late if cuts else ():
             answer.cut()
         return len(late)
 

@@ -146,11 +146,13 @@ class Batcher(Generic[SomeItem]):
 
     def _work(self) -> None:
         while True:
-            with self._collecting:
-                batch = self._collect()
-            if batch is None:
-                return
-            with self._under_way(batch):
+            with contextlib.ExitStack() as held:
+                with self._collecting:
+                    batch = self._collect()
+                    if batch is None:
+                        return
+                    # Before another thread looks whether something runs.
+                    held.enter_context(self._under_way(batch))
                 self._run_once(batch)
 
     def _collect(self) -> list[SomeItem] | None:
@@ -252,7 +254,10 @@ class Batcher(Generic[SomeItem]):
         again = [item for item in left if not item.has_sent]
         for item in again:
             item.begin_again()
-        if again:
-            with self._changed:
+        with self._changed:
+            if again and not self._is_stopping:
                 # At the front: they have waited longest. A batch that was alone is so again.
                 self._waiting.appendleft(_Request(again, self._is_alone, since=0.0))
+                return
+        for item in again:
+            item.fail(problem)

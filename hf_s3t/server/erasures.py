@@ -1,5 +1,6 @@
 """`/v1/erasures`: examples are forgotten while others are answered, and each request is one however often it comes."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,11 @@ from typing import Annotated, Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Path, Query, Response
 
+from ..errors import S3TError
 from ..folder.erasure_requests_file import ErasureBook, RecordedErasure
+from ..folder.files import stamp
+from ..folder.layout import PENDING_FILE
+from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..model.following import PATIENCE
 from ..operations.deletion import DeletionPreview, preview
@@ -34,6 +39,7 @@ from .problems import PROBLEMS, RETRY_SOON, Problem
 from .service import Service
 
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RepeatKey = Annotated[
@@ -46,6 +52,8 @@ RepeatKey = Annotated[
         description="Whatever the client likes. A request that comes again with its key is the same request.",
     ),
 ]
+# Seconds between two looks at requests that wait, which other processes record too.
+_BETWEEN_LOOKS = 1.0
 # Seconds for what is computed and not sent yet, where nobody waits for what is not.
 _HANDING_OUT = 1.0
 _NOTED = ("stages_removed", "depths_before", "depths_after", "is_exhausted", "seconds")
@@ -68,10 +76,12 @@ class Taken:
         told ([`~hf_s3t.server.erasure_schemas.Erasure`]): What became of it.
         patience (`float`, *optional*):
             Seconds to wait for answers on their way out that may have been computed before; `None` if there is none.
+        cuts (`bool`, defaults to `True`): Whether those that take longer end with an error.
     """
 
     told: Erasure
     patience: float | None = None
+    cuts: bool = True
 
 
 class Erasures:
@@ -93,10 +103,36 @@ class Erasures:
         self._asked = 0
         # One after the other, as the model forgets; questions are answered meanwhile.
         self._taking, self._looking = CapacityLimiter(1), CapacityLimiter(4)
+        self._is_over = threading.Event()
 
     @property
     def _folder(self) -> SystemFolder:
         return self._service.model.folder
+
+    # What others record
+
+    def start(self) -> None:
+        """Apply in time what other processes record to be erased later, also those that are gone by then."""
+        self._is_over.clear()
+        threading.Thread(target=self._watch, name="hf-s3t-waiting-erasures", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        model, seen = self._service.model, None
+        while not self._is_over.wait(_BETWEEN_LOOKS):
+            # In this order: what comes meanwhile is news again.
+            found = stamp(self._folder.path / PENDING_FILE)
+            if found == seen:
+                continue
+            seen = found
+            try:
+                with model._deletion_lock:
+                    model._apply_in_time()
+            except (S3TError, OSError) as error:
+                logger.error(error)
 
     # From the event loop
 
@@ -124,7 +160,7 @@ class Erasures:
             taken = await to_thread.run_sync(self.take, wanted, key, limiter=self._taking)
             if taken.patience is not None:
                 # What was computed before has left the server when this is acknowledged.
-                await self._service.answers.settled(taken.patience)
+                await self._service.answers.settled(taken.patience, taken.cuts)
             return taken.told
         finally:
             self._asked -= 1
@@ -160,14 +196,20 @@ class Erasures:
                     self._running.discard(erasure.id)
 
     def _carry_out(self, erasure: RecordedErasure, request: "_Request", on_running: str) -> "Taken":
+        model = self._service.model
         if erasure.max_delay is not None:
-            return Taken(self._hand_over(erasure, request))
+            told = self._hand_over(erasure, request)
+            if told.status != "done":
+                return Taken(told)
+            # Whoever applied it may not be through, or have died before that.
+            model.unlearn(request.ids, groups=request.groups, missing="ignore", on_running=on_running)
+            return Taken(told, PATIENCE)
         if erasure.report is not None and states_of(self._folder, [erasure]) == ["done"]:
             # What it stopped may still be on its way out, where it is repeated a moment later.
             return Taken(self._told(erasure), PATIENCE)
         serving = _serving(self._folder)
         # Also where the ledger has it already: whoever wrote it there may have died before the stages went.
-        report = self._service.model.unlearn(
+        report = model.unlearn(
             request.ids,
             groups=request.groups,
             missing=request.missing,
@@ -177,9 +219,13 @@ class Erasures:
         self._service.metrics.erasure(report.deleted, report.seconds)
         engine = None if self._service.engine is None else self._service.engine.receipt()
         erasure = self.book.note_done(erasure.id, self._noted(erasure, report, engine))
-        told = self._told(erasure, duplicates=report.duplicates)
-        if serving.isdisjoint(told.stages_removed):
+        # Of what an earlier attempt deleted the content is not known any more.
+        told = self._told(erasure, duplicates=report.duplicates if report.deleted or not erasure.ids else None)
+        if not told.stages_removed:
             return Taken(told)
+        if serving.isdisjoint(told.stages_removed):
+            # They may have served until something better was grown: what they gave is on its way out at most.
+            return Taken(told, _HANDING_OUT, cuts=False)
         return Taken(told, PATIENCE if on_running == "wait" else _HANDING_OUT)
 
     def _hand_over(self, erasure: RecordedErasure, request: "_Request") -> Erasure:
@@ -256,11 +302,27 @@ class Erasures:
         with self._lock:
             running = set(self._running)
         found = states_of(self._folder, erasures)
-        # What is under way is not told as done before it is.
+        # What is under way is not told as done before it is; nor is what others, or a due time, put into the ledger.
+        told = list(zip(erasures, found, strict=True))
+        is_asked = any(state == "done" and erasure.report is None for erasure, state in told)
+        is_under_way = is_asked and not self._is_through()
         return [
-            "running" if erasure.id in running and erasure.report is None and not erasure.waits else state
-            for erasure, state in zip(erasures, found, strict=True)
+            "running"
+            if erasure.report is None
+            and ((erasure.id in running and not erasure.waits) or (state == "done" and is_under_way))
+            else state
+            for erasure, state in told
         ]
+
+    def _is_through(self) -> bool:
+        """Whether nothing that the ledger takes back is in memory, or at the engine, any more."""
+        service = self._service
+        # Where nobody asks, nobody else follows what other processes did.
+        service.model._catch_up()
+        records, stack = self._folder.valid_records, service.model.stack
+        if service.engine is not None and service.engine.status()["to_let_go"]:
+            return False
+        return all(key in records and stack.holds(key, adapter_of(records[key])) for key in stack.loaded)
 
     def show(self, erasure_id: str) -> Erasure:
         """
@@ -361,6 +423,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def routes(service: Service) -> APIRouter:
     """The routes that erase, and that say what would go and what went."""
     erasures = service.erasures = Erasures(service)
+    service.on_start.append(erasures.start)
+    service.on_stop.append(erasures.stop)
     router = APIRouter(prefix="/v1", tags=["erasures"], dependencies=[requires(Scope.ERASE)], responses=PROBLEMS)
 
     @router.post(

@@ -1,5 +1,6 @@
 """What goes wrong, as clients of OpenAI's API expect it: a status, and a body `{"error": {...}}`."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..errors import (
     UnknownExampleError,
 )
 
+
+logger = logging.getLogger(__name__)
 
 # Seconds after which a client may ask again: when a queue is full, and when the system is exhausted.
 RETRY_SOON = 1
@@ -106,7 +109,9 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, ExhaustedError):
-        return Problem(503, str(error), "exhausted", headers={"Retry-After": str(RETRY_LATER)})
+        # Its sentence names the system's folder.
+        message = "No shard of the system is left to answer, or none is trained yet. Ask again when it was trained."
+        return Problem(503, message, "exhausted", headers={"Retry-After": str(RETRY_LATER)})
     if isinstance(error, CallStoppedError):
         message = "A deletion removed a stage that was answering, and stopped the answer. Ask again."
         return Problem(503, message, "stopped_by_erasure", headers={"Retry-After": "0"})
@@ -116,6 +121,7 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(422, str(error), "invalid_value")
     if isinstance(error, (FolderError, HubError)):
         # Its sentence names places on this machine: it is logged, and not sent.
+        logger.error(error)
         message = "The system's folder or repository cannot be read or written now. Ask again later."
         return Problem(503, message, "storage", headers={"Retry-After": str(RETRY_LATER)})
     if isinstance(error, S3TError):

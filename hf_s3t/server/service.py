@@ -1,5 +1,7 @@
 """What all routes of a server share: the model, what it is called, who may ask, and what runs beside the requests."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,10 @@ from .measuring import Metrics
 from .prompts import Prompts
 from .settings import ServerSettings
 from .watching import PrometheusMetrics
+
+
+# Seconds between two looks whether the folder was followed, and for which stages that come are waited for.
+_A_MOMENT, _LOADING = 0.005, 5.0
 
 
 class Task(StrEnum):
@@ -81,9 +87,37 @@ class Service:
             run = Generator(self.model, self.processor, self.settings.max_batch_size).run
         else:
             run = Classifier(self.model, self.processor).run
-        self.batcher = Batcher(run, self._deletions, self.settings, self.metrics)
+        self.batcher = Batcher(lambda items: self._run(run, items), self._deletions, self.settings, self.metrics)
         self.on_start.append(self.batcher.start)
         self.on_stop.append(self.batcher.stop)
+
+    def _run(self, run: Callable[[Sequence[Any]], None], items: Sequence[Any]) -> None:
+        """
+        Run a batch when what other processes deleted answers no more.
+
+        Whoever follows the folder waits for the answers that are under way on what they deleted, and a batch need not.
+        """
+        model = self.model
+        if model._is_behind():
+            following = threading.Thread(target=self._follow, name="hf-s3t-following", daemon=True)
+            following.start()
+            end = time.monotonic() + _LOADING
+            while following.is_alive():
+                following.join(_A_MOMENT)
+                if not model._is_behind() and (self._serves_all() or time.monotonic() > end):
+                    break
+        run(items)
+
+    def _serves_all(self) -> bool:
+        """Whether what answers is what the folder says, all of it loaded."""
+        folder = self.model.folder
+        served = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+        return self.model._routing.served == tuple(map(tuple, served))
+
+    def _follow(self) -> None:
+        # What goes wrong the batch finds too, and tells.
+        with contextlib.suppress(Exception):
+            self.model._follow()
 
     def _deletions(self) -> int:
         """How many lines the ledger has: what begins at as many works on what these deletions left."""

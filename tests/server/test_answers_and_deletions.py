@@ -11,6 +11,14 @@ import pytest
 from support.served import HeldTokenizer, serving, tiny_system
 from support.tiny import s3t_config, tokenizer_of_words
 
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.deletion import apply
+from hf_s3t.records.request import DeletionRequest
+from hf_s3t.server.answers import Answers
+from hf_s3t.server.batching import Item
+from hf_s3t.server.problems import Problem
+from hf_s3t.server.rows import Part
+
 
 ASKED = {"model": "system", "prompt": "w7 w8", "max_tokens": 12, "temperature": 0, "logit_bias": {"2": -100}}
 PATIENCE = 60
@@ -112,6 +120,20 @@ def test_waited_for_a_running_answer_ends_as_it_began_and_what_comes_meanwhile_r
         assert coming.ended().text == Asking(url).ended().text != old
 
 
+def test_what_another_process_deletes_holds_up_no_answers_that_come_after(system, held):
+    with serving(system, held) as (url, service):
+        old = Asking(url).ended().text
+        held.hold(after=8)
+        running = Asking(url)
+        held.is_holding()
+        apply(SystemFolder(system), DeletionRequest([first_of_a_shard(service)]))
+        coming = Asking(url)
+        held.is_holding(2)
+        held.let_go()
+        assert running.ended().text == old
+        assert coming.ended().text == Asking(url).ended().text != old
+
+
 def test_a_deletion_is_settled_when_what_was_computed_before_it_is_handed_out(system, held):
     with serving(system, held) as (url, service):
         held.hold(after=8)
@@ -147,6 +169,42 @@ def test_an_answer_that_is_not_handed_out_in_time_is_cut(system, held):
         assert running.ended().error.code == "stopped_by_erasure"
         held.let_go()
         deletion.join(PATIENCE)
+
+
+def answers_of(marks):
+    """One answer of two rows that began at these marks, and its answers, at a ledger of two lines."""
+    answers = Answers(lambda: 2, PATIENCE)
+    answer = answers.open()
+    answer.items = [Item("", answer.put_for(index)) for index in range(len(marks))]
+    for item, mark in zip(answer.items, marks, strict=True):
+        item.mark = mark
+    return answers, answer
+
+
+def test_what_waits_to_be_sent_of_an_answer_that_was_cut_is_not_sent():
+    async def cut_and_read():
+        answers, answer = answers_of([1])
+        answer.put_for(0)(Part("of before", [], 1))
+        answer.put_for(0)(Part("too", [], 1))
+        await asyncio.sleep(0)
+        assert await answers.settled(0.01, cuts=False) == 1 and (await answer.next())[1].text == "of before"
+        assert await answers.settled(0.01) == 1
+        return await answer.next()
+
+    with pytest.raises(Problem) as caught:
+        asyncio.run(cut_and_read())
+    assert caught.value.code == "stopped_by_erasure"
+
+
+def test_an_answer_that_began_again_meanwhile_is_not_cut():
+    async def begin_again_while_waited_for():
+        answers, answer = answers_of([1, 2])
+        waiting = asyncio.ensure_future(answers.settled(0.05))
+        await asyncio.sleep(0)
+        answer.items[0].begin_again()
+        return await waiting
+
+    assert asyncio.run(begin_again_while_waited_for()) == 0
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -217,3 +275,4 @@ def test_an_exhausted_system_says_so_and_when_to_ask_again(system):
         refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "exhausted"
         assert int(refused.headers["retry-after"]) > 0
+        assert str(system.parent) not in refused.text

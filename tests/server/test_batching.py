@@ -33,11 +33,11 @@ class Noted(Item):
 class Bench:
     """A batcher whose batches run when they are let."""
 
-    def __init__(self, **settings):
+    def __init__(self, cls=Batcher, **settings):
         self.batches, self.begun, self.let = [], threading.Semaphore(0), threading.Semaphore(0)
         self.errors, self.num_deletions, self.most = [], 0, 0
         settings = ServerSettings(**{"batch_wait": 0, "overlap_wait": 0, "max_concurrent_batches": 1, **settings})
-        self.batcher = Batcher(self.run, lambda: self.num_deletions, settings, NoMetrics())
+        self.batcher = cls(self.run, lambda: self.num_deletions, settings, NoMetrics())
         self.batcher.start()
 
     def run(self, items):
@@ -134,6 +134,28 @@ def test_nothing_runs_beside_what_is_to_be_alone_and_nothing_overtakes_it(bench)
     one.has_begun()
     assert one.batches == ["a", "s"] and one.batcher.num_running == 1
     assert one.finish(*rows) == ["a", "s", "b"]
+
+
+def test_nothing_runs_alone_beside_what_was_taken_a_moment_ago(bench):
+    taken, go_on = threading.Event(), threading.Event()
+
+    class Lagging(Batcher):
+        """One of whose threads comes to a halt between taking a batch and running it."""
+
+        def _under_way(self, batch):
+            if batch[0].name == "a":
+                taken.set()
+                go_on.wait(PATIENCE)
+            return super()._under_way(batch)
+
+    one = bench(max_concurrent_batches=2, cls=Lagging)
+    rows = one.submit("a")
+    assert taken.wait(PATIENCE)
+    rows += one.submit("s", is_alone=True)
+    assert not one.begun.acquire(timeout=0.3)
+    go_on.set()
+    one.has_begun()
+    assert one.finish(*rows) == ["a", "s"] and one.most == 1
 
 
 def test_what_a_deletion_stopped_begins_again_before_all_else_unless_some_of_it_was_sent(bench):

@@ -3,12 +3,21 @@
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from support.served import listening, service_of, serving, tiny_system
-from support.tiny import ids_of, lm_rows, s3t_config
+from support.served import HeldTokenizer, listening, service_of, serving, tiny_system
+from support.tiny import (
+    ids_of,
+    lm_rows,
+    make_trainer,
+    plant_stages,
+    s3t_config,
+    tiny_llama,
+    tokenizer_of_words,
+)
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import FolderError
@@ -16,10 +25,11 @@ from hf_s3t.folder.erasure_requests_file import ErasureBook
 from hf_s3t.folder.layout import ERASURES_FILE, LEDGER_FILE, PENDING_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
-from hf_s3t.operations.pending import apply_pending
+from hf_s3t.operations.pending import apply_pending, request_later
 from hf_s3t.operations.receipts import Receipts
 from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.app import create_app
+from hf_s3t.server.erasure_schemas import ErasureRequest
 from hf_s3t.server.keys import Keys, Scope
 
 
@@ -209,7 +219,6 @@ def test_a_request_that_a_death_interrupted_is_gone_on_with_by_its_key(system):
         taking, book = service.erasures, service.erasures.book
         names = service.model.folder.key
         from hf_s3t.operations.erasures import record_erasure
-        from hf_s3t.server.erasure_schemas import ErasureRequest
 
         # As it lies there when the process died after the first line.
         wanted = ErasureRequest(ids=IDS[:1])
@@ -223,7 +232,7 @@ def test_a_request_that_a_death_interrupted_is_gone_on_with_by_its_key(system):
         assert (again["id"], again["status"], again["deleted"]) == (died.id, "done", 1)
 
 
-def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system):
+def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system, caplog):
     """The line was written, and removing the stages failed."""
     with serving(system) as (url, service):
         client, folder = httpx2.Client(base_url=url), service.model.folder
@@ -231,14 +240,30 @@ def test_what_the_ledger_has_is_carried_to_its_end_when_it_is_repeated(system):
         def fails(keys):
             raise FolderError("There is no room.")
 
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level("ERROR", "hf_s3t.server"):
             patch.setattr(folder, "remove_stages", fails)
             assert erase(client, "7f3", ids=IDS[:1]).status_code == 503
+        assert "There is no room." in caplog.text
         assert len(ledger_of(system)) == 1
         told = erase(client, "7f3", ids=IDS[:1])
         assert told.status_code == 200 and told.json()["deleted"] == 1 and told.json()["stages_removed"]
+        assert told.json()["duplicates"] is None
         there = {str(key) for key in SystemFolder(system).stages}
         assert not there & set(told.json()["stages_removed"])
+
+
+def test_stages_that_do_not_answer_now_may_have_done_so_and_nothing_is_cut_for_them(tmp_path):
+    data, config = lm_rows(18), s3t_config(num_slices=3, partition="balanced")
+    path = tiny_system(tmp_path / "system", rows=data, config=config)
+    service = service_of(path)
+    create_app(service)
+    folder, model = service.model.folder, service.model
+    model.unlearn(folder.table.ids_in(0, 0)[:1])
+    # Of the slice one stage, which is not the deepest.
+    plant_stages(make_trainer(path, tiny_llama(), data, config=config), limit=1)
+    taken = service.erasures.take(ErasureRequest(ids=folder.table.ids_in(0, 0)[:1]))
+    assert taken.told.stages_removed == ["shard-0/0"] and taken.told.depths_before == taken.told.depths_after
+    assert taken.patience is not None and not taken.cuts
 
 
 # Later
@@ -262,6 +287,28 @@ def test_a_request_that_may_wait_is_202_until_it_is_applied(server, system):
     service.model._due.cancel()
 
 
+def test_what_is_applied_later_is_not_told_as_done_while_answers_still_run_on_it(system):
+    tokenizer = HeldTokenizer(tokenizer_of_words())
+    with serving(system, tokenizer) as (url, service), ThreadPoolExecutor(3) as pool:
+        client, model = httpx2.Client(base_url=url, timeout=60), service.model
+        one = model.folder.table.ids_in(0, 0)[0]
+        told = erase(client, "7f3", ids=[one], max_delay=3600).json()
+        asked = {"model": service.name, "prompt": "w7 w8", "max_tokens": 12, "logit_bias": {"2": -100}}
+        tokenizer.hold(after=8)
+        answer = pool.submit(client.post, "/v1/completions", json=asked)
+        tokenizer.is_holding()
+        applied = pool.submit(model.apply_pending)
+        while not model.folder.ledger.num_deletions:
+            assert not applied.done()
+        assert client.get(f"/v1/erasures/{told['id']}").json()["status"] == "running"
+        again = pool.submit(erase, client, "7f3", ids=[one], max_delay=3600)
+        assert not again.done() and not applied.done()
+        tokenizer.let_go()
+        assert again.result().json()["status"] == "done" and answer.done() and applied.done()
+        assert client.get(f"/v1/erasures/{told['id']}").json()["status"] == "done"
+        assert answer.result().status_code == 200
+
+
 def test_a_request_that_waits_is_kept_by_a_restart_and_applied_when_it_is_due(system):
     with serving(system) as (url, service):
         told = erase(httpx2.Client(base_url=url), ids=IDS[:1], max_delay=0.5).json()
@@ -277,6 +324,17 @@ def test_a_request_that_waits_is_kept_by_a_restart_and_applied_when_it_is_due(sy
 
 
 # Looking
+
+
+def test_what_another_process_recorded_for_later_is_applied_in_time(server, system):
+    """By the command line, say, which is gone when it is due."""
+    client, _ = server
+    request_later(SystemFolder(system), DeletionRequest(IDS[:1]), max_delay=0.1)
+    end = time.monotonic() + 60
+    while client.get("/v1/status").json()["deletions"] == 0:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(ledger_of(system)) == 1 and SystemFolder(system).is_deleted(IDS[0])
 
 
 def test_a_dry_run_says_what_would_go_and_changes_nothing(server, system):

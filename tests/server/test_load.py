@@ -5,13 +5,14 @@ import threading
 import time
 
 import pytest
-from serving_story import Clients, Eraser, History, Naive, Watcher, judge
+from serving_story import Asked, Clients, Erased, Eraser, History, Naive, Watcher, judge
 from support.served import listening, tiny_system
 from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 
 from hf_s3t import S3TModel
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
+from hf_s3t.plan import StageKey
 from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.app import create_app
 from hf_s3t.server.service import Service
@@ -91,3 +92,27 @@ def test_an_answer_of_a_stage_that_was_erased_before_would_be_told(tmp_path):
     for asked in clients.asked:
         asked.start = asked.end = erased.end + 5
     assert judge(history, naive, clients.asked, eraser.erased).wrong
+
+
+def test_what_may_have_answered_is_known_while_stages_come_and_go(tmp_path):
+    """What goes may be switched off before its folder is gone, and what came a moment ago not be loaded yet."""
+    path = tiny_system(tmp_path / "system", rows=lm_rows(len(IDS)), config=CONFIG)
+    watcher, folder = Watcher(path, tmp_path / "archive"), SystemFolder(path)
+    going, coming = folder.table.ids_in(0, 0)[0], StageKey.from_path("stages/shard-1/0")
+    apply(folder, DeletionRequest([going]))
+    erased = Erased("wait", start=101.0, end=105.0, ids=[going])
+    history = History(path, watcher.kept, [erased])
+    for kept in watcher.kept:
+        kept.came = 100.0 if coming in kept.stage[0].lineage else 0.0
+        kept.went = 104.0 if kept.stage in history.acknowledged else kept.went
+    found = history.candidates(Asked("", start=102.0, end=103.0))
+    digests = {kept.stage[0]: kept.stage for kept in watcher.kept}
+
+    def serving(is_there):
+        return history._serving(frozenset(stage for key, stage in digests.items() if is_there(key)))
+
+    for has_come in (True, False):
+        for has_gone in (True, False):
+            gone = set(history.acknowledged) if has_gone else set()
+            kept = [key for key in digests if has_come or coming not in key.lineage]
+            assert serving(lambda key, kept=kept, gone=gone: key in kept and digests[key] not in gone) in found
