@@ -90,6 +90,8 @@ class Batcher(Generic[SomeItem]):
         self._waiting: deque[_Request[SomeItem]] = deque()
         self._running: list[list[SomeItem]] = []
         self._is_alone = self._is_stopping = False
+        # When a batch ended last: those who were answered may ask again now.
+        self._ended = 0.0
         self._threads: list[threading.Thread] = []
 
     @property
@@ -177,14 +179,14 @@ class Batcher(Generic[SomeItem]):
         return None
 
     def _is_worth_waiting(self, first: "_Request[SomeItem]") -> bool:
-        waited = time.monotonic() - first.since
+        waited = time.monotonic() - max(first.since, self._ended)
         return waited < self._settings.batch_wait and self._count(first) < self._settings.max_batch_size
 
     def _wait_for_more(self, first: "_Request[SomeItem]") -> None:
         """Until nothing comes any more, or the batch is full: clients whose answers ended together ask together."""
         wait = self._settings.batch_wait
-        last = first.since + _MOST_WAITS * wait
-        while (until := min(self._waiting[-1].since + wait, last) - time.monotonic()) > 0:
+        last = max(first.since, self._ended) + _MOST_WAITS * wait
+        while (until := min(max(self._waiting[-1].since, self._ended) + wait, last) - time.monotonic()) > 0:
             if self._count(first) >= self._settings.max_batch_size or self._is_stopping:
                 break
             self._changed.wait(until)
@@ -230,6 +232,7 @@ class Batcher(Generic[SomeItem]):
             with self._changed:
                 self._running = [other for other in self._running if other is not batch]
                 self._is_alone = False
+                self._ended = time.monotonic()
                 self._changed.notify_all()
 
     def _run_once(self, batch: list[SomeItem]) -> None:

@@ -125,6 +125,17 @@ def test_what_comes_beside_a_batch_waits_a_while_for_its_end_and_shares_the_next
     assert one.finish(*rows) == ["a", "bc"] and one.most == 1
 
 
+def test_who_was_answered_may_ask_again_before_the_next_batch_begins(bench):
+    one = bench(max_batch_size=3, batch_wait=3600, overlap_wait=3600)
+    rows = one.submit("abc")
+    one.has_begun()
+    rows += one.submit("d")
+    one.let.release()
+    assert rows[0].is_done.wait(PATIENCE)
+    rows += one.submit("e") + one.submit("f")
+    assert one.finish(*rows) == ["abc", "def"]
+
+
 def test_nothing_runs_beside_what_is_to_be_alone_and_nothing_overtakes_it(bench):
     one = bench(max_concurrent_batches=2)
     rows = one.submit("a")
