@@ -217,3 +217,4 @@ def test_an_exhausted_system_says_so_and_when_to_ask_again(system):
         refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "exhausted"
         assert int(refused.headers["retry-after"]) > 0
+        assert str(system) not in refused.text

@@ -70,6 +70,14 @@ def test_what_others_delete_and_grow_shows_without_a_request_for_an_answer(serve
     assert again["stages_left"] == 0 and again["depths"] == before["depths"]
 
 
+def test_what_could_not_be_done_is_told_without_the_places_of_this_machine(server, system):
+    client, service = server
+    service.model._cleaner.problem = f"What went is still there: {system}/stages/0 could not be removed (see /etc/a b)."
+    assert client.get("/v1/status").json()["failures"] == [
+        "What went is still there: system/stages/0 could not be removed (see a b)."
+    ]
+
+
 def test_metrics_count_what_was_asked_answered_and_erased(server):
     client, _ = server
     client.post("/v1/completions", json={"model": "system", "prompt": "w7 w8", "max_tokens": 3, "temperature": 0})
