@@ -19,7 +19,7 @@ from .classification import Classified, Input
 from .keys import Scope
 from .models import check_model
 from .problems import PROBLEMS, Problem
-from .schemas import Request, Usage
+from .schemas import Request, Text, Usage
 from .service import Service, Task
 
 
@@ -34,7 +34,7 @@ def _as_list(value: Any) -> Any:
 
 
 Inputs = Annotated[
-    list[str],
+    list[Text],
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
     Field(min_length=1, max_length=_MOST_INPUTS),
 ]
@@ -105,6 +105,7 @@ async def _collect(service: Service, answer: Answer[Classified], num_tokens: int
         for index, (number, probs) in enumerate(zip(best, found, strict=True))
     ]
     service.metrics.tokens(num_tokens, 0)
+    answer.tokens = (num_tokens, 0)
     return ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0)).model_dump()
 
 

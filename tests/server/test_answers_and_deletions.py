@@ -11,6 +11,10 @@ import pytest
 from support.served import HeldTokenizer, serving, tiny_system
 from support.tiny import s3t_config, tokenizer_of_words
 
+from hf_s3t.server.answers import AnswerResponse, Answers
+from hf_s3t.server.batching import Item
+from hf_s3t.server.rows import Part
+
 
 ASKED = {"model": "system", "prompt": "w7 w8", "max_tokens": 12, "temperature": 0, "logit_bias": {"2": -100}}
 PATIENCE = 60
@@ -149,6 +153,47 @@ def test_an_answer_that_is_not_handed_out_in_time_is_cut(system, held):
         deletion.join(PATIENCE)
 
 
+@pytest.mark.parametrize("timeout", [PATIENCE, 0.05])
+def test_a_client_that_does_not_read_gets_nothing_later_of_what_is_cut(timeout):
+    sent, is_reading = [], asyncio.Event()
+
+    async def send(message):
+        if len(sent) == 2 and not is_reading.is_set():
+            # As a server does whose buffers are full: it waits, and then writes.
+            await is_reading.wait()
+        sent.append(message)
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def events(answer):
+        async for _, part in answer.parts():
+            yield {"text": part.text}
+
+    async def story():
+        mark = 0
+        answers = Answers(lambda: mark, timeout)
+        answer, item = answers.open(), Item(None, lambda _: None)
+        item.mark, answer.items = mark, [item]
+        for text in ("first", "second", "third"):
+            answer.put_for(0)(Part(text, [], 1))
+        response = AnswerResponse(answers, answer, streamed=events(answer))
+        scope = {"type": "http"}
+        running = asyncio.ensure_future(response(scope, receive, send))
+        while len(sent) < 2:
+            await asyncio.sleep(0)
+        mark = 1
+        assert await answers.settled(0.01 if timeout == PATIENCE else PATIENCE) == (timeout == PATIENCE)
+        assert item.is_cancelled and not len(answers)
+        is_reading.set()
+        await running
+        return scope["hf_s3t.ended_with"]
+
+    assert asyncio.run(story()) == (503 if timeout == PATIENCE else 504)
+    bodies = [message["body"] for message in sent[1:]]
+    assert b"first" in bodies[0] and b'"error"' in bodies[1] and len(bodies) == 2
+
+
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_goes_frees_its_row(system, held, is_streamed):
     with serving(system, held, max_concurrent_batches=1) as (url, service):
@@ -190,6 +235,8 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(system, held):
         held.hold(after=12)
         text = httpx2.post(f"{url}/v1/completions", json={**ASKED, "stream": True}, timeout=PATIENCE).text
         held.let_go()
+        # It began with 200, and counts as what became of it.
+        assert '{route="/v1/completions",status="504"} 1.0' in httpx2.get(f"{url}/metrics").text
         events = [line.removeprefix("data: ") for line in text.splitlines() if line]
         assert json.loads(events[-1])["error"]["code"] == "timeout" and len(events) > 1
 
