@@ -63,6 +63,8 @@ def test_without_keys_a_page_of_another_site_is_not_answered(system):
         assert httpx2.get(f"{url}/v1/models/system").json()["object"] == "model"
         assert httpx2.get(f"{url}/v1/models/other").status_code == 404
         assert httpx2.delete(f"{url}/v1/models").status_code == 405
+        # No redirect: by a proxy's TLS it would lead to where there is none.
+        assert httpx2.get(f"{url}/v1/status/").status_code == 404
 
 
 def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(system):
