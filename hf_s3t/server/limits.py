@@ -46,6 +46,7 @@ class BodyLimits:
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 while True:
@@ -53,7 +54,8 @@ class BodyLimits:
                     if message["type"] == "http.disconnect":
                         return None
                     chunks.append(message.get("body", b""))
-                    if sum(map(len, chunks)) > self._settings.max_body_bytes:
+                    size += len(chunks[-1])
+                    if size > self._settings.max_body_bytes:
                         raise self._too_large()
                     if not message.get("more_body", False):
                         return b"".join(chunks)
