@@ -71,6 +71,9 @@ def serve(
     max_concurrent_batches: Annotated[int, typer.Option(min=1, help="Batches under way at once.")] = (
         _DEFAULT.max_concurrent_batches
     ),
+    overlap_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds until a batch begins beside the one under way.")
+    ] = _DEFAULT.overlap_wait,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = (
         _DEFAULT.max_queue
     ),

@@ -166,6 +166,8 @@ class Batcher(Generic[SomeItem]):
                     self._waiting.popleft()
                     self._is_alone = True
                     return first.items
+                elif self._running and (left := self._settings.overlap_wait - time.monotonic() + first.since) > 0:
+                    self._changed.wait(left)
                 elif self._is_worth_waiting(first):
                     self._wait_for_more(first)
                 else:

@@ -34,7 +34,7 @@ class JsonLines(logging.Formatter):
 
     >>> record = logging.LogRecord("hf_s3t.server", logging.INFO, "", 0, "request", (), None)
     >>> record.fields = {"route": "/v1/completions", "status": 200}
-    >>> JsonLines().format(record)[-64:]
+    >>> JsonLines().format(record)[-62:]
     '"event": "request", "route": "/v1/completions", "status": 200}'
     ```
     """
@@ -63,7 +63,7 @@ def start(level: str = "info", stream: TextIO | None = None) -> logging.Handler:
         stream (text file, *optional*): Where to; standard error if not given.
 
     Returns:
-        `logging.Handler`: What writes, for [`stop`].
+        `logging.Handler`: What writes, for `stop`.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())

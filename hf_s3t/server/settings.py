@@ -25,6 +25,9 @@ class ServerSettings:
         max_batch_size (`int`, defaults to 8): How many rows, choices of answers, go through the model together.
         batch_wait (`float`, defaults to 0.005): Seconds that a batch waits for more rows before it begins.
         max_concurrent_batches (`int`, defaults to 2): How many batches are under way at once.
+        overlap_wait (`float`, defaults to 0.5):
+            Seconds that a row waits for the batch under way to end, before another begins beside it: clients that ask
+            again and again then come to share one batch, and a short answer does not wait for a long one for ever.
         max_queue (`int`, defaults to 64): How many requests may wait; further ones are refused with 429.
         max_body_bytes (`int`, defaults to 1048576): The largest body of a request; larger ones are refused with 413.
         max_prompt_tokens (`int`, *optional*): The longest prompt in tokens; what the base has room for if not given.
@@ -55,6 +58,7 @@ class ServerSettings:
     max_batch_size: int = 8
     batch_wait: float = 0.005
     max_concurrent_batches: int = 2
+    overlap_wait: float = 0.5
     max_queue: int = 64
     max_body_bytes: int = 1_048_576
     max_prompt_tokens: int | None = None
@@ -76,8 +80,9 @@ class ServerSettings:
             require_int("max_prompt_tokens", self.max_prompt_tokens, 1)
         for name in _SECONDS:
             require_positive(name, getattr(self, name))
-        if self.batch_wait != 0:
-            require_positive("batch_wait", self.batch_wait)
+        for name in ("batch_wait", "overlap_wait"):
+            if getattr(self, name) != 0:
+                require_positive(name, getattr(self, name))
         require_choice("on_running", self.on_running, ON_RUNNING)
 
     @classmethod

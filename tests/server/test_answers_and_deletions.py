@@ -222,7 +222,7 @@ def _wait_in(answer):
 
 def test_an_answer_that_takes_too_long_is_given_up(system, held):
     with serving(system, held, request_timeout=0.3) as (url, _):
-        held.hold(after=8)
+        held.hold()
         late = httpx2.post(f"{url}/v1/completions", json=ASKED, timeout=PATIENCE)
         assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
         stream = httpx2.post(f"{url}/v1/completions", json={**ASKED, "stream": True}, timeout=PATIENCE)

@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, **settings):
         self.batches, self.begun, self.let = [], threading.Semaphore(0), threading.Semaphore(0)
         self.errors, self.num_deletions, self.most = [], 0, 0
-        settings = ServerSettings(**{"batch_wait": 0, "max_concurrent_batches": 1, **settings})
+        settings = ServerSettings(**{"batch_wait": 0, "overlap_wait": 0, "max_concurrent_batches": 1, **settings})
         self.batcher = Batcher(self.run, lambda: self.num_deletions, settings, NoMetrics())
         self.batcher.start()
 
@@ -113,6 +113,16 @@ def test_as_many_batches_run_at_once_as_may(bench):
     rows += one.submit("c")
     assert one.batcher.num_waiting == 1
     assert one.finish(*rows) == ["a", "b", "c"] and one.most == 2
+
+
+def test_what_comes_beside_a_batch_waits_a_while_for_its_end_and_shares_the_next(bench):
+    # It would wait for an hour, and begins at once when nothing is under way.
+    one = bench(max_concurrent_batches=2, overlap_wait=3600)
+    rows = one.submit("a")
+    one.has_begun()
+    rows += one.submit("b")
+    rows += one.submit("c")
+    assert one.finish(*rows) == ["a", "bc"] and one.most == 1
 
 
 def test_nothing_runs_beside_what_is_to_be_alone_and_nothing_overtakes_it(bench):
