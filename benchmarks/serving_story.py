@@ -335,9 +335,10 @@ class Naive:
             first, second = torch.topk(probabilities / len(stacks), 2).values.tolist()
             is_close |= first - second < _TIE
             chosen = int(probabilities.argmax())
-            ids = torch.cat([ids, torch.tensor([[chosen]])], dim=1)
+            # What ends an answer is no part of it, also where the tokenizer does not call it special.
             if chosen in self._ends:
                 break
+            ids = torch.cat([ids, torch.tensor([[chosen]])], dim=1)
         return self._tokenizer.decode(ids[0, length:], skip_special_tokens=True), is_close
 
     def _stack(self, folders: tuple[Path, ...]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .batching import Batcher, Item
 from .problems import Problem
@@ -26,6 +26,8 @@ class GivenPart(Protocol):
 Given = TypeVar("Given", bound=GivenPart)
 # Between a stream and whatever proxies it.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# Seconds for a last word to a client that does not read.
+_LAST_WORD = 1.0
 
 
 class Answer(Generic[Given]):
@@ -42,10 +44,13 @@ class Answer(Generic[Given]):
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Given | Problem]] = asyncio.Queue()
         self.items: list[Item] = []
-        # Why nothing more of it is told, not even what is there already.
-        self._cut: Problem | None = None
         # Its last byte was handed to the network, or will never be.
         self.is_handed_out = asyncio.Event()
+        # Why no more of it is handed out, also of what is computed already.
+        self.is_cut = asyncio.Event()
+        self._cut: Problem | None = None
+        # How many tokens its prompt has, and all its choices; known when it is complete.
+        self.tokens: tuple[int, int] | None = None
 
     def put_for(self, index: int) -> Callable[[Given | Problem], None]:
         """What the row of a number gives its parts to, from any thread."""
@@ -68,8 +73,7 @@ class Answer(Generic[Given]):
             async with asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic()):
                 index, given = await self._events.get()
         except TimeoutError:
-            message = f"The answer took longer than {self._timeout:g} seconds. Ask for less, or later."
-            raise Problem(504, message, "timeout") from None
+            raise self._late() from None
         if self._cut is not None:
             raise self._cut
         if isinstance(given, Problem):
@@ -120,9 +124,29 @@ class Answer(Generic[Given]):
         self.is_handed_out.set()
 
     def cut(self) -> None:
-        """Have it end now, with an error: what waits to be sent, for a client that reads slowly say, is not."""
-        self._cut = Problem(503, "An erasure did not wait for this answer.", "stopped_by_erasure")
-        self._events.put_nowait((0, self._cut))
+        """Have it end now, with an error: nothing more of it is handed out."""
+        self._give_up(Problem(503, "An erasure did not wait for this answer.", "stopped_by_erasure"))
+
+    async def end_of_patience(self) -> None:
+        """Return when it was cut, or when its time is over, a moment after [`Answer.next`] says so."""
+        try:
+            async with asyncio.timeout_at(self._loop.time() + self._deadline - time.monotonic() + _LAST_WORD):
+                await self.is_cut.wait()
+        except TimeoutError:
+            self._give_up(self._late())
+
+    @property
+    def why_cut(self) -> Problem:
+        """What is told of it where no more of it is handed out."""
+        return self._cut or self._late()
+
+    def _late(self) -> Problem:
+        message = f"The answer took longer than {self._timeout:g} seconds. Ask for less, or later."
+        return Problem(504, message, "timeout")
+
+    def _give_up(self, why: Problem) -> None:
+        self._cut = why
+        self.is_cut.set()
         for item in self.items:
             item.is_cancelled = True
 
@@ -177,11 +201,18 @@ class Answers:
         waits = [asyncio.ensure_future(answer.is_handed_out.wait()) for answer in old]
         await asyncio.wait(waits, timeout=timeout)
         # What was stopped may have begun again meanwhile, on what is left.
-        late = [answer for answer in old if answer.is_older(now) and not answer.is_handed_out.is_set()]
-        for wait in waits:
-            wait.cancel()
+        late = {
+            answer: wait
+            for answer, wait in zip(old, waits, strict=True)
+            if answer.is_older(now) and not answer.is_handed_out.is_set()
+        }
         for answer in late if cuts else ():
             answer.cut()
+        if late and cuts:
+            # Until whoever sent them has stopped: a client that reads on gets nothing of what was computed for it.
+            await asyncio.wait(late.values())
+        for wait in waits:
+            wait.cancel()
         return len(late)
 
 
@@ -205,26 +236,54 @@ class AnswerResponse(Response):
     ):
         super().__init__()
         self._answers, self._answer, self._collected, self._streamed = answers, answer, collected, streamed
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As any response."""
-        work = asyncio.ensure_future(self._respond(scope, receive, send))
+        work = asyncio.ensure_future(self._respond(scope, receive, self._noting(send)))
         gone = asyncio.ensure_future(_disconnected(receive))
+        cut = asyncio.ensure_future(self._answer.end_of_patience())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await asyncio.wait({work, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
+            is_cut = cut.done() and not gone.done()
+            if is_cut:
+                # Also where it waits for a client that does not read.
+                work.cancel()
         finally:
-            self._answers.close(self._answer)
-            for task in (work, gone):
+            for task in (work, gone, cut):
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await asyncio.gather(work, gone, cut, return_exceptions=True)
+            self._answers.close(self._answer)
+            if self._answer.tokens is not None:
+                scope["hf_s3t.tokens"] = self._answer.tokens
+        if not work.cancelled():
+            work.result()
+        elif is_cut:
+            await self._end(scope, send)
+
+    def _noting(self, send: Send) -> Send:
+        async def note_and_send(message: Message) -> None:
+            self._has_begun = True
+            await send(message)
+
+        return note_and_send
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._collected is not None:
             await JSONResponse(await self._collected())(scope, receive, send)
         elif self._streamed is not None:
-            await _send_events(self._streamed, send)
+            await _send_events(self._streamed, scope, send)
+
+    async def _end(self, scope: Scope, send: Send) -> None:
+        """Say why there is no more."""
+        problem = self._answer.why_cut
+        if not self._has_begun:
+            raise problem
+        scope["hf_s3t.ended_with"] = problem.status
+        if self._streamed is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORD):
+                    await _send_last(_event(problem.body), send)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -232,7 +291,7 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-async def _send_events(events: AsyncIterator[dict[str, Any]], send: Send) -> None:
+async def _send_events(events: AsyncIterator[dict[str, Any]], scope: Scope, send: Send) -> None:
     """Send a stream of server-sent events; what goes wrong before the first one is a response of its own."""
     first = await anext(events)
     headers = {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}
@@ -246,6 +305,11 @@ async def _send_events(events: AsyncIterator[dict[str, Any]], send: Send) -> Non
     except Problem as problem:
         # As clients of OpenAI's API tell an error within a stream.
         last = _event(problem.body)
+        scope["hf_s3t.ended_with"] = problem.status
+    await _send_last(last, send)
+
+
+async def _send_last(last: bytes, send: Send) -> None:
     await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

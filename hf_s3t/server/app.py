@@ -63,6 +63,8 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # It would send clients that came by TLS on without it.
+        redirect_slashes=False,
     )
     app.state.service = service
     install(app)

@@ -10,6 +10,9 @@ from .schemas import GenerationRequest
 from .service import Service, Task
 
 
+_COLDEST = 0.01
+
+
 def check_task(service: Service) -> None:
     """
     Refuse what a classifier cannot do.
@@ -76,7 +79,8 @@ def _sampling(service: Service, request: GenerationRequest) -> Sampling:
     if temperature == 0:
         return Sampling(0.0)
     return Sampling(
-        temperature,
+        # Of less, scores are no numbers any more.
+        max(temperature, _COLDEST),
         _first(request.top_p, own.top_p, 1.0),
         max(0, int(_first(request.top_k, own.top_k, 0))),
         _first(request.min_p, own.min_p, 0.0),

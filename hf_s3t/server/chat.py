@@ -104,6 +104,7 @@ class _Chatting:
     def _usage(self, last: Sequence[Part]) -> Usage:
         made = sum(part.num_tokens for part in last)
         self._service.metrics.tokens(self._prompt_tokens, made)
+        self._answer.tokens = (self._prompt_tokens, made)
         return Usage.of(self._prompt_tokens, made)
 
     def _logprobs(self, part: Part) -> ChatLogprobs | None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal, Self
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from starlette.responses import Response
@@ -19,13 +19,15 @@ from .classification import Classified, Input
 from .keys import Scope
 from .models import check_model
 from .problems import PROBLEMS, Problem
-from .schemas import Request, Usage
+from .schemas import Request, Text, Usage
 from .service import Service, Task
 
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# A small file may hold an image that fills the memory.
+# Of all images of a request. A small file may hold an image that fills the memory.
 _MOST_PIXELS = 50_000_000
+# A processor that resizes the shorter side makes much of one that is long and thin.
+_MOST_ELONGATED = 200
 _MOST_INPUTS = 128
 
 
@@ -34,7 +36,7 @@ def _as_list(value: Any) -> Any:
 
 
 Inputs = Annotated[
-    list[str],
+    list[Text],
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
     Field(min_length=1, max_length=_MOST_INPUTS),
 ]
@@ -77,12 +79,14 @@ class ClassifyAnswer(BaseModel):
 def routes(service: Service) -> APIRouter:
     """The routes that classify."""
     router = APIRouter(prefix="/v1", tags=["answers"], dependencies=[requires(Scope.ANSWER)], responses=PROBLEMS)
+    # Images take memory while they are read.
+    reading = CapacityLimiter(2)
 
     @router.post("/classify", response_model=ClassifyAnswer)
     async def classify(request: ClassifyRequest) -> Response:
         """Say of each text or image what it is."""
         check_model(service, request.model)
-        fields = await to_thread.run_sync(_fields_of, service, request)
+        fields = await to_thread.run_sync(_fields_of, service, request, limiter=reading)
         answer = service.answers.open()
         inputs = [Input(one, answer.put_for(index)) for index, one in enumerate(fields)]
         submit(service.batcher, service.answers, answer, inputs)
@@ -105,6 +109,7 @@ async def _collect(service: Service, answer: Answer[Classified], num_tokens: int
         for index, (number, probs) in enumerate(zip(best, found, strict=True))
     ]
     service.metrics.tokens(num_tokens, 0)
+    answer.tokens = (num_tokens, 0)
     return ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0)).model_dump()
 
 
@@ -114,13 +119,23 @@ def _fields_of(service: Service, request: ClassifyRequest) -> list[dict[str, Any
         raise Problem(404, "This system makes text. Ask `/v1/completions` or `/v1/chat/completions`.", "wrong_task")
     if service.task is Task.IMAGE_CLASSIFICATION:
         # vLLM's clients know the one field.
-        return [_of_image(service.processor, one) for one in request.images or request.input or ()]
+        found, room = [], _MOST_PIXELS
+        for one in request.images or request.input or ():
+            image = _read_image(one, room)
+            room -= image.width * image.height
+            found.append(_of_image(service.processor, image))
+        return found
     if request.input is None:
         raise Problem(422, "This system classifies texts. Send them as `input`.", "wrong_input", "images")
     return [service.prompts.fields_of(text) for text in request.input]
 
 
-def _of_image(processor: Any, url: str) -> dict[str, Any]:
+def _of_image(processor: Any, image: Any) -> dict[str, Any]:
+    return {name: value[0] for name, value in processor(images=[image], return_tensors="pt").items()}
+
+
+def _read_image(url: str, most: int) -> Any:
+    """The image of a data URL, if it has so many pixels at most."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -130,12 +145,13 @@ def _of_image(processor: Any, url: str) -> dict[str, Any]:
         raise _no_image("it is no data URL with base64")
     try:
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=_FORMATS) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
-                raise _no_image(f"it has more than {_MOST_PIXELS} pixels")
-            image = opened.convert("RGB")
+            if opened.width * opened.height > most:
+                raise _no_image(f"those of a request have more than {_MOST_PIXELS} pixels")
+            if max(opened.size) > _MOST_ELONGATED * min(opened.size):
+                raise _no_image(f"one side is more than {_MOST_ELONGATED} times as long as the other")
+            return opened.convert("RGB")
     except (OSError, ValueError, binascii.Error, SyntaxError, Image.DecompressionBombError):
         raise _no_image(f"it cannot be read as {', '.join(_FORMATS)}") from None
-    return {name: value[0] for name, value in processor(images=[image], return_tensors="pt").items()}
 
 
 def _no_image(why: str) -> Problem:

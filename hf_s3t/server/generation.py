@@ -42,7 +42,9 @@ class Generator:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for first in range(0, len(rows), self._largest):
-                self._generate(rows[first : first + self._largest])
+                some = rows[first : first + self._largest]
+                if not all(row.is_over for row in some):
+                    self._generate(some)
 
     def _generate(self, rows: Sequence[Row]) -> None:
         ids, mask = self._padded([row.wanted.prompt for row in rows])

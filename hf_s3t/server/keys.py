@@ -85,7 +85,10 @@ class Keys:
         """
         given = {scope: environment[name] for scope, name in VARIABLES.items() if environment.get(name)}
         if file is None:
-            return cls({scope: _split(text) for scope, text in given.items()})
+            found = {scope: _split(text) for scope, text in given.items()}
+            for scope in (scope for scope, keys in found.items() if not keys):
+                raise ConfigError(f"{VARIABLES[scope]} has no key. Give one, or unset it.")
+            return cls(found)
         if given:
             names = ", ".join(VARIABLES[scope] for scope in given)
             raise ConfigError(f"Keys are in {file} and in the environment ({names}). Give them in one place.")

@@ -1,10 +1,11 @@
-"""What keeps one client from taking what others need: how large a body is, and how long it may take to come."""
+"""What keeps one client from taking what others need: how large a body is, and how long a request may take to come."""
 
 import asyncio
 from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .problems import Problem
 from .settings import ServerSettings
@@ -45,6 +46,7 @@ class BodyLimits:
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 while True:
@@ -52,7 +54,8 @@ class BodyLimits:
                     if message["type"] == "http.disconnect":
                         return None
                     chunks.append(message.get("body", b""))
-                    if sum(map(len, chunks)) > self._settings.max_body_bytes:
+                    size += len(chunks[-1])
+                    if size > self._settings.max_body_bytes:
                         raise self._too_large()
                     if not message.get("more_body", False):
                         return b"".join(chunks)
@@ -63,6 +66,33 @@ class BodyLimits:
     def _too_large(self) -> Problem:
         most = self._settings.max_body_bytes
         return Problem(413, f"The body is larger than {most} bytes. Send less at once.", "body_too_large")
+
+
+def impatient(seconds: float) -> type[H11Protocol]:
+    """
+    The protocol of a server that closes connections on which no request comes, or only slowly: each takes a file
+    descriptor of the process, which opens the system's files too.
+
+    Args:
+        seconds (`float`): How long the head of a request may take, counted since the connection or the last answer.
+    """
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._look, None)
+
+        def _look(self, before: object) -> None:
+            """Close it if nothing is being answered, and nothing was at the last look or has been since."""
+            if self.transport.is_closing():
+                return
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            if self.cycle is before and not is_answering:
+                self.transport.close()
+            else:
+                self.loop.call_later(seconds, self._look, self if is_answering else self.cycle)
+
+    return Impatient
 
 
 def _given_first(body: bytes, receive: Receive) -> Receive:

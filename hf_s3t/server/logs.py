@@ -17,6 +17,7 @@ from .measuring import Metrics
 LOGGER = "hf_s3t.server"
 # What a client gets that had gone before its answer: nothing; so it is written down.
 GONE = 499
+_WATCHING = ("/v1/status", "/metrics", "/healthz", "/readyz")
 _OF_OTHERS = ("hf_s3t", "transformers", "uvicorn", "uvicorn.error")
 
 
@@ -95,7 +96,8 @@ class Observed:
     The outermost layer of an app: measures each request from its first byte to the last of its answer, and writes a
     line of it.
 
-    Who answers puts `scope["hf_s3t.tokens"]`, a pair of numbers, of the prompt and of the answer.
+    Who answers puts `scope["hf_s3t.tokens"]`, a pair of numbers, of the prompt and of the answer; and of a stream that
+    ended with an error `scope["hf_s3t.ended_with"]`, the status that it would have had.
 
     Args:
         app (ASGI app): What answers.
@@ -121,7 +123,7 @@ class Observed:
 
     def _note(self, scope: Scope, seen: "_Seen") -> None:
         seconds = time.perf_counter() - seen.started
-        status = GONE if seen.has_gone or not seen.status else seen.status
+        status = GONE if seen.has_gone or not seen.status else scope.get("hf_s3t.ended_with", seen.status)
         # Never the path itself: it may hold a name that somebody asked for.
         route = str(getattr(scope.get("route"), "path", ""))
         self._metrics.request_done(route, status, seconds)
@@ -130,7 +132,14 @@ class Observed:
         tokens = scope.get("hf_s3t.tokens")
         if tokens is not None:
             fields["prompt_tokens"], fields["completion_tokens"] = tokens
-        note("request", logging.WARNING if status >= 500 else logging.INFO, **fields)
+        note("request", _level(route, status), **fields)
+
+
+def _level(route: str, status: int) -> int:
+    if status >= 500:
+        return logging.WARNING
+    # Whoever watches asks each second.
+    return logging.DEBUG if route in _WATCHING and status < 400 else logging.INFO
 
 
 class _Seen:

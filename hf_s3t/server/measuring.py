@@ -17,7 +17,8 @@ class Metrics(Protocol):
 
         Args:
             route (`str`): The path of its route as the app declares it, such as `/v1/erasures/{id}`; `""` for none.
-            status (`int`): The HTTP status that was sent; 499 where the client had gone before.
+            status (`int`): The HTTP status that was sent, of a stream that ended with an error that of the error;
+                499 where the client had gone before.
             seconds (`float`): Since its first byte.
         """
 

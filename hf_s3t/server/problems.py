@@ -1,6 +1,7 @@
 """What goes wrong, as clients of OpenAI's API expect it: a status, and a body `{"error": {...}}`."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 # Seconds after which a client may ask again: when a queue is full, and when the system is exhausted.
 RETRY_SOON = 1
 RETRY_LATER = 60
+# Those of an absolute path, up to its last part.
+_DIRECTORIES = re.compile(r"(?<![^\s'\"(`=])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"`]+[/\\])*(?=[^\s/\\])")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -109,8 +112,7 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, ExhaustedError):
-        # Its sentence names the system's folder.
-        message = "No shard of the system is left to answer, or none is trained yet. Ask again when it was trained."
+        message = "No shard of this system is left to answer, until stages are grown again. Ask again later."
         return Problem(503, message, "exhausted", headers={"Retry-After": str(RETRY_LATER)})
     if isinstance(error, CallStoppedError):
         message = "A deletion removed a stage that was answering, and stopped the answer. Ask again."
@@ -118,15 +120,34 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, UnknownExampleError):
         return Problem(404, str(error), "unknown_example")
     if isinstance(error, (ExampleIdError, ConfigError)):
-        return Problem(422, str(error), "invalid_value")
+        return Problem(422, without_places(str(error)), "invalid_value")
     if isinstance(error, (FolderError, HubError)):
         # Its sentence names places on this machine: it is logged, and not sent.
         logger.error(error)
         message = "The system's folder or repository cannot be read or written now. Ask again later."
         return Problem(503, message, "storage", headers={"Retry-After": str(RETRY_LATER)})
     if isinstance(error, S3TError):
-        return Problem(422, str(error), "refused")
+        return Problem(422, without_places(str(error)), "refused")
     return Problem(500, "The server failed at this request. Its log says at what.", "internal")
+
+
+def without_places(sentence: str) -> str:
+    """
+    A sentence with the names of files alone, not where on this machine they are.
+
+    Args:
+        sentence (`str`): It may have absolute paths.
+
+    Example:
+
+    ```python
+    >>> from hf_s3t.server.problems import without_places
+
+    >>> without_places("/srv/system/ledger.jsonl could not be written.")
+    'ledger.jsonl could not be written.'
+    ```
+    """
+    return _DIRECTORIES.sub("", sentence)
 
 
 def of_invalid_body(error: RequestValidationError) -> Problem:

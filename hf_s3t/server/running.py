@@ -20,6 +20,7 @@ from .app import create_app
 from .engine.model import load_behind_engine
 from .engine.passing_on import Engine
 from .keys import VARIABLES, Keys
+from .limits import impatient
 from .service import Service
 from .settings import ServerSettings
 
@@ -158,6 +159,7 @@ def run(service: Service, listener: socket.socket, say: Callable[[str], None]) -
     """
     config = uvicorn.Config(
         create_app(service),
+        http=impatient(service.settings.body_timeout),
         log_config=None,
         access_log=False,
         server_header=False,

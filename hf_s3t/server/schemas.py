@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 FinishReason = Literal["stop", "length"]
@@ -29,6 +29,16 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no character") from None
+    return text
+
+
+# JSON can say what no tokenizer reads.
+Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1024)]],
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
@@ -73,7 +83,7 @@ class GenerationRequest(Request):
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float = Field(default=0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=_MOST_BIASES)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1, description="What is drawn is the same again.")
     stop: Stop = Field(default=[], description="The answer ends before the first of these.")
@@ -96,8 +106,8 @@ class CompletionRequest(GenerationRequest):
     """A text, or several, to be completed; as texts or as tokens."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_CHOICES)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=_MOST_CHOICES)]
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=_MOST_CHOICES)]
     )
@@ -107,19 +117,26 @@ class CompletionRequest(GenerationRequest):
     best_of: Literal[1] = 1
     suffix: Literal[""] = ""
 
+    @model_validator(mode="after")
+    def _choices(self) -> Self:
+        of_many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if of_many and len(self.prompt) * self.n > _MOST_CHOICES:
+            raise ValueError(f"`n` choices of each prompt are more than {_MOST_CHOICES}. Ask for less at once")
+        return self
+
 
 class TextPart(Request):
     """A part of what a message says."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Request):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     @property

@@ -33,7 +33,7 @@ class ServerSettings:
         max_prompt_tokens (`int`, *optional*): The longest prompt in tokens; what the base has room for if not given.
         max_new_tokens (`int`, defaults to 4096): The most tokens that a request may ask for.
         request_timeout (`float`, defaults to 600): Seconds until an answer is given up with 504.
-        body_timeout (`float`, defaults to 30): Seconds that a client has to send the body of its request.
+        body_timeout (`float`, defaults to 30): Seconds that a client has to send the head of a request, and its body.
         shutdown_timeout (`float`, defaults to 60): Seconds that running answers have when the server is stopped.
         on_running (`str`, defaults to `"wait"`):
             What an erasure does, unless it says otherwise, with answers that run on stages which go: `"wait"` for

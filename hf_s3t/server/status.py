@@ -13,7 +13,7 @@ from ..operations.pending import PendingRequests
 from ..plan.stages import StageKey
 from .access import requires
 from .keys import Scope
-from .problems import RETRY_LATER, RETRY_SOON
+from .problems import RETRY_LATER, RETRY_SOON, without_places
 from .service import Service
 from .watching import CONTENT_TYPE, SystemMetrics, exposition
 
@@ -105,6 +105,8 @@ def status_of(service: Service) -> Status:
     model, folder = service.model, service.model.folder
     is_exhausted = model.is_exhausted
     found = model.status()
+    # They name places on this machine, for whoever has its log.
+    found["failures"] = [without_places(one.replace(str(folder.path), folder.path.name)) for one in found["failures"]]
     return Status(
         **found,
         model=service.name,

@@ -242,6 +242,9 @@ REFUSED = {
     "no room": ({"max_tokens": 127, "prompt": "w7 w8"}, 422, "context_length_exceeded"),
     "long prompt": ({"prompt": "w7 " * 200}, 422, "context_length_exceeded"),
     "unknown bias": ({"logit_bias": {"999": 1}}, 422, "unknown_token"),
+    "half of a character": ({"prompt": ["w7", "\ud800"]}, 422, None),
+    "too many choices": ({"prompt": ["w7"] * 3, "n": 64}, 422, "value_error"),
+    "no penalty": ({"repetition_penalty": 1e-320}, 422, None),
     "bias of words": ({"logit_bias": {"w7": 1}}, 422, "logit_bias"),
     "options without stream": ({"stream_options": {"include_usage": True}}, 422, None),
 }
@@ -252,7 +255,8 @@ def test_what_cannot_be_answered_is_refused_with_what_is_wrong(served, name):
     _, _, url = served
     changes, status, code = REFUSED[name]
     body = {"model": "system", "prompt": "w7", "max_tokens": 2, "temperature": 0, **changes}
-    answer = httpx2.post(f"{url}/v1/completions", json=body)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx2.post(f"{url}/v1/completions", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
     assert code in (None, error["code"]) and error["message"].endswith(".")
@@ -270,6 +274,15 @@ def test_fields_of_clients_that_change_nothing_are_taken(served):
     _, _, url = served
     body = {"prompt": "w7", "max_tokens": 2, "user": "u", "best_of": 1, "echo": False, "suffix": None, "tools": None}
     assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
+def test_the_coldest_temperature_is_no_error_and_next_to_greedy(served):
+    _, _, url = served
+    texts = [
+        httpx2.post(f"{url}/v1/completions", json={"prompt": "w7", "max_tokens": 3, "temperature": temperature}).json()
+        for temperature in (0, 1e-320)
+    ]
+    assert texts[0]["choices"] == texts[1]["choices"]
 
 
 def test_without_a_chat_template_the_way_out_is_told(systems):

@@ -14,7 +14,7 @@ from support.tiny import s3t_config, tokenizer_of_words
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
 from hf_s3t.records.request import DeletionRequest
-from hf_s3t.server.answers import Answers
+from hf_s3t.server.answers import AnswerResponse, Answers
 from hf_s3t.server.batching import Item
 from hf_s3t.server.problems import Problem
 from hf_s3t.server.rows import Part
@@ -188,12 +188,17 @@ def test_what_waits_to_be_sent_of_an_answer_that_was_cut_is_not_sent():
         answer.put_for(0)(Part("too", [], 1))
         await asyncio.sleep(0)
         assert await answers.settled(0.01, cuts=False) == 1 and (await answer.next())[1].text == "of before"
-        assert await answers.settled(0.01) == 1
-        return await answer.next()
+        settling = asyncio.ensure_future(answers.settled(0.01))
+        await answer.is_cut.wait()
+        with pytest.raises(Problem) as caught:
+            await answer.next()
+        # Acknowledged is when whoever sent it has stopped.
+        assert not settling.done()
+        answers.close(answer)
+        assert await settling == 1
+        return caught.value.code
 
-    with pytest.raises(Problem) as caught:
-        asyncio.run(cut_and_read())
-    assert caught.value.code == "stopped_by_erasure"
+    assert asyncio.run(cut_and_read()) == "stopped_by_erasure"
 
 
 def test_an_answer_that_began_again_meanwhile_is_not_cut():
@@ -205,6 +210,47 @@ def test_an_answer_that_began_again_meanwhile_is_not_cut():
         return await waiting
 
     assert asyncio.run(begin_again_while_waited_for()) == 0
+
+
+@pytest.mark.parametrize("timeout", [PATIENCE, 0.05])
+def test_a_client_that_does_not_read_gets_nothing_later_of_what_is_cut(timeout):
+    sent, is_reading = [], asyncio.Event()
+
+    async def send(message):
+        if len(sent) == 2 and not is_reading.is_set():
+            # As a server does whose buffers are full: it waits, and then writes.
+            await is_reading.wait()
+        sent.append(message)
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def events(answer):
+        async for _, part in answer.parts():
+            yield {"text": part.text}
+
+    async def story():
+        mark = 0
+        answers = Answers(lambda: mark, timeout)
+        answer, item = answers.open(), Item(None, lambda _: None)
+        item.mark, answer.items = mark, [item]
+        for text in ("first", "second", "third"):
+            answer.put_for(0)(Part(text, [], 1))
+        response = AnswerResponse(answers, answer, streamed=events(answer))
+        scope = {"type": "http"}
+        running = asyncio.ensure_future(response(scope, receive, send))
+        while len(sent) < 2:
+            await asyncio.sleep(0)
+        mark = 1
+        assert await answers.settled(0.01 if timeout == PATIENCE else PATIENCE) == (timeout == PATIENCE)
+        assert item.is_cancelled and not len(answers)
+        is_reading.set()
+        await running
+        return scope["hf_s3t.ended_with"]
+
+    assert asyncio.run(story()) == (503 if timeout == PATIENCE else 504)
+    bodies = [message["body"] for message in sent[1:]]
+    assert b"first" in bodies[0] and b'"error"' in bodies[1] and len(bodies) == 2
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -248,6 +294,8 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(system, held):
         held.hold(after=12)
         text = httpx2.post(f"{url}/v1/completions", json={**ASKED, "stream": True}, timeout=PATIENCE).text
         held.let_go()
+        # It began with 200, and counts as what became of it.
+        assert '{route="/v1/completions",status="504"} 1.0' in httpx2.get(f"{url}/metrics").text
         events = [line.removeprefix("data: ") for line in text.splitlines() if line]
         assert json.loads(events[-1])["error"]["code"] == "timeout" and len(events) > 1
 
@@ -275,4 +323,4 @@ def test_an_exhausted_system_says_so_and_when_to_ask_again(system):
         refused = httpx2.post(f"{url}/v1/completions", json=ASKED)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "exhausted"
         assert int(refused.headers["retry-after"]) > 0
-        assert str(system.parent) not in refused.text
+        assert str(system) not in refused.text

@@ -59,8 +59,10 @@ def test_images_get_what_they_get_alone(tmp_path):
         assert same[0]["probs"] == pytest.approx(answer["data"][0]["probs"], abs=1e-5)
         broken = [
             "w7", "data:image/png;base64,***", "data:image/png;base64,AAAA", url_of(images[0])[:-40],
-            url_of(Image.new("1", (8_000, 8_000))), url_of(images[0], "TIFF"),
+            url_of(Image.new("1", (8_000, 8_000))), url_of(Image.new("1", (1, 500))), url_of(images[0], "TIFF"),
         ]  # fmt: skip
         for one in broken:
             refused = httpx2.post(f"{url}/v1/classify", json={"images": [one]})
             assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_image")
+        many = httpx2.post(f"{url}/v1/classify", json={"images": [url_of(Image.new("1", (6_000, 6_000)))] * 2})
+        assert many.status_code == 422 and "pixels" in many.json()["error"]["message"]

@@ -33,6 +33,11 @@ def test_without_any_there_are_none():
     assert not Keys.load(None, {}) and not Keys.load(None, {"HF_S3T_ANSWER_KEYS": ""})
 
 
+def test_a_variable_that_holds_none_is_no_server_without_keys():
+    with pytest.raises(ConfigError, match="HF_S3T_ERASE_KEYS has no key"):
+        Keys.load(None, {"HF_S3T_ERASE_KEYS": " , "})
+
+
 def test_nothing_shows_them():
     keys = Keys.load(None, ENVIRONMENT)
     assert "office" not in repr(keys) and "office" not in str(vars(keys))

@@ -1,15 +1,16 @@
 """Who is let in, and how much of a body: keys, pages of other sites, bodies that are too large or too slow."""
 
 import asyncio
+import socket
 
 import httpx2
 import pytest
-from support.served import service_of, serving, tiny_system
+from support.served import listening, service_of, serving, tiny_system
 
 from hf_s3t.errors import ConfigError
 from hf_s3t.server.app import create_app
 from hf_s3t.server.keys import Keys, Scope
-from hf_s3t.server.limits import BodyLimits
+from hf_s3t.server.limits import BodyLimits, impatient
 from hf_s3t.server.running import bound, check_address
 from hf_s3t.server.settings import ServerSettings
 
@@ -63,6 +64,8 @@ def test_without_keys_a_page_of_another_site_is_not_answered(system):
         assert httpx2.get(f"{url}/v1/models/system").json()["object"] == "model"
         assert httpx2.get(f"{url}/v1/models/other").status_code == 404
         assert httpx2.delete(f"{url}/v1/models").status_code == 405
+        # No redirect: by a proxy's TLS it would lead to where there is none.
+        assert httpx2.get(f"{url}/v1/status/").status_code == 404
 
 
 def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(system):
@@ -102,6 +105,27 @@ def test_a_client_that_goes_while_it_sends_is_forgotten():
 
     limits = BodyLimits(lambda *_: pytest.fail("The app was asked."), ServerSettings())
     asyncio.run(limits({"type": "http", "headers": []}, receive, lambda _: pytest.fail("Something was sent.")))
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc"])
+def test_a_connection_on_which_no_request_comes_is_closed(begun):
+    async def app(scope, receive, send):
+        # An answer may take longer than a request.
+        await asyncio.sleep(0.5)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    with listening(app, http=impatient(0.1), lifespan="off") as url:
+        assert httpx2.get(url).status_code == 204
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 30) as client:
+            client.sendall(begun)
+            assert client.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 30) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 204")
+            client.sendall(b"G")
+            while client.recv(1000):
+                continue
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::"])

@@ -1,13 +1,18 @@
 """`hf-s3t serve` as a process: it says where it listens, answers, and ends when what runs has ended."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import httpx2
 import pytest
 from support.served import tiny_system
+
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.pending import PendingRequests
 
 
 def started(path, *options, **environment):
@@ -33,6 +38,50 @@ def test_it_says_where_it_listens_and_answers_until_it_is_told_to_stop(tmp_path)
             process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_ends_the_answer_under_way_and_keeps_what_waits_to_be_erased(tmp_path):
+    path = tiny_system(tmp_path / "system")
+    name = SystemFolder(path).table.ids_in(0, 0)[0]
+    with started(path, "--port", "0") as process:
+        try:
+            url = process.stdout.readline().split()[3].rstrip(",")
+            waits = httpx2.post(f"{url}/v1/erasures", json={"ids": [name], "max_delay": 3600}, timeout=60)
+            assert waits.status_code == 202
+            body = {"prompt": "w7", "max_tokens": 120, "stream": True, "temperature": 0, "logit_bias": {"2": -100}}
+            with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                events = [line for line in lines if line]
+            assert events[-1] == "data: [DONE]" and '"finish_reason":"length"' in events[-2]
+            assert process.wait(60) in (0, -signal.SIGTERM)
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/healthz")
+    folder = SystemFolder(path)
+    assert PendingRequests(folder).ids() == [name] and not folder.ledger.num_deletions
+
+
+@pytest.mark.slow
+def test_an_answer_that_does_not_end_does_not_keep_it_from_stopping(tmp_path):
+    path = tiny_system(tmp_path / "system")
+    with started(path, "--port", "0", "--shutdown-timeout", "1") as process, contextlib.ExitStack() as clients:
+        try:
+            url = process.stdout.readline().split()[3].rstrip(",")
+            # It sends half of a request, and nothing more.
+            client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+            clients.callback(client.close)
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert httpx2.get(f"{url}/healthz").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

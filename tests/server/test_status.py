@@ -18,6 +18,7 @@ from hf_s3t.server import logs
 from hf_s3t.server.keys import Keys, Scope
 
 
+WATCHED = ("/v1/status", "/metrics", "/healthz", "/readyz")
 IDS = ids_of(24)
 CONFIG = s3t_config(num_shards=2, partition="balanced")
 
@@ -70,6 +71,16 @@ def test_what_others_delete_and_grow_shows_without_a_request_for_an_answer(serve
     assert again["stages_left"] == 0 and again["depths"] == before["depths"]
 
 
+def test_what_could_not_be_done_is_told_without_the_places_of_this_machine(server, system):
+    client, service = server
+    service.model._cleaner.problem = (
+        f"What went is still there: {system}/stages/0 could not be removed (see /etc/a b)."
+    )
+    assert client.get("/v1/status").json()["failures"] == [
+        "What went is still there: system/stages/0 could not be removed (see a b)."
+    ]
+
+
 def test_metrics_count_what_was_asked_answered_and_erased(server):
     client, _ = server
     client.post("/v1/completions", json={"model": "system", "prompt": "w7 w8", "max_tokens": 3, "temperature": 0})
@@ -83,6 +94,7 @@ def test_metrics_count_what_was_asked_answered_and_erased(server):
     assert found['hf_s3t_requests_total{route="/v1/erasures/{erasure_id}",status="404"}'] == 1
     assert found['hf_s3t_requests_total{route="",status="404"}'] == 1
     assert found["hf_s3t_prompt_tokens_total"] == 2 and found["hf_s3t_completion_tokens_total"] == 3
+    assert found["hf_s3t_first_token_seconds_count"] == 1
     assert found["hf_s3t_batch_rows_count"] == found["hf_s3t_unlearning_seconds_count"] == 1
     assert found["hf_s3t_erased_examples_total"] == 2 and found["hf_s3t_deletions"] == 1
     assert found["hf_s3t_examples"] == 22 and found["hf_s3t_exhausted"] == found["hf_s3t_failures"] == 0
@@ -117,9 +129,15 @@ def written():
 
 def test_a_log_has_a_line_for_each_request_and_names_nobody(system, written):
     keys = Keys({Scope.ANSWER: ["answering-key"], Scope.ERASE: ["erasing-key"]})
+    bearer_of_status = {"Authorization": "Bearer erasing-key"}
     with serving(system, keys=keys) as (url, _):
         body = {"model": "system", "prompt": "w7 w8", "max_tokens": 3}
         httpx2.post(f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer answering-key"})
+        stream = {**body, "stream": True, "logit_bias": {"2": -100}}
+        httpx2.post(f"{url}/v1/completions", json=stream, headers={"Authorization": "Bearer answering-key"})
+        # Whoever watches asks each second: no line of that.
+        assert {httpx2.get(url + path, headers=bearer_of_status).status_code for path in WATCHED} == {200}
+        assert httpx2.get(f"{url}/v1/status").status_code == 401
         headers = {"Authorization": "Bearer erasing-key", "Idempotency-Key": "please-once"}
         httpx2.post(f"{url}/v1/erasures", json={"ids": IDS[:1]}, headers=headers)
         httpx2.post(f"{url}/v1/erasures", json={"ids": ["somebody"]}, headers=headers)
@@ -129,12 +147,16 @@ def test_a_log_has_a_line_for_each_request_and_names_nobody(system, written):
     requests = [line for line in lines if line["event"] == "request"]
     assert [(line["route"], line["status"]) for line in requests] == [
         ("/v1/completions", 200),
+        ("/v1/completions", 200),
+        ("", 401),
         ("/v1/erasures", 200),
         ("/v1/erasures", 422),
         ("/v1/examples", 200),
         ("/v1/erasures/{erasure_id}", 404),
     ]
     assert all(line["ms"] >= 0 and line["level"] == "info" for line in requests)
+    assert requests[1]["prompt_tokens"] == 2 and requests[1]["completion_tokens"] == 3
+    assert requests[0]["prompt_tokens"] == 2 and "prompt_tokens" not in requests[3]
     said = written.getvalue()
     assert not [word for word in ("w7", "example-", "somebody", "-key", "please") if word in said]
 

@@ -189,9 +189,15 @@ class FakeVllm:
             self.ended.set()
 
     async def _stream(self, body: dict):
+        made = 0
         async for word in self._words(body):
+            made += 1
             choice = {"index": 0, "text": f"{word} ", "finish_reason": None}
             yield f"data: {json.dumps({'model': body['model'], 'choices': [choice]})}\n\n"
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 1, "completion_tokens": made, "total_tokens": 1 + made}
+            last = {"model": body["model"], "choices": [], "usage": usage}
+            yield f"data: {json.dumps(last, separators=(',', ':'))}\n\n"
         yield "data: [DONE]\n\n"
 
     async def _whole(self, request: Request, body: dict) -> JSONResponse:

@@ -195,12 +195,18 @@ class PassedOn(Response):
     def __init__(self, engine: Engine, path: str, fields: Mapping[str, Any], is_stream: bool):
         super().__init__()
         self._engine, self._path, self._fields, self._is_stream = engine, path, fields, is_stream
+        # The engine says what a stream took only if it is asked to, and it is counted here for each.
+        self._tells_usage = "stream_options" in fields
+        if is_stream:
+            self._fields = {**fields, "stream_options": {"include_usage": True}}
         self._has_begun = self._was_cut = False
         self._began = time.perf_counter()
+        self._scope: Scope = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As any ASGI app."""
         error: Exception | None = None
+        self._scope = scope
         async with anyio.create_task_group() as group:
 
             async def end_when_gone() -> None:
@@ -218,7 +224,9 @@ class PassedOn(Response):
             raise error
         if error is not None:
             # The status was sent: the stream says it, and ends without its last word.
-            await self._send_event(send, problem_of(error))
+            told = problem_of(error)
+            scope["hf_s3t.ended_with"] = told.status
+            await self._send_event(send, told)
 
     async def _answer(self, send: Send) -> None:
         reloads = 0
@@ -312,10 +320,14 @@ class PassedOn(Response):
             await self._begin(
                 send, 200, {"content-type": kind, "cache-control": "no-cache", "x-accel-buffering": "no"}
             )
+        kept: list[bytes] = []
         for line in lines.split(b"\n"):
-            if b'"usage":{' in line:
+            is_of_usage = b'"usage":{' in line
+            if is_of_usage:
                 self._count(line.removeprefix(b"data: "))
-        await send({"type": "http.response.body", "body": lines, "more_body": True})
+            if self._tells_usage or not (is_of_usage and b'"choices":[]' in line):
+                kept.append(line)
+        await send({"type": "http.response.body", "body": b"\n".join(kept), "more_body": True})
 
     async def _begin(self, send: Send, status: int, headers: Mapping[str, str]) -> None:
         self._has_begun = True
@@ -331,7 +343,9 @@ class PassedOn(Response):
         """Tell of the tokens that an answer says it took."""
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             usage = json.loads(content)["usage"]
-            self._engine.metrics.tokens(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+            tokens = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
+            self._engine.metrics.tokens(*tokens)
+            self._scope["hf_s3t.tokens"] = tokens
 
 
 def _down(error: Exception) -> Problem:

@@ -50,6 +50,10 @@ def test_an_erasure_is_answered_with_what_is_confirmed_of_the_engine(system, fak
         status = httpx2.get(f"{url}/v1/status").json()
         assert (status["depths"], status["engine"]["depth"], status["engine"]["to_let_go"]) == ([2], 2, 0)
         assert "hf_s3t_completion_tokens_total 2.0" in httpx2.get(f"{url}/metrics").text
+        # A stream is counted too, and its client is told only what it asked for.
+        stream = httpx2.post(f"{url}/v1/completions", json={"prompt": "w7", "max_tokens": 1, "stream": True}).text
+        assert "usage" not in stream and "[DONE]" in stream
+        assert "hf_s3t_completion_tokens_total 3.0" in httpx2.get(f"{url}/metrics").text
         assert httpx2.get(f"{url}/readyz").status_code == 200
         httpx2.post(f"{url}/v1/erasures", json={"ids": ids_of(24)}, timeout=60)
         assert httpx2.get(f"{url}/readyz").json() == {"status": "exhausted"}
