@@ -289,6 +289,7 @@ def test_an_answer_that_takes_too_long_is_given_up(system, held):
         held.let_go()
 
 
+@pytest.mark.slow
 def test_a_stream_that_takes_too_long_ends_with_an_error(system, held):
     with serving(system, held, request_timeout=2) as (url, _):
         held.hold(after=12)

@@ -43,6 +43,7 @@ def url_of(image: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+@pytest.mark.slow
 def test_images_get_what_they_get_alone(tmp_path):
     processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     random = np.random.default_rng(0)

@@ -62,6 +62,7 @@ def test_an_erasure_is_answered_with_what_is_confirmed_of_the_engine(system, fak
     assert not fake.loaded
 
 
+@pytest.mark.slow
 def test_a_server_whose_engine_is_down_is_not_ready(system, fake):
     with app(system, fake) as url:
         fake.stop()

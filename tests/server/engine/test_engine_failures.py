@@ -41,6 +41,7 @@ def is_settled(server: Behind) -> bool:
 # Down, and up again
 
 
+@pytest.mark.slow
 def test_a_deletion_while_the_engine_is_down_is_in_force_and_finished_when_it_is_back(system, fake):
     with behind(system, fake) as server:
         (before,) = fake.loaded
@@ -77,6 +78,7 @@ def test_an_engine_that_was_restarted_is_given_what_serves_under_a_new_name(syst
         assert len(server.exports) == 1
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_down_at_the_start_is_asked_until_it_answers(system, fake, caplog):
     fake.stop()
     with caplog.at_level(logging.WARNING), behind(system, fake) as server:
@@ -111,6 +113,7 @@ def test_weights_are_not_confirmed_gone_until_the_engine_is_restarted(system, fa
 # Refusals of the engine
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_let_go_is_told_again_and_the_receipt_says_so(system, fake):
     with behind(system, fake) as server:
         (before,) = fake.loaded
@@ -127,6 +130,7 @@ def test_an_engine_that_does_not_let_go_is_told_again_and_the_receipt_says_so(sy
         assert server.engine.switch()["confirmed"][1].startswith("The requests on the stacks that served before")
 
 
+@pytest.mark.slow
 def test_a_longer_stack_that_is_refused_leaves_the_one_that_serves(system, fake):
     with behind(system, fake) as server:
         server.model.unlearn([of_last_slice(system)])
@@ -202,6 +206,7 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(system, fake):
         assert server.model.switch.names.running == 0
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_is_given_up(system, fake):
     with behind(system, fake, request_timeout=2) as server:
         assert server.ask(3, prompt="slow").status_code == 504

@@ -86,6 +86,7 @@ def test_a_deletion_of_what_no_serving_stage_saw_changes_nothing_at_the_engine(t
         assert len(fake.history) == len(history) + 1
 
 
+@pytest.mark.slow
 def test_no_name_is_used_twice(system, fake):
     with behind(system, fake) as server:
         for example in ids_of(24):
@@ -165,6 +166,7 @@ def test_a_deletion_waits_no_longer_than_it_was_told(system, fake):
         assert next(events)["error"]["code"] == "stopped_by_erasure"
 
 
+@pytest.mark.slow
 def test_requests_come_and_go_while_examples_are_deleted_and_each_gets_one_whole_stack(system, fake):
     failed, told = [], []
     with behind(system, fake) as server:
@@ -202,6 +204,7 @@ def test_a_deletion_by_another_process_is_followed(asks, system, fake):
         assert len(fake.loaded) == 1
 
 
+@pytest.mark.slow
 def test_requests_on_what_another_process_deleted_are_waited_for_and_hold_up_no_others(system, fake):
     with behind(system, fake) as server:
         (before,) = fake.loaded
@@ -217,6 +220,7 @@ def test_requests_on_what_another_process_deleted_are_waited_for_and_hold_up_no_
         wait_for(lambda: before not in fake.loaded)
 
 
+@pytest.mark.slow
 def test_what_is_grown_again_is_taken_up_and_stops_nobody(system, fake):
     with behind(system, fake) as server:
         server.model.unlearn([of_last_slice(system)])
@@ -242,6 +246,7 @@ def test_a_request_that_waited_is_applied_in_time(system, fake):
 # The ledger, and the disk
 
 
+@pytest.mark.slow
 def test_the_ledger_notes_a_stage_once_when_it_first_leaves_the_folder(system, fake):
     with behind(system, fake) as server:
         assert exports_noted(system) == 1
@@ -279,6 +284,7 @@ def test_what_a_server_that_died_left_is_removed_at_the_start(system, fake):
         assert len(server.exports) == 1
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_folder_of_exports(system, fake, tmp_path):
     with behind(system, fake), pytest.raises(ConfigError, match="in use by another server"), behind(system, fake):
         pass
