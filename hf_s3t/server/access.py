@@ -16,6 +16,8 @@ from .problems import Problem
 # What needs no key: whether the server lives, its page and what describes it.
 _GUARDED = ("/v1/", "/metrics")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# What a proxy adds, which may have changed `Host` to this machine's name.
+_OF_PROXIES = ("forwarded", "x-forwarded-for", "x-forwarded-host", "via")
 _BEARER = HTTPBearer(auto_error=False, description="A key of this server; not needed where it has none.")
 
 
@@ -97,13 +99,20 @@ def refuse_web_pages(method: str, headers: Headers) -> None:
     Refuse what a page of another site may have sent through a browser on this machine.
 
     Raises:
-        [`~hf_s3t.server.problems.Problem`]: 403 for a foreign `Host` or `Origin`, 415 for a content type of forms.
+        [`~hf_s3t.server.problems.Problem`]: 403 for a foreign `Host` or `Origin` and for what came through a
+            proxy, 415 for a content type of forms.
     """
     if not is_loopback(_host_of("//" + headers.get("host", ""))):
         raise Problem(
             403,
             "This server has no keys and answers to `localhost` only. Ask it by that name, or give it keys.",
             "wrong_host",
+        )
+    if any(name in headers for name in _OF_PROXIES):
+        raise Problem(
+            403,
+            "This server has no keys, and by the proxy that this came through others may reach it. Give it keys.",
+            "behind_a_proxy",
         )
     origin = headers.get("origin")
     if origin is not None and not is_loopback(_host_of(origin)):

@@ -60,6 +60,8 @@ def test_without_keys_a_page_of_another_site_is_not_answered(system):
         assert ask(Origin="https://else.example").status_code == 403
         assert ask(Origin="null").status_code == 403
         assert ask(Content_Type="text/plain").status_code == 415
+        # A proxy may have put this machine's name in the place of the host that was asked.
+        assert ask(X_Forwarded_For="203.0.113.7").json()["error"]["code"] == "behind_a_proxy"
         assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == service.name == "system"
         assert httpx2.get(f"{url}/v1/models/system").json()["object"] == "model"
         assert httpx2.get(f"{url}/v1/models/other").status_code == 404
