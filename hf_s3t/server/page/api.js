@@ -93,13 +93,13 @@ export async function addKey(key) {
   return scopes;
 }
 
-// The texts of a stream of server-sent events, as they come. What ends without `[DONE]` is not whole.
+// The texts of a stream of server-sent events, as they come. `[DONE]` or the end of the connection ends it.
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Refusal("The connection ended before the answer was whole. Ask again.");
+    if (done) return;
     held += value;
     const parts = held.split(/\r?\n\r?\n/);
     held = parts.pop();
