@@ -56,6 +56,10 @@ class PlainModel:
     def can_generate(self) -> bool:
         return True
 
+    def _is_behind(self) -> bool:
+        # Nobody deletes from it.
+        return False
+
     def generate(self, **asked):
         return self._model.generate(**asked)
 
