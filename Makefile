@@ -53,7 +53,7 @@ demo: $(STAMP)  ## train, serve, unlearn and audit a small Llama, start to end
 docs: $(STAMP)  ## the site of the documentation, in site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-test: $(STAMP)  ## the unit suite, five minutes on two quiet cores
+test: $(STAMP)  ## the unit suite, within ten minutes on two cores
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests but for the long ones, within ten

@@ -37,7 +37,13 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "figures": ["matplotlib>=3.10"],
     "lm_eval": ["lm-eval[hf]==0.4.13"],
-    "serve": ["fastapi>=0.165", "httpx2>=2.16", "prometheus_client>=0.26", "pydantic>=2.14", "uvicorn>=0.54"],
+    "serve": [
+        "fastapi>=0.165",
+        "httpx2>=2.16.2",
+        "prometheus_client>=0.26",
+        "pydantic>=2.14.3",
+        "uvicorn>=0.54",
+    ],
     "vision": ["pillow>=12.0"],
 }
 EXTRAS_REQUIRE["test"] = [

@@ -261,7 +261,7 @@ def _needed(claims, *extras):
 
 def test_each_lower_bound_is_one_that_the_unit_suite_passed_with(claims):
     tried = _pins("constraints-lowest.txt")
-    claimed = _needed(claims, "8bit", "figures", "lm_eval", "vision")
+    claimed = _needed(claims, "8bit", "figures", "lm_eval", "serve", "vision")
     bounds = {name: Version(bound.version) for name, bounds in claimed.items() for bound in bounds}
     assert bounds == {name: tried[name] for name in bounds}
 
