@@ -102,7 +102,7 @@ def test_the_command_that_built_it_builds_such_a_system(copy, tmp_path):
     assert command[at - 1] == "recipes/publish.py" and command[0] == f"{KEY_VARIABLE}={SECRET}"
     places = ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "True"]
     written = publish.main([str(tmp_path / "made"), *command[at + 1 :], *places])
-    # What the training took is of no use to those who only load the fixture, which was made before there were gates and chats.
+    # What the training took is of no use to those who only load the fixture, which is older than gates and chats.
     later = {Path("system", name) for name in (COST_FILE, GATE_FILE, "chat_template.jinja")}
     assert {path.relative_to(tmp_path / "made") for path in written} - later == {
         path.relative_to(PEOPLE) for path in PEOPLE.rglob("*") if path.is_file()
