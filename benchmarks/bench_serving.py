@@ -56,7 +56,7 @@ class PlainModel:
     def can_generate(self) -> bool:
         return True
 
-    def _is_behind(self) -> bool:
+    def is_behind(self) -> bool:
         # Nobody deletes from it.
         return False
 

@@ -109,6 +109,7 @@ def serve(
         max_batch_size=max_batch_size,
         batch_wait=batch_wait,
         max_concurrent_batches=max_concurrent_batches,
+        overlap_wait=overlap_wait,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         max_prompt_tokens=max_prompt_tokens,

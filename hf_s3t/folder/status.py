@@ -20,7 +20,7 @@ def serving_depths(folder: SystemFolder, valid: Collection[StageKey]) -> list[in
     Returns:
         `list[int]`: One depth per shard.
     """
-    served = folder.plan.served(valid, folder.config.select, folder.losses())
+    served = folder.served(valid)
     return [max((tip.depth for tip in tips), default=0) for tips in served]
 
 

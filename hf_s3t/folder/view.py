@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -371,6 +371,18 @@ class FolderView(GateView):
     def valid_stages(self) -> frozenset[StageKey]:
         """The stages that are valid, whether they are planned or not."""
         return frozenset(self.valid_records)
+
+    def served(self, valid: Collection[StageKey] | None = None) -> tuple[tuple[StageKey, ...], ...]:
+        """
+        Which stacks answer, by the folder's plan, its selection and the losses that are recorded.
+
+        Args:
+            valid (collection of [`~hf_s3t.plan.stages.StageKey`], *optional*): Those that are left, if not all.
+
+        Returns:
+            `tuple[tuple[StageKey, ...], ...]`: Per shard the last stages of its stacks; empty if none is left.
+        """
+        return self.plan.served(self.valid_stages if valid is None else valid, self.config.select, self.losses())
 
     @property
     def valid_records(self) -> dict[StageKey, dict[str, Any]]:

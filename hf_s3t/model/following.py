@@ -80,24 +80,28 @@ class Following:
     @contextlib.contextmanager
     def _call(self) -> Iterator[Routing]:
         """A call: it works on what the folder says when it begins, from start to end, with the base to itself."""
-        with self.stack.call(), self._calls.call(self._follow) as routing:
+        with self.stack.call(), self._calls.call(self.follow) as routing:
             yield routing
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Follow the folder, unless inside of a call, or while a deletion is under way: neither is waited for."""
-        if not self._calls.is_inside and self._is_behind() and self._deletion_lock.acquire(blocking=False):
+        if not self._calls.is_inside and self.is_behind() and self._deletion_lock.acquire(blocking=False):
             try:
-                self._follow()
+                self.follow()
             finally:
                 self._deletion_lock.release()
 
-    def _follow(self) -> None:
-        """Before a call: do what the folder says since another process wrote to it, deletions and new stages."""
-        while self._is_behind():
+    def follow(self) -> None:
+        """
+        Do what the folder says since another process wrote to it, deletions and new stages; calls begin with it.
+
+        On return what was deleted before answers no more, and calls under way on it have ended.
+        """
+        while self.is_behind():
             # Whoever holds this lock is reading the folder, or writing to it: soon there is no news any more.
             if self._deletion_lock.acquire(timeout=_BETWEEN_LOOKS):
                 try:
-                    if not self._is_behind():
+                    if not self.is_behind():
                         continue
                     if self.stack.in_training is not None:
                         self._switch_off()
@@ -148,8 +152,13 @@ class Following:
         if not self._calls.wait_for(stages, PATIENCE):
             self._calls.stop(stages)
 
-    def _is_behind(self) -> bool:
+    def is_behind(self) -> bool:
+        """Whether the folder changed since it was followed: a glance, which waits for nothing."""
         return self.folder.has_news() or self._followed != self._state() or time.monotonic() >= self._look_again
+
+    def serves_all(self) -> bool:
+        """Whether what answers is what the folder says, as far as it was read, all of it loaded."""
+        return self._routing.served == tuple(map(tuple, self.folder.served()))
 
     def _knows_all_deletions(self) -> bool:
         known = self._followed is not None and self._followed[0] == len(self.folder.ledger.lines)
@@ -266,7 +275,7 @@ class Following:
 
     def _routing_of(self, valid: frozenset[StageKey]) -> "Routing":
         folder = self.folder
-        served = folder.plan.served(valid, folder.config.select, folder.losses())
+        served = folder.served(valid)
         digests = [folder.adapter_digest(tip) for tips in served for tip in tips]
         settings = self._gate_settings.resolved(folder.config)
         return self.routing_type(served, digests, self._gate(settings), settings.top_k)

@@ -383,7 +383,7 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
     @property
     def is_exhausted(self) -> bool:
         """Whether no shard is left to answer, as the folder says now: a system that was grown again is not."""
-        self._catch_up()
+        self.catch_up()
         return self._calls.is_exhausted
 
     def status(self) -> dict[str, Any]:
@@ -404,7 +404,7 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             thing that could not be done yet beside the calls, and is tried again: requests that are due, the table
             without the deleted rows.
         """
-        self._catch_up()
+        self.catch_up()
         return {
             **system_status(self.folder),
             "depths": self._routing.depths,

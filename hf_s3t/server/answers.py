@@ -24,8 +24,12 @@ class GivenPart(Protocol):
 
 
 Given = TypeVar("Given", bound=GivenPart)
-# Between a stream and whatever proxies it.
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# Whatever proxies a stream is not to hold its events back.
+OF_STREAMS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
 # Seconds for a last word to a client that does not read.
 _LAST_WORD = 1.0
 
@@ -294,8 +298,7 @@ async def _disconnected(receive: Receive) -> None:
 async def _send_events(events: AsyncIterator[dict[str, Any]], scope: Scope, send: Send) -> None:
     """Send a stream of server-sent events; what goes wrong before the first one is a response of its own."""
     first = await anext(events)
-    headers = {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}
-    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    encoded = [(name.encode(), value.encode()) for name, value in OF_STREAMS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": encoded})
     await _send_event(first, send)
     try:

@@ -5,8 +5,8 @@ from typing import Any
 
 from .answers import Answer, submit
 from .problems import Problem
-from .rows import Adjustments, Row, Sampling, Wanted
-from .schemas import GenerationRequest
+from .rows import Adjustments, Part, Row, Sampling, Wanted
+from .schemas import GenerationRequest, Usage
 from .service import Service, Task
 
 
@@ -70,6 +70,22 @@ def rows_of(
     ]
     submit(service.batcher, service.answers, answer, rows, is_alone=seed is not None)
     return answer
+
+
+def usage_of(service: Service, answer: Answer[Part], prompt_tokens: int, last: Sequence[Part]) -> Usage:
+    """
+    What an answer took, when it is complete; metrics and logs are told.
+
+    Args:
+        service ([`~hf_s3t.server.service.Service`]): The service.
+        answer ([`~hf_s3t.server.answers.Answer`]): The answer.
+        prompt_tokens (`int`): How many tokens its prompts have.
+        last (sequence of [`~hf_s3t.server.rows.Part`]): The last part of each of its rows.
+    """
+    made = sum(part.num_tokens for part in last)
+    service.metrics.tokens(prompt_tokens, made)
+    answer.tokens = (prompt_tokens, made)
+    return Usage.of(prompt_tokens, made)
 
 
 def _sampling(service: Service, request: GenerationRequest) -> Sampling:

@@ -1,6 +1,7 @@
 """`/v1/chat/completions`: what the assistant says next in a chat."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
@@ -9,7 +10,7 @@ from starlette.responses import Response
 
 from .access import requires
 from .answers import Answer, AnswerResponse
-from .asking import check_task, rows_of
+from .asking import check_task, rows_of, usage_of
 from .engine.asking import ask_engine
 from .keys import Scope
 from .models import check_model
@@ -59,7 +60,7 @@ class _Chatting:
 
     def __init__(self, service: Service, request: ChatRequest, answer: Answer[Part], prompt_tokens: int):
         self._service, self._request, self._answer = service, request, answer
-        self._prompt_tokens = prompt_tokens
+        self._usage_of = partial(usage_of, service, answer, prompt_tokens)
         self._head = ChatChunk(model=service.name, choices=[])
 
     async def collect(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class _Chatting:
             )
             for index, part in enumerate(parts)
         ]
-        return ChatAnswer(model=self._service.name, choices=choices, usage=self._usage(parts)).model_dump()
+        return ChatAnswer(model=self._service.name, choices=choices, usage=self._usage_of(parts)).model_dump()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         last: dict[int, Part] = {}
@@ -83,7 +84,7 @@ class _Chatting:
             last[index] = part
             delta = Delta(content=part.text) if part.text else Delta()
             yield self._chunk([self._choice(index, delta, part)])
-        usage = self._usage(list(last.values()))
+        usage = self._usage_of(list(last.values()))
         if self._request.tells_usage:
             yield self._chunk([], usage)
 
@@ -100,12 +101,6 @@ class _Chatting:
         for choice in chunk["choices"]:
             choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
         return chunk
-
-    def _usage(self, last: Sequence[Part]) -> Usage:
-        made = sum(part.num_tokens for part in last)
-        self._service.metrics.tokens(self._prompt_tokens, made)
-        self._answer.tokens = (self._prompt_tokens, made)
-        return Usage.of(self._prompt_tokens, made)
 
     def _logprobs(self, part: Part) -> ChatLogprobs | None:
         if not self._request.logprobs:

@@ -1,6 +1,7 @@
 """`/v1/completions`: what comes after a text."""
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
@@ -9,7 +10,7 @@ from starlette.responses import Response
 
 from .access import requires
 from .answers import Answer, AnswerResponse
-from .asking import check_task, rows_of
+from .asking import check_task, rows_of, usage_of
 from .engine.asking import ask_engine
 from .keys import Scope
 from .models import check_model
@@ -46,31 +47,25 @@ class _Completing:
 
     def __init__(self, service: Service, request: CompletionRequest, answer: Answer[Part], prompt_tokens: int):
         self._service, self._request, self._answer = service, request, answer
-        self._prompt_tokens = prompt_tokens
+        self._usage_of = partial(usage_of, service, answer, prompt_tokens)
         self._head = CompletionAnswer(model=service.name, choices=[])
 
     async def collect(self) -> dict[str, Any]:
         parts = await self._answer.all()
         choices = [self._choice(index, part) for index, part in enumerate(parts)]
-        return self._head.model_copy(update={"choices": choices, "usage": self._usage(parts)}).model_dump()
+        return self._head.model_copy(update={"choices": choices, "usage": self._usage_of(parts)}).model_dump()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         last: dict[int, Part] = {}
         async for index, part in self._answer.parts():
             last[index] = part
             yield self._chunk([self._choice(index, part)])
-        usage = self._usage(list(last.values()))
+        usage = self._usage_of(list(last.values()))
         if self._request.tells_usage:
             yield self._chunk([], usage)
 
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> dict[str, Any]:
         return self._head.model_copy(update={"choices": choices, "usage": usage}).model_dump()
-
-    def _usage(self, last: Sequence[Part]) -> Usage:
-        made = sum(part.num_tokens for part in last)
-        self._service.metrics.tokens(self._prompt_tokens, made)
-        self._answer.tokens = (self._prompt_tokens, made)
-        return Usage.of(self._prompt_tokens, made)
 
     def _choice(self, index: int, part: Part) -> CompletionChoice:
         wanted = self._request.logprobs

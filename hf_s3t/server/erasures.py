@@ -318,7 +318,7 @@ class Erasures:
         """Whether nothing that the ledger takes back is in memory, or at the engine, any more."""
         service = self._service
         # Where nobody asks, nobody else follows what other processes did.
-        service.model._catch_up()
+        service.model.catch_up()
         records, stack = self._folder.valid_records, service.model.stack
         if service.engine is not None and service.engine.status()["to_let_go"]:
             return False
@@ -392,7 +392,7 @@ class Erasures:
 
 def _serving(folder: SystemFolder) -> set[str]:
     """The stages that answer now."""
-    served = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    served = folder.served()
     return {str(stage) for tips in served for tip in tips for stage in tip.lineage}
 
 

@@ -98,26 +98,20 @@ class Service:
         Whoever follows the folder waits for the answers that are under way on what they deleted, and a batch need not.
         """
         model = self.model
-        if model._is_behind():
+        if model.is_behind():
             following = threading.Thread(target=self._follow, name="hf-s3t-following", daemon=True)
             following.start()
             end = time.monotonic() + _LOADING
             while following.is_alive():
                 following.join(_A_MOMENT)
-                if not model._is_behind() and (self._serves_all() or time.monotonic() > end):
+                if not model.is_behind() and (model.serves_all() or time.monotonic() > end):
                     break
         run(items)
-
-    def _serves_all(self) -> bool:
-        """Whether what answers is what the folder says, all of it loaded."""
-        folder = self.model.folder
-        served = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
-        return self.model._routing.served == tuple(map(tuple, served))
 
     def _follow(self) -> None:
         # What goes wrong the batch finds too, and tells.
         with contextlib.suppress(Exception):
-            self.model._follow()
+            self.model.follow()
 
     def _deletions(self) -> int:
         """How many lines the ledger has: what begins at as many works on what these deletions left."""

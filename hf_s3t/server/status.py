@@ -123,7 +123,7 @@ def status_of(service: Service) -> Status:
 
 def _shards(folder: SystemFolder, depths: list[int]) -> list[ShardShown]:
     valid = folder.valid_stages
-    served = folder.plan.served(valid, folder.config.select, folder.losses())
+    served = folder.served(valid)
     serving = {stage for tips in served for tip in tips for stage in tip.lineage}
     planned = folder.plan.stages()
     return [

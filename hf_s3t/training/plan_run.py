@@ -246,7 +246,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         self._agreed |= {key}
         if self._live is not None and self.accelerator.num_processes == 1:
             # A model that was exhausted can answer again.
-            self._live._catch_up()
+            self._live.catch_up()
         if self.args.push_to_hub and self.args.hub_strategy != "end" and self._completes(key):
             self._push_meanwhile(f"Sequence {key}")
 

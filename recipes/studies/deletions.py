@@ -58,5 +58,4 @@ def delete_one_by_one(bench: Workbench, method: Method, ids: Sequence, every: in
 
 
 def _serving(method: Method) -> tuple:
-    folder = method.trainer.folder
-    return folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    return method.trainer.folder.served()

@@ -8,13 +8,14 @@ import threading
 import httpx2
 import openai
 import pytest
-from support.served import HeldTokenizer, serving, tiny_system
+from support.served import HeldTokenizer, service_of, serving, tiny_system
 from support.tiny import s3t_config, tokenizer_of_words
 
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
 from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.answers import AnswerResponse, Answers
+from hf_s3t.server.app import create_app
 from hf_s3t.server.batching import Item
 from hf_s3t.server.problems import Problem
 from hf_s3t.server.rows import Part
@@ -22,6 +23,8 @@ from hf_s3t.server.rows import Part
 
 ASKED = {"model": "system", "prompt": "w7 w8", "max_tokens": 12, "temperature": 0, "logit_bias": {"2": -100}}
 PATIENCE = 60
+# Of an app that is asked without a port.
+URL = "http://127.0.0.1"
 
 
 @pytest.fixture
@@ -169,6 +172,32 @@ def test_an_answer_that_is_not_handed_out_in_time_is_cut(system, held):
         assert running.ended().error.code == "stopped_by_erasure"
         held.let_go()
         deletion.join(PATIENCE)
+
+
+def test_an_erasure_is_acknowledged_when_what_was_computed_before_it_is_not_sent_any_more(system):
+    async def erase_beside_an_open_answer():
+        service = service_of(system)
+        app = create_app(service)
+        transport = httpx2.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=transport, base_url=URL) as client:
+            answer = service.answers.open()
+            answer.items = [Item("", answer.put_for(0))]
+            answer.items[0].mark = 0
+            answer.put_for(0)(Part("of before", [], 1))
+
+            async def send_on():
+                # As the one who sends it: it ends when there is nothing that may be sent any more.
+                await answer.is_cut.wait()
+                service.answers.close(answer)
+
+            sending = asyncio.ensure_future(send_on())
+            body = {"ids": [first_of_a_shard(service)], "on_running": "cancel"}
+            erased = await client.post("/v1/erasures", json=body, timeout=PATIENCE)
+            was_handed_out = answer.is_handed_out.is_set()
+            sending.cancel()
+            return erased.status_code, was_handed_out
+
+    assert asyncio.run(erase_beside_an_open_answer()) == (200, True)
 
 
 def answers_of(marks):

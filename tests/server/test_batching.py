@@ -130,6 +130,8 @@ def test_who_was_answered_may_ask_again_before_the_next_batch_begins(bench):
     rows = one.submit("abc")
     one.has_begun()
     rows += one.submit("d")
+    # It waited for long, and would begin at once.
+    one.batcher._waiting[0].since -= 2 * 3600
     one.let.release()
     assert rows[0].is_done.wait(PATIENCE)
     rows += one.submit("e") + one.submit("f")

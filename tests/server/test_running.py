@@ -1,6 +1,8 @@
 """`hf-s3t serve` as a process: it says where it listens, answers, and ends when what runs has ended."""
 
 import contextlib
+import dataclasses
+import inspect
 import os
 import signal
 import socket
@@ -10,9 +12,14 @@ import sys
 import httpx2
 import pytest
 from support.served import tiny_system
+from typer.testing import CliRunner
 
+from hf_s3t.cli.app import app
+from hf_s3t.cli.serve import serve as command
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.pending import PendingRequests
+from hf_s3t.server import running
+from hf_s3t.server.settings import ServerSettings
 
 
 def started(path, *options, **environment):
@@ -20,6 +27,31 @@ def started(path, *options, **environment):
     return subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_every_option_reaches_what_it_is_about(tmp_path, monkeypatch):
+    arrived = {}
+
+    def serve(system, settings, keys, **others):
+        arrived.update(dataclasses.asdict(settings), system=system, keys=keys, **others)
+
+    monkeypatch.setattr(running, "serve", serve)
+    own = {"system": "somewhere", "host": "127.0.0.9", "name": "other", "on_running": "cancel", "preload": "all"}
+    own |= {"dtype": "bfloat16", "when_exhausted": "base", "gate": "terms", "revision": "v2", "base_model": "base"}
+    own |= {"engine": "http://127.0.0.1:1/v1"}
+    numbers = iter(range(101, 200))
+    options = {
+        name: own.get(name, next(numbers))
+        for name in inspect.signature(command).parameters
+        if name not in {"system", "keys", "cache_dir", "engine_exports"}
+    }
+    paths = {"cache_dir": tmp_path / "cache", "engine_exports": tmp_path / "exports"}
+    given = [
+        part for name, value in {**options, **paths}.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    assert CliRunner().invoke(app, ["serve", "somewhere", *given], catch_exceptions=False).exit_code == 0
+    assert {name: arrived.get(name) for name in [*options, *paths]} == {**options, **paths}
+    assert {field.name for field in dataclasses.fields(ServerSettings)} <= options.keys()
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def behind(path: Path, fake: FakeVllm, key: str | None = None, exports=None, **s
 def of_last_slice(path: Path) -> str:
     """The id of an example by whose deletion the stack that serves is cut, and not lost."""
     folder = SystemFolder(path)
-    (tips,) = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    (tips,) = folder.served()
     return next(i for i in ids_of(24) if folder.table.places_of([i]) == [(0, tips[0].prefix[-1])])
 
 

@@ -75,14 +75,6 @@ class EngineModel(S3TModel):
 
     # Following the folder
 
-    def is_behind(self) -> bool:
-        """Whether the folder changed since this model looked at it: a glance, which no request waits for."""
-        return self._is_behind()
-
-    def catch_up(self) -> None:
-        """Follow the folder: on return, what other processes deleted before is passed on to no more."""
-        self._follow()
-
     def _serve(self, on_running: str = "wait", timeout: float = PATIENCE) -> float:
         valid = self._valid()
         # Before anybody can believe that the folder was followed.
@@ -155,7 +147,7 @@ class EngineModel(S3TModel):
         with self._deletion_lock:
             if not self.switch.knows_leftovers:
                 self.switch.find_leftovers()
-            if not self._is_behind():
+            if not self.is_behind():
                 self._put()
             self.switch.retire(self._valid(), on_running, timeout)
             self.switch.names.tell()
@@ -169,7 +161,7 @@ class EngineModel(S3TModel):
     def _look_and_try(self) -> None:
         while not self._end.wait(_BETWEEN_LOOKS):
             try:
-                self.catch_up()
+                self.follow()
                 if self.switch.is_due:
                     self.try_again()
             except (S3TError, OSError) as error:

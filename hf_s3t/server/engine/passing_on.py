@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from transformers.utils import logging
 
 from ...errors import CallStoppedError, ExhaustedError
+from ..answers import OF_STREAMS
 from ..measuring import Metrics
 from ..problems import Problem, problem_of
 from ..settings import ServerSettings
@@ -31,12 +32,6 @@ _RETRY_LOADING, _RETRY_DOWN = 1, 5
 # How often a stack is loaded anew for one request, because the engine lacks it.
 _RELOADS = 2
 _LOOK_AGAIN = 1.0
-# A proxy in front is not to hold events back.
-_OF_STREAMS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
 
 
 class Engine:
@@ -174,7 +169,7 @@ class Engine:
             if error is not None:
                 raise problem_of(error)
         if self._following is None:
-            self._following = asyncio.create_task(to_thread.run_sync(self.model.catch_up))
+            self._following = asyncio.create_task(to_thread.run_sync(self.model.follow))
             self._following.add_done_callback(lambda task: self.model.switch.names.tell())
 
 
@@ -316,10 +311,7 @@ class PassedOn(Response):
     async def _send_some(self, send: Send, lines: bytes) -> None:
         if not self._has_begun:
             self._engine.metrics.first_token(time.perf_counter() - self._began)
-            kind = "text/event-stream; charset=utf-8"
-            await self._begin(
-                send, 200, {"content-type": kind, "cache-control": "no-cache", "x-accel-buffering": "no"}
-            )
+            await self._begin(send, 200, OF_STREAMS)
         kept: list[bytes] = []
         for line in lines.split(b"\n"):
             is_of_usage = b'"usage":{' in line

@@ -142,7 +142,7 @@ def test_vllm_says_what_the_system_says_before_an_erasure_and_after_it(tmp_path)
 
 def of_last_slice(model: S3TModel) -> str:
     folder = model.folder
-    (tips,) = folder.plan.served(folder.valid_stages, folder.config.select, folder.losses())
+    (tips,) = folder.served()
     return next(i for i in ids_of(24) if model.locate([i])[i] == (0, tips[0].prefix[-1]))
 
 
