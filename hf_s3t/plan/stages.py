@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from ..config import FAMILY_MOST_SLICES, LATTICE, S3TConfig
@@ -172,7 +172,9 @@ class Plan:
         plan = cls.as_asked_for(config)
         if not plan.by_sets:
             return plan
-        families = (outlook_of(config, shard).order(family) for shard, family in enumerate(plan.families))
+        # Most shards ask the same.
+        order = cache(lambda outlook, family: outlook.order(family))
+        families = (order(outlook_of(config, shard), family) for shard, family in enumerate(plan.families))
         return cls(tuple(families), by_sets=True)
 
     @classmethod
