@@ -73,8 +73,8 @@ class LedgerChain:
         self._loose.append(loose)
         if previous != [len(self) - 1]:
             self._joints[len(self)] = tuple(previous)
-        knows = self._knowing(len(self)) if entry.again or entry.again_groups else _everything
-        self.deleted.add(entry.ids if entry.deletes else (), entry.again, knows)
+        knows = self._knowing(len(self)) if entry.back or entry.again_groups else _everything
+        self.deleted.add(entry.ids if entry.deletes else (), entry.back, knows)
         self.groups.add(entry.groups, entry.again_groups, knows)
         self._note_additions(entry.adds, previous)
         self.history.add(entry, previous[0] if previous else -1)

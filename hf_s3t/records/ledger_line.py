@@ -81,6 +81,11 @@ class LedgerEntry:
         return self.kind in _DELETING
 
     @property
+    def back(self) -> tuple[str, ...]:
+        """Keyed digests of the ids that are in again: those that were replaced come with what takes their place."""
+        return (*self.again, *self.ids) if self.kind == "replacement" else self.again
+
+    @property
     def adds(self) -> bool:
         """Whether examples came."""
         return self.kind in _ADDING

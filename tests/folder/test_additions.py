@@ -155,7 +155,7 @@ def test_a_table_that_is_older_than_the_rows_that_came_is_refused_and_told_of(sy
     add(SystemFolder(system), NEW)
     (system / "examples.parquet").write_bytes(old)
     with pytest.raises(
-        FolderError, match="lacks rows that the ledger tells of.*older than the ledger. Restore the newest"
+        FolderError, match=r"lacks rows that the ledger tells of.*older than the ledger. Restore the newest"
     ):
         SystemFolder(system)
     assert any("lacks rows that line 1 of the ledger tells of" in problem for problem in inspect(system).problems)

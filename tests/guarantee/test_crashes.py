@@ -397,13 +397,14 @@ def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_cam
 
 def test_after_a_crash_at_any_moment_a_replaced_row_is_the_old_or_the_new_one(first, tmp_path):
     victims = victims_of(first)
-    places = {victim: (0, 1) for victim in victims}
+    places = dict.fromkeys(victims, (0, 1))
     recording = record(first, tmp_path / "recorded", partial(bring, places=places, replaced=victims))
     before, after = says(shutil.copytree(first, tmp_path / "before")), says(recording.root)
     assert before[0].keys() == after[0].keys() and before[0] != after[0] and after[3] < before[3]
     found = set()
     for crash, path in left_by(crashes(recording), tmp_path):
         said = says(path)
+        assert not any(map(SystemFolder(path).is_deleted, victims)), crash
         assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
         assert not inspect(path).problems, crash
         found.add(said == after)
