@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FolderError, counted
 from ..plan.stages import StageKey
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
@@ -55,6 +56,25 @@ class AddingFolder(FolderView):
             discard(self.path / one.path for one in lost)
         with self._reading:
             self._stages.forget(lost)
+
+    def lines_of_rows_not_here(self, other: Ledger) -> list[int]:
+        """The lines of another copy's ledger that tell of rows which never came here."""
+        here = {self.ledger.hashes[line - 1] for line in self.ledger.additions}
+        return [line for line in other.additions if other.hashes[line - 1] not in here]
+
+    def refuse_rows_not_here(self, other: Ledger) -> None:
+        """
+        Refuse another copy's ledger that tells of rows which never came here: it does not hold them.
+
+        Raises:
+            [`~hf_s3t.errors.FolderError`]: Saying how many additions these are, and where to go on.
+        """
+        lacking = self.lines_of_rows_not_here(other)
+        if lacking:
+            raise FolderError(
+                f"The other ledger tells of {counted(len(lacking), 'addition')} of rows that {self.path} lacks, and "
+                "holds none of them. Go on in the other copy; rows that came here can be added to it."
+            )
 
     def record_addition(
         self,

@@ -332,6 +332,7 @@ class SystemFolder(AddingFolder):
         """
         with self.lock():
             self.refresh()
+            self.refuse_rows_not_here(other)
             merged = self.ledger.merge(other)
             if merged is self.ledger:
                 return []

@@ -236,8 +236,9 @@ class Additions(PlanRuns):
             raise ConfigError(
                 f"The columns of the dataset are not of the types of `train_dataset`: {error}. Nothing was added."
             ) from error
-        whole = datasets.concatenate_datasets([first.select(kept), second.with_format(**_format_of(first))])
-        return self._layout.rows(whole, self.s3t_config)
+        # Of two formats Datasets would keep neither.
+        whole = datasets.concatenate_datasets([first.select(kept).with_format(None), second.with_format(None)])
+        return self._layout.rows(whole.with_format(**_format_of(first)), self.s3t_config)
 
     def _prepared_rows_of(self, whole: TrainingRows) -> tuple[Any, StageRows]:
         prepared = self._prepare_whole(whole.dataset)

@@ -109,7 +109,7 @@ def _refuse_changed(rows: TrainingRows, changed: Sequence[int]) -> None:
         else "Give new rows ids of their own; rows that were edited go to `trainer.replace_examples`"
     )
     raise ContentChangedError(
-        f"{counted(len(changed), 'id')} of the rows are in use by other rows of this system: "
+        f"Got {counted(len(changed), 'id')} in use by other rows of this system: "
         f"{some([rows.ids[row] for row in changed])}. {hint}. Nothing was added."
     )
 
@@ -117,8 +117,8 @@ def _refuse_changed(rows: TrainingRows, changed: Sequence[int]) -> None:
 def _refuse_unknown(rows: TrainingRows, coming: Sequence[int]) -> None:
     if coming:
         raise UnknownExampleError(
-            f"{counted(len(coming), 'row')} have ids that are not in: {some([rows.ids[row] for row in coming])}. Add "
-            "them by `trainer.add_examples`. Nothing was replaced."
+            f"Got {counted(len(coming), 'row')} of ids that are not in: {some([rows.ids[row] for row in coming])}. "
+            "Add them by `trainer.add_examples`. Nothing was replaced."
         )
 
 
@@ -126,7 +126,7 @@ def _refuse_deleted(rows: TrainingRows, deleted: Sequence[int]) -> None:
     if deleted:
         ids = [rows.ids[row] for row in sorted(deleted)]
         raise ExampleIdError(
-            f"{counted(len(ids), 'example')} were deleted from this system, as somebody asked for it: {some(ids)}. "
+            f"Got {counted(len(ids), 'example')} that somebody had deleted from this system: {some(ids)}. "
             "Leave them out; or name them in `again` if they may come back. Nothing was added."
         )
 
@@ -154,7 +154,7 @@ def _groups_that_come_back(
     unnamed = [group for group in gone if group not in again]
     if unnamed:
         raise ExampleIdError(
-            f"{counted(len(unnamed), 'group')} were deleted from this system, as somebody asked for it: "
+            f"Got {counted(len(unnamed), 'group')} that somebody had deleted from this system: "
             f"{some(unnamed)}. Leave their rows out; or name them in `again` if they may come back. Nothing was added."
         )
     return gone
@@ -230,7 +230,7 @@ def places_of(arrival: Arrival, rows: TrainingRows, digests: np.ndarray, folder:
     if into == "new_shards" and settled:
         named = [ids[at] for at, unit in enumerate(units) if unit in settled]
         raise ConfigError(
-            f"{counted(len(named), 'row')} belong to a group, or are equal to rows, that lie in a slice already, to "
+            f"Got {counted(len(named), 'row')} of groups, or equal to rows, that lie in a slice already, to "
             f'which into="new_shards" adds nothing: {some(named)}. Add them with into="slices", or leave them out.'
         )
     sizes, seed, key = folder.table.sizes_of_slices, config.seed, folder.key.for_places
@@ -320,8 +320,8 @@ def _by_column(arrival: Arrival, rows: TrainingRows, folder: SystemFolder, into:
     ]
     if wrong:
         raise ConfigError(
-            f"{counted(len(wrong), 'row')} name a shard or slice that into={into!r} does not allow: {some(wrong)}. "
-            f"Expected slices 0 to {config.num_slices - 1}, and shards "
+            f"Got {counted(len(wrong), 'row')} with a shard or slice that into={into!r} does not allow: {some(wrong)}."
+            f" Expected slices 0 to {config.num_slices - 1}, and shards "
             + (
                 f"0 to {config.num_shards - 1}."
                 if into == "slices"

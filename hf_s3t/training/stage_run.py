@@ -57,7 +57,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None
     ) -> TrainOutput | None:
         """Train a stage; `None` if a deletion was first, before it began or before it was written."""
-        with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
+        with self._occupied(key, anew=True), self._dropped_on_error(key), self._scratch_of_its_own():
             # A live model may have deleted since the stage was chosen.
             origin = self._origin_of_all(key)
             if origin is None:
@@ -113,7 +113,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         )
 
     @contextlib.contextmanager
-    def _occupied(self, key: StageKey) -> Iterator[None]:
+    def _occupied(self, key: StageKey, anew: bool = False) -> Iterator[None]:
         """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
         self._stack.turns.refuse_inside("train")
         with self._making_live:
@@ -123,6 +123,10 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
                     "its end first."
                 )
             with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
+                # What is to be grown anew, and serves without rows that came, with what stands on it.
+                old = frozenset(one for one in self._stack.loaded if anew and key in one.lineage)
+                if self._live is not None and old:
+                    self._live.give_up(old)
                 self._stack.in_training = key
         try:
             # After the live model's lock is released: its holder may wait for a call, which waits for its turn.
