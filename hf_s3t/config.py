@@ -57,7 +57,8 @@ class S3TConfig:
 
     Args:
         num_shards (`int`, defaults to 1):
-            Number of disjoint shards `m`; one ensemble member per shard answers.
+            Number of disjoint shards `m`; one ensemble member per shard answers. Of a system to which shards were added
+            these are the first ones.
         num_slices (`int`, defaults to 4):
             Number of slices `L` of each shard, which is also the number of stages of a full stack.
         budget (`int`, *optional*):
@@ -164,7 +165,9 @@ class S3TConfig:
     ```
     """
 
-    num_shards: int = field(default=1, metadata={"help": "Number of disjoint shards m; one ensemble member each."})
+    num_shards: int = field(
+        default=1, metadata={"help": "Number of disjoint shards m, one ensemble member each; later ones may be added."}
+    )
     num_slices: int = field(default=4, metadata={"help": "Number of slices L per shard: the stages of a full stack."})
     budget: int | None = field(
         default=None, metadata={"help": "Sequences B trained per shard; num_slices beside a named rule."}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FolderError, counted
 from ..plan.stages import StageKey
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from .addition_file import StoredAddition, write_addition
@@ -62,19 +63,42 @@ class AddingFolder(FolderView):
         here = {self.ledger.hashes[line - 1] for line in self.ledger.additions}
         return [line for line in other.additions if other.hashes[line - 1] not in here]
 
-    def refuse_rows_not_here(self, other: Ledger) -> None:
+    def take_rows_of_another(self, other: Ledger, rows: ExampleTable | None, merged: Ledger) -> None:
         """
-        Refuse another copy's ledger that tells of rows which never came here: it does not hold them.
+        Write down the rows that another copy has and this one lacks, before the ledger has its lines: those that no
+        line of either deleted, and whose ids are not in use here. The folder's lock must be held.
+
+        Args:
+            other ([`~hf_s3t.records.ledger.Ledger`]): The ledger of the other copy.
+            rows ([`~hf_s3t.records.examples.ExampleTable`], *optional*): Its table.
+            merged ([`~hf_s3t.records.ledger.Ledger`]): Both ledgers together.
 
         Raises:
-            [`~hf_s3t.errors.FolderError`]: Saying how many additions these are, and where to go on.
+            [`~hf_s3t.errors.FolderError`]: If rows came there and its table is not given.
         """
         lacking = self.lines_of_rows_not_here(other)
-        if lacking:
+        if not lacking:
+            return
+        if rows is None:
             raise FolderError(
                 f"The other ledger tells of {counted(len(lacking), 'addition')} of rows that {self.path} lacks, and "
-                "holds none of them. Go on in the other copy; rows that came here can be added to it."
+                "holds none of them. Merge it by a push (`hf-s3t push --merge`), which brings them."
             )
+        self._migrate()
+        place_of = {merged.hashes[line - 1]: number for number, line in enumerate(merged.additions, start=1)}
+        lines = enumerate(other.additions, start=1)
+        number_of = {number: place_of[other.hashes[line - 1]] for number, line in lines if line in lacking}
+        came = rows.of_additions(number_of).without_digests(merged.deleted)
+        # What the other replaced, and deleted, is out here by then.
+        left = self.table.without_digests(merged.deleted_since(len(self.ledger.lines)))
+        here = self.names.id_digests(list(left.rows))
+        came = came.without_digests(here).settled()
+        first = self.record["s3t_config"]["num_shards"]
+        known = self.record.get("added", {"weights": "equal"})
+        shards = max(self.config.num_shards, rows.num_shards) - first
+        addition = StoredAddition(came, {**known, "shards": shards}, merged.hashes[-1])
+        with explained(f"{self.path / ADDITION_FILE} could not be written", _NOTHING_ADDED):
+            write_addition(self.path, addition, self.ledger)
 
     def record_addition(
         self,

@@ -20,6 +20,7 @@ from .table_file import read_table, table_bytes
 
 
 _ADDED = b"hf_s3t.added"
+_MERGED = b"hf_s3t.merged"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,13 @@ class StoredAddition:
         rows ([`~hf_s3t.records.examples.ExampleTable`]): The rows, in their places.
         added (mapping): What `s3t_config.json` says of additions with them; see
             [`~hf_s3t.folder.config_file.with_additions`].
+        merged (`str`, *optional*): Where they come from another copy, by several lines perhaps, the hash of the last
+            line of both ledgers together. They have the numbers of their additions then.
     """
 
     rows: ExampleTable
     added: Mapping[str, Any]
+    merged: str | None = None
 
 
 def write_addition(path: Path, addition: StoredAddition, ledger: Ledger) -> str:
@@ -49,18 +53,22 @@ def write_addition(path: Path, addition: StoredAddition, ledger: Ledger) -> str:
     Returns:
         `str`: SHA-256 of the file, by which that line names it.
     """
-    data = table_bytes(addition.rows, ledger, {_ADDED: json.dumps(dict(addition.added), sort_keys=True)})
+    said = {_ADDED: json.dumps(dict(addition.added), sort_keys=True)}
+    if addition.merged is not None:
+        said[_MERGED] = addition.merged
+    data = table_bytes(addition.rows, ledger, said)
     write_atomically(path / ADDITION_FILE, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def read_addition(path: Path, sha256: str, config: S3TConfig, names: KeptNames) -> StoredAddition | None:
+def read_addition(path: Path, ledger: Ledger, line: int, config: S3TConfig, names: KeptNames) -> StoredAddition | None:
     """
     The rows that a line of the ledger names; `None` if they are not there any more, because the table has them.
 
     Args:
         path (`Path`): The folder of the system.
-        sha256 (`str`): What the line says of the file.
+        ledger ([`~hf_s3t.records.ledger.Ledger`]): The ledger.
+        line (`int`): Number of the line, counted from 1.
         config ([`~hf_s3t.S3TConfig`]): The settings of the system.
         names ([`~hf_s3t.records.digests.KeptNames`]): How ids and groups stand in the table.
 
@@ -73,7 +81,7 @@ def read_addition(path: Path, sha256: str, config: S3TConfig, names: KeptNames) 
     try:
         stored = read_table(file)
         found = hashlib.sha256(file.read_bytes()).hexdigest()
-        added = json.loads(stored.said[_ADDED])
+        added, merged = json.loads(stored.said[_ADDED]), stored.said.get(_MERGED, b"").decode() or None
     except FileNotFoundError:
         return None
     except (KeyError, ValueError, RecursionError) as error:
@@ -82,9 +90,11 @@ def read_addition(path: Path, sha256: str, config: S3TConfig, names: KeptNames) 
         if not os.path.lexists(file):
             return None
         raise
-    if found != sha256 or not is_said_of_additions(added):
+    sha256 = ledger.entries[line - 1].rows_sha256
+    is_named = found == sha256 if merged is None else merged in ledger.hashes[line - 1 :]
+    if not is_named or not is_said_of_additions(added):
         raise FolderError(
             f"{file} holds other rows than the ledger tells of (SHA-256 {found[:12]}, expected {sha256[:12]}). "
             "Restore it from a backup."
         )
-    return StoredAddition(stored.examples(config, names), added)
+    return StoredAddition(stored.examples(config, names), added, merged)

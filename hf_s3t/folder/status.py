@@ -119,13 +119,13 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
         "sequence_depths": folder.plan.depths(valid),
         "sets": folder.plan.sets(valid, folder.table.empty),
         "stages": (len(valid), len(valid) + ahead["stages_left"] - behind),
-        "stages_behind": behind,
-        "additions": len(folder.ledger.additions),
         **ahead,
         "next_stage": next_stage(folder, valid),
         "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
         "deletions_until_exhausted": deletions_left(folder, valid),
         "gate": _gate(folder),
+        "stages_behind": behind,
+        "additions": len(folder.ledger.additions),
     }
 
 

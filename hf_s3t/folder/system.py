@@ -320,22 +320,23 @@ class SystemFolder(AddingFolder):
         digests = {str(key): self.adapter_digest(key) for key in keys}
         self._append(self.ledger.append("export", removed=digests, versions=versions))
 
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
         """
         Take in what another copy of the system recorded (on the Hub, say); its deletions are in force on return.
 
         Args:
             other ([`~hf_s3t.records.ledger.Ledger`]): The other copy's ledger.
+            rows ([`~hf_s3t.records.examples.ExampleTable`], *optional*): Its table, if rows came there.
 
         Returns:
             `list[StageKey]`: The stages that went because of it.
         """
         with self.lock():
             self.refresh()
-            self.refuse_rows_not_here(other)
             merged = self.ledger.merge(other)
             if merged is self.ledger:
                 return []
+            self.take_rows_of_another(other, rows, merged)
             self._replace_ledger(merged)
             condemned = self.condemned_stages()
             self.remove_stages(condemned)
@@ -357,7 +358,10 @@ class SystemFolder(AddingFolder):
         with self._reading:
             with explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
                 write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
-            self.table = self._masked(self.table, ledger, len(self.ledger.lines))
+            if self._has_new_rows(ledger):
+                self.table, ledger, self._table_pin = self._read_table()
+            else:
+                self.table = self._masked(self.table, ledger, len(self.ledger.lines))
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
@@ -481,7 +485,6 @@ class SystemFolder(AddingFolder):
         self.remove_stale_checkpoints()
         if self.is_table_behind or self.is_gate_behind:
             self._compact()
-        # Of who died before the ledger told of them, or after the table had them.
         remove(self.path / ADDITION_FILE)
 
     # Checkpoints of stages in training

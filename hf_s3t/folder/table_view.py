@@ -152,13 +152,16 @@ class TableView(GateView):
         if not coming:
             return table
         line = coming[0]
-        addition = read_addition(self.path, ledger.entries[line - 1].rows_sha256, self.config, self.names)
-        if addition is None or len(coming) > 1:
+        addition = read_addition(self.path, ledger, line, self.config, self.names)
+        if addition is None or (addition.merged is None and len(coming) > 1):
             # Whoever added them has written the table meanwhile.
             return None
         self._use_record(with_additions(self.record, addition.added))
-        rows = self._masked(addition.rows, ledger, line).settled().columns
-        return table.with_more(rows, len(ledger.additions), self.config.num_shards)
+        # Of another copy they are without what its lines and those here delete.
+        lines = line if addition.merged is None else list(ledger.hashes).index(addition.merged) + 1
+        rows = self._masked(addition.rows, ledger, lines).settled().columns
+        number = len(ledger.additions) if addition.merged is None else None
+        return table.with_more(rows, number, self.config.num_shards)
 
     def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
         table = stored.examples(self.config, self.names)

@@ -334,7 +334,7 @@ class HubFolder(SystemFolder):
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self._download(f"{key.path}/{name}")
 
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
         """Take in what another copy of the system recorded; its deletions are in force on return."""
         with self.lock():
             self.refresh_ledger()

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import ConfigError, FolderError, HubError, MergeNeededError, TransferError, counted
+from ..folder.config_file import settings_of
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import check_digest, digested_json, read_checked, stamp
 from ..folder.gate_file import gate_bytes
@@ -28,7 +29,7 @@ from ..folder.layout import (
 )
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
-from ..folder.table_file import table_bytes
+from ..folder.table_file import read_table, table_bytes
 from ..plan.stages import StageKey, is_stage_of
 from ..records.digests import PUBLIC_SECRET, DigestKey
 from ..records.examples import ExampleTable
@@ -144,7 +145,7 @@ def _commit_upon_what_is_there(
     merged = _Merged()
     for attempt in range(ATTEMPTS):
         state = repo.state()
-        merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
+        merged += _take_in(folder, state, merge, repo, on_merge, dry_run)
         if attempt == 0 and include_gate is None and folder.has_gate and GATE_FILE not in state.tree:
             _warn_of_gate_that_stays(repo.repo_id)
         card = repo.card(state)
@@ -279,15 +280,21 @@ def _take_in(
     folder: SystemFolder,
     state: HubState,
     merge: bool,
-    repo_id: str,
+    repo: HubRepo,
     on_merge: Callable[[], object] | None,
     dry_run: bool,
 ) -> _Merged:
-    """Forget in the folder what the Hub knows as deleted."""
+    """Forget in the folder what the Hub knows as deleted, and have in it the rows that came there."""
     if state.record is None:
         return _Merged()
+    repo_id = repo.repo_id
     _refuse_another(state.record, folder, repo_id)
-    _refuse_rows_that_are_not_here(folder, state, repo_id)
+    lacking = folder.lines_of_rows_not_here(state.ledger)
+    if lacking and not merge:
+        raise MergeNeededError(
+            f"{repo_id} knows of {counted(len(lacking), 'addition')} of rows that {folder.path} lacks: a push would "
+            "take them from whoever loads it. Push with merge=True (`hf-s3t push --merge`) to have them here too."
+        )
     missing = state.ledger.deleted - folder.ledger.deleted
     if missing and not merge:
         raise MergeNeededError(
@@ -298,22 +305,17 @@ def _take_in(
     if dry_run:
         return _Merged(len(missing), _stages_that_saw(folder, missing, before))
     known = folder.ledger.deleted
-    folder.merge_ledger(state.ledger)
+    folder.merge_ledger(state.ledger, _table_of(repo, state, folder) if lacking else None)
     gone = tuple(sorted(before - folder.valid_stages)) if missing else ()
     if on_merge is not None and folder.ledger.deleted != known:
         on_merge()
     return _Merged(len(missing), gone)
 
 
-def _refuse_rows_that_are_not_here(folder: SystemFolder, state: HubState, repo_id: str) -> None:
-    """Refuse a repository with rows that never came here: a push would take them from whoever loads it."""
-    lacking = folder.lines_of_rows_not_here(state.ledger)
-    if lacking:
-        raise MergeNeededError(
-            f"{repo_id} knows of {counted(len(lacking), 'addition')} of rows that {folder.path} lacks: somebody added "
-            "them to another copy. Pull it (`hf-s3t pull`) and go on in that folder, to which rows that came here can "
-            "be added. Nothing was pushed."
-        )
+def _table_of(repo: HubRepo, state: HubState, folder: SystemFolder) -> ExampleTable:
+    """The rows of a repository."""
+    record = state.record or folder.record
+    return read_table(repo.download(TABLE_FILE, state.commit)).examples(settings_of(record), folder.names)
 
 
 def _refuse_another(there: Mapping[str, Any], folder: SystemFolder, repo_id: str) -> None:

@@ -165,14 +165,19 @@ def _with_rows_that_come(
     """The rows that are in, with those that the ledger tells of and the table has not yet."""
     for number, line in enumerate(ledger.additions, start=1):
         if line > lines:
-            addition = read_addition(path, ledger.entries[line - 1].rows_sha256, config, names)
+            addition = read_addition(path, ledger, line, config, names)
             if addition is None:
                 raise FolderError(
                     f"{path / TABLE_FILE} lacks rows that line {line} of the ledger tells of, and they are not beside "
                     "it: it is older than the ledger. Restore the newest from a backup."
                 )
             rows = addition.rows.without_digests(ledger.deleted_since(line)).settled().columns
-            table = table.with_more(rows, number, max(table.num_shards, addition.rows.num_shards))
+            num_shards = max(table.num_shards, addition.rows.num_shards)
+            if addition.merged is not None:
+                merged = list(ledger.hashes).index(addition.merged) + 1
+                rows = addition.rows.without_digests(ledger.deleted_since(merged)).settled().columns
+                return table.with_more(rows, None, num_shards)
+            table = table.with_more(rows, number, num_shards)
     return table
 
 

@@ -138,15 +138,20 @@ class Columns:
             columns.__dict__["_index"] = self._index_of(numbers)
         return columns
 
-    def with_more(self, other: "Columns", addition: int) -> "Columns":
+    def with_more(self, other: "Columns", addition: int | None = None) -> "Columns":
         """
         The columns with the rows of others behind them, which come with an addition.
 
         Args:
             other ([`Columns`]): The rows that come, of one system with these.
-            addition (`int`): The number of the addition.
+            addition (`int`, *optional*): The number of the addition; those that they have if not given.
         """
-        before = np.zeros(len(self), np.int32) if self.additions is None else self.additions
+        before, after = (
+            np.zeros(len(columns), np.int32) if columns.additions is None else columns.additions
+            for columns in (self, other)
+        )
+        if addition is not None:
+            after = np.full(len(other), addition, np.int32)
         return Columns(
             self.names,
             ids=_joined_ids(self, other),
@@ -155,7 +160,7 @@ class Columns:
             slices=np.concatenate([self.slices, other.slices]),
             digests=np.concatenate([self.digests, other.digests]),
             groups=_joined_groups(self, other),
-            additions=np.concatenate([before, np.full(len(other), addition, np.int32)]),
+            additions=np.concatenate([before, after]),
             more={name: _joined(column, other.more.get(name), len(other)) for name, column in self.more.items()},
         )
 

@@ -498,13 +498,13 @@ class ExampleTable:
         table._sums = dict(self._sums)
         return table
 
-    def with_more(self, rows: Columns, addition: int, num_shards: int) -> "ExampleTable":
+    def with_more(self, rows: Columns, addition: int | None, num_shards: int) -> "ExampleTable":
         """
         The table with rows that come with an addition, less what `without` left out. The ids of none of them are in.
 
         Args:
             rows ([`~hf_s3t.records.columns.Columns`]): The rows that come.
-            addition (`int`): The number of the addition.
+            addition (`int`, *optional*): The number of the addition; those that they have if `None`.
             num_shards (`int`): Number of shards by then.
         """
         settled = self.settled()
@@ -514,16 +514,15 @@ class ExampleTable:
         table._sums = {cell: (part + new.get(cell, 0)) % MODULUS for cell, part in settled._sums.items()}
         return table
 
-    def numbered(self, number_of: Mapping[int, int]) -> "ExampleTable":
-        """The table with other numbers for its additions: those that another copy of the system gave them."""
-        settled = self.settled()
-        additions = settled.columns.additions
-        if additions is None or all(number == new for number, new in number_of.items()):
-            return settled
-        table, columns = copy.copy(settled), copy.copy(settled.columns)
-        last = int(additions.max())
-        columns.additions = np.array([0, *map(number_of.__getitem__, range(1, last + 1))], np.int32)[additions]
-        table.columns, table._parts = columns, None
+    def of_additions(self, number_of: Mapping[int, int]) -> "ExampleTable":
+        """The rows that came with some additions, by other numbers: those that another copy of the system has."""
+        additions = self.columns.additions
+        came = np.zeros(len(self.columns), bool) if additions is None else np.isin(additions, [*number_of])
+        table = copy.copy(self._without_rows(np.flatnonzero(self._is_in & ~came)).settled())
+        own = table.columns.additions
+        if own is not None:
+            table.columns, table._parts = copy.copy(table.columns), None
+            table.columns.additions = np.array([number_of[number] for number in own.tolist()], np.int32)
         return table
 
     def check_dataset(

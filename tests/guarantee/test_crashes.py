@@ -356,7 +356,7 @@ def test_a_gate_that_is_made_later_is_there_and_used_or_not_used_yet(first, tmp_
 
 
 NEWCOMERS = {"new-1@example.org": (0, 0), "new-2@example.org": (0, 1), "new-3@example.org": (0, 1)}
-NEW_SHARD = {f"new-{number}@example.org": (2, number % 2) for number in range(4)}
+NEW_SHARD = {f"shard-{number}@example.org": (2, number % 2) for number in range(4)}
 
 
 def bring(path, mark, places, replaced=()) -> None:
@@ -424,6 +424,31 @@ def test_a_deletion_after_an_addition_that_died_unfinished_has_both_in_force(fir
         found.add(NEWCOMERS.keys() <= set(folder.table.rows))
         assert grow(folder).current_stages == set(folder.plan.stages()) and not inspect(path).problems
         disk.do(step)
+    assert found == {False, True}
+
+
+def take_in(path, mark, ledger, rows) -> None:
+    SystemFolder(path).merge_ledger(ledger, rows)
+    mark("acknowledged")
+
+
+def test_after_a_crash_at_any_moment_of_a_merge_the_rows_of_another_copy_are_in_or_never_came(first, tmp_path):
+    """Both copies grew; the other deleted one of its rows, and one that both have."""
+    start = shutil.copytree(first, tmp_path / "start")
+    other = SystemFolder(shutil.copytree(start, tmp_path / "other"))
+    add(add(other, NEWCOMERS), NEW_SHARD | {"newer@example.org": (1, 0)})
+    gone = [*victims_of(start)[:1], "new-1@example.org"]
+    apply(other, gone)
+    add(SystemFolder(start), {"own@example.org": (1, 1)})
+    recording = record(start, tmp_path / "recorded", partial(take_in, ledger=other.ledger, rows=other.table))
+    before, after = says(shutil.copytree(start, tmp_path / "before")), says(recording.root)
+    assert after[0].keys() == {*other.table.rows, "own@example.org"}
+    found = set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        said = says(path)
+        assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
+        assert not inspect(path).problems, crash
+        found.add(said == after)
     assert found == {False, True}
 
 

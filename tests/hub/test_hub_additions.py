@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.folders import add, apply
+from support.folders import add, apply, grow
 from support.hub_systems import load, logits_of, member, plant, send
 
 from hf_s3t.errors import FolderError, MergeNeededError
@@ -66,12 +66,45 @@ def test_a_copy_that_lacks_rows_does_not_take_them_from_the_hub(system, repo, tm
     send(system, repo)
     commit = repo.state().commit
     copy = SystemFolder(tmp_path / "copy")
-    for merge in (False, True):
-        with pytest.raises(MergeNeededError, match=r"knows of 1 addition of rows that .*copy lacks"):
-            send(copy, repo, merge=merge)
+    with pytest.raises(MergeNeededError, match=r"knows of 1 addition of rows that .*copy lacks.*merge=True"):
+        send(copy, repo)
     with pytest.raises(FolderError, match=r"tells of 1 addition of rows that .*copy lacks"):
         copy.merge_ledger(system.ledger)
     assert repo.state().commit == commit and not copy.ledger.additions
+    send(copy, repo, merge=True)
+    assert set(copy.table.rows) == set(system.table.rows) and copy.valid_stages == system.valid_stages
+    assert not inspect(copy.path).problems
+
+
+def test_where_two_copies_grew_both_have_all_rows_and_deletion_wins(system, repo, tmp_path):
+    """What either has grown with its own rows serves on, for all its rows are in."""
+    victim = member(system, 1, 0)
+    HERE, THERE = {"here-a": (0, 0), "here-b": (2, 0), "here-c": (2, 1)}, {"there-a": (0, 0), "there-b": (0, 1)}
+    system.copy_to(tmp_path / "copy")
+    copy = grow(add(SystemFolder(tmp_path / "copy"), THERE))
+    apply(copy, ["there-b"])
+    apply(copy, [victim])
+    apply(system, [victim])
+    add(grow(add(system, HERE)), {victim: (1, 0)}, again=[victim])
+    grown_there = {key: copy.adapter_digest(key) for key in copy.valid_stages}
+    grown_here = system.current_stages
+    send(copy, repo)
+    send(system, repo, merge=True)
+    assert {*HERE, "there-a"} < set(system.table.rows)
+    assert "there-b" not in system.table.rows
+    assert victim not in system.table.rows and system.is_deleted(victim), (
+        "the copy deleted it, and did not bring it back"
+    )
+    assert grown_here - {key for key in grown_here if key.shard == 1} <= system.valid_stages
+    assert not inspect(system.path).problems
+    assert SystemFolder(system.path).valid_stages == system.valid_stages
+    # Where only the copy has a stage, it comes to the Hub, and is valid there.
+    hub = HubFolder(repo.repo_id)
+    assert hub.valid_stages >= system.valid_stages and grown_there
+    send(copy, repo, merge=True)
+    assert set(copy.table.rows) == set(system.table.rows) and copy.config == system.config
+    grow(copy)
+    assert copy.current_stages and not copy.missing_stages()
 
 
 def test_a_deletion_elsewhere_and_an_addition_here_are_both_in_force_after_a_merge(system, repo, tmp_path):
