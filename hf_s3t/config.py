@@ -57,8 +57,8 @@ class S3TConfig:
 
     Args:
         num_shards (`int`, defaults to 1):
-            Number of disjoint shards `m`; one ensemble member per shard answers. Of a system to which shards were added
-            these are the first ones.
+            Number of disjoint shards `m`; one ensemble member per shard answers. Where shards were added to a
+            system, these are the first ones.
         num_slices (`int`, defaults to 4):
             Number of slices `L` of each shard, which is also the number of stages of a full stack.
         budget (`int`, *optional*):
