@@ -52,6 +52,9 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
+    if status["stages_behind"]:
+        behind = counted(status["stages_behind"], "stage")
+        say(f"{behind} serve without rows that came since, until `train()` has grown them again")
     if status["gate"] is not None:
         rows, terms = counted(status["gate"]["rows"], "row"), counted(status["gate"]["terms"], "distinct word")
         say(f"gate: {status['gate']['kind']}, of the prompts of {rows}, {terms}")
@@ -207,7 +210,7 @@ def show_ledger(receipts: Receipts) -> None:
 def show_receipt(receipt: Receipt) -> None:
     """One line of a ledger in full; digests of stages are cut short."""
     facts = receipt.to_dict()
-    moved = "stages_removed" if facts["kind"] == "deletion" else "stages_exported"
+    moved = "stages_exported" if facts["kind"] == "export" else "stages_removed"
     rows = [
         ("line", facts["line"]),
         ("hash", facts["hash"]),

@@ -5,6 +5,7 @@ The folder as a whole:
 
 - `view`: `FolderView`, what a folder says: settings, ledger, table, valid stages; every read is checked.
 - `system`: `SystemFolder`, a view that may be written to; each change is atomic and synced.
+- `adding`: the part of it that adds rows.
 - `opening`: opens a folder that may come from anywhere, to write or to be looked at only.
 - `copying`: copies one while others write to it.
 - `status`: what serves and how many deletions it outlives, as `hf-s3t status` says.
@@ -15,9 +16,11 @@ One module for each kind of file, its one reader and writer:
 - `config_file`: `s3t_config.json`, whose presence makes a folder a system, in the formats that it had.
 - `ledger_file`: the ledger, and the pins by which other files remember its last line.
 - `table_file`: the table of examples.
+- `addition_file`: rows that are being added to it.
 - `gate_file`: the terms of their prompts, by which a gate weighs shards.
 - `erasure_requests_file`: the requests to erase that servers took, so that a repeated one is the same.
 - `gate_view`: what a folder says of them.
+- `table_view`: ledger and table as they are read together.
 - `secret`: the secret of a system's digests, in the environment or in `ledger.key`.
 - `stage_record`: `stage.json`, what a stage was made from.
 - `checkpoints`: checkpoints of stages in training.

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.stages import StageKey, is_stage_of
 from ..records.ledger import Ledger
-from ..records.validity import is_current
+from ..records.validity import saw_what_is_in
 from .earlier_slices import EarlierSlices
 from .files import (
     check_digest,
@@ -86,23 +86,26 @@ def _record_and_files(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return record, files
 
 
-def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger, earlier: EarlierSlices) -> bool:
+def is_checkpoint_in(path: Path, slices: Sequence[Collection[str]], ledger: Ledger, earlier: EarlierSlices) -> bool:
     """
-    Whether an unfinished checkpoint, or the note of what its stage is trained on, saw what its slices hold now.
+    Whether all that an unfinished checkpoint, or the note of what its stage is trained on, saw is in.
+
+    Whether it is resumed is another question: rows may have come since.
 
     A checkpoint without a record of its own is being written, or its writer died: it saw what its stage does. Where
     nothing says what that was, any deletion condemns it.
 
     Args:
         path (`Path`): The checkpoint's folder, or the note beside the checkpoints.
-        slices (`list[str]`): The digests of the stage's slices as they are now.
+        slices (sequence of collections of `str`): Of each of the stage's slices the digests that its remaining rows
+            ever had.
         ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
     """
     for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
         with contextlib.suppress(FolderError):
             if not is_foreign(record):
-                return is_current(earlier.translated(read_checked_json(record)), slices)
+                return saw_what_is_in(earlier.translated(read_checked_json(record)), slices)
     return not ledger.num_deletions
 
 
@@ -121,7 +124,7 @@ class Checkpoints:
 
     def __init__(self, path: Path, config: S3TConfig, earlier: EarlierSlices):
         self.path = path
-        self._config = config
+        self.config = config
         self._earlier = earlier
         self._held: set[Path] = set()
 
@@ -179,12 +182,12 @@ class Checkpoints:
             first.parent.rmdir()
             first.parent.parent.rmdir()
 
-    def stale(self, slices_of: Callable[[StageKey], list[str]], ledger: Ledger) -> list[Path]:
+    def stale(self, slices_of: Callable[[StageKey], Sequence[Collection[str]]], ledger: Ledger) -> list[Path]:
         """
-        Checkpoints of stages whose slices are no longer what they saw.
+        Checkpoints of stages that saw what was deleted since.
 
         Args:
-            slices_of (callable): From a stage to the digests of its slices as they are now.
+            slices_of (callable): From a stage to the digests that the remaining rows of its slices ever had.
             ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         """
         stale = []
@@ -192,7 +195,7 @@ class Checkpoints:
             slices = slices_of(key)
             names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
             found = [folder / name for name in names]
-            stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
+            stale += [c for c in found if not is_checkpoint_in(c, slices, ledger, self._earlier)]
         return stale
 
     def finished(self, is_there: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
@@ -204,5 +207,5 @@ class Checkpoints:
         for folder in folders_below(self.path / CHECKPOINTS):
             with contextlib.suppress(FolderError):
                 key = stage_of(folder)
-                if is_stage_of(key, self._config):
+                if is_stage_of(key, self.config):
                     yield folder, key

@@ -2,6 +2,8 @@
 
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
+# Rows that are being added: there until the table has them.
+ADDITION_FILE = "addition.parquet"
 GATE_FILE = "gate.safetensors"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -48,6 +50,7 @@ HISTORY = ".git"
 PARTS = (
     CONFIG_FILE,
     TABLE_FILE,
+    ADDITION_FILE,
     GATE_FILE,
     LEDGER_FILE,
     HEAD_FILE,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError
-from ..folder.checkpoints import is_checkpoint_current
+from ..errors import FolderError, counted
+from ..folder.checkpoints import is_checkpoint_in
 from ..folder.files import REGROW, check_digest, read_checked
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
 from ..folder.foreign import entries
@@ -25,7 +25,7 @@ from ..folder.layout import (
 from ..folder.scratch import stage_of
 from ..folder.stage_record import adapter_of, read_stage
 from ..plan.stages import StageKey, is_stage_of
-from ..records.validity import fits, is_current
+from ..records.validity import fits, is_current, saw_what_is_in
 from .findings import Findings, require_file
 from .inspected_records import Records
 
@@ -104,12 +104,15 @@ def _check_validity(
     table, ledger = records.table, records.ledger
     if table is None or ledger is None:
         return
+    behind = 0
     for key, record in sorted(stages.items()):
-        folder, slices = path / key.path, table.slice_digests(key.shard, key.prefix)
+        folder = path / key.path
+        slices = [table.slice_digests_of(key.shard, slice_, ledger.generations) for slice_ in key.prefix]
         is_orphan = key.parent is not None and key.parent not in stages
-        if not is_current(record, slices) and ledger.num_deletions:
+        is_behind = not is_current(record, table.slice_digests(key.shard, key.prefix))
+        if not saw_what_is_in(record, slices) and ledger.num_deletions:
             findings.condemned(folder, "stage")
-        elif not is_current(record, slices):
+        elif not saw_what_is_in(record, slices):
             findings.problems.append(
                 f"{folder} was trained on other examples than those of its slices. Remove its folder and call "
                 "`train()` to grow it again."
@@ -118,11 +121,21 @@ def _check_validity(
             findings.problems.append(
                 f"{folder} stands on {key.parent}, which is missing. Restore it, or call `train()` to grow it again."
             )
-        elif not fits(record, slices, None if key.parent is None else adapter_of(stages[key.parent])):
+        elif fits(record, slices, None if key.parent is None else adapter_of(stages[key.parent])):
+            behind += is_behind
+        elif ledger.additions:
+            # Its parent was grown again with rows that came, by a process that died before it removed this one.
+            findings.condemned(folder, "stage")
+        else:
             findings.problems.append(
                 f"{folder} was trained on another stage {key.parent} than the one that is there. Remove its folder "
                 "and call `train()` to grow it again."
             )
+    if behind:
+        findings.notes.append(
+            f"{path / STAGES}: {counted(behind, 'stage')} serve without examples that came to their slices since. "
+            "`train()` grows them again."
+        )
 
 
 # Checkpoints
@@ -174,7 +187,8 @@ def _is_current(checkpoint: Path, key: StageKey, records: Records) -> bool:
     if table is None or ledger is None:
         # Whether it is cannot be told; what is wrong with the table is said already.
         return True
-    return is_checkpoint_current(checkpoint, table.slice_digests(key.shard, key.prefix), ledger, records.earlier)
+    slices = [table.slice_digests_of(key.shard, slice_, ledger.generations) for slice_ in key.prefix]
+    return is_checkpoint_in(checkpoint, slices, ledger, records.earlier)
 
 
 # Names of folders

@@ -15,18 +15,19 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..checks import require_int, require_positive
-from ..errors import CheckpointError, ConfigError, FolderError, S3TError
+from ..errors import CheckpointError, ConfigError, ExampleIdError, FolderError, S3TError, counted
 from ..folder.stage_record import adapter_of
 from ..folder.status import serving_depths
 from ..model.base_precision import check_precision
 from ..model.scope import Scope
 from ..plan.stages import StageKey, relative_cost
-from ..records.validity import fits
+from ..records.request import some
+from ..records.validity import is_current
 from .evaluation import Evaluation
 from .progress import PlanProgress
 from .publishing import Publishing
 from .refusals import evaluation_chooses
-from .stage_run import StageRuns
+from .stage_run import RowsMoved, StageRuns
 from .stage_sizes import check_batches
 
 
@@ -149,6 +150,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         self._refuse_to_choose(resume_from_checkpoint, trial)
         rows = self._rows_of_stages
         self._look_before_training(resume_from_checkpoint is not False)
+        self._refuse_rows_that_came()
         self._agreed = self.folder.valid_stages
         keys = self._missing()
         check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
@@ -176,7 +178,18 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._live._apply_in_time()
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
+        self._refuse_rows_that_came()
         return self._report(outputs)
+
+    def _refuse_rows_that_came(self) -> None:
+        """Say that another process added rows: stages that are to see them cannot be trained without."""
+        came = self._rows_of_stages.lacking(self.folder.table)
+        if came:
+            raise ExampleIdError(
+                f"{counted(len(came), 'example')} came to {self.folder.path} that `train_dataset` lacks "
+                f"({some(came)}): another process added them. What was trained stays. Make the trainer anew with the "
+                "whole dataset, and call `train()` again."
+            )
 
     def _refuse_to_choose(self, resume_from_checkpoint: Any, trial: Any) -> None:
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
@@ -225,6 +238,9 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         """Train a stage; `None` if its checkpoint is of no use, or a deletion took it, or what it stands on."""
         try:
             return self._train_stage(key, resume, ignore_keys_for_eval)
+        except RowsMoved:
+            # Before it began. What is missing now is asked again.
+            return None
         except CheckpointError as error:
             logger.warning(f"{key} is trained again from its beginning: {error}")
             with self.folder.lock():
@@ -290,14 +306,15 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         The missing stage that is trained next. In another order the same stages come out with the same tensors, as far
         as they stand on the same ones.
         """
-        step = self.folder.growth.next(valid, self._rows_of_stages.empty(self.folder.table))
+        current = valid & self.folder.current_stages
+        step = self.folder.growth.next(current, self._rows_of_stages.empty(self.folder.table), valid - current)
         return None if step is None else step.key
 
     def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
         folder = self.folder
-        valid = folder.valid_stages if valid is None else valid
-        return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
+        current = folder.current_stages if valid is None else valid & folder.current_stages
+        return folder.plan.missing(current, self._rows_of_stages.empty(folder.table))
 
     def _cost(self, key: StageKey) -> float:
         sizes = [self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key)]
@@ -307,7 +324,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _cost_of_run(self, missing: list[StageKey], limits: Limits) -> float:
         """What the stages cost that are trained within limits, if nothing is deleted meanwhile."""
         if limits.of(len(missing)) < len(missing):
-            steps = self.folder.growth.steps(self.folder.valid_stages, self._rows_of_stages.empty(self.folder.table))
+            current, empty = self.folder.current_stages, self._rows_of_stages.empty(self.folder.table)
+            steps = self.folder.growth.steps(current, empty, self.folder.valid_stages - current)
             missing = [step.key for step in itertools.islice(steps, limits.of(len(missing)))]
         return sum(map(self._cost, missing))
 
@@ -383,7 +401,9 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _refuse_rows_fed_otherwise(self, records: dict[StageKey, dict[str, Any]]) -> None:
         """Refuse to go on with rows that are prepared otherwise. Deep stages first: they saw what others saw."""
         seen: set[tuple[int, int]] = set()
-        for key in sorted(records, key=lambda key: -key.depth):
+        # What saw fewer rows than there are now was fed others.
+        current = self.folder.current_stages.intersection(records)
+        for key in sorted(current, key=lambda key: -key.depth):
             places = {(key.shard, slice_) for slice_ in self._rows_of_stages.slices(key)}
             other = None if places <= seen else self._fed_otherwise(key, records[key])
             seen |= places
@@ -401,7 +421,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         below = adapter_of(valid[key.parent]) if key.parent else None
         for _, record in self._checkpoints(key, self.folder.checkpoints(key)):
             whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
-            if whole and fits(record, folder.slice_digests(key), below):
+            if whole and is_current(record, folder.slice_digests(key)) and record["below"] == below:
                 return record
         return None
 

@@ -259,6 +259,8 @@ def test_status_for_machines(system):
         "deletions_until_first_dead_shard",
         "deletions_until_exhausted",
         "gate",
+        "stages_behind",
+        "additions",
         "pending",
         "is_exhausted",
     ]
