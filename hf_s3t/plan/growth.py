@@ -1,5 +1,6 @@
 """What is to be grown next: which stages are missing, and what each of them is worth."""
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -105,6 +106,12 @@ class Growth:
             there[best.key.shard].add(best.key)
             found[best.key.shard] = self._first(best.key.shard, there[best.key.shard], empty)
 
+    def order(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> "Order":
+        """The order of `missing`, for several who grow it together. Arguments as of `next`."""
+        if self._plan.by_sets:
+            return Order(valid, (step.key for step in self.steps(valid, empty)), True)
+        return Order(valid, self._plan.missing(valid, empty), False)
+
     def _as_planned(self, there: list[set[StageKey]], empty: Collection[tuple[int, int]]) -> Iterator[Step]:
         for key in self._plan.stages(empty):
             if key not in there[key.shard]:
@@ -131,6 +138,59 @@ class Growth:
     def _step(self, found: "_Found") -> Step:
         shards = len(self._outlooks)
         return Step(found.key, self.work([found.key]), found.alone.now / shards, found.alone.later / shards)
+
+
+class Order:
+    """
+    What several who grow a system together take next: what one alone would come to, in its order, but for what others
+    have in hand, and what stands on it.
+
+    From which stages one alone began decides, in a plan by sets, in which order of its slices a set is grown. So all
+    have to go by the order from the same ones, and what they grow together is what one would have grown.
+
+    Args:
+        there (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages from which it begins.
+        missing (iterable of [`~hf_s3t.plan.stages.StageKey`]): What one alone would grow, one after the other; looked
+            at as far as is needed.
+        by_sets (`bool`): Whether a stage counts by its set of slices.
+    """
+
+    def __init__(self, there: Collection[StageKey], missing: Iterable[StageKey], by_sets: bool):
+        self._missing, self._by_sets = iter(missing), by_sets
+        self._there = {self._id(key) for key in there}
+        self._known: list[StageKey] = []
+
+    def next(self, valid: Collection[StageKey], claimed: Collection[StageKey] = ()) -> StageKey | None:
+        """
+        The stage to take now; `None` if there is none that nobody has and whose parent is there.
+
+        Args:
+            valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
+            claimed (collection of [`~hf_s3t.plan.stages.StageKey`]): Those that others train.
+        """
+        done = {self._id(key) for key in (*valid, *claimed)}
+        return next((key for key in self if self._id(key) not in done and _can_stand(key, valid)), None)
+
+    def begins_with(self, valid: Collection[StageKey]) -> bool:
+        """Whether what was grown since is its beginning: an order that is begun now goes on as this one."""
+        grown = {self._id(key) for key in valid} - self._there
+        return all(self._id(key) in grown for key in itertools.islice(self, len(grown)))
+
+    def __iter__(self) -> Iterator[StageKey]:
+        for number in itertools.count():
+            if number == len(self._known):
+                key = next(self._missing, None)
+                if key is None:
+                    return
+                self._known.append(key)
+            yield self._known[number]
+
+    def _id(self, key: StageKey) -> Any:
+        return key.slices if self._by_sets else key
+
+
+def _can_stand(key: StageKey, valid: Collection[StageKey]) -> bool:
+    return key.parent is None or key.parent in valid
 
 
 class _Found(NamedTuple):
