@@ -237,6 +237,12 @@ class Claims:
             write_atomically(self.file_of(key, token), head + (_BEAT % 0).encode(), synced=False)
         return HeldClaim(self, key, token, len(head), lease)
 
+    def end_stale(self, slices_of: Callable[[StageKey], Sequence[str]], is_there: Callable[[StageKey], bool]) -> None:
+        """End the claims that are `stale`, whoever holds them; the folder's lock must be held."""
+        for claim in self.stale(slices_of, is_there):
+            with contextlib.suppress(FileNotFoundError):
+                claim.path.unlink()
+
     def end(self, claim: Claim) -> bool:
         """
         End a claim whose holder is taken for dead, unless it lives as is seen now; the folder's lock must be held.
@@ -251,20 +257,22 @@ class Claims:
             claim.path.unlink()
         return True
 
-    def end_stale(self, slices_of: Callable[[StageKey], Sequence[str]], is_there: Callable[[StageKey], bool]) -> None:
+    def stale(
+        self, slices_of: Callable[[StageKey], Sequence[str]], is_there: Callable[[StageKey], bool]
+    ) -> list[Claim]:
         """
-        End claims of stages that a deletion reached since they were begun, and of stages that are there; the folder's
-        lock must be held.
+        Claims of stages that a deletion reached since they were begun, and of stages that are there.
 
         Args:
             slices_of (callable): From a stage to the digests of its slices as they are now.
             is_there (callable): Whether a stage needs no training.
         """
-        for claim in self.look():
-            is_stale = "slices" in claim.said and not is_current(claim.said, slices_of(claim.key))
-            if is_stale or is_there(claim.key):
-                with contextlib.suppress(FileNotFoundError):
-                    claim.path.unlink()
+
+        def is_stale(claim: Claim) -> bool:
+            is_hit = "slices" in claim.said and not is_current(claim.said, slices_of(claim.key))
+            return is_hit or is_there(claim.key)
+
+        return list(filter(is_stale, self.look()))
 
     def refuse_another(self, held: HeldClaim) -> None:
         """

@@ -72,7 +72,8 @@ class SharedGrowth:
         # Before anything is looked at: what changes meanwhile is not waited for.
         self._then = self._signs()
         folder, over = self._folder, self._watch.dead()
-        if not over and choose(folder.valid_stages) is None:
+        is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder)))
+        if not over and not is_stale and choose(folder.valid_stages) is None:
             # Nobody has to wait for the lock because of that.
             return Taken(None, [], self._others())
         with folder.lock():
