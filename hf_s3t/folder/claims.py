@@ -191,6 +191,7 @@ class Claims:
         self._path = path / CLAIMS
         self._config = config
         self._by_sets = by_sets
+        self._known: dict[str, Claim] = {}
 
     def file_of(self, key: StageKey, token: str) -> Path:
         """Where a claim lies."""
@@ -207,7 +208,18 @@ class Claims:
 
     def look(self) -> list[Claim]:
         """Read all claims."""
-        return [claim for key, token in self._names() if (claim := self._read(key, token)) is not None]
+        found = [claim for key, token in self._names() if (claim := self._read(key, token)) is not None]
+        self._known = {claim.token: claim for claim in found}
+        return found
+
+    def standing(self) -> list[Claim]:
+        """All claims, as they were read first: what they say does not change, only their signs of life do."""
+        known, self._known = self._known, {}
+        for key, token in self._names():
+            claim = known.get(token) or self._read(key, token)
+            if claim is not None:
+                self._known[token] = claim
+        return list(self._known.values())
 
     def take(self, key: StageKey, work: Mapping[str, Any], lease: float = LEASE) -> HeldClaim | None:
         """
@@ -272,7 +284,7 @@ class Claims:
             is_hit = "slices" in claim.said and not is_current(claim.said, slices_of(claim.key))
             return is_hit or is_there(claim.key)
 
-        return list(filter(is_stale, self.look()))
+        return list(filter(is_stale, self.standing()))
 
     def refuse_another(self, held: HeldClaim) -> None:
         """

@@ -1,6 +1,7 @@
 """How trainers share what a system lacks: who takes which stage next, and what one that finds none waits for."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ class SharedGrowth:
         self._watch = ClaimWatch(folder.claims)
         self._compared: set[str] = set()
         self._then: Any = None
+        self._found_over: list[Claim] = []
+        self._looked = -math.inf
         # The order that is gone by, and what it was made of.
         self._order: tuple[Any, Order] | None = None
 
@@ -71,7 +74,7 @@ class SharedGrowth:
         """
         # Before anything is looked at: what changes meanwhile is not waited for.
         self._then = self._signs()
-        folder, over = self._folder, self._watch.dead()
+        folder, over = self._folder, self._over()
         is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder)))
         if not over and not is_stale and choose(folder.valid_stages) is None:
             # Nobody has to wait for the lock because of that.
@@ -111,7 +114,10 @@ class SharedGrowth:
         after so many seconds.
         """
         pause, end = _FIRST_LOOK, time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and self._signs() == self._then and not self._watch.dead():
+        while (left := end - time.monotonic()) > 0 and self._signs() == self._then:
+            self._found_over = self._watch.dead()
+            if self._found_over:
+                return
             time.sleep(min(pause, left))
             pause = min(1.5 * pause, _LAST_LOOK)
 
@@ -131,14 +137,23 @@ class SharedGrowth:
             folder.claims.tidy()
 
     def _compare_new(self, compare: Callable[[Claim], None]) -> None:
-        for claim in self._folder.claims.look():
+        for claim in self._folder.claims.standing():
             if claim.token not in self._compared:
                 compare(claim)
                 self._compared.add(claim.token)
 
     def _others(self) -> list[Claim]:
         """Who trains something; who asks does not wait for itself."""
-        return [claim for claim in self._folder.claims.look() if not claim.is_of_this_thread]
+        return [claim for claim in self._folder.claims.standing() if not claim.is_of_this_thread]
+
+    def _over(self) -> list[Claim]:
+        """Claims of trainers that have ended. Between short stages not all claims are read each time."""
+        found, self._found_over = self._found_over, []
+        now = time.monotonic()
+        if not found and now - self._looked >= _LAST_LOOK:
+            self._looked = now
+            found = self._watch.dead()
+        return found
 
     def _signs(self) -> Any:
         folder = self._folder

@@ -157,8 +157,9 @@ class Order:
 
     def __init__(self, there: Collection[StageKey], missing: Iterable[StageKey], by_sets: bool):
         self._missing, self._by_sets = iter(missing), by_sets
+        self._ids: dict[StageKey, Any] = {}
         self._there = {self._id(key) for key in there}
-        self._known: list[StageKey] = []
+        self._known: list[tuple[StageKey, Any, StageKey | None]] = []
 
     def next(self, valid: Collection[StageKey], claimed: Collection[StageKey] = ()) -> StageKey | None:
         """
@@ -169,28 +170,30 @@ class Order:
             claimed (collection of [`~hf_s3t.plan.stages.StageKey`]): Those that others train.
         """
         done = {self._id(key) for key in (*valid, *claimed)}
-        return next((key for key in self if self._id(key) not in done and _can_stand(key, valid)), None)
+        # Asked by many, for each stage: of a thousand stages nothing is worked out twice.
+        return next((key for key, own, below in self if own not in done and (below is None or below in valid)), None)
 
     def begins_with(self, valid: Collection[StageKey]) -> bool:
         """Whether what was grown since is its beginning: an order that is begun now goes on as this one."""
         grown = {self._id(key) for key in valid} - self._there
-        return all(self._id(key) in grown for key in itertools.islice(self, len(grown)))
+        return all(own in grown for _, own, _ in itertools.islice(self, len(grown)))
 
-    def __iter__(self) -> Iterator[StageKey]:
+    def __iter__(self) -> Iterator[tuple[StageKey, Any, StageKey | None]]:
+        """Each stage, what it counts by, and the one below it."""
         for number in itertools.count():
             if number == len(self._known):
                 key = next(self._missing, None)
                 if key is None:
                     return
-                self._known.append(key)
+                self._known.append((key, self._id(key), key.parent))
             yield self._known[number]
 
     def _id(self, key: StageKey) -> Any:
-        return key.slices if self._by_sets else key
-
-
-def _can_stand(key: StageKey, valid: Collection[StageKey]) -> bool:
-    return key.parent is None or key.parent in valid
+        if not self._by_sets:
+            return key
+        if key not in self._ids:
+            self._ids[key] = key.slices
+        return self._ids[key]
 
 
 class _Found(NamedTuple):
