@@ -1,5 +1,6 @@
 """Commands on the folder of a system: what is in it, deletions, their receipts and remains, and what leaves it."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..records.request import DeletionRequest
 from . import rendering
 from .arguments import AsJson, DryRun, Folder, FromFile, Groups, Ids, Missing, named_examples
 from .exit_codes import EXHAUSTED, FINE, REFUSED
+from .watching import watch as watch_workers
 
 
 if TYPE_CHECKING:
@@ -37,8 +39,18 @@ if TYPE_CHECKING:
 _IN_EXPORT = {"`base_model`": "--base-model", ": the module, ": ": ", "`token`": "the token of `hf auth login`"}
 
 
-def status(folder: Folder, as_json: AsJson = False) -> None:
+def status(
+    folder: Folder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Tell who trains which stage, at each change, until none is missing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show depths, stages and how many deletions are left."""
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_workers(folder, as_json)
+        raise typer.Exit(FINE)
     system = open_folder(folder, read_only=True)
     found = system_status(system)
     found["pending"] = len(PendingRequests(system).ids())

@@ -324,6 +324,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
 
 
+def print_json_line(value: Any) -> None:
+    """A value as a line of JSON, for programs that read one after the other."""
+    typer.echo(json.dumps(_strict(value), allow_nan=False))
+
+
 def _strict(value: Any) -> Any:
     """A value in the types that JSON has; a number without end, which it has not, is null."""
     if isinstance(value, dict):

@@ -25,6 +25,8 @@ One module for each kind of file, its one reader and writer:
 - `stage_record`: `stage.json`, what a stage was made from.
 - `checkpoints`: checkpoints of stages in training.
 - `scratch`: where each trainer has its own of these.
+- `claims`: who trains which stage, and which of them are gone.
+- `shared_growth`: how trainers share what is missing: who takes which stage next.
 
 What they stand on:
 
@@ -34,6 +36,7 @@ What they stand on:
 - `earlier_slices`: digests of slices as format 1 wrote them, translated where a record is read.
 - `finite`: NaN and infinity, found in the bytes of an adapter.
 - `known_stages`: records of stages as they were last read, so that what did not change is not read again.
+- `processes`: which process of which machine something belongs to, and whether it is gone.
 - `lock`: under which deletions are recorded and stages renamed into place.
 - `removal`: removes so that a crash brings nothing back.
 - `versions`: of the libraries whose arithmetic a stage depends on.

@@ -1,6 +1,7 @@
 """Checkpoints of stages in training: where they lie, what they hold, and which of them a deletion condemned."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,19 @@ def _record_and_files(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return record, files
 
 
+def _held(folder: Path, token: str | None) -> tuple[Path, BaseFileLock | None]:
+    """Hold a folder under the name of a claim: whoever had it is gone, and if it is not, it writes there no more."""
+    lock = hold(folder)
+    named = folder if token is None else folder.with_name(f"{folder.name.partition('.')[0]}.{token}")
+    if lock is None or named == folder:
+        return folder, lock
+    # The system's lock is held: nobody comes in between.
+    lock.release()
+    os.rename(folder, named)
+    sync(folder.parent)
+    return named, hold(named)
+
+
 def is_checkpoint_in(path: Path, slices: Sequence[Collection[str]], ledger: Ledger, earlier: EarlierSlices) -> bool:
     """
     Whether all that an unfinished checkpoint, or the note of what its stage is trained on, saw is in.
@@ -136,21 +150,23 @@ class Checkpoints:
         """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
         return bool(folders_of(self.of(key)))
 
-    def take(self, key: StageKey, slices: list[str]) -> tuple[Path, BaseFileLock]:
+    def take(self, key: StageKey, slices: list[str], token: str | None = None) -> tuple[Path, BaseFileLock]:
         """
         Hold a folder that no other trainer touches; the system's lock must be held, as for every removal of one.
 
         Args:
             key ([`~hf_s3t.plan.stages.StageKey`]): The stage that is trained.
             slices (`list[str]`): The digests of what it is trained on.
+            token (`str`, *optional*): The token of the claim under which it is trained, which the folder is named by.
 
         Returns:
             The folder, one with checkpoints to resume from before an empty one, and its lock for `let_go`.
         """
         first = self.of(key)
-        for folder in (*folders_of(first), *unused(first)):
+        fresh = unused(first) if token is None else [first.with_name(f"{first.name}.{token}")]
+        for folder in (*folders_of(first), *fresh):
             make_folders(folder)
-            lock = hold(folder)
+            folder, lock = _held(folder, token)
             if lock is not None:
                 # By this a checkpoint without a record of its own is judged.
                 write_checked_json(folder / STAGE_FILE, {"slices": slices})

@@ -10,6 +10,9 @@ HEAD_FILE = "ledger.head"
 KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
+# Who trains which stage, and in which order they are grown.
+CLAIMS = "claims"
+ORDER_FILE = "order.json"
 STAGE_FILE = "stage.json"
 # Of what `Trainer` writes inside a stage, so begins each folder; the number of its step follows.
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -44,7 +47,11 @@ COMPANIONS = frozenset(
 TEMPORARY = ".tmp-"
 GONE = ".gone-"
 LEFTOVER_PREFIXES = (TEMPORARY, GONE)
-LEFTOVERS = (f"{TEMPORARY}*", *(f"{STAGES}/shard-*/{prefix}*" for prefix in LEFTOVER_PREFIXES))
+LEFTOVERS = (
+    f"{TEMPORARY}*",
+    f"{CLAIMS}/{TEMPORARY}*",
+    *(f"{STAGES}/shard-*/{prefix}*" for prefix in LEFTOVER_PREFIXES),
+)
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 PARTS = (
@@ -61,6 +68,7 @@ PARTS = (
     PROTOTYPES_FILE,
     STAGES,
     CHECKPOINTS,
+    CLAIMS,
 )
 STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 

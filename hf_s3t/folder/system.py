@@ -16,6 +16,7 @@ from ..records.ledger import Ledger
 from ..records.validity import fits, saw_what_is_in
 from .adding import AddingFolder
 from .checkpoints import write_checkpoint_record
+from .claims import ClaimLostError, HeldClaim
 from .config_file import (
     FORMAT_VERSION,
     config_for_others,
@@ -198,7 +199,13 @@ class SystemFolder(AddingFolder):
 
     # Stages
 
-    def write_stage(self, key: StageKey, record: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
+    def write_stage(
+        self,
+        key: StageKey,
+        record: Mapping[str, Any],
+        fill: Callable[[Path], None],
+        claim: HeldClaim | None = None,
+    ) -> bool:
         """
         Write a stage: to a temporary folder, synced, then renamed, after the ledger was read again.
 
@@ -206,16 +213,20 @@ class SystemFolder(AddingFolder):
             key ([`StageKey`]): The stage.
             record (mapping): What `stage.json` shall say; `slices` are the digests it was trained on.
             fill (callable): Called with the temporary folder to write the adapter into.
+            claim ([`~hf_s3t.folder.claims.HeldClaim`], *optional*): The claim under which it was trained. It ends when
+                the stage is there; one that was lost meanwhile writes nothing.
 
         Returns:
-            `bool`: False if a deletion that came meanwhile touches the stage, or what it stands on is not there any
-                more; it is then discarded. Where another process made the same stage first, that one stays, and
-                `stage_record` says what is there.
+            `bool`: False if a deletion that came meanwhile touches the stage, what it stands on is not there any more,
+                or the claim was lost; it is then discarded. Where another process made the same stage first, that one
+                stays, and `stage_record` says what is there.
         """
         target = self.path / key.path
         temporary = temporary_beside(target)
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
+            if claim is not None and not claim.is_held():
+                return False
             self._migrate()
             make_folders(target.parent)
             temporary.mkdir()
@@ -224,6 +235,9 @@ class SystemFolder(AddingFolder):
                 self.refresh_ledger()
                 if not self._stands(key, written):
                     self.remove_checkpoints(key)
+                    return False
+                # Again: a machine that the server took for dead meanwhile has lost the lock, too.
+                if claim is not None and not claim.is_held():
                     return False
                 there = read_intact_stage(self.path, key, self._earlier)
                 if there is None or not self._goes_before(key, there, written):
@@ -238,6 +252,8 @@ class SystemFolder(AddingFolder):
                 if self.ledger.additions:
                     self._remove_what_lost_its_parent(key)
                 self.remove_checkpoints(key)
+                if claim is not None:
+                    claim.end()
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return True
@@ -490,7 +506,7 @@ class SystemFolder(AddingFolder):
     # Checkpoints of stages in training
 
     @contextlib.contextmanager
-    def scratch(self, key: StageKey, slices: list[str]) -> Iterator[Path]:
+    def scratch(self, key: StageKey, slices: list[str], claim: HeldClaim | None = None) -> Iterator[Path]:
         """
         A folder for the checkpoints of a stage in training that no other trainer touches.
 
@@ -499,11 +515,18 @@ class SystemFolder(AddingFolder):
         Args:
             key ([`StageKey`]): The stage.
             slices (`list[str]`): The digests of what it is trained on.
+            claim ([`~hf_s3t.folder.claims.HeldClaim`], *optional*): The claim under which it is trained, whose name
+                the folder gets: one whose holder lost it knows the folder no more.
+
+        Raises:
+            [`~hf_s3t.folder.claims.ClaimLostError`]: If the claim was lost.
         """
         # Under the lock, as every removal of such a folder.
         with self.lock():
+            if claim is not None and not claim.is_held():
+                raise ClaimLostError(f"{key} was taken over by another trainer. Go on with another stage.")
             self._migrate()
-            folder, held = self._checkpoints.take(key, slices)
+            folder, held = self._checkpoints.take(key, slices, None if claim is None else claim.token)
         try:
             yield folder
         finally:

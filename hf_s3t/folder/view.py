@@ -16,6 +16,7 @@ from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current, saw_what_is_in
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
+from .claims import Claims
 from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record, settings_of
 from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp
@@ -30,6 +31,7 @@ from .layout import (
     STAGES,
 )
 from .ledger_file import pin_of
+from .scratch import folders_of
 from .secret import load_key
 from .stage_record import adapter_of, read_files
 from .table_view import TableView
@@ -416,11 +418,22 @@ class FolderView(TableView):
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self.path / key.path / name
 
-    # Checkpoints of stages in training
+    # Stages in training
+
+    @cached_property
+    def claims(self) -> Claims:
+        """Who trains which stage."""
+        return Claims(self.path, self.config, self.plan.by_sets)
+
+    # Their checkpoints
 
     def checkpoints(self, key: StageKey) -> Path:
         """Where the checkpoints of a stage in training lie; beside it those of a second trainer, see `scratch`."""
         return self._checkpoints.of(key)
+
+    def folders_of_checkpoints(self, key: StageKey) -> list[Path]:
+        """The folders for checkpoints of a stage that are there, one for each trainer that came to it."""
+        return folders_of(self.checkpoints(key))
 
     def has_checkpoints(self, key: StageKey) -> bool:
         """Whether there is a folder for checkpoints of a stage, or was a moment ago."""

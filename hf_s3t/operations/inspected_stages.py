@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import FolderError, counted
 from ..folder.checkpoints import is_checkpoint_in
+from ..folder.claims import claimed_by
 from ..folder.files import REGROW, check_digest, read_checked
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
 from ..folder.foreign import entries
@@ -14,12 +15,15 @@ from ..folder.layout import (
     ADAPTER_FILE,
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
+    CLAIMS,
     ERASURES_LOCK_FILE,
     LEFTOVER_PREFIXES,
     LOCK_FILE,
+    ORDER_FILE,
     STAGE_FILE,
     STAGE_FILES,
     STAGES,
+    TEMPORARY,
     TRACKER_LOGS,
 )
 from ..folder.scratch import stage_of
@@ -189,6 +193,31 @@ def _is_current(checkpoint: Path, key: StageKey, records: Records) -> bool:
         return True
     slices = [table.slice_digests_of(key.shard, slice_, ledger.generations) for slice_ in key.prefix]
     return is_checkpoint_in(checkpoint, slices, ledger, records.earlier)
+
+
+# Claims
+
+
+def inspect_claims(path: Path, records: Records, findings: Findings) -> None:
+    """
+    Look for what does not belong among the claims of trainers at work. They themselves are as they may be: whether one
+    of them is over is for those to judge who wait for it.
+
+    Args:
+        path (`Path`): The folder of the system.
+        records ([`~hf_s3t.operations.inspected_records.Records`]): What is known of the system.
+        findings ([`~hf_s3t.operations.findings.Findings`]): Gets what is wrong.
+    """
+    root = path / CLAIMS
+    if root.is_symlink():
+        return
+    for entry in entries(root):
+        key = claimed_by(entry.name)
+        is_claim = (key is not None and _is_of_system(key, records)) or entry.name == ORDER_FILE
+        if entry.name.startswith(TEMPORARY):
+            findings.condemned(entry, "leftover")
+        elif not is_claim or entry.is_dir():
+            findings.unknown(entry)
 
 
 # Names of folders

@@ -9,6 +9,7 @@ from ..folder.files import stamp
 from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
     CHECKPOINTS,
+    CLAIMS,
     COMPANIONS,
     CONFIG_FILE,
     ERASURES_FILE,
@@ -27,7 +28,7 @@ from .erasures import states_of
 from .findings import Findings, Inspection, require_file, require_private
 from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
-from .inspected_stages import inspect_checkpoints, inspect_stages
+from .inspected_stages import inspect_checkpoints, inspect_claims, inspect_stages
 from .pending import PendingRequests
 
 
@@ -74,6 +75,8 @@ def _look(path: Path, adapters: bool) -> Findings:
             inspect_stages(path, records, adapters, findings)
         with findings.reading(path / CHECKPOINTS):
             inspect_checkpoints(path, records, findings)
+        with findings.reading(path / CLAIMS):
+            inspect_claims(path, records, findings)
         with findings.reading(path / PENDING_FILE):
             _inspect_requests(path, findings)
         with findings.reading(path / ERASURES_FILE):

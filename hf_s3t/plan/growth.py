@@ -1,5 +1,6 @@
 """What is to be grown next: which stages are missing, and what each of them is worth."""
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,6 +129,18 @@ class Growth:
             old[shard] = _left_by(best.key, old[shard])
             found[shard] = self._first(shard, there[shard], empty, old[shard])
 
+    def order(
+        self,
+        valid: Collection[StageKey],
+        empty: Collection[tuple[int, int]] = (),
+        behind: Collection[StageKey] = (),
+    ) -> "Order":
+        """The order of `missing`, for several who grow it together. Arguments as of `next`."""
+        by_sets = self._plan.by_sets
+        if by_sets or behind:
+            return Order(valid, (step.key for step in self.steps(valid, empty, behind)), by_sets)
+        return Order(valid, self._plan.missing(valid, empty), False)
+
     def _as_planned(
         self, there: list[set[StageKey]], empty: Collection[tuple[int, int]], old: list[set[StageKey]]
     ) -> Iterator[Step]:
@@ -187,6 +200,62 @@ def _that_lower_nothing(
     lowering = {key for key in keys if _lowers(key, there, old)}
     free = [key for key in keys if lowering.isdisjoint(key.lineage)]
     return free or keys
+
+
+class Order:
+    """
+    What several who grow a system together take next: what one alone would come to, in its order, but for what others
+    have in hand, and what stands on it.
+
+    From which stages one alone began decides, in a plan by sets, in which order of its slices a set is grown. So all
+    have to go by the order from the same ones, and what they grow together is what one would have grown.
+
+    Args:
+        there (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages from which it begins.
+        missing (iterable of [`~hf_s3t.plan.stages.StageKey`]): What one alone would grow, one after the other; looked
+            at as far as is needed.
+        by_sets (`bool`): Whether a stage counts by its set of slices.
+    """
+
+    def __init__(self, there: Collection[StageKey], missing: Iterable[StageKey], by_sets: bool):
+        self._missing, self._by_sets = iter(missing), by_sets
+        self._ids: dict[StageKey, Any] = {}
+        self._there = {self._id(key) for key in there}
+        self._known: list[tuple[StageKey, Any, StageKey | None]] = []
+
+    def next(self, valid: Collection[StageKey], claimed: Collection[StageKey] = ()) -> StageKey | None:
+        """
+        The stage to take now; `None` if there is none that nobody has and whose parent is there.
+
+        Args:
+            valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
+            claimed (collection of [`~hf_s3t.plan.stages.StageKey`]): Those that others train.
+        """
+        done = {self._id(key) for key in (*valid, *claimed)}
+        # Asked by many, for each stage: of a thousand stages nothing is worked out twice.
+        return next((key for key, own, below in self if own not in done and (below is None or below in valid)), None)
+
+    def begins_with(self, valid: Collection[StageKey]) -> bool:
+        """Whether what was grown since is its beginning: an order that is begun now goes on as this one."""
+        grown = {self._id(key) for key in valid} - self._there
+        return all(own in grown for _, own, _ in itertools.islice(self, len(grown)))
+
+    def __iter__(self) -> Iterator[tuple[StageKey, Any, StageKey | None]]:
+        """Each stage, what it counts by, and the one below it."""
+        for number in itertools.count():
+            if number == len(self._known):
+                key = next(self._missing, None)
+                if key is None:
+                    return
+                self._known.append((key, self._id(key), key.parent))
+            yield self._known[number]
+
+    def _id(self, key: StageKey) -> Any:
+        if not self._by_sets:
+            return key
+        if key not in self._ids:
+            self._ids[key] = key.slices
+        return self._ids[key]
 
 
 class _Found(NamedTuple):

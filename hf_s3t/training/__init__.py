@@ -7,6 +7,8 @@ The trainers, and what they are put together from:
 - `sft_trainer`: `S3TSFTTrainer`.
 - `trainer_mixin`: what their parts share.
 - `plan_run`: the stages of a plan, one after the other.
+- `limits`: how far a call goes.
+- `shared_work`: takes stages among other trainers on the folder, and waits for them.
 - `stage_run`: one run of `Trainer.train`, which makes one stage.
 - `stage_memory`: brings in the stages below, and takes out the one that was trained.
 - `evaluation`: with the ensemble, or with the stack so far.
