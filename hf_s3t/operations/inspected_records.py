@@ -11,7 +11,7 @@ from ..errors import ConfigError, FolderError, KeyMissingError, counted
 from ..folder.addition_file import read_addition
 from ..folder.config_file import plan_of, read_record, settings_of
 from ..folder.earlier_slices import EarlierSlices
-from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
+from ..folder.layout import ADDITION_FILE, CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
 from ..folder.secret import load_key
 from ..folder.table_file import StoredTable, read_table
@@ -154,6 +154,9 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
             f"{stored.file} still holds {counted(deleted, 'deleted example')}, though it says that it was written "
             "without. Restore it from a backup."
         )
+    if not any(line > lines for line in ledger.additions) and os.path.lexists(stored.file.parent / ADDITION_FILE):
+        # Of who died before the ledger told of them, or after the table had them.
+        findings.condemned(stored.file.parent / ADDITION_FILE, "leftover")
     records.table = _with_rows_that_come(stored.file.parent, left, ledger, lines, config, names)
     if records.is_of_format_1:
         records.earlier.learn(left)

@@ -163,6 +163,7 @@ def test_a_table_that_is_older_than_the_rows_that_came_is_refused_and_told_of(sy
 
 def test_rows_that_were_never_told_of_are_removed_by_the_next_load(system):
     (system / ADDITION_FILE).write_bytes(b"of who died before")
+    assert [(found.path.name, found.kind) for found in inspect(system).to_remove] == [(ADDITION_FILE, "leftover")]
     SystemFolder(system)
     assert not (system / ADDITION_FILE).exists()
 

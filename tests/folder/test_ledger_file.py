@@ -9,7 +9,8 @@ import pytest
 from support.folders import NUMBERS, apply, grow, new_system
 
 from hf_s3t.errors import FolderError
-from hf_s3t.folder import ledger_file, view
+from hf_s3t.folder import ledger_file
+from hf_s3t.folder import table_view as view
 from hf_s3t.folder.files import stamp
 from hf_s3t.folder.layout import TABLE_FILE
 from hf_s3t.folder.system import SystemFolder

@@ -9,8 +9,8 @@ from support.folders import NAMES, apply, grow, new_system, record
 from support.tables import rewrite_table, write_first_version
 
 import hf_s3t.folder.system as system_module
+import hf_s3t.folder.table_view as view
 import hf_s3t.folder.versions as versions
-import hf_s3t.folder.view as view
 from hf_s3t.folder.layout import TABLE_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import record_request

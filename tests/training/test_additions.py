@@ -1,13 +1,28 @@
 """`add_examples` and `replace_examples`: a system that grew is, to the bit, one that had the rows from the start."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from support.tiny import make_trainer, plant_stages, rows_for, s3t_config, tiny_bert, tiny_llama
+from support.folders import add
+from support.tiny import (
+    make_trainer,
+    plant_stages,
+    rows_for,
+    s3t_config,
+    tiny_bert,
+    tiny_llama,
+    tokenizer_of_words,
+    training_arguments,
+)
+from trl import SFTConfig
 
-from hf_s3t import S3TModel
+from hf_s3t import S3TModel, S3TSFTTrainer
 from hf_s3t.errors import (
     ConfigError,
     ContentChangedError,
@@ -387,3 +402,83 @@ def test_a_row_to_replace_must_be_in(tmp_path):
     with pytest.raises(UnknownExampleError, match=r"1 row of ids that are not in.*add_examples"):
         trainer.replace_examples(data(MORE[:1]))
     assert not trainer.folder.ledger.lines
+
+
+# Other trainers, gates, processes
+
+
+def spoken(rows) -> list[dict]:
+    return [{"id": row["id"], "text": " ".join(f"w{token}" for token in row["input_ids"])} for row in rows]
+
+
+def words():
+    tokenizer = tokenizer_of_words()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    return tokenizer
+
+
+def sft(path, rows, **settings):
+    args = training_arguments(path, SFTConfig, bf16=False, max_length=16)
+    config = s3t_config(**{**BALANCED, **settings})
+    return make_trainer(path, rows=rows, cls=S3TSFTTrainer, args=args, processing_class=words(), config=config)
+
+
+def test_texts_that_come_are_prepared_as_the_others(tmp_path):
+    trainer = sft(tmp_path / "grown", spoken(FIRST))
+    trainer.train()
+    trainer.add_examples(data(spoken(MORE[:4])), into="slices")
+    trainer.train()
+    rows = with_slices(spoken([*FIRST, *MORE[:4]]), trainer.folder)
+    fresh = sft(tmp_path / "fresh", rows, partition="column", shard_column="shard", slice_column="slice")
+    fresh.train()
+    assert_equal_stages(trainer.folder, fresh.folder)
+
+
+def test_a_gate_knows_the_rows_that_came_and_the_shards(tmp_path):
+    trainer = make_trainer(tmp_path, rows=FIRST, processing_class=words(), config=s3t_config(**BALANCED, gate="terms"))
+    plant_stages(trainer)
+    trainer.add_examples(data(MORE[:4]), into="new_shards")
+    plant_stages(trainer)
+    folder = SystemFolder(tmp_path)
+    gate = folder.load_gate()
+    assert gate.counts.num_shards == 3 and len(gate.rows) == len(folder.table) and gate.is_counted
+    model = S3TModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    asked = torch.tensor([MORE[0]["input_ids"]])
+    (shard, _) = folder.table.places_of([MORE[0]["id"]])[0]
+    assert model.gate_weights(asked)[0].argmax() == shard == 2
+    model.unlearn([MORE[0]["id"]])
+    assert len(SystemFolder(tmp_path).load_gate().rows) == len(folder.table) - 1
+
+
+def test_a_model_with_a_gate_answers_while_the_gate_does_not_know_new_shards_yet(tmp_path):
+    """Another process is between the rows and the gate."""
+    trainer = make_trainer(tmp_path, rows=FIRST, processing_class=words(), config=s3t_config(**BALANCED, gate="terms"))
+    plant_stages(trainer)
+    model = S3TModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    asked = torch.tensor([FIRST[0]["input_ids"]])
+    before = model(input_ids=asked).logits
+    add(SystemFolder(tmp_path), {f"new-{number}": (2, number % 2) for number in range(4)})
+    assert torch.equal(model(input_ids=asked).logits, before)
+
+
+@pytest.mark.slow
+def test_an_audit_in_a_fresh_process_finds_a_grown_system_as_it_is_recorded(tmp_path):
+    script = tmp_path / "grows.py"
+    script.write_text(
+        "import sys\n"
+        "from training.test_additions import FIRST, MORE, data, trainer_of\n"
+        "rows = [*FIRST, *MORE[:3]] if sys.argv[2] == 'audit' else FIRST\n"
+        "trainer = trainer_of(sys.argv[1], rows)\n"
+        "if sys.argv[2] == 'audit':\n"
+        "    report = trainer.verify()\n"
+        "    sys.exit(0 if report.ok and not report.trained_here and len(report.stages) >= 6 else 1)\n"
+        "trainer.train()\n"
+        "trainer.add_examples(data(MORE[:3]), into='slices')\n"
+        "trainer.train()\n"
+    )
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    for what in ("grow", "audit"):
+        command = [sys.executable, str(script), str(tmp_path / "system"), what]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert not done.returncode, done.stderr[-2000:]
