@@ -44,12 +44,14 @@ EXTRAS_REQUIRE = {
         "pydantic>=2.14.3",
         "uvicorn>=0.54",
     ],
+    "sign": ["cryptography>=46.0"],
     "vision": ["pillow>=12.0"],
 }
 EXTRAS_REQUIRE["test"] = [
     *EXTRAS_REQUIRE["figures"],
     *EXTRAS_REQUIRE["lm_eval"],
     *EXTRAS_REQUIRE["serve"],
+    *EXTRAS_REQUIRE["sign"],
     *EXTRAS_REQUIRE["vision"],
     "hypothesis>=6.170",
     "openai>=3.57",
