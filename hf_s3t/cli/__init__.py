@@ -8,6 +8,7 @@ The command line `hf-s3t`.
 - `arguments`: what commands take, and the ids and groups that these name.
 - `verify`: the commands that make keys and check receipts, without a system.
 - `folder`: commands on a system's folder.
+- `signing`: the command that signs lines of a ledger, and the writing of signed receipts.
 - `hub`: commands on its repository.
 - `plan`: the command for before there is a system.
 - `serve`: the command that serves a system over HTTP.

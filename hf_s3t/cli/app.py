@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import folder, hub, plan, serve, verify
+from . import folder, hub, plan, serve, signing, verify
 from .ending import Commands
 from .exit_codes import EXIT_CODES
 
@@ -46,6 +46,7 @@ for command in (
     folder.apply_pending,
     folder.check,
     folder.receipt,
+    signing.sign,
     verify.keygen,
     verify.verify_receipt,
     folder.purge,

@@ -5,6 +5,7 @@ TABLE_FILE = "examples.parquet"
 GATE_FILE = "gate.safetensors"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
+SIGNATURES_FILE = "signatures.jsonl"
 KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
@@ -51,6 +52,7 @@ PARTS = (
     GATE_FILE,
     LEDGER_FILE,
     HEAD_FILE,
+    SIGNATURES_FILE,
     PENDING_FILE,
     ERASURES_FILE,
     KEY_FILE,

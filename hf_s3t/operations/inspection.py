@@ -17,16 +17,19 @@ from ..folder.layout import (
     LEDGER_FILE,
     PARTS,
     PENDING_FILE,
+    SIGNATURES_FILE,
     STAGES,
     TEMPORARY,
     is_log,
 )
 from ..folder.opening import ReadOnlyFolder
 from ..records.request import some
+from ..signing.keys import PublicKey
 from .erasures import states_of
 from .findings import Findings, Inspection, require_file, require_private
 from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
+from .inspected_signatures import inspect_signatures
 from .inspected_stages import inspect_checkpoints, inspect_stages
 from .pending import PendingRequests
 
@@ -35,7 +38,7 @@ from .pending import PendingRequests
 _ATTEMPTS = 3
 
 
-def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
+def inspect(path: str | os.PathLike[str], adapters: bool = True, public_key: PublicKey | None = None) -> Inspection:
     """
     Read everything in a folder and say what is wrong with it: ledger, digests, validity, what does not belong there.
 
@@ -44,6 +47,8 @@ def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
     Args:
         path (`str` or `os.PathLike`): The folder of the system.
         adapters (`bool`, defaults to `True`): Read the adapters too, which are nearly all of the folder's bytes.
+        public_key ([`~hf_s3t.signing.keys.PublicKey`], *optional*):
+            Of whoever signs the lines of the ledger. Without it they are compared with what was signed, whoever did.
 
     Returns:
         [`~hf_s3t.operations.findings.Inspection`]: What was found.
@@ -51,14 +56,14 @@ def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
     path = Path(path)
     for _ in range(_ATTEMPTS):
         before = stamp(path / LEDGER_FILE)
-        findings = _look(path, adapters)
+        findings = _look(path, adapters, public_key)
         if stamp(path / LEDGER_FILE) == before:
             break
         # Someone deleted meanwhile, and what was read belongs to two states of the folder.
     return findings.result()
 
 
-def _look(path: Path, adapters: bool) -> Findings:
+def _look(path: Path, adapters: bool, public_key: PublicKey | None) -> Findings:
     findings = Findings()
     with findings.reading(path):
         if not (path / CONFIG_FILE).is_file():
@@ -68,6 +73,8 @@ def _look(path: Path, adapters: bool) -> Findings:
         findings.problems.extend(map(foreign_problem, foreign_parts(path)))
         _inspect_root(path, findings)
         records = inspect_records(path, findings)
+        with findings.reading(path / SIGNATURES_FILE):
+            inspect_signatures(path, records.ledger, public_key, findings)
         with findings.reading(path / GATE_FILE):
             inspect_gate(path, records, findings)
         with findings.reading(path / STAGES):
