@@ -86,7 +86,10 @@ setup(
     # The templates of cards lie beside the package in a checkout, and go into it where it is installed.
     packages=[*find_packages(include=["hf_s3t", "hf_s3t.*"]), "hf_s3t.model_cards"],
     package_dir={"hf_s3t.model_cards": "model_cards"},
-    package_data={"hf_s3t": ["py.typed", "metrics/*/*.py", "server/page/*"], "hf_s3t.model_cards": ["*.md"]},
+    package_data={
+        "hf_s3t": ["py.typed", "metrics/*/*.py", "operations/report_pages/*", "server/page/*"],
+        "hf_s3t.model_cards": ["*.md"],
+    },
     entry_points={"console_scripts": ["hf-s3t = hf_s3t.cli:main"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

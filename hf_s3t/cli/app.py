@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import folder, hub, plan, serve, signing, verify
+from . import folder, hub, plan, report, serve, signing, verify
 from .ending import Commands
 from .exit_codes import EXIT_CODES
 
@@ -49,6 +49,7 @@ for command in (
     signing.sign,
     verify.keygen,
     verify.verify_receipt,
+    report.report,
     folder.purge,
     hub.push,
     hub.pull,
