@@ -9,6 +9,7 @@ The command line `hf-s3t`.
 - `verify`: the commands that make keys and check receipts, without a system.
 - `folder`: commands on a system's folder.
 - `signing`: the command that signs lines of a ledger, and the writing of signed receipts.
+- `audits`: the commands for an audit by somebody else.
 - `report`: the command that writes a report for the file.
 - `hub`: commands on its repository.
 - `plan`: the command for before there is a system.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import folder, hub, plan, report, serve, signing, verify
+from . import audits, folder, hub, plan, report, serve, signing, verify
 from .ending import Commands
 from .exit_codes import EXIT_CODES
 
@@ -50,6 +50,8 @@ for command in (
     verify.keygen,
     verify.verify_receipt,
     report.report,
+    audits.audit_pack,
+    audits.audit_add,
     folder.purge,
     hub.push,
     hub.pull,

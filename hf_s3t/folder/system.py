@@ -303,9 +303,10 @@ class SystemFolder(FolderView):
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
-        self._record_handing_out(key.lineage, versions)
+        self.record_handing_out(key.lineage, versions)
 
-    def _record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
+    def record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
+        """Note in the ledger that stages were handed out. The folder's lock must be held."""
         self.refresh_ledger()
         digests = {str(key): self.adapter_digest(key) for key in keys}
         self._append(self.ledger.append("export", removed=digests, versions=versions))
@@ -593,10 +594,11 @@ class SystemFolder(FolderView):
         with self.lock():
             self.refresh_ledger()
             self.refresh_stages()
-            self._record_handing_out(sorted(self.valid_stages), library_versions())
-        copy_system(self.path, target, self._snapshot)
+            self.record_handing_out(sorted(self.valid_stages), library_versions())
+        copy_system(self.path, target, self.snapshot)
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """What the folder says now, to be copied."""
         self.refresh_ledger()
         self.refresh_stages()
         with self._reading:

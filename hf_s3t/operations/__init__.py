@@ -8,6 +8,8 @@ What is done to a folder without a model: deletions, receipts, inspection, purge
 - `receipts`: what a line of the ledger proves, in words and for machines.
 - `signed_receipts`: receipts for who does not have the folder.
 - `reports`: what a ledger says of a request or a period, for the file, as a page or as Markdown.
+- `audits`: what a third party needs to train stages again, and their signed result taken back.
+- `audit_pack`: what goes into a pack for them as it is.
 - `inspection`: what is wrong with a folder, and what the next load would remove: `hf-s3t check`.
 - `inspected_records`: its look at config, secret, ledger and table.
 - `inspected_gate`: its look at the gate.

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 from ..errors import FolderError, counted
+from ..folder.audits_file import read_audits
 from ..folder.erasure_requests_file import ErasureBook
 from ..folder.files import stamp
 from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
+    AUDITS_FILE,
     CHECKPOINTS,
     COMPANIONS,
     CONFIG_FILE,
@@ -75,6 +77,10 @@ def _look(path: Path, adapters: bool, public_key: PublicKey | None) -> Findings:
         records = inspect_records(path, findings)
         with findings.reading(path / SIGNATURES_FILE):
             inspect_signatures(path, records.ledger, public_key, findings)
+        with findings.reading(path / AUDITS_FILE):
+            if os.path.lexists(path / AUDITS_FILE):
+                require_file(path / AUDITS_FILE)
+                read_audits(path)
         with findings.reading(path / GATE_FILE):
             inspect_gate(path, records, findings)
         with findings.reading(path / STAGES):

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .. import __version__
-from ..errors import ConfigError, counted
+from ..errors import ConfigError, FolderError, counted
 from ..folder.config_file import read_record
 from ..folder.foreign import printable
 from ..folder.identity import identity_of
 from ..folder.layout import CONFIG_FILE
 from ..signing.keys import PublicKey
+from .audits import audits_of
 from .inspection import inspect
 from .receipts import Receipt, Receipts
 
@@ -75,6 +76,7 @@ class Report:
         problem (`str`, *optional*): What is wrong with the chain of the ledger.
         problems (`tuple[str, ...]`): What the check of the folder found.
         notes (`tuple[str, ...]`): What it noted.
+        audits (`tuple[dict, ...]`): What audits came to: `time`, `by`, `equal`, `differing`.
         keyid (`str`, *optional*): The key that signatures were checked by.
         version (`str`): Of hf_s3t.
     """
@@ -87,6 +89,7 @@ class Report:
     problem: str | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    audits: tuple[Mapping[str, Any], ...]
     keyid: str | None
     version: str = __version__
 
@@ -138,9 +141,9 @@ def make_report(
         chosen: Iterator[Receipt] = iter([ledger.of_line(line)])
     else:
         chosen = (one for one in ledger.receipts if _is_within(one.entry.time, first, last))
-    check = inspect(path, public_key=public_key)
+    check, system = inspect(path, public_key=public_key), str(identity_of(read_record(path / CONFIG_FILE)))
     return Report(
-        system=str(identity_of(read_record(path / CONFIG_FILE))),
+        system=system,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         scope=_scope(line, since, until),
         lines=tuple(_reported(one, ledger, public_key) for one in chosen),
@@ -148,6 +151,7 @@ def make_report(
         problem=None if ledger.problem is None else _without_place(ledger.problem, path),
         problems=tuple(_without_place(one, path) for one in check.problems),
         notes=tuple(_without_place(one, path) for one in check.notes),
+        audits=_audits(path, system),
         keyid=None if public_key is None else public_key.keyid,
     )
 
@@ -187,6 +191,14 @@ def _reported(found: Receipt, ledger: Receipts, key: PublicKey | None) -> Report
     if key is not None:
         said = replace(said, holds=any(key.holds(one.value, envelope.signed_bytes) for one in envelope.signatures))
     return ReportedLine(found, facts, sorted(left.items()), said)
+
+
+def _audits(path: Path, system: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        return tuple(audits_of(path, None, system))
+    except FolderError:
+        # What is wrong with their file is among the problems.
+        return ()
 
 
 def _scope(line: int | None, since: str | None, until: str | None) -> str:

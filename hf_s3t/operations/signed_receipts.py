@@ -14,6 +14,7 @@ from ..records.statements import receipt_statement
 from ..signing.issuing import sign
 from ..signing.keys import Signer
 from ..signing.person import Commitment, new_salt, salt_text
+from .audits import audits_of
 from .receipts import Receipts
 from .written_ids import candidates
 
@@ -75,7 +76,8 @@ def signed_receipt(
         person = Commitment.of(names, str(value), salt)
     system = str(identity_of(read_record(Path(path) / CONFIG_FILE)))
     when = _line_signed(ledger, found.hash, system, signer)
-    statement = receipt_statement(ledger.ledger, number, system, when, person=person)
+    audits = audits_of(Path(path), ledger.ledger.left_at(number), system)
+    statement = receipt_statement(ledger.ledger, number, system, when, audits, person)
     return SignedReceipt(sign(statement, signer).to_json(), None if salt is None else salt_text(salt))
 
 

@@ -9,5 +9,6 @@ What signs receipts and checks them, with nothing else at hand: no folder, no mo
 - `person`: an id named by a salted commitment, which only who has the salt can recognise.
 - `statement`: what a receipt says, as an in-toto Statement.
 - `issuing`: signing it.
+- `audit_statement`: what somebody signs who has trained stages again.
 - `verification`: whether a receipt says what was signed, whose it is, and whether another goes on from it.
 """

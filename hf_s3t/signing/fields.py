@@ -50,6 +50,10 @@ class Fields:
         """A short text of letters, digits and a few signs, which may be printed."""
         return self._matching(name, _WORD, "a short text")
 
+    def stage(self, name: str) -> str:
+        """The name of a stage."""
+        return self._matching(name, _STAGE, "the name of a stage")
+
     def digest(self, name: str) -> str:
         """64 hexadecimal digits."""
         return self._matching(name, _DIGEST, "a SHA-256")
@@ -88,7 +92,7 @@ class Fields:
         """A list of stages with their places, as their names and the digests of their adapters."""
         found: dict[str, str] = {}
         for one in self.each(name):
-            stage = one._matching("stage", _STAGE, "the name of a stage")
+            stage = one.stage("stage")
             found[stage] = one.digest("adapter_sha256")
             if {field: one._values.get(field) for field in ("shard", "slices")} != place_of(stage):
                 one._refused("slices", "those that the name of the stage says")
@@ -116,6 +120,6 @@ def place_of(stage: str) -> dict[str, Any]:
 
 def _refuse(where: str, expected: str) -> NoReturn:
     raise ReceiptError(
-        f"The receipt says something that none says ({where}: expected {expected}): it was made by another program. "
-        "Ask its issuer for one by hf_s3t."
+        f"What was signed says something that none says ({where}: expected {expected}): it was made by another "
+        "program. Ask its issuer for one by hf_s3t."
     )
