@@ -7,6 +7,7 @@ import typer
 
 from ..errors import ConfigError, counted
 from ..folder.opening import open_folder
+from ..folder.signed_ledger import sign_unsigned
 from ..operations.signed_receipts import signed_receipt
 from ..signing.keys import required_signer, signing_with
 from . import rendering
@@ -17,7 +18,7 @@ def sign(folder: Folder, signing_key: SigningKey = None) -> None:
     """Sign the lines of the ledger that nobody signed when they were written, each as signed later."""
     with signing_with(signing_key):
         signer = required_signer()
-        signed = open_folder(folder).sign()
+        signed = sign_unsigned(open_folder(folder))
     if not signed:
         rendering.say("every line is signed")
         return

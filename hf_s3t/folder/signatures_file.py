@@ -10,7 +10,7 @@ from ..records.ledger import Ledger
 from ..records.statements import statement_of
 from ..signing.dsse import Envelope
 from ..signing.issuing import sign
-from ..signing.keys import Signer
+from ..signing.keys import Signer, current_signer
 from ..signing.statement import Statement
 from ..signing.verification import read_unverified
 from .files import sync, unreadable, write_atomically
@@ -137,6 +137,54 @@ def sign_written(path: Path, ledger: Ledger, lines: Iterable[int], system: str, 
             "by `hf-s3t sign`.",
             stacklevel=2,
         )
+
+
+class NewLines:
+    """
+    Lines that were written under a folder's lock, to be signed before that is let go, and after all else: a signature
+    may take its time, and neither a removal nor a reader waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[int, Signer]] = []
+
+    def note(self, number: int, signer: Signer | None) -> None:
+        """
+        Remember a line.
+
+        Args:
+            number (`int`): Its number, counted from 1.
+            signer ([`~hf_s3t.signing.keys.Signer`], *optional*): What signs it; without one, nothing does.
+        """
+        if signer is not None:
+            self._lines.append((number, signer))
+
+    def sign(self, path: Path, ledger: Ledger, system: str) -> None:
+        """
+        Sign what was written, whatever came of the rest: it is in force.
+
+        Args:
+            path (`Path`): The folder.
+            ledger ([`~hf_s3t.records.ledger.Ledger`]): Its ledger.
+            system (`str`): The identity of the system.
+        """
+        lines, self._lines = self._lines, []
+        for number, signer in lines:
+            sign_written(path, ledger, [number], system, signer)
+
+
+def sign_merge(path: Path, merged: Ledger, other: Ledger, system: str) -> None:
+    """
+    Sign the line by which this process joined two ledgers, if it wrote one. The folder's lock must be held.
+
+    Args:
+        path (`Path`): The folder.
+        merged ([`~hf_s3t.records.ledger.Ledger`]): Its ledger now.
+        other ([`~hf_s3t.records.ledger.Ledger`]): The other copy's.
+        system (`str`): The identity of the system.
+    """
+    if merged.hashes[-1] not in other.hashes:
+        sign_written(path, merged, [len(merged.lines)], system, current_signer())
 
 
 def sign_later(path: Path, ledger: Ledger, system: str, signer: Signer) -> list[int]:

@@ -14,7 +14,7 @@ from ..records.digests import DigestKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
-from ..signing.keys import current_signer, required_signer
+from ..signing.keys import current_signer
 from .checkpoints import write_checkpoint_record
 from .config_file import FORMAT_VERSION, config_for_others, holds_system, in_newest_format, read_record, write_record
 from .copying import Snapshot, check_target, copy_system
@@ -31,7 +31,7 @@ from .files import (
     write_atomically,
 )
 from .gate_file import StoredGate, write_gate
-from .identity import identity_of, is_same_system, new_identity
+from .identity import is_same_system, new_identity
 from .layout import (
     ATTRIBUTES_FILE,
     CARD_FILE,
@@ -48,7 +48,7 @@ from .layout import (
 from .ledger_file import append_line, pin_of, write_head
 from .lock import locked, making
 from .removal import discard, leftovers, remove_leftovers
-from .signatures_file import Signatures, sign_later, sign_written, take_in
+from .signatures_file import sign_merge
 from .stage_record import adapter_of, fill_stage, read_intact_stage, read_stage
 from .table_file import write_table
 from .versions import library_versions
@@ -133,7 +133,10 @@ class SystemFolder(FolderView):
             [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
         """
         with locked(self.path):
-            yield
+            try:
+                yield
+            finally:
+                self._new_lines.sign(self.path, self.ledger, self.identity)
 
     making = staticmethod(making)
 
@@ -328,7 +331,7 @@ class SystemFolder(FolderView):
                 return []
             current_signer()
             self._replace_ledger(merged)
-            self._sign_merge(merged, other)
+            sign_merge(self.path, merged, other, self.identity)
             condemned = self.condemned_stages()
             self.remove_stages(condemned)
             self.remove_stale_checkpoints()
@@ -345,7 +348,7 @@ class SystemFolder(FolderView):
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
         self._write_head()
-        sign_written(self.path, ledger, [len(ledger.lines)], self.identity, signer)
+        self._new_lines.note(len(ledger.lines), signer)
 
     def _replace_ledger(self, ledger: Ledger) -> None:
         self._migrate()
@@ -357,51 +360,6 @@ class SystemFolder(FolderView):
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
         self._write_head()
-
-    # What was signed of its lines
-
-    @property
-    def identity(self) -> str:
-        """The identity of the system."""
-        return str(identity_of(self.record))
-
-    @property
-    def signatures(self) -> Signatures:
-        """What was signed of the lines of the ledger, by whoever had a key."""
-        return Signatures.read(self.path)
-
-    def sign(self) -> list[int]:
-        """
-        Sign the lines of the ledger that nobody signed, each as signed later.
-
-        Returns:
-            `list[int]`: Their numbers, counted from 1.
-
-        Raises:
-            [`~hf_s3t.errors.SigningKeyError`]: If this process has no key.
-            [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
-        """
-        signer = required_signer()
-        with self.lock():
-            self.refresh_ledger()
-            return sign_later(self.path, self.ledger, self.identity, signer)
-
-    def take_in_signatures(self, more: Signatures) -> None:
-        """
-        Take in what another copy of the system has of signatures of the lines that are here.
-
-        Args:
-            more ([`~hf_s3t.folder.signatures_file.Signatures`]): The other copy's.
-        """
-        if more.of_line:
-            with self.lock():
-                self.refresh_ledger()
-                take_in(self.path, self.ledger, more)
-
-    def _sign_merge(self, merged: Ledger, other: Ledger) -> None:
-        """Sign the line by which this process joined two ledgers, if it wrote one."""
-        if merged.hashes[-1] not in other.hashes:
-            sign_written(self.path, merged, [len(merged.lines)], self.identity, current_signer())
 
     def _write_head(self) -> None:
         # One that is behind says nothing wrong: where there is no room, the removal that makes some goes first.

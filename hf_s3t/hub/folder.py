@@ -35,7 +35,7 @@ from ..folder.layout import (
 from ..folder.ledger_file import pin_of, read_ledger, require_pinned
 from ..folder.removal import discard
 from ..folder.secret import KEY_VARIABLE, load_key
-from ..folder.signatures_file import Signatures
+from ..folder.signatures_file import Signatures, sign_merge
 from ..folder.system import SystemFolder
 from ..folder.table_file import read_table, write_table
 from ..plan.stages import StageKey
@@ -336,7 +336,7 @@ class HubFolder(SystemFolder):
             merged = self.ledger.merge(other)
             if merged is not self.ledger:
                 self._replace_ledger(merged)
-                self._sign_merge(merged, other)
+                sign_merge(self.path, merged, other, self.identity)
             return self.condemned_stages()
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:

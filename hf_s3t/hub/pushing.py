@@ -28,6 +28,7 @@ from ..folder.layout import (
     TABLE_FILE,
 )
 from ..folder.signatures_file import Signatures
+from ..folder.signed_ledger import take_in_signatures
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import table_bytes
@@ -149,7 +150,7 @@ def _commit_upon_what_is_there(
         merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
         signed = repo.signatures(state)
         if not dry_run:
-            folder.take_in_signatures(signed)
+            take_in_signatures(folder, signed)
         if attempt == 0 and include_gate is None and folder.has_gate and GATE_FILE not in state.tree:
             _warn_of_gate_that_stays(repo.repo_id)
         card = repo.card(state)

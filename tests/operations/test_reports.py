@@ -31,7 +31,8 @@ def after(tmp_path_factory):
     apply(folder, groups=["user-2"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SIGNING_VARIABLE, OUR_KEY)
-        folder.record_export(next(iter(folder.valid_stages)), {"python": "3.11.7"})
+        with folder.lock():
+            folder.record_export(next(iter(folder.valid_stages)), {"python": "3.11.7"})
         apply(folder, NAMES[7:8])
     return path
 

@@ -18,6 +18,7 @@ from hf_s3t.cli import app as cli
 from hf_s3t.errors import FolderError, SigningKeyError, UnknownExampleError
 from hf_s3t.folder.layout import LEDGER_FILE, SIGNATURES_FILE
 from hf_s3t.folder.signatures_file import Signatures
+from hf_s3t.folder.signed_ledger import sign_unsigned, take_in_signatures
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.signed_receipts import signed_receipt
@@ -83,7 +84,8 @@ def test_every_line_that_is_written_with_a_key_is_signed(system, with_key):
     folder = SystemFolder(system)
     apply(folder, NAMES[:1])
     apply(folder, groups=["user-2"])
-    folder.record_export(next(iter(folder.valid_stages)), {})
+    with folder.lock():
+        folder.record_export(next(iter(folder.valid_stages)), {})
     assert said_of(system) == ["written"] * 3 and inspect(system, public_key=public()).problems == ()
     first, second, third = (Signatures.read(system).signed(one)[1] for one in folder.ledger.hashes)
     assert (first.kind, third.kind) == ("deletion", "export") and second.counts["groups"] == 1
@@ -157,7 +159,21 @@ def test_a_callable_that_fails_keeps_no_deletion_up(system):
         assert apply(folder, NAMES[:1]).deleted == 1
     assert said_of(system) == [None]
     use_signer(signer())
-    assert folder.sign() == [1] and said_of(system) == ["later"]
+    assert sign_unsigned(folder) == [1] and said_of(system) == ["later"]
+
+
+def test_neither_removal_nor_reader_waits_for_a_signature(system):
+    stages, seen = SystemFolder(system).valid_stages, []
+
+    def slow(data: bytes) -> bytes:
+        seen.append(len(list(system.glob("stages/*/*/stage.json"))))
+        return signer()(data)
+
+    use_signer(Signer(slow, public()))
+    folder = SystemFolder(system)
+    report = apply(folder, NAMES[:1])
+    assert seen == [len(stages) - len(report.stages_removed)], "what was to go was gone"
+    assert said_of(system) == ["written"]
 
 
 def test_a_process_that_dies_between_line_and_signature_leaves_an_unsigned_line(system):
@@ -192,7 +208,7 @@ def test_a_torn_signature_is_no_signature_and_the_next_takes_its_place(system, w
     assert said_of(system) == ["written", None]
     apply(folder, NAMES[2:3])
     assert said_of(system) == ["written", None, "written"] and inspect(system).problems == ()
-    assert folder.sign() == [2] and said_of(system) == ["written", "later", "written"]
+    assert sign_unsigned(folder) == [2] and said_of(system) == ["written", "later", "written"]
 
 
 # Where the ledger goes, they go
@@ -215,8 +231,8 @@ def test_a_merge_is_signed_by_who_joins_and_each_line_by_who_wrote_it(system, wi
     monkeypatch.setenv(SIGNING_VARIABLE, OUR_KEY)
     folder.merge_ledger(other.ledger)
     assert said_of(system) == ["written", None, "written"] and folder.ledger.entries[2].kind == "merge"
-    other.sign()
-    folder.take_in_signatures(other.signatures)
+    sign_unsigned(other)
+    take_in_signatures(folder, other.signatures)
     assert said_of(system) == ["written", "later", "written"]
     assert inspect(system, public_key=public()).problems == (), "its line has another number here"
 
