@@ -1,5 +1,6 @@
 """Commands on the folder of a system: what is in it, deletions, their receipts and remains, and what leaves it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -275,7 +276,12 @@ def _signature_of(ledger: Receipts, found: Receipt) -> dict[str, Any] | None:
     if signed is None:
         return None
     envelope, statement = signed
-    return {"keyid": envelope.signatures[0].keyid, "when": statement.signed, "time": statement.signed_time}
+    return {
+        "keyid": envelope.signatures[0].keyid,
+        "when": statement.signed,
+        "time": statement.signed_time,
+        "envelope": json.loads(envelope.to_json()),
+    }
 
 
 def purge(

@@ -209,10 +209,12 @@ class HubFolder(SystemFolder):
     def signatures(self) -> Signatures:
         """What was signed of the lines of the ledger, in the repository and on this machine."""
         here = super().signatures
-        try:
-            text = self.repo.download(SIGNATURES_FILE, self.commit).read_bytes().decode(errors="replace")
-        except EntryNotFoundError:
-            return here
+        with hub_errors_as_sentences(self.repo.repo_id, "The download ended"):
+            try:
+                text = self.repo.download(SIGNATURES_FILE, self.commit).read_bytes().decode(errors="replace")
+            except EntryNotFoundError:
+                # Most have none; offline, none is known.
+                return here
         return Signatures(here.text_for(self.ledger, Signatures(text)))
 
     def _newest(self) -> Ledger:
