@@ -1,6 +1,7 @@
 """Reports for the file: what ledger, signatures and checks say of a request or a period, without a single id."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .. import __version__
 from ..errors import ConfigError, FolderError, counted
 from ..folder.config_file import read_record
-from ..folder.foreign import printable
+from ..folder.foreign import entries, printable
 from ..folder.identity import identity_of
-from ..folder.layout import CONFIG_FILE
+from ..folder.layout import COMPANIONS, CONFIG_FILE, PARTS, STAGE_FILES, STAGES
 from ..signing.keys import PublicKey
 from .audits import audits_of
 from .inspection import inspect
@@ -23,6 +24,7 @@ from .receipts import Receipt, Receipts
 
 
 _PAGES = Path(__file__).with_name("report_pages")
+_OF_STAGES = re.compile(r"shard-[0-9]+|[0-9]+(-[0-9]+)*|index\.json|\.lock|\..*\.lock")
 _FORMATS = {"html": "report.html", "md": "report.md"}
 
 
@@ -238,11 +240,21 @@ def _is_within(text: str, first: datetime | None, last: datetime | None) -> bool
 
 
 def _without_place(text: str, path: Path) -> str:
-    """What a check says, without where the folder lies on this machine."""
+    """What a check says, without where the folder lies on this machine and what somebody called a file in it."""
+    for name in _names_of_others(path):
+        text = text.replace(name, "(a file)")
     for place in sorted({str(path), str(path.absolute()), str(path.resolve())}, key=len, reverse=True):
         if place not in (".", ""):
             text = text.replace(f"{place}{os.sep}", "").replace(place, "the folder")
     return text
+
+
+def _names_of_others(path: Path) -> list[str]:
+    """Names in a folder that are not the system's, longest first: a person's may be one."""
+    found = [one.name for one in entries(path) if one.name not in PARTS and one.name not in COMPANIONS]
+    inside = [one for one in (path / STAGES).rglob("*") if not _OF_STAGES.fullmatch(one.name)]
+    names = {*found, *(one.name for one in inside if one.name not in STAGE_FILES)}
+    return sorted(filter(None, map(printable, names)), key=len, reverse=True)
 
 
 def _shown_moment(text: str) -> str:
@@ -254,4 +266,4 @@ def _shown_moment(text: str) -> str:
 
 def _plain(text: str) -> str:
     """A text of a foreign folder that marks up nothing in Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in printable(text))
+    return "".join(f"\\{c}" if c in "\\*_[]<>|#" else c for c in printable(text))

@@ -87,10 +87,11 @@ def test_a_report_says_of_each_request_what_went_and_what_stayed(after, form):
 
 @FORMS
 def test_a_report_names_nobody_and_no_place(system, form, tmp_path):
-    (system / "notes about someone-a@example.org.txt").write_text("x")
-    (system / "notes about someone-a@example.org.txt").unlink()
     forge_stage(system, str(sorted(SystemFolder(system).valid_stages)[0]), seed=99)
+    (system / "notes about someone-a@example.org.txt").write_text("x")
+    (system / "stages" / "shard-0" / f"{NAMES[1]}.txt").write_text("x")
     text = render(make_report(system), form)
+    assert "(a file) is no part of a system" in words(text)
     assert not [name for name in {*NAMES, *USERS, str(tmp_path), str(Path.home())} if name in text]
 
 

@@ -1,11 +1,14 @@
 """Receipts that were written by an earlier version verify for ever, and say what they said."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from support.receipts import SYSTEM, stages
 
 from hf_s3t.errors import ReceiptError
+from hf_s3t.signing.audit_statement import AuditStatement
+from hf_s3t.signing.dsse import Envelope
 from hf_s3t.signing.keys import PublicKey
 from hf_s3t.signing.verification import require_history, require_person, verify
 
@@ -18,7 +21,9 @@ def statement(name: str):
     return verify((FOLDER / name).read_bytes(), KEY, SYSTEM)
 
 
-@pytest.mark.parametrize("name", ["line-1.json", "line-3.json", "receipt.json", "later.json", "person.json"])
+@pytest.mark.parametrize(
+    "name", ["line-1.json", "line-3.json", "receipt.json", "later.json", "person.json", "audited.json"]
+)
 def test_it_verifies_by_its_key_and_no_other(name):
     assert statement(name).system == SYSTEM
     with pytest.raises(ReceiptError, match="not signed by the key"):
@@ -44,3 +49,15 @@ def test_the_person_it_is_for_can_show_it():
     require_person(statement("person.json"), name, salt)
     with pytest.raises(ReceiptError, match="not of this id"):
         require_person(statement("person.json"), "someone-b@example.org", salt)
+
+
+def test_the_audit_verifies_by_the_auditor_s_key_and_the_receipt_tells_of_it():
+    key = PublicKey.read(FOLDER / "auditor.key.pub")
+    data = (FOLDER / "audit.json").read_bytes()
+    found = AuditStatement.verified(Envelope.from_json(data), key)
+    assert (found.system, found.stages, found.differing, found.fresh) == (SYSTEM, stages("shard-2/0"), (), True)
+    (told,) = statement("audited.json").audits
+    assert (told["by"], told["equal"], told["differing"]) == (key.keyid, 1, 0)
+    assert told["envelope"] == hashlib.sha256(data.strip()).hexdigest()
+    with pytest.raises(ReceiptError, match="not signed by the key"):
+        AuditStatement.verified(Envelope.from_json(data), KEY)

@@ -6,17 +6,23 @@ import random
 from pathlib import Path
 
 import pytest
-from support.receipts import SYSTEM, ledger_of, public, receipt, signer
+from support.receipts import SYSTEM, ledger_of, public, receipt, signer, stages
 from typer.testing import CliRunner
 
 from hf_s3t.cli.verify import app
 from hf_s3t.errors import ReceiptError, S3TError
+from hf_s3t.signing.audit_statement import AuditStatement
 from hf_s3t.signing.dsse import PAYLOAD_TYPE, Envelope, Signature, pae
 from hf_s3t.signing.verification import read_unverified, require_history, verify
 
 
 RECEIPT = receipt(ledger_of(3), 3)
 PAYLOAD = Envelope.from_json(RECEIPT).payload
+AUDIT = (
+    AuditStatement(SYSTEM, stages("shard-0/0"), (), ("device",), True, "2026-11-29T12:00:00.000+00:00", {"torch": "2"})
+    .signed_by(signer())
+    .payload
+)
 OTHER = verify(receipt(ledger_of(3), 2), public())
 ODD = [
     None,
@@ -89,7 +95,7 @@ def signed(payload: bytes, kind: str = PAYLOAD_TYPE) -> bytes:
 def envelopes(draw: random.Random):
     """One more envelope, each time."""
     while True:
-        kind = draw.randrange(12)
+        kind = draw.randrange(13)
         if kind == 0:
             yield flipped(draw, RECEIPT)
         elif kind == 1:
@@ -105,6 +111,8 @@ def envelopes(draw: random.Random):
             for _ in range(draw.choice([1, 1, 2, 5])):
                 statement = mutated(draw, statement)
             yield signed(json.dumps(statement).encode())
+        elif kind == 12:
+            yield signed(json.dumps(mutated(draw, json.loads(AUDIT))).encode())
         elif kind == 8:
             text = draw.choice([RECEIPT, PAYLOAD]).decode()
             at = text.index('"', draw.randrange(len(text) // 2))
@@ -135,6 +143,10 @@ def check(data: bytes) -> None:
             said = str(error)
             assert said.isprintable() and said.endswith((".", ").")) and len(said) < 400, said
             assert said.count(". ") <= 1, said
+    try:
+        AuditStatement.verified(Envelope.from_json(data), public())
+    except ReceiptError as error:
+        assert str(error).isprintable() and len(str(error)) < 400
     try:
         found = verify(data, public(), SYSTEM)
     except S3TError:
