@@ -20,7 +20,7 @@ def sign_unsigned(folder: SystemFolder) -> list[int]:
         [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
     """
     signer = required_signer()
-    with folder.lock():
+    with folder.writing():
         folder.refresh_ledger()
         return sign_later(folder.path, folder.ledger, folder.identity, signer)
 
@@ -37,6 +37,6 @@ def take_in_signatures(folder: SystemFolder, more: Signatures) -> None:
         [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
     """
     if more.of_line:
-        with folder.lock():
+        with folder.writing():
             folder.refresh_ledger()
             take_in(folder.path, folder.ledger, more)

@@ -130,7 +130,7 @@ def add_audit(folder: SystemFolder, data: bytes, key: PublicKey) -> AuditStateme
             f"The audit is of another system: got {statement.system}, expected {folder.identity}. Give the result of "
             "a pack of this one."
         )
-    with folder.lock():
+    with folder.writing():
         folder.refresh()
         here = {str(one): folder.adapter_digest(one) for one in folder.valid_stages}
         other = sorted(name for name, digest in statement.stages.items() if here.get(name) != digest)
