@@ -87,7 +87,13 @@ setup(
     packages=[*find_packages(include=["hf_s3t", "hf_s3t.*"]), "hf_s3t.model_cards"],
     package_dir={"hf_s3t.model_cards": "model_cards"},
     package_data={
-        "hf_s3t": ["py.typed", "metrics/*/*.py", "operations/audit_pack/*", "operations/report_pages/*", "server/page/*"],
+        "hf_s3t": [
+            "py.typed",
+            "metrics/*/*.py",
+            "operations/audit_pack/*",
+            "operations/report_pages/*",
+            "server/page/*",
+        ],
         "hf_s3t.model_cards": ["*.md"],
     },
     entry_points={"console_scripts": ["hf-s3t = hf_s3t.cli:main"]},

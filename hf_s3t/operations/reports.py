@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .. import __version__
 from ..errors import ConfigError, FolderError, counted
 from ..folder.config_file import read_record
 from ..folder.foreign import entries, printable
 from ..folder.identity import identity_of
 from ..folder.layout import COMPANIONS, CONFIG_FILE, PARTS, STAGE_FILES, STAGES
+from ..folder.versions import own_version
 from ..signing.keys import PublicKey
 from .audits import audits_of
 from .inspection import inspect
@@ -93,7 +93,7 @@ class Report:
     notes: tuple[str, ...]
     audits: tuple[Mapping[str, Any], ...]
     keyid: str | None
-    version: str = __version__
+    version: str
 
     @property
     def totals(self) -> Mapping[str, int]:
@@ -155,6 +155,7 @@ def make_report(
         notes=tuple(_without_place(one, path) for one in check.notes),
         audits=_audits(path, system),
         keyid=None if public_key is None else public_key.keyid,
+        version=own_version(),
     )
 
 
