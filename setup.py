@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.2.6",
     "pathspec>=1.0",
     "peft>=0.21",  # the first that tells settings which match nothing from other faults
+    "psutil>=7.2.2",
     "pyarrow>=24.0",
     "pyyaml>=6.0.2",
     "rich>=14.0",

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .checks import (
@@ -57,7 +57,8 @@ class S3TConfig:
 
     Args:
         num_shards (`int`, defaults to 1):
-            Number of disjoint shards `m`; one ensemble member per shard answers.
+            Number of disjoint shards `m`; one ensemble member per shard answers. Where shards were added to a
+            system, these are the first ones.
         num_slices (`int`, defaults to 4):
             Number of slices `L` of each shard, which is also the number of stages of a full stack.
         budget (`int`, *optional*):
@@ -164,7 +165,9 @@ class S3TConfig:
     ```
     """
 
-    num_shards: int = field(default=1, metadata={"help": "Number of disjoint shards m; one ensemble member each."})
+    num_shards: int = field(
+        default=1, metadata={"help": "Number of disjoint shards m, one ensemble member each; later ones may be added."}
+    )
     num_slices: int = field(default=4, metadata={"help": "Number of slices L per shard: the stages of a full stack."})
     budget: int | None = field(
         default=None, metadata={"help": "Sequences B trained per shard; num_slices beside a named rule."}
@@ -465,6 +468,28 @@ class S3TConfig:
             return self.deletion_prior
         of_shard: list[float] = self.deletion_prior[shard]
         return of_shard
+
+    def with_added_shards(self, added: int) -> "S3TConfig":
+        """
+        The settings of a system to which whole shards were added: each is planned, and hit, as one of the first.
+
+        Args:
+            added (`int`): How many came to the `num_shards` that there were.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If so many stages cannot be kept.
+        """
+        if not added:
+            return self
+        first = self.num_shards
+        later = [(first + number) % first for number in range(added)]
+        more: dict[str, Any] = {}
+        if self.deletion_prior is not None and isinstance(self.deletion_prior[0], list):
+            more["deletion_prior"] = [*self.deletion_prior, *(self.deletion_prior[shard] for shard in later)]
+        if isinstance(self.sequence_selection, list) and self._sequences_per_shard():
+            lists = self.sequence_selection
+            more["sequence_selection"] = [*lists, *(lists[shard] for shard in later)]
+        return replace(self, num_shards=first + added, **more)
 
     def slices_trained_on(self, prefix: tuple[int, ...]) -> tuple[int, ...]:
         """The slices of a prefix whose examples its stage is trained on; what it stands on saw the others."""

@@ -15,6 +15,7 @@ The command line `hf-s3t`.
 - `plan`: the command for before there is a system.
 - `serve`: the command that serves a system over HTTP.
 - `measuring`: what a stage takes in time and memory, measured for it.
+- `watching`: `status --watch`, who trains which stage.
 - `rendering`: tables for people, JSON for programs.
 """
 

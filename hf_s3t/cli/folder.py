@@ -1,5 +1,6 @@
 """Commands on the folder of a system: what is in it, deletions, their receipts and remains, and what leaves it."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from . import rendering
 from .arguments import AsJson, DryRun, Folder, FromFile, Groups, Ids, Missing, SigningKey, named_examples
 from .exit_codes import EXHAUSTED, FINE, REFUSED
 from .signing import write_signed_receipt
+from .watching import watch as watch_workers
 
 
 if TYPE_CHECKING:
@@ -40,8 +42,18 @@ if TYPE_CHECKING:
 _IN_EXPORT = {"`base_model`": "--base-model", ": the module, ": ": ", "`token`": "the token of `hf auth login`"}
 
 
-def status(folder: Folder, as_json: AsJson = False) -> None:
+def status(
+    folder: Folder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Tell who trains which stage, at each change, until none is missing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show depths, stages and how many deletions are left."""
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_workers(folder, as_json)
+        raise typer.Exit(FINE)
     system = open_folder(folder, read_only=True)
     found = system_status(system)
     found["pending"] = len(PendingRequests(system).ids())

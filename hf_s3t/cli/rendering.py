@@ -52,6 +52,9 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     say(f"expected further deletions: {_number(first)} until a shard is dead, {_number(all_)} until all are")
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
+    if status["stages_behind"]:
+        behind = counted(status["stages_behind"], "stage")
+        say(f"{behind} serve without rows that came since, until `train()` has grown them again")
     if status["gate"] is not None:
         rows, terms = counted(status["gate"]["rows"], "row"), counted(status["gate"]["terms"], "distinct word")
         say(f"gate: {status['gate']['kind']}, of the prompts of {rows}, {terms}")
@@ -207,7 +210,7 @@ def show_ledger(receipts: Receipts) -> None:
 def show_receipt(receipt: Receipt, signature: dict[str, Any] | None = None) -> None:
     """One line of a ledger in full; digests of stages are cut short."""
     facts = receipt.to_dict()
-    moved = "stages_removed" if facts["kind"] == "deletion" else "stages_exported"
+    moved = "stages_exported" if facts["kind"] == "export" else "stages_removed"
     rows = [
         ("line", facts["line"]),
         ("hash", facts["hash"]),
@@ -327,6 +330,11 @@ def complain(line: str) -> None:
 def print_json(value: Any) -> None:
     """A value as JSON, for programs."""
     typer.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def print_json_line(value: Any) -> None:
+    """A value as a line of JSON, for programs that read one after the other."""
+    typer.echo(json.dumps(_strict(value), allow_nan=False))
 
 
 def _strict(value: Any) -> Any:

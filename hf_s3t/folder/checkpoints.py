@@ -1,8 +1,9 @@
 """Checkpoints of stages in training: where they lie, what they hold, and which of them a deletion condemned."""
 
 import contextlib
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.stages import StageKey, is_stage_of
 from ..records.ledger import Ledger
-from ..records.validity import is_current
+from ..records.validity import saw_what_is_in
 from .earlier_slices import EarlierSlices
 from .files import (
     check_digest,
@@ -86,23 +87,39 @@ def _record_and_files(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return record, files
 
 
-def is_checkpoint_current(path: Path, slices: list[str], ledger: Ledger, earlier: EarlierSlices) -> bool:
+def _held(folder: Path, token: str | None) -> tuple[Path, BaseFileLock | None]:
+    """Hold a folder under the name of a claim: whoever had it is gone, and if it is not, it writes there no more."""
+    lock = hold(folder)
+    named = folder if token is None else folder.with_name(f"{folder.name.partition('.')[0]}.{token}")
+    if lock is None or named == folder:
+        return folder, lock
+    # The system's lock is held: nobody comes in between.
+    lock.release()
+    os.rename(folder, named)
+    sync(folder.parent)
+    return named, hold(named)
+
+
+def is_checkpoint_in(path: Path, slices: Sequence[Collection[str]], ledger: Ledger, earlier: EarlierSlices) -> bool:
     """
-    Whether an unfinished checkpoint, or the note of what its stage is trained on, saw what its slices hold now.
+    Whether all that an unfinished checkpoint, or the note of what its stage is trained on, saw is in.
+
+    Whether it is resumed is another question: rows may have come since.
 
     A checkpoint without a record of its own is being written, or its writer died: it saw what its stage does. Where
     nothing says what that was, any deletion condemns it.
 
     Args:
         path (`Path`): The checkpoint's folder, or the note beside the checkpoints.
-        slices (`list[str]`): The digests of the stage's slices as they are now.
+        slices (sequence of collections of `str`): Of each of the stage's slices the digests that its remaining rows
+            ever had.
         ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         earlier ([`~hf_s3t.folder.earlier_slices.EarlierSlices`]): By which a record of format 1 is understood.
     """
     for record in (path / STAGE_FILE, path.with_name(STAGE_FILE)):
         with contextlib.suppress(FolderError):
             if not is_foreign(record):
-                return is_current(earlier.translated(read_checked_json(record)), slices)
+                return saw_what_is_in(earlier.translated(read_checked_json(record)), slices)
     return not ledger.num_deletions
 
 
@@ -121,7 +138,7 @@ class Checkpoints:
 
     def __init__(self, path: Path, config: S3TConfig, earlier: EarlierSlices):
         self.path = path
-        self._config = config
+        self.config = config
         self._earlier = earlier
         self._held: set[Path] = set()
 
@@ -133,21 +150,23 @@ class Checkpoints:
         """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
         return bool(folders_of(self.of(key)))
 
-    def take(self, key: StageKey, slices: list[str]) -> tuple[Path, BaseFileLock]:
+    def take(self, key: StageKey, slices: list[str], token: str | None = None) -> tuple[Path, BaseFileLock]:
         """
         Hold a folder that no other trainer touches; the system's lock must be held, as for every removal of one.
 
         Args:
             key ([`~hf_s3t.plan.stages.StageKey`]): The stage that is trained.
             slices (`list[str]`): The digests of what it is trained on.
+            token (`str`, *optional*): The token of the claim under which it is trained, which the folder is named by.
 
         Returns:
             The folder, one with checkpoints to resume from before an empty one, and its lock for `let_go`.
         """
         first = self.of(key)
-        for folder in (*folders_of(first), *unused(first)):
+        fresh = unused(first) if token is None else [first.with_name(f"{first.name}.{token}")]
+        for folder in (*folders_of(first), *fresh):
             make_folders(folder)
-            lock = hold(folder)
+            folder, lock = _held(folder, token)
             if lock is not None:
                 # By this a checkpoint without a record of its own is judged.
                 write_checked_json(folder / STAGE_FILE, {"slices": slices})
@@ -179,12 +198,12 @@ class Checkpoints:
             first.parent.rmdir()
             first.parent.parent.rmdir()
 
-    def stale(self, slices_of: Callable[[StageKey], list[str]], ledger: Ledger) -> list[Path]:
+    def stale(self, slices_of: Callable[[StageKey], Sequence[Collection[str]]], ledger: Ledger) -> list[Path]:
         """
-        Checkpoints of stages whose slices are no longer what they saw.
+        Checkpoints of stages that saw what was deleted since.
 
         Args:
-            slices_of (callable): From a stage to the digests of its slices as they are now.
+            slices_of (callable): From a stage to the digests that the remaining rows of its slices ever had.
             ledger ([`~hf_s3t.records.ledger.Ledger`]): What was deleted.
         """
         stale = []
@@ -192,7 +211,7 @@ class Checkpoints:
             slices = slices_of(key)
             names = (name for name in names_in(folder) if name.startswith(CHECKPOINT_PREFIX) or name == STAGE_FILE)
             found = [folder / name for name in names]
-            stale += [c for c in found if not is_checkpoint_current(c, slices, ledger, self._earlier)]
+            stale += [c for c in found if not is_checkpoint_in(c, slices, ledger, self._earlier)]
         return stale
 
     def finished(self, is_there: Callable[[StageKey], bool]) -> dict[Path, StageKey]:
@@ -204,5 +223,5 @@ class Checkpoints:
         for folder in folders_below(self.path / CHECKPOINTS):
             with contextlib.suppress(FolderError):
                 key = stage_of(folder)
-                if is_stage_of(key, self._config):
+                if is_stage_of(key, self.config):
                     yield folder, key

@@ -15,7 +15,11 @@ from .layout import CONFIG_FILE, LEDGER_FILE, STAGES
 
 
 FORMAT_VERSION = 2
-_VERSIONS = (1, 2)
+# Of a system to which rows were added: who does not know of additions must not open it. All others stay what they are.
+GROWN_VERSION = 3
+_VERSIONS = (1, FORMAT_VERSION, GROWN_VERSION)
+# How members weigh after shards were added: all alike, or each by the examples of its shard that are in.
+WEIGHTS = ("equal", "size")
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def read_record(file: Path) -> dict[str, Any]:
     version = record.get("format_version")
     if isinstance(version, bool) or version not in _VERSIONS:
         raise FormatVersionError(
-            f"{file} has format version {version!r}; this hf_s3t reads versions 1 and {FORMAT_VERSION}. "
+            f"{file} has format version {version!r}; this hf_s3t reads versions 1 to {GROWN_VERSION}. "
             "Install the version of hf_s3t that wrote it."
         )
     if version == 1:
@@ -47,7 +51,9 @@ def read_record(file: Path) -> dict[str, Any]:
 def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
     identity, rows = record.get("system_id"), record.get("row_digests")
     earlier = record.get("earlier_slices", {})
+    added = record.get("added", {"shards": 0, "weights": "equal"})
     is_read = {
+        "added": ("added" in record) == (record["format_version"] == GROWN_VERSION) and is_said_of_additions(added),
         "system_id": isinstance(identity, str) and re.fullmatch("[0-9a-f]{32}", identity),
         "row_digests": not isinstance(rows, bool) and rows in (1, 2),
         "earlier_slices": isinstance(earlier, dict) and all(isinstance(digest, str) for digest in earlier.values()),
@@ -55,6 +61,42 @@ def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
     wrong = [name for name, fits in is_read.items() if not fits]
     if wrong:
         raise FolderError(f"{file} says of {' and '.join(wrong)} what no config says. Restore it from a backup.")
+
+
+def is_said_of_additions(added: Any) -> bool:
+    """Whether something is what is said of a system to which rows were added."""
+    return (
+        isinstance(added, dict)
+        and type(added.get("shards")) is int
+        and added["shards"] >= 0
+        and added.get("weights") in WEIGHTS
+    )
+
+
+def settings_of(record: Mapping[str, Any]) -> S3TConfig:
+    """
+    The settings of a system, with the shards that were added to those that `num_shards` says.
+
+    Args:
+        record (mapping): What `s3t_config.json` says.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If it says no settings.
+    """
+    return S3TConfig.from_dict(record["s3t_config"]).with_added_shards(record.get("added", {}).get("shards", 0))
+
+
+def with_additions(record: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What `s3t_config.json` says after rows were added; shards that came are planned as the first ones are.
+
+    Args:
+        record (mapping): What it said before, in format 2 or 3.
+        added (mapping): How many `shards` were added in all, and by which `weights` members answer.
+    """
+    plan, first = list(record["plan"]), record["s3t_config"]["num_shards"]
+    plan += [plan[shard % first] for shard in range(len(plan), first + added["shards"])]
+    return in_newest_format({**record, "plan": plan, "added": dict(added)})
 
 
 def plan_of(file: Path, record: Mapping[str, Any], config: S3TConfig) -> Plan:
@@ -84,7 +126,8 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 def in_newest_format(record: Mapping[str, Any]) -> dict[str, Any]:
     """What `s3t_config.json` says, with the version of the format in its first place."""
-    return {"format_version": FORMAT_VERSION, **{name: v for name, v in record.items() if name != "format_version"}}
+    version = GROWN_VERSION if "added" in record else FORMAT_VERSION
+    return {"format_version": version, **{name: v for name, v in record.items() if name != "format_version"}}
 
 
 def holds_system(path: Path) -> bool:

@@ -62,6 +62,12 @@ class StoredGate:
             return self
         return replace(self, rows=self.rows.without(id_digests), counts=self.counts.without(gone))
 
+    def of_shards(self, num_shards: int) -> "StoredGate":
+        """The gate of a system with so many shards, of which the last may have come since: it knows no row of them."""
+        if num_shards == self.counts.num_shards:
+            return self
+        return replace(self, counts=self.counts.of_shards(num_shards))
+
     @property
     def is_settled(self) -> bool:
         """Whether no array holds anything of rows that were removed."""
@@ -225,11 +231,13 @@ def read_gate(path: Path, key_check: str, config: S3TConfig) -> tuple[StoredGate
             if arrays[name].dtype.str[1:] != kind:
                 raise ValueError(f"{name} is of the type {arrays[name].dtype}")
         rows = TermRows(*(arrays[name] for name in _OF_ROWS))
-        counts = TermCounts(config.num_shards, config.num_slices, *(arrays[name] for name in _OF_COUNTS))
+        # One that was made before the last shards were added.
+        num_shards = min(config.num_shards, len(arrays["totals"]) // config.num_slices)
+        counts = TermCounts(num_shards, config.num_slices, *(arrays[name] for name in _OF_COUNTS))
         _require_whole(rows, counts)
     except (SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
         raise _is_no_gate(path, error) from error
-    return StoredGate(rows, counts, head.tokenizer_digest, head.build), head.pin
+    return StoredGate(rows, counts, head.tokenizer_digest, head.build).of_shards(config.num_shards), head.pin
 
 
 def _require_intact(path: Path, data: bytes) -> None:

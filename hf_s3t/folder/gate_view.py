@@ -99,7 +99,9 @@ class GateView:
             if self._gate_ledger is not self.ledger:
                 self._gate = self._gate_now().without(self._deleted_since(len(self._gate_ledger.lines)))
                 self._gate_ledger = self.ledger
-            return self._gate_now()
+            # Shards that were added since it was made.
+            self._gate = self._gate_now().of_shards(self.config.num_shards)
+            return self._gate
 
     def _gate_now(self) -> StoredGate:
         if self._gate is None:

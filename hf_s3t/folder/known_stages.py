@@ -29,7 +29,7 @@ class KnownStages:
 
     def __init__(self, path: Path, config: S3TConfig, earlier: EarlierSlices):
         self.path = path
-        self._config = config
+        self.config = config
         self._earlier = earlier
         # Replaced, and never changed: other threads go through what was there when they began.
         self.records: dict[StageKey, dict[str, Any]] = {}
@@ -42,7 +42,7 @@ class KnownStages:
 
     def take_over(self, records: Mapping[StageKey, dict[str, Any]]) -> None:
         """Know these records, which were read elsewhere, and nothing else."""
-        self.records = {key: record for key, record in records.items() if is_stage_of(key, self._config)}
+        self.records = {key: record for key, record in records.items() if is_stage_of(key, self.config)}
         self.condemned, self._stamps = {}, {}
         self.adapters = _adapters_of(self.records)
 
@@ -58,7 +58,7 @@ class KnownStages:
         records: dict[StageKey, dict[str, Any]] = {}
         stamps: dict[StageKey, Stamp | None] = {}
         for key in stages_in(self.path, problems):
-            if not is_stage_of(key, self._config):
+            if not is_stage_of(key, self.config):
                 continue
             try:
                 found = self._look_at(key)

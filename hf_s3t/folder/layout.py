@@ -2,6 +2,8 @@
 
 CONFIG_FILE = "s3t_config.json"
 TABLE_FILE = "examples.parquet"
+# Rows that are being added: there until the table has them.
+ADDITION_FILE = "addition.parquet"
 GATE_FILE = "gate.safetensors"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -10,6 +12,9 @@ AUDITS_FILE = "audits.jsonl"
 KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
+# Who trains which stage, and in which order they are grown.
+CLAIMS = "claims"
+ORDER_FILE = "order.json"
 STAGE_FILE = "stage.json"
 # Of what `Trainer` writes inside a stage, so begins each folder; the number of its step follows.
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -44,12 +49,17 @@ COMPANIONS = frozenset(
 TEMPORARY = ".tmp-"
 GONE = ".gone-"
 LEFTOVER_PREFIXES = (TEMPORARY, GONE)
-LEFTOVERS = (f"{TEMPORARY}*", *(f"{STAGES}/shard-*/{prefix}*" for prefix in LEFTOVER_PREFIXES))
+LEFTOVERS = (
+    f"{TEMPORARY}*",
+    f"{CLAIMS}/{TEMPORARY}*",
+    *(f"{STAGES}/shard-*/{prefix}*" for prefix in LEFTOVER_PREFIXES),
+)
 TRACKER_LOGS = ("runs", "wandb", "mlruns")
 HISTORY = ".git"
 PARTS = (
     CONFIG_FILE,
     TABLE_FILE,
+    ADDITION_FILE,
     GATE_FILE,
     LEDGER_FILE,
     HEAD_FILE,
@@ -62,6 +72,7 @@ PARTS = (
     PROTOTYPES_FILE,
     STAGES,
     CHECKPOINTS,
+    CLAIMS,
 )
 STAGE_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, STAGE_FILE)
 

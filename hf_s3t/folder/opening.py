@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError, FolderError
 from ..plan.stages import StageKey
+from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from .foreign import refuse_foreign_parts
 from .system import SystemFolder
@@ -22,7 +23,7 @@ class ReadOnlyFolder(SystemFolder):
     def _finish_removal(self) -> None:
         """Nothing: finishing writes."""
 
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
         """Refused: merging writes."""
         raise FolderError(f"{self.path} was opened to be looked at. Open it to write, to merge a ledger into it.")
 

@@ -1,4 +1,4 @@
-"""Where checkpoints of stages in training lie: one folder per trainer, held by a lock that ends with its process."""
+"""Where checkpoints of stages in training lie: one folder per claim, held by a lock that ends with its process."""
 
 import contextlib
 import os
@@ -12,8 +12,9 @@ from ..plan.stages import StageKey
 from .layout import CHECKPOINT_PREFIX, LOCK_FILE
 
 
-# The folder of a stage, or beside it, with a number, that of another trainer which came to the same stage meanwhile.
-_NAME = re.compile(r"(?P<stage>[^.]+)(?:\.(?P<number>[1-9][0-9]{0,8}))?")
+# The folder of a stage; behind its name the token of the claim under which it is trained. Who has no claim, or an
+# earlier release, has none, or a number where another one came to the same stage meanwhile.
+_NAME = re.compile(r"(?P<stage>[^.]+)(?:\.(?P<token>[0-9a-f]{16}|[1-9][0-9]{0,8}))?")
 _STEP = re.compile(rf"{CHECKPOINT_PREFIX}([0-9]+)")
 
 

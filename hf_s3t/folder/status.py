@@ -57,7 +57,7 @@ def outlook(folder: SystemFolder, valid: Collection[StageKey]) -> dict[str, Any]
         `stages_left` and `work_left` (what is to be trained: stages, and their work in full LoRA fine-tunings of all
         the data).
     """
-    missing = folder.plan.missing(valid, folder.table.empty)
+    missing = folder.plan.missing(_current(folder, valid), folder.table.empty)
     return {
         "expected_depth": folder.growth.expected_depth(valid),
         "stages_left": len(missing),
@@ -78,11 +78,17 @@ def next_stage(folder: SystemFolder, valid: Collection[StageKey]) -> dict[str, A
         how much that one rises); `None` if nothing is missing. With `select="metric"` its loss will say whether it
         serves: there `depth` is `None`.
     """
-    step = folder.growth.next(valid, folder.table.empty)
+    current = _current(folder, valid)
+    step = folder.growth.next(current, folder.table.empty, frozenset(valid) - current)
     if step is None:
         return None
     depth = None if folder.config.select == "metric" else step.depth
     return {"stage": str(step.key), "work": step.work, "depth": depth, "expected_depth": step.expected_depth}
+
+
+def _current(folder: SystemFolder, valid: Collection[StageKey]) -> frozenset[StageKey]:
+    """Those of some stages that saw all that is in their slices now."""
+    return frozenset(valid) & folder.current_stages if folder.ledger.additions else frozenset(valid)
 
 
 def system_status(folder: SystemFolder) -> dict[str, Any]:
@@ -96,24 +102,30 @@ def system_status(folder: SystemFolder) -> dict[str, Any]:
         `dict` with the keys of [`~hf_s3t.S3TModel.status`]: `examples` (how many are in), `deletions` (requests so
         far), `depths` (per shard the depth that serves), `sequence_depths` (per shard and sequence), `sets` (per
         shard and number of slices: sets that are there, planned), `stages` (valid, and with those that are missing),
-        what `outlook` says, `next_stage`, `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected
-        further requests), `gate` (the `kind` of the gate that is there, its number of `rows` and of distinct `terms`;
+        what `outlook` says, `stages_behind` (valid ones that lack rows which came since: they serve, and are to be
+        grown again), `additions` (how often rows were added), `next_stage`, `deletions_until_first_dead_shard` and
+        `deletions_until_exhausted` (expected further requests), `gate` (the `kind` of the gate that is there, its
+        number of `rows` and of distinct `terms`;
         `None` without one).
     """
     valid = folder.valid_stages
     ahead = outlook(folder, valid)
+    # They serve, and are to be grown again.
+    behind = len(valid) - len(_current(folder, valid))
     return {
         "examples": len(folder.table),
         "deletions": folder.ledger.num_deletions,
         "depths": serving_depths(folder, valid),
         "sequence_depths": folder.plan.depths(valid),
         "sets": folder.plan.sets(valid, folder.table.empty),
-        "stages": (len(valid), len(valid) + ahead["stages_left"]),
+        "stages": (len(valid), len(valid) + ahead["stages_left"] - behind),
         **ahead,
         "next_stage": next_stage(folder, valid),
         "deletions_until_first_dead_shard": deletions_left(folder, valid, "first_shard"),
         "deletions_until_exhausted": deletions_left(folder, valid),
         "gate": _gate(folder),
+        "stages_behind": behind,
+        "additions": len(folder.ledger.additions),
     }
 
 

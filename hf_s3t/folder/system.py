@@ -13,10 +13,19 @@ from ..plan.stages import Plan, StageKey
 from ..records.digests import DigestKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from ..records.validity import fits, is_current
+from ..records.validity import fits, saw_what_is_in
 from ..signing.keys import current_signer
+from .adding import AddingFolder
 from .checkpoints import write_checkpoint_record
-from .config_file import FORMAT_VERSION, config_for_others, holds_system, in_newest_format, read_record, write_record
+from .claims import ClaimLostError, HeldClaim
+from .config_file import (
+    FORMAT_VERSION,
+    config_for_others,
+    holds_system,
+    in_newest_format,
+    read_record,
+    write_record,
+)
 from .copying import Snapshot, check_target, copy_system
 from .earlier_slices import EarlierSlices
 from .files import (
@@ -33,6 +42,7 @@ from .files import (
 from .gate_file import StoredGate, write_gate
 from .identity import is_same_system, new_identity
 from .layout import (
+    ADDITION_FILE,
     ATTRIBUTES_FILE,
     CARD_FILE,
     COMPANIONS,
@@ -52,7 +62,6 @@ from .signatures_file import sign_merge
 from .stage_record import adapter_of, fill_stage, read_intact_stage, read_stage
 from .table_file import write_table
 from .versions import library_versions
-from .view import FolderView
 
 
 _IN_FORCE = (
@@ -62,7 +71,7 @@ _IN_FORCE = (
 _NOTHING_REMOVED = "Nothing was removed. Make room, or make it writable, then call again."
 
 
-class SystemFolder(FolderView):
+class SystemFolder(AddingFolder):
     """
     The folder of one system, to be written to: stages, deletions, and the removals that these ask for.
 
@@ -167,7 +176,7 @@ class SystemFolder(FolderView):
         with self._reading:
             # What slices are now, whoever wrote to the ledger last.
             self.refresh_ledger()
-            if found["format_version"] != FORMAT_VERSION:
+            if found["format_version"] < FORMAT_VERSION:
                 found = self._migrated_record(self._earlier)
                 with explained(f"{self.path / CONFIG_FILE} could not be written", _NOTHING_REMOVED):
                     write_record(self.path / CONFIG_FILE, found)
@@ -195,7 +204,13 @@ class SystemFolder(FolderView):
 
     # Stages
 
-    def write_stage(self, key: StageKey, record: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
+    def write_stage(
+        self,
+        key: StageKey,
+        record: Mapping[str, Any],
+        fill: Callable[[Path], None],
+        claim: HeldClaim | None = None,
+    ) -> bool:
         """
         Write a stage: to a temporary folder, synced, then renamed, after the ledger was read again.
 
@@ -203,16 +218,20 @@ class SystemFolder(FolderView):
             key ([`StageKey`]): The stage.
             record (mapping): What `stage.json` shall say; `slices` are the digests it was trained on.
             fill (callable): Called with the temporary folder to write the adapter into.
+            claim ([`~hf_s3t.folder.claims.HeldClaim`], *optional*): The claim under which it was trained. It ends when
+                the stage is there; one that was lost meanwhile writes nothing.
 
         Returns:
-            `bool`: False if a deletion that came meanwhile touches the stage, or what it stands on is not there any
-                more; it is then discarded. Where another process made the same stage first, that one stays, and
-                `stage_record` says what is there.
+            `bool`: False if a deletion that came meanwhile touches the stage, what it stands on is not there any more,
+                or the claim was lost; it is then discarded. Where another process made the same stage first, that one
+                stays, and `stage_record` says what is there.
         """
         target = self.path / key.path
         temporary = temporary_beside(target)
         # Under the lock from the start: who finds a temporary folder while holding it knows that its writer is dead.
         with self.lock():
+            if claim is not None and not claim.is_held():
+                return False
             self._migrate()
             make_folders(target.parent)
             temporary.mkdir()
@@ -222,17 +241,24 @@ class SystemFolder(FolderView):
                 if not self._stands(key, written):
                     self.remove_checkpoints(key)
                     return False
+                # Again: a machine that the server took for dead meanwhile has lost the lock, too.
+                if claim is not None and not claim.is_held():
+                    return False
                 there = read_intact_stage(self.path, key, self._earlier)
-                if there is None or not fits(there, written["slices"], written["below"]):
+                if there is None or not self._goes_before(key, there, written):
                     discard([target])
                     os.rename(temporary, target)
                     sync(target.parent)
                 else:
-                    # Another process made the same stage meanwhile, and others may stand on it.
+                    # Another process made the same stage meanwhile, or one with more rows; others may stand on it.
                     written = there
                 with self._reading:
                     self._stages.note(key, written)
+                if self.ledger.additions:
+                    self._remove_what_lost_its_parent(key)
                 self.remove_checkpoints(key)
+                if claim is not None:
+                    claim.end()
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return True
@@ -245,7 +271,7 @@ class SystemFolder(FolderView):
                 record = written if stage == key else read_stage(self.path, stage, self._earlier)
             except FolderError:
                 return False
-            if not fits(record, self.slice_digests(stage), below):
+            if not fits(record, self.slice_digests_ever(stage), below):
                 return False
             below = adapter_of(record)
         return True
@@ -269,7 +295,9 @@ class SystemFolder(FolderView):
         """The record of what lies under the name of a condemned stage, if that saw nothing that was deleted."""
         with contextlib.suppress(FolderError):
             record = read_stage(self.path, key, self._earlier)
-            return record if is_current(record, self.slice_digests(key)) else None
+            if self.ledger.additions:
+                return record if self._stands(key, record) else None
+            return record if saw_what_is_in(record, self.slice_digests_ever(key)) else None
         return None
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
@@ -314,12 +342,13 @@ class SystemFolder(FolderView):
         digests = {str(key): self.adapter_digest(key) for key in keys}
         self._append(self.ledger.append("export", removed=digests, versions=versions))
 
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
         """
         Take in what another copy of the system recorded (on the Hub, say); its deletions are in force on return.
 
         Args:
             other ([`~hf_s3t.records.ledger.Ledger`]): The other copy's ledger.
+            rows ([`~hf_s3t.records.examples.ExampleTable`], *optional*): Its table, if rows came there.
 
         Returns:
             `list[StageKey]`: The stages that went because of it.
@@ -330,6 +359,7 @@ class SystemFolder(FolderView):
             if merged is self.ledger:
                 return []
             current_signer()
+            self.take_rows_of_another(other, rows, merged)
             self._replace_ledger(merged)
             sign_merge(self.path, merged, other, self.identity)
             condemned = self.condemned_stages()
@@ -355,7 +385,10 @@ class SystemFolder(FolderView):
         with self._reading:
             with explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
                 write_atomically(self.path / LEDGER_FILE, ledger.text.encode())
-            self.table = self._masked(self.table, ledger, len(self.ledger.lines))
+            if self._has_new_rows(ledger):
+                self.table, ledger, self._table_pin = self._read_table()
+            else:
+                self.table = self._masked(self.table, ledger, len(self.ledger.lines))
             self.ledger = ledger
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
@@ -380,8 +413,12 @@ class SystemFolder(FolderView):
         self._take_in_columns()
         # Before it is written: what is made for that is what stays.
         table, ledger = self.table.settled(), self.ledger
+        if ledger.additions:
+            self._record_additions()
         with explained(f"{self.path / TABLE_FILE} could not be written without the deleted rows", _IN_FORCE):
             write_table(self.path / TABLE_FILE, table, ledger)
+            if ledger.additions:
+                remove(self.path / ADDITION_FILE)
         with self._reading:
             self._table_pin = pin_of(ledger)
             self._table_stamp = stamp(self.path / TABLE_FILE)
@@ -439,7 +476,7 @@ class SystemFolder(FolderView):
         self._take_in_settings(read_record(self.path / CONFIG_FILE))
 
     def _take_in_settings(self, record: dict[str, Any]) -> None:
-        self.record, self.config = record, S3TConfig.from_dict(record["s3t_config"])
+        self._use_record(record)
 
     # What a removal that was interrupted left
 
@@ -463,6 +500,7 @@ class SystemFolder(FolderView):
 
     def _has_remains(self) -> bool:
         is_behind = self.is_table_behind or self.is_gate_behind
+        is_behind = is_behind or os.path.lexists(self.path / ADDITION_FILE)
         return bool(is_behind or leftovers(self.path) or self.condemned_stages() or self._stale_checkpoints())
 
     def _remove_remains(self) -> None:
@@ -474,11 +512,12 @@ class SystemFolder(FolderView):
         self.remove_stale_checkpoints()
         if self.is_table_behind or self.is_gate_behind:
             self._compact()
+        remove(self.path / ADDITION_FILE)
 
     # Checkpoints of stages in training
 
     @contextlib.contextmanager
-    def scratch(self, key: StageKey, slices: list[str]) -> Iterator[Path]:
+    def scratch(self, key: StageKey, slices: list[str], claim: HeldClaim | None = None) -> Iterator[Path]:
         """
         A folder for the checkpoints of a stage in training that no other trainer touches.
 
@@ -487,11 +526,18 @@ class SystemFolder(FolderView):
         Args:
             key ([`StageKey`]): The stage.
             slices (`list[str]`): The digests of what it is trained on.
+            claim ([`~hf_s3t.folder.claims.HeldClaim`], *optional*): The claim under which it is trained, whose name
+                the folder gets: one whose holder lost it knows the folder no more.
+
+        Raises:
+            [`~hf_s3t.folder.claims.ClaimLostError`]: If the claim was lost.
         """
         # Under the lock, as every removal of such a folder.
         with self.lock():
+            if claim is not None and not claim.is_held():
+                raise ClaimLostError(f"{key} was taken over by another trainer. Go on with another stage.")
             self._migrate()
-            folder, held = self._checkpoints.take(key, slices)
+            folder, held = self._checkpoints.take(key, slices, None if claim is None else claim.token)
         try:
             yield folder
         finally:

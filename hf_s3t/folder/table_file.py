@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _SLICES = b"hf_s3t.slices"
 # The version that is written. In the first, digests were texts, and those of ids were not there.
 TABLE_VERSION = 2
 _OF_EVERY_ROW = {1: ("id", "shard", "slice", "digest"), 2: ("id_digest", "shard", "slice", "digest")}
-_KNOWN = {"id", "id_digest", "shard", "slice", "digest", "group"}
+_KNOWN = {"id", "id_digest", "shard", "slice", "digest", "group", "addition"}
 # Where the footer of a parquet file says how long it is, and that it is one.
 _TAIL = 8
 
@@ -47,8 +48,8 @@ def write_table(path: Path, table: ExampleTable, ledger: Ledger) -> None:
     write_atomically(path, table_bytes(table, ledger))
 
 
-def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
-    """What `write_table` writes."""
+def table_bytes(table: ExampleTable, ledger: Ledger, more: Mapping[bytes, str] | None = None) -> memoryview:
+    """What `write_table` writes, and what else its footer shall say."""
     arrow, buffer = _arrow_of(table.settled().columns), pa.BufferOutputStream()
     # The digest covers the whole file, with zeros where it stands itself.
     stand_in = secrets.token_hex(32).encode()
@@ -57,10 +58,11 @@ def table_bytes(table: ExampleTable, ledger: Ledger) -> memoryview:
         _PIN: pin_of(ledger),
         _VERSION: str(TABLE_VERSION),
         _SLICES: _slices_of(table),
+        **(more or {}),
     }
     # Digests can be made no smaller.
     compression = {name: "NONE" if "digest" in name else "SNAPPY" for name in arrow.column_names}
-    repeating = [name for name in ("shard", "slice", "group") if name in arrow.column_names]
+    repeating = [name for name in ("shard", "slice", "group", "addition") if name in arrow.column_names]
     # Without a stored schema the metadata stand in the file as they are, and once.
     with pq.ParquetWriter(
         buffer, arrow.schema, store_schema=False, compression=compression, use_dictionary=repeating
@@ -89,6 +91,8 @@ def _arrow_of(columns: Columns) -> pa.Table:
     found["digest"] = arrow_digests(columns.digests)
     if columns.group_of is not None and (columns.group_of >= 0).any():
         found["group"] = columns.groups
+    if columns.additions is not None:
+        found["addition"] = arrow_numbers(columns.additions)
     found |= columns.more
     return pa.Table.from_arrays(list(found.values()), names=list(found))
 
@@ -162,6 +166,7 @@ class StoredTable:
         columns (mapping from name to `pyarrow.Array`): Its columns.
         pin (`str`): The lines of the ledger that it goes by; see [`~hf_s3t.folder.ledger_file.pin_of`].
         slices (`str`, *optional*): Sizes and digests of its slices as JSON, if it has them.
+        said (mapping from `bytes` to `bytes`): All that the footer says.
     """
 
     file: Path
@@ -169,6 +174,15 @@ class StoredTable:
     columns: dict[str, pa.Array]
     pin: str
     slices: str | None = None
+    said: Mapping[bytes, bytes] = field(default_factory=dict)
+
+    def num_shards(self, config: S3TConfig) -> int:
+        """Of how many shards it is: it may have been written before the last ones of these settings were added."""
+        try:
+            places = 0 if self.slices is None else len(json.loads(self.slices))
+        except (ValueError, TypeError, RecursionError):
+            return config.num_shards
+        return places // config.num_slices or config.num_shards
 
     def examples(self, config: S3TConfig, names: KeptNames) -> ExampleTable:
         """
@@ -181,23 +195,25 @@ class StoredTable:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If one is none, or lies outside the system's shards and slices.
         """
+        num_shards = self.num_shards(config)
         try:
             found = Columns(
                 names,
                 ids=None if "id" not in self.columns else _ids(self.columns["id"], names),
                 id_digests=self._id_digests(names),
-                shards=_within(self.columns["shard"], config.num_shards),
+                shards=_within(self.columns["shard"], num_shards),
                 slices=_within(self.columns["slice"], config.num_slices),
                 digests=_digests(self.columns["digest"]),
                 groups=_groups(self.columns.get("group")),
+                additions=_additions(self.columns.get("addition")),
                 more={name: column for name, column in self.columns.items() if name not in _KNOWN},
             )
             if self.version > 1 and (found.ids is None) != names.are_digests:
                 raise ValueError("ids stand there otherwise than the settings say")
             if not found.are_unique:
                 raise ValueError("an id stands there twice")
-            digests = None if self.slices is None else _slice_digests(self.slices, config)
-            table = ExampleTable(found, config.num_shards, config.num_slices, config.seed, digests)
+            digests = None if self.slices is None else _slice_digests(self.slices, num_shards, config.num_slices)
+            table = ExampleTable(found, num_shards, config.num_slices, config.seed, digests)
             if self.slices is not None and self.slices != _slices_of(table):
                 raise ValueError("slices are of other sizes than it says")
             return table
@@ -235,7 +251,7 @@ def read_table(path: Path) -> StoredTable:
         columns = {name: arrow[name].combine_chunks() for name in arrow.column_names}
         _ = [columns[name] for name in _OF_EVERY_ROW[version]]
         slices = metadata[_SLICES].decode() if version > 1 else None
-        return StoredTable(path, version, columns, metadata[_PIN].decode(), slices)
+        return StoredTable(path, version, columns, metadata[_PIN].decode(), slices, metadata)
     except (pa.ArrowException, KeyError, OverflowError, ValueError, TypeError) as error:
         raise _is_no_table(path, error) from error
 
@@ -272,8 +288,8 @@ def _is_no_table(path: Path, error: Exception) -> FolderError:
     return FolderError(f"{path} is not the table it was written as: {said}. Restore it from a backup.")
 
 
-def _slice_digests(text: str, config: S3TConfig) -> dict[tuple[int, int], str]:
-    places = itertools.product(range(config.num_shards), range(config.num_slices))
+def _slice_digests(text: str, num_shards: int, num_slices: int) -> dict[tuple[int, int], str]:
+    places = itertools.product(range(num_shards), range(num_slices))
     digests = [digest for _, digest in json.loads(text)]
     _, no_digest = from_hexadecimal(digests)
     if no_digest.any():
@@ -323,6 +339,10 @@ def _groups(column: pa.Array | None) -> pa.Array | None:
     if not pa.types.is_string(column.type):
         raise ValueError(f"groups of the type {column.type}")
     return column
+
+
+def _additions(column: pa.Array | None) -> np.ndarray | None:
+    return None if column is None else _within(column, 2**31 - 1)
 
 
 def _refuse_nulls(column: pa.Array) -> None:

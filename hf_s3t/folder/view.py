@@ -1,7 +1,6 @@
 """What a system's folder says: settings, ledger, table, stages; every read is checked (see `docs/format.md`)."""
 
 import contextlib
-import errno
 import os
 import threading
 from collections.abc import Collection, Mapping
@@ -9,40 +8,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import S3TConfig
 from ..errors import FolderError
 from ..plan.growth import Growth
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from ..records.validity import fits, is_current
+from ..records.validity import fits, is_current, saw_what_is_in
 from .checkpoints import Checkpoints, read_checkpoint_adapter, read_checkpoint_file, read_checkpoint_record
-from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record
+from .claims import Claims
+from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record, settings_of
 from .earlier_slices import EarlierSlices
-from .files import Stamp, check_digest, read_checked, stamp, sync
+from .files import Stamp, check_digest, read_checked, stamp
 from .foreign import forgeries_told
-from .gate_view import GateView
 from .identity import identity_of, is_same_system
 from .known_stages import KnownStages
 from .layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CONFIG_FILE,
-    HEAD_FILE,
     LEDGER_FILE,
     STAGES,
-    TABLE_FILE,
 )
-from .ledger_file import pin_of, read_head, read_ledger, read_on, require_pinned
+from .ledger_file import pin_of
+from .scratch import folders_of
 from .secret import load_key
 from .signatures_file import NewLines, Signatures
 from .stage_record import adapter_of, read_files
-from .table_file import StoredTable, TableHead, read_head_of_table, read_table
+from .table_view import TableView
 from .versions import library_versions
 
 
-class FolderView(GateView):
+class FolderView(TableView):
     """
     What the folder of one system says: settings, table, ledger, and which stages are valid. It is not written to.
 
@@ -72,7 +69,8 @@ class FolderView(GateView):
         self.path = path
         # What `s3t_config.json` says.
         self.record = record
-        self.config = S3TConfig.from_dict(record["s3t_config"])
+        # With the shards that were added to those that the user asked for.
+        self.config = settings_of(record)
         self.plan = plan_of(read_from, record, self.config)
         self.ledger = Ledger()
         self._ledger_stamp: Stamp | None = None
@@ -101,6 +99,18 @@ class FolderView(GateView):
         """What was signed of the lines of the ledger, by whoever had a key."""
         return Signatures.read(self.path)
 
+    def _use_record(self, record: dict[str, Any]) -> None:
+        """Take over what `s3t_config.json` says; shards that it was read to have are never fewer later."""
+        config = settings_of(record)
+        if config.num_shards < self.config.num_shards:
+            return
+        if config.num_shards > self.config.num_shards:
+            self.plan = plan_of(self.path / CONFIG_FILE, record, config)
+            for name in ("growth", "_shard_folders"):
+                self.__dict__.pop(name, None)
+        self.record, self.config = record, config
+        self._stages.config = self._checkpoints.config = config
+
     def _use(self, key: DigestKey) -> None:
         self.key = key
         self.names = KeptNames(key, self.config.keep_ids)
@@ -122,12 +132,7 @@ class FolderView(GateView):
                 ledger, pin = self._read_ledger(), head.pin
                 table = self._known_table(head, ledger)
             if table is None:
-                stored = self._read_rows()
-                ledger, pin = self._read_ledger(), stored.pin
-                table = self._table_of(stored, ledger)
-                if stored.version == 1 and not table.is_settled:
-                    # To be written anew, whatever it says of itself.
-                    pin = pin_of(Ledger())
+                table, ledger, pin = self._read_table()
             # A compaction in another thread may see one of the two before the other: rows leave before a line says so.
             self.table = table
             self.ledger = ledger
@@ -149,15 +154,18 @@ class FolderView(GateView):
                 return
             ledger = self._read_ledger()
             if ledger != self.ledger:
-                self.table = self._masked(self.table, ledger, len(self.ledger.lines))
-                self.ledger = ledger
+                if self._has_new_rows(ledger):
+                    table, ledger, self._table_pin = self._read_table()
+                else:
+                    table = self._masked(self.table, ledger, len(self.ledger.lines))
+                self.table, self.ledger = table, ledger
                 self._learn_slices()
                 self._settle()
 
     @property
     def is_migrated(self) -> bool:
         """Whether the folder is of the newest format, as far as is known: another process may have migrated it."""
-        return bool(self.record["format_version"] == FORMAT_VERSION)
+        return bool(self.record["format_version"] >= FORMAT_VERSION)
 
     def _learn_slices(self) -> None:
         if not self.is_migrated:
@@ -170,9 +178,9 @@ class FolderView(GateView):
 
     def _follow_migration(self, found: dict[str, Any]) -> None:
         """Take over what `s3t_config.json` says, if it is of the newest format."""
-        if found["format_version"] == FORMAT_VERSION and is_same_system(found, self.record):
+        if found["format_version"] >= FORMAT_VERSION and is_same_system(found, self.record):
             self._earlier.take_in(found.get("earlier_slices", {}))
-            self.record = found
+            self._use_record(found)
             self._stages.translate()
 
     def earlier_slices(self) -> EarlierSlices:
@@ -219,92 +227,6 @@ class FolderView(GateView):
             if self.table is table:
                 self.table = settled
         self._let_go_of_deleted_terms()
-
-    def _read_ledger(self, known: Ledger | None = None) -> Ledger:
-        # The head before the ledger, ahead of which it never is; the stamp before reading, so that a line which comes
-        # meanwhile is news again.
-        head = read_head(self.path)
-        found = stamp(self.path / LEDGER_FILE)
-        ledger = read_on(self.path / LEDGER_FILE, self.ledger, self._ledger_stamp)
-        if ledger is None:
-            ledger = read_ledger(self.path / LEDGER_FILE, known=known or self.ledger)
-        if not ledger.starts_with(self.ledger):
-            raise FolderError(
-                f"{self.path / LEDGER_FILE} lacks lines that it had, or holds others: deletions would be forgotten. "
-                "Restore it from a backup."
-            )
-        if head is not None:
-            require_pinned(self.path / LEDGER_FILE, ledger, head, HEAD_FILE)
-        self._ledger_stamp = found
-        return ledger
-
-    def _settle(self) -> None:
-        """
-        Sync the ledger as it was read, before anything is done or said because of it.
-
-        Who wrote a line may have died before syncing it: then a crash of the machine could still lose the line, and
-        leave what was done because of it.
-        """
-        if self._settled < len(self.ledger.lines):
-            try:
-                sync(self.path / LEDGER_FILE)
-            except OSError as error:
-                # Where nothing can be written, nothing waits to be synced.
-                if error.errno not in (errno.EROFS, errno.EINVAL):
-                    raise
-            self._settled = len(self.ledger.lines)
-
-    def _read_rows(self) -> StoredTable:
-        found = stamp(self.path / TABLE_FILE)
-        stored = read_table(self.path / TABLE_FILE)
-        self._table_stamp = found
-        return stored
-
-    def _look_at_table(self) -> TableHead | None:
-        """What the table's file says of it as a whole, where some table was read before."""
-        if self._table_stamp is None:
-            return None
-        found = stamp(self.path / TABLE_FILE)
-        if found == self._table_stamp:
-            return TableHead(self._table_pin, found)
-        return read_head_of_table(self.path / TABLE_FILE, found)
-
-    def _known_table(self, head: TableHead, ledger: Ledger) -> ExampleTable | None:
-        """
-        The table as the ledger has it now, from the rows that were read before; `None` if the file holds others.
-
-        A table that another process wrote holds nothing new, as a rule: a deletion went through it. What it says of
-        its slices shows that, and a million rows need not be read again.
-        """
-        known = len(self.ledger.lines)
-        if head.slices is not None:
-            require_pinned(self.path / LEDGER_FILE, ledger, head.pin, TABLE_FILE)
-            lines = int(head.pin.partition(" ")[0])
-            gone, later = ledger.deleted_since(known), ledger.deleted_since(lines)
-            then = self.table.without_digests(gone[: len(gone) - len(later)])
-            if lines < known or not head.says_of(then):
-                return None
-            self._table_stamp = head.stamp
-        return self._masked(self.table, ledger, known)
-
-    def _take_in_columns(self) -> None:
-        """Read the table again where a later version added columns to it: who writes it anew carries them along."""
-        with self._reading:
-            head = self._look_at_table()
-            if head is not None and head.says_more_than(self.table):
-                self.table = self._table_of(self._read_rows(), self.ledger)
-
-    def _table_of(self, stored: StoredTable, ledger: Ledger) -> ExampleTable:
-        table = stored.examples(self.config, self.names)
-        require_pinned(self.path / LEDGER_FILE, ledger, stored.pin, TABLE_FILE)
-        # Whoever copied a folder in format 1 while a deletion was recorded could write a pin that counted its line,
-        # with rows that it had deleted. No row came back then, so all lines hold.
-        lines = 0 if stored.version == 1 else int(stored.pin.partition(" ")[0])
-        return self._masked(table, ledger, lines)
-
-    def _masked(self, table: ExampleTable, ledger: Ledger, lines: int) -> ExampleTable:
-        """A table that goes by so many lines of the ledger, without what the lines after these deleted."""
-        return table.without_digests(ledger.deleted_since(lines))
 
     # The stages
 
@@ -363,26 +285,43 @@ class FolderView(GateView):
         """The digests of the slices of a stage as they are now."""
         return self.table.slice_digests(key.shard, key.prefix)
 
+    def slice_digests_ever(self, key: StageKey) -> list[tuple[str, ...]]:
+        """Of each slice of a stage the digests that its remaining rows ever had, the one that they have now first."""
+        return [self.table.slice_digests_of(key.shard, s, self._generations) for s in key.prefix]
+
+    @property
+    def _generations(self) -> tuple[frozenset[int], ...]:
+        return self.ledger.generations
+
     def adapter_digest(self, key: StageKey) -> str:
         """The digest of a stage's adapter file, as it was written."""
         return adapter_of(self.stage_record(key))
 
     def is_valid(self, key: StageKey) -> bool:
-        """
-        Whether the stage exists, saw exactly the remaining examples of its slices, and stands on the stages that are
-        there.
-        """
+        """Whether the stage exists, all examples that it saw are in, and it stands on the stages that are there."""
         records = self._stages.records
         return all(stage in records and self._fits(stage, records) for stage in key.lineage)
 
     def _fits(self, key: StageKey, records: Mapping[StageKey, dict[str, Any]]) -> bool:
         below = None if key.parent is None else adapter_of(records[key.parent])
-        return fits(records[key], self.slice_digests(key), below)
+        return fits(records[key], self.slice_digests_ever(key), below)
 
     @property
     def valid_stages(self) -> frozenset[StageKey]:
         """The stages that are valid, whether they are planned or not."""
         return frozenset(self.valid_records)
+
+    @property
+    def current_stages(self) -> frozenset[StageKey]:
+        """The valid stages that saw all that their slices hold. The others serve too, until they are grown again."""
+        valid = self.valid_records
+        if not self.ledger.additions:
+            return frozenset(valid)
+        current: set[StageKey] = set()
+        for key, record in valid.items():
+            if (key.parent is None or key.parent in current) and is_current(record, self.slice_digests(key)):
+                current.add(key)
+        return frozenset(current)
 
     def served(self, valid: Collection[StageKey] | None = None) -> tuple[tuple[StageKey, ...], ...]:
         """
@@ -394,7 +333,9 @@ class FolderView(GateView):
         Returns:
             `tuple[tuple[StageKey, ...], ...]`: Per shard the last stages of its stacks; empty if none is left.
         """
-        return self.plan.served(self.valid_stages if valid is None else valid, self.config.select, self.losses())
+        valid = self.valid_stages if valid is None else valid
+        behind = frozenset(valid) - self.current_stages if self.ledger.additions else frozenset[StageKey]()
+        return self.plan.served(valid, self.config.select, self.losses(), behind)
 
     @property
     def valid_records(self) -> dict[StageKey, dict[str, Any]]:
@@ -410,7 +351,7 @@ class FolderView(GateView):
 
     def missing_stages(self) -> list[StageKey]:
         """The stages that the plan still lacks; see `Plan.missing`."""
-        return self.plan.missing(self.valid_stages, self.table.empty)
+        return self.plan.missing(self.current_stages, self.table.empty)
 
     @cached_property
     def growth(self) -> Growth:
@@ -418,13 +359,27 @@ class FolderView(GateView):
         return Growth(self.plan, self.config)
 
     def condemned_stages(self) -> list[StageKey]:
-        """The stages that saw an example which was deleted since."""
-        found = (key for key, record in self._stages.records.items() if self._saw_deleted(key, record))
+        """
+        The stages that saw an example which was deleted since; and those whose parent was grown anew with rows that
+        came, on which they do not stand.
+        """
+        records = self._stages.records
+        found = [key for key, record in records.items() if self._saw_deleted(key, record)]
+        if self.ledger.additions:
+            found += [key for key in records if self._lost_its_parent(key, records)]
         return sorted({*self._stages.condemned, *found})
 
     def _saw_deleted(self, key: StageKey, record: Mapping[str, Any]) -> bool:
         # Only a deletion condemns a stage; one that is invalid for another reason is left for the user to look at.
-        return bool(self.ledger.num_deletions) and not is_current(record, self.slice_digests(key))
+        return bool(self.ledger.num_deletions) and not saw_what_is_in(record, self.slice_digests_ever(key))
+
+    def _lost_its_parent(self, key: StageKey, records: Mapping[StageKey, dict[str, Any]]) -> bool:
+        """Whether another stage lies where one stands on; of what is missing, nobody grew another."""
+        pairs = zip(key.lineage, key.lineage[1:], strict=False)
+        return any(
+            below in records and above in records and records[above]["below"] != adapter_of(records[below])
+            for below, above in pairs
+        )
 
     def losses(self) -> dict[StageKey, float]:
         """The evaluation loss recorded with each stage that has one."""
@@ -475,11 +430,22 @@ class FolderView(GateView):
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self.path / key.path / name
 
-    # Checkpoints of stages in training
+    # Stages in training
+
+    @cached_property
+    def claims(self) -> Claims:
+        """Who trains which stage."""
+        return Claims(self.path, self.config, self.plan.by_sets)
+
+    # Their checkpoints
 
     def checkpoints(self, key: StageKey) -> Path:
         """Where the checkpoints of a stage in training lie; beside it those of a second trainer, see `scratch`."""
         return self._checkpoints.of(key)
+
+    def folders_of_checkpoints(self, key: StageKey) -> list[Path]:
+        """The folders for checkpoints of a stage that are there, one for each trainer that came to it."""
+        return folders_of(self.checkpoints(key))
 
     def has_checkpoints(self, key: StageKey) -> bool:
         """Whether there is a folder for checkpoints of a stage, or was a moment ago."""
@@ -491,12 +457,12 @@ class FolderView(GateView):
         plan by sets, their set was grown in another order since.
         """
         if not self.plan.by_sets:
-            return self._checkpoints.finished(self.is_valid)
-        sets = {key.slices for key in self.valid_stages}
+            return self._checkpoints.finished(self.current_stages.__contains__)
+        sets = {key.slices for key in self.current_stages}
         return self._checkpoints.finished(lambda key: key.slices in sets)
 
     def _stale_checkpoints(self) -> list[Path]:
-        return self._checkpoints.stale(self.slice_digests, self.ledger)
+        return self._checkpoints.stale(self.slice_digests_ever, self.ledger)
 
     def read_checkpoint_record(self, folder: Path) -> dict[str, Any]:
         """

@@ -173,7 +173,7 @@ class HubFolder(SystemFolder):
         # All that may fail comes before anything changes.
         table = None if ledger.deleted <= self._published.deleted else self._load_table(ledger)
         self.ledger = self._read_ledger(known=ledger)
-        self._slices, self._table = index["slices"], table
+        self._slices, self._before, self._table = index["slices"], index["slices_before"], table
         self._stages.take_over(index["stages"])
 
     def _read_ledger(self, known: Ledger | None = None) -> Ledger:
@@ -240,7 +240,7 @@ class HubFolder(SystemFolder):
         commit = config.parent.name
         if commit != self.commit:
             if self.commit:
-                self.record = self._same_system(read_record(config))
+                self._use_record(self._same_system(read_record(config)))
             self.commit, self._table = commit, None
         return config
 
@@ -314,6 +314,23 @@ class HubFolder(SystemFolder):
             for place in places
         ]
 
+    def slice_digests_ever(self, key: StageKey) -> list[tuple[str, ...]]:
+        """Of each slice of a stage the digests that its remaining rows ever had, the one that they have now first."""
+        if not self._published.additions:
+            return [(digest,) for digest in self.slice_digests(key)]
+        if self.ledger.deleted <= self._published.deleted:
+            return [(self._slices[key.shard, s], *self._before.get((key.shard, s), ())) for s in key.prefix]
+        return super().slice_digests_ever(key)
+
+    @property
+    def _generations(self) -> tuple[frozenset[int], ...]:
+        # The table goes by the lines of its commit, whatever else this machine knows.
+        return self._published.generations
+
+    def _has_new_rows(self, ledger: Ledger) -> bool:
+        """Never beside the table: they come with a commit."""
+        return False
+
     def _learn_slices(self) -> None:
         """Nothing: stages and slices are compared as the index has both."""
 
@@ -331,7 +348,7 @@ class HubFolder(SystemFolder):
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self._download(f"{key.path}/{name}")
 
-    def merge_ledger(self, other: Ledger) -> list[StageKey]:
+    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
         """Take in what another copy of the system recorded; its deletions are in force on return."""
         with self.lock():
             self.refresh_ledger()

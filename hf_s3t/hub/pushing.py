@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import ConfigError, FolderError, HubError, MergeNeededError, TransferError, counted
+from ..folder.config_file import settings_of
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.files import check_digest, digested_json, read_checked, stamp
 from ..folder.gate_file import gate_bytes
@@ -31,12 +32,12 @@ from ..folder.signatures_file import Signatures
 from ..folder.signed_ledger import take_in_signatures
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
-from ..folder.table_file import table_bytes
+from ..folder.table_file import read_table, table_bytes
 from ..plan.stages import StageKey, is_stage_of
 from ..records.digests import PUBLIC_SECRET, DigestKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
-from ..records.validity import fits
+from ..records.validity import fits, is_current
 from .client import (
     ATTEMPTS,
     LONGEST_WAIT,
@@ -147,7 +148,7 @@ def _commit_upon_what_is_there(
     merged = _Merged()
     for attempt in range(ATTEMPTS):
         state = repo.state()
-        merged += _take_in(folder, state, merge, repo.repo_id, on_merge, dry_run)
+        merged += _take_in(folder, state, merge, repo, on_merge, dry_run)
         signed = repo.signatures(state)
         if not dry_run:
             take_in_signatures(folder, signed)
@@ -285,14 +286,21 @@ def _take_in(
     folder: SystemFolder,
     state: HubState,
     merge: bool,
-    repo_id: str,
+    repo: HubRepo,
     on_merge: Callable[[], object] | None,
     dry_run: bool,
 ) -> _Merged:
-    """Forget in the folder what the Hub knows as deleted."""
+    """Forget in the folder what the Hub knows as deleted, and have in it the rows that came there."""
     if state.record is None:
         return _Merged()
+    repo_id = repo.repo_id
     _refuse_another(state.record, folder, repo_id)
+    lacking = folder.lines_of_rows_not_here(state.ledger)
+    if lacking and not merge:
+        raise MergeNeededError(
+            f"{repo_id} knows of {counted(len(lacking), 'addition')} of rows that {folder.path} lacks: a push would "
+            "take them from whoever loads it. Push with merge=True (`hf-s3t push --merge`) to have them here too."
+        )
     missing = state.ledger.deleted - folder.ledger.deleted
     if missing and not merge:
         raise MergeNeededError(
@@ -303,11 +311,17 @@ def _take_in(
     if dry_run:
         return _Merged(len(missing), _stages_that_saw(folder, missing, before))
     known = folder.ledger.deleted
-    folder.merge_ledger(state.ledger)
+    folder.merge_ledger(state.ledger, _table_of(repo, state, folder) if lacking else None)
     gone = tuple(sorted(before - folder.valid_stages)) if missing else ()
     if on_merge is not None and folder.ledger.deleted != known:
         on_merge()
     return _Merged(len(missing), gone)
+
+
+def _table_of(repo: HubRepo, state: HubState, folder: SystemFolder) -> ExampleTable:
+    """The rows of a repository."""
+    record = state.record or folder.record
+    return read_table(repo.download(TABLE_FILE, state.commit)).examples(settings_of(record), folder.names)
 
 
 def _refuse_another(there: Mapping[str, Any], folder: SystemFolder, repo_id: str) -> None:
@@ -357,7 +371,7 @@ def _operations(
     # What a system on the Hub serves is there already, or it is not: it has no files to bring.
     ours = {key: record for key, record in valid.items() if folder.stage_paths(key)}
     earlier = _earlier_slices(folder, state)
-    stages = _stages_to_be(folder, ours, table, state, earlier)
+    stages = _stages_to_be(folder, ours, _Slices(table, ledger), state, earlier)
     wanted: dict[str, bytes | Path | _Adapter] = {}
     for key, record in stages.items():
         if record is ours.get(key):
@@ -394,21 +408,23 @@ def _files_of(folder: SystemFolder, key: StageKey, record: Mapping[str, Any]) ->
 def _stages_to_be(
     folder: SystemFolder,
     ours: Mapping[StageKey, Mapping[str, Any]],
-    table: ExampleTable,
+    slices: "_Slices",
     state: HubState,
     earlier: EarlierSlices,
 ) -> dict[StageKey, Mapping[str, Any]]:
-    """The valid stages of folder and Hub together; where both have one that differs, the folder's."""
+    """
+    The valid stages of folder and Hub together; where both have one that differs, the one that lacks no rows which
+    came, else the folder's.
+    """
     there = {key: earlier.translated(r) for key, r in state.stages.items() if _is_whole(state, key, r)}
     chosen: dict[StageKey, Mapping[str, Any]] = {}
     # Parents first, whether they are planned or not.
     for key in sorted({*ours, *there}, key=lambda key: (key.depth, key)):
         if not is_stage_of(key, folder.config):
             continue
-        for record in (ours.get(key), there.get(key)):
-            if record is not None and _fits(table, key, record, chosen):
-                chosen[key] = record
-                break
+        fit = [r for r in (ours.get(key), there.get(key)) if r is not None and _fits(slices, key, r, chosen)]
+        if fit:
+            chosen[key] = min(fit, key=lambda record: not is_current(record, slices.now(key)))
     return chosen
 
 
@@ -421,11 +437,27 @@ def _is_whole(state: HubState, key: StageKey, record: Mapping[str, Any]) -> bool
     return adapter.lfs is None or adapter.lfs.sha256 == record["files"][ADAPTER_FILE]
 
 
-def _fits(table: ExampleTable, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
+@dataclass(frozen=True)
+class _Slices:
+    """The rows that a push goes by, and which of them came when."""
+
+    table: ExampleTable
+    ledger: Ledger
+
+    def now(self, key: StageKey) -> list[str]:
+        """The digests of a stage's slices."""
+        return self.table.slice_digests(key.shard, key.prefix)
+
+    def ever(self, key: StageKey) -> list[tuple[str, ...]]:
+        """Those that their remaining rows ever had."""
+        return [self.table.slice_digests_of(key.shard, s, self.ledger.generations) for s in key.prefix]
+
+
+def _fits(slices: _Slices, key: StageKey, record: Mapping[str, Any], chosen: Mapping[StageKey, Any]) -> bool:
     if key.parent is not None and key.parent not in chosen:
         return False
     below = None if key.parent is None else adapter_of(chosen[key.parent])
-    return fits(record, table.slice_digests(key.shard, key.prefix), below)
+    return fits(record, slices.ever(key), below)
 
 
 def _is_there(entry: RepoFile | None, path: str, content: bytes | Path | _Adapter) -> bool:

@@ -1,5 +1,6 @@
 """The repository of a system on the Hub, and what one of its commits holds."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Mapping
@@ -166,6 +167,9 @@ def read_index(path: Path) -> dict[str, Any]:
         stages = {StageKey.from_path(f"{STAGES}/{name}"): dict(record) for name, record in index["stages"].items()}
         places = {place: place.removeprefix("shard-").split("/") for place in index["slices"]}
         slices = {tuple(map(int, places[place])): str(digest) for place, digest in index["slices"].items()}
+        before = {
+            tuple(map(int, places[p])): tuple(map(str, ever)) for p, ever in index.get("slices_before", {}).items()
+        }
         pin = str(index["ledger"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FolderError(
@@ -178,19 +182,20 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{path} says of {damaged} other than files, slices, below and metrics as they were written. Push the "
             "system again from its folder."
         )
-    return {**index, "stages": stages, "slices": slices, "ledger": pin}
+    return {**index, "stages": stages, "slices": slices, "slices_before": before, "ledger": pin}
 
 
 def stage_index(table: ExampleTable, ledger: Ledger, stages: Mapping[StageKey, Mapping[str, Any]]) -> dict[str, Any]:
     """What the index says of stages, in the newest format: releases before it cannot read the names of slices."""
+    places = itertools.product(range(table.num_shards), range(table.num_slices))
+    ever = {place: table.slice_digests_of(*place, ledger.generations) for place in places}
+    # What the rows of slices were before others came, by which stages that serve without these are told.
+    before = {f"shard-{shard}/{slice_}": list(was) for (shard, slice_), (_, *was) in ever.items() if was}
     return {
         "format_version": FORMAT_VERSION,
         "ledger": pin_of(ledger),
-        "slices": {
-            f"shard-{shard}/{slice_}": table.slice_digest(shard, slice_)
-            for shard in range(table.num_shards)
-            for slice_ in range(table.num_slices)
-        },
+        "slices": {f"shard-{shard}/{slice_}": now for (shard, slice_), (now, *_) in ever.items()},
+        **({"slices_before": before} if before else {}),
         "stages": {str(key): _indexed(record) for key, record in sorted(stages.items())},
     }
 

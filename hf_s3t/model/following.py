@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..errors import S3TError
@@ -15,7 +16,16 @@ from ..folder.layout import GATE_FILE
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
 from .calls import Calls, Routing
-from .gates import RECORDED, ChosenGate, Gate, GateSettings, TermsGate, UnreadableGate, tokenizer_of_gate
+from .gates import (
+    RECORDED,
+    ChosenGate,
+    Gate,
+    GateSettings,
+    GivenWeights,
+    TermsGate,
+    UnreadableGate,
+    tokenizer_of_gate,
+)
 from .retrying import Retrying
 from .stack import StageStack
 
@@ -146,6 +156,16 @@ class Following:
             self._wait_for_cleaner()
             self._switch_off()
             yield
+
+    def give_up(self, stages: frozenset[StageKey]) -> None:
+        """
+        Have some stages answer no more, though they are valid: others of their names are about to be trained, and two
+        of one name cannot be in memory at once. Only while this is at rest.
+        """
+        left = self._routing.stages - stages
+        self._calls.switch(self._routing_of(frozenset(left)))
+        self.free(stages)
+        self.stack.drop(stages)
 
     def free(self, stages: frozenset[StageKey]) -> None:
         """Wait until no call uses any of the stages, and stop the calls that take too long."""
@@ -284,11 +304,26 @@ class Following:
         """What weighs the members by what is in now. Stages are taken out of use also where it cannot be read."""
         if settings.gate != "terms":
             given: Gate | None = settings.gate
-            return given
+            return self._by_size() if given is None else given
         try:
             return self._terms_gate(float(settings.temperature))
         except (S3TError, OSError) as error:
             return UnreadableGate(error)
+
+    def _by_size(self) -> Gate | None:
+        """
+        Weights by the rows of each shard that are in, where these were asked for when shards were added: a pure
+        function of these rows.
+        """
+        folder = self.folder
+        if folder.record.get("added", {}).get("weights") != "size":
+            return None
+        num_shards = folder.config.num_shards
+        sizes = torch.zeros(num_shards, dtype=torch.float64)
+        for (shard, _), size in folder.table.sizes_of_slices.items():
+            sizes[shard] += size
+        # Where no row is left there is nothing to weigh.
+        return GivenWeights(sizes, num_shards) if sizes.any() else None
 
     def _terms_gate(self, temperature: float) -> TermsGate:
         folder = self.folder

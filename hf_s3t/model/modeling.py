@@ -396,7 +396,8 @@ class S3TModel(Unlearning, HandingOut, Generating, nn.Module):
             serves), `sequence_depths` (per shard and sequence), `sets` (per shard and number of slices: sets that
             are there, planned), `stages` (valid, and with those that are missing), `expected_depth` (the mean depth
             over shards and the next requests, as many as a shard has slices, if nothing is trained), `stages_left` and
-            `work_left` (what `train()` would train; work in full LoRA fine-tunings of all the data), `next_stage`
+            `work_left` (what `train()` would train; work in full LoRA fine-tunings of all the data), `stages_behind`
+            (valid ones that lack rows which came since), `additions` (how often rows were added), `next_stage`
             (what one more stage would bring: `stage`, its `work`, by how much the mean of `depths`, as `depth`, and
             `expected_depth` rise; `None` if none is missing),
             `deletions_until_first_dead_shard` and `deletions_until_exhausted` (expected numbers of further requests by

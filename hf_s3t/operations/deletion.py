@@ -1,7 +1,7 @@
 """A deletion as applied to a folder, by any process and without a model: what it would do, and doing it."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..errors import UnknownExampleError
@@ -12,6 +12,7 @@ from ..plan.stages import StageKey
 from ..records.naming import resolve_names
 from ..records.report import UnlearningReport
 from ..records.request import DeletionRequest, RequestedExamples
+from ..records.validity import saw_what_is_in
 
 
 @dataclass(frozen=True)
@@ -207,4 +208,29 @@ def resolve(folder: SystemFolder, request: DeletionRequest) -> tuple[RequestedEx
 def _touched(folder: SystemFolder, examples: RequestedExamples, condemned: Collection[StageKey]) -> list[StageKey]:
     # What an earlier deletion condemned goes in its name, not in that of this one.
     standing = set(folder.stages).difference(condemned)
-    return sorted(folder.plan.removed_by(folder.table.places(examples.present), standing))
+    return stages_that_saw(folder, examples.present, standing)
+
+
+def stages_that_saw(
+    folder: SystemFolder, present: Sequence[int | str], stages: Collection[StageKey]
+) -> list[StageKey]:
+    """
+    The stages that saw any of some examples that are in: those of their slices, but for what is older than they.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        present (sequence of ids): The examples, as ids stand in the table.
+        stages (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages that there are.
+    """
+    table = folder.table
+    touched = folder.plan.removed_by(table.places(present), stages)
+    if not table.has_additions:
+        return sorted(touched)
+    left, generations = table.without(present), folder.ledger.generations
+    return sorted(
+        key
+        for key in touched
+        if not saw_what_is_in(
+            folder.stage_record(key), [left.slice_digests_of(key.shard, s, generations) for s in key.prefix]
+        )
+    )

@@ -91,8 +91,7 @@ def state_of(folder: SystemFolder, erasure: RecordedErasure) -> str:
 
 def states_of(folder: SystemFolder, erasures: Sequence[RecordedErasure]) -> list[str]:
     """What became of several requests; see `state_of`. What waits is read once."""
-    deleted = folder.ledger.deleted
-    missing = [[one for one in erasure.ids if one not in deleted] for erasure in erasures]
+    missing = [[one for one in erasure.ids if not _is_erased(folder, one, erasure)] for erasure in erasures]
     is_asked = any(erasure.waits and ids for erasure, ids in zip(erasures, missing, strict=True))
     waiting = PendingRequests(folder).id_digests() if is_asked else frozenset[str]()
     return [
@@ -111,6 +110,15 @@ def envelopes_of(folder: SystemFolder, receipts: Sequence[Receipt]) -> list[dict
     """
     signed = map(Signatures.read(folder.path).signed, (one.hash for one in receipts))
     return [None if one is None else json.loads(one[0].to_json()) for one in signed]
+
+
+def _is_erased(folder: SystemFolder, digest: str, erasure: RecordedErasure) -> bool:
+    """Whether an id of a request is out, or was deleted since and came back by an explicit word."""
+    ledger = folder.ledger
+    if digest in ledger.deleted:
+        return True
+    line = ledger.deleted.line_of(digest)
+    return line is not None and ledger.entries[line - 1].time >= erasure.time
 
 
 def receipts_of(folder: SystemFolder, erasure: RecordedErasure) -> list[Receipt]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config import S3TConfig
 from ..errors import ConfigError, FolderError, KeyMissingError, counted
-from ..folder.config_file import plan_of, read_record
+from ..folder.addition_file import read_addition
+from ..folder.config_file import plan_of, read_record, settings_of
 from ..folder.earlier_slices import EarlierSlices
 from ..folder.layout import CONFIG_FILE, HEAD_FILE, KEY_FILE, LEDGER_FILE, TABLE_FILE
 from ..folder.ledger_file import parse_ledger, pin_of, read_head, read_ledger_text, require_pinned
@@ -79,7 +80,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _settings_in(path: Path, record: Mapping[str, Any]) -> S3TConfig:
     try:
-        return S3TConfig.from_dict(record["s3t_config"])
+        return settings_of(record)
     except ConfigError as error:
         raise FolderError(f"{path / CONFIG_FILE}: {error} Restore it from a backup.") from error
 
@@ -130,7 +131,8 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
     config, key, ledger = records.config, records.key, records.ledger
     if config is None:
         return
-    table = stored.examples(config, KeptNames(key or _no_key, config.keep_ids))
+    names = KeptNames(key or _no_key, config.keep_ids)
+    table = stored.examples(config, names)
     # Where the secret is missing, what was deleted cannot be told, nor then what is valid.
     can_tell = ledger is not None and (not ledger.deleted or key is not None or config.keep_ids == "digest")
     if ledger is None or not can_tell:
@@ -141,7 +143,9 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
             "from a backup."
         )
         return
-    left = table.without_digests(ledger.deleted) if ledger.deleted else table
+    lines = 0 if stored.version == 1 else int(stored.pin.partition(" ")[0])
+    # What came back after it was deleted is in.
+    left = table.without_digests([*ledger.deleted, *ledger.deleted_since(lines)]) if ledger.deleted_since(0) else table
     deleted = len(table) - len(left)
     if is_behind:
         findings.condemned(stored.file, "rows")
@@ -150,9 +154,31 @@ def _check_table(stored: StoredTable, is_behind: bool, records: Records, finding
             f"{stored.file} still holds {counted(deleted, 'deleted example')}, though it says that it was written "
             "without. Restore it from a backup."
         )
-    records.table = left
+    records.table = _with_rows_that_come(stored.file.parent, left, ledger, lines, config, names)
     if records.is_of_format_1:
         records.earlier.learn(left)
+
+
+def _with_rows_that_come(
+    path: Path, table: ExampleTable, ledger: Ledger, lines: int, config: S3TConfig, names: KeptNames
+) -> ExampleTable:
+    """The rows that are in, with those that the ledger tells of and the table has not yet."""
+    for number, line in enumerate(ledger.additions, start=1):
+        if line > lines:
+            addition = read_addition(path, ledger, line, config, names)
+            if addition is None:
+                raise FolderError(
+                    f"{path / TABLE_FILE} lacks rows that line {line} of the ledger tells of, and they are not beside "
+                    "it: it is older than the ledger. Restore the newest from a backup."
+                )
+            rows = addition.rows.without_digests(ledger.deleted_since(line)).settled().columns
+            num_shards = max(table.num_shards, addition.rows.num_shards)
+            if addition.merged is not None:
+                merged = list(ledger.hashes).index(addition.merged) + 1
+                rows = addition.rows.without_digests(ledger.deleted_since(merged)).settled().columns
+                return table.with_more(rows, None, num_shards)
+            table = table.with_more(rows, number, num_shards)
+    return table
 
 
 def _no_key() -> DigestKey:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError
-from ..folder.checkpoints import is_checkpoint_current
+from ..errors import FolderError, counted
+from ..folder.checkpoints import is_checkpoint_in
+from ..folder.claims import claimed_by
 from ..folder.files import REGROW, check_digest, read_checked
 from ..folder.finite import NOT_FINITE, named, non_finite_tensors
 from ..folder.foreign import entries
@@ -14,18 +15,21 @@ from ..folder.layout import (
     ADAPTER_FILE,
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
+    CLAIMS,
     ERASURES_LOCK_FILE,
     LEFTOVER_PREFIXES,
     LOCK_FILE,
+    ORDER_FILE,
     STAGE_FILE,
     STAGE_FILES,
     STAGES,
+    TEMPORARY,
     TRACKER_LOGS,
 )
 from ..folder.scratch import stage_of
 from ..folder.stage_record import adapter_of, read_stage
 from ..plan.stages import StageKey, is_stage_of
-from ..records.validity import fits, is_current
+from ..records.validity import fits, is_current, saw_what_is_in
 from .findings import Findings, require_file
 from .inspected_records import Records
 
@@ -104,12 +108,15 @@ def _check_validity(
     table, ledger = records.table, records.ledger
     if table is None or ledger is None:
         return
+    behind = 0
     for key, record in sorted(stages.items()):
-        folder, slices = path / key.path, table.slice_digests(key.shard, key.prefix)
+        folder = path / key.path
+        slices = [table.slice_digests_of(key.shard, slice_, ledger.generations) for slice_ in key.prefix]
         is_orphan = key.parent is not None and key.parent not in stages
-        if not is_current(record, slices) and ledger.num_deletions:
+        is_behind = not is_current(record, table.slice_digests(key.shard, key.prefix))
+        if not saw_what_is_in(record, slices) and ledger.num_deletions:
             findings.condemned(folder, "stage")
-        elif not is_current(record, slices):
+        elif not saw_what_is_in(record, slices):
             findings.problems.append(
                 f"{folder} was trained on other examples than those of its slices. Remove its folder and call "
                 "`train()` to grow it again."
@@ -118,11 +125,21 @@ def _check_validity(
             findings.problems.append(
                 f"{folder} stands on {key.parent}, which is missing. Restore it, or call `train()` to grow it again."
             )
-        elif not fits(record, slices, None if key.parent is None else adapter_of(stages[key.parent])):
+        elif fits(record, slices, None if key.parent is None else adapter_of(stages[key.parent])):
+            behind += is_behind
+        elif ledger.additions:
+            # Its parent was grown again with rows that came, by a process that died before it removed this one.
+            findings.condemned(folder, "stage")
+        else:
             findings.problems.append(
                 f"{folder} was trained on another stage {key.parent} than the one that is there. Remove its folder "
                 "and call `train()` to grow it again."
             )
+    if behind:
+        findings.notes.append(
+            f"{path / STAGES}: {counted(behind, 'stage')} serve without examples that came to their slices since. "
+            "`train()` grows them again."
+        )
 
 
 # Checkpoints
@@ -174,7 +191,33 @@ def _is_current(checkpoint: Path, key: StageKey, records: Records) -> bool:
     if table is None or ledger is None:
         # Whether it is cannot be told; what is wrong with the table is said already.
         return True
-    return is_checkpoint_current(checkpoint, table.slice_digests(key.shard, key.prefix), ledger, records.earlier)
+    slices = [table.slice_digests_of(key.shard, slice_, ledger.generations) for slice_ in key.prefix]
+    return is_checkpoint_in(checkpoint, slices, ledger, records.earlier)
+
+
+# Claims
+
+
+def inspect_claims(path: Path, records: Records, findings: Findings) -> None:
+    """
+    Look for what does not belong among the claims of trainers at work. They themselves are as they may be: whether one
+    of them is over is for those to judge who wait for it.
+
+    Args:
+        path (`Path`): The folder of the system.
+        records ([`~hf_s3t.operations.inspected_records.Records`]): What is known of the system.
+        findings ([`~hf_s3t.operations.findings.Findings`]): Gets what is wrong.
+    """
+    root = path / CLAIMS
+    if root.is_symlink():
+        return
+    for entry in entries(root):
+        key = claimed_by(entry.name)
+        is_claim = (key is not None and _is_of_system(key, records)) or entry.name == ORDER_FILE
+        if entry.name.startswith(TEMPORARY):
+            findings.condemned(entry, "leftover")
+        elif not is_claim or entry.is_dir():
+            findings.unknown(entry)
 
 
 # Names of folders

@@ -11,6 +11,7 @@ from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
     AUDITS_FILE,
     CHECKPOINTS,
+    CLAIMS,
     COMPANIONS,
     CONFIG_FILE,
     ERASURES_FILE,
@@ -32,7 +33,7 @@ from .findings import Findings, Inspection, require_file, require_private
 from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
 from .inspected_signatures import inspect_signatures
-from .inspected_stages import inspect_checkpoints, inspect_stages
+from .inspected_stages import inspect_checkpoints, inspect_claims, inspect_stages
 from .pending import PendingRequests
 
 
@@ -87,6 +88,8 @@ def _look(path: Path, adapters: bool, public_key: PublicKey | None) -> Findings:
             inspect_stages(path, records, adapters, findings)
         with findings.reading(path / CHECKPOINTS):
             inspect_checkpoints(path, records, findings)
+        with findings.reading(path / CLAIMS):
+            inspect_claims(path, records, findings)
         with findings.reading(path / PENDING_FILE):
             _inspect_requests(path, findings)
         with findings.reading(path / ERASURES_FILE):

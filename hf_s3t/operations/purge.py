@@ -13,8 +13,9 @@ from huggingface_hub import constants as hub_constants
 from ..errors import FolderError
 from ..folder.files import read_checked_json
 from ..folder.identity import is_same_system
-from ..folder.layout import CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG_FILE, HISTORY, STAGES, is_log
+from ..folder.layout import CHECKPOINT_PREFIX, CHECKPOINTS, CLAIMS, CONFIG_FILE, HISTORY, STAGES, is_log
 from ..folder.opening import open_folder
+from ..folder.shared_growth import end_dead_claims
 from ..folder.system import SystemFolder
 from .inspection import inspect
 
@@ -155,6 +156,7 @@ def purge(
     # Opening finishes the removals that the ledger asks for.
     folder = open_folder(path)
     folder.remove_finished_checkpoints()
+    end_dead_claims(folder)
     problems = list(inventory.problems)
     done = tuple(_carried_out(remnant, problems) for remnant in inventory.remnants)
     return Purge(done, tuple(problems))
@@ -232,7 +234,7 @@ def _condemned(folder: SystemFolder, path: Path) -> Iterator[Remnant]:
 def _beside_stages(path: Path) -> Iterator[Remnant]:
     """What other libraries write into an output folder."""
     for entry in _children(path):
-        if entry.name in (STAGES, CHECKPOINTS):
+        if entry.name in (STAGES, CHECKPOINTS, CLAIMS):
             continue
         kind = _kind_in_output(entry)
         if kind is not None:

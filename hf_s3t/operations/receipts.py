@@ -53,10 +53,11 @@ class Receipt:
             "time": entry.time,
             "ids": list(entry.ids),
             "groups": list(entry.groups),
-            "stages_removed": _stages(entry.removed if entry.kind == "deletion" else {}),
+            "stages_removed": _stages(entry.removed if entry.deletes else {}),
             "stages_exported": _stages(entry.removed if entry.kind == "export" else {}),
             "stages_left": _stages(entry.left),
             "versions": dict(entry.versions or {}),
+            **({"rows_added": entry.rows} if entry.adds else {}),
         }
 
 
@@ -136,7 +137,7 @@ class Receipts:
             `tuple[Receipt, ...]`: Empty if the ledger knows of no deletion of this id.
         """
         digests = {key.of_id(value) for value in candidates(text)}
-        return tuple(r for r in self.receipts if r.entry.kind == "deletion" and digests.intersection(r.entry.ids))
+        return tuple(r for r in self.receipts if r.entry.deletes and digests.intersection(r.entry.ids))
 
 
 def _table_pin(path: Path) -> str:

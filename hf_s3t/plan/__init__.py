@@ -2,6 +2,7 @@
 What is trained: from an example to its slice, and from sets of slices to the tree of stages.
 
 - `partition`: from an example's id or group, the seed and a secret to its shard, its slice and its rank there.
+- `later_rows`: where rows go that come after the first partition.
 - `stages`: the tree of stages that a system shall have; what a deletion removes from it, and which stack serves.
 - `growth`: what is missing of it, on which stages it can stand, and in which order it is worth growing.
 """

@@ -1,6 +1,7 @@
 """What is to be grown next: which stages are missing, and what each of them is worth."""
 
-from collections.abc import Collection, Iterable, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,50 +76,96 @@ class Growth:
         """What training stages costs together, in full LoRA fine-tunings of all the data."""
         return sum(self._outlooks[key.shard].work(key.depth) for key in stages) / len(self._outlooks)
 
-    def next(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Step | None:
+    def next(
+        self,
+        valid: Collection[StageKey],
+        empty: Collection[tuple[int, int]] = (),
+        behind: Collection[StageKey] = (),
+    ) -> Step | None:
         """
         The stage to grow next; `None` if nothing is missing.
 
         Args:
             valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
             empty (collection of `(shard, slice)`): Slices of which nothing is left: no set with one is grown.
+            behind (collection of [`~hf_s3t.plan.stages.StageKey`], *optional*):
+                Stages that serve though rows came to their slices since, and so are missing. One that is grown again
+                takes the place of the old one, on which others may stand that serve: what lowers no depth comes first.
         """
-        return next(self.steps(valid, empty), None)
+        return next(self.steps(valid, empty, behind), None)
 
-    def missing(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> list[Step]:
+    def missing(
+        self,
+        valid: Collection[StageKey],
+        empty: Collection[tuple[int, int]] = (),
+        behind: Collection[StageKey] = (),
+    ) -> list[Step]:
         """All that is to be grown, in its order, if nothing is deleted meanwhile. Arguments as of `next`."""
-        return list(self.steps(valid, empty))
+        return list(self.steps(valid, empty, behind))
 
-    def steps(self, valid: Collection[StageKey], empty: Collection[tuple[int, int]] = ()) -> Iterator[Step]:
+    def steps(
+        self,
+        valid: Collection[StageKey],
+        empty: Collection[tuple[int, int]] = (),
+        behind: Collection[StageKey] = (),
+    ) -> Iterator[Step]:
         """What `missing` lists, one after the other. Arguments as of `next`."""
+        old: list[set[StageKey]] = [set() for _ in self._outlooks]
+        for key in frozenset(behind).difference(valid):
+            old[key.shard].add(key)
         there: list[set[StageKey]] = [set() for _ in self._outlooks]
         for key in valid:
             there[key.shard].add(key)
         if not self._plan.by_sets:
-            yield from self._as_planned(there, empty)
+            yield from self._as_planned(there, empty, old)
             return
-        found = [self._first(shard, there[shard], empty) for shard in range(len(there))]
+        found = [self._first(shard, there[shard], empty, old[shard]) for shard in range(len(there))]
         while any(found):
             # The first of equals.
             best = max((step for step in found if step is not None), key=lambda step: step.worth.order)
             yield self._step(best)
-            there[best.key.shard].add(best.key)
-            found[best.key.shard] = self._first(best.key.shard, there[best.key.shard], empty)
+            shard = best.key.shard
+            there[shard].add(best.key)
+            old[shard] = _left_by(best.key, old[shard])
+            found[shard] = self._first(shard, there[shard], empty, old[shard])
 
-    def _as_planned(self, there: list[set[StageKey]], empty: Collection[tuple[int, int]]) -> Iterator[Step]:
-        for key in self._plan.stages(empty):
-            if key not in there[key.shard]:
-                (alone,) = self._soon[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
-                yield self._step(_Found(key, alone, alone))
-                there[key.shard].add(key)
+    def order(
+        self,
+        valid: Collection[StageKey],
+        empty: Collection[tuple[int, int]] = (),
+        behind: Collection[StageKey] = (),
+    ) -> "Order":
+        """The order of `missing`, for several who grow it together. Arguments as of `next`."""
+        by_sets = self._plan.by_sets
+        if by_sets or behind:
+            return Order(valid, (step.key for step in self.steps(valid, empty, behind)), by_sets)
+        return Order(valid, self._plan.missing(valid, empty), False)
 
-    def _first(self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]]) -> "_Found | None":
+    def _as_planned(
+        self, there: list[set[StageKey]], empty: Collection[tuple[int, int]], old: list[set[StageKey]]
+    ) -> Iterator[Step]:
+        missing = [key for key in self._plan.stages(empty) if key not in there[key.shard]]
+        while missing:
+            ready = [key for key in missing if key.parent is None or key.parent in there[key.shard]]
+            free = (key for key in ready if not _lowers(key, there[key.shard], old[key.shard])) if any(old) else ()
+            key = next(iter(free), missing[0])
+            (alone,) = self._soon[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
+            yield self._step(_Found(key, alone, alone))
+            there[key.shard].add(key)
+            old[key.shard] = _left_by(key, old[key.shard])
+            missing.remove(key)
+
+    def _first(
+        self, shard: int, there: Collection[StageKey], empty: Collection[tuple[int, int]], old: Collection[StageKey]
+    ) -> "_Found | None":
         """The stage of a shard to grow first; remembered, as it is asked for again when another shard has grown."""
-        state = frozenset(there), frozenset(empty)
+        state = frozenset(there), frozenset(empty), frozenset(old)
         # Another thread may ask of other stages meanwhile.
         known = self._known.get(shard)
         if known is None or known[0] != state:
-            missing, outlook = _prefixes(self._plan.missing_in(shard, *state)), self._outlooks[shard]
+            missing_keys = self._plan.missing_in(shard, *state[:2])
+            keys = _that_lower_nothing(missing_keys, state[0], state[2]) if old else missing_keys
+            missing, outlook = _prefixes(keys), self._outlooks[shard]
             first = outlook.first(missing, _prefixes(there))
             found = None
             if first is not None:
@@ -131,6 +178,84 @@ class Growth:
     def _step(self, found: "_Found") -> Step:
         shards = len(self._outlooks)
         return Step(found.key, self.work([found.key]), found.alone.now / shards, found.alone.later / shards)
+
+
+def _left_by(key: StageKey, old: Iterable[StageKey]) -> set[StageKey]:
+    """What is left of old stages when one is grown anew: not the one of its name, nor what stands on that."""
+    return {one for one in old if one.prefix[: key.depth] != key.prefix}
+
+
+def _lowers(key: StageKey, there: Collection[StageKey], old: Collection[StageKey]) -> bool:
+    """Whether growing a stage anew lowers the depth that its shard serves until more is grown."""
+    if key not in old:
+        return False
+    before = max(one.depth for one in (*there, *old))
+    return max(one.depth for one in (key, *there, *_left_by(key, old))) < before
+
+
+def _that_lower_nothing(
+    keys: Sequence[StageKey], there: Collection[StageKey], old: Collection[StageKey]
+) -> Sequence[StageKey]:
+    """Those of missing stages by which no depth is lowered, and that stand on none that does; all, if none is left."""
+    lowering = {key for key in keys if _lowers(key, there, old)}
+    free = [key for key in keys if lowering.isdisjoint(key.lineage)]
+    return free or keys
+
+
+class Order:
+    """
+    What several who grow a system together take next: what one alone would come to, in its order, but for what others
+    have in hand, and what stands on it.
+
+    From which stages one alone began decides, in a plan by sets, in which order of its slices a set is grown. So all
+    have to go by the order from the same ones, and what they grow together is what one would have grown.
+
+    Args:
+        there (collection of [`~hf_s3t.plan.stages.StageKey`]): The stages from which it begins.
+        missing (iterable of [`~hf_s3t.plan.stages.StageKey`]): What one alone would grow, one after the other; looked
+            at as far as is needed.
+        by_sets (`bool`): Whether a stage counts by its set of slices.
+    """
+
+    def __init__(self, there: Collection[StageKey], missing: Iterable[StageKey], by_sets: bool):
+        self._missing, self._by_sets = iter(missing), by_sets
+        self._ids: dict[StageKey, Any] = {}
+        self._there = {self._id(key) for key in there}
+        self._known: list[tuple[StageKey, Any, StageKey | None]] = []
+
+    def next(self, valid: Collection[StageKey], claimed: Collection[StageKey] = ()) -> StageKey | None:
+        """
+        The stage to take now; `None` if there is none that nobody has and whose parent is there.
+
+        Args:
+            valid (collection of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
+            claimed (collection of [`~hf_s3t.plan.stages.StageKey`]): Those that others train.
+        """
+        done = {self._id(key) for key in (*valid, *claimed)}
+        # Asked by many, for each stage: of a thousand stages nothing is worked out twice.
+        return next((key for key, own, below in self if own not in done and (below is None or below in valid)), None)
+
+    def begins_with(self, valid: Collection[StageKey]) -> bool:
+        """Whether what was grown since is its beginning: an order that is begun now goes on as this one."""
+        grown = {self._id(key) for key in valid} - self._there
+        return all(own in grown for _, own, _ in itertools.islice(self, len(grown)))
+
+    def __iter__(self) -> Iterator[tuple[StageKey, Any, StageKey | None]]:
+        """Each stage, what it counts by, and the one below it."""
+        for number in itertools.count():
+            if number == len(self._known):
+                key = next(self._missing, None)
+                if key is None:
+                    return
+                self._known.append((key, self._id(key), key.parent))
+            yield self._known[number]
+
+    def _id(self, key: StageKey) -> Any:
+        if not self._by_sets:
+            return key
+        if key not in self._ids:
+            self._ids[key] = key.slices
+        return self._ids[key]
 
 
 class _Found(NamedTuple):

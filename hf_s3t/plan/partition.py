@@ -212,12 +212,26 @@ def shards_and_slices(
         if method == "hashed":
             cell_of = _remainders(_digests(units, _hasher(seed, _PLACE)), cells)
         else:
-            cell_of = _dealt(_turns(ids, units, unit_of, seed, key), np.bincount(unit_of), cells)
+            cell_of = _dealt(in_turns(ids, units, unit_of, seed, key), np.bincount(unit_of), cells)
         # Neighbouring cells lie in different shards, so that what is left over by the division spreads over them.
         shard_of, slice_of = cell_of % num_shards, cell_of // num_shards
         columns = shard_of.astype(np.int32)[unit_of], slice_of.astype(np.int32)[unit_of]
     _check_filled(*columns, num_shards, num_slices, method)
     return columns
+
+
+def hashed_places(units: Sequence[Name], num_shards: int, num_slices: int, seed: int) -> list[tuple[int, int]]:
+    """
+    Where `"hashed"` puts an id (or group): it depends on nothing but the seed and the numbers of shards and slices.
+
+    Args:
+        units (sequence): Ids, or groups where there are groups.
+        num_shards (`int`): Number of shards.
+        num_slices (`int`): Number of slices per shard.
+        seed (`int`): The system's seed.
+    """
+    cells = _remainders(_digests(units, _hasher(seed, _PLACE)), num_shards * num_slices).tolist()
+    return [(cell % num_shards, cell // num_shards) for cell in cells]
 
 
 def order_key(example_id: int | str, seed: int) -> bytes:
@@ -317,7 +331,7 @@ def _dealt(turns: np.ndarray, sizes: np.ndarray, cells: int) -> np.ndarray:
     return cell_of
 
 
-def _turns(
+def in_turns(
     ids: Sequence[Name], units: Sequence[Name], unit_of: np.ndarray, seed: int, key: bytes | None
 ) -> np.ndarray:
     """

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from ..config import FAMILY_MOST_SLICES, LATTICE, S3TConfig
@@ -172,7 +172,9 @@ class Plan:
         plan = cls.as_asked_for(config)
         if not plan.by_sets:
             return plan
-        families = (outlook_of(config, shard).order(family) for shard, family in enumerate(plan.families))
+        # Most shards ask the same.
+        order = cache(lambda outlook, family: outlook.order(family))
+        families = (order(outlook_of(config, shard), family) for shard, family in enumerate(plan.families))
         return cls(tuple(families), by_sets=True)
 
     @classmethod
@@ -356,6 +358,7 @@ class Plan:
         valid: Collection[StageKey],
         select: str = "longest",
         losses: Mapping[StageKey, float] | None = None,
+        behind: Collection[StageKey] = (),
     ) -> tuple[tuple[StageKey, ...], ...]:
         """
         Which stacks answer, as a pure function of the valid stages, planned or not.
@@ -369,6 +372,9 @@ class Plan:
                 no other stands. Ties are settled by `rank`.
             losses (mapping from [`StageKey`] to `float`, *optional*): Recorded evaluation losses, for `"metric"`.
 
+            behind (collection of [`StageKey`], *optional*):
+                Valid stages that lack rows which came to their slices since: of equally deep ones the others serve.
+
         Returns:
             `tuple[tuple[StageKey, ...], ...]`: Per shard the last stages of the stacks that serve; empty if none is
             left.
@@ -378,11 +384,13 @@ class Plan:
         for key in there:
             of_shards[key.shard].append(key)
         if select == "longest":
-            return tuple(self._deepest(keys, there) for keys in of_shards)
+            return tuple(self._deepest(keys, there, behind) for keys in of_shards)
         whole = [[key for key in keys if there.issuperset(key.lineage)] for keys in of_shards]
         return tuple(self._served_of(shard, keys, select, losses or {}) for shard, keys in enumerate(whole))
 
-    def _deepest(self, keys: Sequence[StageKey], valid: frozenset[StageKey]) -> tuple[StageKey, ...]:
+    def _deepest(
+        self, keys: Sequence[StageKey], valid: frozenset[StageKey], behind: Collection[StageKey]
+    ) -> tuple[StageKey, ...]:
         by_depth: dict[int, list[StageKey]] = {}
         for key in keys:
             by_depth.setdefault(len(key.prefix), []).append(key)
@@ -390,7 +398,7 @@ class Plan:
             # Nothing serves whose stack has a gap.
             whole = [key for key in by_depth[depth] if valid.issuperset(key.lineage)]
             if whole:
-                return (min(whole, key=self.rank),)
+                return (min(whole, key=lambda key: (key in behind, self.rank(key))),)
         return ()
 
     def _served_of(

@@ -9,7 +9,8 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 - `terms`: which terms the prompts of rows hold, and how many rows of each shard hold them.
 - `earlier`: what format 1 wrote of a system's examples.
 - `validity`: the one rule by which a stage is valid.
-- `ledger`: the append-only lines of deletions, each with the hash of the line before.
+- `ledger`: the append-only lines of deletions and additions, each with the hash of the line before.
+- `digest_log`: what lines deleted, and which of it came back by an explicit word.
 - `ledger_line`: what one line of it says, in both versions of the format.
 - `ledger_chain`: what ledgers that go on from each other share: lines, read and hashed once.
 - `stage_history`: which stages stayed at each line, from what the lines say of changes.

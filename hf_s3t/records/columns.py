@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..errors import ExampleIdError
 from .buffers import (
     arrow_numbers,
     arrow_texts,
@@ -37,6 +38,9 @@ class Columns:
         slices (`numpy.ndarray`): The slice of each example.
         digests (`numpy.ndarray`): The keyed digest of each content, 32 bytes in each row.
         groups (`pyarrow.Array`, *optional*): The group of each example, integers or texts, if there are any.
+        additions (`numpy.ndarray`, *optional*):
+            The number of the addition that each example came with, 0 at the first partition; all of them 0 if not
+            given.
         more (mapping, *optional*): Further columns by name, which go with their rows.
     """
 
@@ -50,6 +54,7 @@ class Columns:
         slices: np.ndarray,
         digests: np.ndarray,
         groups: pa.Array | None = None,
+        additions: np.ndarray | None = None,
         more: Mapping[str, pa.Array] | None = None,
     ):
         self.names = names
@@ -57,6 +62,7 @@ class Columns:
         self.shards = shards
         self.slices = slices
         self.digests = digests
+        self.additions = additions if additions is not None and additions.any() else None
         self.more = dict(more or {})
         encoded = None if groups is None else groups.dictionary_encode()
         # Which of the distinct groups each row has, -1 for none.
@@ -123,6 +129,7 @@ class Columns:
             shards=self.shards[numbers],
             slices=self.slices[numbers],
             digests=self.digests[numbers],
+            additions=None if self.additions is None else self.additions[numbers],
             more={name: column.take(where) for name, column in self.more.items()},
         )
         if self.group_of is not None:
@@ -130,6 +137,32 @@ class Columns:
         if "_index" in self.__dict__:
             columns.__dict__["_index"] = self._index_of(numbers)
         return columns
+
+    def with_more(self, other: "Columns", addition: int | None = None) -> "Columns":
+        """
+        The columns with the rows of others behind them, which come with an addition.
+
+        Args:
+            other ([`Columns`]): The rows that come, of one system with these.
+            addition (`int`, *optional*): The number of the addition; those that they have if not given.
+        """
+        before, after = (
+            np.zeros(len(columns), np.int32) if columns.additions is None else columns.additions
+            for columns in (self, other)
+        )
+        if addition is not None:
+            after = np.full(len(other), addition, np.int32)
+        return Columns(
+            self.names,
+            ids=_joined_ids(self, other),
+            id_digests=np.concatenate([self.id_digests, other.id_digests]),
+            shards=np.concatenate([self.shards, other.shards]),
+            slices=np.concatenate([self.slices, other.slices]),
+            digests=np.concatenate([self.digests, other.digests]),
+            groups=_joined_groups(self, other),
+            additions=np.concatenate([before, after]),
+            more={name: _joined(column, other.more.get(name), len(other)) for name, column in self.more.items()},
+        )
 
     def _keep_groups(self, codes: np.ndarray, names: pa.Array) -> None:
         """Take over groups, of which nothing is kept that no row has."""
@@ -272,6 +305,40 @@ class Columns:
             return []
         found: list[int | str] = self.group_names.take(arrow_numbers(codes)).to_pylist()
         return found
+
+
+def _joined_ids(one: Columns, other: Columns) -> "np.ndarray | pa.Array | None":
+    if one.ids is None or not len(one):
+        return other.ids
+    if not len(other):
+        return one.ids
+    if one.are_texts != other.are_texts:
+        kind, got = ("texts", "integers") if one.are_texts else ("integers", "texts")
+        raise ExampleIdError(f"The ids of this system are {kind}, those of the rows that came {got}. Convert them.")
+    if one.are_texts:
+        return pa.concat_arrays([one.ids, other.ids])
+    return np.concatenate([one.ids, other.ids])
+
+
+def _joined_groups(one: Columns, other: Columns) -> pa.Array | None:
+    groups, more = one.groups, other.groups
+    if groups is None and more is None:
+        return None
+    kind = next(array.type for array in (groups, more) if array is not None)
+    if groups is not None and more is not None and pa.types.is_integer(groups.type) != pa.types.is_integer(more.type):
+        raise ExampleIdError(
+            f"The groups of this system are of the type {groups.type}, those of the rows that came of {more.type}. "
+            "Convert the column."
+        )
+    parts = [
+        pa.nulls(len(columns), kind) if array is None else array.cast(kind)
+        for columns, array in ((one, groups), (other, more))
+    ]
+    return pa.concat_arrays(parts)
+
+
+def _joined(column: pa.Array, more: pa.Array | None, rows: int) -> pa.Array:
+    return pa.concat_arrays([column, pa.nulls(rows, column.type) if more is None else more.cast(column.type)])
 
 
 def _names(values: Sequence[int | str | None]) -> pa.Array:

@@ -1,5 +1,6 @@
 """The table of examples: which id lies in which slice, and the keyed digests that pin slices to their content."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,8 @@ class ExampleTable:
         self._sizes = np.bincount(self._cells, minlength=num_shards * num_slices)
         # The sums that are the digests of slices, as far as they are known.
         self._sums = {self._cell(*place): int(digest, 16) for place, digest in (slice_digests or {}).items()}
+        # Per slice and addition what its rows have part in these, once it was asked for.
+        self._parts: dict[int, dict[int, int]] | None = None
 
     @classmethod
     def of(
@@ -334,6 +337,40 @@ class ExampleTable:
             for place in map(self._place, range(len(self._sizes)))
         )
 
+    def slice_digests_of(self, shard: int, slice_: int, generations: Sequence[frozenset[int]]) -> tuple[str, ...]:
+        """
+        The digests that a slice's remaining rows had at one time or another, the one that it has now first.
+
+        Args:
+            shard (`int`): Number of the shard.
+            slice_ (`int`): Number of the slice.
+            generations (sequence of `frozenset[int]`): Which additions were in then; see `Ledger.generations`.
+        """
+        now = self.slice_digest(shard, slice_)
+        parts = self._parts_of_additions.get(self._cell(shard, slice_))
+        if not parts:
+            return (now,)
+        whole = int(now, 16)
+        lacking = (sum(part for number, part in parts.items() if number not in were_in) for were_in in generations)
+        found = (f"{(whole - part) % MODULUS:0{2 * DIGEST_BYTES}x}" for part in lacking)
+        return tuple(dict.fromkeys((now, *found)))
+
+    @property
+    def has_additions(self) -> bool:
+        """Whether rows came after the first partition, and are in."""
+        return self.columns.additions is not None and bool((self.columns.additions[self._is_in] > 0).any())
+
+    @property
+    def _parts_of_additions(self) -> dict[int, dict[int, int]]:
+        if self._parts is None:
+            additions, parts = self.columns.additions, dict[int, dict[int, int]]()
+            numbers = [] if additions is None else np.unique(additions[self._is_in]).tolist()
+            for number in filter(None, numbers):
+                for cell, part in self._sums_of(np.flatnonzero(self._is_in & (additions == number))).items():
+                    parts.setdefault(cell, {})[number] = part
+            self._parts = parts
+        return self._parts
+
     def slice_digests(self, shard: int, slices: Iterable[int]) -> list[str]:
         """The digests of some slices of a shard, in their order."""
         return [self.slice_digest(shard, slice_) for slice_ in slices]
@@ -355,6 +392,53 @@ class ExampleTable:
         rows = self.rows_of(kept)
         cells = np.where(rows < 0, -1, self._cells[rows]) if len(self.columns) else rows
         return [None if cell < 0 else self._place(cell) for cell in cells.tolist()]
+
+    def place_of_row(self, row: int) -> tuple[int, int]:
+        """The (shard, slice) pair of the row of a number."""
+        return self._place(int(self._cells[row]))
+
+    @property
+    def sizes_of_slices(self) -> dict[tuple[int, int], int]:
+        """How many rows each (shard, slice) pair has."""
+        return {self._place(cell): size for cell, size in enumerate(self._sizes.tolist())}
+
+    def places_of_contents(self, digests: np.ndarray) -> dict[int, tuple[int, int]]:
+        """
+        Where rows lie whose content is one of these: of each that has such a row its number here, and the place.
+
+        Args:
+            digests (`numpy.ndarray`): Keyed content digests, 32 bytes in each row.
+        """
+        rows = self.row_numbers
+        known = dict(zip(map(bytes, self.columns.digests[rows]), self._cells[rows].tolist(), strict=True))
+        found = ((number, known.get(bytes(digest))) for number, digest in enumerate(digests))
+        return {number: self._place(cell) for number, cell in found if cell is not None}
+
+    def rows_with(self, ids: Sequence[int | str], names: KeptNames) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The numbers of the rows that have some ids of a dataset, -1 where none has; and the digests of the ids.
+
+        Args:
+            ids (sequence): The ids, as the dataset has them.
+            names ([`KeptNames`]): How the system keeps ids and groups.
+        """
+        known = names.key.of_ids(ids)
+        return self._if_in(self.columns.rows_of_digests(known)), known
+
+    def are_as(
+        self, rows: np.ndarray, digests: np.ndarray, groups: Sequence[int | str | None] | None, names: KeptNames
+    ) -> np.ndarray:
+        """
+        Which of some rows have the content, and the group, that is given for them.
+
+        Args:
+            rows (`numpy.ndarray`): Their numbers.
+            digests (`numpy.ndarray`): Keyed content digests, 32 bytes in each row.
+            groups (sequence, *optional*): The groups, where the system has groups.
+            names ([`KeptNames`]): How the system keeps ids and groups.
+        """
+        are_same: np.ndarray = (self.columns.digests[rows] == digests).all(axis=1)
+        return are_same if groups is None else are_same & self._are_in_groups(rows, groups, names)
 
     def examples(self, kept: Sequence[int | str]) -> list[Example | None]:
         """The rows of some ids; `None` of one that is not in."""
@@ -386,6 +470,7 @@ class ExampleTable:
         table.__dict__.update(self.__dict__)
         # Copied at once: another thread may come to know more of them meanwhile.
         known = table._sums = dict(self._sums)
+        table._parts = self._parts if self.columns.additions is None else None
         table._is_in = self._is_in.copy()
         table._is_in[rows] = False
         gone = np.bincount(self._cells[rows], minlength=len(self._sizes))
@@ -413,6 +498,33 @@ class ExampleTable:
         table._sums = dict(self._sums)
         return table
 
+    def with_more(self, rows: Columns, addition: int | None, num_shards: int) -> "ExampleTable":
+        """
+        The table with rows that come with an addition, less what `without` left out. The ids of none of them are in.
+
+        Args:
+            rows ([`~hf_s3t.records.columns.Columns`]): The rows that come.
+            addition (`int`, *optional*): The number of the addition; those that they have if `None`.
+            num_shards (`int`): Number of shards by then.
+        """
+        settled = self.settled()
+        columns = settled.columns.with_more(rows, addition)
+        table = ExampleTable(columns, num_shards, self.num_slices, self.seed)
+        new = table._sums_of(np.arange(len(settled.columns), len(columns)))
+        table._sums = {cell: (part + new.get(cell, 0)) % MODULUS for cell, part in settled._sums.items()}
+        return table
+
+    def of_additions(self, number_of: Mapping[int, int]) -> "ExampleTable":
+        """The rows that came with some additions, by other numbers: those that another copy of the system has."""
+        additions = self.columns.additions
+        came = np.zeros(len(self.columns), bool) if additions is None else np.isin(additions, [*number_of])
+        table = copy.copy(self._without_rows(np.flatnonzero(self._is_in & ~came)).settled())
+        own = table.columns.additions
+        if own is not None:
+            table.columns, table._parts = copy.copy(table.columns), None
+            table.columns.additions = np.array([number_of[number] for number in own.tolist()], np.int32)
+        return table
+
     def check_dataset(
         self,
         ids: Sequence[int | str],
@@ -438,8 +550,7 @@ class ExampleTable:
             [`~hf_s3t.errors.ContentChangedError`]: If the content of a row is not what it was.
             [`~hf_s3t.errors.ExampleIdError`]: If an example of the table is not in the dataset.
         """
-        known = names.key.of_ids(ids)
-        rows = self._if_in(self.columns.rows_of_digests(known))
+        rows, known = self.rows_with(ids, names)
         absent = np.flatnonzero(rows < 0)
         new = [
             ids[number]
@@ -448,14 +559,14 @@ class ExampleTable:
         ]
         there = np.flatnonzero(rows >= 0)
         rows = rows[there]
-        is_same = (self.columns.digests[rows] == digests[there]).all(axis=1)
-        if groups is not None:
-            is_same &= self._are_in_groups(rows, [groups[number] for number in there.tolist()], names)
+        own = None if groups is None else [groups[number] for number in there.tolist()]
+        is_same = self.are_as(rows, digests[there], own, names)
         changed = [ids[number] for number in there[~is_same].tolist()]
         if new:
             raise UnknownExampleError(
-                f"The dataset has {counted(len(new), 'example')} that this system was not partitioned with: "
-                f"{some(new)}. Leave them out, or train a new system in another `output_dir`."
+                f"The dataset has {counted(len(new), 'example')} that this system does not know: {some(new)}. Leave "
+                "them out, make the trainer with the rest and add them by `trainer.add_examples` (`--add_file` of the "
+                "recipes), or train a new system in another `output_dir`."
             )
         if changed:
             raise ContentChangedError(

@@ -1,4 +1,4 @@
-"""The deletion ledger: append-only lines, each carrying the hash of the line before."""
+"""The ledger of deletions and additions: append-only lines, each carrying the hash of the line before."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any, TypeVar, overload
 
 from ..errors import counted
-from .ledger_chain import Digests, LedgerChain, changes_between
+from .digest_log import Digests
+from .ledger_chain import LedgerChain, changes_between
 from .ledger_line import KINDS, LEDGER_VERSION, LedgerEntry, line_hash, signed_part
 
 
@@ -148,6 +149,10 @@ class Ledger:
         stages_now: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
         groups: Iterable[str] = (),
+        rows: int = 0,
+        rows_sha256: str = "",
+        again: Iterable[str] = (),
+        again_groups: Iterable[str] = (),
     ) -> "Ledger":
         """
         The ledger with one more line, chained to the last. The line says what changed since the last.
@@ -161,10 +166,14 @@ class Ledger:
                 of what is left. If not given, nothing else changed.
             versions (mapping from `str` to `str`, *optional*): Of libraries; as in the line before if not given.
             groups (iterable of `str`): Keyed digests of the groups that were named.
+            rows (`int`, defaults to 0): How many rows it adds.
+            rows_sha256 (`str`, *optional*): SHA-256 of the file that these come in.
+            again (iterable of `str`): Keyed digests of ids among them that were deleted before.
+            again_groups (iterable of `str`): The same of groups.
         """
         removed, history, last = dict(removed or {}), self._chain.history, self._count - 1
         grown, missing = dict[str, str](), tuple[str, ...]()
-        if kind == "deletion" and stages_now is not None:
+        if kind in ("deletion", "replacement") and stages_now is not None:
             grown, missing = changes_between(history.left_at(last), stages_now, removed)
         entry = LedgerEntry(
             kind=kind,
@@ -177,6 +186,10 @@ class Ledger:
             groups=tuple(sorted(groups)),
             grown=grown,
             missing=missing,
+            rows=rows,
+            rows_sha256=rows_sha256,
+            again=tuple(sorted(again)),
+            again_groups=tuple(sorted(again_groups)),
         )
         return self._with([entry.to_line()])
 
@@ -270,18 +283,31 @@ class Ledger:
             raise IndexError(f"Got line {number}, expected one of {counted(self._count, 'line')}.")
         return number - 1
 
+    @property
+    def additions(self) -> tuple[int, ...]:
+        """Numbers of the lines, counted from 1, that added rows."""
+        return tuple(line + 1 for line in self._chain.additions if line < self._count)
+
+    @cached_property
+    def generations(self) -> tuple[frozenset[int], ...]:
+        """
+        Which additions, counted from 1, copies of the system had at one time or another: by these a stage may have
+        been trained. The newest state comes first, the one before any addition last.
+        """
+        return self._chain.generations(self._count)
+
     @cached_property
     def deleted(self) -> Digests:
-        """Keyed digests of every id that was deleted."""
+        """Keyed digests of every id that was deleted and has not come back since."""
         return Digests(self._chain.deleted, self._count)
 
     @cached_property
     def deleted_groups(self) -> Digests:
-        """Keyed digests of every group that was deleted as one."""
+        """Keyed digests of every group that was deleted as one and has not come back since."""
         return Digests(self._chain.groups, self._count)
 
     def deleted_since(self, count: int) -> Sequence[str]:
-        """Keyed digests of the ids that were deleted first after so many lines, in the order of the lines."""
+        """Keyed digests of the ids that lines after so many deleted, in their order: rows that were there are gone."""
         return self.deleted.since(min(count, self._count))
 
     def line_of_group(self, digest: str) -> int | None:

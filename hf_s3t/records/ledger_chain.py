@@ -2,87 +2,12 @@
 
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..errors import FolderError
+from .digest_log import DigestLog
 from .ledger_line import LedgerEntry, line_hash
 from .stage_history import StageHistory
-
-
-class DigestLog:
-    """
-    Digests in the order in which lines brought them, and with which line each came first.
-
-    One thread at a time adds to it; readers ask for what came with the first lines, whatever is added meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self.order: list[str] = []
-        self.line_of: dict[str, int] = {}
-        self._counts = array("q", [0])
-
-    def add(self, digests: Iterable[str]) -> None:
-        """Add those of one more line."""
-        number = len(self._counts)
-        for digest in digests:
-            if digest not in self.line_of:
-                self.order.append(digest)
-                self.line_of[digest] = number
-        self._counts.append(len(self.order))
-
-    def count(self, lines: int) -> int:
-        """How many came with so many first lines."""
-        return self._counts[lines]
-
-
-class Digests(Set[str]):
-    """The digests of the first lines of a ledger, as a set that costs nothing to make."""
-
-    def __init__(self, log: DigestLog, lines: int):
-        self._log, self._lines, self._count = log, lines, log.count(lines)
-
-    @classmethod
-    def _from_iterable(cls, it: Iterable[str]) -> frozenset[str]:  # type: ignore[override]
-        return frozenset(it)
-
-    def __contains__(self, digest: object) -> bool:
-        return self.line_of(digest) is not None
-
-    def __iter__(self) -> Iterator[str]:
-        return islice(self._log.order, self._count)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __le__(self, other: Set[object]) -> bool:
-        if isinstance(other, Digests) and self._log is other._log:
-            return self._count <= other._count
-        if isinstance(other, Digests) and other._count == len(other._log.order):
-            return all(map(other._log.line_of.__contains__, self))
-        return self._count <= len(other) and all(digest in other for digest in self)
-
-    def __sub__(self, other: Iterable[object]) -> frozenset[str]:
-        if isinstance(other, Digests) and self._log is other._log:
-            return frozenset(self._log.order[other._count : self._count])
-        return frozenset(self) - frozenset(other)
-
-    def __ge__(self, other: Set[object]) -> bool:
-        return other <= self if isinstance(other, Digests) else super().__ge__(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(set(self))
-
-    def line_of(self, digest: object) -> int | None:
-        """Number of the line, counted from 1, that brought a digest first."""
-        number = self._log.line_of.get(digest)  # type: ignore[call-overload]
-        return number if number is not None and number <= self._lines else None
-
-    def since(self, lines: int) -> Sequence[str]:
-        """Those that came after so many first lines."""
-        return self._log.order[self._log.count(lines) : self._count]
 
 
 class LedgerChain:
@@ -104,6 +29,11 @@ class LedgerChain:
         # Up to each line: bytes in the file, deletions, and how many lines no other continues.
         self._ends, self._deletions, self._loose = array("q", [0]), array("q", [0]), array("q", [0])
         self._continued = bytearray()
+        # The lines that added rows; and up to each line since the first of them, which of these it knows, as bits.
+        self.additions: list[int] = []
+        self._known_additions: dict[int, int] = {}
+        # Lines that do not follow just the one before them, and those that they follow.
+        self._joints: dict[int, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -139,13 +69,46 @@ class LedgerChain:
         split = entry.version == 1
         self._lines.append(tuple(self._parts.setdefault(p, p) for p in line.split(",")) if split else line)
         self._ends.append(self._ends[-1] + len(line.encode()) + 1)
-        self._deletions.append(self._deletions[-1] + (entry.kind == "deletion"))
+        self._deletions.append(self._deletions[-1] + entry.deletes)
         self._loose.append(loose)
-        self.deleted.add(entry.ids if entry.kind == "deletion" else ())
-        self.groups.add(entry.groups)
+        if previous != [len(self) - 1]:
+            self._joints[len(self)] = tuple(previous)
+        knows = self._knowing(len(self)) if entry.back or entry.again_groups else _everything
+        self.deleted.add(entry.ids if entry.deletes else (), entry.back, knows)
+        self.groups.add(entry.groups, entry.again_groups, knows)
+        self._note_additions(entry.adds, previous)
         self.history.add(entry, previous[0] if previous else -1)
         self.index_of[found] = len(self.hashes)
         self.hashes.append(found)
+
+    def _note_additions(self, adds: bool, previous: list[int]) -> None:
+        known = 0
+        for index in previous:
+            known |= self._known_additions.get(index, 0)
+        if adds:
+            known |= 1 << len(self.additions)
+            self.additions.append(len(self))
+        if known:
+            self._known_additions[len(self)] = known
+
+    def _knowing(self, index: int) -> Callable[[int], bool]:
+        """Which lines, counted from 1, a line that is about to be added goes on from, itself among them."""
+        known, waiting = {index}, [index]
+        while waiting:
+            at = waiting.pop()
+            for one in self._joints.get(at, (at - 1,)):
+                if one >= 0 and one not in known:
+                    known.add(one)
+                    waiting.append(one)
+        return lambda line: line - 1 in known
+
+    def generations(self, lines: int) -> tuple[frozenset[int], ...]:
+        """
+        Which additions a copy of the system had at one time or another, the newest state first and the one before any
+        addition last. Additions are counted from 1.
+        """
+        found = {known: None for at, known in self._known_additions.items() if at < lines}
+        return tuple(_bits(known) for known in (*reversed(found), 0))
 
     def first(self, lines: int) -> "LedgerChain":
         """Another chain that begins with so many lines of this one, to go on otherwise."""
@@ -176,6 +139,14 @@ class LedgerChain:
         if len(loose) > 1:
             # Two processes' lines stand side by side only where a merge follows them.
             raise broken(min(new[one] if one in new else known[one] + 1 for one in loose) + 1)
+
+
+def _everything(line: int) -> bool:
+    return True
+
+
+def _bits(number: int) -> frozenset[int]:
+    return frozenset(at + 1 for at in range(number.bit_length()) if number >> at & 1)
 
 
 def broken(number: int) -> FolderError:

@@ -10,14 +10,26 @@ from ..errors import FolderError, FormatVersionError
 
 
 LEDGER_VERSION = 2
-KINDS = ("deletion", "export", "merge")
+KINDS = ("deletion", "export", "merge", "addition", "replacement")
+# Of a replacement: rows go and others of their ids come, by one line.
+_DELETING, _ADDING = ("deletion", "replacement"), ("addition", "replacement")
 _FIRST_FIELDS = {"kind", "time", "ids", "removed", "left", "previous", "versions", "groups"}
 # What a line of version 2 says besides kind, time and the line before; what is empty is left out.
 _SAID = {
     "deletion": ("ids", "groups", "removed", "grown", "missing", "versions"),
     "export": ("exported", "versions"),
     "merge": (),
+    "addition": ("rows", "rows_sha256", "again", "again_groups"),
+    "replacement": (
+        *("ids", "groups", "removed", "grown", "missing", "versions"),
+        *("rows", "rows_sha256", "again", "again_groups"),
+    ),
 }
+# What is not said where there is nothing to say.
+_LEFT_OUT_IF_EMPTY = (
+    *("ids", "groups", "grown", "missing"),
+    *("rows", "rows_sha256", "again", "again_groups"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,8 @@ class LedgerEntry:
     its first `previous`. The `entries` of a [`~hf_s3t.records.ledger.Ledger`] have `left` and `versions` in full.
 
     Args:
-        kind (`str`): `"deletion"`, or `"export"` for an adapter handed out that must be revoked by hand.
+        kind (`str`): `"deletion"`; `"export"` for an adapter handed out that must be revoked by hand; `"merge"`;
+            `"addition"` of rows; `"replacement"`, a deletion and an addition in one.
         time (`str`): UTC time, ISO 8601.
         ids (`tuple[str, ...]`): Keyed digests of the ids, sorted.
         removed (`dict[str, str]`): Stages removed (or exported) and the digests of their adapters.
@@ -40,6 +53,10 @@ class LedgerEntry:
         grown (`dict[str, str]`): Stages that stay, and were not there at the line before or had another adapter.
         missing (`tuple[str, ...]`): Stages that went since the line before, and that no line says of, sorted.
         version (`int`): Of the format.
+        rows (`int`): How many rows came.
+        rows_sha256 (`str`): SHA-256 of the file that they came in, by which whoever finds both finishes the addition.
+        again (`tuple[str, ...]`): Keyed digests of ids among them that were deleted before, sorted.
+        again_groups (`tuple[str, ...]`): The same of groups.
     """
 
     kind: str
@@ -53,12 +70,31 @@ class LedgerEntry:
     grown: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     version: int = LEDGER_VERSION
+    rows: int = 0
+    rows_sha256: str = ""
+    again: tuple[str, ...] = ()
+    again_groups: tuple[str, ...] = ()
+
+    @property
+    def deletes(self) -> bool:
+        """Whether examples were deleted."""
+        return self.kind in _DELETING
+
+    @property
+    def back(self) -> tuple[str, ...]:
+        """Keyed digests of the ids that are in again: those that were replaced come with what takes their place."""
+        return (*self.again, *self.ids) if self.kind == "replacement" else self.again
+
+    @property
+    def adds(self) -> bool:
+        """Whether examples came."""
+        return self.kind in _ADDING
 
     def to_line(self) -> str:
         """The entry as one line of JSON, without the line break."""
         if self.version == 1:
             return _as_line({"version": 1, **{name: getattr(self, name) for name in _FIRST_FIELDS}})
-        values: dict[str, Any] = {"ids": self.ids, "groups": self.groups, "grown": self.grown, "missing": self.missing}
+        values: dict[str, Any] = {name: getattr(self, name) for name in _LEFT_OUT_IF_EMPTY}
         values["exported" if self.kind == "export" else "removed"] = self.removed
         values = {name: value for name, value in values.items() if value}
         if self.versions is not None:
@@ -79,13 +115,15 @@ class LedgerEntry:
             entry = cls._first(values) if version == 1 else cls._second(values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FolderError(f"A ledger line cannot be read ({error}): {line[:80]!r}") from error
-        texts = (entry.time, *entry.ids, *entry.previous, *entry.groups, *entry.missing)
+        texts: tuple[Any, ...] = (entry.time, *entry.ids, *entry.previous, *entry.groups, *entry.missing)
+        texts += (entry.rows_sha256, *entry.again, *entry.again_groups)
         versions = {} if version != 1 and entry.versions is None else entry.versions
         maps: tuple[Any, ...] = (entry.removed, entry.left, entry.grown, versions)
         if (
             not (entry.kind in KINDS or (isinstance(entry.kind, str) and values.get("optional") is True))
             or not all(isinstance(text, str) for text in texts)
             or not all(isinstance(m, dict) for m in maps)
+            or type(entry.rows) is not int
             or not (version == 1 or all(isinstance(text, str) for m in maps for text in m.values()))
         ):
             raise FolderError(f"A ledger line has fields of a wrong type: {line[:80]!r}")
@@ -122,6 +160,10 @@ class LedgerEntry:
             groups=_listed(said.get("groups", [])),
             grown=said.get("grown", {}),
             missing=_listed(said.get("missing", [])),
+            rows=said.get("rows", 0),
+            rows_sha256=said.get("rows_sha256", ""),
+            again=_listed(said.get("again", [])),
+            again_groups=_listed(said.get("again_groups", [])),
         )
 
 

@@ -59,8 +59,8 @@ class StageHistory:
         entry = self._entry_of(number)
         if entry.version == 1:
             return entry
-        left = self.left_at(number) if entry.kind == "deletion" else {}
-        versions = dict(self.versions_at(number)) if entry.kind in ("deletion", "export") else {}
+        left = self.left_at(number) if entry.deletes else {}
+        versions = dict(self.versions_at(number)) if entry.deletes or entry.kind == "export" else {}
         return replace(entry, left=left, versions=versions)
 
     def left_at(self, number: int) -> dict[str, str]:
@@ -98,7 +98,7 @@ def _apply(entry: LedgerEntry, left: dict[str, str]) -> None:
     if _says_all(entry):
         left.clear()
         left.update(entry.left)
-    elif entry.kind == "deletion":
+    elif entry.deletes:
         left.update(entry.grown)
         for name in (*entry.removed, *entry.missing):
             left.pop(name, None)

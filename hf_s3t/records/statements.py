@@ -34,8 +34,8 @@ def statement_of(ledger: Ledger, number: int, system: str, signed: str) -> State
     """
     entry, left = ledger.entries[number - 1], ledger.left_at(number)
     moved = entry.removed
-    removed = moved if entry.kind == "deletion" else {}
-    exported = moved if entry.kind == "export" else {}
+    # A replacement takes stages as a deletion does.
+    removed, exported = ({}, moved) if entry.kind == "export" else (moved, {})
     return Statement(
         system=system,
         line=number,

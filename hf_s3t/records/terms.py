@@ -268,6 +268,13 @@ class TermCounts:
         np.add.at(left._taken, which, np.concatenate([self._taken, gone.counts]))
         return left
 
+    def of_shards(self, num_shards: int) -> "TermCounts":
+        """The counts of a system with more shards, of whose rows nothing was counted."""
+        totals = np.pad(self.totals, (0, num_shards * self.num_slices - len(self.totals)))
+        wider = TermCounts(num_shards, self.num_slices, self.terms, self.ends, self.places, self.counts, totals)
+        wider._taken_at, wider._taken = self._taken_at, self._taken
+        return wider
+
     @property
     def _shape(self) -> tuple[int, int]:
         return self.num_shards, self.num_slices

@@ -408,9 +408,9 @@ def _left_until(due: datetime | None) -> float | None:
 
 def _work_to_regrow(folder: SystemFolder, found: DeletionPreview) -> float:
     removed = {StageKey.from_path(f"stages/{stage}") for stage in found.stages_removed}
-    valid = folder.valid_stages
-    missing = folder.plan.missing(valid, folder.table.empty)
-    after = folder.plan.missing(valid - removed, folder.table.empty)
+    current = folder.current_stages
+    missing = folder.plan.missing(current, folder.table.empty)
+    after = folder.plan.missing(current - removed, folder.table.empty)
     return max(0.0, folder.growth.work(after) - folder.growth.work(missing))
 
 

@@ -74,6 +74,8 @@ class Status(BaseModel):
     sequence_depths: list[Any]
     sets: list[Any]
     stages: list[int]
+    stages_behind: int
+    additions: int
     expected_depth: float
     stages_left: int
     work_left: float

@@ -7,6 +7,8 @@ The trainers, and what they are put together from:
 - `sft_trainer`: `S3TSFTTrainer`.
 - `trainer_mixin`: what their parts share.
 - `plan_run`: the stages of a plan, one after the other.
+- `limits`: how far a call goes.
+- `shared_work`: takes stages among other trainers on the folder, and waits for them.
 - `stage_run`: one run of `Trainer.train`, which makes one stage.
 - `stage_memory`: brings in the stages below, and takes out the one that was trained.
 - `evaluation`: with the ensemble, or with the stack so far.
@@ -32,6 +34,8 @@ What decides a stage:
 - `accelerator`: the settings of an accelerator that decide how it trains.
 - `optimizers`: whose parameters optimizers train, which weights they serve, what a checkpoint brings back.
 - `stage_records`: what a stage is made from, and whether another trainer would make it so.
+- `additions`: rows that come later, or take the place of others.
+- `arriving`: which rows of a dataset these are, and where they go.
 - `rows`: the rows of a training dataset: ids, groups, digests, and what a stage gets.
 - `gate_rows`: what a gate is made of: the words of the prompts of rows.
 - `dataset_rows`: the rows of a dataset of any kind, as they are stored and as it shows them.

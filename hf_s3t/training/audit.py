@@ -109,7 +109,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
-    (wanted,) = broadcast_object_list([_choose(stages, folder.valid_stages)])
+    (wanted,) = broadcast_object_list([_choose(stages, folder.current_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
     trained_here = tuple(str(key) for key in closure if was_trained_here(folder.adapter_digest(key)))
@@ -175,17 +175,18 @@ def _compare_tensors(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str
 
 def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:
     folder.refresh()
-    gone = ", ".join(str(key) for key in stages if key not in folder.valid_stages)
+    gone = ", ".join(str(key) for key in stages if key not in folder.current_stages)
     if gone:
         raise S3TError(
-            f"A deletion removed {gone} while the audit ran: nothing is left to compare. Run the audit again."
+            f"A deletion removed {gone} while the audit ran, or rows came to its slices: nothing is left to compare. "
+            "Run the audit again."
         )
 
 
 def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[StageKey]) -> list[StageKey]:
     valid = sorted(valid)
     if not valid:
-        raise ConfigError("There is no valid stage to audit. Call `train()` first.")
+        raise ConfigError("There is no stage to audit that saw all that its slices hold. Call `train()` first.")
     if stages is None:
         return valid
     if stages == "sample":
@@ -199,7 +200,8 @@ def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[Stage
     unknown = [str(key) for key in keys if key not in valid]
     if unknown:
         raise ConfigError(
-            f"{', '.join(unknown)} is not a valid stage of this system, which has {', '.join(map(str, valid))}."
+            f"{', '.join(unknown)} is not a valid stage of this system, or lacks rows that came since, on which it "
+            f"would be trained again. It has {', '.join(map(str, valid))}."
         )
     return keys
 

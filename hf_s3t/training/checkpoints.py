@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..errors import CheckpointError, FolderError, S3TError
+from ..folder.claims import ClaimLostError
 from ..folder.layout import TRAINING_WEIGHTS_FILE
 from ..plan.stages import StageKey
 from .divergence import is_finite
@@ -37,11 +38,24 @@ class StageCheckpoints(StageWatch):
             yield
 
     def _take_scratch(self, key: StageKey, origin: dict[str, Any]) -> None:
-        """Have a folder for checkpoints, the same in every process; the first one holds it."""
+        """Have a folder for checkpoints, the same in all processes, unless the claim is lost; the first holds it."""
         folder = None
         if self.is_world_process_zero():
-            folder = self._held_scratch.enter_context(self.folder.scratch(key, origin["slices"]))
+            with contextlib.suppress(ClaimLostError):
+                scratch = self.folder.scratch(key, origin["slices"], self._claim)
+                folder = self._held_scratch.enter_context(scratch)
         (self._scratch,) = broadcast_object_list([folder])
+
+    def _is_condemned(self) -> bool:
+        """Also where another trainer has taken the stage over: what is written by this one would be in its way."""
+        return super()._is_condemned() or (self._claim is not None and not self._claim.is_held())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `Trainer`; a stage that another trainer has taken over goes no further."""
+        loss = super().training_step(*args, **kwargs)
+        if self._claim is not None and self._claim.is_lost and self.accelerator.num_processes == 1:
+            self.control.should_training_stop = True
+        return loss
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._stage is None:
@@ -64,14 +78,19 @@ class StageCheckpoints(StageWatch):
             super()._save_checkpoint(model, trial)
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
             self.accelerator.wait_for_everyone()
+            if any(gather_object([self._is_condemned()])):
+                # Nobody resumes from it.
+                raise CheckpointError(f"{checkpoint} is of a stage that is discarded.")
             if self.is_world_process_zero():
                 # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
                 between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
                 at_rest = not self._batches_are_random or between
                 exact = at_rest and not self._has_moved() and self._is_optimizer_held()
                 self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
-        except (OSError, RuntimeError):
-            if self.accelerator.num_processes > 1 or not self._is_condemned():
+        except (OSError, RuntimeError) as error:
+            # The former is raised in every process, and what fails else perhaps in one alone.
+            is_told = isinstance(error, CheckpointError)
+            if not is_told and (self.accelerator.num_processes > 1 or not self._is_condemned()):
                 raise
             shutil.rmtree(checkpoint, ignore_errors=True)
             self.control.should_training_stop = True
@@ -91,15 +110,15 @@ class StageCheckpoints(StageWatch):
     def _last_checkpoint(self, key: StageKey, origin: dict[str, Any]) -> str | None:
         """The newest checkpoint of a stage that saw what the stage shall see, by the same recipe."""
         wanted = _as_json({**origin, "resumes_exactly": True})
-        for checkpoint, record in self._checkpoints(key, self._scratch):
+        for checkpoint, record in self._checkpoints(key, *([] if self._scratch is None else [self._scratch])):
             is_same = {**record, "parts": None} == {**wanted, "parts": None}
             if is_same and not differing_parts(recorded_parts(record), wanted["parts"]):
                 return str(checkpoint)
         return None
 
-    def _checkpoints(self, key: StageKey, folder: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def _checkpoints(self, key: StageKey, *folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The checkpoints inside a stage that are whole, with what they say, the newest first."""
-        found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder is not None else ()
+        found = [checkpoint for folder in folders for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
         for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             try:
                 yield checkpoint, self.folder.read_checkpoint_record(checkpoint)

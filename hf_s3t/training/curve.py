@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..plan.stages import StageKey
-from ..records.validity import is_current
+from ..records.validity import saw_what_is_in
 from .tracking import PlanHandler, last_step, tags
 from .trainer_mixin import TrainerMixin
 
@@ -68,7 +68,7 @@ class TrainingCurve(TrainerMixin):
             self.state.log_history = [
                 entry
                 for key, (origin, entries) in self._logs.items()
-                if is_current(origin, self.folder.slice_digests(key))
+                if saw_what_is_in(origin, self.folder.slice_digests_ever(key))
                 for entry in entries
             ]
             self.state.global_step = self.state.max_steps = self._reached

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import itertools
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -14,19 +13,23 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..checks import require_int, require_positive
-from ..errors import CheckpointError, ConfigError, FolderError, S3TError
+from ..checks import require_positive
+from ..errors import CheckpointError, ConfigError, ExampleIdError, FolderError, S3TError, counted
+from ..folder.claims import LEASE
 from ..folder.stage_record import adapter_of
 from ..folder.status import serving_depths
 from ..model.base_precision import check_precision
 from ..model.scope import Scope
 from ..plan.stages import StageKey, relative_cost
-from ..records.validity import fits
+from ..records.request import some
+from ..records.validity import is_current
 from .evaluation import Evaluation
+from .limits import Limits
 from .progress import PlanProgress
 from .publishing import Publishing
 from .refusals import evaluation_chooses
-from .stage_run import StageRuns
+from .shared_work import SharedWork, Turn
+from .stage_run import RowsMoved
 from .stage_sizes import check_batches
 
 
@@ -63,39 +66,13 @@ def pass_over_what_stays() -> None:
         gc.freeze()
 
 
-class Limits:
-    """
-    How far a run goes, from when this is made.
-
-    Args:
-        stages (`int`, *optional*): At most so many.
-        seconds (`float`, *optional*): After so many no stage is begun.
-    """
-
-    def __init__(self, stages: int | None, seconds: float | None):
-        try:
-            if stages is not None:
-                require_int("max_stages", stages, 0)
-            if seconds is not None:
-                require_positive("max_seconds", seconds)
-        except ConfigError as error:
-            raise ConfigError(f"{error} Leave it out to train all that is missing.") from None
-        self._stages = math.inf if stages is None else stages
-        self._end = math.inf if seconds is None else time.monotonic() + seconds
-
-    def of(self, stages: int) -> int:
-        """How many of so many stages are trained, if time does not end it."""
-        return int(min(stages, self._stages))
-
-    def are_reached(self, stages: int) -> bool:
-        """Whether no stage is begun any more when so many were trained."""
-        return stages >= self._stages or time.monotonic() >= self._end
-
-
-class PlanRuns(Evaluation, Publishing, StageRuns):
+class PlanRuns(Evaluation, Publishing, SharedWork):
     """The part of a trainer that makes every stage of the plan exist."""
 
     _progress: PlanProgress
+    _limits: Limits
+    # The valid stages that all processes know, whose recipe is ours.
+    _agreed: frozenset[StageKey]
     # How many lines the ledger had when the stage that is trained was chosen.
     _lines_then: int
 
@@ -108,6 +85,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         *,
         max_stages: int | None = None,
         max_seconds: float | None = None,
+        lease_seconds: float = LEASE,
     ) -> TrainOutput:
         """
         Make every planned stage exist, training only what is missing (Algorithm 3), or as much as is worth it.
@@ -116,6 +94,10 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         What is missing is trained in the order of its worth: first what lifts the depth that serves now, then what
         lifts the depth to expect over the requests to come, the most for its work first. So a call may stop early; the
         next one goes on where it stopped, and no tensor depends on how many calls there were.
+
+        Any number of processes, on any number of machines that have the folder, may call this at the same time: they
+        share what is missing. Each stage is trained by one of them, who has it by a claim in the folder; whoever finds
+        none that is free waits for the others, whose stages let further ones begin, or are free again when they die.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
@@ -128,6 +110,9 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             max_seconds (`float`, *optional*):
                 Begin no stage later than so many seconds after the call began. The one under way is finished: give
                 less than you have by the time that a stage takes. The first process's clock counts for all.
+            lease_seconds (`float`, defaults to 60):
+                Where others work on the same folder: how long they wait for a sign of life of this process before they
+                take its stage over. A process of their own machine that has ended they notice at once.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: Steps done, mean training loss over them, and metrics, among
@@ -137,19 +122,23 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
 
         Raises:
             [`~hf_s3t.errors.ConfigError`]:
-                If `max_stages` or `max_seconds` is no number, or too small; or if stages, or one that was begun, were
-                trained by another recipe: other arguments, optimizer, loss, collator, tokenizer, overridden methods,
-                callbacks that take part in steps, settings of Accelerate, or rows that were prepared otherwise. Of
-                lambdas, closures and what an earlier version did not record only the names, or nothing, can be
-                compared, and a warning says so.
+                If `max_stages`, `max_seconds` or `lease_seconds` is no number, or too small; if another process that
+                trains stages of the folder does so by another recipe or another version of hf_s3t; or if stages, or
+                one that was begun, were trained by another recipe: other arguments, optimizer, loss, collator,
+                tokenizer, overridden methods, callbacks that take part in steps, settings of Accelerate, or rows that
+                were prepared otherwise. Of lambdas, closures and what an earlier version did not record only the
+                names, or nothing, can be compared, and a warning says so.
             [`~hf_s3t.errors.DivergedError`]: If a stage comes out NaN or infinite, or stands on one that is: it is not
                 written. What was written before stays.
         """
-        limits = Limits(max_stages, max_seconds)
+        limits = self._limits = Limits(max_stages, max_seconds)
+        require_positive("lease_seconds", lease_seconds)
         self._refuse_to_choose(resume_from_checkpoint, trial)
         rows = self._rows_of_stages
         self._look_before_training(resume_from_checkpoint is not False)
+        self._refuse_rows_that_came()
         self._agreed = self.folder.valid_stages
+        self._begin_sharing(lease_seconds)
         keys = self._missing()
         check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
         self._progress.begin(self._cost_of_run(keys, limits), self._shows_progress and limits.of(len(keys)) > 0)
@@ -157,7 +146,7 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         self.callback_handler.begin_run()
         try:
             resume = resume_from_checkpoint is not False
-            outputs = self._train_missing(limits, len(keys), resume, ignore_keys_for_eval)
+            outputs = self._train_missing(limits, resume, ignore_keys_for_eval)
         except BaseException:
             if self._live is not None:
                 # Stages that training changed before it stopped must not answer.
@@ -176,7 +165,18 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
             self._live._apply_in_time()
         if self.args.push_to_hub and outputs:
             self.push_to_hub()
+        self._refuse_rows_that_came()
         return self._report(outputs)
+
+    def _refuse_rows_that_came(self) -> None:
+        """Say that another process added rows: stages that are to see them cannot be trained without."""
+        came = self._rows_of_stages.lacking(self.folder.table)
+        if came:
+            raise ExampleIdError(
+                f"{counted(len(came), 'example')} came to {self.folder.path} that `train_dataset` lacks "
+                f"({some(came)}): another process added them. What was trained stays. Make the trainer anew with the "
+                "whole dataset, and call `train()` again."
+            )
 
     def _refuse_to_choose(self, resume_from_checkpoint: Any, trial: Any) -> None:
         if trial is not None or isinstance(resume_from_checkpoint, (str, os.PathLike)):
@@ -197,19 +197,21 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         self._refuse_other_recipe(resume)
 
     def _train_missing(
-        self, limits: Limits, missing: int, resume: bool, ignore_keys_for_eval: list[str] | None
+        self, limits: Limits, resume: bool, ignore_keys_for_eval: list[str] | None
     ) -> list[TrainOutput]:
         """
-        Train what is missing, within limits. A deletion may arrive meanwhile: what that is, is asked again after every
-        stage.
+        Train what is missing and nobody else trains, within limits. A deletion may arrive meanwhile: what that is, is
+        asked again after every stage.
         """
         outputs: list[TrainOutput] = []
         key = None
         try:
             while not self._is_enough(limits, len(outputs)) and (key := self._next_stage()) is not None:
-                number = len(outputs) + 1
-                self._progress.begin_stage(str(key), number, max(limits.of(missing), number), self._cost(key))
-                output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
+                with self._working_on(self._claim):
+                    number = len(outputs) + 1
+                    count = max(limits.of(len(outputs) + len(self._missing(self._agreed))), number)
+                    self._progress.begin_stage(str(key), number, count, self._cost(key))
+                    output = self._train_unless_overtaken(key, resume, ignore_keys_for_eval)
                 pass_over_what_stays()
                 if output is not None:
                     outputs.append(output)
@@ -225,11 +227,17 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         """Train a stage; `None` if its checkpoint is of no use, or a deletion took it, or what it stands on."""
         try:
             return self._train_stage(key, resume, ignore_keys_for_eval)
+        except RowsMoved:
+            # Before it began. What is missing now is asked again.
+            return None
         except CheckpointError as error:
             logger.warning(f"{key} is trained again from its beginning: {error}")
             with self.folder.lock():
                 self.folder.remove_checkpoints(key)
         except FolderError:
+            if self._claim is not None and self._claim.is_lost and self.accelerator.num_processes == 1:
+                # What another trainer has taken over may be gone under the hands of this one.
+                return None
             # A deletion may have taken what the stage stands on, since it was chosen: then another is next.
             if self.accelerator.num_processes > 1 or not self._is_overtaken(key):
                 raise
@@ -264,9 +272,10 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         )
 
     def _tidy_up(self) -> None:
-        """Remove what trainers that died left of stages that are there."""
+        """Remove what trainers that died left of stages that are there, and of claims."""
         if self.is_world_process_zero():
             self.folder.remove_finished_checkpoints()
+            self._sharing.tidy()
 
     def _is_enough(self, limits: Limits, trained: int) -> bool:
         """Whether a limit is reached: the first process says so, as clocks differ."""
@@ -275,29 +284,40 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         return is_enough
 
     def _next_stage(self) -> StageKey | None:
-        """The stage to train next, the same in every process."""
-        valid = self._agree_on_what_is_there()
-        if not valid <= self._agreed:
-            # Another trainer is at work on the folder.
-            self._refuse_other_recipe(resume=False)
-            self._agreed = valid
-        key: StageKey | None
-        (key,) = broadcast_object_list([self._first_of_missing(valid)])
-        return key
+        """
+        The stage to train next, the same in every process, which the first one has claimed; `None` if nothing is left
+        to train or to wait for, or a limit is reached meanwhile.
+        """
+        while True:
+            valid = self._agree_on_what_is_there()
+            if not valid <= self._agreed:
+                # Another trainer is at work on the folder.
+                self._refuse_other_recipe(resume=False)
+                self._progress.pass_by(sum(map(self._cost, valid - self._agreed)))
+                self._agreed = valid
+            turn: Turn | None = None
+            if self.is_world_process_zero():
+                turn = self._take_turn(self._first_of_missing, self._limits.seconds_left)
+                self._lines_then = len(self.folder.ledger.lines)
+            (turn,) = broadcast_object_list([turn])
+            if turn is None or not turn.waits:
+                return None if turn is None else turn.key
+            if self._is_enough(self._limits, 0):
+                return None
 
     def _first_of_missing(self, valid: frozenset[StageKey]) -> StageKey | None:
         """
-        The missing stage that is trained next. In another order the same stages come out with the same tensors, as far
-        as they stand on the same ones.
+        The missing stage that is trained next, if nobody has claimed it. In another order the same stages come out
+        with the same tensors, as far as they stand on the same ones.
         """
-        step = self.folder.growth.next(valid, self._rows_of_stages.empty(self.folder.table))
-        return None if step is None else step.key
+        current = valid & self.folder.current_stages
+        return self._sharing.first(current, self._rows_of_stages.empty(self.folder.table), valid - current)
 
     def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""
         folder = self.folder
-        valid = folder.valid_stages if valid is None else valid
-        return folder.plan.missing(valid, self._rows_of_stages.empty(folder.table))
+        current = folder.current_stages if valid is None else valid & folder.current_stages
+        return folder.plan.missing(current, self._rows_of_stages.empty(folder.table))
 
     def _cost(self, key: StageKey) -> float:
         sizes = [self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key)]
@@ -307,7 +327,8 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _cost_of_run(self, missing: list[StageKey], limits: Limits) -> float:
         """What the stages cost that are trained within limits, if nothing is deleted meanwhile."""
         if limits.of(len(missing)) < len(missing):
-            steps = self.folder.growth.steps(self.folder.valid_stages, self._rows_of_stages.empty(self.folder.table))
+            current, empty = self.folder.current_stages, self._rows_of_stages.empty(self.folder.table)
+            steps = self.folder.growth.steps(current, empty, self.folder.valid_stages - current)
             missing = [step.key for step in itertools.islice(steps, limits.of(len(missing)))]
         return sum(map(self._cost, missing))
 
@@ -383,7 +404,9 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
     def _refuse_rows_fed_otherwise(self, records: dict[StageKey, dict[str, Any]]) -> None:
         """Refuse to go on with rows that are prepared otherwise. Deep stages first: they saw what others saw."""
         seen: set[tuple[int, int]] = set()
-        for key in sorted(records, key=lambda key: -key.depth):
+        # What saw fewer rows than there are now was fed others.
+        current = self.folder.current_stages.intersection(records)
+        for key in sorted(current, key=lambda key: -key.depth):
             places = {(key.shard, slice_) for slice_ in self._rows_of_stages.slices(key)}
             other = None if places <= seen else self._fed_otherwise(key, records[key])
             seen |= places
@@ -399,9 +422,9 @@ class PlanRuns(Evaluation, Publishing, StageRuns):
         if key.parent is not None and key.parent not in valid:
             return None
         below = adapter_of(valid[key.parent]) if key.parent else None
-        for _, record in self._checkpoints(key, self.folder.checkpoints(key)):
+        for _, record in self._checkpoints(key, *self.folder.folders_of_checkpoints(key)):
             whole = record.get("resumes_exactly") and "recipe" in record and "circumstances" in record
-            if whole and fits(record, folder.slice_digests(key), below):
+            if whole and is_current(record, folder.slice_digests(key)) and record["below"] == below:
                 return record
         return None
 

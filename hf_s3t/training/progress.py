@@ -33,6 +33,11 @@ class PlanProgress(ProgressCallback):
         if self.plan_bar is not None:
             self.plan_bar.set_postfix_str(f"stage {number}/{count}: {label}")
 
+    def pass_by(self, cost: float) -> None:
+        """Move the plan's bar by what other trainers have done."""
+        if self.plan_bar is not None:
+            self.plan_bar.update(min(cost, self.plan_bar.total - self.plan_bar.n))
+
     def end(self) -> None:
         """Close the bar."""
         if self.plan_bar is not None:

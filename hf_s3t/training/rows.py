@@ -184,8 +184,11 @@ class StageRows:
         kept: list[Any] = rows.ids
         if names is not None and names.are_digests:
             kept = hexadecimal(names.key.of_ids(rows.ids))
+        # The rows that came to a table, when they were last compared with these.
+        self._compared: tuple[Any, np.ndarray] | None = None
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
         self._is_whole = len(self._position) == len(kept)
+        self._dropped_ids = frozenset[Any]() if self._is_whole else frozenset(kept).difference(self._position)
         # Only where the table has digests in their place.
         self._original = None if kept is rows.ids else dict(zip(kept, rows.ids, strict=True))
         # Per (shard, slice) pair what it held, and the positions of that: ids are hashed and sorted once a slice.
@@ -203,12 +206,28 @@ class StageRows:
         return len(table) - sum(len(self._positions_in(*place, table)) for place in _places(table))
 
     def empty(self, table: ExampleTable) -> frozenset[tuple[int, int]]:
-        """The (shard, slice) pairs without an example that preparation left something of."""
+        """
+        The (shard, slice) pairs without an example that preparation left something of; and those to which examples
+        came that are not here, without which nothing can be trained on them.
+        """
+        lacking = frozenset(place for place in table.places_of(self.lacking(table)) if place is not None)
         if self._is_whole:
-            return table.empty
-        return frozenset(
+            return table.empty | lacking
+        return lacking | frozenset(
             place for place in _places(table) if not any(i in self._position for i in table.ids_in(*place))
         )
+
+    def lacking(self, table: ExampleTable) -> list[int | str]:
+        """The examples of a table that came after its first partition, and are not here."""
+        columns = table.columns
+        if columns.additions is None:
+            return []
+        if self._compared is None or self._compared[0] is not columns:
+            came = np.flatnonzero(columns.additions)
+            known = [kept in self._position or kept in self._dropped_ids for kept in columns.kept(came)]
+            self._compared = columns, came[~np.array(known, bool)]
+        lacking = columns.kept(self._compared[1])
+        return [kept for kept, place in zip(lacking, table.places_of(lacking), strict=True) if place is not None]
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""

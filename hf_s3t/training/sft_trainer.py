@@ -130,6 +130,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         # Where evaluation chooses, evaluation sets as they are before packing, by their names.
         self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
         self._awaits_training_set = train_dataset is not None
+        self._formatting = formatting_func
         default_ddp_arguments(args)
         super().__init__(
             model=model,
@@ -186,6 +187,13 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
                 "Give a `formatting_func` that makes each row from itself alone."
             )
         return prepared
+
+    def _prepare_whole(self, dataset: Any) -> Any:
+        if self._skip_prepare_dataset:
+            return dataset
+        self._awaits_training_set = True
+        args = self.args
+        return self._prepare_dataset(dataset, self.processing_class, args, args.packing, self._formatting, "train")
 
     def _evaluation_rows(self) -> Any:
         # In packed rows, training examples would be parts of rows and not be found.

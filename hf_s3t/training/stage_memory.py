@@ -86,7 +86,9 @@ class StageMemory(LiveModel):
         is_kept = False
         if self.is_world_process_zero():
             base = self.folder.base_id, self.folder.base_revision
-            is_kept = self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, *base))
+            is_kept = self.folder.write_stage(
+                key, record, lambda path: self._stack.save(key, path, *base), self._claim
+            )
         is_kept = bool(broadcast_object_list([is_kept])[0])
         if not self.is_world_process_zero():
             self.folder.refresh()
@@ -94,7 +96,12 @@ class StageMemory(LiveModel):
             self._take_as_written(key)
         else:
             self._stack.drop([key])
-        if not is_kept and self.is_world_process_zero():
+        if self._claim is not None and self._claim.is_lost:
+            logger.warning(
+                f"{key} is discarded: for longer than its lease this process gave no sign of life, or a deletion took "
+                "examples that it saw, and another trainer was free to take it over."
+            )
+        elif not is_kept and self.is_world_process_zero():
             logger.warning(
                 f"{key} is discarded: while it was trained, a deletion took examples that it saw, or what it stands "
                 "on was removed or grown anew."

@@ -59,27 +59,39 @@ class StageRecords(TrainingCurve):
         not read equally far. The first one says what a stage saw: one that knew less would train it on more than that.
         """
         folder = self.folder
-        stands = key.parent is None or folder.is_valid(key.parent)
+        stands = key.parent is None or key.parent in folder.current_stages
         is_whole = stands and not key.saw(self._rows_of_stages.empty(folder.table))
         origin = self._origin(key) if is_whole else None
         known = gather_object([origin and (origin["slices"], origin["below"])])
         return origin if all(one == known[0] for one in known) else None
 
     def _record(
-        self, key: StageKey, origin: dict[str, Any], frozen: str, frozen_after: str, metrics: dict[str, float]
+        self,
+        key: StageKey,
+        origin: dict[str, Any],
+        counts: dict[str, Any],
+        frozen: str,
+        frozen_after: str,
+        metrics: dict[str, float],
     ) -> dict[str, Any]:
         """What `stage.json` says of a stage that is trained."""
         return {
             **origin,
             "seed": stage_seed(self.s3t_config.seed, key),
             "layers": list(self._layers.groups[key.group]),
-            "counts": [self.folder.table.size(key.shard, s) for s in key.prefix],
-            "examples_dropped": self._dropped(key),
+            **counts,
             "frozen_before": frozen,
             "frozen_after": frozen_after,
             "steps": [self._first_step, self._last_step],
             # NaN is no JSON.
             "metrics": {n: v for n, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
+        }
+
+    def _counts(self, key: StageKey) -> dict[str, Any]:
+        """How many examples a stage is about to see of each slice, and how many of them preparation dropped."""
+        return {
+            "counts": [self.folder.table.size(key.shard, s) for s in key.prefix],
+            "examples_dropped": self._dropped(key),
         }
 
     def _circumstances(self, key: StageKey) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..errors import ConfigError, IsolationError, S3TError, counted
 from ..model.fresh_copies import fresh_copy, fresh_dataset
 from ..model.randomness import own_randomness
 from ..plan.stages import StageKey, stage_seed
+from ..records.validity import is_current
 from .accelerator import accelerator_settings, compiles, refuse_changed_accelerator
 from .checkpoints import StageCheckpoints
 from .fresh_parts import FreshParts
@@ -29,6 +30,10 @@ from .stage_records import StageRecords
 
 
 logger = logging.get_logger(__name__)
+
+
+class RowsMoved(S3TError):
+    """Rows came to the slices of a stage, or went, between the choice of what it is trained on and its beginning."""
 
 
 class StageRuns(StageMemory, StageRecords, StageCheckpoints):
@@ -52,11 +57,12 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         self, key: StageKey, resume: bool, ignore_keys_for_eval: list[str] | None = None
     ) -> TrainOutput | None:
         """Train a stage; `None` if a deletion was first, before it began or before it was written."""
-        with self._occupied(key), self._dropped_on_error(key), self._scratch_of_its_own():
+        with self._occupied(key, anew=True), self._dropped_on_error(key), self._scratch_of_its_own():
             # A live model may have deleted since the stage was chosen.
             origin = self._origin_of_all(key)
             if origin is None:
                 return None
+            counts = self._counts(key)
             # After it was told what that is: what is loaded now is that, or the stage is not written.
             frozen = self._bring_in(key)
             self._refuse_upon_diverged(key)
@@ -81,7 +87,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
                     f"Training {key} changed buffers of the base model, on which all stages stand: the next stage "
                     "would depend on what this one saw. Use a model whose forward pass keeps nothing."
                 )
-            is_kept = self._write(key, self._record(key, origin, frozen, frozen_after, metrics))
+            is_kept = self._write(key, self._record(key, origin, counts, frozen, frozen_after, metrics))
         return output if is_kept else None
 
     def _refuse_changed_below(self, key: StageKey, before: str, after: str) -> None:
@@ -107,7 +113,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         )
 
     @contextlib.contextmanager
-    def _occupied(self, key: StageKey) -> Iterator[None]:
+    def _occupied(self, key: StageKey, anew: bool = False) -> Iterator[None]:
         """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
         self._stack.turns.refuse_inside("train")
         with self._making_live:
@@ -117,6 +123,10 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
                     "its end first."
                 )
             with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
+                # What is to be grown anew, and serves without rows that came, with what stands on it.
+                old = frozenset(one for one in self._stack.loaded if anew and key in one.lineage)
+                if self._live is not None and old:
+                    self._live.give_up(old)
                 self._stack.in_training = key
         try:
             # After the live model's lock is released: its holder may wait for a call, which waits for its turn.
@@ -141,6 +151,12 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         # Packing shuffles by this seed: it must be the stage's before its dataset is made.
         given, self.args.seed = self.args.seed, stage_seed(self.s3t_config.seed, key)
         self.train_dataset = fresh_dataset(self._stage_dataset(key), self._shared)
+        if any(gather_object([not is_current(origin, self.folder.slice_digests(key))])):
+            # A stage that saw more than it says would outlive what it saw.
+            self.args.seed, self.train_dataset = given, self._prepared
+            raise RowsMoved(
+                f"Rows came to the slices of {key}, or went, as it was about to begin. Call `train()` again."
+            )
         self._draw, self._sampler_of_stage = self._draw_of(self.train_dataset), None
         self._begin_watch(key, output_dir, origin)
         # Persistent workers of evaluations keep random states from stage to stage: each stage makes its own.

@@ -14,7 +14,7 @@ from ..model.randomness import RandomStates
 from ..model.stateless import changed_for_good
 from ..model.targets import refuse_failing_adapter
 from ..plan.stages import StageKey
-from ..records.validity import is_current
+from ..records.validity import saw_what_is_in
 from .divergence import FiniteWatch, refuse_diverged
 from .fresh_parts import FreshParts
 from .live_model import LiveModel
@@ -112,7 +112,7 @@ class StageWatch(LiveModel):
         written, and it will be discarded.
         """
         self.folder.refresh_ledger()
-        return not is_current(self._stage_origin, self.folder.slice_digests(self._stage_in_training))
+        return not saw_what_is_in(self._stage_origin, self.folder.slice_digests_ever(self._stage_in_training))
 
     def _has_moved(self) -> bool:
         """Whether what a resume would begin anew is not as the stage began: collator, data, loss, the model itself."""

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..config import S3TConfig
 from ..errors import ConfigError, S3TError
+from ..folder.claims import HeldClaim
 from ..folder.system import SystemFolder
 from ..model.layers import LayerGroups
 from ..model.stack import StageStack
@@ -38,6 +39,8 @@ class TrainerMixin(_Host):
     _prepared: Any
     # None between stages.
     _stage: StageKey | None
+    # Under which a stage is trained; None where nobody shares the folder's work, and in all processes but the first.
+    _claim: HeldClaim | None = None
 
     def _have_callbacks(self, callbacks: list[TrainerCallback]) -> None:
         self.callback_handler.callbacks = callbacks

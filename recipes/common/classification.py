@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 import transformers
 from accelerate import PartialState
+from common.adding import add_rows, check_adding
 from common.command_line import console
 from common.forgetting import EXHAUSTED, is_asked_for, must_train, named
 from common.fresh_process import in_new_process
@@ -62,6 +63,12 @@ class ClassificationArguments:
         default=None, metadata={"help": "The label set, in the order of the label numbers."}
     )
     metrics: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(METRICS)}."})
+    add_file: str | None = field(
+        default=None, metadata={"help": "Rows to add to the system that is there, in a file like that of the others."}
+    )
+    add_into: str = field(
+        default="new_shards", metadata={"help": "Where they go: new_shards, or slices, those cheapest to grow again."}
+    )
     unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
     unlearn_groups: list[str] | None = field(
         default=None, metadata={"help": "Groups whose rows are all to be unlearnt; see --group_column."}
@@ -104,6 +111,7 @@ class Parts(NamedTuple):
         evaluation (mapping from `str` to [`EvaluationSet`]): What is evaluated on.
         data_collator (callable): Makes batches of rows.
         processing_class: The tokenizer or image processor.
+        new (`Dataset`, *optional*): The rows to add to a system that was trained on the others.
     """
 
     task: Any
@@ -112,6 +120,7 @@ class Parts(NamedTuple):
     evaluation: Mapping[str, EvaluationSet]
     data_collator: Callable
     processing_class: Any
+    new: Dataset | None = None
 
     @property
     def first(self) -> EvaluationSet:
@@ -209,9 +218,13 @@ def run_classification(options: Options, results: Results, parts: Parts) -> dict
     script, output_dir = options.script, Path(options.training.output_dir)
     task, train, evaluation = parts.task, parts.train, parts.evaluation
     ids, groups = named(script, train, options.s3t, output_dir)
-    trains = must_train(results.earlier() is not None, output_dir, ids, groups)
+    brings = parts.new is not None and len(parts.new) > 0
+    trains = brings or must_train(results.earlier() is not None, output_dir, ids, groups)
     results.go_on()
     method = make_method(options, parts)
+    if parts.new is not None:
+        add_rows(method.trainer, parts.new, options)
+        parts = parts._replace(train=method.trainer.train_dataset)
     if trains:
         with results.timed("train"):
             method.train()
@@ -354,7 +367,9 @@ def table_of(content: Mapping[str, Any]) -> Table:
 def say_it_is_done(results: Results, options: Options) -> dict[str, Any] | None:
     """The results of the same run, if they are there and nothing is to follow, or was deleted since."""
     found = results.earlier()
-    if is_asked_for(options.script) or options.script.verify or (found is not None and not results.is_current(found)):
+    check_adding(options)
+    goes_on = is_asked_for(options.script) or options.script.verify or options.script.add_file
+    if goes_on or (found is not None and not results.is_current(found)):
         return None
     if found is not None and PartialState().is_main_process:
         console.print(f"{results.path} holds the results of this run already. --overwrite_results runs it again.")

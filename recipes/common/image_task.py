@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from common.adding import joined, parted
 from common.base_models import check_model_is_given, reading_model
 from common.classification import (
     ClassificationArguments,
@@ -127,9 +128,14 @@ def prepare(options: Options, task: ImageTask) -> Parts:
     processor = load_processor(options)
     flip = options.script.augmentation == "crop-flip"
     padding = None if options.script.augmentation == "none" else task.padding
+    new = None
+    if options.script.add_file:
+        known, new = parted(load_additions(options, task), options)
+        train = joined(train, known)
+        new.set_transform(Shown(processor, task, padding, flip))
     train.set_transform(Shown(processor, task, padding, flip))
     evaluation = {name: evaluation_set(dataset, options, Shown(processor, task)) for name, dataset in sets.items()}
-    return Parts(task, partial(load_model, options, task), train, evaluation, DefaultDataCollator(), processor)
+    return Parts(task, partial(load_model, options, task), train, evaluation, DefaultDataCollator(), processor, new)
 
 
 def task_of(options: Options) -> ImageTask:
@@ -209,6 +215,16 @@ def load_rows(options: Options, task: ImageTask) -> tuple[ImageTask, Dataset, di
         check_images(dataset, task, shown, remedy)
         sets[set_name] = with_labels(prepared_eval_ids(dataset, id_column), task, shown)
     return task, train, sets
+
+
+def load_additions(options: Options, task: ImageTask) -> Dataset:
+    """The images of `--add_file`, a file or folder, with the labels of the others, and checked."""
+    name = options.script.add_file
+    source = ImageSource(name, image_column=task.image_column, label_column=task.label_column)
+    source.check()
+    rows = source.read("train")
+    check_images(rows, task, name, "Name the right ones by `--image_column` and `--label_column`.")
+    return with_labels(rows, task, name)
 
 
 def with_labels(dataset: Dataset, task: ImageTask, name: str) -> Dataset:

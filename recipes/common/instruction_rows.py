@@ -39,6 +39,16 @@ def load_data(options: Options) -> tuple[Dataset, Dataset]:
     return dataset.select(range(train_size)), dataset.select(range(train_size, len(dataset)))
 
 
+def load_additions(options: Options) -> Dataset:
+    """The rows of `--add_file`, as those of the training set are prepared."""
+    script = options.script
+    dataset = Source(script.add_file).read("train")
+    if script.columns:
+        dataset = with_question_columns(dataset, script.columns, script.add_file)
+    check_example_columns(dataset, options.training.dataset_text_field, script.add_file)
+    return as_examples(dataset, script.prompt_template, script.loss_on_everything)
+
+
 def with_question_columns(dataset: Dataset, columns: list[str], name: str) -> Dataset:
     """The dataset with its columns of instruction and output under the names of Alpaca's."""
     missing = [column for column in columns if column not in dataset.column_names]

@@ -8,10 +8,11 @@ from typing import Any
 import datasets
 import transformers
 from common import lm_evaluation
+from common.adding import check_adding, joined, parted
 from common.base_models import check_model_is_there
 from common.command_line import console
 from common.forgetting import EXHAUSTED, is_asked_for, must_train, named
-from common.instruction_rows import load_data
+from common.instruction_rows import load_additions, load_data
 from common.instruction_tuning import (
     NAMES,
     RECIPE,
@@ -77,6 +78,12 @@ class ScriptArguments:
     )
     eval_task_folder: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
     eval_limit: int | None = field(default=None, metadata={"help": "Ask the first so many questions of each task."})
+    add_file: str | None = field(
+        default=None, metadata={"help": "Rows to add to the system that is there, in a file like that of the others."}
+    )
+    add_into: str = field(
+        default="new_shards", metadata={"help": "Where they go: new_shards, or slices, those cheapest to grow again."}
+    )
     unlearn: list[str] | None = field(default=None, metadata={"help": "Ids to unlearn after training."})
     unlearn_groups: list[str] | None = field(
         default=None, metadata={"help": "Groups whose rows are all to be unlearnt; see --group_column."}
@@ -164,15 +171,19 @@ def run(options: Options) -> dict[str, Any]:
     check(options)
     script, name = options.script, NAMES[options.script.method]
     file = Results(options, RECIPE)
-    found, goes_on = file.earlier(), is_asked_for(script) or script.verify or script.eval
+    check_adding(options)
+    found, goes_on = file.earlier(), is_asked_for(script) or script.verify or script.eval or script.add_file
     if found is not None and not goes_on and file.is_current(found):
         console.print(f"{file.path} holds the results of this run already. --overwrite_results runs it again.")
         return found
     train, held_out = load_data(options)
+    known, new = parted(load_additions(options), options) if script.add_file else (train.select([]), train.select([]))
+    train = joined(train, known)
     check_model_is_there(script.model_name_or_path)
     ids, groups = named(script, train, options.s3t, options.training.output_dir)
-    trains = must_train(found is not None, options.training.output_dir, ids, groups)
-    losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file, trains)
+    trains = len(new) > 0 or must_train(found is not None, options.training.output_dir, ids, groups)
+    losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file, trains, new)
+    train = joined(train, new)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
     ask_harness(options, trainer, name, results)

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import release_memory
 from common import lm_evaluation
+from common.adding import add_rows
 from common.chats import chat_template
 from common.command_line import console
 from common.forgetting import EXHAUSTED
@@ -36,13 +37,24 @@ NAMES = {"s3t": "S3T", "full": "full LoRA by shard", "sisa": "SISA", "sequential
 
 
 def train_all(
-    options: Options, model: str, train: Dataset, held_out: Dataset, results: Results, trains: bool = True
+    options: Options,
+    model: str,
+    train: Dataset,
+    held_out: Dataset,
+    results: Results,
+    trains: bool = True,
+    new: Dataset | None = None,
 ) -> tuple[dict[str, float], Any]:
-    """Measure the base, train full LoRA and then the system, unless it is trained; returns losses and the trainer."""
+    """
+    Measure the base, train full LoRA and then the system, unless it is trained; returns losses and the trainer. Rows
+    that are new come to the system before it is trained.
+    """
     results.go_on()
     losses, name = compared_losses(options, model, train, held_out, results), NAMES[options.script.method]
     method = make_method(options, model, train, held_out)
     trainer = method.trainer
+    if new is not None:
+        add_rows(trainer, new, options)
     if trains:
         started = time.perf_counter()
         with results.timed("train"):

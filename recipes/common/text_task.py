@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from common.adding import joined, parted
 from common.base_models import check_model_is_given, reading_model
 from common.classification import (
     ClassificationArguments,
@@ -125,16 +126,21 @@ def prepare(options: Options, task: TextTask) -> Parts:
     """What the recipe trains and measures with."""
     task, train, evaluation = load_rows(options, task)
     tokenizer = load_tokenizer(options)
+    rows, new = tokenize(train, tokenizer, options), None
+    if options.script.add_file:
+        known, new = parted(tokenize(load_additions(options, task), tokenizer, options), options)
+        rows = joined(rows, known)
     return Parts(
         task,
         partial(load_model, options, task, tokenizer),
-        tokenize(train, tokenizer, options),
+        rows,
         {
             name: replace(rows, dataset=tokenize(rows.dataset, tokenizer, options, keep=()))
             for name, rows in evaluation.items()
         },
         DataCollatorWithPadding(tokenizer),
         tokenizer,
+        new,
     )
 
 
@@ -247,6 +253,16 @@ def load_rows(options: Options, task: TextTask) -> tuple[TextTask, Dataset, dict
         dataset = prepared_eval_ids(dataset, options.s3t.id_column)
         sets[set_name] = as_rows(dataset, task, options, f"the evaluation rows ({set_name})")
     return task, train, {key: evaluation_set(dataset, options) for key, dataset in sets.items()}
+
+
+def load_additions(options: Options, task: TextTask) -> Dataset:
+    """The rows of `--add_file`, as those of the training set are prepared, and checked."""
+    name = options.script.add_file
+    source = replace(source_of(options, replace(task, dataset=None)), name=name, config=None, revision=None)
+    source.check()
+    rows = source.read("train")
+    check_task_columns(rows, task, name)
+    return as_rows(rows, task, options, name)
 
 
 def check_task_columns(dataset: Dataset, task: TextTask, name: str) -> None:

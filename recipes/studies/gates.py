@@ -51,6 +51,8 @@ _LONGEST = 300
 LAYOUTS = (*product((1, 5, 20), (1, 2, 4, 8)), (50, 1), (50, 2))
 # A base with a layer for each of eight slices, and a person or general row for each slice of each shard.
 _LAYOUT = {"num_layers": 8, "num_people": 40, "num_general": 160, "epochs": 24}
+# What trains two layers well diverges where it trains eight: each layout has the better of these.
+_LAYOUT_RATES = (1e-3, 3e-3)
 
 
 # What is taught and asked
@@ -288,10 +290,19 @@ def measured(taught: Taught) -> dict[str, Any]:
     models = {"mean": taught.served(), "terms": taught.served(**choice["gate"])}
     return {
         "chosen": choice,
+        "known_of_choosing": _known_of_choosing(taught, models["mean"]),
         "known": _known_by_kind(taught, models),
         "held_out": _held_out(taught, models),
         **_after_deletion(taught, models, choice["gate"]),
     }
+
+
+def _known_of_choosing(taught: Taught, model: S3TModel) -> float:
+    """What the right shards know of the subjects that choose, asked in every way."""
+    subjects = taught.subjects
+    rows, right = rows_of(subjects.known, subjects.choosing), taught.shares(subjects.choosing)
+    known = [_known(answers(model, taught.batches(rows, kind), right), subjects) for kind in KINDS]
+    return round(float(np.mean(known)), 4)
 
 
 def measured_whole(taught: Taught) -> dict[str, Any]:
@@ -469,7 +480,13 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
             "seed": seed,
         }
         argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        one = _of_people(options, f"layout-{shards}-{slices}-seed{seed}", [*argv, *others], layers)
+        label = f"layout-{shards}-{slices}-seed{seed}"
+        tried = {
+            rate: _of_people(options, f"{label}-{rate:g}", [*argv, "--learning_rate", str(rate), *others], layers)
+            for rate in _LAYOUT_RATES
+        }
+        best = max(tried, key=lambda rate: tried[rate]["known_of_choosing"])
+        one = {**tried[best], "learning_rate": best}
         works = [stage_cost(depth, slices, layers // slices, layers, 1.0) for depth in range(1, slices + 1)]
         stream = families_under(
             stages_of([range(slices)]), slices, Policy.all_at_once(slices), num_shards=shards, works=works

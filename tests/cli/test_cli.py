@@ -262,11 +262,53 @@ def test_status_for_machines(system):
         "deletions_until_first_dead_shard",
         "deletions_until_exhausted",
         "gate",
+        "stages_behind",
+        "additions",
         "pending",
         "is_exhausted",
     ]
     assert status["examples"] == 11 and status["deletions"] == 1 and status["is_exhausted"] is False
     assert list(status["next_stage"]) == ["stage", "work", "depth", "expected_depth"]
+
+
+def test_status_watch_tells_who_trains_what_until_nothing_is_missing(tmp_path, monkeypatch):
+    folder = new_system(tmp_path / "system", config=hf_s3t.S3TConfig(num_slices=1, seed=1), groups=None)
+    first = folder.plan.stages()[0]
+    with folder.lock():
+        claim = folder.claims.take(first, {"slices": folder.slice_digests(first)}, lease=1e-9)
+    told = folder.claims.look()[0].said
+    turns = []
+
+    def sleep(seconds):
+        turns.append(seconds)
+        if len(turns) == 3:
+            plant(folder, first)
+            claim.end()
+
+    monkeypatch.setattr("hf_s3t.cli.watching.time.sleep", sleep)
+    lines = run("status", tmp_path / "system", "--watch").stdout.splitlines()
+    who = f"  shard-0/0: process {told['process']} on {told['host']}, since {told['since']}, "
+    working, silent = ["0 of 1 stage, 1 worker", f"{who}at work"], ["0 of 1 stage, 1 worker", f"{who}silent for 0 s"]
+    # Nothing is said where nothing has changed.
+    assert lines == [*working, *silent, "1 of 1 stage, 0 workers"] and len(turns) == 3
+    line = json.loads(run("status", tmp_path / "system", "--watch", "--json").stdout)
+    assert line == {"stages": [1, 1], "workers": []}
+
+
+@pytest.mark.parametrize(("lease", "changes", "state"), [(60, {}, "at work"), (60, {"started": 0}, "gone")])
+def test_status_watch_for_machines(lease, changes, state, tmp_path, monkeypatch):
+    folder = new_system(tmp_path / "system", config=hf_s3t.S3TConfig(num_slices=1, seed=1), groups=None)
+    first = folder.plan.stages()[0]
+    with folder.lock():
+        claim = folder.claims.take(first, {}, lease)
+    head, _, beat = claim.path.read_bytes().partition(b"\n")
+    claim.path.write_bytes(json.dumps({**json.loads(head), **changes}).encode() + b"\n" + beat)
+    monkeypatch.setattr("hf_s3t.cli.watching.time.sleep", lambda seconds: plant(folder, first))
+    found = [json.loads(line) for line in run("status", folder.path, "--watch", "--json").stdout.splitlines()]
+    assert [one["stages"] for one in found] == [[0, 1], [1, 1]]
+    (worker,) = found[0]["workers"]
+    assert list(worker) == ["stage", "host", "process", "since", "state", "silent"]
+    assert (worker["stage"], worker["state"]) == ("shard-0/0", state)
 
 
 def test_an_endless_life_is_null_in_json(tmp_path):

@@ -315,12 +315,12 @@ def sign(record) -> str:
     return json.dumps({**record, "digest": digest})
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_a_config_of_an_unknown_format_version_is_refused_by_its_version(deleted_system, version):
     file = deleted_system / "s3t_config.json"
     file.write_text(sign({**json.loads(file.read_text()), "format_version": version}))
     with pytest.raises(
-        FormatVersionError, match=r"s3t_config.json has format version .*reads versions 1 and 2. Install"
+        FormatVersionError, match=r"s3t_config.json has format version .*reads versions 1 to 3. Install"
     ):
         SystemFolder(deleted_system)
     assert_refused(deleted_system, file)
@@ -1159,13 +1159,13 @@ def test_a_stage_that_is_grown_again_while_its_record_is_read_is_the_one_that_is
 
 def test_which_stages_are_valid_is_of_one_time_whatever_another_thread_takes_in_meanwhile(system, monkeypatch):
     folder = SystemFolder(system)
-    before, digests = folder.valid_stages, SystemFolder.slice_digests
+    before, digests = folder.valid_stages, SystemFolder.slice_digests_ever
 
     def digests_while_others_go(self, key):
         folder._stages.forget(before)
         return digests(self, key)
 
-    monkeypatch.setattr(SystemFolder, "slice_digests", digests_while_others_go)
+    monkeypatch.setattr(SystemFolder, "slice_digests_ever", digests_while_others_go)
     assert folder.valid_stages == before and not folder.valid_stages
     with pytest.raises(FolderError, match="shard-0/0 is not there: it was never trained, or removed since"):
         folder.adapter_digest(StageKey(0, (0,)))

@@ -19,6 +19,7 @@ import pytest
 from support.crashes import Crash, Disk, Faults, Recording, crashes, plant, tree_of
 from support.folders import (
     NAMES,
+    add,
     add_checkpoint,
     apply,
     delete_and_die,
@@ -40,6 +41,7 @@ from hf_s3t.errors import FolderError
 from hf_s3t.folder.erasure_requests_file import ErasureBook
 from hf_s3t.folder.layout import (
     ADAPTER_FILE,
+    ADDITION_FILE,
     ERASURES_FILE,
     GATE_FILE,
     LEDGER_FILE,
@@ -47,6 +49,7 @@ from hf_s3t.folder.layout import (
     SIGNATURES_FILE,
     TABLE_FILE,
 )
+from hf_s3t.folder.opening import ReadOnlyFolder
 from hf_s3t.folder.signatures_file import Signatures
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.erasures import record_erasure, state_of
@@ -378,6 +381,106 @@ def test_a_gate_that_is_made_later_is_there_and_used_or_not_used_yet(first, tmp_
             assert gate_says(folder.load_gate()) == gate_says(made), crash
         assert not inspect(path).problems, crash
     assert found == {None, "terms"}
+
+
+# Rows that come
+
+
+NEWCOMERS = {"new-1@example.org": (0, 0), "new-2@example.org": (0, 1), "new-3@example.org": (0, 1)}
+NEW_SHARD = {f"shard-{number}@example.org": (2, number % 2) for number in range(4)}
+
+
+def bring(path, mark, places, replaced=()) -> None:
+    add(SystemFolder(path), places, replaced)
+    mark("acknowledged")
+
+
+def says(path) -> tuple:
+    """All that a folder says that is opened to write."""
+    folder = SystemFolder(path)
+    rows = {one: folder.table.rows[one] for one in folder.table.rows}
+    digests = [folder.table.slice_digest(*place) for place in folder.table.sizes_of_slices]
+    return rows, digests, folder.config, folder.valid_stages, folder.current_stages, len(folder.ledger.lines)
+
+
+@pytest.mark.parametrize("places", [NEWCOMERS, NEW_SHARD], ids=["slices", "new shard"])
+@pytest.mark.parametrize("start", ["first", "gated", pytest.param("later", marks=pytest.mark.slow)])
+def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_came(start, request, tmp_path, places):
+    start = request.getfixturevalue(start)
+    recording = record(start, tmp_path / "recorded", partial(bring, places=places))
+    synced = [step.name for step in recording.steps if step.kind == "sync" and step.name]
+    assert synced.index(LEDGER_FILE) <= 2, "the rows are synced, then the line, before anything else changes"
+    before, after = says(shutil.copytree(start, tmp_path / "before")), says(recording.root)
+    assert len(after[0]) == len(before[0]) + len(places) and after[3] >= before[3]
+    found = set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        reader = ReadOnlyFolder(path)
+        seen, stages = set(reader.table.rows), reader.valid_stages
+        said = says(path)
+        assert said in (before, after), crash
+        assert said == after or "acknowledged" not in crash.told, crash
+        # Who only looks sees the same.
+        assert seen == set(said[0]) and stages == said[3], crash
+        assert not (path / ADDITION_FILE).exists() and not inspect(path).problems, crash
+        found.add(said == after)
+    assert found == {False, True}
+
+
+def test_after_a_crash_at_any_moment_a_replaced_row_is_the_old_or_the_new_one(first, tmp_path):
+    victims = victims_of(first)
+    places = dict.fromkeys(victims, (0, 1))
+    recording = record(first, tmp_path / "recorded", partial(bring, places=places, replaced=victims))
+    before, after = says(shutil.copytree(first, tmp_path / "before")), says(recording.root)
+    assert before[0].keys() == after[0].keys() and before[0] != after[0] and after[3] < before[3]
+    found = set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        said = says(path)
+        assert not any(map(SystemFolder(path).is_deleted, victims)), crash
+        assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
+        assert not inspect(path).problems, crash
+        found.add(said == after)
+    assert found == {False, True}
+
+
+def test_a_deletion_after_an_addition_that_died_unfinished_has_both_in_force(first, tmp_path):
+    victims = victims_of(first)
+    recording = record(first, tmp_path / "recorded", partial(bring, places=NEWCOMERS))
+    disk, found = Disk(recording.start), set()
+    for moment, step in enumerate(recording.steps):
+        (_, tree), *_ = disk.crashes(random.Random(0), 0)
+        path = plant(tree, tmp_path / "again" / str(moment))
+        apply(SystemFolder(path), victims)
+        folder = SystemFolder(path)
+        assert not set(victims) & set(folder.table.rows)
+        found.add(NEWCOMERS.keys() <= set(folder.table.rows))
+        assert grow(folder).current_stages == set(folder.plan.stages()) and not inspect(path).problems
+        disk.do(step)
+    assert found == {False, True}
+
+
+def take_in(path, mark, ledger, rows) -> None:
+    SystemFolder(path).merge_ledger(ledger, rows)
+    mark("acknowledged")
+
+
+def test_after_a_crash_at_any_moment_of_a_merge_the_rows_of_another_copy_are_in_or_never_came(first, tmp_path):
+    """Both copies grew; the other deleted one of its rows, and one that both have."""
+    start = shutil.copytree(first, tmp_path / "start")
+    other = SystemFolder(shutil.copytree(start, tmp_path / "other"))
+    add(add(other, NEWCOMERS), NEW_SHARD | {"newer@example.org": (1, 0)})
+    gone = [*victims_of(start)[:1], "new-1@example.org"]
+    apply(other, gone)
+    add(SystemFolder(start), {"own@example.org": (1, 1)})
+    recording = record(start, tmp_path / "recorded", partial(take_in, ledger=other.ledger, rows=other.table))
+    before, after = says(shutil.copytree(start, tmp_path / "before")), says(recording.root)
+    assert after[0].keys() == {*other.table.rows, "own@example.org"}
+    found = set()
+    for crash, path in left_by(crashes(recording), tmp_path):
+        said = says(path)
+        assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
+        assert not inspect(path).problems, crash
+        found.add(said == after)
+    assert found == {False, True}
 
 
 # Requests that wait

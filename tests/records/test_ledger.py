@@ -198,7 +198,7 @@ def test_a_line_of_an_unknown_version_is_refused_by_its_version(version):
 
 
 def test_there_are_deletions_exports_and_merges():
-    assert KINDS == ("deletion", "export", "merge")
+    assert KINDS == ("deletion", "export", "merge", "addition", "replacement")
 
 
 def grown(ledger, *ids):

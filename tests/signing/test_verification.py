@@ -154,6 +154,17 @@ def test_exports_merges_and_kinds_to_come_have_receipts():
     assert verify(receipt(known, 4), public()).kind == "addition"
 
 
+def test_a_replacement_takes_stages_as_a_deletion_does_and_an_addition_none():
+    there = stages("shard-3/0", "shard-4/0")
+    more = dict(rows=1, rows_sha256=digest("file"), versions={"python": "3.11.7"})
+    ledger = LEDGER.append(
+        "replacement", ids=[digest("r")], removed=stages("shard-3/0"), stages_now=there, **more
+    ).append("addition", rows=2, rows_sha256=digest("other file"))
+    replaced, added = (verify(receipt(ledger, line), public()) for line in (4, 5))
+    assert replaced.removed == stages("shard-3/0") and replaced.left == stages("shard-4/0") == added.left
+    assert replaced.before != replaced.after == added.before == added.after and added.kind == "addition"
+
+
 # What is refused, in one sentence each
 
 

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from hf_s3t import S3TConfig
+from hf_s3t.folder.addition_file import StoredAddition
 from hf_s3t.folder.files import write_checked_json
 from hf_s3t.folder.gate_file import StoredGate, read_gate
 from hf_s3t.folder.layout import GATE_FILE, KEY_FILE, STAGE_FILE
@@ -95,8 +96,23 @@ def prompt_of(one: int | str) -> str:
 
 def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
     """Make what `train()` would make."""
-    for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
+    for key in folder.missing_stages()[:limit]:
         plant(folder, key)
+    return folder
+
+
+def add(folder: SystemFolder, places: dict, replaced=(), **how) -> SystemFolder:
+    """Add rows of ids by their places; the ids of those that are replaced are in, and come with another content."""
+    key, config = folder.key, folder.config
+    shards = max([config.num_shards, *(shard + 1 for shard, _ in places.values())])
+    contents = {i: key.of_content({"id": i, "edited": True} if i in replaced else {"id": i}) for i in places}
+    rows = {i: Example(*place, contents[i]) for i, place in places.items()}
+    with folder.lock():
+        folder.refresh()
+        table = ExampleTable.of(rows, shards, config.num_slices, config.seed, folder.names)
+        added = {"shards": shards - folder.record["s3t_config"]["num_shards"], "weights": "equal"}
+        removed = deletion.stages_that_saw(folder, [*replaced], folder.stages) if replaced else []
+        folder.record_addition(StoredAddition(table, added), {}, [*replaced], removed, **how)
     return folder
 
 
@@ -147,6 +163,12 @@ def delete_and_die(folder: SystemFolder, ids) -> None:
     """A deletion that is in the ledger, and whose process died before it removed anything."""
     with folder.lock():
         record(folder, ids)
+
+
+def take_claims_away(path) -> None:
+    """Have every trainer at work be taken for dead, as one does that takes its stage over."""
+    for claim in Path(path).glob("claims/shard-*"):
+        claim.unlink()
 
 
 def files_of(path) -> dict[str, bytes | None]:

@@ -277,7 +277,7 @@ def plant_stages(trainer, limit: int | None = None, seed: int = 0) -> None:
     seed), written as training writes them. A hundred times faster, for tests of everything that comes after it.
     """
     folder, stack = trainer.folder, stack_of(trainer)
-    for key in folder.plan.missing(folder.valid_stages, folder.table.empty)[:limit]:
+    for key in folder.missing_stages()[:limit]:
         for stage in key.lineage[:-1]:
             if stage not in stack:
                 stack.load(stage, folder.read_adapter(stage), folder.adapter_digest(stage))

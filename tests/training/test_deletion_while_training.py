@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from support.folders import apply, forge_stage
+from support.folders import apply, forge_stage, take_claims_away
 from support.insides import routing_of, stack_of
 from support.launched import launched
 from support.tiny import lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, training_arguments
@@ -198,8 +198,14 @@ def served_and_hit(path, callback_of):
 def test_what_another_process_trained_meanwhile_is_not_trained_again(tmp_path):
     config = s3t_config(budget=1, partition="balanced")
     trainer, other = (make_trainer(tmp_path, tiny_llama(3), rows=ROWS, config=config) for _ in range(2))
-    trainer.add_callback(AtTheFirstStep(other.train))
-    assert trainer.train().metrics["stages_trained"] == 1
+
+    def overtake():
+        take_claims_away(tmp_path)
+        return other.train().metrics["stages_trained"]
+
+    overtaken = AtTheFirstStep(overtake)
+    trainer.add_callback(overtaken)
+    assert trainer.train().metrics["stages_trained"] == 0 and overtaken.outcome == 2
     assert trainer.folder.valid_stages == set(trainer.folder.plan.stages())
 
 

@@ -1,4 +1,4 @@
-"""Two trainers on one folder: they repeat each other's work, and do each other no harm."""
+"""Trainers on one folder: they share its work, and what one is taken for dead in is harmless."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from support.folders import add_checkpoint, apply, new_system
+from support.folders import add_checkpoint, apply, new_system, take_claims_away
 from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
 
@@ -157,13 +157,23 @@ def test_what_a_dead_trainer_left_of_a_finished_stage_goes_with_the_next_trainin
     assert purge(tmp_path).problems == () and not (tmp_path / "checkpoints").exists()
 
 
-# At work
+# At work, where one is taken for dead that is not
+
+
+def overtake(path, other):
+    """What another trainer does inside a stage of one that it takes for dead."""
+
+    def do():
+        take_claims_away(path)
+        other.train()
+
+    return do
 
 
 def test_a_trainer_that_is_overtaken_inside_a_stage_goes_on(alone, tmp_path):
     other = system(tmp_path)
-    trainer = system(tmp_path, callbacks=[AtStep(3, other.train)])
-    trainer.train()
+    trainer = system(tmp_path, callbacks=[AtStep(3, overtake(tmp_path, other))])
+    assert trainer.train().metrics["stages_trained"] == 0
     same_as(alone, tmp_path)
 
 
@@ -190,7 +200,7 @@ def test_a_deletion_reaches_the_stages_of_both(tmp_path):
     other = system(tmp_path)
 
     def overtaken():
-        other.train()
+        overtake(tmp_path, other)()
         victims.append(other.folder.table.members(0, other.folder.plan.stages()[0].prefix[0])[0])
         apply(SystemFolder(tmp_path), victims)
         left.extend(tmp_path.glob("checkpoints/*/*/checkpoint-*"))
@@ -209,7 +219,7 @@ def test_one_that_was_stopped_goes_on_where_it_was_beside_another(alone, tmp_pat
     begun = WhereItBegins()
     # The one that takes over what was left is overtaken in its turn.
     other = system(tmp_path)
-    again = system(tmp_path, callbacks=[begun, AtStep(3, other.train)])
+    again = system(tmp_path, callbacks=[begun, AtStep(3, overtake(tmp_path, other))])
     again.train()
     assert begun.steps[0] == 2
     same_as(alone, tmp_path)
@@ -230,7 +240,7 @@ def test_checkpoints_that_only_a_callback_asks_for_are_a_trainers_own(tmp_path):
 
     def overtaken():
         ours = sorted(tmp_path.glob("checkpoints/*/*/checkpoint-*"))
-        other.train()
+        overtake(tmp_path, other)()
         found.append(ours == sorted(tmp_path.glob("checkpoints/*/*/checkpoint-*")) and len(ours))
 
     trainer.add_callback(AtStep(3, overtaken))
@@ -289,7 +299,7 @@ def test_what_another_left_of_a_stage_that_was_there_by_then_goes_at_the_end(tmp
 
 def test_a_trainer_with_another_recipe_that_is_overtaken_says_so(tmp_path):
     other = system(tmp_path)
-    trainer = system(tmp_path, changes={"learning_rate": 3e-2}, callbacks=[AtStep(1, other.train)])
+    trainer = system(tmp_path, changes={"learning_rate": 3e-2}, callbacks=[AtStep(1, overtake(tmp_path, other))])
     with pytest.raises(ConfigError, match=r"another recipe: learning_rate=0.03 \(was 0.01\)"):
         trainer.train()
 

@@ -1,0 +1,374 @@
+"""Rows that come to a system after its first training, and rows that take the place of others."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+from ..checks import require_choice
+from ..errors import ConfigError, S3TError, counted
+from ..folder.addition_file import StoredAddition
+from ..folder.config_file import WEIGHTS
+from ..folder.versions import library_versions
+from ..model.aggregation import check_one_answer_can_be_made
+from ..model.randomness import own_randomness
+from ..operations.deletion import stages_that_saw
+from ..plan.later_rows import Place
+from ..plan.stages import Plan, StageKey
+from ..records.request import listed
+from .arriving import INTO, Arrival, Places, added_by, arrival_of, places_of, rows_of_arrival
+from .blueprint import Layout
+from .early_checks import check_rows, collates_as_stored
+from .gate_rows import gate_of, tokenizer_of
+from .plan_run import PlanRuns
+from .refusals import check_datasets, evaluation_chooses
+from .rows import StageRows, TrainingRows
+
+
+logger = logging.get_logger(__name__)
+
+# Below this share of the others a new shard is said to be small.
+_SMALL = 0.5
+
+
+@dataclass(frozen=True)
+class AdditionReport:
+    """
+    What an addition did, or would do.
+
+    Args:
+        added (`int`): How many rows came, or would come; those that take the place of others among them.
+        replaced (`int`): How many of them took the place of others.
+        known (`int`): How many rows of the dataset were in already.
+        passed_over (`int`): How many were deleted before, and do not come back.
+        slices (`dict[str, int]`): How many came to each slice, as `shard-0/2`.
+        new_shards (`int`): How many shards came.
+        weights (`str`): How members weigh from then on: `"equal"`, or by `"size"`.
+        stages (`tuple[str, ...]`): What `train()` trains because of it.
+        work (`float`): What that costs, in full LoRA fine-tunings of all the data.
+        stages_removed (`tuple[str, ...]`): The stages that end at once, because they saw what was replaced.
+        is_dry_run (`bool`): Whether nothing was written.
+    """
+
+    added: int
+    replaced: int
+    known: int
+    passed_over: int
+    slices: dict[str, int]
+    new_shards: int
+    weights: str
+    stages: tuple[str, ...]
+    work: float
+    stages_removed: tuple[str, ...]
+    is_dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A dataset, what it brings, and where that goes."""
+
+    rows: TrainingRows
+    digests: Any
+    arrival: Arrival
+    places: Places
+
+
+class Additions(PlanRuns):
+    """The part of a trainer that adds rows to its system."""
+
+    _layout: Layout
+    # The dataset of all stages, as it was given.
+    _training_rows: TrainingRows | None
+
+    def add_examples(
+        self,
+        dataset: Any,
+        into: str = "new_shards",
+        *,
+        weights: str | None = None,
+        again: Sequence[int | str] = (),
+        dry_run: bool = False,
+    ) -> AdditionReport:
+        """
+        Add rows to the system: those of a dataset that it does not know. Nothing is trained; `train()` does that.
+
+        What serves goes on serving. Into new shards, nothing that exists changes. Into slices, their stages lack the
+        new rows, and serve on until `train()` has grown them again; a deletion of what they saw ends them as ever. The
+        rows are in when this returns, whatever dies then; models that serve the folder follow at their next call.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): The new rows, with the columns of the others; or all rows, as it must be
+                where ids are row numbers. Rows that are in already, as they are, are passed over.
+            into (`str`, defaults to `"new_shards"`):
+                `"new_shards"`: whole shards of about the present size. `"slices"`: the slices that cost least to grow
+                again, so many that none is more than about doubled. Rows of a group that is in go where it is, and
+                with `colocate_duplicates` so do equal rows. `partition="hashed"` and `"column"` say where rows go by
+                themselves.
+            weights (`str`, *optional*):
+                `"equal"`, or `"size"` to weigh each member by the rows of its shard that are in; recorded. As it is
+                recorded if not given, which is equal at first. A gate goes before.
+            again (sequence of ids and groups, *optional*):
+                What was deleted before and may come back. Without this word it may not, as somebody asked for it.
+            dry_run (`bool`, defaults to `False`): Say what it would do, and do nothing.
+
+        Returns:
+            [`AdditionReport`]: What came, where, and what `train()` has to train because of it.
+
+        Raises:
+            [`~hf_s3t.errors.S3TError`]: Its children; a refused call changes nothing.
+
+        Example:
+
+        ```python
+        print(trainer.add_examples(more_rows, into="slices", dry_run=True).work)
+        trainer.add_examples(more_rows, into="slices")
+        trainer.train()
+        ```
+        """
+        require_choice("into", into, INTO)
+        if weights is not None:
+            require_choice("weights", weights, WEIGHTS)
+        return self._add(dataset, into, weights, listed(again, "again"), dry_run, replaces=False)
+
+    def replace_examples(self, dataset: Any, *, dry_run: bool = False) -> AdditionReport:
+        """
+        Put rows that were edited in the place of those of their ids: a deletion and an addition, all or nothing.
+
+        Stages that saw the old rows end, as after `unlearn`. The new ones come to the same slices, and are trained on
+        by `train()`.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): The rows as they are now; those that are in as they are change nothing.
+            dry_run (`bool`, defaults to `False`): Say what it would do, and do nothing.
+
+        Returns:
+            [`AdditionReport`]: What came, and what went.
+
+        Raises:
+            [`~hf_s3t.errors.UnknownExampleError`]: If an id is not in.
+            [`~hf_s3t.errors.S3TError`]: Its other children; a refused call changes nothing.
+
+        Example:
+
+        ```python
+        trainer.replace_examples(Dataset.from_list([{"id": 17, "text": "What it should have said."}]))
+        trainer.train()
+        ```
+        """
+        return self._add(dataset, "slices", None, [], dry_run, replaces=True)
+
+    @own_randomness()
+    def _add(
+        self,
+        dataset: Any,
+        into: str,
+        weights: str | None,
+        again: Collection[int | str],
+        dry_run: bool,
+        replaces: bool,
+    ) -> AdditionReport:
+        rows = self._rows_that_may_come(dataset)
+        digests = rows.digests(self.folder.key, self.folder.record["row_digests"])
+        whole = self._with_rows(rows, digests)
+        # Prepared before anything is written: preparing may refuse rows, or leave nothing of them.
+        prepared = None if dry_run else self._prepared_rows_of(whole)
+        report = self._in_first_process(
+            lambda: self._add_under_lock(rows, digests, into, weights, again, dry_run, replaces)
+        )
+        if prepared is not None:
+            self._take_up(whole, prepared, report)
+        return report
+
+    def _rows_that_may_come(self, dataset: Any) -> TrainingRows:
+        """A dataset of which rows may come, as far as it tells by itself."""
+        if self._layout.method != "s3t":
+            raise ConfigError(
+                f"{self.folder.path} holds the baseline {self._layout.method!r}, expected an S3T system: no rows come "
+                "to others. Make a baseline of all rows in another `output_dir`."
+            )
+        if self._stage is not None or self._stack.in_training is not None:
+            raise S3TError(f"{self._stack.in_training} is in training here. Add rows after `train()`.")
+        self._rows_of_stages.lacking(self.folder.table)
+        check_datasets(dataset, self.eval_dataset, self.args, self.s3t_config)
+        rows = self._layout.rows(dataset, self.s3t_config)
+        if collates_as_stored(self.data_collator):
+            check_rows(dataset, self.model, self._stack.head, self.args)
+        if evaluation_chooses(self.args, self.s3t_config):
+            self._fed_rows.refuse_shared(dataset, self.eval_dataset, rows.own_columns)
+        return rows
+
+    @property
+    def _own_rows(self) -> TrainingRows:
+        if self._training_rows is None:
+            raise ConfigError("Rows are added to those that the trainer has. Give it the system's `train_dataset`.")
+        return self._training_rows
+
+    def _with_rows(self, rows: TrainingRows, digests: Any) -> TrainingRows:
+        """The trainer's dataset with rows of another: those of an id that both have are the other's."""
+        own = self._own_rows
+        given = frozenset(rows.ids)
+        if given.issuperset(own.ids):
+            return rows
+        if rows.config.id_column is None:
+            raise ConfigError(
+                f"Ids are row numbers here, and the dataset has {counted(len(rows.ids), 'row')}, fewer than the "
+                f"{len(own.ids)} that are known. Give the whole dataset, with the new rows behind the others."
+            )
+        kept = [number for number, one in enumerate(own.ids) if one not in given]
+        first, second = own.dataset, rows.dataset
+        if not isinstance(first, datasets.Dataset) or not isinstance(second, datasets.Dataset):
+            raise ConfigError(
+                f"Got a {type(second).__name__} beside a {type(first).__name__}, expected two `datasets.Dataset`. "
+                "Give these, or one dataset that has all rows."
+            )
+        if set(first.column_names) != set(second.column_names):
+            raise ConfigError(
+                f"The dataset has the columns {', '.join(sorted(second.column_names))}, expected those of "
+                f"`train_dataset`, {', '.join(sorted(first.column_names))}. Nothing was added."
+            )
+        try:
+            second = second.select_columns(first.column_names)
+            second = second if second.features == first.features else second.cast(first.features)
+        except (ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ConfigError(
+                f"The columns of the dataset are not of the types of `train_dataset`: {error}. Nothing was added."
+            ) from error
+        # Of two formats Datasets would keep neither.
+        whole = datasets.concatenate_datasets([first.select(kept).with_format(None), second.with_format(None)])
+        return self._layout.rows(whole.with_format(**_format_of(first)), self.s3t_config)
+
+    def _prepared_rows_of(self, whole: TrainingRows) -> tuple[Any, StageRows]:
+        prepared = self._prepare_whole(whole.dataset)
+        folder = self.folder
+        return prepared, StageRows(prepared, whole, folder.names, folder.record["row_digests"])
+
+    def _prepare_whole(self, dataset: Any) -> Any:
+        """A dataset as the trainer would have prepared it when it was made."""
+        return dataset
+
+    def _in_first_process(self, act: Any) -> AdditionReport:
+        """What the first process did, or raised; the others read what it wrote."""
+        told: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                told[0] = act()
+            except S3TError as error:
+                if self.accelerator.num_processes == 1:
+                    raise
+                told[1] = error
+        report, refusal = broadcast_object_list(told)
+        if refusal is not None:
+            raise refusal
+        found: AdditionReport = report
+        if not self.is_world_process_zero():
+            self.folder.refresh()
+        return found
+
+    def _add_under_lock(
+        self,
+        rows: TrainingRows,
+        digests: Any,
+        into: str,
+        weights: str | None,
+        again: Collection[int | str],
+        dry_run: bool,
+        replaces: bool,
+    ) -> AdditionReport:
+        folder = self.folder
+        # Before the lock, for which others wait.
+        versions = library_versions()
+        with folder.lock():
+            folder.refresh()
+            arrival = arrival_of(rows, digests, folder, again, frozenset(self._own_rows.ids), replaces)
+            if arrival.new:
+                places = places_of(arrival, rows, digests, folder, into)
+            else:
+                places = Places([], folder.config.num_shards)
+            if places.num_shards > folder.config.num_shards:
+                check_one_answer_can_be_made(self.model, places.num_shards, folder.config.select)
+            coming = _Coming(rows, digests, arrival, places)
+            report = self._report_of(coming, weights, dry_run)
+            if not dry_run and (arrival.new or (weights or report.weights) != _recorded_weights(folder.record)):
+                removed = [StageKey.from_path(f"stages/{name}") for name in report.stages_removed]
+                addition = StoredAddition(
+                    rows_of_arrival(arrival, rows, digests, places, folder), added_by(folder.record, places, weights)
+                )
+                folder.record_addition(
+                    addition, versions, arrival.replaced, removed, arrival.again, arrival.again_groups
+                )
+        return report
+
+    def _report_of(self, coming: _Coming, weights: str | None, dry_run: bool) -> AdditionReport:
+        folder, places, arrival = self.folder, coming.places, coming.arrival
+        added = added_by(folder.record, places, weights)
+        plan = _plan_with(folder.plan, places.num_shards, folder.record["s3t_config"]["num_shards"])
+        sizes, current = places.sizes, folder.current_stages
+        standing = set(folder.stages).difference(folder.condemned_stages())
+        removed = stages_that_saw(folder, arrival.replaced, standing) if arrival.replaced else []
+        left = {key for key in current if not key.saw(sizes)}
+        empty = folder.table.empty - sizes.keys()
+        before = set(folder.plan.missing(current, folder.table.empty))
+        because = [key for key in plan.missing(left, empty) if key not in before]
+        new_shards = places.num_shards - folder.config.num_shards
+        self._say_what_is_small(sizes, new_shards, added["weights"])
+        return AdditionReport(
+            added=len(arrival.new),
+            replaced=len(arrival.replaced),
+            known=arrival.known,
+            passed_over=arrival.passed_over,
+            slices={f"shard-{shard}/{slice_}": rows for (shard, slice_), rows in sizes.items()},
+            new_shards=new_shards,
+            weights=added["weights"],
+            stages=tuple(map(str, because)),
+            work=folder.growth.work([StageKey(key.shard % folder.config.num_shards, key.prefix) for key in because]),
+            stages_removed=tuple(map(str, removed)),
+            is_dry_run=dry_run,
+        )
+
+    def _say_what_is_small(self, sizes: dict[Place, int], new_shards: int, weights: str) -> None:
+        table = self.folder.table
+        mean = len(table) / table.num_shards
+        rows = sum(sizes.values()) / new_shards if new_shards else mean
+        if new_shards and rows < _SMALL * mean and weights == "equal":
+            logger.warning(
+                f"The new shard has {rows:.0f} rows, the others {mean:.0f} on average, and its member weighs as much "
+                'as theirs. Add the rows with weights="size", or into="slices".'
+            )
+
+    def _take_up(self, whole: TrainingRows, prepared: tuple[Any, StageRows], report: AdditionReport) -> None:
+        """Train on the rows that came from now on, and have the gate and the live model know of them."""
+        self._training_rows = whole
+        self.train_dataset = self._prepared = prepared[0]
+        self._stage_rows = prepared[1]
+        self._described = None
+        folder = self.folder
+        if folder.has_gate and report.added and self.is_world_process_zero():
+            tokenizer = tokenizer_of(self.processing_class)
+            if tokenizer is not None:
+                folder.put_gate(gate_of(self._rows_of_stages, folder.table, folder.key, tokenizer), {})
+            else:
+                logger.warning(
+                    "The gate does not know the rows that came. Give `processing_class`, and call `build_gate()`."
+                )
+        self.accelerator.wait_for_everyone()
+        if self._live is not None:
+            self._live.refresh()
+
+
+def _plan_with(plan: Plan, num_shards: int, first: int) -> Plan:
+    families = [plan._given[shard if shard < plan.num_shards else shard % first] for shard in range(num_shards)]
+    return Plan(tuple(families), plan.by_sets)
+
+
+def _recorded_weights(record: Any) -> str:
+    weights: str = record.get("added", {}).get("weights", "equal")
+    return weights
+
+
+def _format_of(dataset: datasets.Dataset) -> dict[str, Any]:
+    found = dataset.format
+    columns = found["columns"] if found["type"] is not None else None
+    return {"type": found["type"], "columns": columns, **(found["format_kwargs"] or {})}

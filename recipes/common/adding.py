@@ -1,0 +1,73 @@
+"""Rows that a recipe adds to the system that it trained before."""
+
+from typing import Any
+
+from common.command_line import console
+from common.options import Options
+from datasets import Dataset, concatenate_datasets
+
+from hf_s3t.errors import ConfigError
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.training.additions import AdditionReport
+
+
+def check_adding(options: Options) -> None:
+    """
+    Refuse to add rows where there is nothing to add them to.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If the method is another than S3T, or its folder holds no system.
+    """
+    script, folder = options.script, options.training.output_dir
+    if script.add_file is None:
+        return
+    if script.method != "s3t":
+        raise ConfigError(f"`--add_file` with `--method {script.method}`, expected s3t: rows come to no other.")
+    if not SystemFolder.exists(folder):
+        raise ConfigError(
+            f"`--add_file {script.add_file}` and no system in {folder}. Train it first, by the same command without "
+            "`--add_file`."
+        )
+
+
+def parted(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
+    """
+    The rows of a file that the system has already, from an earlier run with it, and those that are new.
+
+    Args:
+        rows (`Dataset`): The rows of `--add_file`, prepared as the others.
+        options ([`~common.options.Options`]): Everything the recipe was told.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If they have no ids.
+    """
+    column = options.s3t.id_column
+    if column is None or column not in rows.column_names:
+        raise ConfigError(
+            f"The rows of {options.script.add_file} have the columns {', '.join(rows.column_names)}, expected ids in "
+            f"`{column}` among them. Give each row an id that no other has."
+        )
+    folder = SystemFolder(options.training.output_dir)
+    numbers = folder.table.rows_of([folder.names.of_id(one) for one in rows[column][:]])
+    is_known = [number >= 0 for number in numbers.tolist()]
+    known = [row for row, there in enumerate(is_known) if there]
+    return rows.select(known), rows.select([row for row, there in enumerate(is_known) if not there])
+
+
+def joined(train: Dataset, more: Dataset) -> Dataset:
+    """The rows to train on with others behind them; of an id that both have, those of the others."""
+    return train if not len(more) else concatenate_datasets([train, more.cast(train.features)])
+
+
+def add_rows(trainer: Any, new: Dataset, options: Options) -> AdditionReport | None:
+    """Add rows to a system, and say what they cost."""
+    if not len(new):
+        return None
+    report: AdditionReport = trainer.add_examples(new, into=options.script.add_into)
+    if trainer.is_world_process_zero():
+        where = f"{report.new_shards} new shards" if report.new_shards else f"{len(report.slices)} slices"
+        console.print(
+            f"{report.added} rows of {options.script.add_file} came to {where}: {len(report.stages)} stages to train, "
+            f"{report.work:.2f} full fine-tunings"
+        )
+    return report

@@ -1,0 +1,389 @@
+"""`add_examples` and `replace_examples`: a system that grew is, to the bit, one that had the rows from the start."""
+
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from support.tiny import make_trainer, plant_stages, rows_for, s3t_config, tiny_bert, tiny_llama
+
+from hf_s3t import S3TModel
+from hf_s3t.errors import (
+    ConfigError,
+    ContentChangedError,
+    EmptySliceError,
+    ExampleIdError,
+    UnknownExampleError,
+)
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.model.tensor_files import differing_tensors, read_tensors
+from hf_s3t.operations.inspection import inspect
+
+
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
+
+ROWS = rows_for(tiny_llama(), 40)
+FIRST, MORE = ROWS[:24], ROWS[24:]
+BALANCED = {"num_shards": 2, "partition": "balanced"}
+
+
+def data(rows) -> Dataset:
+    return Dataset.from_list([dict(row) for row in rows])
+
+
+def trainer_of(path, rows=FIRST, model=None, **settings):
+    return make_trainer(path, model, rows=rows, config=s3t_config(**{**BALANCED, **settings}))
+
+
+def planted(path, rows=FIRST, **settings):
+    trainer = trainer_of(path, rows, **settings)
+    plant_stages(trainer)
+    return trainer
+
+
+def with_slices(rows, folder) -> list[dict]:
+    """The rows with columns that say where a system has them."""
+    places = folder.table.places_of([row["id"] for row in rows])
+    return [{**row, "shard": place[0], "slice": place[1]} for row, place in zip(rows, places, strict=True)]
+
+
+def from_the_start(path, rows, folder, model=None):
+    """A system of the same table, trained at once."""
+    placed = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
+    trainer = trainer_of(path, with_slices(rows, folder), model, num_shards=folder.config.num_shards, **placed)
+    trainer.train()
+    return trainer.folder
+
+
+def assert_equal_stages(grown: SystemFolder, fresh: SystemFolder) -> None:
+    common = grown.current_stages & fresh.current_stages
+    assert {key.slices for key in grown.current_stages} == {key.slices for key in fresh.current_stages}
+    assert len(common) >= len(grown.current_stages) - 2
+    for key in common:
+        mine, other = (read_tensors(folder.read_adapter(key), str(key)) for folder in (grown, fresh))
+        assert not differing_tensors(mine, other), key
+
+
+# What it says and does
+
+
+def test_new_shards_hold_the_rows_and_nothing_else_changes(tmp_path):
+    trainer = planted(tmp_path)
+    before, valid = trainer.s3t_model.status()["depths"], trainer.folder.valid_stages
+    report = trainer.add_examples(data(MORE[:12]), into="new_shards")
+    assert (report.added, report.new_shards, report.known, report.weights) == (12, 1, 0, "equal")
+    assert set(report.slices) == {"shard-2/0", "shard-2/1"} and sum(report.slices.values()) == 12
+    assert all(stage.startswith("shard-2/") for stage in report.stages) and report.work > 0
+    assert trainer.folder.current_stages == valid
+    assert trainer.s3t_model.status()["depths"] == [*before, 0]
+    assert trainer.s3t_config.num_shards == 2 and trainer.folder.config.num_shards == 3
+    assert not inspect(tmp_path).problems
+
+
+def test_a_dry_run_says_what_the_addition_then_does_and_writes_nothing(tmp_path):
+    trainer = planted(tmp_path)
+    lines, missing = trainer.folder.ledger.text, trainer.folder.missing_stages()
+    preview = trainer.add_examples(data(MORE[:3]), into="slices", dry_run=True)
+    assert preview.is_dry_run and trainer.folder.ledger.text == lines and not missing
+    report = trainer.add_examples(data(MORE[:3]), into="slices")
+    assert preview.stages == report.stages and preview.work == report.work and preview.slices == report.slices
+    assert {key.slices for key in trainer.folder.missing_stages()} == {
+        key.slices for key in trainer.folder.valid_stages - trainer.folder.current_stages
+    }
+    assert len(report.slices) == 1, "so few rows cost one slice"
+
+
+def test_rows_go_to_the_slice_whose_stages_are_missing_anyway(tmp_path):
+    trainer = planted(tmp_path)
+    victim = trainer.folder.table.ids_in(1, 1)[0]
+    trainer.s3t_model.unlearn([victim])
+    report = trainer.add_examples(data(MORE[:2]), into="slices", dry_run=True)
+    assert list(report.slices) == ["shard-1/1"] and report.stages == () and report.work == 0
+
+
+def test_adding_lowers_no_answer_and_live_models_follow(tmp_path):
+    trainer = planted(tmp_path)
+    served, other = trainer.s3t_model, S3TModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    inputs = {"input_ids": torch.tensor([FIRST[0]["input_ids"]])}
+    before = served(**inputs).logits
+    trainer.add_examples(data(MORE[:4]), into="slices")
+    for model in (served, other):
+        assert torch.equal(model(**inputs).logits, before)
+        assert model.status()["stages_behind"] > 0 and model.status()["additions"] == 1
+    trainer.add_examples(data(MORE[4:]), into="new_shards")
+    trainer.train()
+    assert len(other.status()["depths"]) == 3 and not torch.equal(other(**inputs).logits, before)
+    assert torch.equal(other(**inputs).logits, served(**inputs).logits)
+
+
+def test_members_weigh_by_the_rows_that_are_in_where_that_is_asked_for(tmp_path):
+    trainer = planted(tmp_path)
+    trainer.add_examples(data(MORE[:4]), into="new_shards", weights="size")
+    plant_stages(trainer)
+    model = S3TModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    table = model.folder.table
+    sizes = [sum(table.size(shard, s) for s in range(2)) for shard in range(3)]
+    given = torch.tensor(sizes, dtype=torch.float64)
+    inputs = {"input_ids": torch.tensor([FIRST[0]["input_ids"]])}
+    with model.weighted_by(given):
+        expected = model(**inputs).logits
+    assert sizes[2] == 4 and torch.equal(model(**inputs).logits, expected)
+    assert trainer.add_examples(data(MORE[:4]), weights="size").added == 0
+    trainer.add_examples(data(MORE[:4]), weights="equal")
+    with model.weighted_by(torch.ones(3, dtype=torch.float64)):
+        equal = model(**inputs).logits
+    model.refresh()
+    assert torch.allclose(model(**inputs).logits, equal) and not torch.equal(equal, expected)
+
+
+def test_a_trainer_that_is_made_anew_needs_the_rows_that_came(tmp_path):
+    trainer = planted(tmp_path)
+    trainer.add_examples(data(MORE[:3]), into="slices")
+    with pytest.raises(ExampleIdError, match="lacks 3 examples"):
+        trainer_of(tmp_path, FIRST)
+    with pytest.raises(UnknownExampleError, match=r"add them by `trainer.add_examples` \(`--add_file`"):
+        trainer_of(tmp_path, ROWS)
+    assert trainer_of(tmp_path, [*MORE[:3], *FIRST]).folder.valid_stages == trainer.folder.valid_stages
+
+
+def test_a_trainer_at_work_is_told_of_rows_that_another_process_adds_and_nothing_is_lost(tmp_path):
+    trainer, other = trainer_of(tmp_path), trainer_of(tmp_path)
+    trainer.train(max_stages=2)
+    there = trainer.folder.valid_stages
+    other.add_examples(data(MORE[:12]), into="new_shards")
+    with pytest.raises(ExampleIdError, match=r"12 examples came to .* that `train_dataset` lacks"):
+        trainer.train()
+    assert trainer.folder.valid_stages == there
+    other.train()
+    assert other.folder.current_stages > there and not other.folder.missing_stages()
+
+
+def test_rows_that_come_while_a_stage_trains_leave_it_what_it_saw(tmp_path):
+    """It is written, serves, and is grown again with the rows."""
+    from transformers import TrainerCallback
+
+    class Adds(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if not other.folder.ledger.additions:
+                other.add_examples(data(MORE[:2]), into="slices")
+
+    other = trainer_of(tmp_path / "system", num_shards=1)
+    trainer = make_trainer(
+        tmp_path / "system", rows=FIRST, config=s3t_config(partition="balanced"), callbacks=[Adds()]
+    )
+    with pytest.raises(ExampleIdError, match="2 examples came"):
+        trainer.train()
+    folder = SystemFolder(tmp_path / "system")
+    assert folder.valid_stages and not inspect(tmp_path / "system").problems
+    written = next(iter(folder.valid_stages))
+    assert sum(folder.stage_record(written)["counts"]) == len(FIRST) // 2
+    other.train()
+    assert_equal_stages(other.folder, from_the_start(tmp_path / "fresh", [*FIRST, *MORE[:2]], other.folder))
+
+
+# To the bit
+
+
+@pytest.mark.parametrize("into", ["slices", "new_shards"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_system_that_grew_equals_one_that_had_the_rows_from_the_start(tmp_path, into, dtype):
+    rows = MORE[:3] if into == "slices" else MORE[:12]
+    trainer = trainer_of(tmp_path / "grown", model=tiny_llama().to(dtype))
+    trainer.train()
+    trainer.add_examples(data(rows), into=into)
+    trainer.train()
+    fresh = from_the_start(tmp_path / "fresh", [*FIRST, *rows], trainer.folder, tiny_llama().to(dtype))
+    assert_equal_stages(trainer.folder, fresh)
+
+
+def test_adding_and_then_deleting_leaves_everything_as_if_the_row_had_never_come(tmp_path):
+    never = trainer_of(tmp_path / "never")
+    never.train()
+    shutil.copytree(tmp_path / "never", tmp_path / "came")
+    trainer = trainer_of(tmp_path / "came")
+    trainer.add_examples(data(MORE[:3]), into="slices")
+    trainer.train()
+    trainer.s3t_model.unlearn([row["id"] for row in MORE[:3]])
+    trainer.train()
+    assert_equal_stages(trainer.folder, never.folder)
+    untouched = never.folder.valid_stages & trainer.folder.valid_stages
+    assert untouched and all(
+        trainer.folder.table.slice_digest(*place) == never.folder.table.slice_digest(*place)
+        for place in never.folder.table.sizes_of_slices
+    )
+
+
+def test_an_audit_finds_what_grew_as_it_is_recorded(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    trainer.add_examples(data(MORE[:3]), into="slices")
+    behind = trainer.folder.valid_stages - trainer.folder.current_stages
+    assert not set(trainer.verify().stages) & set(map(str, behind))
+    with pytest.raises(ConfigError, match="lacks rows that came since"):
+        trainer.verify([next(iter(behind))])
+    trainer.train()
+    assert trainer_of(tmp_path, [*FIRST, *MORE[:3]]).verify().mismatches == {}
+
+
+# Edited rows
+
+
+def test_an_edited_row_is_a_deletion_and_an_addition_in_one(tmp_path):
+    trainer = trainer_of(tmp_path / "edited")
+    trainer.train()
+    old = FIRST[5]
+    new = {**old, "input_ids": MORE[0]["input_ids"], "labels": MORE[0]["labels"]}
+    place = trainer.folder.table.places_of([old["id"]])[0]
+    preview = trainer.replace_examples(data([new, FIRST[6]]), dry_run=True)
+    assert (preview.replaced, preview.known, preview.added) == (1, 1, 1)
+    report = trainer.replace_examples(data([new, FIRST[6]]))
+    assert report.stages_removed == preview.stages_removed != () and report.slices == preview.slices
+    assert trainer.folder.table.places_of([old["id"]]) == [place] and not trainer.folder.is_deleted(old["id"])
+    assert [entry.kind for entry in trainer.folder.ledger.entries] == ["replacement"]
+    assert trainer.folder.ledger.num_deletions == 1 and not inspect(tmp_path / "edited").problems
+    trainer.train()
+    rows = [new if row is old else row for row in FIRST]
+    assert_equal_stages(trainer.folder, from_the_start(tmp_path / "fresh", rows, trainer.folder))
+    assert trainer_of(tmp_path / "edited", rows).folder.valid_stages == trainer.folder.valid_stages
+
+
+# What is refused, and changes nothing
+
+
+def edited(row, **changes) -> dict:
+    return {**row, **changes}
+
+
+REFUSED = {
+    "an id in use": (lambda: [edited(MORE[0], id=FIRST[0]["id"])], {}, ContentChangedError, "1 id in use by other"),
+    "too few": (lambda: MORE[:1], {}, EmptySliceError, 'cannot fill the 2 slices of a new shard.*into="slices"'),
+    "other columns": (
+        lambda: [edited(row, more=1) for row in MORE[:4]], {}, ConfigError, "has the columns .*expected those of",
+    ),
+    "no such way": (lambda: MORE[:4], {"into": "shards"}, ConfigError, "into"),
+    "no such weights": (lambda: MORE[:4], {"weights": "loss"}, ConfigError, "weights"),
+    "an idle word": (lambda: MORE[:4], {"again": ["nobody"]}, ExampleIdError, "`again` names 'nobody'"),
+    "a token that is none": (
+        lambda: [edited(row, input_ids=[999] * 8, labels=[999] * 8) for row in MORE[:4]], {}, ConfigError, "input_ids",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_addition_changes_nothing(tmp_path, name):
+    rows, how, error, says = REFUSED[name]
+    trainer = planted(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(error, match=says):
+        trainer.add_examples(data(rows()), **how)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+    assert trainer.folder.table.rows.keys() == {row["id"] for row in FIRST}
+
+
+def test_an_unknown_label_is_refused(tmp_path):
+    model = tiny_bert()
+    rows = rows_for(model, 28)
+    trainer = make_trainer(tmp_path, model, rows=rows[:24], config=s3t_config(**BALANCED))
+    with pytest.raises(ConfigError, match="`labels` of `train_dataset` goes from 7 to 7"):
+        trainer.add_examples(data([{**row, "labels": 7} for row in rows[24:]]))
+    assert not trainer.folder.ledger.lines
+
+
+def test_hashed_places_take_rows_into_slices_and_no_new_shards(tmp_path):
+    trainer = planted(tmp_path, partition="hashed")
+    with pytest.raises(ConfigError, match=r'into="new_shards" with partition="hashed".*into="slices"'):
+        trainer.add_examples(data(MORE))
+    trainer.add_examples(data(MORE), into="slices")
+    whole = trainer_of(tmp_path / "whole", ROWS, partition="hashed")
+    ids = [row["id"] for row in ROWS]
+    assert trainer.folder.table.places_of(ids) == whole.folder.table.places_of(ids)
+
+
+def test_what_was_deleted_comes_back_only_by_an_explicit_word(tmp_path):
+    trainer = planted(tmp_path)
+    gone = FIRST[3]
+    trainer.s3t_model.unlearn([gone["id"]])
+    fresh = trainer_of(tmp_path, [row for row in FIRST if row is not gone])
+    with pytest.raises(
+        ExampleIdError, match=r"1 example that somebody had deleted .*'example-003'.*name them in `again`"
+    ):
+        fresh.add_examples(data([gone]), into="slices")
+    report = fresh.add_examples(data([gone]), into="slices", again=[gone["id"]])
+    assert report.added == 1 and not fresh.folder.is_deleted(gone["id"])
+    # Who gives the whole dataset brings nothing back by it.
+    fresh.s3t_model.unlearn([gone["id"]])
+    report = fresh.add_examples(data([*FIRST, *MORE[:2]]), into="slices")
+    assert (report.added, report.passed_over, report.known) == (2, 1, 23)
+
+
+def grouped(rows, groups) -> list[dict]:
+    return [{**row, "user": user} for row, user in zip(rows, groups, strict=True)]
+
+
+USERS = [f"user-{number // 2}" for number in range(24)]
+
+
+def test_a_row_of_a_known_group_goes_where_its_group_is(tmp_path):
+    trainer = planted(tmp_path, grouped(FIRST, USERS), group_column="user")
+    place = trainer.folder.table.places_of([FIRST[6]["id"]])[0]
+    rows = grouped(MORE[:3], ["user-3", "user-3", "someone else"])
+    with pytest.raises(ConfigError, match=r'Got 2 rows of groups.*into="slices"'):
+        trainer.add_examples(data([*rows, *grouped(MORE[3:6], ["x", "y", "z"])]), into="new_shards")
+    trainer.add_examples(data(rows), into="slices")
+    assert trainer.folder.table.places_of([row["id"] for row in MORE[:2]]) == [place, place]
+    trainer.s3t_model.unlearn(groups=["user-3"])
+    assert not set(trainer.folder.table.rows) & {MORE[0]["id"], MORE[1]["id"], FIRST[6]["id"]}
+    with pytest.raises(ExampleIdError, match=r"1 group that somebody had deleted .*'user-3'.*name them in `again`"):
+        trainer.add_examples(data(grouped(MORE[6:7], ["user-3"])), into="slices")
+    trainer.add_examples(data(grouped(MORE[6:7], ["user-3"])), into="slices", again=["user-3"])
+    assert "user-3" in trainer.folder.table.groups
+
+
+def test_a_group_that_waits_to_be_deleted_gets_no_rows(tmp_path):
+    trainer = planted(tmp_path, grouped(FIRST, USERS), group_column="user")
+    trainer.s3t_model.unlearn_later(groups=["user-3"])
+    with pytest.raises(ExampleIdError, match="was asked for and waits: 'user-3'"):
+        trainer.add_examples(data(grouped(MORE[:1], ["user-3"])), into="slices")
+
+
+def test_an_equal_row_goes_where_its_like_is(tmp_path):
+    trainer = planted(tmp_path, colocate_duplicates=True)
+    like = {**FIRST[9], "id": "like"}
+    trainer.add_examples(data([like]), into="slices")
+    assert len({*trainer.folder.table.places_of([FIRST[9]["id"], "like"])}) == 1
+
+
+def test_rows_by_number_are_added_behind_the_others(tmp_path):
+    bare = [{name: value for name, value in row.items() if name != "id"} for row in ROWS]
+    trainer = planted(tmp_path, bare[:24], id_column=None)
+    with pytest.raises((ContentChangedError, ConfigError), match=r"[gG]ive the whole dataset"):
+        trainer.add_examples(data(bare[24:]))
+    report = trainer.add_examples(data(bare))
+    assert (report.added, report.known) == (16, 24)
+
+
+def test_columns_say_where_rows_go(tmp_path):
+    placed = [{**row, "shard": n % 2, "slice": n // 2 % 2} for n, row in enumerate(FIRST)]
+    columns = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
+    trainer = planted(tmp_path, placed, **columns)
+    new = [{**row, "shard": 2, "slice": n % 2} for n, row in enumerate(MORE[:4])]
+    with pytest.raises(ConfigError, match="with a shard or slice that into='slices' does not allow"):
+        trainer.add_examples(data(new), into="slices")
+    trainer.add_examples(data(new), into="new_shards")
+    assert trainer.folder.table.places_of([MORE[1]["id"]]) == [(2, 1)]
+
+
+def test_digests_stand_for_new_ids_where_they_stand_for_the_others(tmp_path):
+    trainer = planted(tmp_path, keep_ids="digest")
+    trainer.add_examples(data(MORE[:4]), into="slices")
+    trainer.train()
+    assert not any(MORE[0]["id"].encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert trainer.s3t_model.unlearn([MORE[0]["id"]]).deleted == 1
+
+
+def test_a_row_to_replace_must_be_in(tmp_path):
+    trainer = planted(tmp_path)
+    with pytest.raises(UnknownExampleError, match=r"1 row of ids that are not in.*add_examples"):
+        trainer.replace_examples(data(MORE[:1]))
+    assert not trainer.folder.ledger.lines
