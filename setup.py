@@ -45,12 +45,14 @@ EXTRAS_REQUIRE = {
         "pydantic>=2.14.3",
         "uvicorn>=0.54",
     ],
+    "sign": ["cryptography>=46.0"],
     "vision": ["pillow>=12.0"],
 }
 EXTRAS_REQUIRE["test"] = [
     *EXTRAS_REQUIRE["figures"],
     *EXTRAS_REQUIRE["lm_eval"],
     *EXTRAS_REQUIRE["serve"],
+    *EXTRAS_REQUIRE["sign"],
     *EXTRAS_REQUIRE["vision"],
     "hypothesis>=6.170",
     "openai>=3.57",
@@ -85,7 +87,16 @@ setup(
     # The templates of cards lie beside the package in a checkout, and go into it where it is installed.
     packages=[*find_packages(include=["hf_s3t", "hf_s3t.*"]), "hf_s3t.model_cards"],
     package_dir={"hf_s3t.model_cards": "model_cards"},
-    package_data={"hf_s3t": ["py.typed", "metrics/*/*.py", "server/page/*"], "hf_s3t.model_cards": ["*.md"]},
+    package_data={
+        "hf_s3t": [
+            "py.typed",
+            "metrics/*/*.py",
+            "operations/audit_pack/*",
+            "operations/report_pages/*",
+            "server/page/*",
+        ],
+        "hf_s3t.model_cards": ["*.md"],
+    },
     entry_points={"console_scripts": ["hf-s3t = hf_s3t.cli:main"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

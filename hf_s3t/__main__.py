@@ -1,6 +1,6 @@
 """`python -m hf_s3t` is `hf-s3t`."""
 
-from .cli.app import main
+from .cli.start import main
 
 
 if __name__ == "__main__":

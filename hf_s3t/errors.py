@@ -14,6 +14,8 @@ The errors of hf_s3t: every one is an `S3TError` and also what Python callers wo
     - FolderError (OSError)
         - FormatVersionError
         - KeyMissingError
+    - ReceiptError (ValueError)
+    - SigningKeyError (ValueError)
     - BaseModelMismatchError (ValueError)
     - ExhaustedError (RuntimeError)
     - CallStoppedError (RuntimeError)
@@ -81,6 +83,14 @@ class FormatVersionError(FolderError):
 
 class KeyMissingError(FolderError):
     """The secret that the folder's digests are keyed with is not available."""
+
+
+class ReceiptError(S3TError, ValueError):
+    """A receipt does not show what it was to show: it was altered, cut, signed by another key, or is another's."""
+
+
+class SigningKeyError(S3TError, ValueError):
+    """A key to sign with, or to check signatures by, is missing or no such key."""
 
 
 class BaseModelMismatchError(S3TError, ValueError):

@@ -12,7 +12,7 @@ _HUB = FakeHub(os.path.join(_HUB_HOME.name, "server")).__enter__()
 
 # What somebody set for systems of their own reaches no test: the secret, and where deletions of systems on the Hub are
 # kept. A test that needs one sets it.
-for name in ("HF_S3T_KEY", "HF_S3T_HOME"):
+for name in ("HF_S3T_KEY", "HF_S3T_HOME", "HF_S3T_SIGNING_KEY", "HF_S3T_PUBLIC_KEY"):
     os.environ.pop(name, None)
 
 # Before anything of Hugging Face is imported: the libraries read these once. Processes that tests start inherit them.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS = (
     {"errors", "launch"},
-    {"checks"},
+    {"checks", "signing"},
     {"config"},
     {"sequences"},
     {"plan"},
@@ -37,6 +37,7 @@ PURE = (
     "errors",
     "launch",
     "checks",
+    "signing",
     "config",
     "sequences",
     "plan",

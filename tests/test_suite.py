@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_s3t.folder.secret import KEY_VARIABLE
+from hf_s3t.signing.keys import PUBLIC_VARIABLE, SIGNING_VARIABLE
 
 
 TESTS = Path(__file__).parent
@@ -38,6 +39,7 @@ def test_every_file_of_the_guarantee_names_its_clauses_and_has_its_place_in_the_
 @pytest.mark.parametrize("chosen", ["secrets", pytest.param("models", marks=pytest.mark.slow)])
 def test_what_somebody_set_for_systems_of_their_own_changes_no_test(chosen, tmp_path):
     theirs = {KEY_VARIABLE: "a secret of somebody's own system", "HF_S3T_HOME": str(tmp_path / "home")}
+    theirs |= {SIGNING_VARIABLE: "no key at all", PUBLIC_VARIABLE: "no key either"}
     files = [str(TESTS / name) for name in CHOSEN[chosen]]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

@@ -1,10 +1,16 @@
 """
 The command line `hf-s3t`.
 
-- `app`: the commands together, and how they end.
+- `start`: starts it, with no more than the command needs.
+- `app`: the commands together.
+- `ending`: how they end.
 - `exit_codes`: with which code.
 - `arguments`: what commands take, and the ids and groups that these name.
+- `verify`: the commands that make keys and check receipts, without a system.
 - `folder`: commands on a system's folder.
+- `signing`: the command that signs lines of a ledger, and the writing of signed receipts.
+- `audits`: the commands for an audit by somebody else.
+- `report`: the command that writes a report for the file.
 - `hub`: commands on its repository.
 - `plan`: the command for before there is a system.
 - `serve`: the command that serves a system over HTTP.
@@ -13,7 +19,7 @@ The command line `hf-s3t`.
 - `rendering`: tables for people, JSON for programs.
 """
 
-from .app import main
+from .start import main
 
 
 __all__ = ["main"]

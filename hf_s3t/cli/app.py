@@ -3,43 +3,18 @@ The command line `hf-s3t`: its commands, and how they end. They work on the fold
 repository on the Hub, or before there is one (`plan`). Only `export` and `serve` load a model.
 """
 
-import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import ExhaustedError, S3TError
-from . import folder, hub, plan, rendering, serve
-from .exit_codes import EXHAUSTED, EXIT_CODES, REFUSED
-
-
-class _Commands(TyperGroup):
-    """Commands whose errors end in one line on standard error, and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ExhaustedError as error:
-            raise _ended(str(error), EXHAUSTED) from error
-        except S3TError as error:
-            raise _ended(str(error), REFUSED) from error
-        except BrokenPipeError:
-            # Typer ends quietly when who read the output is gone.
-            raise
-        except OSError as error:
-            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-            raise _ended(f"{where}{error.strerror or error}. Check the path and its permissions.", REFUSED) from error
-
-
-def _ended(message: str, code: int) -> typer.Exit:
-    rendering.complain(f"Error: {message}")
-    return typer.Exit(code)
+from . import audits, folder, hub, plan, report, serve, signing, verify
+from .ending import Commands
+from .exit_codes import EXIT_CODES
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     name="hf-s3t",
     help="Look after an S3T system: its state, deletions, receipts and remains. " + EXIT_CODES,
     no_args_is_help=True,
@@ -71,6 +46,12 @@ for command in (
     folder.apply_pending,
     folder.check,
     folder.receipt,
+    signing.sign,
+    verify.keygen,
+    verify.verify_receipt,
+    report.report,
+    audits.audit_pack,
+    audits.audit_add,
     folder.purge,
     hub.push,
     hub.pull,

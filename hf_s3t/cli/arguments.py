@@ -13,6 +13,7 @@ import typer
 from ..errors import ExampleIdError
 from ..folder.system import SystemFolder
 from ..operations.written_ids import groups_from_texts, ids_from_texts
+from ..signing.keys import SIGNING_VARIABLE
 
 
 _STDIN = "-"
@@ -48,6 +49,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with a stable s
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 Repo = Annotated[str, typer.Argument(help="The repository on the Hub, such as me/llama-s3t.")]
 Token = Annotated[str | None, typer.Option(help="Token for the Hub; the one of `hf auth login` if not given.")]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help=f"A file with the private key to sign with; else {SIGNING_VARIABLE} has it."),
+]
 
 
 class Missing(StrEnum):

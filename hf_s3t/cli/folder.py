@@ -1,6 +1,7 @@
 """Commands on the folder of a system: what is in it, deletions, their receipts and remains, and what leaves it."""
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +21,16 @@ from ..operations.pending import PendingReceipt, PendingRequests, request_later
 from ..operations.pending import apply_pending as apply_what_waits
 from ..operations.purge import purge as purge_remnants
 from ..operations.purge import take_inventory
-from ..operations.receipts import Receipts
+from ..operations.receipts import Receipt, Receipts
 from ..records.examples import Example
 from ..records.naming import find_ids, resolve_names
 from ..records.report import UnlearningReport
 from ..records.request import DeletionRequest
+from ..signing.keys import PUBLIC_VARIABLE, PublicKey, signing_with
 from . import rendering
-from .arguments import AsJson, DryRun, Folder, FromFile, Groups, Ids, Missing, named_examples
+from .arguments import AsJson, DryRun, Folder, FromFile, Groups, Ids, Missing, SigningKey, named_examples
 from .exit_codes import EXHAUSTED, FINE, REFUSED
+from .signing import write_signed_receipt
 from .watching import watch as watch_workers
 
 
@@ -124,6 +127,7 @@ def unlearn(
         float | None,
         typer.Option(min=0, help="With --later: seconds after which a process that loads the system applies it."),
     ] = None,
+    signing_key: SigningKey = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -142,17 +146,21 @@ def unlearn(
     if dry_run:
         exhausts = _show_preview(preview(system, request), as_json)
     else:
-        exhausts = _show_report(system, apply(system, request), as_json)
+        with signing_with(signing_key):
+            exhausts = _show_report(system, apply(system, request), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)
 
 
-def apply_pending(folder: Folder, dry_run: DryRun = False, as_json: AsJson = False) -> None:
+def apply_pending(
+    folder: Folder, signing_key: SigningKey = None, dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
     """Forget, in one go, what `unlearn --later` (or `S3TModel.unlearn_later`) recorded."""
     system = open_folder(folder, read_only=dry_run)
     if dry_run:
         exhausts = _show_preview(preview(system, PendingRequests(system).request()), as_json)
     else:
-        exhausts = _show_report(system, apply_what_waits(system), as_json)
+        with signing_with(signing_key):
+            exhausts = _show_report(system, apply_what_waits(system), as_json)
     raise typer.Exit(EXHAUSTED if exhausts else FINE)
 
 
@@ -193,9 +201,16 @@ def _show_report(system: SystemFolder, report: UnlearningReport, as_json: bool) 
     return report.is_exhausted
 
 
-def check(folder: Folder, as_json: AsJson = False) -> None:
+def check(
+    folder: Folder,
+    public_key: Annotated[
+        str | None,
+        typer.Option(envvar=PUBLIC_VARIABLE, help="The public key of whoever signs: a file, or the key itself."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Verify ledger, digests and validity, and say what does not belong in the folder. Changes nothing."""
-    found = inspect(folder)
+    found = inspect(folder, public_key=None if public_key is None else PublicKey.read(public_key))
     if as_json:
         rendering.print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
     else:
@@ -212,12 +227,34 @@ def receipt(
     folder: Folder,
     line: Annotated[int | None, typer.Option(min=1, help="The receipt of this line of the ledger.")] = None,
     example_id: Annotated[str | None, typer.Option("--id", help="The receipts of the deletions of this id.")] = None,
+    signed: Annotated[
+        Path | None, typer.Option(help="With --line: write the signed receipt to this new file; `-` prints it.")
+    ] = None,
+    for_id: Annotated[
+        str | None,
+        typer.Option("--for", help="With --line: a signed receipt for the person of this id, and their salt."),
+    ] = None,
+    for_group: Annotated[str | None, typer.Option(help="The same for the person whom a group is.")] = None,
+    signing_key: SigningKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print receipts of deletions: what was asked, when, which stages went and which stay. Without options, a list."""
+    """
+    Print receipts of deletions: what was asked, when, which stages went and which stay. Without options, a list.
+
+    With --signed or --for it is a signed one, which `verify-receipt` checks without the folder.
+    """
     if line is not None and example_id is not None:
         raise typer.BadParameter("Got both --line and --id; expected one of them.")
     refuse_foreign_parts(folder)
+    if signed is not None or for_id is not None or for_group is not None:
+        if line is None or as_json or (for_id is not None and for_group is not None):
+            raise typer.BadParameter(
+                "A signed receipt is one of a line, for one person at most, and JSON as it is. Give --line, and of "
+                "--for and --for-group one."
+            )
+        target = None if signed is None or str(signed) == "-" else signed
+        write_signed_receipt(folder, line, target, for_id, for_group, signing_key)
+        return
     ledger = Receipts.read(folder)
     chosen = ledger.receipts
     if line is not None:
@@ -225,17 +262,38 @@ def receipt(
     elif example_id is not None:
         chosen = ledger.of_id(example_id, load_key(folder))
     if as_json:
-        rendering.print_json({"problem": ledger.problem, "receipts": [found.to_dict() for found in chosen]})
+        signatures = {one.line: _signature_of(ledger, one) for one in chosen}
+        rendering.print_json(
+            {
+                "problem": ledger.problem,
+                "receipts": [found.to_dict() for found in chosen],
+                "signatures": {line: signature for line, signature in signatures.items() if signature is not None},
+            }
+        )
     elif line is None and example_id is None:
         rendering.show_ledger(ledger)
     else:
         for found in chosen:
-            rendering.show_receipt(found)
+            rendering.show_receipt(found, _signature_of(ledger, found))
     if ledger.problem is not None:
         rendering.complain(f"Not verified: {ledger.problem}")
     if example_id is not None and not chosen:
         rendering.complain(f"The ledger knows of no deletion of {example_id!r}.")
     raise typer.Exit(FINE if ledger.problem is None and (chosen or example_id is None) else REFUSED)
+
+
+def _signature_of(ledger: Receipts, found: Receipt) -> dict[str, Any] | None:
+    """Who signed a line and when, as its signature says; by `check` it is found whether that holds."""
+    signed = ledger.signatures.signed(found.hash)
+    if signed is None:
+        return None
+    envelope, statement = signed
+    return {
+        "keyid": envelope.signatures[0].keyid,
+        "when": statement.signed,
+        "time": statement.signed_time,
+        "envelope": json.loads(envelope.to_json()),
+    }
 
 
 def purge(
@@ -275,6 +333,7 @@ def export(
     base_model: Annotated[
         str | None, typer.Option(help="Id or path of the base model; the recorded one if not given.")
     ] = None,
+    signing_key: SigningKey = None,
 ) -> None:
     """
     Write the stack that serves a shard as one plain PEFT adapter, and note it in the ledger.
@@ -282,7 +341,8 @@ def export(
     No deletion reaches the copy: it must be revoked by hand.
     """
     _check_export(open_folder(folder, read_only=True), shard, target)
-    load_model(folder, base_model).export_adapter(shard, target)
+    with signing_with(signing_key):
+        load_model(folder, base_model).export_adapter(shard, target)
     rendering.say(f"shard {shard} is in {target}; no deletion reaches this copy")
 
 

@@ -9,8 +9,9 @@ import typer
 
 from ..errors import counted
 from ..folder.opening import open_folder
+from ..signing.keys import signing_with
 from . import rendering
-from .arguments import AsJson, DryRun, Folder, Repo, Token
+from .arguments import AsJson, DryRun, Folder, Repo, SigningKey, Token
 
 
 def push(
@@ -29,6 +30,7 @@ def push(
         ),
     ] = None,
     token: Token = None,
+    signing_key: SigningKey = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,16 +46,17 @@ def push(
 
     describe = partial(description, repo_id=repo_id)
     repo, system = HubRepo(repo_id, token), open_folder(folder, read_only=dry_run)
-    done = push_system(
-        system,
-        repo,
-        describe,
-        private=private,
-        commit_message=message,
-        merge=merge,
-        include_gate=include_gate,
-        dry_run=dry_run,
-    )
+    with signing_with(signing_key):
+        done = push_system(
+            system,
+            repo,
+            describe,
+            private=private,
+            commit_message=message,
+            merge=merge,
+            include_gate=include_gate,
+            dry_run=dry_run,
+        )
     if as_json:
         rendering.print_json({"dry_run": dry_run, **asdict(done)})
     else:

@@ -207,7 +207,7 @@ def show_ledger(receipts: Receipts) -> None:
     _table(("line", "time", "kind", "ids", "stages", "left", "hash"), rows)
 
 
-def show_receipt(receipt: Receipt) -> None:
+def show_receipt(receipt: Receipt, signature: dict[str, Any] | None = None) -> None:
     """One line of a ledger in full; digests of stages are cut short."""
     facts = receipt.to_dict()
     moved = "stages_exported" if facts["kind"] == "export" else "stages_removed"
@@ -216,6 +216,7 @@ def show_receipt(receipt: Receipt) -> None:
         ("hash", facts["hash"]),
         *(("previous", previous) for previous in facts["previous"] or ["none: the first line"]),
         ("chain", "verified" if facts["chain_verified"] else "NOT VERIFIED"),
+        ("signed", _signature(signature)),
         ("kind", facts["kind"]),
         ("time", facts["time"]),
         *(("id (keyed digest)", digest) for digest in facts["ids"]),
@@ -225,6 +226,13 @@ def show_receipt(receipt: Receipt) -> None:
         *(("versions", f"{name} {version}") for name, version in facts["versions"].items()),
     ]
     _table(("", ""), _without_repeated_labels(rows), header=False)
+
+
+def _signature(signature: dict[str, Any] | None) -> str:
+    if signature is None:
+        return "no"
+    when = "with the line" if signature["when"] == "written" else f"later, on {signature['time']}"
+    return f"{when}, by the key {signature['keyid'][:_SHORT]}…"
 
 
 def show_purge(purge: Purge, dry_run: bool) -> None:

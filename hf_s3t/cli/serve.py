@@ -8,7 +8,9 @@ import typer
 from ..errors import ConfigError
 from ..server.keys import Keys
 from ..server.settings import ServerSettings
+from ..signing.keys import current_signer, signing_with
 from . import rendering
+from .arguments import SigningKey
 
 
 _DEFAULT = ServerSettings()
@@ -93,6 +95,7 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running answers have when the server is stopped.")
     ] = _DEFAULT.shutdown_timeout,
+    signing_key: SigningKey = None,
 ) -> None:
     """
     Serve a system over HTTP: answers in OpenAI's API, erasures, its state, and a page to see and steer it.
@@ -127,18 +130,21 @@ def serve(
         if (error.name or "").partition(".")[0] not in _OF_EXTRA:
             raise
         raise ConfigError(f"Serving needs {error.name}, which is not here: `pip install hf_s3t[serve]`.") from error
-    run(
-        system,
-        settings,
-        found,
-        revision=revision,
-        cache_dir=cache_dir,
-        base_model=base_model,
-        dtype=dtype,
-        preload=preload,
-        when_exhausted=when_exhausted,
-        gate=None if gate == "none" else gate,
-        engine=engine,
-        engine_exports=engine_exports,
-        say=rendering.say,
-    )
+    with signing_with(signing_key):
+        # One that cannot sign is told of before it serves, and not by the first erasure.
+        current_signer()
+        run(
+            system,
+            settings,
+            found,
+            revision=revision,
+            cache_dir=cache_dir,
+            base_model=base_model,
+            dtype=dtype,
+            preload=preload,
+            when_exhausted=when_exhausted,
+            gate=None if gate == "none" else gate,
+            engine=engine,
+            engine_exports=engine_exports,
+            say=rendering.say,
+        )

@@ -15,6 +15,9 @@ One module for each kind of file, its one reader and writer:
 
 - `config_file`: `s3t_config.json`, whose presence makes a folder a system, in the formats that it had.
 - `ledger_file`: the ledger, and the pins by which other files remember its last line.
+- `signatures_file`: what was signed of its lines.
+- `signed_ledger`: signs what is not signed, and takes in what others signed.
+- `audits_file`: what others signed who had trained stages again.
 - `table_file`: the table of examples.
 - `addition_file`: rows that are being added to it.
 - `gate_file`: the terms of their prompts, by which a gate weighs shards.

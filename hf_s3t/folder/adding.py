@@ -8,6 +8,7 @@ from ..plan.stages import StageKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
+from ..signing.keys import current_signer
 from .addition_file import StoredAddition, write_addition
 from .config_file import read_record, with_additions, write_record
 from .files import explained
@@ -124,6 +125,8 @@ class AddingFolder(FolderView):
         Raises:
             [`~hf_s3t.errors.FolderError`]: If it cannot be written: saying whether the rows are in.
         """
+        # A key that cannot sign the line is told of before anything is written.
+        current_signer()
         self._migrate()
         if self.has_gate:
             self.gate_head()

@@ -12,6 +12,7 @@ from ..records.ledger import Ledger
 from .files import make_folders, stamp, sync, write_atomically
 from .gate_file import StoredGate, write_gate
 from .layout import (
+    AUDITS_FILE,
     CACHE,
     COMPANIONS,
     CONFIG_FILE,
@@ -21,6 +22,7 @@ from .layout import (
     LEDGER_FILE,
     PENDING_FILE,
     PROTOTYPES_FILE,
+    SIGNATURES_FILE,
     STAGES,
     TABLE_FILE,
 )
@@ -31,7 +33,7 @@ from .table_file import write_table
 # How often a copy is begun that a deletion, or the end of one, interrupts.
 _ATTEMPTS = 5
 # What is copied as it is, besides stages. Config, table, gate and ledger are written anew, from what was read.
-_COPIED = COMPANIONS - {CACHE} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE}
+_COPIED = COMPANIONS - {CACHE} | {KEY_FILE, PENDING_FILE, COST_FILE, PROTOTYPES_FILE, SIGNATURES_FILE, AUDITS_FILE}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ ADDITION_FILE = "addition.parquet"
 GATE_FILE = "gate.safetensors"
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
+SIGNATURES_FILE = "signatures.jsonl"
+AUDITS_FILE = "audits.jsonl"
 KEY_FILE = "ledger.key"
 STAGES = "stages"
 CHECKPOINTS = "checkpoints"
@@ -61,6 +63,8 @@ PARTS = (
     GATE_FILE,
     LEDGER_FILE,
     HEAD_FILE,
+    SIGNATURES_FILE,
+    AUDITS_FILE,
     PENDING_FILE,
     ERASURES_FILE,
     KEY_FILE,

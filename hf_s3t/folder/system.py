@@ -14,6 +14,7 @@ from ..records.digests import DigestKey
 from ..records.examples import ExampleTable
 from ..records.ledger import Ledger
 from ..records.validity import fits, saw_what_is_in
+from ..signing.keys import current_signer
 from .adding import AddingFolder
 from .checkpoints import write_checkpoint_record
 from .claims import ClaimLostError, HeldClaim
@@ -57,6 +58,7 @@ from .layout import (
 from .ledger_file import append_line, pin_of, write_head
 from .lock import locked, making
 from .removal import discard, leftovers, remove_leftovers
+from .signatures_file import sign_merge
 from .stage_record import adapter_of, fill_stage, read_intact_stage, read_stage
 from .table_file import write_table
 from .versions import library_versions
@@ -140,7 +142,10 @@ class SystemFolder(AddingFolder):
             [`~hf_s3t.errors.FolderError`]: If the folder cannot be written to.
         """
         with locked(self.path):
-            yield
+            try:
+                yield
+            finally:
+                self._new_lines.sign(self.path, self.ledger, self.identity)
 
     making = staticmethod(making)
 
@@ -329,9 +334,10 @@ class SystemFolder(AddingFolder):
 
     def record_export(self, key: StageKey, versions: Mapping[str, str]) -> None:
         """Note in the ledger that a stack was handed out as a plain adapter, which must be revoked by hand."""
-        self._record_handing_out(key.lineage, versions)
+        self.record_handing_out(key.lineage, versions)
 
-    def _record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
+    def record_handing_out(self, keys: Iterable[StageKey], versions: Mapping[str, str]) -> None:
+        """Note in the ledger that stages were handed out. The folder's lock must be held."""
         self.refresh_ledger()
         digests = {str(key): self.adapter_digest(key) for key in keys}
         self._append(self.ledger.append("export", removed=digests, versions=versions))
@@ -352,8 +358,10 @@ class SystemFolder(AddingFolder):
             merged = self.ledger.merge(other)
             if merged is self.ledger:
                 return []
+            current_signer()
             self.take_rows_of_another(other, rows, merged)
             self._replace_ledger(merged)
+            sign_merge(self.path, merged, other, self.identity)
             condemned = self.condemned_stages()
             self.remove_stages(condemned)
             self.remove_stale_checkpoints()
@@ -361,6 +369,8 @@ class SystemFolder(AddingFolder):
         return condemned
 
     def _append(self, ledger: Ledger) -> None:
+        # A key that cannot be read is told of before anything is written.
+        signer = current_signer()
         self._migrate()
         with self._reading, explained(f"{self.path / LEDGER_FILE} could not be written", _NOTHING_REMOVED):
             append_line(self.path, ledger)
@@ -368,6 +378,7 @@ class SystemFolder(AddingFolder):
             self._settled = len(ledger.lines)
             self._ledger_stamp = stamp(self.path / LEDGER_FILE)
         self._write_head()
+        self._new_lines.note(len(ledger.lines), signer)
 
     def _replace_ledger(self, ledger: Ledger) -> None:
         self._migrate()
@@ -587,10 +598,11 @@ class SystemFolder(AddingFolder):
         with self.lock():
             self.refresh_ledger()
             self.refresh_stages()
-            self._record_handing_out(sorted(self.valid_stages), library_versions())
-        copy_system(self.path, target, self._snapshot)
+            self.record_handing_out(sorted(self.valid_stages), library_versions())
+        copy_system(self.path, target, self.snapshot)
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """What the folder says now, to be copied."""
         self.refresh_ledger()
         self.refresh_stages()
         with self._reading:

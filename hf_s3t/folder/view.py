@@ -21,7 +21,7 @@ from .config_file import FORMAT_VERSION, base_id_of, plan_of, read_record, setti
 from .earlier_slices import EarlierSlices
 from .files import Stamp, check_digest, read_checked, stamp
 from .foreign import forgeries_told
-from .identity import is_same_system
+from .identity import identity_of, is_same_system
 from .known_stages import KnownStages
 from .layout import (
     ADAPTER_CONFIG_FILE,
@@ -33,6 +33,7 @@ from .layout import (
 from .ledger_file import pin_of
 from .scratch import folders_of
 from .secret import load_key
+from .signatures_file import NewLines, Signatures
 from .stage_record import adapter_of, read_files
 from .table_view import TableView
 from .versions import library_versions
@@ -82,10 +83,21 @@ class FolderView(TableView):
         self._table_pin = ""
         # By which a table that was read is told from one that was written since.
         self._table_stamp: Stamp | None = None
+        self._new_lines = NewLines()
         self._begin_gate()
         # Held while ledger and table are read and taken over: of two threads the one that read less must not win. Who
         # holds it waits for nothing, so that it may be taken inside the folder's lock.
         self._reading = threading.RLock()
+
+    @property
+    def identity(self) -> str:
+        """The identity of the system."""
+        return str(identity_of(self.record))
+
+    @property
+    def signatures(self) -> Signatures:
+        """What was signed of the lines of the ledger, by whoever had a key."""
+        return Signatures.read(self.path)
 
     def _use_record(self, record: dict[str, Any]) -> None:
         """Take over what `s3t_config.json` says; shards that it was read to have are never fewer later."""

@@ -28,12 +28,14 @@ from ..folder.layout import (
     IGNORE_FILE,
     KEY_FILE,
     LEDGER_FILE,
+    SIGNATURES_FILE,
     STAGES,
     TABLE_FILE,
 )
 from ..folder.ledger_file import pin_of, read_ledger, require_pinned
 from ..folder.removal import discard
 from ..folder.secret import KEY_VARIABLE, load_key
+from ..folder.signatures_file import Signatures, sign_merge
 from ..folder.system import SystemFolder
 from ..folder.table_file import read_table, write_table
 from ..plan.stages import StageKey
@@ -203,6 +205,18 @@ class HubFolder(SystemFolder):
             )
         return index
 
+    @property
+    def signatures(self) -> Signatures:
+        """What was signed of the lines of the ledger, in the repository and on this machine."""
+        here = super().signatures
+        with hub_errors_as_sentences(self.repo.repo_id, "The download ended"):
+            try:
+                text = self.repo.download(SIGNATURES_FILE, self.commit).read_bytes().decode(errors="replace")
+            except EntryNotFoundError:
+                # Most have none; offline, none is known.
+                return here
+        return Signatures(here.text_for(self.ledger, Signatures(text)))
+
     def _newest(self) -> Ledger:
         """What the main branch knows, if it can be asked: an old revision does not bring deleted examples back."""
         try:
@@ -341,6 +355,7 @@ class HubFolder(SystemFolder):
             merged = self.ledger.merge(other)
             if merged is not self.ledger:
                 self._replace_ledger(merged)
+                sign_merge(self.path, merged, other, self.identity)
             return self.condemned_stages()
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
@@ -414,6 +429,9 @@ class HubFolder(SystemFolder):
         if self.has_gate:
             write_gate(target / GATE_FILE, self.load_gate(), ledger, self.record["key_check"])
         write_atomically(target / LEDGER_FILE, ledger.text.encode())
+        signatures = self.signatures.text_for(ledger)
+        if signatures:
+            write_atomically(target / SIGNATURES_FILE, signatures.encode())
         for file in (*target.rglob("*"), target):
             sync(file)
         write_atomically(target / CONFIG_FILE, self.config_bytes(gated=self.has_gate))

@@ -14,10 +14,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import FolderError
 from ..folder.files import make_folders, write_atomically
-from ..folder.identity import had_no_identity
+from ..folder.identity import had_no_identity, identity_of
 from ..folder.layout import CONFIG_FILE, LEDGER_FILE, LOCK_FILE, STAGES
 from ..folder.ledger_file import read_ledger
+from ..folder.signatures_file import sign_written
 from ..records.ledger import Ledger
+from ..signing.keys import current_signer
 from .repository import REMEDY
 
 
@@ -85,7 +87,11 @@ def remember(repo_id: str, record: Mapping[str, Any], ledger: Ledger) -> Ledger:
         known = read_ledger(file, ledger, advice=REMEDY) if file.exists() else None
         merged = ledger if known is None else known.merge(ledger)
         if merged is not known:
+            # Where neither has the last line, it was written here, to join them.
+            is_ours = known is not None and merged.hashes[-1] not in {*known.hashes, *ledger.hashes}
+            signer = current_signer() if is_ours else None
             write_atomically(file, merged.text.encode())
+            sign_written(path, merged, [len(merged.lines)], str(identity_of(record)), signer)
     return merged
 
 

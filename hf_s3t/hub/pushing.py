@@ -23,10 +23,13 @@ from ..folder.layout import (
     CONFIG_FILE,
     GATE_FILE,
     LEDGER_FILE,
+    SIGNATURES_FILE,
     STAGE_FILES,
     STAGES,
     TABLE_FILE,
 )
+from ..folder.signatures_file import Signatures
+from ..folder.signed_ledger import take_in_signatures
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..folder.table_file import read_table, table_bytes
@@ -146,12 +149,15 @@ def _commit_upon_what_is_there(
     for attempt in range(ATTEMPTS):
         state = repo.state()
         merged += _take_in(folder, state, merge, repo, on_merge, dry_run)
+        signed = repo.signatures(state)
+        if not dry_run:
+            take_in_signatures(folder, signed)
         if attempt == 0 and include_gate is None and folder.has_gate and GATE_FILE not in state.tree:
             _warn_of_gate_that_stays(repo.repo_id)
         card = repo.card(state)
         stages = folder.stage_records
         try:
-            changes = _operations(folder, state, describe, card, include_gate)
+            changes = _operations(folder, state, describe, card, include_gate, signed)
             refuse_what_git_would_keep(repo, state, changes.added)
             if not dry_run:
                 remember(repo.repo_id, folder.record, folder.ledger)
@@ -350,7 +356,12 @@ def _stages_that_saw(
 
 
 def _operations(
-    folder: SystemFolder, state: HubState, describe: Describe, card: str | None, include_gate: bool | None = None
+    folder: SystemFolder,
+    state: HubState,
+    describe: Describe,
+    card: str | None,
+    include_gate: bool | None = None,
+    signed: Signatures | None = None,
 ) -> _Changes:
     """What brings a repository from a state to the one of the folder."""
     folder.refresh_ledger()
@@ -370,6 +381,9 @@ def _operations(
     gated = GATE_FILE in state.tree and folder.has_gate if include_gate is None else include_gate
     wanted[CONFIG_FILE] = folder.config_bytes(earlier, gated)
     wanted[LEDGER_FILE] = ledger.text.encode()
+    signatures = folder.signatures.text_for(ledger, signed)
+    if signatures:
+        wanted[SIGNATURES_FILE] = signatures.encode()
     wanted[TABLE_FILE] = bytes(table_bytes(table, ledger))
     if gated:
         wanted[GATE_FILE] = bytes(gate_bytes(folder.load_gate(), ledger, folder.record["key_check"]))

@@ -15,8 +15,9 @@ from yaml import YAMLError
 from ..errors import FolderError, FormatVersionError, HubError
 from ..folder.config_file import FORMAT_VERSION, read_record
 from ..folder.files import read_checked_json
-from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, STAGES
+from ..folder.layout import CARD_FILE, CONFIG_FILE, LEDGER_FILE, SIGNATURES_FILE, STAGES
 from ..folder.ledger_file import pin_of, read_ledger
+from ..folder.signatures_file import Signatures
 from ..folder.stage_record import is_stage_record
 from ..plan.stages import StageKey
 from ..records.examples import ExampleTable
@@ -114,6 +115,13 @@ class HubRepo:
         # From one revision to the next it goes on, and only the new lines are read.
         self._ledger = read_ledger(self.download(LEDGER_FILE, revision), self._ledger, advice=REMEDY)
         return self._ledger
+
+    def signatures(self, state: HubState) -> Signatures:
+        """What was signed of the lines of a state's ledger."""
+        if SIGNATURES_FILE not in state.tree:
+            return Signatures()
+        text = self.download(SIGNATURES_FILE, state.commit).read_bytes()
+        return Signatures(text.decode(errors="replace"))
 
     def card(self, state: HubState) -> str | None:
         """The card of a state; `None` where none can be read, for a deletion does not wait until it is mended."""

@@ -1,8 +1,11 @@
 """Requests to erase that a server takes: recorded in the book, and what became of them, as ledger and folder say."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from ..folder.erasure_requests_file import ErasureBook, RecordedErasure
+from ..folder.signatures_file import Signatures
 from ..folder.system import SystemFolder
 from ..records.naming import find_ids
 from ..records.request import DeletionRequest, RequestedExamples, listed
@@ -95,6 +98,18 @@ def states_of(folder: SystemFolder, erasures: Sequence[RecordedErasure]) -> list
         "done" if not ids else "waiting" if erasure.waits and waiting.issuperset(ids) else "interrupted"
         for erasure, ids in zip(erasures, missing, strict=True)
     ]
+
+
+def envelopes_of(folder: SystemFolder, receipts: Sequence[Receipt]) -> list[dict[str, Any] | None]:
+    """
+    The signed envelopes of lines of the ledger, as this machine has them; `None` where nobody signed one.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        receipts (sequence of [`~hf_s3t.operations.receipts.Receipt`]): The lines.
+    """
+    signed = map(Signatures.read(folder.path).signed, (one.hash for one in receipts))
+    return [None if one is None else json.loads(one[0].to_json()) for one in signed]
 
 
 def _is_erased(folder: SystemFolder, digest: str, erasure: RecordedErasure) -> bool:

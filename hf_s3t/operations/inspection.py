@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 from ..errors import FolderError, counted
+from ..folder.audits_file import read_audits
 from ..folder.erasure_requests_file import ErasureBook
 from ..folder.files import stamp
 from ..folder.foreign import entries, foreign_parts, foreign_problem, is_foreign
 from ..folder.layout import (
+    AUDITS_FILE,
     CHECKPOINTS,
     CLAIMS,
     COMPANIONS,
@@ -18,16 +20,19 @@ from ..folder.layout import (
     LEDGER_FILE,
     PARTS,
     PENDING_FILE,
+    SIGNATURES_FILE,
     STAGES,
     TEMPORARY,
     is_log,
 )
 from ..folder.opening import ReadOnlyFolder
 from ..records.request import some
+from ..signing.keys import PublicKey
 from .erasures import states_of
 from .findings import Findings, Inspection, require_file, require_private
 from .inspected_gate import inspect_gate
 from .inspected_records import inspect_records
+from .inspected_signatures import inspect_signatures
 from .inspected_stages import inspect_checkpoints, inspect_claims, inspect_stages
 from .pending import PendingRequests
 
@@ -36,7 +41,7 @@ from .pending import PendingRequests
 _ATTEMPTS = 3
 
 
-def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
+def inspect(path: str | os.PathLike[str], adapters: bool = True, public_key: PublicKey | None = None) -> Inspection:
     """
     Read everything in a folder and say what is wrong with it: ledger, digests, validity, what does not belong there.
 
@@ -45,6 +50,8 @@ def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
     Args:
         path (`str` or `os.PathLike`): The folder of the system.
         adapters (`bool`, defaults to `True`): Read the adapters too, which are nearly all of the folder's bytes.
+        public_key ([`~hf_s3t.signing.keys.PublicKey`], *optional*):
+            Of whoever signs the lines of the ledger. Without it they are compared with what was signed, whoever did.
 
     Returns:
         [`~hf_s3t.operations.findings.Inspection`]: What was found.
@@ -52,14 +59,14 @@ def inspect(path: str | os.PathLike[str], adapters: bool = True) -> Inspection:
     path = Path(path)
     for _ in range(_ATTEMPTS):
         before = stamp(path / LEDGER_FILE)
-        findings = _look(path, adapters)
+        findings = _look(path, adapters, public_key)
         if stamp(path / LEDGER_FILE) == before:
             break
         # Someone deleted meanwhile, and what was read belongs to two states of the folder.
     return findings.result()
 
 
-def _look(path: Path, adapters: bool) -> Findings:
+def _look(path: Path, adapters: bool, public_key: PublicKey | None) -> Findings:
     findings = Findings()
     with findings.reading(path):
         if not (path / CONFIG_FILE).is_file():
@@ -69,6 +76,12 @@ def _look(path: Path, adapters: bool) -> Findings:
         findings.problems.extend(map(foreign_problem, foreign_parts(path)))
         _inspect_root(path, findings)
         records = inspect_records(path, findings)
+        with findings.reading(path / SIGNATURES_FILE):
+            inspect_signatures(path, records.ledger, public_key, findings)
+        with findings.reading(path / AUDITS_FILE):
+            if os.path.lexists(path / AUDITS_FILE):
+                require_file(path / AUDITS_FILE)
+                read_audits(path)
         with findings.reading(path / GATE_FILE):
             inspect_gate(path, records, findings)
         with findings.reading(path / STAGES):

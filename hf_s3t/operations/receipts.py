@@ -3,14 +3,15 @@
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import FolderError, UnknownExampleError
 from ..folder.foreign import foreign_problem, is_foreign
-from ..folder.layout import HEAD_FILE, LEDGER_FILE, TABLE_FILE
+from ..folder.layout import HEAD_FILE, LEDGER_FILE, SIGNATURES_FILE, TABLE_FILE
 from ..folder.ledger_file import pin_problem, read_head, read_ledger_text
+from ..folder.signatures_file import Signatures
 from ..folder.table_file import read_pin
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey
@@ -68,10 +69,14 @@ class Receipts:
     Args:
         receipts (sequence of [`Receipt`]): One per readable line, oldest first; made when it is asked for.
         problem (`str`, *optional*): What is wrong with the chain; `None` if it is verified.
+        ledger ([`~hf_s3t.records.ledger.Ledger`], *optional*): The ledger; `None` if it is no chain.
+        signatures ([`~hf_s3t.folder.signatures_file.Signatures`]): What was signed of its lines.
     """
 
     receipts: Sequence[Receipt]
     problem: str | None = None
+    ledger: Ledger | None = field(default=None, compare=False)
+    signatures: Signatures = field(default_factory=Signatures, compare=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Receipts":
@@ -87,20 +92,23 @@ class Receipts:
         Raises:
             [`~hf_s3t.errors.FolderError`]: If there is no ledger, it is not text, or a link or pipe.
         """
-        for part in (Path(path) / name for name in (TABLE_FILE, HEAD_FILE, LEDGER_FILE)):
+        for part in (Path(path) / name for name in (TABLE_FILE, HEAD_FILE, LEDGER_FILE, SIGNATURES_FILE)):
             if is_foreign(part):
                 raise FolderError(foreign_problem(part))
         # The ledger last: whatever another process deletes between two reads, it is never behind the others.
         pins = {TABLE_FILE: _pin_or_error(_table_pin, path), HEAD_FILE: _pin_or_error(read_head, path)}
         text = read_ledger_text(Path(path) / LEDGER_FILE, "Give the folder of a system, or restore it from a backup")
+        signatures = Signatures.read(Path(path))
         try:
             ledger = Ledger.parse(text)
         except FolderError as error:
-            return cls(_of_damaged(text), str(error))
+            return cls(_of_damaged(text), str(error), None, signatures)
         problem, hashes, entries = _pin_problem(ledger, pins), ledger.hashes, ledger.entries
         return cls(
             PerLine(len(hashes), lambda n: Receipt(n + 1, hashes[n], entries[n], problem is None)),
             problem,
+            ledger,
+            signatures,
         )
 
     def of_line(self, number: int) -> Receipt:

@@ -14,6 +14,7 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 - `ledger_line`: what one line of it says, in both versions of the format.
 - `ledger_chain`: what ledgers that go on from each other share: lines, read and hashed once.
 - `stage_history`: which stages stayed at each line, from what the lines say of changes.
+- `statements`: what is signed of a line.
 - `request`: what somebody asked to have forgotten, and what it was found to mean.
 - `naming`: which examples ids and groups mean that somebody names.
 - `report`: `UnlearningReport`, what a deletion did.

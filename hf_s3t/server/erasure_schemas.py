@@ -78,6 +78,9 @@ class Erasure(BaseModel):
     receipts: list[dict[str, Any]] | None = Field(
         default=None, description="The lines of the ledger that prove it; left out of lists."
     )
+    signatures: list[dict[str, Any] | None] | None = Field(
+        default=None, description="Of each receipt the signed envelope of its line; null where nobody signed it."
+    )
     engine: dict[str, Any] | None = None
 
 

@@ -18,7 +18,7 @@ from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..model.following import PATIENCE
 from ..operations.deletion import DeletionPreview, preview
-from ..operations.erasures import receipts_of, record_erasure, states_of
+from ..operations.erasures import envelopes_of, receipts_of, record_erasure, states_of
 from ..operations.written_ids import groups_from_texts, ids_from_texts
 from ..plan.stages import StageKey
 from ..records.naming import find_ids, resolve_names
@@ -279,6 +279,7 @@ class Erasures:
                 "stages_removed": sorted(self._stages_removed(erasure)),
                 "is_exhausted": self._service.model.is_exhausted,
             }
+        receipts = receipts_of(folder, erasure) if is_whole else None
         return Erasure(
             **{
                 "stages_removed": [],
@@ -293,7 +294,8 @@ class Erasures:
                 "unknown": erasure.unknown,
                 "unknown_groups": erasure.unknown_groups,
                 "duplicates": None if duplicates is None else list(duplicates),
-                "receipts": [one.to_dict() for one in receipts_of(folder, erasure)] if is_whole else None,
+                "receipts": None if receipts is None else [one.to_dict() for one in receipts],
+                "signatures": None if receipts is None else envelopes_of(folder, receipts),
             }
         )
 

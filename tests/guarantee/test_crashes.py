@@ -34,6 +34,7 @@ from support.folders import (
     stored_gate,
 )
 from support.insides import routing_of, wait_for_cleaner
+from support.receipts import OUR_KEY, public
 
 from hf_s3t import S3TConfig
 from hf_s3t.errors import FolderError
@@ -45,15 +46,19 @@ from hf_s3t.folder.layout import (
     GATE_FILE,
     LEDGER_FILE,
     PENDING_FILE,
+    SIGNATURES_FILE,
     TABLE_FILE,
 )
 from hf_s3t.folder.opening import ReadOnlyFolder
+from hf_s3t.folder.signatures_file import Signatures
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.erasures import record_erasure, state_of
 from hf_s3t.operations.inspection import inspect
 from hf_s3t.operations.pending import PendingRequests, apply_pending
 from hf_s3t.plan import StageKey
 from hf_s3t.records.request import DeletionRequest
+from hf_s3t.signing.keys import SIGNING_VARIABLE
+from hf_s3t.signing.verification import verify
 
 
 CONFIG = S3TConfig(num_shards=2, num_slices=2, keep_idle=True, seed=1)
@@ -151,6 +156,23 @@ class Outcome:
         return in_force
 
 
+class Signed(Outcome):
+    """The same where lines are signed: what is whole signs a line that is there, and nothing else is left."""
+
+    def __init__(self, start, victims, whole):
+        super().__init__(start, victims, whole)
+        del self.after[SIGNATURES_FILE]
+
+    def check(self, path, acknowledged: bool, why="") -> bool:
+        found, hashes = Signatures.read(path), SystemFolder(path).ledger.hashes
+        assert not found.damaged and set(found.of_line) <= set(hashes), why
+        for envelope, statement in (one for signed in found.of_line.values() for one in signed):
+            assert verify(envelope.to_json(), public()) == statement, why
+        assert found.of_line or not acknowledged, f"what was acknowledged is not signed {why}"
+        (path / SIGNATURES_FILE).unlink(missing_ok=True)
+        return super().check(path, acknowledged, why)
+
+
 def names_in(path) -> list[str]:
     return sorted(pq.read_table(Path(path) / TABLE_FILE).column("id").to_pylist())
 
@@ -194,6 +216,15 @@ def test_after_a_crash_at_any_moment_of_a_deletion_it_is_in_force_or_never_was(s
     synced = [step.name for step in recording.steps if step.kind == "sync"]
     assert synced[0] == LEDGER_FILE and len(synced) <= 4 + 2 * (start / GATE_FILE).exists(), "unlearning is to be fast"
     assert sweep(recording, Outcome(start, victims, tmp_path / "whole"), tmp_path) == {False, True}
+
+
+def test_with_a_key_a_crash_leaves_a_signature_or_none(first, tmp_path, monkeypatch):
+    monkeypatch.setenv(SIGNING_VARIABLE, OUR_KEY)
+    victims = victims_of(first)
+    recording = record(first, tmp_path / "recorded", partial(delete, victims=victims))
+    synced = [step.name for step in recording.steps if step.kind == "sync"]
+    assert synced[0] == LEDGER_FILE and SIGNATURES_FILE in synced
+    assert sweep(recording, Signed(first, victims, tmp_path / "whole"), tmp_path) == {False, True}
 
 
 def die_and_try_again(start, tmp_path, kinds, step, limit=100) -> None:

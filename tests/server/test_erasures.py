@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+from support.receipts import OUR_KEY, public
 from support.served import HeldTokenizer, listening, service_of, serving, tiny_system
 from support.tiny import (
     ids_of,
@@ -31,6 +32,8 @@ from hf_s3t.records.request import DeletionRequest
 from hf_s3t.server.app import create_app
 from hf_s3t.server.erasure_schemas import ErasureRequest
 from hf_s3t.server.keys import Keys, Scope
+from hf_s3t.signing.keys import SIGNING_VARIABLE
+from hf_s3t.signing.verification import verify
 
 
 IDS = ids_of(16)
@@ -84,6 +87,17 @@ def test_what_is_erased_is_in_force_and_proved_when_it_is_answered(server, syste
     assert told["depths_after"] == service.model.status()["depths"] and told["is_exhausted"] is False
     assert told["receipts"] == [Receipts.read(system).of_line(1).to_dict()]
     assert client.get(f"/v1/erasures/{told['id']}").json() == {**told, "duplicates": None}
+
+
+def test_a_server_with_a_key_answers_with_what_it_signed(server, system, monkeypatch):
+    client, _ = server
+    assert erase(client, ids=IDS[:1]).json()["signatures"] == [None]
+    monkeypatch.setenv(SIGNING_VARIABLE, OUR_KEY)
+    told = erase(client, ids=IDS[2:3]).json()
+    (envelope,) = told["signatures"]
+    statement = verify(json.dumps(envelope).encode(), public())
+    assert statement.hash == told["receipts"][0]["hash"] and statement.signed == "written"
+    assert OUR_KEY.splitlines()[1] not in json.dumps(client.get("/v1/status").json())
 
 
 def test_a_group_goes_as_a_whole_and_naming_it_again_is_no_error(server, system):
