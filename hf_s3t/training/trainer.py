@@ -29,6 +29,7 @@ from ..model.randomness import own_randomness
 from ..model.stack import StageStack
 from ..plan.stages import LEAST_STEPS, StageKey
 from ..records.digests import KeptNames
+from .assigned import AssignedRuns
 from .audit import VerificationReport, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
@@ -36,7 +37,7 @@ from .fed_rows import FedRows
 from .gate_rows import check_has_prompts, gate_of, tokenizer_of
 from .inputs import check_answers, check_kinds, check_parts
 from .optimizers import refuse_bound_optimizer
-from .plan_run import PlanRuns, old_objects_passed_over
+from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
 from .refusals import evaluation_chooses
 from .rows import StageRows
@@ -52,7 +53,7 @@ _SHOWN_SLICES = 5
 _Base = TypeVar("_Base")
 
 
-class S3TTrainerMixin(PlanRuns):
+class S3TTrainerMixin(AssignedRuns):
     """
     What makes a [`~transformers.Trainer`] train an S3T system: a run of `Trainer.train` per stage, on that stage's
     examples, with only that stage's adapter trainable.
