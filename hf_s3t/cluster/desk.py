@@ -58,7 +58,7 @@ class FolderDesk:
         valid = folder.valid_stages
         good = {key for key in under_way if is_current({"slices": self._slices[key]}, folder.slice_digests(key))}
         steps = folder.growth.missing(valid | good, self._empty())
-        return Schedule([step.key for step in steps], valid)
+        return Schedule([step.key for step in steps], valid, good)
 
     def begin(self, key: StageKey) -> None:
         """Note what a stage is trained on that is handed out."""
@@ -134,9 +134,9 @@ class ShownDesk(FolderDesk):
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             )
         if self._bar is not None:
-            left = sum(map(self.cost, {*schedule.stages, *under_way}))
+            left = sum(map(self.cost, schedule.stages))
             self._bar.total = max(self._done + left, self._bar.n)
-        self._stages = len({*schedule.stages, *under_way})
+        self._stages = len(schedule.stages)
         return schedule
 
     def accept(self, outcome: Outcome) -> bool:

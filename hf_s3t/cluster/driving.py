@@ -45,9 +45,9 @@ class Pool(Protocol):
     def free(self) -> int:
         """How many workers wait for a stage."""
 
-    def start(self, key: StageKey) -> None:
+    def start(self, key: StageKey) -> str:
         """
-        Have a worker that waits train a stage.
+        Have a worker that waits train a stage; tells which.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If what it stands on is not there any more.
@@ -117,8 +117,9 @@ class Driver:
     def __init__(self, desk: Desk, pool: Pool):
         self._desk = desk
         self._pool = pool
-        # What is trained, and how often there had been news when it was begun.
-        self._under_way: dict[StageKey, int] = {}
+        # Who trains what, and how often there had been news when it was begun. A stage that a deletion condemned may
+        # be trained by one still, and by another on what is left.
+        self._under_way: dict[str, tuple[StageKey, int]] = {}
         self._news = 0
         self._attempts: Counter[StageKey] = Counter()
         self._failed: Exception | None = None
@@ -135,15 +136,15 @@ class Driver:
         schedule = self._desk.plan(())
         while True:
             if self._look_for_news() or not self._hand_out(schedule):
-                schedule = self._desk.plan(self._under_way)
+                schedule = self._desk.plan(self._stages)
                 continue
             if not self._under_way:
                 break
             outcomes = self._pool.outcomes()
             # Every one has to be taken in.
             if True in [self._take_in(outcome, schedule) for outcome in outcomes]:
-                schedule = self._desk.plan(self._under_way)
-            self._desk.show(self._under_way)
+                schedule = self._desk.plan(self._stages)
+            self._desk.show(self._stages)
         if self._failed is not None:
             raise self._failed
         return self.tally
@@ -153,12 +154,16 @@ class Driver:
         while self._failed is None and self._pool.free and (key := schedule.take()) is not None:
             self._desk.begin(key)
             try:
-                self._pool.start(key)
+                worker = self._pool.start(key)
             except FolderError as error:
                 self._again(key, f"what it stands on is not there ({error})")
                 return False
-            self._under_way[key] = self._news
+            self._under_way[worker] = key, self._news
         return True
+
+    @property
+    def _stages(self) -> set[StageKey]:
+        return {key for key, _ in self._under_way.values()}
 
     def _look_for_news(self) -> bool:
         if not self._desk.has_news():
@@ -169,21 +174,22 @@ class Driver:
 
     def _take_in(self, outcome: Outcome, schedule: Schedule) -> bool:
         """Take in how a stage ended; whether it has to be planned anew what is missing."""
-        key, news = outcome.key, self._under_way.pop(outcome.key)
+        key, news = self._under_way.pop(outcome.worker)
         if outcome.error is not None:
             self._fail(outcome.error)
             return False
         if outcome.died is not None:
             self.tally.deaths += 1
             self._again(key, f"{outcome.worker} died in it: {outcome.died}")
-            if key in schedule:
+            # By the plan that holds: what is missing may stand on other stages than on this one in another.
+            if key not in self._stages:
                 schedule.give_back(key)
-            return key not in schedule
+            return False
         if not self._desk.accept(outcome):
             self.tally.discarded += 1
             self._look_for_news()
             if news == self._news:
-                self._again(key, f"what {outcome.worker} trained was discarded, and nothing was deleted")
+                self._again(key, f"{outcome.worker} trained it, and it was discarded though nothing was deleted")
             return True
         self.tally.trained.append(key)
         self.tally.results.append(outcome.result or {})

@@ -296,8 +296,8 @@ class RayPool:
         """How many workers wait for a stage."""
         return sum(hired.stage is None for hired in self._hired)
 
-    def start(self, key: StageKey) -> None:
-        """Have a worker train a stage: of those that wait, one that has what it stands on."""
+    def start(self, key: StageKey) -> str:
+        """Have a worker train a stage: of those that wait, one that has what it stands on; tells which."""
         hired = max(
             (hired for hired in self._hired if hired.stage is None),
             key=lambda hired: (len(set(key.lineage) & set(hired.has)), -hired.number),
@@ -305,6 +305,7 @@ class RayPool:
         call = self._begin(hired, key)
         hired.stage, hired.share = key, 0.0
         self._working[call] = hired
+        return hired.name
 
     def _begin(self, hired: Hired, key: StageKey) -> Any:
         names, parcels = self._lacking(hired, [key])

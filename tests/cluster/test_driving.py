@@ -1,6 +1,7 @@
 """The driver, without Ray: which stage goes to whom, what a death costs, and how busy many workers are kept."""
 
 import heapq
+import itertools
 import random
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -40,7 +41,7 @@ class Desk:
     def plan(self, under_way):
         # What is trained was begun before a deletion, so that it counts for nothing, or after.
         good = {one for one in under_way if one not in self.condemned}
-        return Schedule([step.key for step in self.growth.steps(self.there | good)], self.there)
+        return Schedule([step.key for step in self.growth.steps(self.there | good)], self.there, good)
 
     condemned = frozenset()
 
@@ -68,6 +69,7 @@ class Pool:
         self.running = []
         self.told = 0
         self.at = {}
+        self.numbers = itertools.count(1)
 
     @property
     def free(self):
@@ -76,13 +78,15 @@ class Pool:
     def start(self, stage):
         took = self.seconds(stage)
         self.busy += took
-        heapq.heappush(self.running, (self.now + took, stage))
+        worker = f"Worker {next(self.numbers)}"
+        heapq.heappush(self.running, (self.now + took, stage, worker))
+        return worker
 
     def outcomes(self):
-        self.now, stage = heapq.heappop(self.running)
+        self.now, stage, worker = heapq.heappop(self.running)
         if stage in self.at:
             self.at.pop(stage)()
-        return [Outcome(stage, "Worker", **(self.fate(stage) or {"result": {}}))]
+        return [Outcome(stage, worker, **(self.fate(stage) or {"result": {}}))]
 
     def tell(self):
         self.told += 1
@@ -99,6 +103,14 @@ def test_the_worthiest_stage_whose_parent_is_there_goes_first():
     assert [schedule.take(), schedule.take()] == [key(0, 1), None]
     schedule.give_back(key(1))
     assert schedule.take() == key(1)
+
+
+def test_what_was_not_taken_cannot_be_given_back_and_what_is_trained_is_not_handed_out():
+    schedule = Schedule([key(0, 1), key(1)], [], taken=[key(0)])
+    schedule.give_back(key(1))
+    assert [schedule.take(), schedule.take()] == [key(1), None]
+    schedule.give_back(key(0))
+    assert [schedule.take(), schedule.take()] == [key(0), None]
 
 
 def test_what_is_there_is_not_handed_out_and_is_stood_on():
@@ -162,6 +174,22 @@ def test_a_stage_that_a_deletion_takes_while_it_trains_is_discarded_and_grown_an
     assert sorted(desk.there) == sorted(desk.plan_of_system.stages())
 
 
+def test_a_stage_that_is_condemned_while_it_trains_is_begun_anew_by_another_before_the_first_one_ends():
+    desk, pool = Desk(config(slices=1, shards=2)), Pool(2, seconds=lambda stage: 10.0 if stage.shard == 0 else 1.0)
+    condemned, ended = key(0), []
+
+    def delete():
+        desk.condemned = frozenset({condemned})
+        desk.delete((0, 0))
+
+    accept = desk.accept
+    desk.accept = lambda outcome: ended.append(outcome.worker) or accept(outcome)
+    pool.at[key(0, shard=1)] = delete
+    tally = Driver(desk, pool).run()
+    assert desk.begun.count(condemned) == 2 and tally.discarded == 1 and condemned in desk.there
+    assert ended == ["Worker 2", "Worker 1", "Worker 3"]
+
+
 def test_a_parent_that_goes_as_its_child_is_handed_out_is_trained_again():
     class Forgetful(Pool):
         is_gone = False
@@ -171,7 +199,7 @@ def test_a_parent_that_goes_as_its_child_is_handed_out_is_trained_again():
                 self.is_gone = True
                 desk.there.discard(stage.parent)
                 raise FolderError(f"{stage.parent} is missing.")
-            super().start(stage)
+            return super().start(stage)
 
     desk = Desk(config(budget=3, keep_idle=True))
     tally = Driver(desk, Forgetful(2)).run()
@@ -183,7 +211,7 @@ def test_a_stage_that_is_discarded_again_and_again_though_nothing_is_deleted_end
     desk = Desk(config())
     pool = Pool(1)
     desk.accept = lambda outcome: False
-    with pytest.raises(ClusterError, match="never came back: .*nothing was deleted"):
+    with pytest.raises(ClusterError, match=r"never came back: .*though nothing was deleted"):
         Driver(desk, pool).run()
 
 
@@ -212,17 +240,20 @@ class Sleepers:
     def __init__(self, slots, seconds):
         self.slots, self.seconds = slots, seconds
         self.threads, self.running = ThreadPoolExecutor(slots), {}
+        self.numbers = itertools.count(1)
 
     @property
     def free(self):
         return self.slots - len(self.running)
 
     def start(self, stage):
-        self.running[self.threads.submit(time.sleep, self.seconds)] = stage
+        worker = f"Worker {next(self.numbers)}"
+        self.running[self.threads.submit(time.sleep, self.seconds)] = stage, worker
+        return worker
 
     def outcomes(self):
         done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        return [Outcome(self.running.pop(one), "Worker", result={}) for one in done]
+        return [Outcome(*self.running.pop(one), result={}) for one in done]
 
     def tell(self):
         pass

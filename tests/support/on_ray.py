@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 from transformers import TrainerCallback
+
+from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, training_arguments
 
 
 ROWS = lm_rows(32)
