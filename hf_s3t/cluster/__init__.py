@@ -2,7 +2,6 @@
 The stages of a system, and audits of them, over the workers of a cluster of Ray.
 
 - `running`: `train_on_ray` and `verify_on_ray`.
-- `schedule`: which stage is handed out next.
 - `driving`: the driver, which knows neither Ray nor folders: hands out, takes in, goes on where workers die.
 - `desk`: what it knows of the system, and where stages are written that come over the network.
 - `audits`: what it knows of an audit.

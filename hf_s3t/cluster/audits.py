@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..plan.schedule import Schedule
 from ..plan.stages import StageKey
 from ..training.audit import VerificationReport
 from .driving import Outcome
 from .ray_pool import Hired, RayPool
-from .schedule import Schedule
 
 
 class AuditDesk:

@@ -8,11 +8,11 @@ from tqdm.auto import tqdm
 
 from ..errors import ClusterError, counted
 from ..folder.system import SystemFolder
+from ..plan.schedule import Schedule
 from ..plan.stages import StageKey, relative_cost
 from ..records.validity import is_current
 from .driving import Outcome
 from .parcels import accept_stage
-from .schedule import Schedule
 
 
 # How long a stage that was written on another machine may take to be seen here, in seconds.

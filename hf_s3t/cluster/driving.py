@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from transformers.utils import logging
 
 from ..errors import ClusterError, FolderError, counted
+from ..plan.schedule import Schedule
 from ..plan.stages import StageKey
-from .schedule import Schedule
 
 
 logger = logging.get_logger(__name__)

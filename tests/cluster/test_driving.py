@@ -10,9 +10,9 @@ import pytest
 
 from hf_s3t import S3TConfig
 from hf_s3t.cluster.driving import MOST_ATTEMPTS, Driver, Outcome
-from hf_s3t.cluster.schedule import Schedule
 from hf_s3t.errors import ClusterError, DivergedError, FolderError
 from hf_s3t.plan import Growth, Plan, StageKey
+from hf_s3t.plan.schedule import Schedule
 
 
 def key(*prefix, shard=0):

@@ -4,7 +4,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from ..plan.stages import StageKey
+from .stages import StageKey
 
 
 class Schedule:
@@ -20,7 +20,7 @@ class Schedule:
     Example:
 
     ```python
-    >>> from hf_s3t.cluster.schedule import Schedule
+    >>> from hf_s3t.plan.schedule import Schedule
     >>> from hf_s3t.plan import StageKey
 
     >>> first, second = StageKey(0, (0,)), StageKey(0, (0, 1))
