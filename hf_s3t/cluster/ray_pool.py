@@ -112,6 +112,8 @@ class RayPool:
         self._num_workers = num_workers
         self._terms = terms
         self._agreement: Agreement | None = None
+        # All that were hired, and those that train.
+        self._actors: list[Any] = []
         self._hired: list[Hired] = []
         self._count = 0
         # Calls that are under way, with whose they are.
@@ -173,6 +175,7 @@ class RayPool:
     def _hire(self) -> None:
         self._count += 1
         actor = self._ray.remote(**self._options)(Worker).remote(os.getcwd(), os.environ.get(KEY_VARIABLE))
+        self._actors.append(actor)
         hired = Hired(self._count, actor, f"Worker {self._count}")
         self._coming[actor.greet.remote()] = hired, "greet"
 
@@ -413,8 +416,8 @@ class RayPool:
         calls = [hired.actor.close.remote() for hired in self._hired if hired.stage is None]
         if calls and is_head_there(self._head):
             self._ray.wait(calls, num_returns=len(calls), timeout=_SHORT / 10)
-        for hired in (*self._hired, *self._waiting, *(hired for hired, _ in self._coming.values())):
-            self._ray.kill(hired.actor)
+        for actor in self._actors:
+            self._ray.kill(actor)
         if self._made and self._folder is None:
             # Nothing came of it, so nothing is left.
             with contextlib.suppress(OSError):

@@ -266,12 +266,8 @@ class Worker:
         try:
             return dict(work())
         except Exception as error:
-            kind = type(error)
-            told = {
-                "error": kind.__name__ if isinstance(error, S3TError) else f"{kind.__module__}.{kind.__qualname__}"
-            }
-            where = None if isinstance(error, S3TError) else "".join(traceback.format_exception(error)[-8:])
-            return {**told, "message": str(error), "is_ours": isinstance(error, S3TError), "where": where}
+            told = {"error": type(error).__name__, "message": str(error), "is_ours": isinstance(error, S3TError)}
+            return {**told, "where": None if told["is_ours"] else "".join(traceback.format_exception(error)[-4:])}
 
 
 def remove_folders_of_the_dead(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -14,6 +15,8 @@ from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, tr
 
 
 ROWS = lm_rows(32)
+# Threads of one process draw from one generator.
+_DRAWING = threading.Lock()
 
 
 class Slowly(TrainerCallback):
@@ -35,7 +38,8 @@ class System:
 
     def __call__(self):
         changes = self.changes
-        model = tiny_llama(3, seed=changes.get("base", 0)).to(changes.get("dtype", torch.float32))
+        with _DRAWING:
+            model = tiny_llama(3, seed=changes.get("base", 0)).to(changes.get("dtype", torch.float32))
         rows = changes.get("rows", ROWS)
         callbacks = [] if self.notes is None else [Slowly(str(self.notes), changes.get("seconds", 0.0))]
         return make_trainer(
@@ -129,6 +133,8 @@ class _Actor:
         for call in self.calls:
             with contextlib.suppress(Exception):
                 call.set_exception(_Killed())
+        # One that waits for its folder waits no longer: a process would be gone.
+        self.worker._place.put("/dev/null/gone")
         self.threads.shutdown(wait=False)
 
     def __getattr__(self, name):
