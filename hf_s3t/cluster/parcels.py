@@ -146,7 +146,7 @@ def _record_in(parcel: Parcel, key: StageKey) -> dict[str, Any]:
         for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
             if hashlib.sha256(parcel[name]).hexdigest() != record["files"][name]:
                 raise FolderError(f"its {name} is not what its record names.")
-    except (FolderError, ValueError, AttributeError) as error:
+    except (FolderError, ValueError, AttributeError, TypeError) as error:
         raise ClusterError(
             f"{key} did not come back whole: {error} Nothing of it was written. Call again to have it trained anew."
         ) from error

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ class ThreadRay:
             raise _Errors.RayError("The actor died.\nIt was killed.") from killed
 
     def wait(self, calls, num_returns=1, timeout=None):
-        done, left = wait(calls, timeout, FIRST_COMPLETED)
+        done, left = wait(calls, timeout, ALL_COMPLETED if num_returns == len(calls) else FIRST_COMPLETED)
         return list(done), list(left)
 
     def kill(self, actor):
