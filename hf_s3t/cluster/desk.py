@@ -154,7 +154,8 @@ class ShownDesk(FolderDesk):
         keys, shares = sorted(under_way), self._shares()
         done = self._done + sum(self.cost(key) * shares.get(key, 0.0) for key in keys)
         names = ", ".join(map(str, keys[:_SHOWN])) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
-        self._bar.set_postfix_str(f"{counted(self._stages, 'stage')} left: {names}", refresh=False)
+        left = f"{counted(self._stages, 'stage')} left"
+        self._bar.set_postfix_str(f"{left}: {names}" if names else left, refresh=False)
         self._bar.update(max(min(done, self._bar.total) - self._bar.n, 0.0))
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from common.results import HELD_OUT, Results, cost_of, on_hub, write_run_card
 from common.rows import Source, check_placing_columns, label_set, sample, split_off, with_ids
 from common.scores import score, shown_predictions
 from common.tasks import METRICS
-from common.workers import RayArguments, audit_over_workers
+from common.workers import RayArguments, audit_over_workers, train_over_workers
 from datasets import Dataset
 from rich.table import Table
 from transformers import EvalPrediction
@@ -215,7 +215,7 @@ def run_classification(options: Options, results: Results, parts: Parts) -> dict
     method = make_method(options, parts)
     if trains:
         with results.timed("train"):
-            train(method, script, make_method, options, parts)
+            train_over_workers(method, script, make_method, options, parts)
     results.add(
         data={
             "train_rows": len(train),

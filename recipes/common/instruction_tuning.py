@@ -46,7 +46,7 @@ def train_all(
     if trains:
         started = time.perf_counter()
         with results.timed("train"):
-            workers.train(method, options.script, make_method, options, model, train, held_out)
+            workers.train_over_workers(method, options.script, make_method, options, model, train, held_out)
         say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
         write_chat_template(trainer, options)
     if method.is_exhausted:

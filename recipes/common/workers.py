@@ -37,7 +37,9 @@ def check_workers(script: RayArguments) -> None:
         raise ConfigError("`--ray_address` names a cluster, and no workers are asked for. Give `--ray_workers` too.")
 
 
-def train(method: Method, script: RayArguments, make_method: Callable[..., Method], *arguments: Any) -> None:
+def train_over_workers(
+    method: Method, script: RayArguments, make_method: Callable[..., Method], *arguments: Any
+) -> None:
     """
     Train what a method lacks, by this process or over workers, which make it anew.
 

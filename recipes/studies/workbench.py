@@ -20,7 +20,7 @@ from common.options import Options, known_options
 from common.results import settings_of
 from common.scores import score
 from common.texts import tokenize
-from common.workers import train
+from common.workers import train_over_workers
 from datasets import Dataset
 from studies.subsets import served_subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator
@@ -148,7 +148,7 @@ class Workbench:
         label = "-".join([name, *(f"{field}={_short(value)}" for field, value in sorted(changes.items()))])
         folder = self.work_dir / "systems" / label
         method = self.method(name, folder, config)
-        train(method, self.options.script, method_anew, self._made_of, name, folder, config)
+        train_over_workers(method, self.options.script, method_anew, self._made_of, name, folder, config)
         return method
 
     def copy_of(

@@ -35,7 +35,7 @@ def test_workers_train_first_and_the_method_takes_in_what_they_made(monkeypatch)
 
     made = Method([])
     monkeypatch.setattr(workers, "train_on_ray", train_on_ray)
-    workers.train(Method(told), RayArguments(2, "auto"), lambda one: one, made)
+    workers.train_over_workers(Method(told), RayArguments(2, "auto"), lambda one: one, made)
     cluster = {"num_workers": 2, "resources_per_worker": {"CPU": torch.get_num_threads()}, "address": "auto"}
     assert told == [cluster, "refreshed", "trained"]
 
@@ -43,7 +43,7 @@ def test_workers_train_first_and_the_method_takes_in_what_they_made(monkeypatch)
 def test_without_workers_the_method_trains_alone(monkeypatch):
     monkeypatch.setattr(workers, "train_on_ray", lambda *args, **more: pytest.fail("no worker was asked for"))
     told = []
-    workers.train(Method(told), RayArguments(), lambda: None)
+    workers.train_over_workers(Method(told), RayArguments(), lambda: None)
     assert told == ["trained"]
 
 
