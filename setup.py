@@ -38,6 +38,7 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "figures": ["matplotlib>=3.10"],
     "lm_eval": ["lm-eval[hf]==0.4.13"],
+    "ray": ["ray>=2.60"],
     "serve": [
         "fastapi>=0.165",
         "httpx2>=2.16.2",
@@ -51,6 +52,7 @@ EXTRAS_REQUIRE = {
 EXTRAS_REQUIRE["test"] = [
     *EXTRAS_REQUIRE["figures"],
     *EXTRAS_REQUIRE["lm_eval"],
+    *EXTRAS_REQUIRE["ray"],
     *EXTRAS_REQUIRE["serve"],
     *EXTRAS_REQUIRE["sign"],
     *EXTRAS_REQUIRE["vision"],

@@ -24,6 +24,7 @@ The errors of hf_s3t: every one is an `S3TError` and also what Python callers wo
     - HubError (OSError)
         - TransferError
         - MergeNeededError
+    - ClusterError (RuntimeError)
 
 And how what they say, as all else that is said, names a number of things: `counted`.
 """
@@ -123,6 +124,10 @@ class TransferError(HubError):
 
 class MergeNeededError(HubError):
     """The Hub knows of deletions that the folder to be pushed does not."""
+
+
+class ClusterError(S3TError, RuntimeError):
+    """Workers of a cluster cannot be had, do not agree with each other, or are lost for good."""
 
 
 def counted(number: float, what: str) -> str:

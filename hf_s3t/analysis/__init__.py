@@ -9,6 +9,7 @@ What to expect of a system before it is trained, and while it serves: deletion r
 - `backbone`: the model that a plan is made for: its layers, and the weights of adapters on them.
 - `options`: ways to set up a system and to keep it up, with what to expect of each.
 - `planning`: what `hf-s3t plan` recommends of them.
+- `speedup`: how much sooner more workers are done with its first training.
 - `plan_figure`: the picture of such a plan.
 - `pictures`: what all pictures have in common; the recipes draw by it too.
 """

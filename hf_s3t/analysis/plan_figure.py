@@ -1,11 +1,13 @@
 """The picture, by matplotlib, of what `hf-s3t plan` recommends."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import counted
 from .pictures import FIRST, OURS, PAPER, SISA, check_picture, finish, new_figure, plain_numbers, save
 from .planning import Option, Recommendation, Workload
+from .speedup import Speedup
 
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> None:
+def draw_plan(found: Recommendation, workload: Workload, path: str | Path, speedups: Sequence[Speedup] = ()) -> None:
     """
     Draw what to expect of a recommended system, and what others cost.
 
@@ -24,15 +26,17 @@ def draw_plan(found: Recommendation, workload: Workload, path: str | Path) -> No
             What it was made for.
         path (`str` or `Path`):
             The picture to write, a `.png` or `.svg` file.
+        speedups (sequence of [`~hf_s3t.analysis.speedup.Speedup`], *optional*):
+            How much sooner more workers are done, for a third panel.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If no picture can be drawn there.
     """
     check_picture(path)
-    save(figure_of_plan(found, workload), path)
+    save(figure_of_plan(found, workload, speedups), path)
 
 
-def figure_of_plan(found: Recommendation, workload: Workload) -> "Figure":
+def figure_of_plan(found: Recommendation, workload: Workload, speedups: Sequence[Speedup] = ()) -> "Figure":
     """
     The figure that [`draw_plan`] writes.
 
@@ -41,15 +45,46 @@ def figure_of_plan(found: Recommendation, workload: Workload) -> "Figure":
             The recommendation.
         workload ([`~hf_s3t.analysis.planning.Workload`]):
             What it was made for.
+        speedups (sequence of [`~hf_s3t.analysis.speedup.Speedup`], *optional*):
+            How much sooner more workers are done, for a third panel.
 
     Returns:
-        A figure of matplotlib with two panels: the depth that serves over time, and what more of it costs.
+        A figure of matplotlib with two panels: the depth that serves over time, and what more of it costs; with
+        `speedups` a third one.
     """
-    figure, (depth, cost) = new_figure(2, (11, 4.4))
-    _draw_depth(depth, found, workload)
-    _draw_costs(cost, found)
-    finish(depth, cost)
+    figure, panels = new_figure(3, (16, 4.4)) if speedups else new_figure(2, (11, 4.4))
+    _draw_depth(panels[0], found, workload)
+    _draw_costs(panels[1], found)
+    if speedups:
+        _draw_speedups(panels[2], found.chosen, speedups)
+    finish(*panels)
     return figure
+
+
+def _draw_speedups(axes: "Axes", best: Option, speedups: Sequence[Speedup]) -> None:
+    workers = [one.workers for one in speedups]
+    axes.plot(workers, [one.speedup for one in speedups], "o-", color=OURS, label="this plan", markersize=4)
+    axes.plot(workers, workers, color=PAPER, linestyle="--", label="as many times sooner as workers")
+    most = best.training_hours / min(one.hours for one in speedups)
+    axes.axhline(most, color=SISA, linestyle=":", label=f"most of these: {most:.3g} times")
+    for one in speedups:
+        axes.annotate(
+            f"{one.hours:.3g} h",
+            (one.workers, one.speedup),
+            xytext=(0, -12),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    axes.set(
+        title=f"First training over workers ({counted(best.num_stages, 'stage')})",
+        xlabel="workers, each with one stage at a time",
+        ylabel="times sooner than one worker",
+        xscale="log",
+        yscale="log",
+        ylim=(0.5, 4 * most),
+    )
+    plain_numbers(axes.xaxis, axes.yaxis)
 
 
 def _draw_depth(axes: "Axes", found: Recommendation, workload: Workload) -> None:

@@ -105,6 +105,13 @@ MaxHoursPerMonth = Annotated[
     float | None, typer.Option(callback=_above_zero, help="Hours of a month that may go into growing again.")
 ]
 MaxShards = Annotated[int, typer.Option(min=1, help="Shards at most; each learns from its part of the data alone.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,...",
+        help="Say how long the first training takes by so many workers, such as 1,2,4,8; a picture shows it too.",
+    ),
+]
 Figure = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw what to expect into this .png or .svg file.")]
 
 
@@ -129,6 +136,7 @@ def plan(
     max_hours: MaxHours = None,
     max_hours_per_month: MaxHoursPerMonth = None,
     max_shards: MaxShards = 5,
+    workers: Workers = None,
     figure: Figure = None,
     as_json: AsJson = False,
 ) -> None:
@@ -141,8 +149,10 @@ def plan(
     """
     # It simulates, by libraries that are slow to import, and only this command needs it.
     from ..analysis.planning import Workload, recommend
+    from ..analysis.speedup import speedups
 
     _check_what_is_measured(examples, hours_per_epoch, model, measure)
+    numbers = _numbers(workers)
     targets = None if target_modules is None else target_modules.value
     backbone = _backbone(model, num_layers, hidden_size, rank, targets, num_labels)
     if figure is not None:
@@ -171,17 +181,36 @@ def plan(
         )
     except ConfigError as error:
         raise ConfigError(re.sub(r"\b[a-z]+_[a-z]+(?==)", _option_for, str(error))) from error
+    faster = speedups(found.chosen, backbone.num_layers, numbers) if numbers else ()
     if as_json:
         of_run = None if measured is None else asdict(measured)
         rendering.print_json(
-            {"workload": asdict(workload), "backbone": asdict(backbone), "measured": of_run, **asdict(found)}
+            {
+                "workload": asdict(workload),
+                "backbone": asdict(backbone),
+                "measured": of_run,
+                **asdict(found),
+                "workers": [asdict(one) for one in faster] or None,
+            }
         )
     else:
         if measured is not None:
             rendering.show_measured(measured)
         rendering.show_recommendation(found)
+        if faster:
+            rendering.show_speedups(faster)
     if figure is not None:
-        draw_plan(found, workload, figure)
+        draw_plan(found, workload, figure, faster)
+
+
+def _numbers(workers: str | None) -> list[int]:
+    """Numbers of workers, each once."""
+    if workers is None:
+        return []
+    words = [word.strip() for word in workers.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or len({*map(int, words)}) < len(words):
+        raise typer.BadParameter(f"Got --workers {workers}, expected different numbers above 0, such as 1,2,4,8.")
+    return list(map(int, words))
 
 
 def _check_what_is_measured(

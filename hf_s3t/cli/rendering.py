@@ -28,6 +28,7 @@ from ..records.report import UnlearningReport
 if TYPE_CHECKING:
     # Imported by the commands that need them.
     from ..analysis.planning import Option, Recommendation
+    from ..analysis.speedup import Speedup
     from ..hub.erasure import ErasureReport
     from ..hub.pushing import PushReport
     from .measuring import Measured
@@ -315,6 +316,13 @@ def show_recommendation(found: "Recommendation") -> None:
     of_each = ("", "m", "L", "layers", "stages", "of each shard", "replay", "first hours")
     ends = ("after each request", "hours a month", f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
+
+
+def show_speedups(found: "Sequence[Speedup]") -> None:
+    """How long the first training takes by more workers."""
+    say("first training over workers, each with one stage at a time:")
+    rows = [(f"{one.workers}", _hours(one.hours), f"{one.speedup:.1f}", f"{100 * one.busy:.0f}%") for one in found]
+    _table(("workers", "first training", "times sooner", "busy"), rows)
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ The trainers, and what they are put together from:
 - `plan_run`: the stages of a plan, one after the other.
 - `limits`: how far a call goes.
 - `shared_work`: takes stages among other trainers on the folder, and waits for them.
+- `assigned`: stages that somebody else chose, for workers of a cluster.
 - `stage_run`: one run of `Trainer.train`, which makes one stage.
 - `stage_memory`: brings in the stages below, and takes out the one that was trained.
 - `evaluation`: with the ensemble, or with the stack so far.
@@ -18,6 +19,7 @@ The trainers, and what they are put together from:
 
 Before anything is changed or written:
 
+- `elsewhere`: where its folder lies, when a cluster decides that.
 - `blueprint`: what a trainer knows of its system, and the order of the checks.
 - `inputs`: what was given that is of another kind, left out, or in vain.
 - `refusals`: arguments, accelerators and datasets that would break isolation.

@@ -109,7 +109,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
-    (wanted,) = broadcast_object_list([_choose(stages, folder.current_stages)])
+    (wanted,) = broadcast_object_list([choose_stages(stages, folder.current_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
     trained_here = tuple(str(key) for key in closure if was_trained_here(folder.adapter_digest(key)))
@@ -183,7 +183,17 @@ def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) 
         )
 
 
-def _choose(stages: str | Sequence[StageKey | str] | None, valid: Iterable[StageKey]) -> list[StageKey]:
+def choose_stages(stages: str | Sequence[StageKey | str] | None, valid: Iterable[StageKey]) -> list[StageKey]:
+    """
+    The stages that an audit is to train again.
+
+    Args:
+        stages: As of `S3TTrainer.verify`.
+        valid (iterable of [`~hf_s3t.plan.stages.StageKey`]): The valid stages.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If there are none, or what is named is none of them.
+    """
     valid = sorted(valid)
     if not valid:
         raise ConfigError("There is no stage to audit that saw all that its slices hold. Call `train()` first.")

@@ -40,6 +40,7 @@ from ..records.digests import DigestKey, KeptNames
 from ..records.examples import ExampleTable
 from .circumstances import circumstances
 from .early_checks import check_columns, check_optimizer
+from .elsewhere import settle
 from .fed_rows import FedRows
 from .inputs import refuse_leftovers, say_what_the_default_costs, say_which_seed_rules
 from .refusals import check_arguments, check_datasets, evaluation_chooses
@@ -185,6 +186,7 @@ def draw_up(given: TrainerInputs, layout: Layout) -> Blueprint:
     Raises:
         [`~hf_s3t.errors.S3TError`]: The child that says what does not fit.
     """
+    settle(given.args)
     model, args, output_dir = given.model, given.args, str(given.args.output_dir)
     if isinstance(model, nn.Module):
         check_is_itself(model)

@@ -30,6 +30,7 @@ from ..model.stack import StageStack
 from ..plan.stages import LEAST_STEPS, StageKey
 from ..records.digests import KeptNames
 from .additions import Additions
+from .assigned import AssignedRuns
 from .audit import VerificationReport, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
@@ -53,7 +54,7 @@ _SHOWN_SLICES = 5
 _Base = TypeVar("_Base")
 
 
-class S3TTrainerMixin(Additions):
+class S3TTrainerMixin(AssignedRuns, Additions):
     """
     What makes a [`~transformers.Trainer`] train an S3T system: a run of `Trainer.train` per stage, on that stage's
     examples, with only that stage's adapter trainable.

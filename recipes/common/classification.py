@@ -18,6 +18,7 @@ from common.results import HELD_OUT, Results, cost_of, on_hub, write_run_card
 from common.rows import Source, check_placing_columns, label_set, sample, split_off, with_ids
 from common.scores import score, shown_predictions
 from common.tasks import METRICS
+from common.workers import RayArguments, audit_over_workers, train_over_workers
 from datasets import Dataset
 from rich.table import Table
 from transformers import EvalPrediction
@@ -31,7 +32,7 @@ from hf_s3t.training.audit import VerificationReport
 
 
 @dataclass
-class ClassificationArguments:
+class ClassificationArguments(RayArguments):
     """What a classification recipe trains on, and what it does afterwards."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base: an id on the Hub or a folder."})
@@ -227,7 +228,7 @@ def run_classification(options: Options, results: Results, parts: Parts) -> dict
         parts = parts._replace(train=method.trainer.train_dataset)
     if trains:
         with results.timed("train"):
-            method.train()
+            train_over_workers(method, script, make_method, options, parts)
     results.add(
         data={
             "train_rows": len(train),
@@ -327,9 +328,12 @@ def make_method(options: Options, parts: Parts) -> Method:
 
 def audit(method: Method, which: str, options: Options, parts: Parts) -> bool:
     """Train surviving stages again, in a process that has trained none of them, and compare them bit for bit."""
-    if method.trainer.args.world_size > 1:
+    stages = "sample" if which == "sample" else None
+    if options.script.ray_workers is not None:
+        report = audit_over_workers(method.trainer.args.device, stages, options.script, make_method, options, parts)
+    elif method.trainer.args.world_size > 1:
         # Processes that belong together were started by a launcher: the same command, run again, only audits.
-        report = method.trainer.verify("sample" if which == "sample" else None)
+        report = method.trainer.verify(stages)
     else:
         report = in_new_process(audit_anew, which, options, parts)
     console.print(str(report))

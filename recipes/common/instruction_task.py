@@ -32,6 +32,7 @@ from common.options import Options, known_options, read_config, read_options
 from common.options import make_parser as make_recipe_parser
 from common.prompts import PROMPT_TEMPLATES
 from common.results import Results
+from common.workers import RayArguments
 from datasets import Dataset
 from transformers import HfArgumentParser
 from trl import SFTConfig
@@ -42,7 +43,7 @@ from hf_s3t.records.request import DeletionRequest
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(RayArguments):
     """What the recipe trains on and does afterwards; with neither model nor dataset it is the demo."""
 
     model_name_or_path: str | None = field(

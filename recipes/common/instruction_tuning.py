@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import release_memory
-from common import lm_evaluation
+from common import lm_evaluation, workers
 from common.adding import add_rows
 from common.chats import chat_template
 from common.command_line import console
@@ -58,7 +58,7 @@ def train_all(
     if trains:
         started = time.perf_counter()
         with results.timed("train"):
-            method.train()
+            workers.train_over_workers(method, options.script, make_method, options, model, train, held_out)
         say(trainer, f"{name}: {len(trainer.folder.valid_stages)} stages in {time.perf_counter() - started:.0f} s")
         write_chat_template(trainer, options)
     if method.is_exhausted:
@@ -119,6 +119,9 @@ def audit(options: Options, trainer: Any, model: str, train: Dataset, held_out: 
     Returns:
         [`~hf_s3t.training.audit.VerificationReport`]: What the audit found.
     """
+    if options.script.ray_workers is not None:
+        given = options, model, train, held_out
+        return workers.audit_over_workers(trainer.args.device, stages, options.script, make_method, *given)
     if trainer.args.world_size > 1:
         # Processes that belong together were started by a launcher: the same command, run again, only audits.
         return trainer.verify(stages)

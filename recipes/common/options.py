@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from common.tasks import IMAGE_TASKS, TEXT_TASKS
+from common.workers import check_workers
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -209,6 +210,7 @@ def check_values(script: Any) -> None:
         raise ConfigError(
             f"`--verify {script.verify}` is unknown. Give `sample` to audit one surviving stage, or `all`."
         )
+    check_workers(script)
     labels = getattr(script, "label_set", None) or ()
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:

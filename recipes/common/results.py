@@ -35,6 +35,7 @@ HELD_OUT = "held_out"
 _NOT_SETTINGS = (
     "output_dir", "results_file", "overwrite_results", "unlearn", "unlearn_groups", "verify", "cache_dir",
     "add_file", "add_into", "eval", "eval_tasks", "eval_task_folder", "eval_limit", "measure_forgetting",
+    "ray_workers", "ray_address",
 )  # fmt: skip
 _PATHS = ("model_name_or_path", "dataset_name", "eval_file")
 # What a deletion makes void: it was measured with rows that are gone.

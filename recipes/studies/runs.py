@@ -380,7 +380,7 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def run_all(names: Sequence[str], *, minilm: str, data: Path, work_dir: Path) -> None:
+def run_all(names: Sequence[str], *, minilm: str, data: Path, work_dir: Path, workers: Sequence[str] = ()) -> None:
     """
     Run, one after the other, the runs that are named and not done.
 
@@ -389,6 +389,7 @@ def run_all(names: Sequence[str], *, minilm: str, data: Path, work_dir: Path) ->
         minilm (`str`): The folder of MiniLM.
         data (`Path`): The folder with the sets, and the small Llama.
         work_dir (`Path`): Where systems go.
+        workers (sequence of `str`, *optional*): The recipes' options of workers.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If a pattern names no run.
@@ -410,7 +411,7 @@ def run_all(names: Sequence[str], *, minilm: str, data: Path, work_dir: Path) ->
             model = small_vit(work_dir / f"{run.config}-vit", run.config, images)
         # The data is public, and methods are compared: their rows lie in the same places.
         use_public_secret(work_dir / run.name)
-        RECIPES[run.recipe].main(run.arguments(model, data, work_dir))
+        RECIPES[run.recipe].main([*run.arguments(model, data, work_dir), *workers])
         shorten(run.results)
 
 

@@ -20,6 +20,7 @@ from common.options import Options, known_options
 from common.results import settings_of
 from common.scores import score
 from common.texts import tokenize
+from common.workers import train_over_workers
 from datasets import Dataset
 from studies.subsets import served_subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator
@@ -60,6 +61,8 @@ class Workbench:
 
     def __init__(self, recipe: str, argv: Sequence[str], work_dir: Path):
         quiet()
+        # By these a worker makes it anew.
+        self._made_of = recipe, list(argv), Path(work_dir).absolute()
         self.work_dir = Path(work_dir)
         self.recipe = RECIPES[recipe]
         self.options: Options = self.recipe.read([*argv, "--output_dir", str(self.work_dir / "systems")])
@@ -143,8 +146,9 @@ class Workbench:
         """
         config = dataclasses.replace(self.loaded.config, **changes)
         label = "-".join([name, *(f"{field}={_short(value)}" for field, value in sorted(changes.items()))])
-        method = self.method(name, self.work_dir / "systems" / label, config)
-        method.train()
+        folder = self.work_dir / "systems" / label
+        method = self.method(name, folder, config)
+        train_over_workers(method, self.options.script, method_anew, self._made_of, name, folder, config)
         return method
 
     def copy_of(
@@ -285,6 +289,11 @@ def _short(value: Any) -> str:
 
 
 # What all studies do
+
+
+def method_anew(bench: tuple[str, list[str], Path], name: str, folder: Path, config: S3TConfig) -> Method:
+    """A method on the folder of a bench that is made anew, by a worker."""
+    return Workbench(*bench).method(name, folder, config)
 
 
 def open_bench(options: argparse.Namespace, others: Sequence[str]) -> Workbench:

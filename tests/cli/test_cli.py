@@ -887,7 +887,7 @@ def test_plan_as_json(llama):
     found = json_of(*PLAN, "--model", llama / "config.json", "--months", 3, "--depth", 0.5, "--until", "exhausted")
     assert set(found) == {
         "workload", "backbone", "measured", "chosen", "options", "meets_goal", "goal_months", "goal_depth", "until",
-        "months", "published_depths", "published_hours", "notes",
+        "months", "published_depths", "published_hours", "notes", "workers",
     }  # fmt: skip
     assert found["workload"] == {
         "num_examples": 52_000, "deletions_per_month": 4.0, "hours_per_epoch": 3.0, "epochs": 3, "batch_size": 8,
@@ -961,8 +961,21 @@ def test_plan_measures_a_classifier(tiny, tmp_path):
     assert "shards (m)" in text and "most memory" in text
 
 
+def test_plan_says_how_long_more_workers_take():
+    text = run(*PLAN, "--num-layers", 24, "--workers", "1,2, 4").stdout
+    rows = [line.split() for line in text[text.index("first training over workers") :].splitlines()[3:6]]
+    assert [row[0] for row in rows] == ["1", "2", "4"] and rows[0][-2:] == ["1.0", "100%"]
+    found = json_of(*PLAN, "--num-layers", 24, "--workers", "1,2")
+    assert found["workers"][0]["hours"] == pytest.approx(found["chosen"]["training_hours"])
+
+
+@pytest.mark.parametrize("workers", ["0", "1,,2", "two", "1,1"])
+def test_plan_refuses_numbers_of_workers_that_are_none(workers):
+    assert "expected different numbers above 0" in run(*PLAN, "--num-layers", 24, "--workers", workers, code=2).stderr
+
+
 def test_plan_draws(tmp_path):
-    run(*PLAN, "--num-layers", 24, "--figure", tmp_path / "plan.svg")
+    run(*PLAN, "--num-layers", 24, "--workers", "1,2,4,8,16,32,64,128,256,512", "--figure", tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
     assert "training (hours in 12 months)" in text and "months, at 4 requests each" in text
 

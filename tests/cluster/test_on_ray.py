@@ -1,0 +1,115 @@
+"""Stages that are trained on a real cluster of Ray, on this machine: to the bit those of one process."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from support.on_ray import ROWS, System, adapters_of
+
+from hf_s3t.cluster import train_on_ray, verify_on_ray
+from hf_s3t.cluster.ray_cluster import joined
+from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.inspection import inspect
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread", "shared_key", "cluster"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install hf_s3t[ray]"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(shared_key):
+    """One cluster for all tests of this file; what workers import is found where this process finds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")]))
+        with joined(None, 2, {"CPU": 1.0}) as ray:
+            yield ray
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, one_thread, shared_key):
+    """What one process trains."""
+    return trained_alone(tmp_path_factory.mktemp("alone") / "system")
+
+
+def trained_alone(path, **changes):
+    System(path, **changes)().train()
+    return adapters_of(path)
+
+
+def is_whole(path, alone):
+    """That all stages are there, bit for bit those of one process, and nothing else."""
+    assert adapters_of(path) == alone
+    folder = SystemFolder(path)
+    assert folder.valid_stages == set(folder.plan.stages())
+    assert inspect(path).problems == () and not list(path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("shared", [None, False], ids=["one folder", "no folder"])
+def test_two_workers_train_each_stage_once_and_to_the_bit_as_one_process(tmp_path, alone, shared):
+    path = tmp_path / "system"
+    found = train_on_ray(System(path), num_workers=2, shared_folder=shared).metrics
+    is_whole(path, alone)
+    assert found["stages_trained"] == len(alone) and found["stages_left"] == 0 and found["deaths"] == 0
+
+
+def test_one_worker_goes_on_where_a_process_stopped_in_bfloat16(tmp_path):
+    changes = {"dtype": torch.bfloat16}
+    alone = trained_alone(tmp_path / "alone", **changes)
+    path = tmp_path / "system"
+    System(path, **changes)().train(max_stages=3)
+    found = train_on_ray(System(path, **changes), num_workers=1, same_kind=True).metrics
+    is_whole(path, alone)
+    assert found["stages_trained"] == len(alone) - 3
+
+
+@pytest.mark.parametrize("shared", [None, False], ids=["one folder", "no folder"])
+def test_a_killed_worker_costs_its_stage_alone(tmp_path, alone, shared):
+    path, notes = tmp_path / "system", tmp_path / "notes"
+    notes.mkdir()
+    killer = threading.Thread(target=kill_the_first_that_trains, args=(notes,))
+    killer.start()
+    found = train_on_ray(System(path, notes, seconds=0.2), num_workers=2, shared_folder=shared).metrics
+    killer.join()
+    is_whole(path, alone)
+    assert found["deaths"] == 1 and found["stages_trained"] == len(alone)
+
+
+def kill_the_first_that_trains(notes):
+    while not (found := sorted(notes.iterdir())):
+        time.sleep(0.01)
+    os.kill(int(found[0].name.partition("-")[2]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shared", [None, False], ids=["one folder", "no folder"])
+def test_what_is_deleted_meanwhile_is_in_no_stage(tmp_path, shared):
+    path, notes = tmp_path / "system", tmp_path / "notes"
+    notes.mkdir()
+    deleted = ROWS[0]["id"]
+
+    def delete():
+        while not list(path.glob("stages/shard-*/[0-9]*")):
+            time.sleep(0.01)
+        System(path)().s3t_model.unlearn([deleted])
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    train_on_ray(System(path, notes, seconds=0.1), num_workers=2, shared_folder=shared)
+    deleting.join()
+    without = trained_alone(tmp_path / "without", rows=ROWS[1:])
+    is_whole(path, without)
+    assert SystemFolder(path).is_deleted(deleted)
+
+
+def test_an_audit_over_workers_finds_every_stage_the_same_and_one_that_is_not(tmp_path, alone):
+    path = tmp_path / "system"
+    System(path)().train()
+    report = verify_on_ray(System(path), num_workers=2)
+    assert report.ok and len(report.stages) == len(alone) and report.trained_here == ()
