@@ -75,17 +75,19 @@ class SharedGrowth:
         # Before anything is looked at: what changes meanwhile is not waited for.
         self._then = self._signs()
         folder, over = self._folder, self._over()
-        is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder)))
-        if not over and not is_stale and choose(folder.valid_stages) is None:
+        valid = folder.valid_stages
+        is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder, valid)))
+        if not over and not is_stale and choose(valid) is None:
             # Nobody has to wait for the lock because of that.
             return Taken(None, [], self._others())
         with folder.lock():
             folder.refresh_ledger()
             folder.refresh_stages()
+            valid = folder.valid_stages
             over = [claim for claim in over if folder.claims.end(claim)]
-            folder.claims.end_stale(folder.slice_digests, _is_there(folder))
+            folder.claims.end_stale(folder.slice_digests, _is_there(folder, valid))
             self._compare_new(compare)
-            key = choose(folder.valid_stages)
+            key = choose(valid)
             claim = None if key is None else folder.claims.take(key, work(key), self._lease)
             if claim is not None:
                 self._compared.add(claim.token)
@@ -213,7 +215,7 @@ def end_claims(folder: SystemFolder, over: Iterable[Claim] = ()) -> None:
     """
     for claim in over:
         folder.claims.end(claim)
-    folder.claims.end_stale(folder.slice_digests, _is_there(folder))
+    folder.claims.end_stale(folder.slice_digests, _is_there(folder, folder.valid_stages))
     folder.claims.tidy()
 
 
@@ -226,9 +228,8 @@ def end_dead_claims(folder: SystemFolder) -> None:
             end_claims(folder, over)
 
 
-def _is_there(folder: SystemFolder) -> Callable[[StageKey], bool]:
+def _is_there(folder: SystemFolder, valid: frozenset[StageKey]) -> Callable[[StageKey], bool]:
     """Whether a stage needs no training."""
-    valid = folder.valid_stages
     if not folder.plan.by_sets:
         return valid.__contains__
     sets = {key.slices for key in valid}
