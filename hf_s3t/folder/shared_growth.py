@@ -57,7 +57,7 @@ class SharedGrowth:
 
     def take(
         self,
-        choose: Callable[[frozenset[StageKey]], StageKey | None],
+        choose: Callable[[frozenset[StageKey], frozenset[StageKey]], StageKey | None],
         work: Callable[[StageKey], Mapping[str, Any]],
         compare: Callable[[Claim], None],
     ) -> Taken:
@@ -65,7 +65,8 @@ class SharedGrowth:
         Claim the stage to train next.
 
         Args:
-            choose (callable): From the valid stages to the one to take; see `first`.
+            choose (callable): From the stages that are there, and those that are behind, to the one to take; see
+                `first`.
             work (callable): From it to what its claim says of how it is trained.
             compare (callable): Called with each claim of another trainer once; may raise.
 
@@ -75,17 +76,19 @@ class SharedGrowth:
         # Before anything is looked at: what changes meanwhile is not waited for.
         self._then = self._signs()
         folder, over = self._folder, self._over()
-        is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder)))
-        if not over and not is_stale and choose(folder.valid_stages) is None:
+        current, behind = _current_and_behind(folder)
+        is_stale = bool(folder.claims.stale(folder.slice_digests, _is_there(folder, current)))
+        if not over and not is_stale and choose(current, behind) is None:
             # Nobody has to wait for the lock because of that.
             return Taken(None, [], self._others())
         with folder.lock():
             folder.refresh_ledger()
             folder.refresh_stages()
+            current, behind = _current_and_behind(folder)
             over = [claim for claim in over if folder.claims.end(claim)]
-            folder.claims.end_stale(folder.slice_digests, _is_there(folder))
+            folder.claims.end_stale(folder.slice_digests, _is_there(folder, current))
             self._compare_new(compare)
-            key = choose(folder.valid_stages)
+            key = choose(current, behind)
             claim = None if key is None else folder.claims.take(key, work(key), self._lease)
             if claim is not None:
                 self._compared.add(claim.token)
@@ -228,7 +231,7 @@ def end_claims(folder: SystemFolder, over: Iterable[Claim] = ()) -> None:
     """
     for claim in over:
         folder.claims.end(claim)
-    folder.claims.end_stale(folder.slice_digests, _is_there(folder))
+    folder.claims.end_stale(folder.slice_digests, _is_there(folder, folder.current_stages))
     folder.claims.tidy()
 
 
@@ -241,9 +244,16 @@ def end_dead_claims(folder: SystemFolder) -> None:
             end_claims(folder, over)
 
 
-def _is_there(folder: SystemFolder) -> Callable[[StageKey], bool]:
+def _current_and_behind(folder: SystemFolder) -> tuple[frozenset[StageKey], frozenset[StageKey]]:
+    """The valid stages that saw all that their slices hold, and the others."""
+    valid = folder.valid_stages
+    # Told from the records of all stages, so no more often than it has to be.
+    current = folder.current_stages & valid if folder.ledger.additions else valid
+    return current, valid - current
+
+
+def _is_there(folder: SystemFolder, current: frozenset[StageKey]) -> Callable[[StageKey], bool]:
     """Whether a stage needs no training."""
-    current = folder.current_stages
     if not folder.plan.by_sets:
         return current.__contains__
     sets = {key.slices for key in current}

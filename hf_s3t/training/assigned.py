@@ -86,8 +86,9 @@ class AssignedRuns(PlanRuns):
     def _claims(self, key: StageKey) -> bool:
         """Claim a stage, when whoever has it is done; `False` if it needs no training any more."""
 
-        def wanted(valid: frozenset[StageKey]) -> StageKey | None:
-            return None if key in self.folder.current_stages else key
+        def wanted(current: frozenset[StageKey], behind: frozenset[StageKey]) -> StageKey | None:
+            sets = {one.slices for one in current} if self.folder.plan.by_sets else set()
+            return None if key in current or key.slices in sets else key
 
         while (turn := self._take_turn(wanted, math.inf)).waits:
             self.folder.refresh_ledger()

@@ -295,23 +295,32 @@ class PlanRuns(Evaluation, Publishing, SharedWork):
                 self._refuse_other_recipe(resume=False)
                 self._progress.pass_by(sum(map(self._cost, valid - self._agreed)))
                 self._agreed = valid
-            turn: Turn | None = None
-            if self.is_world_process_zero():
-                turn = self._take_turn(self._first_of_missing, self._limits.seconds_left)
-                self._lines_then = len(self.folder.ledger.lines)
-            (turn,) = broadcast_object_list([turn])
-            if turn is None or not turn.waits:
-                return None if turn is None else turn.key
+            turn = self._turn_of_all()
+            if not turn.waits:
+                return turn.key
             if self._is_enough(self._limits, 0):
                 return None
 
-    def _first_of_missing(self, valid: frozenset[StageKey]) -> StageKey | None:
+    def _turn_of_all(self) -> Turn:
+        """What the first process finds to do; what it refuses, all refuse, or they would wait for it."""
+        turn: Turn | S3TError = Turn(None)
+        if self.is_world_process_zero():
+            try:
+                turn = self._take_turn(self._first_of_missing, self._limits.seconds_left)
+                self._lines_then = len(self.folder.ledger.lines)
+            except S3TError as error:
+                turn = error
+        (turn,) = broadcast_object_list([turn])
+        if isinstance(turn, S3TError):
+            raise turn
+        return turn
+
+    def _first_of_missing(self, current: frozenset[StageKey], behind: frozenset[StageKey]) -> StageKey | None:
         """
         The missing stage that is trained next, if nobody has claimed it. In another order the same stages come out
         with the same tensors, as far as they stand on the same ones.
         """
-        current = valid & self.folder.current_stages
-        return self._sharing.first(current, self._rows_of_stages.empty(self.folder.table), valid - current)
+        return self._sharing.first(current, self._rows_of_stages.empty(self.folder.table), behind)
 
     def _missing(self, valid: frozenset[StageKey] | None = None) -> list[StageKey]:
         """The stages to make. A sequence ends before a slice of which deletions and truncation leave nothing."""

@@ -71,6 +71,7 @@ def test_cpu_time_counts_the_processes_that_were_waited_for():
         ("ledger", ["--cpu-time"]),
         ("gates", ["--cpu-time"]),
         pytest.param("training", [], marks=pytest.mark.long),
+        pytest.param("workers", [], marks=pytest.mark.long),
         *(
             pytest.param(name, ["--cpu-time"], marks=pytest.mark.long)
             for name in ("unlearn", "folder", "loading", "scale", "gated_tokens")
