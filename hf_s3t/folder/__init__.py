@@ -6,6 +6,7 @@ The folder as a whole:
 - `view`: `FolderView`, what a folder says: settings, ledger, table, valid stages; every read is checked.
 - `system`: `SystemFolder`, a view that may be written to; each change is atomic and synced.
 - `adding`: the part of it that adds rows.
+- `checkpointing`: the part of it in which stages train.
 - `opening`: opens a folder that may come from anywhere, to write or to be looked at only.
 - `copying`: copies one while others write to it.
 - `status`: what serves and how many deletions it outlives, as `hf-s3t status` says.

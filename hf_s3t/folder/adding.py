@@ -10,11 +10,11 @@ from ..records.ledger import Ledger
 from ..records.validity import fits, is_current
 from ..signing.keys import current_signer
 from .addition_file import StoredAddition, write_addition
+from .checkpointing import CheckpointingFolder
 from .config_file import read_record, with_additions, write_record
 from .files import explained
 from .layout import ADDITION_FILE, CONFIG_FILE
 from .removal import discard
-from .view import FolderView
 
 
 _IN = "The rows in the ledger are in. Make room, or make the folder writable, then load it again."
@@ -22,13 +22,10 @@ _NOTHING_ADDED = "Nothing was added. Make room, or make the folder writable, the
 _SERVES = "What serves is valid. Make room, or make the folder writable, then load it again."
 
 
-class AddingFolder(FolderView):
+class AddingFolder(CheckpointingFolder):
     """The part of [`~hf_s3t.folder.system.SystemFolder`] that adds rows."""
 
     if TYPE_CHECKING:
-
-        def _migrate(self) -> None:
-            """Have the folder be of the newest format."""
 
         def _append(self, ledger: Ledger) -> None:
             """Write the last line of a ledger, synced."""
@@ -38,9 +35,6 @@ class AddingFolder(FolderView):
 
         def remove_stages(self, keys: Iterable[StageKey]) -> None:
             """Remove stages."""
-
-        def remove_stale_checkpoints(self) -> None:
-            """Remove checkpoints that saw what was deleted."""
 
     def _goes_before(self, key: StageKey, there: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
         """Whether a stage that is there stays: it is the one that was written, or that one lacks rows that came."""
