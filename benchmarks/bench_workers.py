@@ -168,7 +168,7 @@ def sharing(path: Path) -> Slots:
         return (
             shares[slot]
             .take(
-                lambda valid: shares[slot].first(valid, folder.table.empty),
+                lambda there, behind: shares[slot].first(there, folder.table.empty, behind),
                 lambda key: {"slices": folder.slice_digests(key)},
                 lambda claim: None,
             )

@@ -252,7 +252,7 @@ def test_checkpoints_lie_under_the_name_of_the_claim_and_go_over_to_the_next(tmp
 def share(folder, **how):
     """A trainer's share, as `train()` has it: what is taken, and what was compared."""
     growth, compared = SharedGrowth(folder, **how), []
-    choose = lambda valid: growth.first(valid, folder.table.empty)  # noqa: E731
+    choose = lambda there, behind: growth.first(there, folder.table.empty, behind)  # noqa: E731
     work = lambda key: {"slices": folder.slice_digests(key)}  # noqa: E731
     return SimpleNamespace(
         take=lambda: growth.take(choose, work, compared.append), growth=growth, compared=compared, folder=folder
@@ -339,7 +339,7 @@ def test_each_claim_is_compared_once_and_a_refusal_takes_nothing(tmp_path):
 
     before = folder.claims.names()
     with pytest.raises(FolderError, match="another recipe"):
-        SharedGrowth(folder).take(lambda valid: StageKey(1, (2,)), lambda key: {}, refuse)
+        SharedGrowth(folder).take(lambda there, behind: StageKey(1, (2,)), lambda key: {}, refuse)
     assert folder.claims.names() == before
 
 
