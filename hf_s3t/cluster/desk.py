@@ -75,7 +75,7 @@ class FolderDesk:
         while True:
             self.folder.refresh_ledger()
             self.folder.refresh_stages()
-            if self.folder.is_valid(key):
+            if key in self.folder.current_stages:
                 return True
             if not is_current({"slices": self._slices[key]}, self.folder.slice_digests(key)):
                 return False
