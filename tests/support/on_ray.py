@@ -1,8 +1,9 @@
 """A system for workers of a cluster, made in the worker; and what stands in for Ray where no stage is trained."""
 
 import contextlib
+import copy
+import functools
 import os
-import threading
 import time
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -15,8 +16,11 @@ from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, tr
 
 
 ROWS = lm_rows(32)
-# Threads of one process draw from one generator.
-_DRAWING = threading.Lock()
+
+
+@functools.cache
+def _base(seed):
+    return tiny_llama(3, seed=seed)
 
 
 class Slowly(TrainerCallback):
@@ -35,11 +39,12 @@ class System:
 
     def __init__(self, folder, notes=None, **changes):
         self.folder, self.notes, self.changes = str(folder), notes, changes
+        # Threads of one process draw from one generator, so that nothing is drawn in them.
+        _base(changes.get("base", 0))
 
     def __call__(self):
         changes = self.changes
-        with _DRAWING:
-            model = tiny_llama(3, seed=changes.get("base", 0)).to(changes.get("dtype", torch.float32))
+        model = copy.deepcopy(_base(changes.get("base", 0))).to(changes.get("dtype", torch.float32))
         rows = changes.get("rows", ROWS)
         callbacks = [] if self.notes is None else [Slowly(str(self.notes), changes.get("seconds", 0.0))]
         return make_trainer(
