@@ -47,6 +47,8 @@ class SharedWork(StageRuns):
             wanted (callable): From the valid stages to the one to take.
             seconds_left (`float`): For how long waiting is of use.
         """
+        # Who waits for it may be waited for by it.
+        self._refuse_beside_a_stage()
         claim, over, others = self._sharing.take(wanted, self._work_of, self._refuse_unlike)
         for one in over:
             logger.warning(f"{one.holder} has ended without writing {one.key}: it is trained again.")

@@ -117,11 +117,7 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         """The base is a stage's: a live model on it switches stages off meanwhile, and attaches and drops none."""
         self._stack.turns.refuse_inside("train")
         with self._making_live:
-            if self._stack.in_training is not None:
-                raise S3TError(
-                    f"The stage {self._stack.in_training} is in training on the same base. Let its `train()` come to "
-                    "its end first."
-                )
+            self._refuse_beside_a_stage()
             with self._live.at_rest() if self._live is not None else contextlib.nullcontext():
                 # What is to be grown anew, and serves without rows that came, with what stands on it.
                 old = frozenset(one for one in self._stack.loaded if anew and key in one.lineage)
@@ -135,6 +131,13 @@ class StageRuns(StageMemory, StageRecords, StageCheckpoints):
         finally:
             self._stack.in_training = None
             self._stack.watch.begin_anew()
+
+    def _refuse_beside_a_stage(self) -> None:
+        if self._stack.in_training is not None:
+            raise S3TError(
+                f"The stage {self._stack.in_training} is in training on the same base. Let its `train()` come to its "
+                "end first."
+            )
 
     @contextlib.contextmanager
     def _dropped_on_error(self, key: StageKey) -> Iterator[None]:
