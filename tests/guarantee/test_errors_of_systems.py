@@ -91,9 +91,9 @@ def rewritten(number: int, **changes) -> list[dict]:
     Refusal(ContentChangedError, "a group that changed", "content of 1 example .*'example-003'",
         "what it was at the first training", "Restore the rows", rows=rewritten(3,
         person="person-3")),
-    Refusal(UnknownExampleError, "a new example", "has 1 example that this system was not partitioned with: 'new'",
-        "not partitioned with", "Leave them out, or train a new system in another `output_dir`", rows=[*PEOPLE,
-        {**PEOPLE[0], "id": "new"}]),
+    Refusal(UnknownExampleError, "a new example", "has 1 example that this system does not know: 'new'",
+        "does not know", "Leave them out, make the trainer with the rest and add them by `trainer.add_examples`",
+        rows=[*PEOPLE, {**PEOPLE[0], "id": "new"}]),
     Refusal(ExampleIdError, "examples that are not there any more",
         "lacks 2 examples that this system holds: 'example-014', 'example-015'", "otherwise give the full dataset",
         "If they are to be forgotten, call `unlearn` with these ids", rows=PEOPLE[:-2]),
@@ -336,8 +336,8 @@ SERVED = "stages/shard-0/0-1"
         damage=truncated("s3t_config.json")),
     Refusal(FolderError, "a truncated table", "examples.parquet", "is not the table", "Restore it",
         damage=truncated("examples.parquet")),
-    Refusal(FormatVersionError, "an unknown version", "format version 3", "reads versions 1 and 2",
-        "Install the version of hf_s3t that wrote it", damage=of_version(3)),
+    Refusal(FormatVersionError, "an unknown version", "format version 4", "reads versions 1 to 3",
+        "Install the version of hf_s3t that wrote it", damage=of_version(4)),
     Refusal(KeyMissingError, "a missing key", "Neither HF_S3T_KEY nor", "holds the secret",
         "Restore the file, or set the variable", damage=removed("ledger.key")),
 )  # fmt: skip
@@ -536,8 +536,8 @@ def test_training_takes_no_checkpoint_and_no_trial(case, trainer):
     ("stages", "error", "message"),
     [
         ("some", ConfigError, "`stages` must be None, \"sample\" or a list of stages, got 'some'"),
-        (["shard-0/1-0-2"], ConfigError, "shard-0/1-0-2 is not a valid stage of this system, which has shard-0/0"),
-        (["shard-5/0"], ConfigError, "shard-5/0 is not a valid stage of this system, which has shard-0/0"),
+        (["shard-0/1-0-2"], ConfigError, "shard-0/1-0-2 is not a valid stage of this system, or lacks rows"),
+        (["shard-5/0"], ConfigError, "shard-5/0 is not a valid stage of this system, or lacks rows"),
         (["0-1"], FolderError, "is not the path of a stage, which looks like stages/shard-0/2-0-1"),
     ],
 )
@@ -549,7 +549,9 @@ def test_an_audit_takes_stages_of_the_system_only(stages, error, message, traine
 
 
 def test_there_is_nothing_to_audit_before_training(tmp_path):
-    with pytest.raises(ConfigError, match=r"There is no valid stage to audit. Call `train\(\)` first"):
+    with pytest.raises(
+        ConfigError, match=r"There is no stage to audit that saw all that its slices hold. Call `train\(\)` first"
+    ):
         make_trainer(tmp_path / "system", base(), ROWS).verify()
 
 

@@ -484,9 +484,7 @@ def test_changed_content_is_an_error_that_names_the_ids():
 
 def test_new_rows_are_an_error_that_names_the_ids():
     rows = [(i, row.digest) for i, row in small_table().rows.items()] + [("new", content("d9"))]
-    with pytest.raises(
-        UnknownExampleError, match=r"1 example that this system was not partitioned with: 'new'\. Leave"
-    ):
+    with pytest.raises(UnknownExampleError, match=r"1 example that this system does not know: 'new'\. Leave"):
         check(small_table(), rows)
 
 
