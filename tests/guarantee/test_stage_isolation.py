@@ -573,15 +573,15 @@ class Meddling(TrainerCallback):
 class ShardsLast(S3TTrainer):
     """Trains all first stages before any second one, and the last shard first."""
 
-    def _first_of_missing(self, valid):
-        return min(self._missing(valid), key=lambda key: (key.depth, -key.shard, key.prefix), default=None)
+    def _first_of_missing(self, current, behind):
+        return min(self._missing(current), key=lambda key: (key.depth, -key.shard, key.prefix), default=None)
 
 
 class DeepestFirst(S3TTrainer):
     """Trains the last sequence of the last shard first."""
 
-    def _first_of_missing(self, valid):
-        keys = self._missing(valid)
+    def _first_of_missing(self, current, behind):
+        keys = self._missing(current)
         tips = [key for key in keys if key.depth == 2]
         return next((stage for tip in reversed(tips) for stage in tip.lineage if stage in keys), None)
 
@@ -666,8 +666,8 @@ def test_packing_does_not_depend_on_the_order_of_stages(tmp_path, tokenizer, pac
     """Shuffling before packing is seeded by the stage, not by what was trained before it."""
 
     class Backwards(RecordingSFTTrainer):
-        def _first_of_missing(self, valid):
-            return min(self._missing(valid), key=lambda key: (key.depth, -key.shard), default=None)
+        def _first_of_missing(self, current, behind):
+            return min(self._missing(current), key=lambda key: (key.depth, -key.shard), default=None)
 
     seen = []
     for name, cls in (("forwards", RecordingSFTTrainer), ("backwards", Backwards)):

@@ -221,8 +221,8 @@ def make_trainer(scenario: Scenario, folder: Path, side: str, callbacks=None):
         folder / side, model, rows, args=args, peft_config=peft_config, config=config_of(scenario), callbacks=callbacks
     )
     if scenario.order == "other" and side == "never":
-        trainer._first_of_missing = lambda valid: min(
-            trainer._missing(valid), key=lambda k: (k.depth, -k.shard, k.prefix[::-1]), default=None
+        trainer._first_of_missing = lambda current, behind: min(
+            trainer._missing(current), key=lambda k: (k.depth, -k.shard, k.prefix[::-1]), default=None
         )
     return trainer
 

@@ -60,8 +60,8 @@ MORE = Dataset.from_list([{"input_ids": row["input_ids"]} for row in lm_rows(6, 
 class LastShardFirst(S3TTrainer):
     """Trains the last shard first."""
 
-    def _first_of_missing(self, valid):
-        return min(self._missing(valid), key=lambda key: (-key.shard, key.depth), default=None)
+    def _first_of_missing(self, current, behind):
+        return min(self._missing(current), key=lambda key: (-key.shard, key.depth), default=None)
 
 
 def masking():
