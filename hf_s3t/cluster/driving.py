@@ -189,7 +189,10 @@ class Driver:
             self.tally.discarded += 1
             self._look_for_news()
             if news == self._news:
-                self._again(key, f"{outcome.worker} came back without it, and nothing was deleted; another trainer may have made it")
+                self._again(
+                    key,
+                    f"{outcome.worker} came back without it, and nothing was deleted; another trainer may have made it",
+                )
             return True
         self.tally.trained.append(key)
         self.tally.results.append(outcome.result or {})

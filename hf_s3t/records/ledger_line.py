@@ -13,6 +13,7 @@ LEDGER_VERSION = 2
 KINDS = ("deletion", "export", "merge", "addition", "replacement")
 # Of a replacement: rows go and others of their ids come, by one line.
 _DELETING, _ADDING = ("deletion", "replacement"), ("addition", "replacement")
+_FIRST_KINDS = ("deletion", "export", "merge")
 _FIRST_FIELDS = {"kind", "time", "ids", "removed", "left", "previous", "versions", "groups"}
 # What a line of version 2 says besides kind, time and the line before; what is empty is left out.
 _SAID = {
@@ -120,7 +121,10 @@ class LedgerEntry:
         versions = {} if version != 1 and entry.versions is None else entry.versions
         maps: tuple[Any, ...] = (entry.removed, entry.left, entry.grown, versions)
         if (
-            not (entry.kind in KINDS or (isinstance(entry.kind, str) and values.get("optional") is True))
+            not (
+                entry.kind in (_FIRST_KINDS if version == 1 else KINDS)
+                or (isinstance(entry.kind, str) and values.get("optional") is True)
+            )
             or not all(isinstance(text, str) for text in texts)
             or not all(isinstance(m, dict) for m in maps)
             or type(entry.rows) is not int
