@@ -191,7 +191,7 @@ class Driver:
             if news == self._news:
                 self._again(
                     key,
-                    f"{outcome.worker} came back without it, and nothing was deleted; another trainer may have made it",
+                    f"{outcome.worker} came back without it, and nothing was deleted: another trainer may have it",
                 )
             return True
         self.tally.trained.append(key)

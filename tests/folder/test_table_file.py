@@ -172,7 +172,7 @@ def test_whoever_looks_while_a_deletion_is_recorded_sees_its_line_without_its_ro
     write_head, seen = system_module.write_head, []
 
     def look():
-        copied = folder._snapshot()
+        copied = folder.snapshot()
         seen.append((len(copied.table), len(copied.ledger.deleted)))
 
     other = threading.Thread(target=look)
