@@ -30,6 +30,8 @@ def test_a_live_model_signs_what_it_unlearns(tmp_path, monkeypatch):
         model.unlearn(ids_of(24)[1:2])
     finally:
         use_signer(None)
+    # The table is written without the rows a moment later.
+    model._wait_for_cleaner()
     signatures = Signatures.read(path)
     signed = [signatures.signed(one)[1] for one in model.folder.ledger.hashes]
     assert [one.signed for one in signed] == ["written"] * 2 and len(asked) == 1

@@ -43,7 +43,7 @@ def test_every_option_reaches_what_it_is_about(tmp_path, monkeypatch):
     options = {
         name: own.get(name, next(numbers))
         for name in inspect.signature(command).parameters
-        if name not in {"system", "keys", "cache_dir", "engine_exports"}
+        if name not in {"system", "keys", "cache_dir", "engine_exports", "signing_key"}
     }
     paths = {"cache_dir": tmp_path / "cache", "engine_exports": tmp_path / "exports"}
     given = [
