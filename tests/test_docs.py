@@ -165,6 +165,8 @@ def stand_ins(tmp_path_factory):
     write_language_models(weights)
     write_classifiers(weights)
     write_configs(configs)
+    for name in ("receipt.json", "signing.key.pub"):
+        shutil.copy(ROOT / "tests" / "fixtures" / "receipts" / name, configs)
     return weights, configs
 
 
