@@ -466,7 +466,7 @@ def test_an_audit_in_a_fresh_process_finds_a_grown_system_as_it_is_recorded(tmp_
     script = tmp_path / "grows.py"
     script.write_text(
         "import sys\n"
-        "from training.test_additions import FIRST, MORE, data, trainer_of\n"
+        "from training.test_adding_rows import FIRST, MORE, data, trainer_of\n"
         "rows = [*FIRST, *MORE[:3]] if sys.argv[2] == 'audit' else FIRST\n"
         "trainer = trainer_of(sys.argv[1], rows)\n"
         "if sys.argv[2] == 'audit':\n"
