@@ -117,6 +117,7 @@ class AddingFolder(CheckpointingFolder):
             again_groups (iterable of groups): The same of groups.
 
         Raises:
+            [`~hf_s3t.errors.ExampleIdError`]: If their ids are of another type than those that are in.
             [`~hf_s3t.errors.FolderError`]: If it cannot be written: saying whether the rows are in.
         """
         # A key that cannot sign the line is told of before anything is written.
@@ -125,6 +126,9 @@ class AddingFolder(CheckpointingFolder):
         if self.has_gate:
             self.gate_head()
         adapters = dict(self._stages.adapters)
+        # Before the line is written: after it, a table that cannot be made could not be loaded either.
+        rows, number = addition.rows.settled().columns, len(self.ledger.additions) + 1
+        table = self.table.without(replaced).with_more(rows, number, addition.rows.num_shards)
         with explained(f"{self.path / ADDITION_FILE} could not be written", _NOTHING_ADDED):
             written = write_addition(self.path, addition, self.ledger)
         line = self.ledger.append(
@@ -141,9 +145,7 @@ class AddingFolder(CheckpointingFolder):
         with self._reading:
             self._append(line)
             self._use_record(with_additions(self.record, addition.added))
-            left = self.table.without(replaced)
-            rows = addition.rows.settled().columns
-            self.table = left.with_more(rows, len(line.additions), self.config.num_shards)
+            self.table = table
             self._stages.condemn(removed)
         self.remove_stages(removed)
         self.remove_stale_checkpoints()

@@ -146,9 +146,10 @@ class Growth:
     ) -> Iterator[Step]:
         missing = [key for key in self._plan.stages(empty) if key not in there[key.shard]]
         while missing:
-            ready = [key for key in missing if key.parent is None or key.parent in there[key.shard]]
-            free = (key for key in ready if not _lowers(key, there[key.shard], old[key.shard])) if any(old) else ()
-            key = next(iter(free), missing[0])
+            ready = (key for key in missing if key.parent is None or key.parent in there[key.shard])
+            # Where nothing is replaced, nothing is lowered.
+            free = (key for key in ready if not any(old) or not _lowers(key, there[key.shard], old[key.shard]))
+            key = next(free, missing[0])
             (alone,) = self._soon[key.shard].worths([key.prefix], _prefixes(there[key.shard]))
             yield self._step(_Found(key, alone, alone))
             there[key.shard].add(key)

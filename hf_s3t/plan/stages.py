@@ -182,6 +182,17 @@ class Plan:
         """The same stages in the order of the sequences that a config asks for, as plans once were."""
         return cls(tuple(_family(config, shard) for shard in range(config.num_shards)), not config.keeps_idle)
 
+    def with_shards(self, num_shards: int, first: int) -> "Plan":
+        """
+        The plan of a system to which whole shards were added: each is planned as one of the first, in their order.
+
+        Args:
+            num_shards (`int`): How many shards there are then.
+            first (`int`): How many there were at first.
+        """
+        later = (self._given[shard % first] for shard in range(self.num_shards, num_shards))
+        return Plan((*self._given, *later), self.by_sets)
+
     @classmethod
     def from_record(cls, record: Any, config: S3TConfig) -> "Plan":
         """
@@ -371,7 +382,6 @@ class Plan:
                 `"all"`: the longest valid prefix of every sequence (Figure 16), and valid stages beyond them on which
                 no other stands. Ties are settled by `rank`.
             losses (mapping from [`StageKey`] to `float`, *optional*): Recorded evaluation losses, for `"metric"`.
-
             behind (collection of [`StageKey`], *optional*):
                 Valid stages that lack rows which came to their slices since: of equally deep ones the others serve.
 

@@ -17,7 +17,7 @@ from ..model.aggregation import check_one_answer_can_be_made
 from ..model.randomness import own_randomness
 from ..operations.deletion import stages_that_saw
 from ..plan.later_rows import Place
-from ..plan.stages import Plan, StageKey
+from ..plan.stages import StageKey
 from ..records.request import listed
 from .arriving import INTO, Arrival, Places, added_by, arrival_of, places_of, rows_of_arrival
 from .blueprint import Layout
@@ -64,6 +64,17 @@ class AdditionReport:
     work: float
     stages_removed: tuple[str, ...]
     is_dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks for; see the arguments of `add_examples`, and whether rows take the place of others."""
+
+    into: str
+    weights: str | None
+    again: Collection[int | str]
+    dry_run: bool
+    replaces: bool
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Additions(PlanRuns):
         require_choice("into", into, INTO)
         if weights is not None:
             require_choice("weights", weights, WEIGHTS)
-        return self._add(dataset, into, weights, listed(again, "again"), dry_run, replaces=False)
+        return self._add(dataset, _Asked(into, weights, listed(again, "again"), dry_run, replaces=False))
 
     def replace_examples(self, dataset: Any, *, dry_run: bool = False) -> AdditionReport:
         """
@@ -158,26 +169,16 @@ class Additions(PlanRuns):
         trainer.train()
         ```
         """
-        return self._add(dataset, "slices", None, [], dry_run, replaces=True)
+        return self._add(dataset, _Asked("slices", None, [], dry_run, replaces=True))
 
     @own_randomness()
-    def _add(
-        self,
-        dataset: Any,
-        into: str,
-        weights: str | None,
-        again: Collection[int | str],
-        dry_run: bool,
-        replaces: bool,
-    ) -> AdditionReport:
+    def _add(self, dataset: Any, asked: _Asked) -> AdditionReport:
         rows = self._rows_that_may_come(dataset)
         digests = rows.digests(self.folder.key, self.folder.record["row_digests"])
         whole = self._with_rows(rows, digests)
         # Prepared before anything is written: preparing may refuse rows, or leave nothing of them.
-        prepared = None if dry_run else self._prepared_rows_of(whole)
-        report = self._in_first_process(
-            lambda: self._add_under_lock(rows, digests, into, weights, again, dry_run, replaces)
-        )
+        prepared = None if asked.dry_run else self._prepared_rows_of(whole)
+        report = self._in_first_process(lambda: self._add_under_lock(rows, digests, asked))
         if prepared is not None:
             self._take_up(whole, prepared, report)
         return report
@@ -267,31 +268,22 @@ class Additions(PlanRuns):
             self.folder.refresh()
         return found
 
-    def _add_under_lock(
-        self,
-        rows: TrainingRows,
-        digests: Any,
-        into: str,
-        weights: str | None,
-        again: Collection[int | str],
-        dry_run: bool,
-        replaces: bool,
-    ) -> AdditionReport:
-        folder = self.folder
+    def _add_under_lock(self, rows: TrainingRows, digests: Any, asked: _Asked) -> AdditionReport:
+        folder, weights = self.folder, asked.weights
         # Before the lock, for which others wait.
         versions = library_versions()
         with folder.lock():
             folder.refresh()
-            arrival = arrival_of(rows, digests, folder, again, frozenset(self._own_rows.ids), replaces)
+            arrival = arrival_of(rows, digests, folder, asked.again, frozenset(self._own_rows.ids), asked.replaces)
             if arrival.new:
-                places = places_of(arrival, rows, digests, folder, into)
+                places = places_of(arrival, rows, digests, folder, asked.into)
             else:
                 places = Places([], folder.config.num_shards)
             if places.num_shards > folder.config.num_shards:
                 check_one_answer_can_be_made(self.model, places.num_shards, folder.config.select)
             coming = _Coming(rows, digests, arrival, places)
-            report = self._report_of(coming, weights, dry_run)
-            if not dry_run and (arrival.new or (weights or report.weights) != _recorded_weights(folder.record)):
+            report = self._report_of(coming, asked)
+            if not asked.dry_run and (arrival.new or (weights or report.weights) != _recorded_weights(folder.record)):
                 removed = [StageKey.from_path(f"stages/{name}") for name in report.stages_removed]
                 addition = StoredAddition(
                     rows_of_arrival(arrival, rows, digests, places, folder), added_by(folder.record, places, weights)
@@ -301,10 +293,10 @@ class Additions(PlanRuns):
                 )
         return report
 
-    def _report_of(self, coming: _Coming, weights: str | None, dry_run: bool) -> AdditionReport:
+    def _report_of(self, coming: _Coming, asked: _Asked) -> AdditionReport:
         folder, places, arrival = self.folder, coming.places, coming.arrival
-        added = added_by(folder.record, places, weights)
-        plan = _plan_with(folder.plan, places.num_shards, folder.record["s3t_config"]["num_shards"])
+        added = added_by(folder.record, places, asked.weights)
+        plan = folder.plan.with_shards(places.num_shards, folder.record["s3t_config"]["num_shards"])
         sizes, current = places.sizes, folder.current_stages
         standing = set(folder.stages).difference(folder.condemned_stages())
         removed = stages_that_saw(folder, arrival.replaced, standing) if arrival.replaced else []
@@ -325,7 +317,7 @@ class Additions(PlanRuns):
             stages=tuple(map(str, because)),
             work=folder.growth.work([StageKey(key.shard % folder.config.num_shards, key.prefix) for key in because]),
             stages_removed=tuple(map(str, removed)),
-            is_dry_run=dry_run,
+            is_dry_run=asked.dry_run,
         )
 
     def _say_what_is_small(self, sizes: dict[Place, int], new_shards: int, weights: str) -> None:
@@ -356,11 +348,6 @@ class Additions(PlanRuns):
         self.accelerator.wait_for_everyone()
         if self._live is not None:
             self._live.refresh()
-
-
-def _plan_with(plan: Plan, num_shards: int, first: int) -> Plan:
-    families = [plan._given[shard if shard < plan.num_shards else shard % first] for shard in range(num_shards)]
-    return Plan(tuple(families), plan.by_sets)
 
 
 def _recorded_weights(record: Any) -> str:

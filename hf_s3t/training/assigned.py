@@ -90,10 +90,14 @@ class AssignedRuns(PlanRuns):
             sets = {one.slices for one in current} if self.folder.plan.by_sets else set()
             return None if key in current or key.slices in sets else key
 
-        while (turn := self._take_turn(wanted, math.inf)).waits:
+        # Others may have other stages in hand as long as they like: only who has this one is waited for.
+        while wanted(self.folder.current_stages, frozenset()) is not None:
+            turn = self._take_turn(wanted, math.inf)
+            if not turn.waits:
+                return turn.key is not None
             self.folder.refresh_ledger()
             self.folder.refresh_stages()
-        return turn.key is not None
+        return False
 
     def _refuse_to_stand_on_others(self, key: StageKey) -> None:
         """Refuse to go on from stages that another trainer made by another recipe since this one looked."""

@@ -1,7 +1,7 @@
 """Sharing what is missing with other trainers on the same folder: taking a stage, keeping it, waiting for others."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from transformers.utils import logging
@@ -39,12 +39,14 @@ class SharedWork(StageRuns):
         self._sharing = SharedGrowth(self.folder, lease)
         self._has_told = False
 
-    def _take_turn(self, wanted: Any, seconds_left: float) -> Turn:
+    def _take_turn(
+        self, wanted: Callable[[frozenset[StageKey], frozenset[StageKey]], StageKey | None], seconds_left: float
+    ) -> Turn:
         """
         Claim a stage, or wait for a while; in the first process of a group alone.
 
         Args:
-            wanted (callable): From the valid stages to the one to take.
+            wanted (callable): From the stages that are there, and those that are behind, to the one to take.
             seconds_left (`float`): For how long waiting is of use.
         """
         # Who waits for it may be waited for by it.

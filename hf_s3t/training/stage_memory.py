@@ -98,8 +98,8 @@ class StageMemory(LiveModel):
             self._stack.drop([key])
         if self._claim is not None and self._claim.is_lost:
             logger.warning(
-                f"{key} is discarded: for longer than its lease this process gave no sign of life, or a deletion took "
-                "examples that it saw, and another trainer was free to take it over."
+                f"{key} is discarded: for longer than its lease this process gave no sign of life, or examples of its "
+                "slices went or came, and another trainer was free to take it over."
             )
         elif not is_kept and self.is_world_process_zero():
             logger.warning(

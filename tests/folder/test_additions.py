@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+from support.crashes import tree_of
 from support.folders import NAMES, add, apply, grow, new_system, plant
 
 from hf_s3t import S3TConfig
-from hf_s3t.errors import FolderError, FormatVersionError
+from hf_s3t.errors import ExampleIdError, FolderError, FormatVersionError
 from hf_s3t.folder.layout import ADDITION_FILE, CONFIG_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
@@ -38,6 +39,13 @@ def test_what_serves_goes_on_serving_when_rows_come_to_its_slices(system):
     assert SystemFolder(system).valid_stages == valid and set(NEW) < set(SystemFolder(system).table.rows)
     inspection = inspect(system)
     assert not inspection.problems and "2 stages serve without examples that came" in inspection.notes[0]
+
+
+def test_rows_that_the_table_cannot_take_are_refused_before_anything_is_written(system):
+    folder, before = SystemFolder(system), tree_of(system)
+    with pytest.raises(ExampleIdError, match="texts, those of the rows that came integers"):
+        add(folder, {17: (0, 0)})
+    assert tree_of(system) == before and not SystemFolder(system).ledger.lines
 
 
 def test_a_deletion_of_what_a_stage_saw_ends_it_and_one_of_what_it_never_saw_does_not(system):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.crashes import Faults, Recording, crashes, plant, tree_of
-from support.folders import apply, grow, new_system
+from support.folders import add, apply, grow, new_system
 from support.folders import plant as plant_stage
 
 from hf_s3t import S3TConfig
@@ -288,6 +288,57 @@ def test_what_several_take_is_what_one_alone_would_train(config, tmp_path):
     for worker in workers:
         worker.growth.tidy()
     assert not (tmp_path / "claims").exists() and inspect(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("config", [SETS, None], ids=["sets", "published"])
+def test_what_several_take_when_rows_came_is_what_one_alone_would_train_anew(config, number, tmp_path):
+    folder = grow(new_system(tmp_path, **({} if config is None else {"config": config})))
+    add(folder, {101: (0, 0), 102: (1, 1)})
+    current, valid = folder.current_stages, folder.valid_stages
+    steps = folder.growth.steps(current, folder.table.empty, valid - current)
+    expected = [step.key for step in steps]
+    assert expected and current < valid
+    workers = [share(SystemFolder(tmp_path)) for _ in range(number)]
+    held, taken = [], []
+    for turn in range(1000):
+        claim = None if len(held) == number else (worker := workers[turn % number]).take().claim
+        if claim is not None:
+            # What a stage is to stand on saw what came, too.
+            assert claim.key.parent is None or claim.key.parent in worker.folder.current_stages
+            taken.append(claim.key)
+            held.append((worker, claim))
+        elif not held:
+            break
+        else:
+            finish(*held.pop())
+    # What lowers no depth comes first.
+    assert taken == expected if number == 1 else sorted(taken) == sorted(expected)
+    folder.refresh()
+    assert folder.current_stages == folder.valid_stages and inspect(tmp_path).problems == ()
+
+
+def test_a_shard_that_comes_while_others_have_all_else_in_hand_is_begun_by_who_waits(tmp_path):
+    folder = grow(new_system(tmp_path))
+    add(folder, {101: (0, 0)})
+    one, other = share(SystemFolder(tmp_path)), share(SystemFolder(tmp_path))
+    held = [one.take().claim]
+    while (claim := other.take().claim) is not None:
+        held.append(claim)
+    added = folder.config.num_shards
+    add(SystemFolder(tmp_path), {200 + slice_: (added, slice_) for slice_ in range(folder.config.num_slices)})
+    # As a trainer does before each turn.
+    other.folder.refresh_ledger()
+    assert other.take().claim.key.shard == added and all(claim.is_held() for claim in held)
+
+
+def test_rows_that_come_end_the_claims_of_the_stages_of_their_slices_and_no_other(tmp_path):
+    folder = new_system(tmp_path)
+    hit, other = take(folder, StageKey(1, (0,))), take(folder, StageKey(1, (1,)))
+    one = share(SystemFolder(tmp_path))
+    add(SystemFolder(tmp_path), {101: (1, 0)})
+    one.take()
+    assert not hit.is_held() and other.is_held()
 
 
 def test_the_stage_of_one_that_died_is_taken_again_and_told_of(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,27 @@ def test_who_waits_says_so_once_in_a_line_and_ends_at_its_limit(tmp_path, monkey
     claim.end()
     assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
     assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
+
+
+def test_a_worker_that_is_told_of_a_stage_that_is_there_waits_for_nobody_who_has_another(tmp_path):
+    trainer = system(tmp_path, {"num_slices": 2, "budget": 1})
+    first, second = trainer.folder.plan.stages()
+    trainer._begin_assigned()
+    assert trainer._train_assigned(first)["steps"] > 0 and trainer.folder.claims.keys() == []
+    folder = SystemFolder(tmp_path)
+    with folder.lock():
+        claim = folder.claims.take(second, {"slices": folder.slice_digests(second)})
+    pool = ThreadPoolExecutor(1)
+    try:
+        assert pool.submit(trainer._train_assigned, first).result(60) is None
+        # Who has this one is waited for.
+        waiting = pool.submit(trainer._train_assigned, second)
+        with pytest.raises(TimeoutError):
+            waiting.result(1)
+    finally:
+        claim.end()
+        pool.shutdown()
+    assert waiting.result(60)["steps"] > 0 and trainer.folder.valid_stages == {first, second}
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, float("nan"), "60"])

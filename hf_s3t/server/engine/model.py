@@ -102,6 +102,9 @@ class EngineModel(S3TModel):
 
     def _put(self) -> None:
         """Have the engine serve what serves here."""
+        if self.folder.config.num_shards > 1:
+            self._refuse_added_shards()
+            return
         tips = self._routing.served[0]
         if not tips:
             self.switch.close(ExhaustedError(_exhausted(self.folder)))
@@ -112,6 +115,13 @@ class EngineModel(S3TModel):
         if not self.switch.has(stages) and self._note(tip, stages):
             folder = self.folder
             self.switch.put(stages, lambda path: self.stack.export(tip, path, folder.base_id, folder.base_revision))
+
+    def _refuse_added_shards(self) -> None:
+        """Pass nothing on, and say so once: what the engine has is one member of several by now."""
+        if not isinstance(self.switch.names.why, ConfigError):
+            error = _of_several_shards(self.folder)
+            logger.error(f"Shards were added, and nothing is passed on to the engine any more: {error}")
+            self.switch.close(error)
 
     def _note(self, tip: StageKey, stages: tuple[tuple[StageKey, str], ...]) -> bool:
         """Have the ledger say that these stages leave the folder, before they do; `False` if there is news in it."""
@@ -262,10 +272,7 @@ def check_engine_can_serve(folder: SystemFolder) -> None:
     config, record = folder.config, folder.record
     alone = "Serve it without `--engine`."
     if config.num_shards != 1:
-        raise ConfigError(
-            f"{folder.path} has {config.num_shards} shards, expected 1: an engine answers with one adapter, and "
-            f"several shards answer together. {alone}"
-        )
+        raise _of_several_shards(folder)
     if config.select == "all":
         raise ConfigError(
             f'{folder.path} has select="all", expected "longest" or "metric": an engine answers with one adapter, and '
@@ -289,6 +296,13 @@ def check_engine_can_serve(folder: SystemFolder) -> None:
                 f"{folder.path} was trained with {name}={getattr(shape.peft_config, name)!r}, expected none: vLLM "
                 f"would compute something else of it. {alone}"
             )
+
+
+def _of_several_shards(folder: SystemFolder) -> ConfigError:
+    return ConfigError(
+        f"{folder.path} has {folder.config.num_shards} shards, expected 1: an engine answers with one adapter, and "
+        "several shards answer together. Serve it without `--engine`."
+    )
 
 
 def _exhausted(folder: SystemFolder) -> str:

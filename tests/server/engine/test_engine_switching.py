@@ -6,7 +6,7 @@ import threading
 import pytest
 from support.behind import behind, of_last_slice, wait_for
 from support.fake_vllm import FakeVllm
-from support.folders import apply
+from support.folders import add, apply
 from support.served import tiny_system
 from support.tiny import ids_of, s3t_config
 
@@ -108,6 +108,19 @@ def test_an_exhausted_system_passes_nothing_on(system, fake):
         assert not fake.loaded and not server.exports
         assert server.model.is_exhausted
         assert isinstance(server.model.switch.names.why, ExhaustedError)
+
+
+def test_a_system_to_which_a_shard_was_added_passes_nothing_on(system, fake, caplog):
+    with behind(system, fake) as server:
+        assert server.answer()
+        before, asked = SystemFolder(system), len(fake.requests)
+        add(before, {f"new-{number}": (1, number) for number in range(3)})
+        response = server.ask()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_not_ready")
+        assert len(fake.requests) == asked
+        wait_for(lambda: not fake.loaded and not server.exports)
+        told = [one.message for one in caplog.records if "Shards were added" in one.message]
+        assert len(told) == 1 and "has 2 shards, expected 1" in told[0] and "without `--engine`" in told[0]
 
 
 # Requests under way
