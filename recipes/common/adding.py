@@ -6,7 +6,7 @@ from common.command_line import console
 from common.options import Options
 from datasets import Dataset, concatenate_datasets
 
-from hf_s3t.errors import ConfigError
+from hf_s3t.errors import ConfigError, counted
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.training.additions import AdditionReport
 
@@ -65,9 +65,9 @@ def add_rows(trainer: Any, new: Dataset, options: Options) -> AdditionReport | N
         return None
     report: AdditionReport = trainer.add_examples(new, into=options.script.add_into)
     if trainer.is_world_process_zero():
-        where = f"{report.new_shards} new shards" if report.new_shards else f"{len(report.slices)} slices"
+        places = (report.new_shards, "new shard") if report.new_shards else (len(report.slices), "slice")
         console.print(
-            f"{report.added} rows of {options.script.add_file} came to {where}: {len(report.stages)} stages to train, "
-            f"{report.work:.2f} full fine-tunings"
+            f"{counted(report.added, 'row')} of {options.script.add_file} came to {counted(*places)}: "
+            f"{counted(len(report.stages), 'stage')} to train, {report.work:.2f} full fine-tunings"
         )
     return report
