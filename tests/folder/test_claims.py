@@ -227,6 +227,23 @@ def test_a_claim_ends_when_its_stage_is_there(tmp_path):
     assert given["kept"] and folder.is_valid(FIRST) and folder.claims.keys() == []
 
 
+def test_a_claim_that_is_lost_while_its_stage_is_being_written_writes_nothing(tmp_path):
+    """As where the server of a file system took a machine for dead, and gave its lock to another."""
+    folder = new_system(tmp_path)
+    claim, write = take(folder), folder.write_stage
+
+    def written(key, record, fill):
+        def fill_slowly(path):
+            fill(path)
+            claim.path.unlink()
+
+        kept.append(write(key, record, fill_slowly, claim))
+
+    kept, folder.write_stage = [], written
+    plant_stage(folder, FIRST)
+    assert kept == [False] and not folder.is_valid(FIRST) and not (tmp_path / FIRST.path).exists()
+
+
 def test_checkpoints_lie_under_the_name_of_the_claim_and_go_over_to_the_next(tmp_path):
     folder, other = new_system(tmp_path), SystemFolder(tmp_path)
     slices = folder.slice_digests(FIRST)

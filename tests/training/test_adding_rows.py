@@ -22,7 +22,7 @@ from support.tiny import (
 )
 from trl import SFTConfig
 
-from hf_s3t import S3TModel, S3TSFTTrainer
+from hf_s3t import S3TModel, S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import (
     ConfigError,
     ContentChangedError,
@@ -209,6 +209,47 @@ def test_a_system_that_grew_equals_one_that_had_the_rows_from_the_start(tmp_path
     trainer.train()
     fresh = from_the_start(tmp_path / "fresh", [*FIRST, *rows], trainer.folder, tiny_llama().to(dtype))
     assert_equal_stages(trainer.folder, fresh)
+
+
+def test_a_row_that_comes_back_as_a_stage_begins_is_in_what_it_says_that_it_saw(tmp_path):
+    """It may lie in the trainer's dataset: seen and not told of, its next deletion would leave the stage."""
+    path = tmp_path / "system"
+
+    class ComesBack(S3TTrainer):
+        written, came = [], False
+
+        def _bring_in(self, key):
+            frozen = super()._bring_in(key)
+            if not self.came and place[1] in key.prefix:
+                self.came = True
+                add(SystemFolder(path), {gone: place}, again=[gone])
+                self.folder.refresh_ledger()
+            return frozen
+
+        def _write(self, key, record):
+            self.written.append((len(self.train_dataset), sum(record["counts"]), record["slices"]))
+            return super()._write(key, record)
+
+    first = trainer_of(path, num_shards=1)
+    place = (0, first.folder.plan.stages()[0].prefix[0])
+    gone = first.folder.table.ids_in(*place)[0]
+    first.s3t_model.unlearn([gone])
+    trainer = make_trainer(path, rows=FIRST, config=s3t_config(**{**BALANCED, "num_shards": 1}), cls=ComesBack)
+    trainer.train()
+    assert all(saw == told for saw, told, _ in trainer.written) and len(trainer.written) == len(trainer.folder.stages)
+    assert trainer.folder.current_stages == trainer.folder.valid_stages
+    assert trainer.s3t_model.unlearn([gone]).stages_removed
+
+
+def test_a_shard_much_smaller_than_the_others_is_warned_of_where_members_weigh_alike(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_s3t.training.additions.logger.warning", said.append)
+    trainer = trainer_of(tmp_path / "system")
+    trainer.add_examples(data(MORE[:4]), dry_run=True, weights="size")
+    trainer.add_examples(data(MORE[:8]), dry_run=True)
+    assert not said
+    trainer.add_examples(data(MORE[:4]), dry_run=True)
+    assert len(said) == 1 and "has 4 rows, the others 12 on average" in said[0] and 'weights="size"' in said[0]
 
 
 def test_adding_and_then_deleting_leaves_everything_as_if_the_row_had_never_come(tmp_path):
