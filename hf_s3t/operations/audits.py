@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ConfigError, ReceiptError, counted
+from ..errors import ConfigError, FolderError, ReceiptError, counted
 from ..folder.audits_file import StoredAudit, append_audit, read_audits
+from ..folder.config_file import read_record
 from ..folder.copying import copy_system
-from ..folder.files import write_atomically
-from ..folder.layout import COST_FILE, KEY_FILE, PENDING_FILE, PROTOTYPES_FILE, STAGES
+from ..folder.files import file_digest, write_atomically
+from ..folder.identity import identity_of
+from ..folder.layout import ADAPTER_FILE, CONFIG_FILE, COST_FILE, KEY_FILE, PENDING_FILE, PROTOTYPES_FILE, STAGES
 from ..folder.stage_record import adapter_of
 from ..folder.system import SystemFolder
 from ..folder.versions import library_versions
@@ -85,6 +87,36 @@ def write_audit_pack(folder: SystemFolder, target: Path, stages: Iterable[str]) 
     return tuple(map(str, chosen))
 
 
+def read_audit_pack(pack: Path) -> dict[str, Any]:
+    """
+    The manifest of a pack, if the stages in it are those that it names: what is trained again is compared with them.
+
+    Args:
+        pack (`Path`): The pack.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If it is of another version, or was put together of two.
+    """
+    try:
+        manifest = json.loads((pack / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("pack_version") != PACK_VERSION:
+        raise FolderError(
+            f"{pack / MANIFEST} is no manifest of version {PACK_VERSION}. Use the hf_s3t that wrote the pack, or ask "
+            "for another one."
+        )
+    record = read_record(pack / SYSTEM / CONFIG_FILE)
+    other = [] if identity_of(record) == manifest["system"] else ["the system"]
+    other += [name for name, stage in manifest["stages"].items() if _digest_in(pack, name) != stage["adapter_sha256"]]
+    if other:
+        raise FolderError(
+            f"{pack}: {', '.join(other)} in {SYSTEM} {'is' if len(other) == 1 else 'are'} not what {MANIFEST} names, "
+            "so a result would be of something else. Ask for the pack again."
+        )
+    return manifest
+
+
 def signed_result(pack: Path, found: Found, signer: Signer) -> bytes:
     """
     The signed result of an audit with a pack.
@@ -93,8 +125,11 @@ def signed_result(pack: Path, found: Found, signer: Signer) -> bytes:
         pack (`Path`): The pack.
         found ([`~hf_s3t.training.audit.VerificationReport`]): What `trainer.verify()` returned.
         signer ([`~hf_s3t.signing.keys.Signer`]): Of whoever did the audit.
+
+    Raises:
+        [`~hf_s3t.errors.FolderError`]: If the stages in the pack are not those that it names.
     """
-    manifest = json.loads((pack / MANIFEST).read_bytes())
+    manifest = read_audit_pack(pack)
     expected = {name: record["adapter_sha256"] for name, record in manifest["stages"].items()}
     statement = AuditStatement(
         system=manifest["system"],
@@ -159,6 +194,11 @@ def audits_of(path: Path, left: Mapping[str, str] | None, system: str) -> Iterat
         ours = {name for name, digest in told.items() if left is None or left.get(name) == digest}
         if ours and audit.statement.system == system:
             yield _told(audit, ours)
+
+
+def _digest_in(pack: Path, stage: str) -> str | None:
+    file = pack / SYSTEM / STAGES / stage / ADAPTER_FILE
+    return file_digest(file) if file.is_file() else None
 
 
 def _told(audit: StoredAudit, ours: set[str]) -> dict[str, Any]:

@@ -132,12 +132,15 @@ def make_report(
         [`Report`]: What to show.
 
     Raises:
-        [`~hf_s3t.errors.ConfigError`]: If a date is none, or both a line and a period are given.
+        [`~hf_s3t.errors.ConfigError`]:
+            If a date is none, a period ends before it begins, or both a line and a period are given.
         [`~hf_s3t.errors.UnknownExampleError`]: If there is no such line.
     """
     if line is not None and (since is not None or until is not None):
         raise ConfigError("Got a line and a period, expected one of them. Leave the other out.")
     first, last = _moment(since, "since"), _moment(until, "until")
+    if first is not None and last is not None and first >= last:
+        raise ConfigError(f"Got a period from {since} to {until}, expected one that ends after it begins.")
     ledger, path = Receipts.read(path), Path(path)
     if line is not None:
         chosen: Iterator[Receipt] = iter([ledger.of_line(line)])
@@ -209,7 +212,9 @@ def _scope(line: int | None, since: str | None, until: str | None) -> str:
         return f"the request in line {line} of the ledger"
     if since is None and until is None:
         return "everything in the ledger"
-    return " ".join(part for part in (f"from {since}" if since else "", f"until {until}" if until else "") if part)
+    return (
+        f"what the ledger has {' '.join(f'{word} {day}' for word, day in (('from', since), ('until', until)) if day)}"
+    )
 
 
 def _moment(text: str | None, name: str) -> datetime | None:

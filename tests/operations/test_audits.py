@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,50 @@ def test_their_result_is_in_the_receipt_and_in_the_report(system, tmp_path, diff
     assert inspect(system.path).problems == ()
     add_audit(system, result, public(OTHER_KEY))
     assert len(read_audits(system.path)) == 1, "the same result is one"
+
+
+@pytest.mark.parametrize("swapped", ["a stage", "the system", "the manifest"])
+def test_a_pack_whose_stages_are_not_those_that_it_names_is_not_signed_for(swapped, system, tmp_path):
+    """Else an owner could have honest stages trained again, and the others, by the manifest, signed for."""
+    pack = tmp_path / "pack"
+    stages = write_audit_pack(system, pack, [tip_of(system)])
+    if swapped == "a stage":
+        adapter = pack / "system" / "stages" / stages[0] / "adapter_model.safetensors"
+        adapter.write_bytes(adapter.read_bytes() + b"\0")
+    else:
+        manifest = json.loads((pack / "audit.json").read_text())
+        change = {"system": "0" * 32} if swapped == "the system" else {"pack_version": 2}
+        (pack / "audit.json").write_text(json.dumps({**manifest, **change}))
+    expected = {"a stage": f"{stages[0]} in system is not", "the system": "the system in system is not"}
+    with pytest.raises(FolderError, match=expected.get(swapped, "no manifest of version 1")):
+        signed_result(pack, found(stages), signer(OTHER_KEY))
+
+
+def test_the_script_of_a_pack_refuses_in_a_sentence_and_before_it_trains(system, tmp_path, monkeypatch):
+    write_audit_pack(system, tmp_path / "pack", [tip_of(system)])
+    script = runpy.run_path(str(tmp_path / "pack" / "audit.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    Path("auditor.key").write_text(OTHER_KEY)
+    Path("theirs.py").write_text("def make_trainer(output_dir): raise AssertionError('it trained')\nother = 3\n")
+    Path("there.json").write_text("{}")
+
+    def refused(trainer, key="auditor.key", output="result.json") -> str:
+        words = ["audit.py", "--trainer", trainer, "--output", output, *(["--signing-key", key] if key else [])]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as refusal:
+            script()
+        return str(refusal.value)
+
+    ours = "theirs.py:make_trainer"
+    for trainer in ("no.py:make_trainer", "theirs.py", "make_trainer", "auditor.key:make_trainer"):
+        assert "expected a Python file that is there and a function in it" in refused(trainer)
+    for trainer in ("theirs.py:absent", "theirs.py:other"):
+        assert "theirs.py has no function" in refused(trainer)
+    assert "there.json is there" in refused(ours, output="there.json")
+    assert "the folder of none/there.json is not there" in refused(ours, output="none/there.json")
+    assert "There is no key to sign with" in refused(ours, key="")
+    (tmp_path / "pack" / "audit.json").write_text("{")
+    assert "no manifest of version 1" in refused(ours)
 
 
 def rows_of(folder, shard: int) -> list[str]:

@@ -114,7 +114,10 @@ def test_a_report_is_of_a_line_a_period_or_everything(after):
     assert len(make_report(after, since=day, until=entries[-1].time[:10]).lines) == 4, "a date is meant to its end"
     assert next(one.receipt.line for one in make_report(after, since=entries[1].time).lines) == 2
     assert make_report(after, until="2020-01-01").lines == make_report(after, since="2100-01-01").lines == ()
-    assert make_report(after, since=day).scope == f"from {day}"
+    assert make_report(after, since=day).scope == f"what the ledger has from {day}"
+    assert make_report(after, since=day, until=day).scope == f"what the ledger has from {day} until {day}"
+    nothing = render(make_report(after, until="2020-01-01"), "md")
+    assert "Nothing was deleted or handed out.\n\n## What this shows" in nothing, "a heading stands after a blank line"
 
 
 @FORMS
@@ -131,6 +134,9 @@ def test_a_date_that_is_none_is_refused(after, wrong):
 def test_a_line_and_a_period_are_refused_and_a_line_that_is_not_there(after):
     with pytest.raises(ConfigError, match="Got a line and a period"):
         make_report(after, line=1, since="2026-01-01")
+    for last in ("2026-01-01", "2026-01-02T00:00"):
+        with pytest.raises(ConfigError, match=f"from 2026-01-02 to {last}, expected one that ends after it begins"):
+            make_report(after, since="2026-01-02", until=last)
     with pytest.raises(UnknownExampleError, match="Got line 9"):
         make_report(after, line=9)
 
