@@ -4,9 +4,9 @@ stages, replay and epochs, and how far to grow again after each request; with wo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..checks import require_choice, require_int, require_share
 from ..errors import ConfigError, counted
@@ -28,6 +28,7 @@ from .options import (
     storage_of,
     survival,
 )
+from .purposes import PURPOSES, UNSAID
 from .rates import UNTIL
 from .streams import Policy
 
@@ -71,6 +72,9 @@ class Recommendation:
             Expected depth then, in slices, of the published plan for the same shards and slices: as many sequences as
             slices, all rows in every epoch, nothing grown again.
         published_hours (`float`): Hours to train that.
+        learns (`str`, *optional*): What it is to learn: `"facts"`, `"skills"` or `"both"`.
+        gate (mapping): The settings of `S3TConfig` by which members are weighed, for what it is to learn.
+        answered_by (`str`): Who answers, in words.
         notes (`tuple[str, ...]`): Sentences on what decided.
     """
 
@@ -83,7 +87,15 @@ class Recommendation:
     months: tuple[float, ...]
     published_depths: tuple[float, ...]
     published_hours: float
+    learns: str | None
+    gate: Mapping[str, Any]
+    answered_by: str
     notes: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `S3TConfig`."""
+        return {**self.chosen.settings, **self.gate}
 
 
 class _Way(NamedTuple):
@@ -116,7 +128,8 @@ def recommend(
     replay: float | None = None,
     max_hours: float | None = None,
     max_hours_per_month: float | None = None,
-    max_shards: int = 5,
+    max_shards: int | None = None,
+    learns: str | None = None,
 ) -> Recommendation:
     """
     The cheapest way to set up a system and to keep it up that is expected to last, and to serve as deep as asked.
@@ -146,8 +159,13 @@ def recommend(
             Hours that the first training may take.
         max_hours_per_month (`float`, *optional*):
             Hours that may be spent in a month on growing again.
-        max_shards (`int`, defaults to 5):
-            Number of shards at most; each learns from its own part of the data alone.
+        max_shards (`int`, *optional*):
+            Number of shards at most; each learns from its own part of the data alone. If not given, 20 for facts,
+            else 5.
+        learns (`str`, *optional*):
+            What the system is to learn: `"facts"`, which belong to somebody whose rows lie in one shard
+            (`group_column`): a gate asks the shard that was taught them, so that there may be many; `"skills"`, which
+            all rows teach: few shards and their mean, as if it is not given; `"both"`: a gate, and few shards.
 
     Returns:
         [`Recommendation`]: The option, its alternatives and what decided.
@@ -168,6 +186,10 @@ def recommend(
     'stages until every shard serves 3 of 4 slices'
     ```
     """
+    if learns is not None:
+        require_choice("learns", learns, tuple(PURPOSES))
+    purpose = UNSAID if learns is None else PURPOSES[learns]
+    max_shards = purpose.max_shards if max_shards is None else max_shards
     _check_goals(goal_months, goal_depth, until, replay, max_hours, max_hours_per_month, max_shards)
     found = shapes(workload, backbone, max_shards, None if replay is None else float(replay))
     if max_hours is not None:
@@ -199,6 +221,7 @@ def recommend(
     shown = {(way.shape, way.policy): way for way in [chosen, *_front(others)]}.values()
     options = [way.shape.option(way.policy, months, backbone, _FINE) for way in shown]
     best = options[0]
+    gate = dict(purpose.gate) if best.num_shards > 1 else {}
     return Recommendation(
         chosen=best,
         options=tuple(sorted(options, key=lambda option: (option.total_hours, option.mean_depth))),
@@ -209,7 +232,10 @@ def recommend(
         months=months,
         published_depths=depths_of(published(best), best, [month * workload.deletions_per_month for month in months]),
         published_hours=_published_hours(best, workload, backbone),
-        notes=tuple(_notes(best, meets_goal, workload, goal_months, goal_depth, until)),
+        learns=learns,
+        gate=gate,
+        answered_by=purpose.answered_by if best.num_shards > 1 else "its one shard",
+        notes=(*_notes(best, meets_goal, workload, goal_months, goal_depth, until), *_note_of_gate(gate)),
     )
 
 
@@ -335,3 +361,8 @@ def _notes(
         )
     if chosen.num_shards * chosen.num_slices * LEAST_STEPS * workload.batch_size > workload.num_examples * 10:
         yield "There are few examples per slice: compare the quality with that of ordinary fine-tuning first."
+
+
+def _note_of_gate(gate: Mapping[str, Any]) -> Iterator[str]:
+    if gate:
+        yield "A gate asks the shard that was taught a subject: set group_column, by which its rows lie together."

@@ -31,6 +31,14 @@ class Until(StrEnum):
     exhausted = "exhausted"
 
 
+class Learns(StrEnum):
+    """What a system is to learn."""
+
+    facts = "facts"
+    skills = "skills"
+    both = "both"
+
+
 class Targets(StrEnum):
     """The matrices of a layer that get an adapter."""
 
@@ -104,7 +112,21 @@ MaxHours = Annotated[float | None, typer.Option(callback=_above_zero, help="Hour
 MaxHoursPerMonth = Annotated[
     float | None, typer.Option(callback=_above_zero, help="Hours of a month that may go into growing again.")
 ]
-MaxShards = Annotated[int, typer.Option(min=1, help="Shards at most; each learns from its part of the data alone.")]
+MaxShards = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Shards at most; each learns from its part of the data alone.",
+        show_default="20 to learn facts, else 5",
+    ),
+]
+WhatItLearns = Annotated[
+    Learns | None,
+    typer.Option(
+        help="What it is to learn: facts of whose subject all rows lie in one shard, which a gate then asks; skills, "
+        "which all rows teach; or both.",
+    ),
+]
 Workers = Annotated[
     str | None,
     typer.Option(
@@ -135,7 +157,8 @@ def plan(
     until: EndsWith = Until.first_shard,
     max_hours: MaxHours = None,
     max_hours_per_month: MaxHoursPerMonth = None,
-    max_shards: MaxShards = 5,
+    max_shards: MaxShards = None,
+    learns: WhatItLearns = None,
     workers: Workers = None,
     figure: Figure = None,
     as_json: AsJson = False,
@@ -178,6 +201,7 @@ def plan(
             max_hours=max_hours,
             max_hours_per_month=max_hours_per_month,
             max_shards=max_shards,
+            learns=None if learns is None else learns.value,
         )
     except ConfigError as error:
         raise ConfigError(re.sub(r"\b[a-z]+_[a-z]+(?==)", _option_for, str(error))) from error

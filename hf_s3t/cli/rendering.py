@@ -294,6 +294,7 @@ def show_recommendation(found: "Recommendation") -> None:
         ),
         (f"in {goal}", f"{_hours(best.total_hours)}, {best.mean_depth:.1f} of {best.num_slices} slices serve"),
         ("a shard has nothing", _between(best.months_between_dead_shards, best.months_between_exhaustions)),
+        *([("answered by", _who_answers(found))] if found.learns else []),
         ("never grown again:", ""),
         ("half of the slices serve", f"for {_months(best.months_until_half_depth)} months"),
         ("first dead shard", _end(best.months_until_first_dead_shard, best.deletions_until_first_dead_shard)),
@@ -316,6 +317,11 @@ def show_recommendation(found: "Recommendation") -> None:
     of_each = ("", "m", "L", "layers", "stages", "of each shard", "replay", "first hours")
     ends = ("after each request", "hours a month", f"hours in {goal}", "slices serve", "first dead shard", "exhausted")
     _table((*of_each, *ends), [_option(option, option == best) for option in found.options])
+
+
+def _who_answers(found: "Recommendation") -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in found.gate.items())
+    return f"{given}: {found.answered_by}" if given else found.answered_by
 
 
 def show_speedups(found: "Sequence[Speedup]") -> None:

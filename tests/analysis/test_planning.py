@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,25 @@ class TestRecommendation:
                 kept = shape.kept(policy, goal, 5)
                 if shape.hours + kept.hours < 0.9 * best.total_hours:
                     assert kept.mean_depth < 0.65 * shape.num_slices or kept.months(until) < 2 * goal
+
+    def test_facts_may_lie_in_many_shards_of_which_one_is_asked(self):
+        said, facts = (recommend(WORKLOAD, LAYERS, goal_months=3, learns=learns) for learns in (None, "facts"))
+        assert facts.chosen.num_shards > 5 >= said.chosen.num_shards
+        assert facts.chosen.total_hours < said.chosen.total_hours and facts.meets_goal
+        config = S3TConfig(**facts.settings, group_column="person")
+        assert (config.gate, config.gate_top_k, config.num_shards) == ("terms", 1, facts.chosen.num_shards)
+        assert "the shard that was taught it" in facts.answered_by and "group_column" in facts.notes[-1]
+        few = recommend(WORKLOAD, LAYERS, goal_months=3, learns="facts", max_shards=4)
+        assert few.chosen.num_shards <= 4 and few.gate
+
+    def test_skills_are_the_mean_of_few_shards_and_both_want_few_shards_and_a_gate(self):
+        said, skills, both = (recommend(WORKLOAD, LAYERS, learns=learns) for learns in (None, "skills", "both"))
+        assert skills == replace(said, learns="skills") and skills.settings == skills.chosen.settings
+        assert both.options == said.options and both.settings == {**said.settings, "gate": "terms", "gate_top_k": 1}
+
+    def test_one_shard_has_nobody_to_ask(self):
+        alone = recommend(WORKLOAD, LAYERS, learns="facts", max_shards=1, goal_months=1)
+        assert alone.gate == {} and alone.answered_by == "its one shard" and "group_column" not in str(alone.notes)
 
     def test_its_settings_give_its_stages(self, found):
         for option in found.options:
@@ -280,6 +300,7 @@ class TestRecommendation:
         [
             dict(goal_months=-1), dict(until="noon"), dict(max_shards=0), dict(max_hours=0), dict(goal_depth=1.1),
             dict(replay=-0.1), dict(replay=True), dict(max_hours_per_month=0),
+            dict(learns="names"), dict(max_shards=True),
         ],
     )  # fmt: skip
     def test_wrong_goals(self, change):

@@ -917,6 +917,16 @@ def test_plan_says_one_of_a_thing_as_one():
     assert "in 1 month  " in text and "hours in 1 month  " in text and "1 kills a shard, 3 exhaust the system" in text
 
 
+def test_plan_says_who_answers_what_a_system_is_to_learn():
+    facts, skills = (run(*PLAN, "--num-layers", 8, "--learns", learns).stdout for learns in ("facts", "skills"))
+    assert "answered by                gate='terms', gate_top_k=1: the shard that was taught it" in facts
+    assert "note: A gate asks the shard that was taught a subject: set group_column" in facts
+    assert "answered by                the mean of all shards\n" in skills and "group_column" not in skills
+    told = json.loads(run(*PLAN, "--num-layers", 8, "--learns", "facts", "--json").stdout)
+    assert told["learns"] == "facts" and told["gate"] == {"gate": "terms", "gate_top_k": 1}
+    assert "answered by" not in run(*PLAN, "--num-layers", 8).stdout
+
+
 def test_plan_takes_replay_as_given():
     assert "replay=1, as given\n" in run(*PLAN, "--num-layers", 8, "--replay", 1).stdout
 
