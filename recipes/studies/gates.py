@@ -51,8 +51,10 @@ _LONGEST = 300
 LAYOUTS = (*product((1, 5, 20), (1, 2, 4, 8)), (50, 1), (50, 2))
 # A base with a layer for each of eight slices, and a person or general row for each slice of each shard.
 _LAYOUT = {"num_layers": 8, "num_people": 40, "num_general": 160, "epochs": 24}
-# What trains two layers well diverges where it trains eight: each layout has the better of these.
-_LAYOUT_RATES = (1e-3, 3e-3)
+# What trains two layers well diverges where it trains all eight: each layout has the best of these.
+_LAYOUT_RATES = {1: (1e-3,), 2: (1e-3, 3e-3), 4: (1e-3, 3e-3), 8: (1e-3, 3e-3)}
+# The gate that is recommended: of twenty members each setting that is tried costs as much as training them.
+_LAYOUT_GATE = {"gate": "terms", "gate_temperature": 1.0, "gate_top_k": 1}
 
 
 # What is taught and asked
@@ -290,19 +292,23 @@ def measured(taught: Taught) -> dict[str, Any]:
     models = {"mean": taught.served(), "terms": taught.served(**choice["gate"])}
     return {
         "chosen": choice,
-        "known_of_choosing": _known_of_choosing(taught, models["mean"]),
         "known": _known_by_kind(taught, models),
         "held_out": _held_out(taught, models),
         **_after_deletion(taught, models, choice["gate"]),
     }
 
 
-def _known_of_choosing(taught: Taught, model: S3TModel) -> float:
-    """What the right shards know of the subjects that choose, asked in every way."""
+def measured_layout(taught: Taught) -> dict[str, Any]:
+    """What a layout knows, asked as it was taught, by the mean and the gate that is recommended; how it does besides."""
     subjects = taught.subjects
-    rows, right = rows_of(subjects.known, subjects.choosing), taught.shares(subjects.choosing)
-    known = [_known(answers(model, taught.batches(rows, kind), right), subjects) for kind in KINDS]
-    return round(float(np.mean(known)), 4)
+    models = {"mean": taught.served(), "terms": taught.served(**_LAYOUT_GATE)}
+    choosing = taught.batches(rows_of(subjects.known, subjects.choosing))
+    right = taught.shares(subjects.choosing)
+    return {
+        "known_of_choosing": round(_known(answers(models["mean"], choosing, right), subjects), 4),
+        "known": _known_by_kind(taught, models, (AS_TRAINED,)),
+        "held_out": _held_out(taught, models),
+    }
 
 
 def measured_whole(taught: Taught) -> dict[str, Any]:
@@ -318,12 +324,14 @@ def measured_whole(taught: Taught) -> dict[str, Any]:
     }
 
 
-def _known_by_kind(taught: Taught, models: Mapping[str, S3TModel]) -> dict[str, dict[str, float]]:
+def _known_by_kind(
+    taught: Taught, models: Mapping[str, S3TModel], kinds: Sequence[str] = KINDS
+) -> dict[str, dict[str, float]]:
     """Gate -> kind of question -> the share that is known of the subjects that are reported, and of strangers."""
     subjects = taught.subjects
     rows, right = rows_of(subjects.known, subjects.reported), taught.shares(subjects.reported)
     found: dict[str, dict[str, float]] = {name: {} for name in (*models, "oracle", "strangers")}
-    for kind in KINDS:
+    for kind in kinds:
         batches = taught.batches(rows, kind)
         for name, model in models.items():
             found[name][kind] = round(_known(answers(model, batches), subjects), 4)
@@ -414,7 +422,11 @@ def _people(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str
 
 
 def _of_people(
-    options: argparse.Namespace, label: str, argv: Sequence[str], num_layers: int | None = None
+    options: argparse.Namespace,
+    label: str,
+    argv: Sequence[str],
+    num_layers: int | None = None,
+    measure: Callable[[Taught], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     system = ["--output_dir", str(options.work_dir / "systems" / label), "--group_column", "subject"]
     given = read([*argv, *system], demo_defaults=DEMO)
@@ -422,7 +434,7 @@ def _of_people(
     settings = demo_base(script)
     base, _ = base_model(replace(settings, num_layers=num_layers or settings.num_layers), script.cache_dir)
     subjects = people(script.num_people, script.num_general, script.eval_size)
-    return _kept(options, label, Taught(subjects, given, base))
+    return _kept(options, label, Taught(subjects, given, base), measure)
 
 
 def _authors(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
@@ -482,8 +494,14 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
         argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         label = f"layout-{shards}-{slices}-seed{seed}"
         tried = {
-            rate: _of_people(options, f"{label}-{rate:g}", [*argv, "--learning_rate", str(rate), *others], layers)
-            for rate in _LAYOUT_RATES
+            rate: _of_people(
+                options,
+                f"{label}-{rate:g}",
+                [*argv, "--learning_rate", str(rate), *others],
+                layers,
+                measured_layout,
+            )
+            for rate in _LAYOUT_RATES[slices]
         }
         best = max(tried, key=lambda rate: tried[rate]["known_of_choosing"])
         one = {**tried[best], "learning_rate": best}
@@ -507,10 +525,16 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
     return found
 
 
-def _kept(options: argparse.Namespace, label: str, taught: Taught) -> dict[str, Any]:
+def _kept(
+    options: argparse.Namespace,
+    label: str,
+    taught: Taught,
+    measure: Callable[[Taught], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """What was measured of a system, from the work folder if it was before."""
     path = options.work_dir / "measurements" / f"{label}.json"
-    measure = measured_whole if taught.options.script.method == "full" else measured
+    if measure is None:
+        measure = measured_whole if taught.options.script.method == "full" else measured
     settings = settings_of(taught.options)
     found = kept(path, {"recipe": settings, "subjects": len(taught.subjects.known)}, lambda: measure(taught))
     known = found["known"]
