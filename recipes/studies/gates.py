@@ -299,7 +299,7 @@ def measured(taught: Taught) -> dict[str, Any]:
 
 
 def measured_layout(taught: Taught) -> dict[str, Any]:
-    """What a layout knows, asked as it was taught, by the mean and the gate that is recommended; how it does besides."""
+    """What a layout knows, asked as it was taught, by the mean and the gate that is recommended, and how it does."""
     subjects = taught.subjects
     models = {"mean": taught.served(), "terms": taught.served(**_LAYOUT_GATE)}
     choosing = taught.batches(rows_of(subjects.known, subjects.choosing))
