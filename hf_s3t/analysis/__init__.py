@@ -8,6 +8,7 @@ What to expect of a system before it is trained, and while it serves: deletion r
 - `frontiers`: the most quality that each method has for its work over such a stream.
 - `backbone`: the model that a plan is made for: its layers, and the weights of adapters on them.
 - `options`: ways to set up a system and to keep it up, with what to expect of each.
+- `purposes`: what a system is to learn, and what follows for its shards and for who answers.
 - `planning`: what `hf-s3t plan` recommends of them.
 - `speedup`: how much sooner more workers are done with its first training.
 - `plan_figure`: the picture of such a plan.
