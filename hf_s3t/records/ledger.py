@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 from ..errors import counted
 from .digest_log import Digests
 from .ledger_chain import LedgerChain, changes_between
-from .ledger_line import KINDS, LEDGER_VERSION, LedgerEntry, line_hash, signed_part
+from .ledger_line import KINDS, LEDGER_VERSION, LedgerEntry, line_hash
 
 
-__all__ = ["KINDS", "LEDGER_VERSION", "Ledger", "LedgerEntry", "line_hash", "signed_part"]
+__all__ = ["KINDS", "LEDGER_VERSION", "Ledger", "LedgerEntry", "line_hash"]
 
 T = TypeVar("T")
 

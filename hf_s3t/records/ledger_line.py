@@ -184,15 +184,3 @@ def _as_line(values: Mapping[str, Any]) -> str:
 def line_hash(line: str) -> str:
     """The hash by which the next line refers to this one."""
     return hashlib.sha256(line.encode()).hexdigest()
-
-
-def signed_part(line: str) -> str:
-    """
-    What the signature of a line signs: the line without it, as compact JSON with sorted keys.
-
-    The next line's hash covers both. A line may carry a `salt` too, which is signed like the rest.
-
-    Args:
-        line (`str`): A line of version 2.
-    """
-    return _as_line({name: value for name, value in json.loads(line).items() if name != "signature"})
