@@ -75,7 +75,7 @@ def layouts(data: Mapping[str, Any]) -> str:
     if not data.get("layouts"):
         return ""
     lines = [
-        "| m | L | epochs | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is dead, all "
+        "| m | L | epochs, rate | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is dead, all "
         "are | work of growing again after a request |",
         "|---" * 7 + "|",
     ]
@@ -87,7 +87,7 @@ def layouts(data: Mapping[str, Any]) -> str:
         cells = [
             shards,
             slices,
-            one["epochs"],
+            f"{one['epochs']}, {one['learning_rate']:g}",
             ", ".join(known),
             ", ".join(loss),
             f"{one['requests_until_a_shard_is_dead']:.1f}, {one['requests_until_all_are_dead']:.1f}",
