@@ -149,7 +149,7 @@ def tokenizer_of_words(**settings) -> PreTrainedTokenizerFast:
 
 # Where it does not matter which, one of attention and one of the MLP: all seven take twice the time to train.
 LORA_TARGETS = {
-    "llama": ["v_proj", "down_proj"],
+    "llama": ["q_proj", "down_proj"],
     "qwen2": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
     "bert": ["query", "value"],
