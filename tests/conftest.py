@@ -41,6 +41,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Training makes many objects and little garbage in circles: it is looked for where there is much of it.
+gc.set_threshold(20_000)
+
 settings.register_profile("hf_s3t", deadline=None, derandomize=True)
 settings.load_profile("hf_s3t")
 
@@ -57,6 +60,9 @@ def _is_local(host) -> bool:
 
 def _stay_on_this_machine(event, args):
     """Audit hook: no name is resolved and nothing is sent beyond the loopback addresses and Unix sockets."""
+    # Every file that is opened and every module that is looked for comes by here.
+    if event[:1] != "s":
+        return
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         address = args[1]
         host = address[0] if isinstance(address, tuple) else None
@@ -89,6 +95,29 @@ def nobody_waits_for_the_disk():
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports make objects that stay: nothing is gained by looking through them, again and again, for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_passed_over():
+    """
+    Trainer collects garbage at every stage; what imports and earlier modules left behind need not be looked through
+    each time, nor counted, which takes as long: a trainer only asks whether something is frozen.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """The number of threads decides the order of float sums; and more of them are no faster on tiny models."""
@@ -96,13 +125,7 @@ def one_thread():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # Trainer collects garbage at every stage; what imports and earlier modules left behind need not be looked through
-    # each time, nor counted, which takes as long: a trainer only asks whether something is frozen.
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "get_freeze_count", lambda: 1)
-        yield
+    yield
     torch.set_num_threads(threads)
 
 

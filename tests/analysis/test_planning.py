@@ -113,7 +113,7 @@ class TestBackbone:
 
 class TestRecommendation:
     @pytest.mark.parametrize("until", ["first_shard", "exhausted"])
-    @pytest.mark.parametrize("goal", [1, 6])
+    @pytest.mark.parametrize("goal", [6, pytest.param(1, marks=pytest.mark.slow)])
     def test_is_the_cheapest_that_lasts_and_serves(self, goal, until):
         found = recommend(WORKLOAD, LAYERS, goal_months=goal, goal_depth=0.6, until=until, max_shards=3)
         best = found.chosen

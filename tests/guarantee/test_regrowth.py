@@ -51,13 +51,14 @@ def trainer_of(
     args = training_arguments(
         path,
         num_train_epochs=2,
+        per_device_train_batch_size=8,
         lr_scheduler_type="linear",
         bf16=precision == "bf16",
         **(dict(save_strategy="steps", save_steps=1) if saving else {}),
     )
     if config is None:
         config = s3t_config(num_slices=SLICES, keep_idle=None, **PLANS[plan])
-    return make_trainer(path, tiny_llama(attention_dropout=0.1), rows, args=args, config=config, **more)
+    return make_trainer(path, tiny_llama(SLICES, attention_dropout=0.1), rows, args=args, config=config, **more)
 
 
 def stages_of(path: Path) -> dict[StageKey, dict[str, torch.Tensor]]:
@@ -176,7 +177,7 @@ def test_a_live_model_beside_answers_as_a_reloaded_one_after_every_stage(tmp_pat
         live.unlearn(rows_in(trainer, slice_))
         wait_for_cleaner(live)
         while True:
-            reloaded = S3TModel.from_pretrained(tmp_path / "saw", base_model=tiny_llama(attention_dropout=0.1))
+            reloaded = S3TModel.from_pretrained(tmp_path / "saw", base_model=tiny_llama(SLICES, attention_dropout=0.1))
             valid = reloaded.folder.valid_stages
             deepest = max(key.depth for key in valid)
             tied += sum(key.depth == deepest for key in valid) > 1

@@ -23,7 +23,7 @@ from hf_s3t.hub.repository import HubRepo
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Positions of injected failures: every one, and in the quick suite one of so many.
-STRIDES = [pytest.param(5, id="some requests"), pytest.param(1, id="every request", marks=pytest.mark.slow)]
+STRIDES = [pytest.param(11, id="some requests"), pytest.param(1, id="every request", marks=pytest.mark.slow)]
 FAULTS = [
     pytest.param({"status": 503}, id="refused"),
     pytest.param({"drop": True}, id="dropped"),

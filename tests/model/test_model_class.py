@@ -994,6 +994,7 @@ def test_a_trainer_is_told_that_a_served_model_is_no_checkpoint(system, tmp_path
         trainer.save_model(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_model_is_compiled_while_it_is_watched(system):
     """What a call leaves in the modules is looked for at the second, fourth, eighth ... call."""
     model = system("llama").load()

@@ -171,7 +171,7 @@ RECIPES = {
     "llama, dora": Recipe(partial(tiny_llama, 3), peft={"use_dora": True}),
     "gpt2, dora": Recipe(partial(tiny_gpt2, 3), peft={"use_dora": True}, shards=2),
     "vit, dora and rslora": Recipe(partial(tiny_vit, 3), peft={"use_dora": True, "use_rslora": True}, shards=2),
-    "llama, rank_pattern": Recipe(partial(tiny_llama, 3), peft=RANKS),
+    "llama, rank_pattern": Recipe(partial(tiny_llama, 3), peft={**RANKS, "target_modules": "all-linear"}),
     "bert, regular expression": Recipe(partial(tiny_bert, 3), peft={"target_modules": r".*\.(query|output\.dense)"}),
     "llama, lora dropout": Recipe(partial(tiny_llama, 3), peft={"lora_dropout": 0.5}, shards=2),
     # Other ways to make one answer of many.

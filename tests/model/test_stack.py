@@ -205,7 +205,7 @@ def test_each_block_of_rows_is_answered_as_peft_does_with_the_adapters_of_its_me
 def test_hooks_of_the_bases_own_layers_are_run(tmp_path, where):
     made, ran = make(tmp_path, tiny_llama()), []
     load(made, FIRST)
-    layer = made.stack._places[FIRST.group].layers["model.layers.3.mlp.up_proj"].base_layer
+    layer = made.stack._places[FIRST.group].layers["model.layers.3.mlp.down_proj"].base_layer
 
     def note(module, *given):
         ran.append(module)

@@ -1,6 +1,9 @@
 """Servers for tests: a tiny system on a port of this machine, and clients that ask it."""
 
 import contextlib
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from hf_s3t import S3TModel
+from hf_s3t.folder.secret import KEY_VARIABLE
 from hf_s3t.model.gates import RECORDED
 from hf_s3t.server.app import create_app
 from hf_s3t.server.keys import Keys
@@ -18,11 +22,25 @@ from support.tiny import make_trainer, plant_stages, tiny_llama, tokenizer_of_wo
 
 
 NO_KEYS = Keys({})
+# Systems that were made, by the secret and the settings they were made with.
+_HOME = tempfile.TemporaryDirectory(prefix="hf-s3t-served-")
+_MADE: dict[tuple[str | None, str], Path] = {}
 
 
 def tiny_system(path: Path, model: Any = None, *, tokenizer: Any = None, **changes) -> Path:
-    """The folder of a system whose stages hold random numbers, its base in `base` and its tokenizer beside them."""
-    model = model if model is not None else tiny_llama()
+    """
+    The folder of a system whose stages hold random numbers, its base in `base` and its tokenizer beside them. One of a
+    Llama is made once: who asks for the same again has a copy, secret and all.
+    """
+    if model is not None or tokenizer is not None:
+        return _make(path, model or tiny_llama(), tokenizer, **changes)
+    asked = os.environ.get(KEY_VARIABLE), repr(sorted(changes.items()))
+    if asked not in _MADE:
+        _MADE[asked] = _make(Path(_HOME.name) / str(len(_MADE)), tiny_llama(), **changes)
+    return shutil.copytree(_MADE[asked], path, dirs_exist_ok=True)
+
+
+def _make(path: Path, model: Any, tokenizer: Any = None, **changes) -> Path:
     model.save_pretrained(path / "base")
     plant_stages(make_trainer(path, model, **changes))
     (tokenizer or tokenizer_of_words()).save_pretrained(path)

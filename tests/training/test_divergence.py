@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.tiny import (
     image_rows,
     lm_rows,
+    lora,
     make_trainer,
     plant_stages,
     s3t_config,
@@ -36,8 +37,10 @@ ONE_STAGE = s3t_config(num_slices=1, layers_per_slice=2)
 
 def trainer_on(folder, config=ONE_STAGE, more=None, **changes):
     changes = {"per_device_train_batch_size": 2, **changes}
-    args = training_arguments(folder, **changes)
-    return make_trainer(folder, tiny_llama(2), ROWS, args=args, config=config, **(more or {}))
+    args, model = training_arguments(folder, **changes), tiny_llama(2)
+    # What grows out of all bounds is a product of what is trained.
+    more = {"peft_config": lora(model, target_modules="all-linear"), **(more or {})}
+    return make_trainer(folder, model, ROWS, args=args, config=config, **more)
 
 
 # Numbers

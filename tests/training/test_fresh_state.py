@@ -622,7 +622,7 @@ def forgetful(memory=True):
     return metrics
 
 
-LABELLED = classification_rows(24)
+LABELLED = classification_rows(16)
 PLAIN = s3t_config(num_shards=2, budget=1, id_column=None)
 CHOOSES = dict(
     load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,

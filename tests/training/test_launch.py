@@ -27,6 +27,7 @@ def ranks(tmp_path, processes: int) -> list[str]:
     return sorted(line for line in printed.splitlines() if line.startswith("rank"))
 
 
+@pytest.mark.slow
 def test_two_processes_are_two_processes(tmp_path):
     assert ranks(tmp_path, 2) == ["rank 0 of 2", "rank 1 of 2"]
 

@@ -30,7 +30,7 @@ from hf_s3t.training.sampler import ReplayBatches, ReplayDraw, ReplaySampler, re
 pytestmark = [pytest.mark.usefixtures("one_thread", "shared_key")]
 
 FIRST, SECOND = StageKey(0, (0,)), StageKey(0, (0, 1))
-EPOCHS = 3
+EPOCHS = 2
 TARGETS = ["q_proj", "v_proj"]
 # Of unequal length, so that grouping by length has something to do; one a batch, so that nothing is padded.
 ROWS = [
