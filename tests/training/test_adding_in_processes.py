@@ -9,7 +9,7 @@ from support.launched import launched
 from support.tiny import make_trainer, rows_for, s3t_config, tiny_llama
 
 from hf_s3t import launch
-from hf_s3t.errors import ContentChangedError, ExampleIdError
+from hf_s3t.errors import ContentChangedError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
 
@@ -21,7 +21,7 @@ GROWN = [EDITED if row is FIRST[3] else row for row in (*FIRST, *MORE)]
 
 
 def trainer_of(path, rows, **settings):
-    return make_trainer(path, tiny_llama(3), rows=rows, config=s3t_config(**{"budget": 1, "num_slices": 2, **settings}))
+    return make_trainer(path, tiny_llama(3), rows=rows, config=s3t_config(num_slices=2, budget=1, **settings))
 
 
 def grow(path):
