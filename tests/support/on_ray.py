@@ -53,7 +53,7 @@ class System:
             Dataset.from_list(rows) if isinstance(rows, list) else rows,
             args=training_arguments(self.folder, learning_rate=changes.get("rate", 1e-2)),
             peft_config=lora(model, lora_dropout=0.2),
-            config=s3t_config(num_shards=2, num_slices=3, budget=2),
+            config=s3t_config(num_shards=2, num_slices=3, budget=2, partition=changes.get("partition", "hashed")),
             callbacks=callbacks,
         )
 
