@@ -209,6 +209,7 @@ class RayPool:
 
     def _missing(self, hired: Hired, step: str, why: str) -> None:
         """A worker died before it had trained anything."""
+        self._wait_for_head()
         self._failed_to_come[step] += 1
         if self._failed_to_come[step] >= MOST_ATTEMPTS:
             raise ClusterError(
@@ -362,6 +363,7 @@ class RayPool:
         try:
             told = self._answer(call)
         except _Died as died:
+            self._wait_for_head()
             self._dismiss(hired)
             self._hire()
             return Outcome(key, hired.name, died=str(died))
@@ -441,11 +443,13 @@ class RayPool:
 
     def close(self) -> None:
         """Let every worker go."""
-        calls = [hired.actor.close.remote() for hired in self._hired if hired.stage is None]
-        if calls and is_head_there(self._head):
-            self._ray.wait(calls, num_returns=len(calls), timeout=_SHORT / 10)
-        for actor in self._actors:
-            self._ray.kill(actor)
+        # Without a head nobody can be told, and Ray would wait for it; its workers end by themselves.
+        if is_head_there(self._head):
+            calls = [hired.actor.close.remote() for hired in self._hired if hired.stage is None]
+            if calls:
+                self._ray.wait(calls, num_returns=len(calls), timeout=_SHORT / 10)
+            for actor in self._actors:
+                self._ray.kill(actor)
         if self._made and self._folder is None:
             # Nothing came of it, so nothing is left.
             with contextlib.suppress(OSError):
@@ -476,12 +480,23 @@ class RayPool:
         if now - self._looked_at < _BETWEEN_LOOKS:
             return
         self._looked_at = now
-        self._lost_looks = 0 if is_head_there(self._head) else self._lost_looks + 1
+        self._look_once()
+
+    def _wait_for_head(self) -> None:
+        """Before what Ray does by its head, for which it would wait until it ends this process."""
+        while not self._look_once():
+            time.sleep(_BETWEEN_LOOKS)
+
+    def _look_once(self) -> bool:
+        """Whether the head is there; a lost one is given up after some looks."""
+        is_there = is_head_there(self._head)
+        self._lost_looks = 0 if is_there else self._lost_looks + 1
         if self._lost_looks >= _LOOKS:
             raise ClusterError(
                 f"The head of the Ray cluster at {self._head} does not answer any more. The stages that were finished "
                 "are in the folder. Start the cluster again, and call again: only what is missing is trained."
             )
+        return is_there
 
 
 class _Died(S3TError):

@@ -54,6 +54,8 @@ def pool_of(monkeypatch):
     yield made
     for pool in pools:
         pool.close()
+        for actor in pool._ray.actors:
+            actor.die()
 
 
 def files_of(path):
@@ -234,6 +236,25 @@ def test_a_worker_in_the_place_of_a_dead_one_that_is_refused_costs_the_others_no
     with pytest.raises(ConfigError, match="returned NoneType"):
         while pool._coming:
             pool.outcomes()
+
+
+def test_workers_that_are_gone_with_the_head_are_not_replaced(pool_of, tmp_path, monkeypatch):
+    """Ray would wait for the head in that, and end the process with no word of ours."""
+    pool = pool_of(System(tmp_path / "system"), num_workers=1)
+    pool.come_in()
+    (hired,) = pool._hired
+    hired.stage, lost = pool.folder.plan.stages()[0], hired.actor.share.remote()
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_pool, "_BETWEEN_LOOKS", 0.0)
+        patch.setattr(ray_pool, "is_head_there", lambda head: False)
+        patch.setattr(pool._ray, "kill", lambda actor: pytest.fail("Ray was asked for something"))
+        patch.setattr(pool._ray, "remote", lambda **options: pytest.fail("Ray was asked for something"))
+        patch.setattr(pool._ray, "get", lambda call, timeout: (_ for _ in ()).throw(pool._ray.exceptions.RayError()))
+        for died in (lambda: pool._outcome(hired, lost), lambda: pool._missing(hired, "begin", "it died.")):
+            pool._lost_looks = 0
+            with pytest.raises(ClusterError, match="head of the Ray cluster at .* only what is missing is trained"):
+                died()
+        pool.close()
 
 
 # What they tell of themselves
