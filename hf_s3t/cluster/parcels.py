@@ -6,6 +6,7 @@ The driver alone writes to the system's folder; a worker works on a folder of it
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from ..folder.layout import (
 from ..folder.secret import write_key
 from ..folder.stage_record import checked_stage
 from ..folder.system import SystemFolder
+from ..folder.table_file import read_table, table_bytes
 from ..plan.stages import StageKey
 from ..records.digests import DigestKey
+from ..records.ledger import Ledger
 
 
 # The bytes of files by their names.
@@ -51,6 +54,34 @@ def pack_system(folder: SystemFolder) -> Parcel:
         paths = {name: folder.path / name for name in _OF_A_SYSTEM} | companions
         files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     return {**files, KEY_FILE: folder.key.secret}
+
+
+def pack_rows(folder: SystemFolder) -> bytes | None:
+    """
+    The table, for workers without it, where rows came that their ledgers are about to tell of.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system, as its ledger was read last.
+    """
+    return bytes(table_bytes(folder.table, folder.ledger)) if folder.ledger.additions else None
+
+
+def take_in(folder: SystemFolder, ledger: str, rows: bytes | None) -> None:
+    """
+    Have a worker's own folder know what was deleted and what came.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The worker's folder.
+        ledger (`str`): What the driver's ledger says.
+        rows (`bytes`, *optional*): The driver's table, from [`pack_rows`].
+    """
+    if rows is None:
+        folder.merge_ledger(Ledger.parse(ledger))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, TABLE_FILE)
+        file.write_bytes(rows)
+        folder.merge_ledger(Ledger.parse(ledger), read_table(file).examples(folder.config, folder.names))
 
 
 def unpack_system(parcel: Parcel, path: Path) -> None:

@@ -13,15 +13,16 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import ClusterError, S3TError, counted
+from ..errors import ClusterError, ExampleIdError, S3TError, counted
 from ..folder.files import write_atomically
 from ..folder.layout import ADAPTER_FILE, LOCK_FILE, STAGES
 from ..folder.secret import KEY_VARIABLE
 from ..folder.system import SystemFolder
 from ..plan.stages import StageKey
+from ..records.request import some
 from .agreement import Agreement, error_from, refuse_other_version
 from .driving import MOST_ATTEMPTS, Outcome
-from .parcels import pack_stage, pack_system, unpack_system
+from .parcels import pack_rows, pack_stage, pack_system, unpack_system
 from .ray_cluster import actor_options, head_of, is_head_there
 from .worker import Worker, nonce_beside
 
@@ -50,6 +51,7 @@ class Hired:
         actor: Its handle.
         name (`str`): How messages call it.
         empty (`list`): The `(shard, slice)` of which it has nothing to train on.
+        lacking (`list`): The ids that came since, and that its dataset lacks or has otherwise.
         has (`dict`): The stages in a folder of its own, with the digests of their adapters.
         stage ([`~hf_s3t.plan.stages.StageKey`], *optional*): What it trains.
         share (`float`): How much of that is done.
@@ -59,6 +61,7 @@ class Hired:
     actor: Any
     name: str
     empty: list[tuple[int, int]] = field(default_factory=list)
+    lacking: list[int | str] = field(default_factory=list)
     has: dict[StageKey, str] = field(default_factory=dict)
     stage: StageKey | None = None
     share: float = 0.0
@@ -172,6 +175,15 @@ class RayPool:
                     f"{said - started:.0f} s. The others wait for room in the cluster, or load base and data."
                 )
 
+    def _let_in_if_possible(self) -> None:
+        """Go on with workers that come in the place of dead ones: one that is refused costs the others nothing."""
+        try:
+            self._let_in()
+        except S3TError as refused:
+            if not self._hired:
+                raise
+            logger.warning(f"{refused} The others go on without it.")
+
     def _hire(self) -> None:
         self._count += 1
         actor = self._ray.remote(**self._options)(Worker).remote(os.getcwd(), os.environ.get(KEY_VARIABLE))
@@ -197,6 +209,7 @@ class RayPool:
 
     def _missing(self, hired: Hired, step: str, why: str) -> None:
         """A worker died before it had trained anything."""
+        self._wait_for_head()
         self._failed_to_come[step] += 1
         if self._failed_to_come[step] >= MOST_ATTEMPTS:
             raise ClusterError(
@@ -331,7 +344,7 @@ class RayPool:
     def outcomes(self) -> list[Outcome]:
         """What ended since; waits a moment for it. Dead workers are replaced meanwhile."""
         self._look_at_head()
-        self._let_in()
+        self._let_in_if_possible()
         found = []
         done, _ = self._ray.wait(list(self._working), timeout=_A_MOMENT) if self._working else ([], [])
         if not self._working and not self._coming:
@@ -350,6 +363,7 @@ class RayPool:
         try:
             told = self._answer(call)
         except _Died as died:
+            self._wait_for_head()
             self._dismiss(hired)
             self._hire()
             return Outcome(key, hired.name, died=str(died))
@@ -367,17 +381,33 @@ class RayPool:
 
     def tell(self) -> None:
         """Have every worker know what was deleted."""
-        ledger = None if self.is_shared else self.folder.ledger.text
-        calls = {hired.actor.follow.remote(ledger): hired for hired in self._hired}
+        told = (None, None) if self.is_shared else (self.folder.ledger.text, pack_rows(self.folder))
+        calls = {hired.actor.follow.remote(*told): hired for hired in self._hired}
         for call, hired in calls.items():
             try:
-                told = self._answer(call)
+                found = self._answer(call)
             except _Died:
                 # What it trained is told of where its stage is waited for.
                 continue
-            if "error" in told:
-                raise error_from(hired.name, told)
-            hired.empty = [(shard, slice_) for shard, slice_ in told["empty"]]
+            if "error" in found:
+                raise error_from(hired.name, found)
+            hired.empty = [(shard, slice_) for shard, slice_ in found["empty"]]
+            hired.lacking = found["lacking"]
+
+    def refuse_rows_that_came(self) -> None:
+        """
+        Say that rows came that no worker could train on.
+
+        Raises:
+            [`~hf_s3t.errors.ExampleIdError`]: With some of them.
+        """
+        came = list(dict.fromkeys(one for hired in self._hired for one in hired.lacking))
+        if came:
+            raise ExampleIdError(
+                f"{counted(len(came), 'example')} came to {self.folder.path} that the dataset of the workers lacks, "
+                f"or has as they were before ({some(came)}): another process added or replaced them. What was trained "
+                "stays. Have `make_trainer` give the whole dataset as it is now, and call again."
+            )
 
     def shares(self) -> dict[StageKey, float]:
         """What share is done of each stage that is trained."""
@@ -413,11 +443,13 @@ class RayPool:
 
     def close(self) -> None:
         """Let every worker go."""
-        calls = [hired.actor.close.remote() for hired in self._hired if hired.stage is None]
-        if calls and is_head_there(self._head):
-            self._ray.wait(calls, num_returns=len(calls), timeout=_SHORT / 10)
-        for actor in self._actors:
-            self._ray.kill(actor)
+        # Without a head nobody can be told, and Ray would wait for it; its workers end by themselves.
+        if is_head_there(self._head):
+            calls = [hired.actor.close.remote() for hired in self._hired if hired.stage is None]
+            if calls:
+                self._ray.wait(calls, num_returns=len(calls), timeout=_SHORT / 10)
+            for actor in self._actors:
+                self._ray.kill(actor)
         if self._made and self._folder is None:
             # Nothing came of it, so nothing is left.
             with contextlib.suppress(OSError):
@@ -448,12 +480,23 @@ class RayPool:
         if now - self._looked_at < _BETWEEN_LOOKS:
             return
         self._looked_at = now
-        self._lost_looks = 0 if is_head_there(self._head) else self._lost_looks + 1
+        self._look_once()
+
+    def _wait_for_head(self) -> None:
+        """Before what Ray does by its head, for which it would wait until it ends this process."""
+        while not self._look_once():
+            time.sleep(_BETWEEN_LOOKS)
+
+    def _look_once(self) -> bool:
+        """Whether the head is there; a lost one is given up after some looks."""
+        is_there = is_head_there(self._head)
+        self._lost_looks = 0 if is_there else self._lost_looks + 1
         if self._lost_looks >= _LOOKS:
             raise ClusterError(
                 f"The head of the Ray cluster at {self._head} does not answer any more. The stages that were finished "
                 "are in the folder. Start the cluster again, and call again: only what is missing is trained."
             )
+        return is_there
 
 
 class _Died(S3TError):

@@ -67,6 +67,7 @@ def train_on_ray(
         [`~hf_s3t.errors.ClusterError`]:
             If there is no cluster, or no room in it; if workers have another hf_s3t, recipe or dataset than each
             other, or only some see the folder; if one stage costs one worker after the other, or the head is lost.
+        [`~hf_s3t.errors.ExampleIdError`]: If another process added rows meanwhile, which no worker has.
         [`~hf_s3t.errors.S3TError`]: What making a trainer or training raises in a worker, which is named.
 
     Example:
@@ -96,7 +97,9 @@ def train_on_ray(
             if tally.trained:
                 pool.push()
             metrics = {"seconds_to_start": ready - started, "workers": num_workers}
-            return _output(desk, tally, metrics, time.perf_counter() - ready)
+            output = _output(desk, tally, metrics, time.perf_counter() - ready)
+            pool.refuse_rows_that_came()
+            return output
 
 
 def verify_on_ray(

@@ -22,10 +22,9 @@ from ..folder.layout import TEMPORARY
 from ..folder.secret import KEY_VARIABLE
 from ..folder.versions import library_versions
 from ..plan.stages import StageKey
-from ..records.ledger import Ledger
 from ..training.elsewhere import ELSEWHERE
 from ..training.trainer import S3TTrainerMixin
-from .parcels import Parcel, pack_stage, pack_system, unpack_stages, unpack_system
+from .parcels import Parcel, pack_stage, pack_system, take_in, unpack_stages, unpack_system
 
 
 # A worker's own folder, where it does not share the system's; beside the folder of the same name, its lock.
@@ -205,23 +204,24 @@ class Worker:
 
         return self._told(verified)
 
-    def follow(self, ledger: str | None) -> dict[str, Any]:
+    def follow(self, ledger: str | None, rows: bytes | None = None) -> dict[str, Any]:
         """
-        Take in what was deleted, also while a stage trains, which then ends at its next checkpoint.
+        Take in what was deleted, also while a stage trains, which then ends at its next checkpoint; and what came.
 
         Args:
             ledger (`str`, *optional*): What the driver's ledger says; `None` where this worker reads it itself.
+            rows (`bytes`, *optional*): The driver's table, if rows came.
 
         Returns:
-            The `(shard, slice)` of which nothing is left to train on.
+            The `(shard, slice)` of which nothing is left to train on, and the ids that came and are not here.
         """
 
         def followed() -> dict[str, Any]:
             folder = self._here.folder
             if ledger is not None:
-                folder.merge_ledger(Ledger.parse(ledger))
+                take_in(folder, ledger, rows)
             folder.refresh_ledger()
-            return {"empty": self._empty()}
+            return {"empty": self._empty(), "lacking": self._here._rows_of_stages.lacking(folder.table)}
 
         return self._told(followed)
 

@@ -256,10 +256,11 @@ class Additions(PlanRuns):
         if self.is_world_process_zero():
             try:
                 told[0] = act()
-            except S3TError as error:
+            except Exception as error:
                 if self.accelerator.num_processes == 1:
                     raise
-                told[1] = error
+                # Whatever it is: the others would wait for a report.
+                told[1] = error if isinstance(error, S3TError) else S3TError(f"{type(error).__name__}: {error}")
         report, refusal = broadcast_object_list(told)
         if refusal is not None:
             raise refusal

@@ -42,12 +42,17 @@ class AssignedRuns(PlanRuns):
         self.callback_handler.begin_run()
         table = self.folder.table
         places = [(shard, slice_) for shard in range(table.num_shards) for slice_ in range(table.num_slices)]
-        empty = rows.empty(table)
+        without = table.empty.union(table.places_of(rows.lacking(table)))
         return {
             "recipe": recipe_of(self.args),
             "parts": self._parts,
             "circumstances": circumstances(self.model, self.accelerator),
-            "rows": {f"{s}/{p}": self._fed(StageKey(s, (p,))) for s, p in places if (s, p) not in empty},
+            # What is in a slice, and what is fed of it: others may look when rows went or came.
+            "rows": {
+                f"{s}/{p}": [table.slice_digest(s, p), self._fed(StageKey(s, (p,)))]
+                for s, p in places
+                if (s, p) not in without
+            },
             "kind": type(self).__name__,
         }
 

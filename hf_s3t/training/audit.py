@@ -12,11 +12,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from ..errors import ConfigError, S3TError, counted
+from ..errors import ConfigError, ExampleIdError, S3TError, counted
 from ..folder.system import SystemFolder
 from ..model.randomness import preserved_randomness
 from ..model.tensor_files import differing_tensors, read_tensors
 from ..plan.stages import StageKey
+from ..records.request import some
 from .circumstances import differing, threads
 from .stage_memory import was_trained_here
 from .stage_run import StageRuns
@@ -112,6 +113,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     (wanted,) = broadcast_object_list([choose_stages(stages, folder.current_stages)])
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
+    _refuse_rows_not_here(trainer, closure)
     trained_here = tuple(str(key) for key in closure if was_trained_here(folder.adapter_digest(key)))
     if trained_here:
         logger.warning_once(
@@ -128,6 +130,19 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
             trainer._live.refresh()
     seconds = time.perf_counter() - started
     return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
+
+
+def _refuse_rows_not_here(trainer: StageRuns, stages: Iterable[StageKey]) -> None:
+    """What another process added or replaced, this one has nothing of: all that saw it would come out otherwise."""
+    table, rows = trainer.folder.table, trainer._rows_of_stages
+    lacking = rows.lacking(table)
+    places = {place for place in table.places_of(lacking) if place is not None}
+    if any(key.saw(places) for key in stages):
+        raise ExampleIdError(
+            f"{counted(len(lacking), 'example')} came to {trainer.folder.path} that `train_dataset` lacks, or has as "
+            f"they were before ({some(lacking)}): another process added or replaced them, and stages that are to be "
+            "audited saw them. Make the trainer anew with the whole dataset as it is now, and call `verify()` there."
+        )
 
 
 def _compare_circumstances(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str, tuple[Any, Any]]:

@@ -173,9 +173,9 @@ class PlanRuns(Evaluation, Publishing, SharedWork):
         came = self._rows_of_stages.lacking(self.folder.table)
         if came:
             raise ExampleIdError(
-                f"{counted(len(came), 'example')} came to {self.folder.path} that `train_dataset` lacks "
-                f"({some(came)}): another process added them. What was trained stays. Make the trainer anew with the "
-                "whole dataset, and call `train()` again."
+                f"{counted(len(came), 'example')} came to {self.folder.path} that `train_dataset` lacks, or has as "
+                f"they were before ({some(came)}): another process added or replaced them. What was trained stays. "
+                "Make the trainer anew with the whole dataset as it is now, and call `train()` again."
             )
 
     def _refuse_to_choose(self, resume_from_checkpoint: Any, trial: Any) -> None:

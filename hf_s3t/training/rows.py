@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -78,7 +78,7 @@ class TrainingRows:
         values: list[Any] = self.dataset.with_format(None)[name][:]
         return values
 
-    def digests(self, key: DigestKey, version: int = 2) -> np.ndarray:
+    def digests(self, key: DigestKey, version: int = 2, numbers: Sequence[int] | None = None) -> np.ndarray:
         """
         The keyed digest of every row's content, as 32 bytes: of what is trained on, its id, group and place aside.
 
@@ -87,11 +87,15 @@ class TrainingRows:
             version (`int`, defaults to 2):
                 By which rows are digested: 1 as they stand in the dataset, as systems made in format 1 have it, 2 by
                 what they say, whatever other rows stand there; see [`hf_s3t.records.contents`].
+            numbers (sequence of `int`, *optional*): Of which rows; of all if not given.
         """
         if isinstance(self.dataset, datasets.Dataset):
-            return key.of_contents(_encoded(self.dataset, version, self.own_columns))
+            some = self.dataset if numbers is None else self.dataset.select(numbers)
+            return key.of_contents(_encoded(some, version, self.own_columns))
         read = said if version == 2 else dict
-        return key.of_contents(encode(dict(read(self._anonymous(row)))) for row in shown_rows(self.dataset))
+        # All in their order: one that augments may show each by what it drew for those before.
+        found = key.of_contents(encode(dict(read(self._anonymous(row)))) for row in shown_rows(self.dataset))
+        return found if numbers is None else found[list(numbers)]
 
     @property
     def own_columns(self) -> set[str]:
@@ -184,8 +188,9 @@ class StageRows:
         kept: list[Any] = rows.ids
         if names is not None and names.are_digests:
             kept = hexadecimal(names.key.of_ids(rows.ids))
-        # The rows that came to a table, when they were last compared with these.
+        # Rows that came to a table, when they were last compared with these; and what is here of their ids.
         self._compared: tuple[Any, np.ndarray] | None = None
+        self._given, self._names, self._contents = rows, names, dict[Any, bytes]()
         self._position = {kept[number]: position for position, number in enumerate(numbers)}
         self._is_whole = len(self._position) == len(kept)
         self._dropped_ids = frozenset[Any]() if self._is_whole else frozenset(kept).difference(self._position)
@@ -218,16 +223,33 @@ class StageRows:
         )
 
     def lacking(self, table: ExampleTable) -> list[int | str]:
-        """The examples of a table that came after its first partition, and are not here."""
+        """The examples of a table that came after its first partition, and are not here, or otherwise than there."""
         columns = table.columns
         if columns.additions is None:
             return []
         if self._compared is None or self._compared[0] is not columns:
             came = np.flatnonzero(columns.additions)
-            known = [kept in self._position or kept in self._dropped_ids for kept in columns.kept(came)]
+            ids = columns.kept(came)
+            self._digest_what_is_here(ids)
+            # An id that came may have been in before: another process put an edited row in the place of the old one.
+            there = [digest.tobytes() for digest in columns.digests[came]]
+            known = [i in self._contents and self._contents[i] in (b"", d) for i, d in zip(ids, there, strict=True)]
             self._compared = columns, came[~np.array(known, bool)]
         lacking = columns.kept(self._compared[1])
         return [kept for kept, place in zip(lacking, table.places_of(lacking), strict=True) if place is not None]
+
+    def _digest_what_is_here(self, ids: Iterable[Any]) -> None:
+        """Have the digests of what some ids have here, those that are here; of rows without names nothing is said."""
+        new = {i for i in ids if (i in self._position or i in self._dropped_ids) and i not in self._contents}
+        if not new:
+            return
+        if self._names is None:
+            self._contents |= dict.fromkeys(new, b"")
+            return
+        kept = self._given.ids if self._original is None else self._original
+        numbers = {i: number for number, i in enumerate(kept) if i in new}
+        digests = self._given.digests(self._names.key, self._version, list(numbers.values()))
+        self._contents |= {i: digest.tobytes() for i, digest in zip(numbers, digests, strict=True)}
 
     def positions(self, key: StageKey, table: ExampleTable) -> list[int]:
         """Positions of a stage's examples in the prepared dataset: slice by slice, in a slice by hash of the id."""

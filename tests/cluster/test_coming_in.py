@@ -3,13 +3,17 @@
 import itertools
 import sys
 import threading
+import time
 
 import pytest
+from datasets import Dataset
 from support.on_ray import ROWS, System, ThreadRay
+from support.tiny import lm_rows
 
 from hf_s3t import errors
 from hf_s3t.cluster import ray_pool, train_on_ray
 from hf_s3t.cluster.agreement import Agreement, error_from
+from hf_s3t.cluster.desk import FolderDesk
 from hf_s3t.cluster.ray_cluster import is_head_there, resources_of, room_for
 from hf_s3t.cluster.ray_pool import RayPool, Terms
 from hf_s3t.cluster.worker import Worker
@@ -18,6 +22,8 @@ from hf_s3t.folder.system import SystemFolder
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
+
+MORE = [{**row, "id": f"later-{number}"} for number, row in enumerate(lm_rows(6, seed=5))]
 
 
 class InTurn:
@@ -48,6 +54,8 @@ def pool_of(monkeypatch):
     yield made
     for pool in pools:
         pool.close()
+        for actor in pool._ray.actors:
+            actor.die()
 
 
 def files_of(path):
@@ -181,13 +189,82 @@ def test_a_head_that_is_lost_is_told_before_ray_ends_the_process(pool_of, tmp_pa
     is_refused(pool, ClusterError, r"head of the Ray cluster at 127\.0\.0\.1:1 does not answer.*only what", tmp_path)
 
 
+# What happens while they are there
+
+
+def added(path, rows, into="slices"):
+    """Another process adds rows."""
+    trainer = System(path, partition="balanced")()
+    trainer.add_examples(Dataset.from_list(rows), into=into)
+    return trainer.folder
+
+
+@pytest.mark.parametrize("into", ["slices", "new_shards"])
+@pytest.mark.parametrize("sees", [True, False], ids=["one folder", "no folder"])
+def test_rows_that_came_meanwhile_are_left_out_and_told_of_at_the_end(pool_of, tmp_path, monkeypatch, sees, into):
+    path = tmp_path / "system"
+    monkeypatch.setattr(Worker, "sees", lambda self, path, nonce: sees)
+    pool = pool_of(System(path, partition="balanced"))
+    pool.come_in()
+    desk = FolderDesk(pool.folder, pool.is_shared, pool.empty)
+    before = desk.plan(()).stages
+    pool.refuse_rows_that_came()
+    places = added(path, MORE, into).table.places_of([row["id"] for row in MORE])
+    assert desk.has_news()
+    pool.tell()
+    assert set(places) <= set(pool.empty())
+    # What can be made of the rows that are there is made, and nothing of a slice that is not whole.
+    left = [key for key in before if not key.saw(set(places))]
+    assert desk.plan(()).stages == left and (left == before) == (into == "new_shards")
+    with pytest.raises(errors.ExampleIdError, match=r"6 examples came to .* Have `make_trainer` give the whole"):
+        pool.refuse_rows_that_came()
+
+
+def test_a_worker_in_the_place_of_a_dead_one_that_is_refused_costs_the_others_nothing(pool_of, tmp_path, caplog):
+    path = tmp_path / "system"
+    pool = pool_of(InTurn(System(path), System(path), System(path, rate=5e-3)))
+    pool.come_in()
+    pool._dismiss(pool._hired[0])
+    pool._hire()
+    until = time.monotonic() + 60
+    while pool._coming and time.monotonic() < until:
+        assert pool.outcomes() == []
+    assert [r.message for r in caplog.records if r.message.endswith("The others go on without it.")] and pool.free == 1
+    pool._dismiss(pool._hired[0])
+    pool._hire()
+    pool._make_trainer = lambda: None
+    with pytest.raises(ConfigError, match="returned NoneType"):
+        while pool._coming:
+            pool.outcomes()
+
+
+def test_workers_that_are_gone_with_the_head_are_not_replaced(pool_of, tmp_path, monkeypatch):
+    """Ray would wait for the head in that, and end the process with no word of ours."""
+    pool = pool_of(System(tmp_path / "system"), num_workers=1)
+    pool.come_in()
+    (hired,) = pool._hired
+    hired.stage, lost = pool.folder.plan.stages()[0], hired.actor.share.remote()
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_pool, "_BETWEEN_LOOKS", 0.0)
+        patch.setattr(ray_pool, "is_head_there", lambda head: False)
+        patch.setattr(pool._ray, "kill", lambda actor: pytest.fail("Ray was asked for something"))
+        patch.setattr(pool._ray, "remote", lambda **options: pytest.fail("Ray was asked for something"))
+        patch.setattr(pool._ray, "get", lambda call, timeout: (_ for _ in ()).throw(pool._ray.exceptions.RayError()))
+        for died in (lambda: pool._outcome(hired, lost), lambda: pool._missing(hired, "begin", "it died.")):
+            pool._lost_looks = 0
+            with pytest.raises(ClusterError, match="head of the Ray cluster at .* only what is missing is trained"):
+                died()
+        pool.close()
+
+
 # What they tell of themselves
 
 
 def statement(**changes):
     kind = {"cpu_capability": "AVX2", "threads": 1, "versions": {"torch": "2.13"}}
     told = {
-        "recipe": {"learning_rate": 0.1}, "parts": {}, "kind": "S3TTrainer", "rows": {"0/0": "a", "0/1": "b"},
+        "recipe": {"learning_rate": 0.1}, "parts": {}, "kind": "S3TTrainer",
+        "rows": {"0/0": ["1", "a"], "0/1": ["2", "b"]},
         "folder": {"system_id": "s", "lines": 0}, "circumstances": kind,
     }  # fmt: skip
     return {**told, **changes}
@@ -197,7 +274,15 @@ def test_rows_that_are_fed_otherwise_are_named_by_their_slices():
     agreement = Agreement([], same_kind=False)
     agreement.check("Worker 1", statement())
     with pytest.raises(ClusterError, match=r"other rows than Worker 1, .*slices 0/1 \(of shard/slice\)"):
-        agreement.check("Worker 2", statement(rows={"0/0": "a", "0/1": "c"}))
+        agreement.check("Worker 2", statement(rows={"0/0": ["1", "a"], "0/1": ["2", "c"]}))
+
+
+def test_a_worker_that_comes_in_after_a_deletion_is_compared_by_the_slices_that_are_what_they_were():
+    agreement = Agreement([], same_kind=False)
+    agreement.check("Worker 1", statement())
+    agreement.check("Worker 2", statement(rows={"0/0": ["1", "a"], "0/1": ["3", "c"]}))
+    with pytest.raises(ClusterError, match=r"slices 0/0 \(of shard/slice\)"):
+        agreement.check("Worker 3", statement(rows={"0/0": ["1", "z"], "0/1": ["3", "c"]}))
 
 
 def test_another_system_of_the_same_name_is_refused():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import os
+import threading
 import time
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.tiny import lm_rows, lora, make_trainer, s3t_config, tiny_llama, tr
 
 
 ROWS = lm_rows(32)
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @functools.cache
@@ -43,6 +45,11 @@ class System:
         _base(changes.get("base", 0))
 
     def __call__(self):
+        # Arguments that two threads make at once reset each other's state of Accelerate.
+        with _ONE_AT_A_TIME:
+            return self._made()
+
+    def _made(self):
         changes = self.changes
         model = copy.deepcopy(_base(changes.get("base", 0))).to(changes.get("dtype", torch.float32))
         rows = changes.get("rows", ROWS)
@@ -53,7 +60,7 @@ class System:
             Dataset.from_list(rows) if isinstance(rows, list) else rows,
             args=training_arguments(self.folder, learning_rate=changes.get("rate", 1e-2)),
             peft_config=lora(model, lora_dropout=0.2),
-            config=s3t_config(num_shards=2, num_slices=3, budget=2),
+            config=s3t_config(num_shards=2, num_slices=3, budget=2, partition=changes.get("partition", "hashed")),
             callbacks=callbacks,
         )
 

@@ -303,6 +303,34 @@ def test_an_edited_row_is_a_deletion_and_an_addition_in_one(tmp_path):
     assert trainer_of(tmp_path / "edited", rows).folder.valid_stages == trainer.folder.valid_stages
 
 
+def test_a_trainer_at_work_never_trains_on_what_another_process_replaced(tmp_path):
+    """Its row of that id is what somebody had deleted: no stage may say that it saw the other one."""
+    trainer, other = trainer_of(tmp_path), trainer_of(tmp_path)
+    new = {**FIRST[5], "input_ids": MORE[0]["input_ids"], "labels": MORE[0]["labels"]}
+    other.replace_examples(data([new]))
+    with pytest.raises(ExampleIdError, match=r"1 example came to .* or has as they were before \('example-005'\)"):
+        trainer.train()
+    assert trainer.folder.valid_stages == frozenset()
+    other.train()
+    saw = [key for key in other.folder.plan.stages() if key.saw(set(other.folder.table.places_of([new["id"]])))]
+    with pytest.raises(ExampleIdError, match=r"stages that are to be audited saw them"):
+        trainer.verify(saw[:1])
+    assert trainer.verify([key for key in other.folder.plan.stages() if key not in saw][:1]).ok
+    assert trainer.replace_examples(data([new])).known == 1
+    assert trainer.verify(saw[:1]).ok
+
+
+def test_an_id_that_comes_back_with_another_content_is_not_what_a_trainer_at_work_has(tmp_path):
+    trainer, other = trainer_of(tmp_path), trainer_of(tmp_path)
+    other.s3t_model.unlearn([FIRST[5]["id"]])
+    new = {**FIRST[5], "input_ids": MORE[0]["input_ids"], "labels": MORE[0]["labels"]}
+    other.add_examples(data([new]), into="slices", again=[new["id"]])
+    with pytest.raises(ExampleIdError, match="or has as they were before"):
+        trainer.train()
+    other.s3t_model.unlearn([new["id"]])
+    assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
+
+
 # What is refused, and changes nothing
 
 
