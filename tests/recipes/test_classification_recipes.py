@@ -751,7 +751,9 @@ def test_texts_of_a_file_are_added_once_and_audited(encoder, audits_here, tmp_pa
         "outside the label set": [{**refused[0], "id": 90, "label": "sad"}],
         "sentence": [{"id": 91, "label": 1}],
         r"expected ids in `id` among them": [{"sentence": "one", "label": 1}],
-        r"The content of 1 example is not what it was at the first training: 0\.": [{**rows[0], "sentence": "because so not"}],
+        r"The content of 1 example is not what it was at the first training: 0\.": [
+            {**rows[0], "sentence": "because so not"}
+        ],
     }
     for says, given in wrong.items():
         bad = write(tmp_path / "bad", given)
