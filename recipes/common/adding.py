@@ -54,9 +54,13 @@ def parted(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
     return rows.select(known), rows.select([row for row, there in enumerate(is_known) if not there])
 
 
-def joined(train: Dataset, more: Dataset) -> Dataset:
+def joined(train: Dataset, more: Dataset, options: Options) -> Dataset:
     """The rows to train on with others behind them; of an id that both have, those of the others."""
-    return train if not len(more) else concatenate_datasets([train, more.cast(train.features)])
+    if not len(more):
+        return train
+    given = set(more[options.s3t.id_column][:])
+    kept = [row for row, one in enumerate(train[options.s3t.id_column][:]) if one not in given]
+    return concatenate_datasets([train.select(kept), more.cast(train.features)])
 
 
 def add_rows(trainer: Any, new: Dataset, options: Options) -> AdditionReport | None:

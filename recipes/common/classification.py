@@ -225,7 +225,9 @@ def run_classification(options: Options, results: Results, parts: Parts) -> dict
     method = make_method(options, parts)
     if parts.new is not None:
         add_rows(method.trainer, parts.new, options)
-        parts = parts._replace(train=method.trainer.train_dataset)
+        # What is sent to other processes: Datasets cannot read back a selection of no rows.
+        parts = parts._replace(train=method.trainer.train_dataset, new=None)
+        train = parts.train
     if trains:
         with results.timed("train"):
             train_over_workers(method, script, make_method, options, parts)

@@ -131,7 +131,7 @@ def prepare(options: Options, task: ImageTask) -> Parts:
     new = None
     if options.script.add_file:
         known, new = parted(load_additions(options, task), options)
-        train = joined(train, known)
+        train = joined(train, known, options)
         new.set_transform(Shown(processor, task, padding, flip))
     train.set_transform(Shown(processor, task, padding, flip))
     evaluation = {name: evaluation_set(dataset, options, Shown(processor, task)) for name, dataset in sets.items()}

@@ -179,12 +179,12 @@ def run(options: Options) -> dict[str, Any]:
         return found
     train, held_out = load_data(options)
     known, new = parted(load_additions(options), options) if script.add_file else (train.select([]), train.select([]))
-    train = joined(train, known)
+    train = joined(train, known, options)
     check_model_is_there(script.model_name_or_path)
     ids, groups = named(script, train, options.s3t, options.training.output_dir)
     trains = len(new) > 0 or must_train(found is not None, options.training.output_dir, ids, groups)
     losses, trainer = train_all(options, script.model_name_or_path, train, held_out, file, trains, new)
-    train = joined(train, new)
+    train = joined(train, new, options)
     say(trainer, loss_table(losses))
     results = {"losses": losses}
     ask_harness(options, trainer, name, results)

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import release_memory
 from common import lm_evaluation, workers
-from common.adding import add_rows
+from common.adding import add_rows, joined
 from common.chats import chat_template
 from common.command_line import console
 from common.forgetting import EXHAUSTED
@@ -55,6 +55,8 @@ def train_all(
     trainer = method.trainer
     if new is not None:
         add_rows(trainer, new, options)
+        # What workers make the method of.
+        train = joined(train, new, options)
     if trains:
         started = time.perf_counter()
         with results.timed("train"):

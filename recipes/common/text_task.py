@@ -129,7 +129,7 @@ def prepare(options: Options, task: TextTask) -> Parts:
     rows, new = tokenize(train, tokenizer, options), None
     if options.script.add_file:
         known, new = parted(tokenize(load_additions(options, task), tokenizer, options), options)
-        rows = joined(rows, known)
+        rows = joined(rows, known, options)
     return Parts(
         task,
         partial(load_model, options, task, tokenizer),

@@ -252,7 +252,7 @@ def test_workers_that_are_gone_with_the_head_are_not_replaced(pool_of, tmp_path,
         patch.setattr(pool._ray, "get", lambda call, timeout: (_ for _ in ()).throw(pool._ray.exceptions.RayError()))
         for died in (lambda: pool._outcome(hired, lost), lambda: pool._missing(hired, "begin", "it died.")):
             pool._lost_looks = 0
-            with pytest.raises(ClusterError, match="head of the Ray cluster at .* only what is missing is trained"):
+            with pytest.raises(ClusterError, match=r"head of the Ray cluster at .* only what is missing is trained"):
                 died()
         pool.close()
 

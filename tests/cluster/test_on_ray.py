@@ -9,10 +9,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from datasets import Dataset
 from support.on_ray import ROWS, System, adapters_of
+from support.tiny import lm_rows
 
 from hf_s3t.cluster import train_on_ray, verify_on_ray
 from hf_s3t.cluster.ray_cluster import joined
+from hf_s3t.errors import ExampleIdError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
 
@@ -58,6 +61,36 @@ def test_two_workers_train_each_stage_once_and_to_the_bit_as_one_process(tmp_pat
     found = train_on_ray(System(path), num_workers=2, shared_folder=shared).metrics
     is_whole(path, alone)
     assert found["stages_trained"] == len(alone) and found["stages_left"] == 0 and found["deaths"] == 0
+
+
+def test_four_workers_train_the_same(tmp_path, alone):
+    path = tmp_path / "system"
+    found = train_on_ray(System(path), num_workers=4, resources_per_worker={"CPU": 0.5}).metrics
+    is_whole(path, alone)
+    assert found["stages_trained"] == len(alone)
+
+
+def test_rows_that_come_meanwhile_without_a_shared_folder_are_told_of_and_nothing_is_lost(tmp_path):
+    path, notes, balanced = tmp_path / "system", tmp_path / "notes", {"partition": "balanced"}
+    notes.mkdir()
+    more = [{**row, "id": f"later-{number}"} for number, row in enumerate(lm_rows(4, seed=5))]
+
+    def add():
+        while not list(path.glob("stages/shard-*/[0-9]*")):
+            time.sleep(0.01)
+        System(path, **balanced)().add_examples(Dataset.from_list(more), into="slices")
+
+    adding = threading.Thread(target=add)
+    adding.start()
+    with pytest.raises(ExampleIdError, match=r"4 examples came to .* Have `make_trainer` give the whole dataset"):
+        train_on_ray(System(path, notes, seconds=0.1, **balanced), num_workers=2, shared_folder=False)
+    adding.join()
+    folder = SystemFolder(path)
+    there, behind = folder.valid_stages, folder.missing_stages()
+    assert there and behind and inspect(path).problems == ()
+    whole = {"rows": [*ROWS, *more], **balanced}
+    assert train_on_ray(System(path, **whole), num_workers=2, shared_folder=False).metrics["stages_left"] == 0
+    assert System(path, **whole)().verify([behind[0]]).ok
 
 
 def test_one_worker_goes_on_where_a_process_stopped_in_bfloat16(tmp_path):

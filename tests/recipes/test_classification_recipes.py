@@ -34,7 +34,8 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_s3t import S3TModel
 from hf_s3t.baselines import METHODS
-from hf_s3t.errors import ConfigError, UnknownExampleError
+from hf_s3t.errors import ConfigError, S3TError, UnknownExampleError
+from hf_s3t.folder.system import SystemFolder
 
 
 RECIPES = Path(texts.__file__).parent
@@ -712,6 +713,55 @@ def test_a_folder_called_as_an_option_is_no_other_run(on_the_hub, encoder, tmp_p
     assert texts.main(argv) == texts.main(argv)
 
 
+# Rows that are added
+
+
+def more_of(rows, count, **changes) -> list[dict]:
+    """Rows behind others, with ids of their own."""
+    return [{**rows[n], "id": len(rows) + n, **changes} for n in range(count)]
+
+
+def added_to(run, argv, write, rows, tmp_path) -> None:
+    """A recipe trains, adds the rows of a file, and finds nothing to add when the same command comes again."""
+    run.main(argv)
+    folder = SystemFolder(tmp_path / "system")
+    first, more = len(folder.table), write(tmp_path / "more", more_of(rows, 4))
+    argv = [*argv, "--add_file", more, "--add_into", "slices"]
+    found = run.main(argv)
+    folder.refresh()
+    assert len(folder.table) == first + 4 == found["data"]["train_rows"] and not folder.missing_stages()
+    left = stages_of(tmp_path / "system")
+    again = run.main([*argv, "--verify", "all"])
+    assert len(folder.ledger.additions) == 1 and stages_of(tmp_path / "system") == left and again["verified"]
+
+
+def test_texts_of_a_file_are_added_once_and_audited(encoder, audits_here, tmp_path):
+    def write(path, rows):
+        return write_jsonl(path.with_suffix(".jsonl"), rows)
+
+    rows = [{"id": n, "sentence": sentence(n), "label": n % 2} for n in range(12)]
+    path = write(tmp_path / "rows", rows)
+    argv = line(encoder, tmp_path, "--task_name", "sst2", "--dataset_name", path, "--eval_file", path)
+    argv += ["--id_column", "id", "--partition", "balanced"]
+    with pytest.raises(ConfigError, match=r"no system in .*Train it first, by the same command without"):
+        texts.main([*argv, "--add_file", path])
+    added_to(texts, argv, write, rows, tmp_path)
+    before, refused = stages_of(tmp_path / "system"), more_of(rows, 2)
+    wrong = {
+        "outside the label set": [{**refused[0], "id": 90, "label": "sad"}],
+        "sentence": [{"id": 91, "label": 1}],
+        r"expected ids in `id` among them": [{"sentence": "one", "label": 1}],
+        r"The content of 1 example is not what it was at the first training: 0\.": [
+            {**rows[0], "sentence": "because so not"}
+        ],
+    }
+    for says, given in wrong.items():
+        bad = write(tmp_path / "bad", given)
+        with pytest.raises(S3TError, match=says):
+            texts.main([*argv, "--add_file", bad])
+        assert stages_of(tmp_path / "system") == before and len(SystemFolder(tmp_path / "system").table) == 16
+
+
 @pytest.mark.slow
 def test_studies_take_the_options_of_the_text_recipe(encoder, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"sentence": sentence(n), "label": n % 2} for n in range(24)])
@@ -859,6 +909,30 @@ def test_images_are_trained_forgotten_and_audited_bit_for_bit(vit, audits_here, 
     found = images.main([*argv, "--unlearn", "3", "--budget", "2", "--verify", "all"])
     assert found["recipe"] == "image_classification" and found["verified"] and found["unlearned"]["examples"] == 1
     assert len(found["predictions"]["evaluation"]["by_depth"]["1"]) == 16
+
+
+def test_images_of_a_file_are_added_once_and_audited(vit, audits_here, tmp_path):
+    def write(path, rows):
+        features = Features({"id": Value("int64"), "image": ImageFeature(), "label": Value("int64")})
+        path = path.with_suffix(".parquet")
+        Dataset.from_list(rows, features=features).to_parquet(path)
+        return str(path)
+
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(12)]
+    rows = [{"id": n, "image": picture, "label": n % 2} for n, picture in enumerate(pictures)]
+    path = write(tmp_path / "rows", rows)
+    argv = [
+        *("--dataset_name", path, "--eval_file", path, "--image_column", "image", "--label_column", "label"),
+        *("--label_set", "one", "two", "--model_name_or_path", vit, "--id_column", "id", "--partition", "balanced"),
+        *("--output_dir", str(tmp_path / "system"), "--num_slices", "2", "--budget", "1", "--lora_r", "2"),
+        *("--target_modules", "[q_proj, v_proj]", "--num_train_epochs", "1", "--disable_tqdm", "true"),
+        *("--per_device_train_batch_size", "4"),
+    ]
+    added_to(images, argv, write, rows, tmp_path)
+    with pytest.raises(S3TError, match="label"):
+        images.main([*argv, "--add_file", write(tmp_path / "bad", more_of(rows, 1, id=90, label=7))])
+    assert len(SystemFolder(tmp_path / "system").table) == 16
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def trainer_of(path, rows, **settings):
 
 def grow(path):
     """A system that rows come to in all processes, and after it one that had them from the start."""
-    trainer = trainer_of(path / "grown", FIRST, num_shards=2, partition="balanced")
+    trainer = trainer_of(path / "grown", FIRST, num_shards=1, partition="balanced")
     trainer.train()
     with pytest.raises(ContentChangedError, match="Nothing was added"):
         trainer.add_examples(Dataset.from_list([EDITED, *MORE]), into="slices")
@@ -40,7 +40,7 @@ def grow(path):
     places = trainer.folder.table.places_of([row["id"] for row in GROWN])
     placed = [{**row, "shard": place[0], "slice": place[1]} for row, place in zip(GROWN, places, strict=True)]
     columns = {"partition": "column", "shard_column": "shard", "slice_column": "slice"}
-    trainer_of(path / "fresh", placed, num_shards=2, **columns).train()
+    trainer_of(path / "fresh", placed, num_shards=1, **columns).train()
 
 
 @pytest.mark.slow
