@@ -120,6 +120,7 @@ def test_config_comes_without_torch():
     assert not _loaded_by("from hf_s3t import S3TConfig, S3TError; S3TConfig()") & HEAVY
 
 
+@pytest.mark.slow
 def test_only_the_sft_trainer_loads_trl():
     # peft brings bitsandbytes with it wherever that is installed.
     assert "trl" not in _loaded_by("from hf_s3t import S3TModel, S3TTrainer")

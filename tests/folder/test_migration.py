@@ -16,7 +16,7 @@ from datasets import Dataset
 from support.crashes import Faults, Recording, crashes, plant
 from support.folders import apply, files_of, forge, gate_of, grow, new_system, stages_on_disk
 from support.format_1 import FOLDERS, VERDICTS, WRITTEN, base, copy_of, format_of, load, verdict
-from support.tiny import lm_rows, make_trainer, s3t_config, training_arguments
+from support.tiny import lm_rows, lora, make_trainer, s3t_config, training_arguments
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 from typer.testing import CliRunner
 
@@ -355,7 +355,10 @@ def trainer_of(path, keep_idle=None, **more):
     saving = dict(save_strategy="steps", save_steps=1, save_total_limit=1, num_train_epochs=2)
     args = training_arguments(path, **saving)
     config = s3t_config(group_column="group", keep_idle=keep_idle)
-    return make_trainer(path, base(), Dataset.from_list(rows), args=args, config=config, **more)
+    model = base()
+    # As the folder was made.
+    more = {"peft_config": lora(model, target_modules="all-linear"), **more}
+    return make_trainer(path, model, Dataset.from_list(rows), args=args, config=config, **more)
 
 
 def test_a_live_model_goes_on_while_another_process_migrates_its_folder(tmp_path):

@@ -218,13 +218,14 @@ def test_after_a_crash_at_any_moment_of_a_deletion_it_is_in_force_or_never_was(s
     assert sweep(recording, Outcome(start, victims, tmp_path / "whole"), tmp_path) == {False, True}
 
 
-def test_with_a_key_a_crash_leaves_a_signature_or_none(first, tmp_path, monkeypatch):
+@EVERY
+def test_with_a_key_a_crash_leaves_a_signature_or_none(first, tmp_path, monkeypatch, step):
     monkeypatch.setenv(SIGNING_VARIABLE, OUR_KEY)
     victims = victims_of(first)
     recording = record(first, tmp_path / "recorded", partial(delete, victims=victims))
     synced = [step.name for step in recording.steps if step.kind == "sync"]
     assert synced[0] == LEDGER_FILE and SIGNATURES_FILE in synced
-    assert sweep(recording, Signed(first, victims, tmp_path / "whole"), tmp_path) == {False, True}
+    assert sweep(recording, Signed(first, victims, tmp_path / "whole"), tmp_path, step=step) == {False, True}
 
 
 def die_and_try_again(start, tmp_path, kinds, step, limit=100) -> None:
@@ -403,9 +404,12 @@ def says(path) -> tuple:
     return rows, digests, folder.config, folder.valid_stages, folder.current_stages, len(folder.ledger.lines)
 
 
+@EVERY
 @pytest.mark.parametrize("places", [NEWCOMERS, NEW_SHARD], ids=["slices", "new shard"])
 @pytest.mark.parametrize("start", ["first", "gated", pytest.param("later", marks=pytest.mark.slow)])
-def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_came(start, request, tmp_path, places):
+def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_came(
+    start, request, tmp_path, places, step
+):
     start = request.getfixturevalue(start)
     recording = record(start, tmp_path / "recorded", partial(bring, places=places))
     synced = [step.name for step in recording.steps if step.kind == "sync" and step.name]
@@ -413,7 +417,7 @@ def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_cam
     before, after = says(shutil.copytree(start, tmp_path / "before")), says(recording.root)
     assert len(after[0]) == len(before[0]) + len(places) and after[3] >= before[3]
     found = set()
-    for crash, path in left_by(crashes(recording), tmp_path):
+    for crash, path in left_by(crashes(recording), tmp_path, step):
         reader = ReadOnlyFolder(path)
         seen, stages = set(reader.table.rows), reader.valid_stages
         said = says(path)
@@ -426,14 +430,15 @@ def test_after_a_crash_at_any_moment_of_an_addition_the_rows_are_in_or_never_cam
     assert found == {False, True}
 
 
-def test_after_a_crash_at_any_moment_a_replaced_row_is_the_old_or_the_new_one(first, tmp_path):
+@EVERY
+def test_after_a_crash_at_any_moment_a_replaced_row_is_the_old_or_the_new_one(first, tmp_path, step):
     victims = victims_of(first)
     places = dict.fromkeys(victims, (0, 1))
     recording = record(first, tmp_path / "recorded", partial(bring, places=places, replaced=victims))
     before, after = says(shutil.copytree(first, tmp_path / "before")), says(recording.root)
     assert before[0].keys() == after[0].keys() and before[0] != after[0] and after[3] < before[3]
     found = set()
-    for crash, path in left_by(crashes(recording), tmp_path):
+    for crash, path in left_by(crashes(recording), tmp_path, step):
         said = says(path)
         assert not any(map(SystemFolder(path).is_deleted, victims)), crash
         assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
@@ -463,7 +468,8 @@ def take_in(path, mark, ledger, rows) -> None:
     mark("acknowledged")
 
 
-def test_after_a_crash_at_any_moment_of_a_merge_the_rows_of_another_copy_are_in_or_never_came(first, tmp_path):
+@EVERY
+def test_after_a_crash_at_any_moment_of_a_merge_the_rows_of_another_copy_are_in_or_never_came(first, tmp_path, step):
     """Both copies grew; the other deleted one of its rows, and one that both have."""
     start = shutil.copytree(first, tmp_path / "start")
     other = SystemFolder(shutil.copytree(start, tmp_path / "other"))
@@ -475,7 +481,7 @@ def test_after_a_crash_at_any_moment_of_a_merge_the_rows_of_another_copy_are_in_
     before, after = says(shutil.copytree(start, tmp_path / "before")), says(recording.root)
     assert after[0].keys() == {*other.table.rows, "own@example.org"}
     found = set()
-    for crash, path in left_by(crashes(recording), tmp_path):
+    for crash, path in left_by(crashes(recording), tmp_path, step):
         said = says(path)
         assert said in (before, after) and (said == after or "acknowledged" not in crash.told), crash
         assert not inspect(path).problems, crash

@@ -411,7 +411,7 @@ def run(machine, examples: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(12, 10), pytest.param(200, 25, marks=[pytest.mark.slow, pytest.mark.long])]
+    ("examples", "steps"), [(6, 10), pytest.param(200, 25, marks=[pytest.mark.slow, pytest.mark.long])]
 )
 def test_a_folder_is_at_any_time_what_its_history_makes_it(without_tensors, tmp_path, examples, steps):
     rows = SystemFolder(without_tensors).table.rows

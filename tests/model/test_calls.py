@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support.folders import apply
 from support.insides import calls_of, routing_of
-from support.tiny import batch_of, ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from support.tiny import batch_of, ids_of, lm_rows, lora, make_trainer, plant_stages, s3t_config, tiny_llama
 from transformers.generation.streamers import BaseStreamer
 
 from hf_s3t import S3TModel
@@ -359,10 +359,10 @@ def test_a_pass_of_the_base_begun_in_what_outlives_a_call_goes_through_no_route(
 
 def make_system(folder, seed=0):
     """Two shards of three slices, every sequence: stages of random numbers on a tiny Llama."""
-    trainer = make_trainer(
-        folder, tiny_llama(3), lm_rows(24), config=s3t_config(num_shards=2, num_slices=3, budget=3, seed=seed)
-    )
-    plant_stages(trainer)
+    model, config = tiny_llama(3), s3t_config(num_shards=2, num_slices=3, budget=3, seed=seed)
+    # All of a layer: what a stage less changes is to be seen in what is generated.
+    peft_config = lora(model, target_modules="all-linear")
+    plant_stages(make_trainer(folder, model, lm_rows(24), peft_config=peft_config, config=config))
 
 
 @pytest.fixture(scope="module")

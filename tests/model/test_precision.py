@@ -442,7 +442,7 @@ GROUPS = LayerGroups("model.layers", 4, ((2, 3), (0, 1)))
 
 
 def stack_on(base, **changes) -> StageStack:
-    return StageStack(base, lora(base, **changes), GROUPS, ("score",))
+    return StageStack(base, lora(base, **{"target_modules": "all-linear", **changes}), GROUPS, ("score",))
 
 
 def random_stage(stack: StageStack, key: StageKey) -> dict[str, torch.Tensor]:

@@ -49,6 +49,7 @@ def _likelihood(model, tokenizer, prompt, answer):
     return sum(logs[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
 
 
+@pytest.mark.slow
 def test_tasks_whose_questions_are_out_of_reach_are_refused_before_training():
     with pytest.raises(ConfigError, match=r"`--eval_tasks piqa`: its questions cannot be read: .*name other tasks"):
         check_tasks(["piqa"], None)

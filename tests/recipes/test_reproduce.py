@@ -110,6 +110,7 @@ def test_a_run_that_was_interrupted_is_not_done(tmp_path, monkeypatch):
     assert not is_done(finished="now", unlearned={}, predictions={}) and is_done(finished="now", unlearned={})
 
 
+@pytest.mark.slow
 def test_the_docs_show_the_tables_of_the_results_that_are_kept():
     page = "".join((runs.DOCS / f"{name}.md").read_text() for name in ("reproduction", "beyond_the_paper", "gates"))
     assert any(run.results.is_file() for run in RUNS)

@@ -18,7 +18,7 @@ from hf_s3t.server.app import create_app
 from hf_s3t.server.keys import Keys
 from hf_s3t.server.service import Service
 from hf_s3t.server.settings import ServerSettings
-from support.tiny import make_trainer, plant_stages, tiny_llama, tokenizer_of_words
+from support.tiny import lora, make_trainer, plant_stages, tiny_llama, tokenizer_of_words
 
 
 NO_KEYS = Keys({})
@@ -42,7 +42,9 @@ def tiny_system(path: Path, model: Any = None, *, tokenizer: Any = None, **chang
 
 def _make(path: Path, model: Any, tokenizer: Any = None, **changes) -> Path:
     model.save_pretrained(path / "base")
-    plant_stages(make_trainer(path, model, **changes))
+    # All of a layer: what a stage more or less changes is to be seen in what is generated.
+    peft_config = lora(model, target_modules="all-linear")
+    plant_stages(make_trainer(path, model, **{"peft_config": peft_config, **changes}))
     (tokenizer or tokenizer_of_words()).save_pretrained(path)
     return path
 

@@ -622,7 +622,7 @@ def forgetful(memory=True):
     return metrics
 
 
-LABELLED = classification_rows(16)
+LABELLED = classification_rows(20)
 PLAIN = s3t_config(num_shards=2, budget=1, id_column=None)
 CHOOSES = dict(
     load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
@@ -680,12 +680,22 @@ def labelled_trainer(path, cls=S3TTrainer, rows=None, args=None, **more):
     )
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_what_draws_or_counts_begins_every_stage_as_it_was_given(part, tmp_path):
+# Every part once; what goes from one stage into another shows in their bits, whichever of two it comes from.
+TOGETHER = [
+    ("a dataset", "a loss in a closure"),
+    ("a transform", "a partial"),
+    ("a loss", "a collator in a closure"),
+    *((part,) for part in PARTS if "evaluation chooses" in part or "metric" in part),
+]
+
+
+@pytest.mark.parametrize("parts", TOGETHER, ids=" and ".join)
+def test_what_draws_or_counts_begins_every_stage_as_it_was_given(parts, tmp_path):
     """Each stage is then the same whatever was trained before it: here, the other shard."""
-    trainers = [
-        labelled_trainer(tmp_path / cls.__name__, cls, **PARTS[part]()) for cls in (S3TTrainer, LastShardFirst)
-    ]
+    trainers = []
+    for cls in (S3TTrainer, LastShardFirst):
+        given = {name: value for part in parts for name, value in PARTS[part]().items()}
+        trainers.append(labelled_trainer(tmp_path / cls.__name__, cls, **given))
     for trainer in trainers:
         trainer.train()
     assert same(*map(stages_of, trainers))
