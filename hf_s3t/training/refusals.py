@@ -373,6 +373,15 @@ def check_hosted(name: str, given: Mapping[str, Any]) -> None:
                 "that model as the base."
             )
         )
+    beta = getattr(given["args"], "beta", 0.0)
+    # Whose arguments know of a reference, and who takes none, loads one.
+    if beta and "ref_model" not in given and hasattr(given["args"], "sync_ref_model"):
+        problems.append(
+            ConfigError(
+                f"`beta={beta!r}` has {name} load a second copy of the base as its reference, and it takes no other: "
+                "expected a recipe without. Set `beta=0.0`."
+            )
+        )
     columns = getattr(given["train_dataset"], "column_names", None) or ()
     images = [column for column in ("image", "images") if column in columns]
     if images and type(given["train_dataset"]).__module__.startswith("datasets.") and _is_of_words(given["args"]):

@@ -206,8 +206,8 @@ class S3TTrainerMixin(HostedRuns):
         reference = getattr(self, "ref_model", None)
         if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):
             raise ConfigError(
-                f"{self._host.__name__} loaded a second copy of the base as its reference, and takes none: got "
-                f"`beta={getattr(self.args, 'beta', None)!r}`, expected a recipe without. Set `beta=0.0`."
+                f"{self._host.__name__} loaded a reference of its own, a {type(reference).__name__}, expected none, "
+                "or the base with adapters off. Have it take one as `ref_model`, and keep it so."
             )
 
     def _set_up(self, blueprint: Blueprint) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 from support.preferences import GONE, PLANTED, differences, pairs, tokenizer
+from support.refusals import files_of
 from support.tiny import (
     classification_rows,
     ids_of,
+    lora,
     make_trainer,
     s3t_config,
     tiny_bert,
@@ -61,9 +63,10 @@ TRAINERS = {
     "orpo": (S3TORPOTrainer, ORPOConfig, OF_PAIRS, {}),
     "cpo": (S3TCPOTrainer, CPOConfig, OF_PAIRS, {}),
     "grpo": (S3TGRPOTrainer, GRPOConfig, OF_PROMPTS, {"reward_funcs": [likes_small_words]}),
-    # Answers are used for two steps each: a count of steps decides when new ones are generated.
+    # Answers are used for two steps each, and a stage ends in between: a count of steps decides when others come.
     "grpo, answers kept": (
-        S3TGRPOTrainer, GRPOConfig, {**OF_PROMPTS, "num_iterations": 2}, {"reward_funcs": [likes_small_words]}
+        S3TGRPOTrainer, GRPOConfig, {**OF_PROMPTS, "num_iterations": 2, "max_steps": 3},
+        {"reward_funcs": [likes_small_words]},
     ),
 }  # fmt: skip
 
@@ -102,6 +105,7 @@ def test_what_is_left_and_grown_again_is_what_a_system_without_the_rows_has(tmp_
     assert never.verify("sample").ok
 
 
+@pytest.mark.slow
 def test_stages_trained_alone_are_those_of_a_whole_run(tmp_path):
     """A count of steps, and answers generated for others, do not go from stage to stage."""
     whole = trainer_of("grpo, answers kept", tmp_path / "whole")
@@ -165,7 +169,7 @@ def test_what_a_class_takes_besides_is_recorded(tmp_path):
 def test_what_grpo_cannot_have_is_refused(tmp_path, given, error, says):
     with pytest.raises(error, match=says):
         trainer_of("grpo", tmp_path / "system", **given)
-    assert not (tmp_path / "system").exists()
+    assert not files_of(tmp_path / "system")
 
 
 def test_grpo_is_not_evaluated_by_the_bare_base(tmp_path):
@@ -216,7 +220,7 @@ def test_a_class_that_passes_on_what_it_does_not_know(tmp_path):
 def test_arguments_may_be_given_in_the_order_of_the_class(tmp_path):
     model, args = tiny_bert(2), training_arguments(tmp_path)
     rows = Dataset.from_list(classification_rows(12))
-    trainer = S3THalved(model, args, None, rows, s3t_config=s3t_config(), share=0.5)
+    trainer = S3THalved(model, args, None, rows, s3t_config=s3t_config(), peft_config=lora(model))
     assert trainer.args is args and len(trainer.folder.table) == 12
 
 
@@ -260,7 +264,7 @@ def test_rows_keep_their_number_where_some_go_and_several_are_made_of_one(tmp_pa
 def test_rows_that_lost_their_number_are_refused(tmp_path):
     with pytest.raises(IsolationError, match=r"Forgets made other rows .*nobody could tell.*without `remove_columns`"):
         own_trainer(tmp_path / "system", cls=S3TForgets)
-    assert not (tmp_path / "system").exists()
+    assert not files_of(tmp_path / "system")
 
 
 def test_a_mixin_behind_its_class_is_refused_as_the_class_is_written():
