@@ -384,6 +384,9 @@ class S3TTrainerMixin(HostedRuns):
         closure, a library) acts on the audit too, and is not found. The report says which stages that is so for, and a
         warning says so once.
 
+        Where this process has a key to sign with ([`hf_s3t.signing`]), the result is recorded in the folder's audits,
+        of which receipts and reports tell; equal tensors in the process that trained the stages are not.
+
         Args:
             stages (`"sample"` or a list of stages, *optional*):
                 `None` for every valid stage, `"sample"` for one drawn at random, or keys such as `"shard-0/2-0"`.
