@@ -5,7 +5,9 @@ The trainers, and what they are put together from:
 
 - `trainer`: `S3TTrainer`.
 - `sft_trainer`: `S3TSFTTrainer`.
-- `dpo_trainer`, `reward_trainer`, `kto_trainer`: `S3TDPOTrainer`, `S3TRewardTrainer`, `S3TKTOTrainer`.
+- `dpo_trainer`: `S3TDPOTrainer`.
+- `reward_trainer`: `S3TRewardTrainer`.
+- `kto_trainer`: `S3TKTOTrainer`.
 - `preference`: which rows they take, and what the reference says of a row by itself.
 - `reference`: the base as the reference, and the ensemble as what is asked how likely a text is.
 - `host`: the trainer class below the mixin: what it takes, what it makes of a base, what it keeps.
