@@ -13,20 +13,28 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "S3TConfig": "config",
+    "S3TDPOTrainer": "training.dpo_trainer",
     "S3TError": "errors",
+    "S3TKTOTrainer": "training.kto_trainer",
     "S3TModel": "model.modeling",
+    "S3TRewardTrainer": "training.reward_trainer",
     "S3TSFTTrainer": "training.sft_trainer",
     "S3TTrainer": "training.trainer",
+    "S3TTrainerMixin": "training.trainer",
     "UnlearningReport": "records.report",
 }
 _SUBMODULES = ("analysis", "baselines", "errors", "metrics", "plan", "sequences")
 
 __all__ = [
     "S3TConfig",
+    "S3TDPOTrainer",
     "S3TError",
+    "S3TKTOTrainer",
     "S3TModel",
+    "S3TRewardTrainer",
     "S3TSFTTrainer",
     "S3TTrainer",
+    "S3TTrainerMixin",
     "UnlearningReport",
     "__version__",
 ]
@@ -36,8 +44,11 @@ if TYPE_CHECKING:
     from .errors import S3TError
     from .model.modeling import S3TModel
     from .records.report import UnlearningReport
+    from .training.dpo_trainer import S3TDPOTrainer
+    from .training.kto_trainer import S3TKTOTrainer
+    from .training.reward_trainer import S3TRewardTrainer
     from .training.sft_trainer import S3TSFTTrainer
-    from .training.trainer import S3TTrainer
+    from .training.trainer import S3TTrainer, S3TTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

@@ -244,7 +244,9 @@ def printed_by(words: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/planning.md", "docs/existing_lora.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tutorial.md", "docs/planning.md", "docs/existing_lora.md", "docs/trainers.md"]
+)
 def test_what_a_page_tells_to_run_runs_and_prints_what_it_says(page, reader):
     reader.read(page)
 

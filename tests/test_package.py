@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_s3t"
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 # These two are optional or slow to import: only the function, or the one module, that needs them may bring them in.
-ONLY_WHERE_USED = {"trl": {"hf_s3t.training.sft_trainer"}, "bitsandbytes": set(), "matplotlib": set()}
+WITH_TRL = {f"hf_s3t.training.{name}_trainer" for name in ("dpo", "kto", "reward", "sft")}
+ONLY_WHERE_USED = {"trl": WITH_TRL, "bitsandbytes": set(), "matplotlib": set()}
 
 
 def _module_name(path: Path) -> str:

@@ -12,7 +12,7 @@ from ..checks import require_int
 from ..errors import ConfigError
 from ..folder.status import serving_depths
 from ..plan.stages import StageKey
-from ..training.audit import VerificationReport, choose_stages
+from ..training.audit import VerificationReport, choose_stages, keep_report
 from .audits import AuditDesk, AuditPool
 from .desk import ShownDesk
 from .driving import Driver, Tally
@@ -150,7 +150,9 @@ def verify_on_ray(
             desk = AuditDesk(choose_stages(stages, pool.folder.current_stages))
             pool.chains = desk.chains
             Driver(desk, pool).run()
-            return desk.report(time.perf_counter() - started)
+            report = desk.report(time.perf_counter() - started)
+            keep_report(pool.folder, report)
+            return report
 
 
 def _checked(

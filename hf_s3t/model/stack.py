@@ -324,6 +324,20 @@ class StageStack:
         """
         _put_to_rest([*self._lora_layers, *self._wrappers])
 
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the base answers this thread by itself, also amid a stage, of which nothing else is touched."""
+        # PEFT's own way to enable adapters again has all of them trained.
+        holders: list[Any] = [*self._lora_layers, *self._wrappers]
+        acting = [module for module in holders if not module._disable_adapters]
+        for module in acting:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module in acting:
+                module._disable_adapters = False
+
     def wrap(self) -> None:
         """
         Have every module that a stage may adapt wrapped by PEFT, adapters or none.

@@ -21,7 +21,7 @@ from ..folder.versions import library_versions
 from ..plan.stages import StageKey
 from ..signing.audit_statement import AuditStatement
 from ..signing.dsse import Envelope
-from ..signing.keys import PublicKey, Signer
+from ..signing.keys import PublicKey, Signer, current_signer
 
 
 PACK_VERSION = 1
@@ -131,16 +131,45 @@ def signed_result(pack: Path, found: Found, signer: Signer) -> bytes:
     """
     manifest = read_audit_pack(pack)
     expected = {name: record["adapter_sha256"] for name, record in manifest["stages"].items()}
-    statement = AuditStatement(
-        system=manifest["system"],
-        stages={name: expected[name] for name in found.stages},
+    return _statement(manifest["system"], expected, found).signed_by(signer).to_json()
+
+
+def record_audit(folder: SystemFolder, found: Found) -> bool:
+    """
+    Record an audit of one's own with those of others, signed by the key of this process, if it has one.
+
+    Equal tensors in a process that trained the stages itself say too little: they are not recorded.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        found ([`~hf_s3t.training.audit.VerificationReport`]): What was found.
+
+    Returns:
+        `bool`: Whether it was recorded.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, if the folder cannot be written to, or a deletion took what was
+            audited.
+    """
+    signer = current_signer()
+    if signer is None or (found.trained_here and not found.mismatches):
+        return False
+    served = {name: folder.adapter_digest(StageKey.from_path(f"{STAGES}/{name}")) for name in found.stages}
+    envelope = _statement(folder.identity, served, found).signed_by(signer)
+    add_audit(folder, envelope.to_json(), signer.public_key)
+    return True
+
+
+def _statement(system: str, served: Mapping[str, str], found: Found) -> AuditStatement:
+    return AuditStatement(
+        system=system,
+        stages={name: served[name] for name in found.stages},
         differing=tuple(sorted(found.mismatches)),
         other_circumstances=tuple(sorted(found.circumstances)),
         fresh=not found.trained_here,
         time=datetime.now(UTC).isoformat(timespec="milliseconds"),
         versions=library_versions(),
     )
-    return statement.signed_by(signer).to_json()
 
 
 def add_audit(folder: SystemFolder, data: bytes, key: PublicKey) -> AuditStatement:

@@ -18,10 +18,12 @@ class Classified:
 
     Args:
         probs (`list[float]`): Of each class.
+        score (`float`, *optional*): What a model with one output says, a reward or another number.
         is_last (`bool`): It is all that there is of a row.
     """
 
     probs: list[float]
+    score: float | None = None
     is_last: bool = True
 
 
@@ -40,10 +42,10 @@ class Input(Item):
         super().__init__((tuple(fields), tuple(shapes)), put)
         self.fields, self._put = fields, put
 
-    def take(self, probs: list[float]) -> None:
+    def take(self, probs: list[float], score: float | None = None) -> None:
         """Hand out what it is."""
         self.is_ended = self.has_sent = True
-        self._put(Classified(probs))
+        self._put(Classified(probs, score))
 
 
 class Classifier:
@@ -78,9 +80,11 @@ class Classifier:
     def _run(self, inputs: Sequence[Input]) -> None:
         with torch.no_grad():
             logits = self._model(**self._batch(inputs)).logits.float()
-        probs = logits.sigmoid() if self._is_multi_label else logits.softmax(-1)
-        for one, row in zip(inputs, probs.tolist(), strict=True):
-            one.take(row)
+        # One output is no class beside others: of itself alone a softmax would always be sure.
+        is_score = logits.shape[-1] == 1
+        probs = logits.sigmoid() if self._is_multi_label or is_score else logits.softmax(-1)
+        for one, row, said in zip(inputs, probs.tolist(), logits.tolist(), strict=True):
+            one.take(row, said[0] if is_score else None)
 
     def _batch(self, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
         first = inputs[0].fields

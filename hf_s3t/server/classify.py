@@ -57,12 +57,13 @@ class ClassifyRequest(Request):
 
 
 class Classification(BaseModel):
-    """What one input is."""
+    """What one input is; of a model with one output, which gives rewards say, the score that it gives."""
 
     index: int
     label: str
     probs: list[float]
     num_classes: int
+    score: float | None = None
 
 
 class ClassifyAnswer(BaseModel):
@@ -102,15 +103,16 @@ def routes(service: Service) -> APIRouter:
 
 async def _collect(service: Service, answer: Answer[Classified], num_tokens: int) -> dict[str, Any]:
     labels: dict[Any, str] = dict(service.model.config.id2label or {})
-    found = [one.probs for one in await answer.all()]
-    best = [max(range(len(probs)), key=probs.__getitem__) for probs in found]
-    data = [
-        Classification(index=index, label=labels.get(number, str(number)), probs=probs, num_classes=len(probs))
-        for index, (number, probs) in enumerate(zip(best, found, strict=True))
-    ]
+    data = []
+    for index, one in enumerate(await answer.all()):
+        number, count = max(range(len(one.probs)), key=one.probs.__getitem__), len(one.probs)
+        label = labels.get(number, str(number))
+        data.append(Classification(index=index, label=label, probs=one.probs, num_classes=count, score=one.score))
     service.metrics.tokens(num_tokens, 0)
     answer.tokens = (num_tokens, 0)
-    return ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0)).model_dump()
+    told = ClassifyAnswer(model=service.name, data=data, usage=Usage.of(num_tokens, 0))
+    # To classes no score belongs, not even none.
+    return told.model_dump(exclude_none=True)
 
 
 def _fields_of(service: Service, request: ClassifyRequest) -> list[dict[str, Any]]:

@@ -172,7 +172,7 @@ class Statement:
             said = f"of the kind {self.kind}, written on {self.time}"
         when = {"written": "with the line", "later": f"later, on {self.signed_time}", "receipt": self.signed_time}
         equal, differing = (sum(one[name] for one in self.audits) for name in ("equal", "differing"))
-        audited = f"; trained again by others, {equal} came out the same and {differing} not" if self.audits else ""
+        audited = f"; trained again, {equal} came out the same and {differing} not" if self.audits else ""
         return f"{what} {said}; signed {when[self.signed]}{audited}"
 
 

@@ -5,6 +5,14 @@ The trainers, and what they are put together from:
 
 - `trainer`: `S3TTrainer`.
 - `sft_trainer`: `S3TSFTTrainer`.
+- `dpo_trainer`: `S3TDPOTrainer`.
+- `reward_trainer`: `S3TRewardTrainer`.
+- `kto_trainer`: `S3TKTOTrainer`.
+- `preference`: which rows they take, and what the reference says of a row by itself.
+- `reference`: the base as the reference, and the ensemble as what is asked how likely a text is.
+- `host`: the trainer class below the mixin: what it takes, what it makes of a base, what it keeps.
+- `hosted`: the part of a trainer that keeps that to the stage in training.
+- `named_base`: a base that is given by its name.
 - `trainer_mixin`: what their parts share.
 - `plan_run`: the stages of a plan, one after the other.
 - `limits`: how far a call goes.

@@ -38,7 +38,7 @@ class AssignedRuns(PlanRuns):
         # Others show how far it is.
         for kind in (PlanProgress, PrinterCallback):
             self.pop_callback(kind)
-        self._logs = {}
+        self._logs_of_stages = {}
         self.callback_handler.begin_run()
         table = self.folder.table
         places = [(shard, slice_) for shard in range(table.num_shards) for slice_ in range(table.num_slices)]

@@ -16,6 +16,7 @@ from ..errors import ConfigError, ExampleIdError, S3TError, counted
 from ..folder.system import SystemFolder
 from ..model.randomness import preserved_randomness
 from ..model.tensor_files import differing_tensors, read_tensors
+from ..operations.audits import record_audit
 from ..plan.stages import StageKey
 from ..records.request import some
 from .circumstances import differing, threads
@@ -97,7 +98,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     Train stages again and compare; see `S3TTrainer.verify`.
 
     Each is trained from scratch with all it stands on, under its recorded number of threads, in memory beside the
-    stages that serve; nothing of the system is written.
+    stages that serve; nothing of the system is written but, where this process has a key to sign with, what was found.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe (arguments
@@ -129,7 +130,25 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
         if trainer._live is not None:
             trainer._live.refresh()
     seconds = time.perf_counter() - started
-    return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
+    report = VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
+    if trainer.is_world_process_zero():
+        keep_report(folder, report)
+    return report
+
+
+def keep_report(folder: SystemFolder, report: VerificationReport) -> None:
+    """
+    Have receipts and reports of a system tell of an audit, where this process signs what it writes there.
+
+    Args:
+        folder ([`~hf_s3t.folder.system.SystemFolder`]): The system.
+        report ([`VerificationReport`]): What the audit found.
+    """
+    try:
+        record_audit(folder, report)
+    except S3TError as error:
+        # It found what it found: on a folder that may only be read, too.
+        logger.warning(f"The audit is not recorded in {folder.path}: {error}")
 
 
 def _refuse_rows_not_here(trainer: StageRuns, stages: Iterable[StageKey]) -> None:

@@ -21,15 +21,15 @@ class TrainingCurve(TrainerMixin):
         self._first_step = self._last_step = self._reached = 0
         self._is_logging = False
         # Per stage what it was made from, and its entries of `log_history`.
-        self._logs: dict[StageKey, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        self._logs_of_stages: dict[StageKey, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
     def _begin_stage_on_curve(self) -> None:
         # What was trained by others, or before, is on the curve already.
         self._first_step = max(self._last_step, last_step(self.folder.stage_records))
 
     def _keep_logs(self, key: StageKey, origin: dict[str, Any]) -> None:
-        self._logs.pop(key, None)
-        self._logs[key] = (origin, self.state.log_history)
+        self._logs_of_stages.pop(key, None)
+        self._logs_of_stages[key] = (origin, self.state.log_history)
         self._reached = self._first_step + self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -54,20 +54,20 @@ class TrainingCurve(TrainerMixin):
     @contextlib.contextmanager
     def _unheard(self) -> Iterator[None]:
         """What is trained for an audit is no part of the plan: no tracker hears of it, and no state tells of it."""
-        state, logs, steps = self.state, self._logs, self._first_step
-        self._logs, self._first_step = {}, 0
+        state, logs, steps = self.state, self._logs_of_stages, self._first_step
+        self._logs_of_stages, self._first_step = {}, 0
         try:
             with self.callback_handler.silenced():
                 yield
         finally:
-            self.state, self._logs, self._first_step = state, logs, steps
+            self.state, self._logs_of_stages, self._first_step = state, logs, steps
 
     def _sum_up_state(self) -> None:
         """Have `state` tell of all stages that were trained, but not of what was deleted since (E5)."""
-        if self._logs:
+        if self._logs_of_stages:
             self.state.log_history = [
                 entry
-                for key, (origin, entries) in self._logs.items()
+                for key, (origin, entries) in self._logs_of_stages.items()
                 if saw_what_is_in(origin, self.folder.slice_digests_ever(key))
                 for entry in entries
             ]

@@ -42,8 +42,13 @@ class Evaluation(LiveModel):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """As in `Trainer`, with the ensemble unless a stage is training."""
-        model = model if self._stage is not None else self.s3t_model
+        model = model if self._stage is not None else self._ensemble
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    @property
+    def _ensemble(self) -> Any:
+        """What evaluations ask while no stage trains."""
+        return self.s3t_model
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

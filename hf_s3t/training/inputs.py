@@ -42,7 +42,14 @@ _OF_A_PLAIN_RUN = (
 )  # fmt: skip
 
 
-def check_kinds(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, loads_names: bool = False) -> None:
+def check_kinds(
+    model: Any,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    loads_names: bool = False,
+    arguments: type[TrainingArguments] = TrainingArguments,
+) -> None:
     """
     Refuse what is of another kind than a trainer takes, where it would end in an error about something else.
 
@@ -52,6 +59,7 @@ def check_kinds(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, lo
         train_dataset: What was given to train on.
         eval_dataset: What was given to evaluate on.
         loads_names (`bool`, defaults to `False`): Whether the trainer loads a model that it is given the name of.
+        arguments (`type`, defaults to [`~transformers.TrainingArguments`]): What the trainer takes as `args`.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: Saying what to give instead.
@@ -61,11 +69,11 @@ def check_kinds(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, lo
             f"`model` is {_shown(model)}, expected a loaded model{' or its name, a text' if loads_names else ''}. "
             f"{_loading(model, loads_names)}"
         )
-    if args is not None and not isinstance(args, TrainingArguments):
-        raise ConfigError(
-            f"`args` is {_shown(args)}, expected `TrainingArguments`{' or `SFTConfig`' if loads_names else ''}. Give "
-            f"{'SFTConfig' if loads_names else 'TrainingArguments'}(output_dir=..., ...)."
-        )
+    if args is not None and not isinstance(args, arguments):
+        name = arguments.__name__
+        kind = f"{type(args).__name__}" if isinstance(args, TrainingArguments) else _shown(args)
+        packing = ". Nothing is packed here" if getattr(args, "packing", False) else ""
+        raise ConfigError(f"`args` is {kind}, expected `{name}`{packing}. Give {name}(output_dir=..., ...).")
     sets = eval_dataset.items() if type(eval_dataset) is dict else [(None, eval_dataset)]
     named = {f"eval_dataset{'' if name is None else f'[{name!r}]'}": dataset for name, dataset in sets}
     for name, dataset in {"train_dataset": train_dataset, **named}.items():
@@ -136,10 +144,10 @@ def check_answers(dataset: Any, is_labelled_later: bool) -> None:
         return
     for name in LABELS:
         if name in dataset.column_names:
-            _refuse_gaps(dataset, name)
+            refuse_gaps(dataset, name)
 
 
-def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, formatting_func: Any) -> None:
+def check_texts(model: Any, dataset: Any, args: Any, formatting_func: Any) -> None:
     """
     Refuse what `SFTTrainer` would end with an error about something else: models and rows of another kind.
 
@@ -147,7 +155,6 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
         model ([`~transformers.PreTrainedModel`]): The base model.
         dataset: What was given to train on.
         args ([`~trl.SFTConfig`]): The recipe of a stage.
-        processing_class: What was given as the tokenizer or processor.
         formatting_func: What was given to make texts of rows.
 
     Raises:
@@ -157,11 +164,6 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
         raise ConfigError(
             f"{type(model).__name__} is no language model, which `S3TSFTTrainer` trains. Give a model with a language "
             "modelling head, or use `S3TTrainer`."
-        )
-    if processing_class is None and not model.config._name_or_path:
-        raise ConfigError(
-            "`processing_class` is missing, and the model was made in memory, so that its tokenizer cannot be found "
-            "by its name. Give the tokenizer."
         )
     if not isinstance(dataset, datasets.Dataset) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
@@ -178,10 +180,34 @@ def check_texts(model: Any, dataset: Any, args: Any, processing_class: Any, form
     chat = next((name for name in ("input_ids", "messages", "conversations") if name in columns), None)
     read = [chat] if chat is not None and not set(pair) <= set(columns) else single or pair
     for name in () if formatting_func is not None else read:
-        _refuse_gaps(dataset, name)
+        refuse_gaps(dataset, name)
 
 
-def _refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
+def check_tokenizer(model: Any, processing_class: Any) -> None:
+    """
+    Refuse a base of which a trainer could not tell the tokenizer.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        processing_class: What was given as the tokenizer or processor.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: If none was given, and the base has no name.
+    """
+    if processing_class is None and not model.config._name_or_path:
+        raise ConfigError(
+            "`processing_class` is missing, and the model was made in memory, so that its tokenizer cannot be found "
+            "by its name. Give the tokenizer."
+        )
+
+
+def refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
+    """
+    Refuse a column of which some rows have nothing.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With how many there are.
+    """
     # This counts all rows of the table, of which the dataset may have selected some: it only says whether to look.
     if dataset.data.column(column).null_count:
         missing = sum(value is None for value in dataset.with_format(None)[column][:])

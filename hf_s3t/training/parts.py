@@ -78,6 +78,7 @@ def parts_of(trainer: TrainerMixin, key: DigestKey) -> tuple[dict[str, Any], lis
     parts["optimizer_cls_and_kwargs"] = _optimizer(trainer.optimizer_cls_and_kwargs, description)
     parts["arguments"] = _special_tokens(trainer.args)
     parts["trainer"] = _trainer(trainer, description)
+    parts |= {name: description.of(part, name) for name, part in trainer._besides.items()}
     parts["callbacks"] = _callbacks(trainer.callback_handler.callbacks, description)
     parts["model"] = _model(trainer.model, description)
     parts["accelerator"] = accelerator_settings(trainer.accelerator)

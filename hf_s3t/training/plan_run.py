@@ -142,7 +142,7 @@ class PlanRuns(Evaluation, Publishing, SharedWork):
         keys = self._missing()
         check_batches(keys, rows, self.folder.table, self.args, self.accelerator.num_processes)
         self._progress.begin(self._cost_of_run(keys, limits), self._shows_progress and limits.of(len(keys)) > 0)
-        self._logs = {}
+        self._logs_of_stages = {}
         self.callback_handler.begin_run()
         try:
             resume = resume_from_checkpoint is not False

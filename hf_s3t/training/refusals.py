@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -312,3 +312,88 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: TrainingArgument
         )
         problems.append(IsolationError(separate))
     raise_together(problems, "These datasets")
+
+
+# What a trainer class may be told, and its stages must not have: when, as which error, and what is said.
+_OF_HOSTS = (
+    _Refusal(
+        lambda given: getattr(given.args, "sync_ref_model", False),
+        IsolationError,
+        lambda given: (
+            "`sync_ref_model=True` has the reference follow what is trained: a stage would be compared with what "
+            "earlier ones made of their rows. Leave it off: the base is the reference."
+        ),
+    ),
+    _Refusal(
+        lambda given: getattr(given.args, "use_liger_kernel", False),
+        ConfigError,
+        lambda given: (
+            "`use_liger_kernel=True` puts layers of its own into the base for good, on which the stages that serve "
+            "would stand. Leave it off."
+        ),
+    ),
+    _Refusal(
+        lambda given: getattr(given.args, "padding_free", False) or getattr(given.args, "packing", False),
+        ConfigError,
+        lambda given: (
+            "`padding_free` or `packing` is on, and rows are not packed here: each is fed by itself, padded. Leave it "
+            "off."
+        ),
+    ),
+    _Refusal(
+        lambda given: getattr(given.args, "use_vllm", False),
+        IsolationError,
+        lambda given: (
+            "`use_vllm=True` has another engine generate, in which stages are not and whose numbers no audit repeats. "
+            "Leave it off: the model in training generates."
+        ),
+    ),
+)
+
+
+def check_hosted(name: str, given: Mapping[str, Any]) -> None:
+    """
+    Refuse what a trainer class takes, besides what `Trainer` takes, that would break stages.
+
+    Args:
+        name (`str`): The name of the class.
+        given (mapping of `str`): What it was given, `args` among it.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: Naming the problems and the ways out.
+        [`~hf_s3t.errors.ConfigError`]: If something cannot be used with stages, and nothing breaks isolation.
+    """
+    about = _Arguments(given["args"], ())
+    problems: list[S3TError] = [one.error(one.says(about)) for one in _OF_HOSTS if one.applies(about)]
+    if given.get("ref_model") is not None:
+        problems.append(
+            ConfigError(
+                f"`ref_model` is a {type(given['ref_model']).__name__}, expected none: the reference of every stage "
+                "is the base with adapters off, without a second copy. Leave it out; for another reference, train on "
+                "that model as the base."
+            )
+        )
+    beta = getattr(given["args"], "beta", 0.0)
+    # Whose arguments know of a reference, and who takes none, loads one.
+    if beta and "ref_model" not in given and hasattr(given["args"], "sync_ref_model"):
+        problems.append(
+            ConfigError(
+                f"`beta={beta!r}` has {name} load a second copy of the base as its reference, and it takes no other: "
+                "expected a recipe without. Set `beta=0.0`."
+            )
+        )
+    columns = getattr(given["train_dataset"], "column_names", None) or ()
+    images = [column for column in ("image", "images") if column in columns]
+    if images and type(given["train_dataset"]).__module__.startswith("datasets.") and _is_of_words(given["args"]):
+        problems.append(
+            ConfigError(
+                f"`train_dataset` has a column `{images[0]}`, and {name} with stages reads texts alone. Take it out: "
+                f"`dataset.remove_columns({images!r})`."
+            )
+        )
+    raise_together(problems, "What this trainer was given")
+
+
+def _is_of_words(args: TrainingArguments) -> bool:
+    """Whether these are arguments of a trainer that loads, and prepares for, language models."""
+    return hasattr(args, "model_init_kwargs")

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from ..config import S3TConfig
-from ..errors import ConfigError, EmptySliceError, ExampleIdError
+from ..errors import ConfigError, EmptySliceError, ExampleIdError, IsolationError
 from ..plan.partition import check_ids, shards_and_slices, units_of
 from ..plan.stages import StageKey
 from ..records.buffers import DIGEST_BYTES, hexadecimal, in_order
@@ -24,6 +24,39 @@ from .dataset_rows import shown_rows, stored_batches
 
 # Carries the number of a row through tokenisation and filtering.
 ROW_COLUMN = "__s3t_row__"
+
+
+def numbered(dataset: Any) -> Any:
+    """
+    Rows that carry their number through preparation, as far as a dataset can have a column more.
+
+    Args:
+        dataset: The dataset as it was given.
+    """
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return dataset
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+
+
+def check_numbered(prepared: Any, given: Any, by: str) -> None:
+    """
+    Refuse rows of which nobody can tell any more which example they were made from.
+
+    Args:
+        prepared: The dataset as a trainer class has prepared it.
+        given: The dataset as it was given to the class.
+        by (`str`): The name of the class.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: With the way out.
+    """
+    if prepared is given or ROW_COLUMN in (getattr(prepared, "column_names", None) or ()):
+        return
+    raise IsolationError(
+        f"{by} made other rows of `train_dataset` than it was given, without the column that says from which of them: "
+        "nobody could tell which stages saw an example. Have its preparation keep the columns that it does not know "
+        "(`map` without `remove_columns`), or give it rows that are prepared."
+    )
 
 
 class TrainingRows:
@@ -191,7 +224,12 @@ class StageRows:
         # Rows that came to a table, when they were last compared with these; and what is here of their ids.
         self._compared: tuple[Any, np.ndarray] | None = None
         self._given, self._names, self._contents = rows, names, dict[Any, bytes]()
-        self._position = {kept[number]: position for position, number in enumerate(numbers)}
+        self._position: dict[Any, int] = {}
+        # Where preparation made several rows of one: the others.
+        self._further: dict[Any, list[int]] = {}
+        for position, number in enumerate(numbers):
+            if self._position.setdefault(kept[number], position) != position:
+                self._further.setdefault(kept[number], []).append(position)
         self._is_whole = len(self._position) == len(kept)
         self._dropped_ids = frozenset[Any]() if self._is_whole else frozenset(kept).difference(self._position)
         # Only where the table has digests in their place.
@@ -208,7 +246,14 @@ class StageRows:
         """How many examples of the table preparation dropped (they stay in the table and can be unlearned)."""
         if self._is_whole:
             return 0
-        return len(table) - sum(len(self._positions_in(*place, table)) for place in _places(table))
+        return sum(self._dropped_in(*place, table) for place in _places(table))
+
+    def dropped_of(self, key: StageKey, table: ExampleTable) -> int:
+        """How many examples of a stage's slices preparation dropped."""
+        return sum(self._dropped_in(key.shard, slice_, table) for slice_ in self.slices(key))
+
+    def _dropped_in(self, shard: int, slice_: int, table: ExampleTable) -> int:
+        return 0 if self._is_whole else sum(i not in self._position for i in table.ids_in(shard, slice_))
 
     def empty(self, table: ExampleTable) -> frozenset[tuple[int, int]]:
         """
@@ -274,7 +319,8 @@ class StageRows:
         held, positions = self._in_order.get(place, ("", []))
         if held != holds:
             ids = table.members(shard, slice_, self._original)
-            positions = [self._position[i] for i in ids if i in self._position]
+            known = [i for i in ids if i in self._position]
+            positions = [p for i in known for p in (self._position[i], *self._further.get(i, ()))]
             self._in_order[place] = holds, positions
         return positions
 

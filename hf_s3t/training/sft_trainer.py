@@ -1,7 +1,7 @@
 """`S3TSFTTrainer`: TRL's `SFTTrainer`, run once per stage of an S3T system."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import concatenate_datasets
@@ -18,21 +18,17 @@ from transformers import (
 )
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
 from ..config import S3TConfig
-from ..errors import ConfigError, IsolationError
+from ..errors import IsolationError
 from ..model.marks import difference, mark
-from ..model.quantisation import rowwise
-from ..model.randomness import RandomStates, own_randomness
+from ..model.randomness import RandomStates
 from ..plan.stages import StageKey
-from .blueprint import TrainerInputs, draw_up
-from .early_checks import check_choice, check_rows, collates_as_stored
-from .inputs import check_kinds, check_parts, check_texts
-from .optimizers import refuse_bound_optimizer
+from .blueprint import Blueprint
+from .inputs import check_texts
 from .refusals import evaluation_chooses
-from .rows import ROW_COLUMN
-from .trainer import S3TTrainerMixin, default_ddp_arguments, shared_base, stack_of
+from .rows import numbered
+from .trainer import S3TTrainerMixin
 
 
 class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
@@ -85,7 +81,9 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
     args: SFTConfig
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
 
-    @own_randomness()
+    # Not before they are prepared: what makes texts of them is watched meanwhile.
+    _numbers_rows = False
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -105,33 +103,6 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         formatting_func: Callable[..., Any] | None = None,
         s3t_config: S3TConfig | None = None,
     ):
-        check_kinds(model, args, train_dataset, eval_dataset, loads_names=True)
-        check_parts(
-            processing_class,
-            data_collator=data_collator,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            formatting_func=formatting_func,
-        )
-        shared_base(model, None, optimizers, data_collator, compute_loss_func)
-        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
-        args = _as_sft_config(args, model)
-        if isinstance(model, str):
-            model = _load(model, args, quantization_config)
-        tokens = model.get_input_embeddings().num_embeddings
-        given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
-        blueprint = draw_up(given, self._layout)
-        check_choice(args, eval_dataset, compute_metrics)
-        check_texts(model, train_dataset, args, processing_class, formatting_func)
-        if collates_as_stored(data_collator):
-            check_rows(train_dataset, model, blueprint.head, args)
-        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
-        # Where evaluation chooses, evaluation sets as they are before packing, by their names.
-        self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
-        self._awaits_training_set = train_dataset is not None
-        self._formatting = formatting_func
-        default_ddp_arguments(args)
         super().__init__(
             model=model,
             args=args,
@@ -142,13 +113,36 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
+            optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
             formatting_func=formatting_func,
+            s3t_config=s3t_config,
         )
-        if model.get_input_embeddings().num_embeddings != tokens:
-            raise _resized(args)
-        self._set_up(blueprint)
+
+    def _arguments_type(self) -> type[TrainingArguments]:
+        return TrainingArguments
+
+    def _arguments_of(self, given: Mapping[str, Any]) -> TrainingArguments:
+        args = given["args"]
+        if args is None or isinstance(args, SFTConfig):
+            return super()._arguments_of(given)
+        values = args.to_dict()
+        values["hub_token"] = args.hub_token
+        return SFTConfig(**values)
+
+    def _look_at_given(self, given: dict[str, Any]) -> None:
+        """What `SFTTrainer` itself takes is looked at already."""
+
+    def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
+        args, rows, self._formatting = given["args"], given["train_dataset"], given["formatting_func"]
+        check_texts(given["model"], rows, args, self._formatting)
+        super()._check_rows_given(given, blueprint)
+        # Where evaluation chooses, evaluation sets as they are before packing, by their names.
+        self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
+        self._awaits_training_set = rows is not None
 
     def _prepare_dataset(
         self,
@@ -171,7 +165,7 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self._awaits_training_set = False
         # Rows keep their number through tokenisation and filtering. Packing waits: a stage packs its own examples.
-        dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+        dataset = numbered(dataset)
         args = whole
         before, drawn = mark(formatting_func), RandomStates()
         is_shared_out = (args.dataset_num_proc or 1) > 1 and "input_ids" not in dataset.column_names
@@ -227,40 +221,3 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
         return Trainer.compute_loss(self, self.s3t_model, inputs, return_outputs, num_items_in_batch)
-
-
-def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel) -> SFTConfig:
-    if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-        return SFTConfig(output_dir=f"{name.split('/')[-1]}-S3T")
-    if isinstance(args, SFTConfig):
-        return args
-    values = args.to_dict()
-    values["hub_token"] = args.hub_token
-    return SFTConfig(**values)
-
-
-def _resized(args: SFTConfig) -> IsolationError:
-    return IsolationError(
-        f"`chat_template_path={args.chat_template_path!r}` added tokens and resized the embeddings of the base, which "
-        "all stages share. Save the resized model and train on that folder, or use a template without new tokens."
-    )
-
-
-def _load(name: str, args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> PreTrainedModel:
-    kwargs = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
-    args.model_init_kwargs = None
-    quantization_config = quantization_config or kwargs.get("quantization_config")
-    if quantization_config is not None:
-        kwargs["quantization_config"] = rowwise(quantization_config)
-    if args.distributed_state.distributed_type == "MULTI_GPU":
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    try:
-        return create_model_from_path(name, **kwargs)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"`model={name!r}` cannot be loaded: {reason} Give the folder of a model, or its id on the Hub; of a "
-            "private one after `hf auth login`."
-        ) from error

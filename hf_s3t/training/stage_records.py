@@ -101,8 +101,7 @@ class StageRecords(TrainingCurve):
         return self._rows_of_stages.digest(key, self.folder.table, self.folder.key)
 
     def _dropped(self, key: StageKey) -> int:
-        owned = sum(self.folder.table.size(key.shard, s) for s in self._rows_of_stages.slices(key))
-        return owned - len(self._rows_of_stages.positions(key, self.folder.table))
+        return self._rows_of_stages.dropped_of(key, self.folder.table)
 
     def _other_recipe(self, record: dict[str, Any]) -> str | None:
         """How arguments and parts of this trainer differ from the recorded ones; `None` if they do not."""

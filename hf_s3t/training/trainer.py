@@ -1,6 +1,7 @@
 """`S3TTrainer`: Transformers' `Trainer`, run once per stage of an S3T system."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -29,19 +30,21 @@ from ..model.randomness import own_randomness
 from ..model.stack import StageStack
 from ..plan.stages import LEAST_STEPS, StageKey
 from ..records.digests import KeptNames
-from .additions import Additions
-from .assigned import AssignedRuns
 from .audit import VerificationReport, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .fed_rows import FedRows
 from .gate_rows import check_has_prompts, gate_of, tokenizer_of
-from .inputs import check_answers, check_kinds, check_parts
+from .host import HostedBase, KeptByHost, arguments_type, given_besides, given_to, host_of, passed_on
+from .hosted import HostedRuns
+from .inputs import check_answers, check_kinds, check_parts, check_tokenizer
+from .named_base import load_base, num_tokens, refuse_resized
 from .optimizers import refuse_bound_optimizer
 from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
-from .refusals import evaluation_chooses
-from .rows import StageRows
+from .reference import BaseAsReference
+from .refusals import check_hosted, evaluation_chooses
+from .rows import StageRows, check_numbered, numbered
 from .stage_sizes import check_batches, fewest_steps
 from .tracking import PlanHandler
 
@@ -54,16 +57,158 @@ _SHOWN_SLICES = 5
 _Base = TypeVar("_Base")
 
 
-class S3TTrainerMixin(AssignedRuns, Additions):
+class S3TTrainerMixin(HostedRuns):
     """
-    What makes a [`~transformers.Trainer`] train an S3T system: a run of `Trainer.train` per stage, on that stage's
-    examples, with only that stage's adapter trainable.
+    What makes a trainer train an S3T system: a run of `Trainer.train` per stage, on that stage's examples, with only
+    that stage's adapter trainable. Put it before a trainer class, and that is all:
 
-    Put it before the trainer class: `class MyTrainer(S3TTrainerMixin, SomeTrainer)`.
+    `class MyTrainer(S3TTrainerMixin, SomeTrainer)` takes what `SomeTrainer` takes, in its order, then `peft_config`,
+    if that does not take one, and `s3t_config`. It works over every class derived from [`~transformers.Trainer`] that
+    takes `model`, `args` and `train_dataset` by these names. Rows carry their number through the preparation of the
+    class, so that each stage gets its own; what the class makes of the base, and counts from step to step, every stage
+    finds as the first did; a reference model is the base with adapters off; and what the class takes besides is
+    recorded with each stage. What is asked of the class: what it makes of a row, and the loss of a batch, depend on
+    that row and that batch alone (and on the recipe).
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, before any training; see `hf_s3t.errors`.
+
+    Example:
+
+    ```python
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from hf_s3t import S3TConfig, S3TTrainerMixin
+
+
+    class S3TORPOTrainer(S3TTrainerMixin, ORPOTrainer):
+        pass
+
+
+    trainer = S3TORPOTrainer(
+        model=model,
+        args=ORPOConfig(output_dir="my-orpo-s3t"),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=2, num_slices=4, id_column="id"),
+    )
+    trainer.train()
+    ```
     """
 
     # How stages lie on layers and data: the baselines have others.
     _layout = Layout()
+    # Whether rows are numbered before the class prepares them.
+    _numbers_rows = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(issubclass(kind, Trainer) for kind in cls.__mro__):
+            # Behind its trainer class the mixin would never be asked, and all rows be trained on at once.
+            host_of(cls)
+
+    @own_randomness()
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._host = host_of(type(self))
+        given = given_to(self._host, args, kwargs)
+        self._check_kinds_given(given)
+        arguments = given["args"] = self._arguments_of(given)
+        shared_base(
+            given["model"],
+            given.get("model_init"),
+            given.get("optimizers", (None, None)),
+            given.get("data_collator"),
+            given.get("compute_loss_func"),
+        )
+        refuse_bound_optimizer(given.get("optimizer_cls_and_kwargs"), given.get("callbacks"))
+        if isinstance(given["model"], str):
+            given["model"] = self._load_base(given["model"], arguments, given.pop("quantization_config", None))
+        model, rows = given["model"], given["train_dataset"]
+        tokens = num_tokens(model)
+        self._look_at_given(given)
+        inputs = TrainerInputs(
+            model, arguments, rows, given.get("eval_dataset"), given.get("callbacks"),
+            *(given[name] for name in ("peft_config", "s3t_config")),
+        )  # fmt: skip
+        blueprint = draw_up(inputs, self._layout)
+        self._check_rows_given(given, blueprint)
+        check_choice(arguments, given.get("eval_dataset"), given.get("compute_metrics"))
+        self._hosted_base = HostedBase(model)
+        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
+        self._besides = given_besides(given)
+        if "ref_model" in given:
+            given["ref_model"] = BaseAsReference(self._stack)
+        default_ddp_arguments(arguments)
+        given["train_dataset"] = numbered(rows) if self._numbers_rows else rows
+        try:
+            super().__init__(**passed_on(self._host, given))
+        finally:
+            self._hosted_base.put_aside()
+        self._kept_by_host = KeptByHost(self, self._host)
+        refuse_resized(model, tokens, arguments)
+        self._look_at_host(given)
+        self._set_up(blueprint)
+
+    def _check_kinds_given(self, given: Mapping[str, Any]) -> None:
+        """Refuse what is of another kind than the class takes."""
+        check_kinds(
+            given["model"], given["args"], given["train_dataset"], given.get("eval_dataset"), self._loads_names,
+            self._arguments_type(),
+        )  # fmt: skip
+        functions = (
+            "data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics",
+            "formatting_func",
+        )  # fmt: skip
+        check_parts(given.get("processing_class"), **{name: given.get(name) for name in functions})
+
+    @property
+    def _loads_names(self) -> bool:
+        """Whether the class loads a base, and its tokenizer, by a name, as those of TRL do."""
+        return hasattr(arguments_type(self._host), "model_init_kwargs")
+
+    def _arguments_type(self) -> type[TrainingArguments]:
+        """What the class takes as `args`."""
+        return arguments_type(self._host)
+
+    def _arguments_of(self, given: Mapping[str, Any]) -> TrainingArguments:
+        """The recipe of a stage; the class's own where none was given."""
+        if given["args"] is not None:
+            arguments: TrainingArguments = given["args"]
+            return arguments
+        name = _name_of(given["model"])
+        return arguments_type(self._host)(output_dir=f"{name.split('/')[-1]}-S3T")
+
+    def _load_base(self, name: str, args: TrainingArguments, quantization_config: Any) -> PreTrainedModel:
+        return load_base(name, args, quantization_config)
+
+    def _look_at_given(self, given: dict[str, Any]) -> None:
+        """Refuse what of this class's own arguments would break stages, and set what it would set itself."""
+        check_hosted(self._host.__name__, given)
+        peft_config = given["peft_config"]
+        if getattr(given["args"], "disable_dropout", False) and getattr(peft_config, "lora_dropout", 0):
+            # As where the class adapts a base itself.
+            given["peft_config"] = copy.deepcopy(peft_config)
+            given["peft_config"].lora_dropout = 0.0
+
+    def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
+        """Refuse rows of which a stage could make nothing, as far as what is stored tells."""
+        if self._loads_names:
+            check_tokenizer(given["model"], given["processing_class"])
+        if collates_as_stored(given.get("data_collator")):
+            check_rows(given["train_dataset"], given["model"], blueprint.head, given["args"])
+
+    def _look_at_host(self, given: Mapping[str, Any]) -> None:
+        """Refuse a class that has made of rows, or loaded beside the base, what stages must not have."""
+        given_rows = given["train_dataset"]
+        if given_rows is not None and self._numbers_rows:
+            check_numbered(self.train_dataset, given_rows, self._host.__name__)
+        self._is_prepared_by_host = self.train_dataset is not given_rows
+        reference = getattr(self, "ref_model", None)
+        if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):
+            raise ConfigError(
+                f"{self._host.__name__} loaded a reference of its own, a {type(reference).__name__}, expected none, "
+                "or the base with adapters off. Have it take one as `ref_model`, and keep it so."
+            )
 
     def _set_up(self, blueprint: Blueprint) -> None:
         """Open the system's folder, or make it, and get ready to train."""
@@ -239,6 +384,9 @@ class S3TTrainerMixin(AssignedRuns, Additions):
         closure, a library) acts on the audit too, and is not found. The report says which stages that is so for, and a
         warning says so once.
 
+        Where this process has a key to sign with ([`hf_s3t.signing`]), the result is recorded in the folder's audits,
+        of which receipts and reports tell; equal tensors in the process that trained the stages are not.
+
         Args:
             stages (`"sample"` or a list of stages, *optional*):
                 `None` for every valid stage, `"sample"` for one drawn at random, or keys such as `"shard-0/2-0"`.
@@ -302,7 +450,9 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
     ```
     """
 
-    @own_randomness()
+    # `Trainer` makes no other rows of them.
+    _numbers_rows = False
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -321,23 +471,6 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         peft_config: PeftConfig | None = None,
         s3t_config: S3TConfig | None = None,
     ):
-        check_kinds(model, args, train_dataset, eval_dataset)
-        check_parts(
-            processing_class,
-            data_collator=data_collator,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        args = args if args is not None else TrainingArguments(output_dir="s3t_system")
-        model = shared_base(model, model_init, optimizers, data_collator, compute_loss_func)
-        refuse_bound_optimizer(optimizer_cls_and_kwargs, callbacks)
-        given = TrainerInputs(model, args, train_dataset, eval_dataset, callbacks, peft_config, s3t_config)
-        blueprint = draw_up(given, self._layout)
-        self._check_what_is_fed(given, blueprint.head, compute_loss_func, data_collator)
-        check_choice(args, eval_dataset, compute_metrics)
-        self._stack = stack_of(model, blueprint, self._model_type.stack_type)
-        default_ddp_arguments(args)
         super().__init__(
             model=model,
             args=args,
@@ -345,23 +478,27 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            model_init=model_init,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
+            optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            s3t_config=s3t_config,
         )
-        self._set_up(blueprint)
 
-    def _check_what_is_fed(
-        self,
-        given: TrainerInputs,
-        head: Sequence[str],
-        compute_loss_func: Callable[..., Any] | None,
-        data_collator: Callable[..., Any] | None,
-    ) -> None:
+    def _arguments_of(self, given: Mapping[str, Any]) -> TrainingArguments:
+        return given["args"] if given["args"] is not None else TrainingArguments(output_dir="s3t_system")
+
+    def _look_at_given(self, given: dict[str, Any]) -> None:
+        """What `Trainer` itself takes is looked at already."""
+
+    def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
         """Refuse rows of which the model would get nothing, or could make no loss, as far as what is stored tells."""
-        model, args, rows = given.model, given.args, given.train_dataset
+        model, args, rows = given["model"], given["args"], given["train_dataset"]
+        compute_loss_func, data_collator = given["compute_loss_func"], given["data_collator"]
         reads_its_own_way = self._reads_rows_its_own_way()
         if not reads_its_own_way:
             check_inputs(rows, model, args)
@@ -369,7 +506,7 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         makes_answers = data_collator is not None or compute_loss_func is not None
         check_answers(rows, makes_answers or reads_its_own_way)
         if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
-            check_rows(rows, model, head, args)
+            check_rows(rows, model, blueprint.head, args)
 
     def _reads_rows_its_own_way(self) -> bool:
         """Whether a class made of this one decides what is done with rows."""
@@ -378,6 +515,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             "_set_signature_columns_if_needed", "_remove_unused_columns", "_get_collator_with_removed_columns",
         )  # fmt: skip
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
+
+
+def _name_of(model: Any) -> str:
+    name: str = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return name or "model"
 
 
 def stack_of(model: PreTrainedModel, blueprint: Blueprint, stack_type: type[StageStack]) -> StageStack:

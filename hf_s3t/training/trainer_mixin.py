@@ -39,6 +39,8 @@ class TrainerMixin(_Host):
     _prepared: Any
     # None between stages.
     _stage: StageKey | None
+    # What the trainer class was given that no other takes, by name: it decides stages too.
+    _besides: dict[str, Any] = {}
     # Under which a stage is trained; None where nobody shares the folder's work, and in all processes but the first.
     _claim: HeldClaim | None = None
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.preferences import pairs, preference_trainer, tokenizer
 from support.served import serving, tiny_system
 from support.tiny import IMAGE_SIZE, PAD, s3t_config, tiny_bert, tiny_llama, tiny_vit
 from transformers import ViTImageProcessor
@@ -25,6 +26,7 @@ def test_texts_of_all_lengths_together_get_what_they_get_alone(tmp_path, make):
                 alone = service.model(input_ids=torch.tensor([service.processor(text)["input_ids"]])).logits[0]
             assert found["probs"] == pytest.approx(alone.softmax(-1).tolist(), abs=1e-5)
             assert found["label"] == f"LABEL_{alone.argmax().item()}" and found["num_classes"] == 3
+            assert "score" not in found
         assert answer["usage"]["prompt_tokens"] == 11 and PAD == 0
         one = httpx2.post(f"{url}/v1/classify", json={"input": TEXTS[0]}).json()["data"]
         assert one[0]["probs"] == pytest.approx(answer["data"][0]["probs"], abs=1e-5)
@@ -35,6 +37,24 @@ def test_texts_of_all_lengths_together_get_what_they_get_alone(tmp_path, make):
             assert httpx2.post(f"{url}/v1/classify", json=body).status_code == status, body
         refused = httpx2.post(f"{url}/v1/completions", json={"prompt": "w7"})
         assert refused.status_code == 404 and "/v1/classify" in refused.json()["error"]["message"]
+
+
+def test_an_ensemble_of_rewards_gives_the_mean_of_its_members_scores(tmp_path):
+    path = tmp_path / "system"
+    tiny_llama(2, labels=1).save_pretrained(path / "base")
+    trainer = preference_trainer("reward", path, pairs(), arguments={"learning_rate": 0.1})
+    trainer.train()
+    answers = [f"{row['prompt']}{row[name]} </s>" for row in pairs(3) for name in ("chosen", "rejected")]
+    with serving(path, tokenizer()) as (url, _):
+        found = httpx2.post(f"{url}/v1/classify", json={"input": answers}).json()["data"]
+    for text, one in zip(answers, found, strict=True):
+        inputs = tokenizer()(text, return_tensors="pt")
+        with torch.no_grad():
+            told = trainer.s3t_model(**inputs).logits[0]
+        assert one["score"] == pytest.approx(told.item(), abs=1e-5) and one["num_classes"] == 1
+        assert one["probs"] == pytest.approx(told.sigmoid().tolist(), abs=1e-5)
+    # Pairs are two inputs, of which the better one is told by its score.
+    assert len({one["score"] for one in found}) == 6
 
 
 def url_of(image: Image.Image, kind: str = "PNG") -> str:

@@ -60,6 +60,8 @@ def write_language_models(folder: Path) -> None:
     _write_rows(folder / "tatsu-lab/alpaca/train.jsonl", [{"text": _text(number)} for number in range(60)])
     turns = [[{"role": role, "content": _text(number)} for role in ROLES] for number in range(60)]
     _write_rows(folder / "trl-lib/Capybara/train.jsonl", [{"messages": messages} for messages in turns])
+    pairs = [{"chosen": turns[n], "rejected": [turns[n][0], turns[(n + 1) % 60][1]]} for n in range(60)]
+    _write_rows(folder / "trl-lib/ultrafeedback_binarized/train.jsonl", pairs)
 
 
 def write_adapter(folder: Path) -> None:

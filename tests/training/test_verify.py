@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from support.folders import apply, files_of, forge_stage
+from support.receipts import public, signer
 from support.tiny import (
     classification_rows,
     lm_rows,
@@ -24,9 +25,14 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_s3t import S3TTrainer
-from hf_s3t.errors import ConfigError, S3TError
+from hf_s3t.errors import ConfigError, FolderError, S3TError
+from hf_s3t.folder.audits_file import read_audits
 from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.operations.signed_receipts import signed_receipt
+from hf_s3t.signing.keys import use_signer
+from hf_s3t.signing.verification import verify
+from hf_s3t.training import stage_memory
 from hf_s3t.training.audit import AuditKey
 from hf_s3t.training.circumstances import differing, recipe_of
 
@@ -289,3 +295,48 @@ def test_an_audit_of_the_process_s_own_stages_warns(tmp_path, monkeypatch):
     trainer.train()
     assert trainer.verify(first).trained_here
     assert len(said) == 1 and "Make the same trainer in a fresh process and call `verify()` there" in said[0]
+
+
+@pytest.fixture
+def signing(monkeypatch):
+    """A process that signs, and has trained nothing."""
+    monkeypatch.setattr(stage_memory, "TRAINED_HERE", set())
+    use_signer(signer())
+    yield
+    use_signer(None)
+
+
+def test_an_audit_is_recorded_with_those_of_others_and_told_by_receipts(system, signing):
+    trainer_of(system).s3t_model.unlearn([ROWS[0]["id"]])
+    report = trainer_of(system).verify()
+    (kept,) = read_audits(system)
+    assert kept.key.keyid == public().keyid and kept.statement.fresh and not kept.statement.differing
+    assert tuple(kept.statement.stages) == report.stages
+    (told,) = verify(signed_receipt(system, 1, signer()).envelope, public()).audits
+    assert (told["by"], told["equal"], told["differing"]) == (public().keyid, len(report.stages), 0)
+
+
+def test_what_differs_is_recorded_and_what_says_too_little_is_not(system, signing, monkeypatch):
+    swap_tensors(system, STAGE)
+    assert not trainer_of(system).verify([STAGE]).ok
+    assert [kept.statement.differing for kept in read_audits(system)] == [(STAGE,)]
+    trainer = trainer_of(system)
+    digests = {trainer.folder.adapter_digest(key) for key in trainer.folder.stages}
+    monkeypatch.setattr(stage_memory, "TRAINED_HERE", digests)
+    other = str(next(key for key in trainer.folder.valid_stages if str(key) not in (STAGE, ON_TOP) and key.depth == 1))
+    assert trainer.verify([other]).trained_here
+    assert len(read_audits(system)) == 1
+
+
+def test_without_a_key_nothing_is_recorded_and_where_nothing_can_be_that_is_said(system, signing, monkeypatch):
+    def only_read(self):
+        raise FolderError("It may only be read.")
+
+    said = []
+    monkeypatch.setattr("hf_s3t.training.audit.logger.warning", said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(SystemFolder, "writing", only_read)
+        assert trainer_of(system).verify([STAGE]).ok
+    assert len(said) == 1 and "The audit is not recorded" in said[0] and "only be read" in said[0]
+    use_signer(None)
+    assert trainer_of(system).verify([STAGE]).ok and not read_audits(system)

@@ -1,0 +1,119 @@
+"""`S3TDPOTrainer`: TRL's `DPOTrainer`, run once per stage of an S3T system."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from ..config import S3TConfig
+from .blueprint import Blueprint
+from .preference import PAIRS, check_preferences, said_of_each
+from .trainer import S3TTrainerMixin
+
+
+class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
+    """
+    TRL's [`~trl.DPOTrainer`] for S3T systems: direct preference optimisation on pairs that can be deleted.
+
+    Takes what `DPOTrainer` takes, in its order, and `s3t_config`. Rows are pairs, `"chosen"` and `"rejected"`, with a
+    `"prompt"` or without, as texts or chats. The reference of every stage is the base with adapters off: there is no
+    second copy of it. With `precompute_ref_log_probs=True` the reference is asked once for each row, by itself.
+    `evaluate()` compares the ensemble with the reference; while a stage trains, the stack so far.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): The base model, or its id or path. It is never changed.
+        ref_model: Refused: the base is the reference.
+        args ([`~trl.DPOConfig`], *optional*):
+            The recipe of a stage; see [`S3TTrainer`] for what differs. `sync_ref_model`, `padding_free` and
+            `use_liger_kernel` are refused.
+        data_collator, train_dataset, eval_dataset, processing_class: As in `DPOTrainer`. Pictures are refused.
+        compute_metrics, callbacks: As in `DPOTrainer`.
+        optimizers: Refused: every stage starts a fresh optimizer.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): As in [`S3TSFTTrainer`].
+        peft_config ([`~peft.LoraConfig`], *optional*): The adapters; may be left out for a folder that has them. As in
+            `DPOTrainer`, `disable_dropout=True` (the default) holds for them too.
+        s3t_config ([`S3TConfig`], *optional*): The system; may be left out for a folder that has one.
+
+    Raises:
+        [`~hf_s3t.errors.S3TError`]: Its children, before any training; see `hf_s3t.errors`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import DPOConfig
+    from hf_s3t import S3TConfig, S3TDPOTrainer
+
+    trainer = S3TDPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=DPOConfig(output_dir="qwen-dpo-s3t", learning_rate=5e-6),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4, group_column="user"),
+    )
+    trainer.train()
+    trainer.s3t_model.unlearn(groups=["somebody who asked for it"])
+    ```
+    """
+
+    args: DPOConfig
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        s3t_config: S3TConfig | None = None,
+    ):
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            s3t_config=s3t_config,
+        )
+
+    def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
+        check_preferences(given["train_dataset"], PAIRS)
+        super()._check_rows_given(given, blueprint)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """As in `DPOTrainer`, of every row by itself, and anew: what others have kept was computed in batches."""
+
+        def ask(batch: dict[str, Any]) -> dict[str, Any]:
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model, batch)
+            return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+        return said_of_each(self, dataset, ask)
+
+    def _prepare_whole(self, dataset: Any) -> Any:
+        prepared = super()._prepare_whole(dataset)
+        return self._precompute_ref_logps(prepared, "train", 1) if self.precompute_ref_logps else prepared
