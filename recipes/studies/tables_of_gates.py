@@ -75,8 +75,8 @@ def layouts(data: Mapping[str, Any]) -> str:
     if not data.get("layouts"):
         return ""
     lines = [
-        "| m | L | epochs, rate | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is dead, all "
-        "are | work of growing again after a request |",
+        "| m | L | epochs, rate | known: mean, terms (%) | held-out loss: mean, terms | requests until a shard is "
+        "dead, all are | work of growing again after a request |",
         "|---" * 7 + "|",
     ]
     for shards, slices in dict.fromkeys((system["num_shards"], system["num_slices"]) for system in data["layouts"]):
