@@ -887,7 +887,7 @@ def test_plan_as_json(llama):
     found = json_of(*PLAN, "--model", llama / "config.json", "--months", 3, "--depth", 0.5, "--until", "exhausted")
     assert set(found) == {
         "workload", "backbone", "measured", "chosen", "options", "meets_goal", "goal_months", "goal_depth", "until",
-        "months", "published_depths", "published_hours", "notes", "workers",
+        "months", "published_depths", "published_hours", "learns", "gate", "answered_by", "notes", "workers",
     }  # fmt: skip
     assert found["workload"] == {
         "num_examples": 52_000, "deletions_per_month": 4.0, "hours_per_epoch": 3.0, "epochs": 3, "batch_size": 8,
