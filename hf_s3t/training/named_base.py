@@ -50,7 +50,8 @@ def num_tokens(model: PreTrainedModel) -> int | None:
     """How many tokens a base has embeddings of, if it has any."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
+    except (AttributeError, NotImplementedError):
+        # Of what is no base more is said elsewhere.
         return None
 
 

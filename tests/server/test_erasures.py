@@ -9,14 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 from support.receipts import OUR_KEY, public
-from support.served import HeldTokenizer, listening, service_of, serving, tiny_system
+from support.served import HeldTokenizer, listening, served_trainer, service_of, serving, tiny_system
 from support.tiny import (
     ids_of,
     lm_rows,
-    make_trainer,
     plant_stages,
     s3t_config,
-    tiny_llama,
     tokenizer_of_words,
 )
 
@@ -274,7 +272,7 @@ def test_stages_that_do_not_answer_now_may_have_done_so_and_nothing_is_cut_for_t
     folder, model = service.model.folder, service.model
     model.unlearn(folder.table.ids_in(0, 0)[:1])
     # Of the slice one stage, which is not the deepest.
-    plant_stages(make_trainer(path, tiny_llama(), data, config=config), limit=1)
+    plant_stages(served_trainer(path, data, config=config), limit=1)
     taken = service.erasures.take(ErasureRequest(ids=folder.table.ids_in(0, 0)[:1]))
     assert taken.told.stages_removed == ["shard-0/0"] and taken.told.depths_before == taken.told.depths_after
     assert taken.patience is not None and not taken.cuts

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from support.served import tiny_system
-from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from support.served import served_trainer, tiny_system
+from support.tiny import ids_of, lm_rows, plant_stages, s3t_config
 
 from hf_s3t.folder.layout import LEDGER_FILE
 from hf_s3t.folder.system import SystemFolder
@@ -52,7 +52,7 @@ class Server:
 
 
 def grow(path: Path, seed: int) -> None:
-    plant_stages(make_trainer(path, tiny_llama(), lm_rows(len(IDS)), config=CONFIG), seed=seed)
+    plant_stages(served_trainer(path, lm_rows(len(IDS)), config=CONFIG), seed=seed)
 
 
 def ask(url: str, one: str, key: str, told: list, max_delay: float | None) -> None:

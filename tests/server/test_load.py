@@ -6,8 +6,8 @@ import time
 
 import pytest
 from serving_story import Asked, Clients, Erased, Eraser, History, Naive, Watcher, judge
-from support.served import listening, tiny_system
-from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
+from support.served import listening, served_trainer, tiny_system
+from support.tiny import ids_of, lm_rows, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 
 from hf_s3t import S3TModel
 from hf_s3t.errors import FolderError
@@ -30,7 +30,7 @@ def grow_on(path, end: threading.Event) -> None:
     while not end.wait(0.3):
         # An erasure may take what it is reading: then it begins again.
         with contextlib.suppress(FolderError):
-            plant_stages(make_trainer(path, tiny_llama(), lm_rows(len(IDS)), config=CONFIG), limit=2, seed=seed)
+            plant_stages(served_trainer(path, lm_rows(len(IDS)), config=CONFIG), limit=2, seed=seed)
         seed += 1
 
 

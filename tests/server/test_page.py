@@ -20,10 +20,9 @@ from pathlib import Path
 import httpx2
 import pytest
 from PIL import Image
-from support.served import tiny_system
+from support.served import served_trainer, tiny_system
 from support.tiny import (
     IMAGE_SIZE,
-    make_trainer,
     plant_stages,
     rows_for,
     tiny_llama,
@@ -85,7 +84,7 @@ def trainer_of(path: Path):
     names = [HOSTILE, *(f"user-{n}" for n in range(1, 12))]
     rows = [{**row, "id": f"row-{n}", "person": names[n // 2]} for n, row in enumerate(rows)]
     config = S3TConfig(num_shards=2, num_slices=3, id_column="id", group_column="person")
-    return make_trainer(path, tiny_llama(), rows, config=config)
+    return served_trainer(path, rows, config=config)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import shutil
 
 import httpx2
 import pytest
-from support.served import serving, tiny_system
-from support.tiny import ids_of, lm_rows, make_trainer, plant_stages, s3t_config, tiny_llama
+from support.served import served_trainer, serving, tiny_system
+from support.tiny import ids_of, lm_rows, plant_stages, s3t_config
 
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.deletion import apply
@@ -66,7 +66,7 @@ def test_what_others_delete_and_grow_shows_without_a_request_for_an_answer(serve
     apply(SystemFolder(system), DeletionRequest(IDS[:1]))
     less = client.get("/v1/status").json()
     assert less["deletions"] == 1 and less["stages_left"] > 0 and sum(less["depths"]) < sum(before["depths"])
-    plant_stages(make_trainer(system, tiny_llama(), lm_rows(24), config=CONFIG), seed=7)
+    plant_stages(served_trainer(system, lm_rows(24), config=CONFIG), seed=7)
     again = client.get("/v1/status").json()
     assert again["stages_left"] == 0 and again["depths"] == before["depths"]
 

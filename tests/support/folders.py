@@ -101,11 +101,15 @@ def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
     return folder
 
 
-def add(folder: SystemFolder, places: dict, replaced=(), **how) -> SystemFolder:
-    """Add rows of ids by their places; the ids of those that are replaced are in, and come with another content."""
+def add(folder: SystemFolder, places: dict, replaced=(), contents=None, **how) -> SystemFolder:
+    """
+    Add rows of ids by their places, perhaps with the digests of their contents; the ids of those that are replaced are
+    in, and come with another content.
+    """
     key, config = folder.key, folder.config
     shards = max([config.num_shards, *(shard + 1 for shard, _ in places.values())])
-    contents = {i: key.of_content({"id": i, "edited": True} if i in replaced else {"id": i}) for i in places}
+    of_ids = {i: key.of_content({"id": i, "edited": True} if i in replaced else {"id": i}) for i in places}
+    contents = {**of_ids, **(contents or {})}
     rows = {i: Example(*place, contents[i]) for i, place in places.items()}
     with folder.lock():
         folder.refresh()

@@ -40,11 +40,16 @@ def tiny_system(path: Path, model: Any = None, *, tokenizer: Any = None, **chang
     return shutil.copytree(_MADE[asked], path, dirs_exist_ok=True)
 
 
+def served_trainer(path: Path, rows: Any = None, *, model: Any = None, **changes) -> Any:
+    """A trainer of the system that [`tiny_system`] made, or is to make."""
+    model = model or tiny_llama()
+    # All of a layer: what a stage more or less changes is to be seen in what is generated.
+    return make_trainer(path, model, rows, **{"peft_config": lora(model, target_modules="all-linear"), **changes})
+
+
 def _make(path: Path, model: Any, tokenizer: Any = None, **changes) -> Path:
     model.save_pretrained(path / "base")
-    # All of a layer: what a stage more or less changes is to be seen in what is generated.
-    peft_config = lora(model, target_modules="all-linear")
-    plant_stages(make_trainer(path, model, **{"peft_config": peft_config, **changes}))
+    plant_stages(served_trainer(path, model=model, **changes))
     (tokenizer or tokenizer_of_words()).save_pretrained(path)
     return path
 

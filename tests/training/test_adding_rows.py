@@ -222,7 +222,7 @@ def test_a_row_that_comes_back_as_a_stage_begins_is_in_what_it_says_that_it_saw(
             frozen = super()._bring_in(key)
             if not self.came and place[1] in key.prefix:
                 self.came = True
-                add(SystemFolder(path), {gone: place}, again=[gone])
+                add(SystemFolder(path), {gone: place}, contents={gone: content}, again=[gone])
                 self.folder.refresh_ledger()
             return frozen
 
@@ -233,6 +233,7 @@ def test_a_row_that_comes_back_as_a_stage_begins_is_in_what_it_says_that_it_saw(
     first = trainer_of(path, num_shards=1)
     place = (0, first.folder.plan.stages()[0].prefix[0])
     gone = first.folder.table.ids_in(*place)[0]
+    content = first.folder.table.examples([gone])[0].digest
     first.s3t_model.unlearn([gone])
     trainer = make_trainer(path, rows=FIRST, config=s3t_config(**{**BALANCED, "num_shards": 1}), cls=ComesBack)
     trainer.train()
