@@ -360,7 +360,7 @@ def test_select_metric_serves_the_stack_with_the_lowest_loss(tmp_path):
 
 
 def test_the_loss_is_that_of_the_aggregated_logits(system):
-    made = system("llama")
+    made = system("gpt2")
     model = made.model
     members = [[made.member(shard, (0, 1, 2))] for shard in range(3)]
     inputs = inputs_of(made, 4, "left")
