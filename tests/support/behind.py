@@ -20,8 +20,8 @@ from hf_s3t.server.measuring import NoMetrics
 from hf_s3t.server.problems import install
 from hf_s3t.server.settings import ServerSettings
 from support.fake_vllm import FakeVllm, adapter_digest
-from support.served import listening
-from support.tiny import ids_of, make_trainer, plant_stages, tiny_llama
+from support.served import listening, served_trainer
+from support.tiny import ids_of, plant_stages
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Behind:
     def grow(self, config: S3TConfig) -> None:
         """Grow what is missing, as another process would."""
         with self._alone():
-            plant_stages(make_trainer(self.path, tiny_llama(), config=config), seed=len(self.fake.history))
+            plant_stages(served_trainer(self.path, config=config), seed=len(self.fake.history))
 
     @contextlib.contextmanager
     def stream(self, words: int = 2, prompt: str = "slow") -> Iterator[Iterator[dict | str]]:
