@@ -63,6 +63,7 @@ def test_two_workers_train_each_stage_once_and_to_the_bit_as_one_process(tmp_pat
     assert found["stages_trained"] == len(alone) and found["stages_left"] == 0 and found["deaths"] == 0
 
 
+@pytest.mark.long
 def test_four_workers_train_the_same(tmp_path, alone):
     path = tmp_path / "system"
     found = train_on_ray(System(path), num_workers=4, resources_per_worker={"CPU": 0.5}).metrics

@@ -93,6 +93,7 @@ def test_it_goes_to_the_hub_and_is_served_from_there(copy, hub):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_that_built_it_builds_such_a_system(copy, tmp_path):
     import publish
 

@@ -310,7 +310,7 @@ def cases(request) -> Callable[[int, int], int]:
 
 def pytest_generate_tests(metafunc):
     if "cases" in metafunc.fixturenames:
-        many = pytest.param(True, marks=pytest.mark.slow, id="many")
+        many = pytest.param(True, marks=[pytest.mark.slow, pytest.mark.long], id="many")
         metafunc.parametrize("cases", [pytest.param(False, id="few"), many], indirect=True)
 
 

@@ -546,7 +546,9 @@ def trained(tmp_path_factory, one_thread):
     return path
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(3, 8), pytest.param(30, 15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("examples", "steps"), [(3, 8), pytest.param(30, 15, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_a_model_serves_at_any_time_what_its_history_left(trained, tmp_path, examples, steps):
     named = dict(zip(NAMES, USERS))
     run(lambda: ModelLife(trained, tmp_path, PlainModel(REAL_PLACES, named, SHORT_SEQUENCES)), examples, steps)
