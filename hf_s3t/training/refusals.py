@@ -161,6 +161,14 @@ _OF_ARGUMENTS = (
             "`dataloader_in_order=False` lets the speed of workers decide the order of batches. Leave it on."
         ),
     ),
+    _Refusal(
+        lambda given: getattr(given.args, "use_liger_kernel", False),
+        ConfigError,
+        lambda given: (
+            "`use_liger_kernel=True` puts layers of its own into the base for good, on which the stages that serve "
+            "would stand. Leave it off."
+        ),
+    ),
     *(_uploads(tracker, variable) for tracker, variable in _UPLOADS.items()),
     _Refusal(
         lambda given: getattr(given.args, "enable_jit_checkpoint", False),
@@ -322,14 +330,6 @@ _OF_HOSTS = (
         lambda given: (
             "`sync_ref_model=True` has the reference follow what is trained: a stage would be compared with what "
             "earlier ones made of their rows. Leave it off: the base is the reference."
-        ),
-    ),
-    _Refusal(
-        lambda given: getattr(given.args, "use_liger_kernel", False),
-        ConfigError,
-        lambda given: (
-            "`use_liger_kernel=True` puts layers of its own into the base for good, on which the stages that serve "
-            "would stand. Leave it off."
         ),
     ),
     _Refusal(

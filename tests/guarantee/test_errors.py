@@ -321,6 +321,8 @@ def test_an_evaluation_that_chooses_a_model_needs_a_set_of_its_own(case, tmp_pat
         "Set `per_device_train_batch_size`", auto_find_batch_size=True),
     Refusal(IsolationError, "batches as workers finish them", "`dataloader_in_order=False`", "decide the order",
         "Leave it on", dataloader_in_order=False),
+    Refusal(ConfigError, "layers that stay in the base", "`use_liger_kernel=True`", "stages that serve would stand",
+        "Leave it off", use_liger_kernel=True),
     Refusal(ConfigError, "an end at a signal", "`enable_jit_checkpoint=True`", "as if it were complete",
         "Leave it off", enable_jit_checkpoint=True),
     Refusal(ConfigError, "a rate below 0", "`learning_rate` is -1.0", "expected 0 or more", "such as 1e-4",
