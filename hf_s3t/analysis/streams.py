@@ -197,6 +197,9 @@ def stream(
     for _ in range(runs):
         system, spent = fresh(), 0.0
         shards = len(system.depths)
+        # What is known of the depths as they were: most requests change none.
+        before: list[int] = []
+        total, sorted_depths = 0, tuple[int, ...]()
         depth_after[0] += sum(system.depths)
         for number, (shard, slice_) in enumerate(drawn_requests(rng, shards, num_slices, requests, prior), start=1):
             if system.depths[shard]:
@@ -208,8 +211,11 @@ def stream(
                 grown = _follow(policy, system)
                 spent += grown.work
                 stages += grown.stages
-            served[tuple(sorted(system.depths))] += 1
-            depth_after[number] += sum(system.depths)
+            if system.depths != before:
+                before = list(system.depths)
+                sorted_depths, total = tuple(sorted(before)), sum(before)
+            served[sorted_depths] += 1
+            depth_after[number] += total
             work_after[number] += spent
     time_at = Counter[int]()
     for depths, time in served.items():
@@ -452,12 +458,15 @@ class _Families:
                 work += sum(self._add(shard, place) for place in places)
                 stages += len(places)
         for _ in range(extra):
-            found = [(shard, step) for shard in shards if (step := self._growing.next(self._states[shard]))]
-            if not found:
+            chosen, worthiest = 0, None
+            for shard in shards:
+                step = self._growing.next(self._states[shard])
+                # The first of equals.
+                if step is not None and (worthiest is None or step.order > worthiest.order):
+                    chosen, worthiest = shard, step
+            if worthiest is None:
                 break
-            # The first of equals.
-            shard, step = max(found, key=lambda of: of[1].order)
-            work += self._add(shard, step.place)
+            work += self._add(chosen, worthiest.place)
             stages += 1
         return Grown(work, stages)
 

@@ -149,6 +149,11 @@ class _Search:
         self.weights = hit_set_weights(prior, horizon)
         self.sizes = np.array([int(state).bit_count() for state in self.states])
         self.levels = [self.states[self.sizes == size] for size in range(self.size + 1)]
+        # Per size, of each set of it, the sets with one slice more; the number of sets where that slice is in already.
+        self.steps = [
+            np.array([np.where(level >> s & 1, len(self.states), level | 1 << s) for s in range(self.size)])
+            for level in self.levels
+        ]
         self.known: dict[tuple[int, ...], np.ndarray] = {}
 
     def depths(self, sequence: tuple[int, ...]) -> np.ndarray:
@@ -179,11 +184,13 @@ class _Search:
             without, with_ = missed.reshape(self.size, -1, 2, 1 << bit).swapaxes(0, 2).swapaxes(1, 2)
             with_ += without
         everything = len(self.states) - 1
-        best = np.zeros(len(self.states))
+        # One more, of what no sequence comes to: a slice that is in already.
+        best = np.zeros(len(self.states) + 1)
+        best[-1] = -1.0
         for size in range(self.size, 0, -1):
             level = self.levels[size]
             if size < self.size:
-                best[level] = np.max([self._after(best, level, s) for s in range(self.size)], axis=0)
+                best[level] = best[self.steps[size]].max(axis=0)
             best[level] += missed[size - 1, everything ^ level]
         sequence: list[int] = []
         state = 0
@@ -192,10 +199,6 @@ class _Search:
             sequence.append(max(free, key=lambda s: (best[state | 1 << s], -s)))
             state |= 1 << sequence[-1]
         return float(best[1 << sequence[0]]), tuple(sequence)
-
-    @staticmethod
-    def _after(best: np.ndarray, level: np.ndarray, s: int) -> np.ndarray:
-        return np.where(level >> s & 1, -1.0, best[level | 1 << s])
 
     def refill(self, sequences: Sequence[tuple[int, ...]], budget: int) -> list[tuple[int, ...]]:
         """Add the best sequence, and again, up to the budget or until nothing is gained."""
