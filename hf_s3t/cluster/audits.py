@@ -58,6 +58,7 @@ class AuditDesk:
             {name: tuple(pair) for told in self._found for name, pair in told["circumstances"].items()},
             seconds,
             tuple(sorted(stage for told in self._found for stage in told["trained_here"])),
+            {stage: digest for told in self._found for stage, digest in told["adapters"].items()},
         )
 
 

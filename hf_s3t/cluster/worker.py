@@ -22,6 +22,7 @@ from ..folder.layout import TEMPORARY
 from ..folder.secret import KEY_VARIABLE
 from ..folder.versions import library_versions
 from ..plan.stages import StageKey
+from ..training.audit import verify_stages
 from ..training.elsewhere import ELSEWHERE
 from ..training.trainer import S3TTrainerMixin
 from .parcels import Parcel, pack_stage, pack_system, take_in, unpack_stages, unpack_system
@@ -194,12 +195,14 @@ class Worker:
             if given:
                 unpack_stages(given, trainer.folder)
             keys = [StageKey.from_path(stage) for stage in stages]
-            report = self._hand.submit(trainer.verify, keys).result()
+            # Not `trainer.verify`: what all workers found is recorded once, by the driver.
+            report = self._hand.submit(verify_stages, trainer, keys).result()
             return {
                 "stages": list(report.stages),
                 "mismatches": report.mismatches,
                 "circumstances": {name: list(pair) for name, pair in report.circumstances.items()},
                 "trained_here": list(report.trained_here),
+                "adapters": report.adapters,
             }
 
         return self._told(verified)

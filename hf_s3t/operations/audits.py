@@ -46,6 +46,10 @@ class Found(Protocol):
         """Recorded circumstances that differ here."""
 
     @property
+    def adapters(self) -> Mapping[str, str]:
+        """The digests of the adapters that they were compared with."""
+
+    @property
     def trained_here(self) -> Sequence[str]:
         """Those that the process had trained itself."""
 
@@ -154,8 +158,8 @@ def record_audit(folder: SystemFolder, found: Found) -> bool:
     signer = current_signer()
     if signer is None or (found.trained_here and not found.mismatches):
         return False
-    served = {name: folder.adapter_digest(StageKey.from_path(f"{STAGES}/{name}")) for name in found.stages}
-    envelope = _statement(folder.identity, served, found).signed_by(signer)
+    # What was compared: a stage that was grown again since is another, and such an audit is refused.
+    envelope = _statement(folder.identity, found.adapters, found).signed_by(signer)
     add_audit(folder, envelope.to_json(), signer.public_key)
     return True
 

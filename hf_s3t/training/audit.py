@@ -4,7 +4,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class VerificationReport:
             Those of the stages that this very process trained. State that a stage left in the process (in a global, a
             closure, a library) would act on both alike, and not be found: only an audit in a fresh process, where
             this is empty, says that there is none.
+        adapters (`dict[str, str]`): Per stage the SHA-256 of the adapter file that it was compared with.
     """
 
     stages: tuple[str, ...]
@@ -79,6 +80,7 @@ class VerificationReport:
     circumstances: dict[str, tuple[Any, Any]]
     seconds: float
     trained_here: tuple[str, ...] = ()
+    adapters: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -98,7 +100,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     Train stages again and compare; see `S3TTrainer.verify`.
 
     Each is trained from scratch with all it stands on, under its recorded number of threads, in memory beside the
-    stages that serve; nothing of the system is written but, where this process has a key to sign with, what was found.
+    stages that serve; nothing of the system is written.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If there is nothing to audit or no data to audit it with, or recipe (arguments
@@ -124,16 +126,13 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
         )
     differences = _compare_circumstances(trainer, closure)
     try:
-        mismatches = _compare_tensors(trainer, closure)
+        mismatches, adapters = _compare_tensors(trainer, closure)
     finally:
         trainer.train_dataset = trainer._prepared
         if trainer._live is not None:
             trainer._live.refresh()
     seconds = time.perf_counter() - started
-    report = VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here)
-    if trainer.is_world_process_zero():
-        keep_report(folder, report)
-    return report
+    return VerificationReport(tuple(map(str, closure)), mismatches, differences, seconds, trained_here, adapters)
 
 
 def keep_report(folder: SystemFolder, report: VerificationReport) -> None:
@@ -184,9 +183,10 @@ def _compare_circumstances(trainer: StageRuns, stages: Sequence[StageKey]) -> di
     return differences
 
 
-def _compare_tensors(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str, list[str]]:
-    """Train stages again; the tensors of each that differ, by name."""
+def _compare_tensors(trainer: StageRuns, stages: Sequence[StageKey]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Train stages again; the tensors of each that differ, by name, and the digests of what they are compared with."""
     mismatches: dict[str, list[str]] = {}
+    adapters: dict[str, str] = {}
     with (
         trainer._occupied(stages[0]),
         preserved_randomness(),
@@ -198,13 +198,15 @@ def _compare_tensors(trainer: StageRuns, stages: Sequence[StageKey]) -> dict[str
             for key in stages:
                 again = _retrain(trainer, key, Path(scratch))
                 _refuse_deleted_meanwhile(trainer.folder, stages)
+                # One that is grown again later is another.
+                adapters[str(key)] = trainer.folder.adapter_digest(key)
                 unequal = differing_tensors(read_tensors(trainer.folder.read_adapter(key), str(key)), again)
                 if unequal:
                     mismatches[str(key)] = unequal
             trainer.accelerator.wait_for_everyone()
         finally:
             trainer._stack.drop([key for key in trainer._stack.loaded if isinstance(key, AuditKey)])
-    return mismatches
+    return mismatches, adapters
 
 
 def _refuse_deleted_meanwhile(folder: SystemFolder, stages: Iterable[StageKey]) -> None:

@@ -30,7 +30,7 @@ from ..model.randomness import own_randomness
 from ..model.stack import StageStack
 from ..plan.stages import LEAST_STEPS, StageKey
 from ..records.digests import KeptNames
-from .audit import VerificationReport, verify_stages
+from .audit import VerificationReport, keep_report, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .fed_rows import FedRows
@@ -395,7 +395,10 @@ class S3TTrainerMixin(HostedRuns):
             [`~hf_s3t.training.audit.VerificationReport`]:
                 Which stages were trained again, and every tensor that differs.
         """
-        return verify_stages(self, stages)
+        report = verify_stages(self, stages)
+        if self.is_world_process_zero():
+            keep_report(self.folder, report)
+        return report
 
 
 class S3TTrainer(S3TTrainerMixin, Trainer):

@@ -30,10 +30,11 @@ from hf_s3t.folder.audits_file import read_audits
 from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.signed_receipts import signed_receipt
+from hf_s3t.plan.stages import StageKey
 from hf_s3t.signing.keys import use_signer
 from hf_s3t.signing.verification import verify
 from hf_s3t.training import stage_memory
-from hf_s3t.training.audit import AuditKey
+from hf_s3t.training.audit import AuditKey, keep_report, verify_stages
 from hf_s3t.training.circumstances import differing, recipe_of
 
 
@@ -326,6 +327,20 @@ def test_what_differs_is_recorded_and_what_says_too_little_is_not(system, signin
     other = str(next(key for key in trainer.folder.valid_stages if str(key) not in (STAGE, ON_TOP) and key.depth == 1))
     assert trainer.verify([other]).trained_here
     assert len(read_audits(system)) == 1
+
+
+def test_a_stage_that_is_grown_again_before_its_audit_is_recorded_is_another_and_not_told_of(
+    system, signing, monkeypatch
+):
+    report = verify_stages(trainer_of(system), [STAGE])
+    assert report.ok and report.adapters == {
+        STAGE: SystemFolder(system).adapter_digest(StageKey.from_path(f"stages/{STAGE}"))
+    }
+    swap_tensors(system, STAGE)
+    said = []
+    monkeypatch.setattr("hf_s3t.training.audit.logger.warning", said.append)
+    keep_report(SystemFolder(system), report)
+    assert not read_audits(system) and f"{STAGE} as it is not any more" in said[0]
 
 
 def test_without_a_key_nothing_is_recorded_and_where_nothing_can_be_that_is_said(system, signing, monkeypatch):
