@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from support.on_ray import ROWS, System, ThreadRay
 from support.tiny import lm_rows
@@ -42,7 +43,10 @@ class InTurn:
 def pool_of(monkeypatch):
     """A pool of workers in threads, which are let go at the end."""
     pools = []
-    # Two trainers that are made at once, in one process, would change each other's base.
+    # Arguments that are made reset the state of Accelerate, which threads share and workers do not: another one that
+    # asks for it meanwhile would find none.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(AcceleratorState, "_reset_state", staticmethod(lambda reset_partial_state=False: None))
     monkeypatch.setattr(ray_pool, "_A_MOMENT", 0.05)
     monkeypatch.setattr(ray_pool, "is_head_there", lambda head: True)
 

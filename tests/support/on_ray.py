@@ -45,7 +45,7 @@ class System:
         _base(changes.get("base", 0))
 
     def __call__(self):
-        # Arguments that two threads make at once reset each other's state of Accelerate.
+        # Two trainers that are made at once, in one process, would set up one state of Accelerate.
         with _ONE_AT_A_TIME:
             return self._made()
 
