@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
@@ -233,6 +233,16 @@ class Taught:
             folder or self.method.output_dir, base_model=self.base, **{"gate": None, **gate}
         )
 
+    @contextmanager
+    def forgotten(self, names: Sequence[str]) -> Iterator[Path]:
+        """A copy of the system's folder that has forgotten subjects, for as long as it is asked."""
+        copy = self.folder.with_name(f"{self.folder.name}-forgot")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy)
+        self.served(copy).unlearn(groups=list(names))
+        yield copy
+        shutil.rmtree(copy)
+
     def batches(self, rows: Sequence[Row], kind: str = AS_TRAINED) -> list[dict[str, torch.Tensor]]:
         """Rows as the trainer prepares them, their questions changed by a rule."""
         asked = [
@@ -294,7 +304,8 @@ def measured(taught: Taught) -> dict[str, Any]:
         "chosen": choice,
         "known": _known_by_kind(taught, models),
         "held_out": _held_out(taught, models),
-        **_after_deletion(taught, models, choice["gate"]),
+        **_after_deletion(taught, choice["gate"]),
+        **_membership(taught, choice["gate"]),
     }
 
 
@@ -349,37 +360,65 @@ def _held_out(taught: Taught, models: Mapping[str, S3TModel]) -> dict[str, float
     return {**{name: round(float(loss.mean()), 4) for name, loss in losses.items()}, "error": round(error, 4)}
 
 
-def _after_deletion(taught: Taught, before: Mapping[str, S3TModel], gate: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of subjects that are deleted, and of those that stay; whether they can be told; where they go."""
+def _after_deletion(taught: Taught, gate: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of subjects that are deleted in one request, and of those that stay; and where questions go."""
     subjects = taught.subjects
-    copy = taught.folder.with_name(f"{taught.folder.name}-forgot")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(taught.folder, copy)
-    taught.served(copy).unlearn(groups=subjects.deleted)
-    after = {"mean": taught.served(copy), "terms": taught.served(copy, **gate)}
-    if after["mean"].is_exhausted:
-        return {"after": None}
-    asked = {
-        "deleted": [subjects.known[name] for name in subjects.deleted],
-        "strangers": list(subjects.strangers.values()),
-        "others": [subjects.known[name] for name in subjects.reported],
-    }
-    batches = {who: taught.batches([row for rows in found for row in rows]) for who, found in asked.items()}
-    base = {who: answers(_base(taught), batches[who]).loss for who in ("deleted", "strangers")}
-    known: dict[str, dict[str, float]] = {}
+    with taught.forgotten(subjects.deleted) as copy:
+        after = {"mean": taught.served(copy), "terms": taught.served(copy, **gate)}
+        if after["mean"].is_exhausted:
+            return {"after": None}
+        asked = {
+            "deleted": [subjects.known[name] for name in subjects.deleted],
+            "strangers": list(subjects.strangers.values()),
+            "others": [subjects.known[name] for name in subjects.reported],
+        }
+        batches = {who: taught.batches([row for rows in found for row in rows]) for who, found in asked.items()}
+        known = {
+            name: {who: round(_known(answers(model, batches[who]), subjects), 4) for who in asked}
+            for name, model in after.items()
+        }
+        weights = [
+            by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
+        ]
+        return {"after": {"known": known, "orphans": orphans(*weights)}}
+
+
+def _membership(taught: Taught, gate: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Whether subjects that were deleted can be told from strangers, each of them deleted from a copy by itself and asked
+    about beside strangers of its own: by how much less surprised a system is than the base, and by what the gate gives
+    the shard that the subject was in.
+    """
+    subjects, base, gates = taught.subjects, _base(taught), {"mean": {}, "terms": gate}
+    before = {name: taught.served(**one) for name, one in gates.items()}
+    names = list(subjects.strangers)
+    each = len(names) // len(subjects.known)
+    scores: dict[tuple[str, str], tuple[list[np.ndarray], list[np.ndarray]]] = {}
+
+    def take(when: str, how: str, values: np.ndarray, asked: Sequence[Sequence[Row]]) -> None:
+        members, others = scores.setdefault((when, how), ([], []))
+        member, *beside = by_subject(values, asked)
+        members.append(member)
+        others.extend(beside)
+
+    for number, (name, rows) in enumerate(subjects.known.items()):
+        asked = [rows, *(subjects.strangers[other] for other in names[number * each : (number + 1) * each])]
+        batches, shard = (
+            taught.batches([row for found in asked for row in found]),
+            int(taught.shares([name])[0].argmax()),
+        )
+        usual = answers(base, batches).loss
+        with taught.forgotten([name]) as copy:
+            after = {how: taught.served(copy, **one) for how, one in gates.items()}
+            for when, models in (("before", before), ("after", after)):
+                for how, model in models.items():
+                    # What a text is like in general drops out.
+                    take(when, how, usual - answers(model, batches).loss, asked)
+                take(when, "weight", _weights(models["terms"], taught, asked)[:, shard], asked)
     told: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
-    for name in after:
-        found = {who: answers(after[name], batches[who]) for who in asked}
-        known[name] = {who: round(_known(one, subjects), 4) for who, one in found.items()}
-        earlier = {who: answers(before[name], batches[who]) for who in ("deleted", "strangers")}
-        for when, here in (("before", earlier), ("after", found)):
-            # How much less surprised than the base: what a text is like in general drops out.
-            gains = [by_subject(base[who] - here[who].loss, asked[who]) for who in ("deleted", "strangers")]
-            told[when][name] = membership(*gains)
-    weights = [
-        by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
-    ]
-    return {"after": {"known": known, "membership": told, "orphans": orphans(*weights)}}
+    for (when, how), (members, others) in scores.items():
+        told[when][how] = membership(members, others)
+    return {"membership": told}
 
 
 def _base(taught: Taught) -> Any:
