@@ -4,8 +4,8 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -33,6 +33,7 @@ from hf_s3t.analysis.planning import sequence_cost
 from hf_s3t.analysis.rates import deletion_rate
 from hf_s3t.analysis.streams import Policy, families_under
 from hf_s3t.baselines import Method, use_public_secret
+from hf_s3t.model.gates import chosen
 from hf_s3t.sequences.families import stages_of
 
 
@@ -172,30 +173,58 @@ class Answers:
 
 
 @torch.no_grad()
-def answers(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], weights: torch.Tensor | None = None) -> Answers:
+def answers(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> Answers:
     """
     Ask a model for the answers of rows, given their questions.
 
     Args:
         model: What answers.
         batches (iterable of mappings): The rows: `input_ids`, `attention_mask`, and `labels` on the answers alone.
-        weights (`torch.Tensor` of shape `(rows, num_shards)`, *optional*): What weighs the shards.
     """
-    right, tokens, losses, done = [], [], [], 0
+    return _put_together([_judged(model(**batch).logits[:, :-1].float().log_softmax(-1), batch) for batch in batches])
+
+
+@torch.no_grad()
+def answers_by(
+    model: S3TModel, batches: Sequence[Mapping[str, torch.Tensor]], weights: Mapping[Any, torch.Tensor]
+) -> dict[Any, Answers]:
+    """
+    Ask each member once, and weigh what they say in several ways.
+
+    Args:
+        model ([`~hf_s3t.S3TModel`]): The ensemble.
+        batches (sequence of mappings): The rows, as [`answers`] takes them.
+        weights (mapping to `torch.Tensor` of shape `(rows, num_shards)`): Way -> what weighs the shards.
+    """
+    found: dict[Any, list[Answers]] = {way: [] for way in weights}
+    done = 0
     for batch in batches:
-        size = len(batch["input_ids"])
-        own = nullcontext() if weights is None else model.weighted_by(weights[done : done + size])
-        with own:
-            scores = model(**batch).logits[:, :-1].float().log_softmax(-1)
+        asked = {name: value for name, value in batch.items() if name != "labels"}
+        size = len(asked["input_ids"])
+        members = []
+        for one in torch.eye(next(iter(weights.values())).shape[1]).double():
+            with model.weighted_by(one.expand(size, -1)):
+                members.append(model(**asked).logits[:, :-1].float().log_softmax(-1))
+        stacked = torch.stack(members, -1)
+        for way, shares in weights.items():
+            log_weights = shares[done : done + size].to(stacked).log()[:, None, None]
+            found[way].append(_judged((stacked + log_weights).logsumexp(-1), batch))
         done += size
-        labels = batch["labels"][:, 1:].to(scores.device)
-        asked = labels != -100
-        hits = (scores.argmax(-1) == labels) & asked
-        loss = -scores.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * asked
-        right.append((hits | ~asked).all(1))
-        tokens.append(hits.sum(1) / asked.sum(1))
-        losses.append(loss.sum(1) / asked.sum(1))
-    return Answers(*(torch.cat(found).double().cpu().numpy() for found in (right, tokens, losses)))
+    return {way: _put_together(parts) for way, parts in found.items()}
+
+
+def _judged(scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> Answers:
+    """What log probabilities, `(rows, tokens - 1, words)`, are worth as answers of a batch."""
+    labels = batch["labels"][:, 1:].to(scores.device)
+    asked = labels != -100
+    hits = (scores.argmax(-1) == labels) & asked
+    loss = -scores.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * asked
+    found = ((hits | ~asked).all(1), hits.sum(1) / asked.sum(1), loss.sum(1) / asked.sum(1))
+    return Answers(*(one.double().cpu().numpy() for one in found))
+
+
+def _put_together(parts: Sequence[Answers]) -> Answers:
+    return Answers(*(np.concatenate([getattr(one, field.name) for one in parts]) for field in fields(Answers)))
 
 
 class Taught:
@@ -281,13 +310,15 @@ def chosen_gate(taught: Taught) -> dict[str, Any]:
     subjects, shards = taught.subjects, taught.options.s3t.num_shards
     rows = rows_of(subjects.known, subjects.choosing)
     batches = [batch for kind in KINDS for batch in taught.batches(rows, kind)]
-    tried = []
-    for temperature, most in product(TEMPERATURES, MOST_MEMBERS):
-        if most is None or most <= shards:
-            gate = {"gate": "terms", "gate_temperature": temperature, "gate_top_k": most}
-            found = answers(taught.served(**gate), batches)
-            # Of what knows as much the surer one.
-            tried.append((_known(found, subjects), -float(found.loss.mean()), gate))
+    settings = [
+        {"gate": "terms", "gate_temperature": temperature, "gate_top_k": most}
+        for temperature, most in product(TEMPERATURES, MOST_MEMBERS)
+        if most is None or most <= shards
+    ]
+    weights = {n: _chosen_weights(taught, taught.served(**gate), gate, batches) for n, gate in enumerate(settings)}
+    found = answers_by(taught.served(), batches, weights)
+    # Of what knows as much the surer one.
+    tried = [(_known(found[n], subjects), -float(found[n].loss.mean()), gate) for n, gate in enumerate(settings)]
     best = max(tried, key=lambda one: one[:2])
     return {"gate": best[2], "tried": [{**gate, "known": round(share, 4)} for share, _, gate in tried]}
 
@@ -302,7 +333,7 @@ def measured(taught: Taught) -> dict[str, Any]:
     models = {"mean": taught.served(), "terms": taught.served(**choice["gate"])}
     return {
         "chosen": choice,
-        "known": _known_by_kind(taught, models),
+        "known": _known_by_kind(taught, models, choice["gate"]),
         "held_out": _held_out(taught, models),
         **_after_deletion(taught, choice["gate"]),
         **_membership(taught, choice["gate"]),
@@ -314,10 +345,10 @@ def measured_layout(taught: Taught) -> dict[str, Any]:
     subjects = taught.subjects
     models = {"mean": taught.served(), "terms": taught.served(**_LAYOUT_GATE)}
     choosing = taught.batches(rows_of(subjects.known, subjects.choosing))
-    right = taught.shares(subjects.choosing)
+    found = answers_by(models["mean"], choosing, {"oracle": taught.shares(subjects.choosing)})
     return {
-        "known_of_choosing": round(_known(answers(models["mean"], choosing, right), subjects), 4),
-        "known": _known_by_kind(taught, models, (AS_TRAINED,)),
+        "known_of_choosing": round(_known(found["oracle"], subjects), 4),
+        "known": _known_by_kind(taught, models, _LAYOUT_GATE, (AS_TRAINED,)),
         "held_out": _held_out(taught, models),
     }
 
@@ -336,17 +367,18 @@ def measured_whole(taught: Taught) -> dict[str, Any]:
 
 
 def _known_by_kind(
-    taught: Taught, models: Mapping[str, S3TModel], kinds: Sequence[str] = KINDS
+    taught: Taught, models: Mapping[str, S3TModel], gate: Mapping[str, Any], kinds: Sequence[str] = KINDS
 ) -> dict[str, dict[str, float]]:
     """Gate -> kind of question -> the share that is known of the subjects that are reported, and of strangers."""
     subjects = taught.subjects
     rows, right = rows_of(subjects.known, subjects.reported), taught.shares(subjects.reported)
     found: dict[str, dict[str, float]] = {name: {} for name in (*models, "oracle", "strangers")}
+    equal = torch.full_like(right, 1 / right.shape[1])
     for kind in kinds:
         batches = taught.batches(rows, kind)
-        for name, model in models.items():
-            found[name][kind] = round(_known(answers(model, batches), subjects), 4)
-        found["oracle"][kind] = round(_known(answers(models["mean"], batches, right), subjects), 4)
+        weights = {"mean": equal, "terms": _chosen_weights(taught, models["terms"], gate, batches), "oracle": right}
+        for name, one in answers_by(models["mean"], batches, weights).items():
+            found[name][kind] = round(_known(one, subjects), 4)
         never = taught.batches(rows_of(subjects.strangers), kind)
         found["strangers"][kind] = round(_known(answers(models["terms"], never), subjects), 4)
     return found
@@ -378,7 +410,8 @@ def _after_deletion(taught: Taught, gate: Mapping[str, Any]) -> dict[str, Any]:
             for name, model in after.items()
         }
         weights = [
-            by_subject(_weights(after["terms"], taught, asked[who]), asked[who]) for who in ("deleted", "strangers")
+            by_subject(gate_weights(after["terms"], batches[who]).numpy(), asked[who])
+            for who in ("deleted", "strangers")
         ]
         return {"after": {"known": known, "orphans": orphans(*weights)}}
 
@@ -414,7 +447,7 @@ def _membership(taught: Taught, gate: Mapping[str, Any]) -> dict[str, Any]:
                 for how, model in models.items():
                     # What a text is like in general drops out.
                     take(when, how, usual - answers(model, batches).loss, asked)
-                take(when, "weight", _weights(models["terms"], taught, asked)[:, shard], asked)
+                take(when, "weight", gate_weights(models["terms"], batches).numpy()[:, shard], asked)
     told: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
     for (when, how), (members, others) in scores.items():
         told[when][how] = membership(members, others)
@@ -427,14 +460,23 @@ def _base(taught: Taught) -> Any:
     return AutoModelForCausalLM.from_pretrained(taught.base).eval()
 
 
-def _weights(model: S3TModel, taught: Taught, subjects: Sequence[Sequence[Row]]) -> np.ndarray:
+def gate_weights(model: S3TModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """What the gate gives the shards for questions, `(rows, num_shards)`."""
     found = []
-    for batch in taught.batches([row for rows in subjects for row in rows]):
+    for batch in batches:
         # Of a row, what stands before its answer.
         is_prompt = (batch["labels"] == -100) & batch["attention_mask"].bool()
         found.append(model.gate_weights(batch["input_ids"], is_prompt.long()))
-    return torch.cat(found).cpu().numpy()
+    return torch.cat(found).double()
+
+
+def _chosen_weights(
+    taught: Taught, model: S3TModel, gate: Mapping[str, Any], batches: Iterable[Mapping[str, torch.Tensor]]
+) -> torch.Tensor:
+    """What weighs the members of a system that is whole, less those that the gate leaves out."""
+    s3t = taught.options.s3t
+    whole = [frozenset(range(s3t.num_slices))] * s3t.num_shards
+    return chosen(gate_weights(model, batches), whole, gate.get("gate_top_k"))
 
 
 # The study
