@@ -311,7 +311,8 @@ def _take_in(
     if dry_run:
         return _Merged(len(missing), _stages_that_saw(folder, missing, before))
     known = folder.ledger.deleted
-    folder.merge_ledger(state.ledger, _table_of(repo, state, folder) if lacking else None)
+    weights = state.record.get("added", {}).get("weights")
+    folder.merge_ledger(state.ledger, _table_of(repo, state, folder) if lacking else None, weights)
     gone = tuple(sorted(before - folder.valid_stages)) if missing else ()
     if on_merge is not None and folder.ledger.deleted != known:
         on_merge()
