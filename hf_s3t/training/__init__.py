@@ -16,6 +16,7 @@ The trainers, and what they are put together from:
 - `trainer_mixin`: what their parts share.
 - `plan_run`: the stages of a plan, one after the other.
 - `limits`: how far a call goes.
+- `first_process`: does for all what it alone does, and tells the others where it fails.
 - `shared_work`: takes stages among other trainers on the folder, and waits for them.
 - `assigned`: stages that somebody else chose, for workers of a cluster.
 - `stage_run`: one run of `Trainer.train`, which makes one stage.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME
@@ -20,6 +20,7 @@ from ..folder.claims import ClaimLostError
 from ..folder.layout import TRAINING_WEIGHTS_FILE
 from ..plan.stages import StageKey
 from .divergence import is_finite
+from .first_process import in_first_process
 from .parts import differing_parts, recorded_parts
 from .stage_watch import StageWatch
 
@@ -39,12 +40,14 @@ class StageCheckpoints(StageWatch):
 
     def _take_scratch(self, key: StageKey, origin: dict[str, Any]) -> None:
         """Have a folder for checkpoints, the same in all processes, unless the claim is lost; the first holds it."""
-        folder = None
-        if self.is_world_process_zero():
+
+        def take() -> Path | None:
             with contextlib.suppress(ClaimLostError):
                 scratch = self.folder.scratch(key, origin["slices"], self._claim)
-                folder = self._held_scratch.enter_context(scratch)
-        (self._scratch,) = broadcast_object_list([folder])
+                return self._held_scratch.enter_context(scratch)
+            return None
+
+        self._scratch = in_first_process(take)
 
     def _is_condemned(self) -> bool:
         """Also where another trainer has taken the stage over: what is written by this one would be in its way."""

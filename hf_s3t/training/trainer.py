@@ -34,6 +34,7 @@ from .audit import VerificationReport, keep_report, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .fed_rows import FedRows
+from .first_process import in_first_process
 from .gate_rows import check_has_prompts, gate_of, tokenizer_of
 from .host import HostedBase, KeptByHost, arguments_type, given_besides, given_to, host_of, passed_on
 from .hosted import HostedRuns
@@ -218,13 +219,13 @@ class S3TTrainerMixin(HostedRuns):
         self._look_at_evaluation(blueprint)
         # Before anything is written: truncation and filtering may have emptied a slice.
         prepared = self._prepared_rows(blueprint)
-        folder = blueprint.folder
-        if blueprint.new is not None and self.is_world_process_zero():
-            folder = self._make_folder(blueprint, blueprint.new, prepared)
+        new, folders = blueprint.new, [blueprint.folder]
+        if new is not None:
+            in_first_process(lambda: folders.append(self._make_folder(blueprint, new, prepared)))
         self.accelerator.wait_for_everyone()
-        self.folder = self._as_it_is_now(folder)
+        self.folder = self._as_it_is_now(folders[-1])
         # Another trainer may have made it first, with a secret of its own.
-        is_ours = blueprint.new is not None and blueprint.new.key.check == self.folder.key.check
+        is_ours = new is not None and new.key.check == self.folder.key.check
         if blueprint.rows is not None and not is_ours:
             folder = self.folder
             prepared = StageRows(self.train_dataset, blueprint.rows, folder.names, folder.record["row_digests"])
@@ -364,14 +365,10 @@ class S3TTrainerMixin(HostedRuns):
                 "with the dataset of the first training."
             )
         check_has_prompts(rows, self.processing_class)
-        self.s3t_config = replace(self.s3t_config, gate=self.s3t_config.gate or "terms")
-        tokenizer, folder = tokenizer_of(self.processing_class), self.folder
-        if self.is_world_process_zero() and tokenizer is not None:
-            folder.refresh_ledger()
-            gate = gate_of(rows, folder.table, folder.key, tokenizer)
-            folder.put_gate(gate, {name: getattr(self.s3t_config, name) for name in OF_SERVING})
-        self.accelerator.wait_for_everyone()
-        folder.refresh_settings()
+        config = replace(self.s3t_config, gate=self.s3t_config.gate or "terms")
+        self._write_gate({name: getattr(config, name) for name in OF_SERVING})
+        self.s3t_config = config
+        self.folder.refresh_settings()
 
     # The audit
 
