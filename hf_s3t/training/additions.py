@@ -198,11 +198,15 @@ class Additions(PlanRuns):
         self._rows_of_stages.lacking(self.folder.table)
         check_datasets(dataset, self.eval_dataset, self.args, self.s3t_config)
         rows = self._layout.rows(dataset, self.s3t_config)
-        if collates_as_stored(self.data_collator):
-            check_rows(dataset, self.model, self._stack.head, self.args)
+        self._check_rows_that_come(dataset)
         if evaluation_chooses(self.args, self.s3t_config):
             self._fed_rows.refuse_shared(dataset, self.eval_dataset, rows.own_columns)
         return rows
+
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        """Refuse what would have been refused in the first dataset, as far as what is stored tells."""
+        if collates_as_stored(self.data_collator):
+            check_rows(dataset, self.model, self._stack.head, self.args)
 
     @property
     def _own_rows(self) -> TrainingRows:

@@ -105,6 +105,10 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         check_preferences(given["train_dataset"], PAIRS)
         super()._check_rows_given(given, blueprint)
 
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_preferences(dataset, PAIRS)
+        super()._check_rows_that_come(dataset)
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As in `DPOTrainer`, of every row by itself, and anew: what others have kept was computed in batches."""
 

@@ -115,6 +115,10 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
             )
         super()._check_rows_given(given, blueprint)
 
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_preferences(dataset, JUDGED)
+        super()._check_rows_that_come(dataset)
+
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         if ROW_COLUMN not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)

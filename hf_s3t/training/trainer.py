@@ -508,6 +508,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
             check_rows(rows, model, blueprint.head, args)
 
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        makes_answers = self.compute_loss_func is not None or not collates_as_stored(self.data_collator)
+        check_answers(dataset, makes_answers or self._reads_rows_its_own_way())
+        super()._check_rows_that_come(dataset)
+
     def _reads_rows_its_own_way(self) -> bool:
         """Whether a class made of this one decides what is done with rows."""
         names = (
