@@ -78,18 +78,13 @@ class StageCheckpoints(StageWatch):
         self._refuse_diverged()
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with self._failing_together():
+                super()._save_checkpoint(model, trial)
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
-            self.accelerator.wait_for_everyone()
             if any(gather_object([self._is_condemned()])):
                 # Nobody resumes from it.
                 raise CheckpointError(f"{checkpoint} is of a stage that is discarded.")
-            if self.is_world_process_zero():
-                # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
-                between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
-                at_rest = not self._batches_are_random or between
-                exact = at_rest and not self._has_moved() and self._is_optimizer_held()
-                self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
+            in_first_process(lambda: self._record_checkpoint(checkpoint))
         except (OSError, RuntimeError) as error:
             # The former is raised in every process, and what fails else perhaps in one alone.
             is_told = isinstance(error, CheckpointError)
@@ -97,6 +92,29 @@ class StageCheckpoints(StageWatch):
                 raise
             shutil.rmtree(checkpoint, ignore_errors=True)
             self.control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Inside, what fails in one process is raised in all, when each has done its part."""
+        failed: Exception | None = None
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            failed = error
+        told = [one for one in gather_object([f"{type(failed).__name__}: {failed}" if failed else None]) if one]
+        if failed is not None:
+            raise failed
+        if told:
+            raise S3TError(f"A checkpoint could not be written: {told[0]}")
+
+    def _record_checkpoint(self, checkpoint: Path) -> None:
+        # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
+        between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
+        at_rest = not self._batches_are_random or between
+        exact = at_rest and not self._has_moved() and self._is_optimizer_held()
+        self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
 
     def _is_optimizer_held(self) -> bool:
         """Whether a checkpoint brings the optimizer back; where it does not, that is said once."""

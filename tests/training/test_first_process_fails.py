@@ -12,17 +12,20 @@ from support.tiny import make_trainer, rows_for, s3t_config, tiny_llama, tokeniz
 from hf_s3t import launch
 from hf_s3t.errors import FolderError, S3TError
 from hf_s3t.folder.system import SystemFolder
+from hf_s3t.model.stack import StageStack
 
 
 ROWS = rows_for(tiny_llama(), 18)
 FIRST, MORE = ROWS[:12], ROWS[12:]
 FULL = "No space left on device"
-# The writes of the first process that fail, what does them, and what is raised there.
+# The writes of the first process that fail, and what is raised there.
 WRITES = {
     "create": OSError(28, FULL),
     "put_gate": FolderError(f"{FULL}. Make room."),
     "write_stage": OSError(28, FULL),
     "scratch": OSError(28, FULL),
+    "save": OSError(28, FULL),
+    "write_checkpoint_record": OSError(28, FULL),
     "record_addition": FolderError(f"{FULL}. Make room."),
 }
 
@@ -39,7 +42,7 @@ def told_by(write, act):
         raise WRITES[write]
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((S3TError, OSError)) as raised:
-        patch.setattr(SystemFolder, write, fails)
+        patch.setattr(StageStack if write == "save" else SystemFolder, write, fails)
         act()
     return [write, type(raised.value).__name__, str(raised.value)]
 
@@ -54,7 +57,8 @@ def have_writes_fail(path):
     trainer.build_gate()
     told.append(told_by("write_stage", lambda: trainer.train(max_stages=1)))
     trainer.args.save_strategy = "steps"
-    told.append(told_by("scratch", lambda: trainer.train(max_stages=1)))
+    for write in ("scratch", "save", "write_checkpoint_record"):
+        told.append(told_by(write, lambda: trainer.train(max_stages=1)))
     trainer.args.save_strategy = "no"
     assert trainer.train().metrics["stages_left"] == 0
     more = Dataset.from_list(MORE)
