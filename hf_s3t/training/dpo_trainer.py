@@ -61,10 +61,10 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         args=DPOConfig(output_dir="qwen-dpo-s3t", learning_rate=5e-6),
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=5, num_slices=4, group_column="user"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4),
     )
     trainer.train()
-    trainer.s3t_model.unlearn(groups=["somebody who asked for it"])
+    trainer.s3t_model.unlearn([17, 4211])
     ```
     """
 

@@ -74,11 +74,11 @@ def _check_rows(
             f"`label` of `{name}` holds other than judgements, expected True where an answer was liked and False "
             "where it was not. Make them so: `dataset.map(lambda row: {'label': row['label'] == ...})`."
         )
-    expected = ("tokens",) if form[0].endswith("_ids") else ("texts", "chats")
-    if len(set(kinds.values())) > 1 or kinds[form[0]] not in expected:
+    readable = ("tokens",) if form[0].endswith("_ids") else ("texts", "chats")
+    if len(set(kinds.values())) > 1 or kinds[form[0]] not in readable:
         shown = ", ".join(f"{kind} in `{column}`" for column, kind in kinds.items())
         raise ConfigError(
-            f"`{name}` has {shown}, expected {' or '.join(expected)} in all of them. {_REMEDY[expected[0]]}"
+            f"`{name}` has {shown}, expected {' or '.join(readable)} in all of them. {_REMEDY[readable[0]]}"
         )
     if "chats" in kinds.values():
         _check_template(name, given)

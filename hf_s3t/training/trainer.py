@@ -76,6 +76,8 @@ class S3TTrainerMixin(HostedRuns):
     Example:
 
     ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from hf_s3t import S3TConfig, S3TTrainerMixin
 
@@ -85,12 +87,11 @@ class S3TTrainerMixin(HostedRuns):
 
 
     trainer = S3TORPOTrainer(
-        model=model,
-        args=ORPOConfig(output_dir="my-orpo-s3t"),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=2, num_slices=4, id_column="id"),
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=ORPOConfig(output_dir="qwen-orpo-s3t"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=2, num_slices=4),
     )
     trainer.train()
     ```
