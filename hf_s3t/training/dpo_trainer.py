@@ -109,8 +109,8 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
             check_losses(given["args"])
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given, PAIRS)
         super()._check_rows_given(given, blueprint)
+        check_preferences(given, PAIRS)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As in `DPOTrainer`, of every row by itself, and anew: what others have kept was computed in batches."""

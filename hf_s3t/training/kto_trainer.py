@@ -105,6 +105,7 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
         )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
+        super()._check_rows_given(given, blueprint)
         check_preferences(given, JUDGED)
         replay, loss = blueprint.config.replay, given["args"].loss_type
         if replay < 1 and loss == "kto":
@@ -119,7 +120,6 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
                 f"`per_device_train_batch_size={size}` leaves no other row's answer to compare with, expected 2 or "
                 f'more with loss_type={loss!r}. Raise it, or use loss_type="apo_zero_unpaired".'
             )
-        super()._check_rows_given(given, blueprint)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         if ROW_COLUMN not in dataset.column_names:

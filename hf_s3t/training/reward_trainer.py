@@ -121,5 +121,5 @@ class S3TRewardTrainer(S3TTrainerMixin, RewardTrainer):
             )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given, TOKENISED_PAIRS)
         super()._check_rows_given(given, blueprint)
+        check_preferences(given, TOKENISED_PAIRS)

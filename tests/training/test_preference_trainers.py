@@ -358,6 +358,8 @@ def columns(**more) -> Dataset:
         rows=Dataset.from_list([{**row, "prompt": row["prompt"] if n else None} for n, row in enumerate(pairs(8))])),
     Refusal(ConfigError, "chats without a template", "`train_dataset` holds chats", "has no chat template",
         "Give a `processing_class` with one", rows=columns(chosen=CHAT, rejected=CHAT)),
+    Refusal(ConfigError, "chats without a tokenizer", "`processing_class` is missing", "made in memory",
+        "Give the tokenizer", processing_class=None, rows=columns(chosen=CHAT, rejected=CHAT)),
     Refusal(ConfigError, "rows that are made as they are read", "`train_dataset` has a transform",
         "as they are stored", r"`dataset.map\(", rows=Dataset.from_list(pairs(8)).with_transform(lambda batch: batch)),
     Refusal(ConfigError, "nothing to evaluate", "`eval_dataset` has no rows", "expected one or more", "leave it out",
