@@ -78,7 +78,7 @@ def test_a_share_that_leaves_no_rows_is_refused(tmp_path):
 
 
 def test_what_is_forgotten_already_is_not_grown_again_by_forgetting_it_twice(tmp_path):
-    words = [*command(tmp_path, "dpo"), "--eval_share", "0", "--unlearn", "example-000"]
+    words = [*command(tmp_path, "dpo"), "--eval_share", "0", "--max_steps", "1", "--unlearn", "example-000"]
     once, stages = preference_tuning.main(words), files_of(tmp_path / "system" / "stages")
     assert once["deleted"] == 1 and once["stages_removed"]
     assert preference_tuning.main(words)["stages_removed"] == 0
