@@ -203,6 +203,11 @@ class Additions(PlanRuns):
             self._fed_rows.refuse_shared(dataset, self.eval_dataset, rows.own_columns)
         return rows
 
+    def _as_given(self, dataset: Any) -> dict[str, Any]:
+        """What the trainer is given, as if the dataset were the one to begin with."""
+        tokenizer = self.processing_class
+        return {"train_dataset": dataset, "args": self.args, "model": self.model, "processing_class": tokenizer}
+
     def _check_rows_that_come(self, dataset: Any) -> None:
         """Refuse what would have been refused in the first dataset, as far as what is stored tells."""
         if collates_as_stored(self.data_collator):

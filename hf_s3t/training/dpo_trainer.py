@@ -15,7 +15,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..config import S3TConfig
+from ..errors import ConfigError
 from .blueprint import Blueprint
+from .bytecode import codes_in
 from .preference import PAIRS, check_preferences, said_of_each
 from .trainer import S3TTrainerMixin
 
@@ -59,10 +61,10 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         args=DPOConfig(output_dir="qwen-dpo-s3t", learning_rate=5e-6),
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=5, num_slices=4, group_column="user"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4),
     )
     trainer.train()
-    trainer.s3t_model.unlearn(groups=["somebody who asked for it"])
+    trainer.s3t_model.unlearn([17, 4211])
     ```
     """
 
@@ -101,12 +103,17 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
             s3t_config=s3t_config,
         )
 
+    def _look_at_given(self, given: dict[str, Any]) -> None:
+        super()._look_at_given(given)
+        if type(self)._compute_loss is DPOTrainer._compute_loss:
+            check_losses(given["args"])
+
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], PAIRS)
         super()._check_rows_given(given, blueprint)
+        check_preferences(given, PAIRS)
 
     def _check_rows_that_come(self, dataset: Any) -> None:
-        check_preferences(dataset, PAIRS)
+        check_preferences(self._as_given(dataset), PAIRS)
         super()._check_rows_that_come(dataset)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -121,3 +128,26 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
     def _prepare_whole(self, dataset: Any) -> Any:
         prepared = super()._prepare_whole(dataset)
         return self._precompute_ref_logps(prepared, "train", 1) if self.precompute_ref_logps else prepared
+
+
+def check_losses(args: DPOConfig) -> None:
+    """
+    Refuse losses that `DPOTrainer` would find unknown in a stage's first step, when the folder is written.
+
+    It lists them nowhere: they are compared with, one after the other, where the loss is computed.
+
+    Args:
+        args ([`~trl.DPOConfig`]): The recipe of a stage.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Naming the argument.
+    """
+    known = {value for code in codes_in(DPOTrainer._compute_loss.__code__) for value in code.co_consts}
+    for name in ("loss_type", "f_divergence_type"):
+        given = getattr(args, name)
+        unknown = [one for one in (given if isinstance(given, list) else [given]) if one not in known]
+        if unknown:
+            raise ConfigError(
+                f"`{name}={unknown[0]!r}` is unknown to DPOTrainer, expected one of those that TRL's DPOConfig "
+                "describes. Mend the name, or leave it out."
+            )

@@ -77,6 +77,8 @@ class S3TTrainerMixin(HostedRuns):
     Example:
 
     ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from hf_s3t import S3TConfig, S3TTrainerMixin
 
@@ -86,12 +88,11 @@ class S3TTrainerMixin(HostedRuns):
 
 
     trainer = S3TORPOTrainer(
-        model=model,
-        args=ORPOConfig(output_dir="my-orpo-s3t"),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=2, num_slices=4, id_column="id"),
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=ORPOConfig(output_dir="qwen-orpo-s3t"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=2, num_slices=4),
     )
     trainer.train()
     ```
@@ -124,6 +125,11 @@ class S3TTrainerMixin(HostedRuns):
         refuse_bound_optimizer(given.get("optimizer_cls_and_kwargs"), given.get("callbacks"))
         if isinstance(given["model"], str):
             given["model"] = self._load_base(given["model"], arguments, given.pop("quantization_config", None))
+        elif given.get("quantization_config") is not None:
+            raise ConfigError(
+                f"`quantization_config` is given with a loaded {type(given['model']).__name__}, expected with the "
+                "name of one: it says how to load. Give `model` as a text, or load it so and leave it out here."
+            )
         model, rows = given["model"], given["train_dataset"]
         tokens = num_tokens(model)
         self._look_at_given(given)
@@ -133,7 +139,7 @@ class S3TTrainerMixin(HostedRuns):
         )  # fmt: skip
         blueprint = draw_up(inputs, self._layout)
         self._check_rows_given(given, blueprint)
-        check_choice(arguments, given.get("eval_dataset"), given.get("compute_metrics"))
+        check_choice(arguments, given.get("eval_dataset"), given.get("compute_metrics"), self._host)
         self._hosted_base = HostedBase(model)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         self._besides = given_besides(given)
@@ -195,6 +201,12 @@ class S3TTrainerMixin(HostedRuns):
         """Refuse rows of which a stage could make nothing, as far as what is stored tells."""
         if self._loads_names:
             check_tokenizer(given["model"], given["processing_class"])
+            if given["train_dataset"] is None:
+                raise ConfigError(
+                    f"`train_dataset` is missing, and {self._host.__name__} is not set up without. Give the rows of "
+                    "the first training; to answer, unlearn or push without them, load the folder by "
+                    f"`S3TModel.from_pretrained({given['args'].output_dir!r})`."
+                )
         if collates_as_stored(given.get("data_collator")):
             check_rows(given["train_dataset"], given["model"], blueprint.head, given["args"])
 
@@ -561,8 +573,8 @@ def shared_base(
         fresh_copy(part, (model,))
     if model is None or model_init is not None:
         raise ConfigError(
-            "S3TTrainer needs `model`, the base that all stages share; `model_init` would make another one for every "
-            "stage. Give the model."
+            "A trainer of stages needs `model`, the base that all stages share; `model_init` would make another one "
+            "for every stage. Give the model."
         )
     if any(part is not None for part in optimizers):
         raise ConfigError(

@@ -212,7 +212,7 @@ def test_a_class_that_passes_on_what_it_does_not_know(tmp_path):
     assert differences(tmp_path / "forgot" / "stages", tmp_path / "never" / "stages") == {}
     with pytest.raises(ConfigError, match=r"share=0\.25 \(was 0\.5\)"):
         own_trainer(tmp_path / "forgot", share=0.25).train()
-    with pytest.raises(TypeError, match="shaer"):
+    with pytest.raises(TypeError, match="shaer"):  # by Trainer, to which the class passes it on
         own_trainer(tmp_path / "two", shaer=0.25)
     assert taken[:2] == ["model", "args"]
 
@@ -222,6 +222,24 @@ def test_arguments_may_be_given_in_the_order_of_the_class(tmp_path):
     rows = Dataset.from_list(classification_rows(12))
     trainer = S3THalved(model, args, None, rows, s3t_config=s3t_config(), peft_config=lora(model))
     assert trainer.args is args and len(trainer.folder.table) == 12
+
+
+class ByName(Trainer):
+    """Takes what it takes by name alone."""
+
+    def __init__(self, *, model, args, train_dataset=None, share=0.5, **kwargs):
+        self.share = share
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+
+
+class S3TByName(S3TTrainerMixin, ByName):
+    pass
+
+
+def test_what_a_class_takes_by_name_alone_is_taken_so(tmp_path):
+    assert own_trainer(tmp_path, cls=S3TByName, share=0.25).share == 0.25
+    with pytest.raises(TypeError, match="ByName with S3TTrainerMixin: too many positional arguments"):
+        S3TByName(tiny_bert(2), training_arguments(tmp_path), Dataset.from_list(classification_rows(12)))
 
 
 class Tokenises(Trainer):
@@ -270,6 +288,15 @@ def test_rows_that_lost_their_number_are_refused(tmp_path):
 def test_a_mixin_behind_its_class_is_refused_as_the_class_is_written():
     with pytest.raises(ConfigError, match=r"X\(DPOTrainer, S3TTrainerMixin\) trains no system.*`class X\(S3TTrainerM"):
         type("X", (DPOTrainer, S3TTrainerMixin), {})
+
+
+def test_a_mixin_by_itself_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^S3TTrainerMixin trains no system.*`class MyTrainer\(S3TTrainerMixin, Some"
+    ):
+        S3TTrainerMixin(tiny_bert(2))
+    with pytest.raises(ConfigError, match=r"^X\(S3TTrainerMixin\) trains no system.*`class X\(S3TTrainerMixin, Some"):
+        type("X", (S3TTrainerMixin,), {})(tiny_bert(2))
 
 
 def test_a_class_that_is_given_no_rows_is_refused_as_it_is_written():
