@@ -102,7 +102,8 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], PAIRS)
+        made = ("ref_chosen_logps", "ref_rejected_logps") if given["args"].precompute_ref_log_probs else ()
+        check_preferences(given["train_dataset"], PAIRS, made)
         super()._check_rows_given(given, blueprint)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

@@ -105,7 +105,8 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
         )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], JUDGED)
+        made = ("ref_logps", "ref_KL_logps") if given["args"].precompute_ref_log_probs else ()
+        check_preferences(given["train_dataset"], JUDGED, ("KL_completion_ids", *made))
         replay, loss = blueprint.config.replay, given["args"].loss_type
         if replay < 1 and loss == "kto":
             raise ConfigError(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import datasets
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.utils.data import IterableDataset
@@ -348,6 +349,14 @@ _OF_HOSTS = (
             "Leave it off: the model in training generates."
         ),
     ),
+    _Refusal(
+        lambda given: getattr(given.args, "log_completions", False),
+        ConfigError,
+        lambda given: (
+            "`log_completions=True` writes prompts and what was generated of them into the system's folder, where no "
+            "deletion reaches them. Leave it off; a function of rewards is shown both and may print them."
+        ),
+    ),
 )
 
 
@@ -392,6 +401,51 @@ def check_hosted(name: str, given: Mapping[str, Any]) -> None:
             )
         )
     raise_together(problems, "What this trainer was given")
+
+
+def check_callbacks(name: str, callbacks: Sequence[TrainerCallback]) -> None:
+    """
+    Refuse a class that has a second model follow what is trained.
+
+    Args:
+        name (`str`): The name of the class.
+        callbacks (sequence of [`~transformers.TrainerCallback`]): Those that it has, once it is set up.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: With the way out.
+    """
+    # By this name those of TRL mix what is trained into a reference or a teacher.
+    following = next((one for one in callbacks if hasattr(one, "sync_target_model")), None)
+    if following is not None:
+        raise IsolationError(
+            f"{name} has a {type(following).__name__}, by which another model follows what is trained: it would bring "
+            "what one stage saw into the next. Choose a setting with a teacher or reference that stays as it is."
+        )
+
+
+def check_lengths(dataset: Any, args: TrainingArguments, processing_class: Any) -> None:
+    """
+    Refuse an order of rows by their lengths where nothing tells these, which `Trainer` finds when a stage begins.
+
+    Args:
+        dataset: The training examples, prepared.
+        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
+        processing_class: The tokenizer or processor.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the way out.
+    """
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("group_by_length", "batch_rebalance") or not isinstance(dataset, datasets.Dataset):
+        return
+    words = (getattr(processing_class, "model_input_names", None) or ["input_ids"])[0]
+    if dataset.format["type"] == "custom" or {words, args.length_column_name} & set(dataset.column_names):
+        return
+    raise ConfigError(
+        f"`train_sampling_strategy={strategy!r}` puts rows in order by their lengths, and the prepared rows have no "
+        f"column {words!r} to take them from, nor {args.length_column_name!r} that says them. Give the rows a column "
+        f"{args.length_column_name!r}, or leave the strategy out."
+    )
 
 
 def _is_of_words(args: TrainingArguments) -> bool:

@@ -43,7 +43,7 @@ from .optimizers import refuse_bound_optimizer
 from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
 from .reference import BaseAsReference
-from .refusals import check_hosted, evaluation_chooses
+from .refusals import check_callbacks, check_hosted, check_lengths, evaluation_chooses
 from .rows import StageRows, check_numbered, numbered
 from .stage_sizes import check_batches, fewest_steps
 from .tracking import PlanHandler
@@ -203,6 +203,8 @@ class S3TTrainerMixin(HostedRuns):
         if given_rows is not None and self._numbers_rows:
             check_numbered(self.train_dataset, given_rows, self._host.__name__)
         self._is_prepared_by_host = self.train_dataset is not given_rows
+        check_lengths(self.train_dataset, self.args, self.processing_class)
+        check_callbacks(self._host.__name__, self.callback_handler.callbacks)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):
             raise ConfigError(
