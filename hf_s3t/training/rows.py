@@ -20,6 +20,7 @@ from ..records.contents import encode_rows, said
 from ..records.digests import DigestKey, KeptNames, encode
 from ..records.examples import ExampleTable
 from .dataset_rows import shown_rows, stored_batches
+from .own_fields import with_own_fields
 
 
 # Carries the number of a row through tokenisation and filtering.
@@ -28,14 +29,15 @@ ROW_COLUMN = "__s3t_row__"
 
 def numbered(dataset: Any) -> Any:
     """
-    Rows that carry their number through preparation, as far as a dataset can have a column more.
+    Rows that carry their number through preparation, as far as a dataset can have a column more; in each is what it
+    says by itself.
 
     Args:
         dataset: The dataset as it was given.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return dataset
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+    return with_own_fields(dataset).add_column(ROW_COLUMN, list(range(len(dataset))))
 
 
 def check_numbered(prepared: Any, given: Any, by: str) -> None:

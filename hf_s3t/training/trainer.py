@@ -40,6 +40,7 @@ from .hosted import HostedRuns
 from .inputs import check_answers, check_kinds, check_parts, check_tokenizer
 from .named_base import load_base, num_tokens, refuse_resized
 from .optimizers import refuse_bound_optimizer
+from .own_fields import with_own_fields
 from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
 from .reference import BaseAsReference
@@ -140,6 +141,9 @@ class S3TTrainerMixin(HostedRuns):
             given["ref_model"] = BaseAsReference(self._stack)
         default_ddp_arguments(arguments)
         given["train_dataset"] = numbered(rows) if self._numbers_rows else rows
+        if self._loads_names and given.get("eval_dataset") is not None:
+            # By which a training example in it is found.
+            given["eval_dataset"] = _with_own_fields(given["eval_dataset"])
         try:
             super().__init__(**passed_on(self._host, given))
         finally:
@@ -520,6 +524,13 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             "_set_signature_columns_if_needed", "_remove_unused_columns", "_get_collator_with_removed_columns",
         )  # fmt: skip
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
+
+
+def _with_own_fields(evaluation: Any) -> Any:
+    """One evaluation set, or several by their names, each row as it is by itself."""
+    if isinstance(evaluation, Mapping):
+        return type(evaluation)({name: with_own_fields(dataset) for name, dataset in evaluation.items()})
+    return with_own_fields(evaluation)
 
 
 def _name_of(model: Any) -> str:
