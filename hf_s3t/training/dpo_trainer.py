@@ -69,6 +69,8 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
     args: DPOConfig
     processing_class: PreTrainedTokenizerBase
 
+    _said_by_models = ("ref_chosen_logps", "ref_rejected_logps")
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -102,7 +104,7 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        made = ("ref_chosen_logps", "ref_rejected_logps") if given["args"].precompute_ref_log_probs else ()
+        made = self._said_by_models if given["args"].precompute_ref_log_probs else ()
         check_preferences(given["train_dataset"], PAIRS, made)
         super()._check_rows_given(given, blueprint)
 
@@ -111,7 +113,7 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
 
         def ask(batch: dict[str, Any]) -> dict[str, Any]:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model, batch)
-            return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            return dict(zip(self._said_by_models, (chosen, rejected), strict=True))
 
         return said_of_each(self, dataset, ask)
 

@@ -326,7 +326,9 @@ class StageRows:
             self._in_order[place] = holds, positions
         return positions
 
-    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
+    def digest(
+        self, key: StageKey, table: ExampleTable, secret: DigestKey, without: Collection[str] = ()
+    ) -> str | None:
         """
         Keyed digest of what a stage is fed: its rows as they are stored after preparation, in their order.
 
@@ -336,11 +338,12 @@ class StageRows:
             key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
             table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
             secret ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
+            without (collection of `str`, *optional*): Columns left out, the same in every call.
         """
         if not isinstance(self.prepared, datasets.Dataset):
             return None
         if not self._row_digests:
-            encoded = _encoded(self.prepared, self._version)
+            encoded = _encoded(self.prepared, self._version, without)
             self._row_digests = [hashlib.sha256(row).hexdigest() for row in encoded]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 

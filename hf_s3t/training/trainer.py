@@ -123,6 +123,9 @@ class S3TTrainerMixin(HostedRuns):
         )
         refuse_bound_optimizer(given.get("optimizer_cls_and_kwargs"), given.get("callbacks"))
         if isinstance(given["model"], str):
+            if getattr(arguments, "model_init_kwargs", None):
+                # Loading takes these out, and who gave them may give them again, to another trainer on the folder.
+                arguments = given["args"] = copy.copy(arguments)
             given["model"] = self._load_base(given["model"], arguments, given.pop("quantization_config", None))
         model, rows = given["model"], given["train_dataset"]
         tokens = num_tokens(model)

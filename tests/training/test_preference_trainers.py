@@ -199,6 +199,17 @@ def test_a_stage_that_asks_the_reference_beforehand_does_so_whatever_ran_before_
     assert said[0] == said[1]
 
 
+def test_last_bits_of_what_the_reference_says_are_a_circumstance_and_no_other_rows(tmp_path, monkeypatch):
+    """Another machine may tell them otherwise: it goes on all the same, as it does without asking beforehand."""
+    preference_trainer("dpo, precomputed", tmp_path, config=s3t_config()).train(max_stages=1)
+    ask = hf_s3t.S3TDPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        hf_s3t.S3TDPOTrainer, "compute_ref_log_probs", lambda *given: tuple(part + 1e-4 for part in ask(*given))
+    )
+    trainer = preference_trainer("dpo, precomputed", tmp_path, config=s3t_config())
+    assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
+
+
 def test_outside_of_stages_the_base_is_as_it_was_given(tmp_path):
     """The class gives it a forward of its own, and takes its dropout."""
     base = tiny_gpt2(2, resid_pdrop=0.1, attn_pdrop=0.2, embd_pdrop=0.3)
@@ -441,3 +452,14 @@ def test_a_base_by_its_name(tmp_path):
     args = training_arguments(tmp_path / "reward", RewardConfig, **settings)
     reward = hf_s3t.S3TRewardTrainer(str(tmp_path / "base"), args, **given)
     assert reward.model.config.num_labels == 1 and stack_of(reward).head == ("score",)
+
+
+def test_arguments_by_which_a_base_was_loaded_load_it_alike_again(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"bf16": False, "max_length": 24, "model_init_kwargs": {"dtype": "bfloat16"}}
+    args = training_arguments(tmp_path / "system", DPOConfig, **settings)
+    given = {"train_dataset": Dataset.from_list(pairs()), "peft_config": lora(tiny_llama(2)), "s3t_config": TWO_SHARDS}
+    for _ in range(2):
+        trainer = hf_s3t.S3TDPOTrainer(str(tmp_path / "base"), args=args, **given)
+        assert trainer.model.dtype == torch.bfloat16
