@@ -9,7 +9,7 @@ import datasets
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError, S3TError
@@ -423,29 +423,29 @@ def check_callbacks(name: str, callbacks: Sequence[TrainerCallback]) -> None:
         )
 
 
-def check_lengths(dataset: Any, args: TrainingArguments, processing_class: Any) -> None:
+def check_lengths(trainer: Trainer) -> None:
     """
     Refuse an order of rows by their lengths where nothing tells these, which `Trainer` finds when a stage begins.
 
     Args:
-        dataset: The training examples, prepared.
-        args ([`~transformers.TrainingArguments`]): The recipe of a stage.
-        processing_class: The tokenizer or processor.
+        trainer ([`~transformers.Trainer`]): The trainer, its dataset prepared.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With the way out.
     """
+    args, dataset = trainer.args, trainer.train_dataset
     strategy = getattr(args, "train_sampling_strategy", "random")
-    if strategy not in ("group_by_length", "batch_rebalance") or not isinstance(dataset, datasets.Dataset):
+    is_stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    if strategy not in ("group_by_length", "batch_rebalance") or not is_stored:
         return
-    words = (getattr(processing_class, "model_input_names", None) or ["input_ids"])[0]
-    if dataset.format["type"] == "custom" or {words, args.length_column_name} & set(dataset.column_names):
-        return
-    raise ConfigError(
-        f"`train_sampling_strategy={strategy!r}` puts rows in order by their lengths, and the prepared rows have no "
-        f"column {words!r} to take them from, nor {args.length_column_name!r} that says them. Give the rows a column "
-        f"{args.length_column_name!r}, or leave the strategy out."
-    )
+    words = (getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"])[0]
+    length = args.length_column_name
+    if not {words, length} & set(trainer._remove_unused_columns(dataset).column_names):
+        raise ConfigError(
+            f"`train_sampling_strategy={strategy!r}` puts rows in order by their lengths, and of the prepared rows no "
+            f"column {words!r} is left to take them from, nor {length!r} that says them. Give the rows a column "
+            f"{length!r} and set `remove_unused_columns=False`, or leave the strategy out."
+        )
 
 
 def _is_of_words(args: TrainingArguments) -> bool:

@@ -210,7 +210,7 @@ class S3TTrainerMixin(HostedRuns):
         if given_rows is not None and self._numbers_rows:
             check_numbered(self.train_dataset, given_rows, self._host.__name__)
         self._is_prepared_by_host = self.train_dataset is not given_rows
-        check_lengths(self.train_dataset, self.args, self.processing_class)
+        check_lengths(self)
         check_callbacks(self._host.__name__, self.callback_handler.callbacks)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):

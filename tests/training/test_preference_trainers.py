@@ -398,13 +398,13 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
 
 @pytest.mark.parametrize("method", ["dpo", "reward", "kto, apo"])
 def test_an_order_by_lengths_needs_lengths_and_that_is_said_before_anything_is_written(tmp_path, method):
-    given = {"config": s3t_config(), "arguments": {"train_sampling_strategy": "group_by_length"}}
-    rows = METHODS[method][3]()
-    with pytest.raises(ConfigError, match=r"'group_by_length'` puts.* no column 'input_ids' to take.* Give the rows"):
-        preference_trainer(method, tmp_path / "system", rows, **given)
+    rows = [{**row, "length": number} for number, row in enumerate(METHODS[method][3]())]
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    with pytest.raises(ConfigError, match=r"'group_by_length'` puts.* no column 'input_ids' is left.* Give the rows"):
+        preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=grouped)
     assert not files_of(tmp_path / "system")
-    rows = [{**row, "length": number} for number, row in enumerate(rows)]
-    preference_trainer(method, tmp_path / "system", rows, **given)
+    told = {**grouped, "remove_unused_columns": False}
+    preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=told).train(max_stages=1)
 
 
 @cases(
