@@ -6,13 +6,13 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
 
 from ..errors import ConfigError
 from ..model.fresh_copies import fresh_copy
 from ..model.modes import modes_kept
 from ..model.randomness import preserved_randomness, seed_all
 from .inputs import refuse_gaps
+from .trainer_mixin import TrainerMixin
 
 
 # What a row may be stored as, by what is read of it.
@@ -54,7 +54,7 @@ def check_preferences(dataset: Any, forms: Sequence[tuple[str, ...]], made: Coll
 
 
 def said_of_each(
-    trainer: Trainer, dataset: datasets.Dataset, ask: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
+    trainer: TrainerMixin, dataset: datasets.Dataset, ask: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
 ) -> datasets.Dataset:
     """
     Rows with what the reference says of each, asked of each by itself: in a batch the last bits of a number depend on

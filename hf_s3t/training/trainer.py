@@ -531,8 +531,8 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
 
 def _with_own_fields(evaluation: Any) -> Any:
     """One evaluation set, or several by their names, each row as it is by itself."""
-    if isinstance(evaluation, Mapping):
-        return type(evaluation)({name: with_own_fields(dataset) for name, dataset in evaluation.items()})
+    if isinstance(evaluation, dict):
+        return {name: with_own_fields(dataset) for name, dataset in evaluation.items()}
     return with_own_fields(evaluation)
 
 
