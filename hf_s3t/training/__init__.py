@@ -50,6 +50,7 @@ What decides a stage:
 - `rows`: the rows of a training dataset: ids, groups, digests, and what a stage gets.
 - `gate_rows`: what a gate is made of: the words of the prompts of rows.
 - `dataset_rows`: the rows of a dataset of any kind, as they are stored and as it shows them.
+- `own_fields`: what a table adds to a row because of other rows, taken away before texts are made of it.
 - `fed_rows`: rows as the model gets them, by which evaluation sets are compared with training examples.
 - `sampler`: which of a stage's examples an epoch takes, and their order.
 

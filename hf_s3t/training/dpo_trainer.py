@@ -71,6 +71,8 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
     args: DPOConfig
     processing_class: PreTrainedTokenizerBase
 
+    _said_by_models = ("ref_chosen_logps", "ref_rejected_logps")
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -110,18 +112,21 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
         super()._check_rows_given(given, blueprint)
-        check_preferences(given, PAIRS)
+        check_preferences(given, PAIRS, self._made_here(given["args"]))
 
     def _check_rows_that_come(self, dataset: Any) -> None:
-        check_preferences(self._as_given(dataset), PAIRS)
+        check_preferences(self._as_given(dataset), PAIRS, self._made_here(self.args))
         super()._check_rows_that_come(dataset)
+
+    def _made_here(self, args: DPOConfig) -> tuple[str, ...]:
+        return self._said_by_models if args.precompute_ref_log_probs else ()
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As in `DPOTrainer`, of every row by itself, and anew: what others have kept was computed in batches."""
 
         def ask(batch: dict[str, Any]) -> dict[str, Any]:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model, batch)
-            return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            return dict(zip(self._said_by_models, (chosen, rejected), strict=True))
 
         return said_of_each(self, dataset, ask)
 

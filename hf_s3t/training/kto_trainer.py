@@ -106,7 +106,7 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
         super()._check_rows_given(given, blueprint)
-        check_preferences(given, JUDGED)
+        check_preferences(given, JUDGED, self._made_here(given["args"]))
         replay, loss = blueprint.config.replay, given["args"].loss_type
         if replay < 1 and loss == "kto":
             raise ConfigError(
@@ -122,8 +122,11 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
             )
 
     def _check_rows_that_come(self, dataset: Any) -> None:
-        check_preferences(self._as_given(dataset), JUDGED)
+        check_preferences(self._as_given(dataset), JUDGED, self._made_here(self.args))
         super()._check_rows_that_come(dataset)
+
+    def _made_here(self, args: KTOConfig) -> tuple[str, ...]:
+        return ("KL_completion_ids", *(("ref_logps", "ref_KL_logps") if args.precompute_ref_log_probs else ()))
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         if ROW_COLUMN not in dataset.column_names:

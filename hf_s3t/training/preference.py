@@ -1,16 +1,20 @@
 """What trainers of preferences share: which rows they take, and what the reference says of one row by itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer
 
 from ..errors import ConfigError
+from ..model.fresh_copies import fresh_copy
+from ..model.modes import modes_kept
+from ..model.randomness import preserved_randomness, seed_all
 from .inputs import refuse_gaps
+from .trainer_mixin import TrainerMixin
 
 
 # What a row may be stored as, by what is read of it.
@@ -25,14 +29,15 @@ _REMEDY = {
 }
 
 
-def check_preferences(given: Mapping[str, Any], forms: Sequence[tuple[str, ...]]) -> None:
+def check_preferences(given: Mapping[str, Any], forms: Sequence[tuple[str, ...]], made: Collection[str] = ()) -> None:
     """
-    Refuse rows that are no preferences, lack something of them, or hold what no text is made of: those to train on and
-    those to evaluate on.
+    Refuse rows that are no preferences, lack something of them, hold what no text is made of, or have what is made of
+    them here: those to train on and those to evaluate on.
 
     Args:
         given (mapping from `str`): What the trainer was given, by name.
         forms (sequence of tuples of `str`): The columns of each form that a row may have.
+        made (collection of `str`, *optional*): Columns that the trainer makes.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With what there is instead.
@@ -42,11 +47,15 @@ def check_preferences(given: Mapping[str, Any], forms: Sequence[tuple[str, ...]]
     named = {f"eval_dataset{'' if name is None else f'[{name!r}]'}": dataset for name, dataset in sets}
     for name, dataset in {"train_dataset": given["train_dataset"], **named}.items():
         if isinstance(dataset, datasets.Dataset):
-            _check_rows(dataset, name, forms, given)
+            _check_rows(dataset, name, forms, made, given)
 
 
 def _check_rows(
-    dataset: datasets.Dataset, name: str, forms: Sequence[tuple[str, ...]], given: Mapping[str, Any]
+    dataset: datasets.Dataset,
+    name: str,
+    forms: Sequence[tuple[str, ...]],
+    made: Collection[str],
+    given: Mapping[str, Any],
 ) -> None:
     columns = dataset.column_names
     form = next((form for form in forms if set(form) <= set(columns)), None)
@@ -55,6 +64,12 @@ def _check_rows(
         raise ConfigError(
             f"`{name}` has the columns {', '.join(columns)}, expected {expected}. Rename them (`rename_columns`), or "
             "make them (`map`)."
+        )
+    there = [column for column in columns if column in made]
+    if there:
+        raise ConfigError(
+            f"`{name}` has a column {there[0]!r}, which is made here, of the rows of each stage or of each row by "
+            f"itself. Take it out: `dataset.remove_columns({there!r})`."
         )
     if not len(dataset):
         raise ConfigError(f"`{name}` has no rows, expected one or more. Give some, or leave it out.")
@@ -126,11 +141,12 @@ def _check_template(name: str, given: Mapping[str, Any]) -> None:
 
 
 def said_of_each(
-    trainer: Trainer, dataset: datasets.Dataset, ask: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
+    trainer: TrainerMixin, dataset: datasets.Dataset, ask: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
 ) -> datasets.Dataset:
     """
     Rows with what the reference says of each, asked of each by itself: in a batch the last bits of a number depend on
-    the rows beside it, which may be of another slice.
+    the rows beside it, which may be of another slice. So do what dropout or a collator draws, and what a collator
+    keeps, on the rows before: the reference is asked as one that evaluates, and for each row all begins anew.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, whose collator makes a batch of a row.
@@ -139,9 +155,13 @@ def said_of_each(
     """
     index, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
     said = []
-    for position in range(index, len(dataset), count):
-        batch = trainer._prepare_inputs(trainer.data_collator([dataset[position]]))
-        said.append((position, {name: value.item() for name, value in ask(batch).items()}))
+    with modes_kept(trainer.model), preserved_randomness():
+        trainer.model.eval()
+        for position in range(index, len(dataset), count):
+            seed_all(0)
+            collate = fresh_copy(trainer.data_collator, (trainer.model,))
+            batch = trainer._prepare_inputs(collate([dataset[position]]))
+            said.append((position, {name: value.item() for name, value in ask(batch).items()}))
     in_order = [numbers for _, numbers in sorted(gather_object(said), key=lambda one: one[0])]
     for name in in_order[0] if in_order else ():
         dataset = dataset.add_column(name, [numbers[name] for numbers in in_order])

@@ -41,10 +41,11 @@ from .hosted import HostedRuns
 from .inputs import check_answers, check_kinds, check_parts, check_tokenizer
 from .named_base import load_base, num_tokens, refuse_resized
 from .optimizers import refuse_bound_optimizer
+from .own_fields import with_own_fields
 from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
 from .reference import BaseAsReference
-from .refusals import check_hosted, evaluation_chooses
+from .refusals import check_callbacks, check_hosted, check_lengths, evaluation_chooses
 from .rows import StageRows, check_numbered, numbered
 from .stage_sizes import check_batches, fewest_steps
 from .tracking import PlanHandler
@@ -124,6 +125,9 @@ class S3TTrainerMixin(HostedRuns):
         )
         refuse_bound_optimizer(given.get("optimizer_cls_and_kwargs"), given.get("callbacks"))
         if isinstance(given["model"], str):
+            if getattr(arguments, "model_init_kwargs", None):
+                # Loading takes these out, and who gave them may give them again, to another trainer on the folder.
+                arguments = given["args"] = copy.copy(arguments)
             given["model"] = self._load_base(given["model"], arguments, given.pop("quantization_config", None))
         elif given.get("quantization_config") is not None:
             raise ConfigError(
@@ -147,6 +151,9 @@ class S3TTrainerMixin(HostedRuns):
             given["ref_model"] = BaseAsReference(self._stack)
         default_ddp_arguments(arguments)
         given["train_dataset"] = numbered(rows) if self._numbers_rows else rows
+        if self._loads_names and given.get("eval_dataset") is not None:
+            # By which a training example in it is found.
+            given["eval_dataset"] = _with_own_fields(given["eval_dataset"])
         try:
             super().__init__(**passed_on(self._host, given))
         finally:
@@ -216,6 +223,8 @@ class S3TTrainerMixin(HostedRuns):
         if given_rows is not None and self._numbers_rows:
             check_numbered(self.train_dataset, given_rows, self._host.__name__)
         self._is_prepared_by_host = self.train_dataset is not given_rows
+        check_lengths(self)
+        check_callbacks(self._host.__name__, self.callback_handler.callbacks)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):
             raise ConfigError(
@@ -532,6 +541,13 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             "_set_signature_columns_if_needed", "_remove_unused_columns", "_get_collator_with_removed_columns",
         )  # fmt: skip
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
+
+
+def _with_own_fields(evaluation: Any) -> Any:
+    """One evaluation set, or several by their names, each row as it is by itself."""
+    if isinstance(evaluation, dict):
+        return {name: with_own_fields(dataset) for name, dataset in evaluation.items()}
+    return with_own_fields(evaluation)
 
 
 def _name_of(model: Any) -> str:

@@ -1,5 +1,6 @@
 """S3T over any trainer: `class X(S3TTrainerMixin, SomeTrainer)` is all that is written."""
 
+import copy
 import inspect
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from hf_s3t import S3TTrainerMixin
 from hf_s3t.errors import ConfigError, IsolationError
@@ -164,6 +166,7 @@ def test_what_a_class_takes_besides_is_recorded(tmp_path):
     [
         ({"arguments": {"beta": 0.1}}, ConfigError, r"`beta=0\.1`.*expected a recipe without.*Set `beta=0\.0`"),
         ({"arguments": {"use_vllm": True}}, IsolationError, r"`use_vllm=True` has another engine.*Leave it off"),
+        ({"arguments": {"log_completions": True}}, ConfigError, r"`log_completions=True` writes.*Leave it off"),
     ],
 )
 def test_what_grpo_cannot_have_is_refused(tmp_path, given, error, says):
@@ -277,6 +280,25 @@ def test_rows_keep_their_number_where_some_go_and_several_are_made_of_one(tmp_pa
     assert stages.dropped(table) == 24 - len(words)
     trainer.add_examples(Dataset.from_list([{**row, "id": f"new {n}"} for n, row in enumerate(rows[:6])]), "slices")
     trainer.train(max_stages=1)
+
+
+class Followed(Trainer):
+    """Has a teacher that follows what is trained, as some of TRL's do by their settings."""
+
+    def __init__(self, model, args, train_dataset, **kwargs):
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        self.teacher = copy.deepcopy(model)
+        self.add_callback(SyncRefModelCallback(self.teacher, self.accelerator))
+
+
+class S3TFollowed(S3TTrainerMixin, Followed):
+    pass
+
+
+def test_a_class_whose_teacher_follows_what_is_trained_is_refused(tmp_path):
+    with pytest.raises(IsolationError, match=r"Followed has a SyncRefModelCallback.*bring what one stage saw.*Choose"):
+        own_trainer(tmp_path / "system", cls=S3TFollowed)
+    assert not files_of(tmp_path / "system")
 
 
 def test_rows_that_lost_their_number_are_refused(tmp_path):

@@ -29,6 +29,7 @@ from support.tiny import ids_of, lora, s3t_config, tiny_gpt2, tiny_llama, traini
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, RewardConfig, SFTConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import hf_s3t
 from hf_s3t.errors import ConfigError, HubError, IsolationError, S3TError
@@ -158,6 +159,55 @@ def test_the_reference_is_the_base_also_amid_a_stage_and_no_second_copy(tmp_path
     trainer.train()
     assert all(torch.equal(reference, expected) for reference, _ in asks.said)
     assert any(not torch.equal(policy, expected) for _, policy in asks.said)
+
+
+class Draws(DataCollatorForPreference):
+    """Puts a word that it draws at the beginning of each text, by what it keeps or by what the process has."""
+
+    def __init__(self, own: bool):
+        super().__init__(pad_token_id=0, max_length=24)
+        self.own = random.Random(0) if own else None
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        drawn = torch.randint(5, PLANTED, (1,)).item() if self.own is None else self.own.randrange(5, PLANTED)
+        batch["input_ids"][:, 0] = drawn
+        return batch
+
+
+@pytest.mark.parametrize("collate", [None, Draws(own=True), Draws(own=False)], ids=["dropout", "keeps", "draws"])
+def test_what_the_reference_says_of_a_row_beforehand_follows_from_that_row(tmp_path, collate):
+    """Not from rows before it, where something draws: dropout of a base that was given while it trains, a collator."""
+    said = {}
+    for name, rows in (("all", pairs()), ("later", pairs()[1:])):
+        base = tiny_llama(2, attention_dropout=0.5).train()
+        given = {"model": base, "data_collator": collate, "config": s3t_config()}
+        rows = preference_trainer("dpo, precomputed", tmp_path / name, rows, **given).train_dataset
+        said[name] = dict(zip(rows["id"], rows["ref_chosen_logps"], strict=True))
+        assert base.training and base.model.layers[0].self_attn.training
+    assert said["later"] == {i: value for i, value in said["all"].items() if i in said["later"]}
+    assert len(said["later"]) == len(set(said["later"].values())) == preferences.EXAMPLES - 1
+
+
+def test_a_stage_that_asks_the_reference_beforehand_does_so_whatever_ran_before_it(tmp_path):
+    said = []
+    for is_first in (True, False):
+        base = tiny_llama(2, attention_dropout=0.5).train(is_first)
+        trainer = preference_trainer("kto, precomputed", tmp_path, model=base, config=s3t_config())
+        rows = trainer._stage_dataset(trainer.folder.missing_stages()[0])
+        said.append((rows["ref_logps"][:], rows["ref_KL_logps"][:]))
+    assert said[0] == said[1]
+
+
+def test_last_bits_of_what_the_reference_says_are_a_circumstance_and_no_other_rows(tmp_path, monkeypatch):
+    """Another machine may tell them otherwise: it goes on all the same, as it does without asking beforehand."""
+    preference_trainer("dpo, precomputed", tmp_path, config=s3t_config()).train(max_stages=1)
+    ask = hf_s3t.S3TDPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        hf_s3t.S3TDPOTrainer, "compute_ref_log_probs", lambda *given: tuple(part + 1e-4 for part in ask(*given))
+    )
+    trainer = preference_trainer("dpo, precomputed", tmp_path, config=s3t_config())
+    assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
 
 
 def test_outside_of_stages_the_base_is_as_it_was_given(tmp_path):
@@ -376,6 +426,9 @@ def columns(**more) -> Dataset:
     Refusal(ConfigError, "a metric of several sets", "`metric_for_best_model='rewards/accuracies'`", "by one name",
         "'eval_a_loss'", eval_dataset={"a": held_out("dpo"), "b": held_out("dpo")},
         arguments={**BEST, "metric_for_best_model": "rewards/accuracies"}),
+    Refusal(ConfigError, "what is made here", "has a column 'ref_chosen_logps'", "made here", "Take it out",
+        arguments={"precompute_ref_log_probs": True},
+        rows=columns(prompt="w4", chosen=" w5", rejected=" w6", ref_chosen_logps=-1.0)),
 )  # fmt: skip
 def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(case, tmp_path):
     given = dict(case.given)
@@ -386,6 +439,17 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
         preference_trainer("dpo", tmp_path / "system", **given)
     case.check(caught)
     assert not (tmp_path / "system").exists() and "forward" not in vars(base)
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward", "kto, apo"])
+def test_an_order_by_lengths_needs_lengths_and_that_is_said_before_anything_is_written(tmp_path, method):
+    rows = [{**row, "length": number} for number, row in enumerate(METHODS[method][3]())]
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    with pytest.raises(ConfigError, match=r"'group_by_length'` puts.* no column 'input_ids' is left.* Give the rows"):
+        preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=grouped)
+    assert not files_of(tmp_path / "system")
+    told = {**grouped, "remove_unused_columns": False}
+    preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=told).train(max_stages=1)
 
 
 @cases(
@@ -407,6 +471,8 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
         method="reward", rows=columns(chosen_ids="w4", rejected_ids="w5")),
     Refusal(ConfigError, "tokens of another model", "`rejected_ids` of `train_dataset` goes from 5 to 600", "0 to 59",
         "the model's own", method="reward", rows=columns(chosen_ids=[5, 6], rejected_ids=[5, 600])),
+    Refusal(ConfigError, "answers of others", "has a column 'KL_completion_ids'", "made here, of the rows of each",
+        "Take it out", method="kto", rows=columns(prompt="w4", completion=" w5", label=True, KL_completion_ids=[4])),
     Refusal(ConfigError, "batches that are drawn", r"`S3TConfig\(replay=0.5\)`", "put together once",
         "Leave `replay` out, or use", method="kto", config=s3t_config(replay=0.5)),
 )  # fmt: skip
@@ -474,3 +540,14 @@ def test_a_base_by_its_name(tmp_path):
     args = training_arguments(tmp_path / "reward", RewardConfig, **settings)
     reward = hf_s3t.S3TRewardTrainer(str(tmp_path / "base"), args, **given)
     assert reward.model.config.num_labels == 1 and stack_of(reward).head == ("score",)
+
+
+def test_arguments_by_which_a_base_was_loaded_load_it_alike_again(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"bf16": False, "max_length": 24, "model_init_kwargs": {"dtype": "bfloat16"}}
+    args = training_arguments(tmp_path / "system", DPOConfig, **settings)
+    given = {"train_dataset": Dataset.from_list(pairs()), "peft_config": lora(tiny_llama(2)), "s3t_config": TWO_SHARDS}
+    for _ in range(2):
+        trainer = hf_s3t.S3TDPOTrainer(str(tmp_path / "base"), args=args, **given)
+        assert trainer.model.dtype == torch.bfloat16
