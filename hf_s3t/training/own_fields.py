@@ -28,11 +28,13 @@ def with_own_fields(dataset: Any) -> Any:
     read in the texts of all. Columns where that is so become columns of JSON.
 
     Args:
-        dataset: The dataset as it was given.
+        dataset: The dataset as it was given, or several by their names.
 
     Raises:
         [`~hf_s3t.errors.IsolationError`]: If such a column holds what JSON cannot.
     """
+    if isinstance(dataset, dict):
+        return {name: with_own_fields(one) for name, one in dataset.items()}
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return dataset
     there = [name for name in _READ_BY_TEMPLATES if name in dataset.column_names]

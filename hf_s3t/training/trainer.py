@@ -153,7 +153,7 @@ class S3TTrainerMixin(HostedRuns):
         given["train_dataset"] = numbered(rows) if self._numbers_rows else rows
         if self._loads_names and given.get("eval_dataset") is not None:
             # By which a training example in it is found.
-            given["eval_dataset"] = _with_own_fields(given["eval_dataset"])
+            given["eval_dataset"] = with_own_fields(given["eval_dataset"])
         try:
             super().__init__(**passed_on(self._host, given))
         finally:
@@ -541,13 +541,6 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
             "_set_signature_columns_if_needed", "_remove_unused_columns", "_get_collator_with_removed_columns",
         )  # fmt: skip
         return any(getattr(type(self), name) is not getattr(S3TTrainer, name) for name in names)
-
-
-def _with_own_fields(evaluation: Any) -> Any:
-    """One evaluation set, or several by their names, each row as it is by itself."""
-    if isinstance(evaluation, dict):
-        return {name: with_own_fields(dataset) for name, dataset in evaluation.items()}
-    return with_own_fields(evaluation)
 
 
 def _name_of(model: Any) -> str:
