@@ -10,18 +10,24 @@ Rows have the columns that TRL's trainers read: `chosen` and `rejected`, with `p
 trainer's arguments, `S3TConfig` and `LoraConfig` are options here.
 """
 
+import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import yaml
 from common import command_line
+from common.base_models import check_model_is_there
 from common.command_line import console
-from common.forgetting import is_asked_for, named
+from common.forgetting import is_asked_for, must_train, named
 from common.fresh_process import in_new_process
 from common.instruction_task import quiet
 from common.options import Options, make_parser, read_options
 from common.rows import Source, check_placing_columns, split_off, with_ids
-from common.workers import RayArguments
+from common.workers import RayArguments, audit_over_workers, train_over_workers
 from datasets import Dataset
 from trl import DPOConfig, KTOConfig, RewardConfig
 
@@ -36,6 +42,7 @@ TRAINERS = {
     "reward": (RewardConfig, "S3TRewardTrainer"),
 }
 
+EXHAUSTED = "exhausted: every first slice was hit. Without `--unlearn`, stages are grown on the remaining data."
 _SHOWN = ("loss", "reward", "accurac", "margin")
 
 
@@ -65,18 +72,38 @@ def read(argv: Sequence[str] | None = None) -> Options:
     Raises:
         [`~hf_s3t.errors.ConfigError`]: If something is missing, unknown or of a wrong type.
     """
-    first, _ = make_parser(PreferenceArguments, DPOConfig).parse_known_args(argv)
-    if first.trainer not in TRAINERS:
-        raise ConfigError(f"`--trainer {first.trainer}` is unknown. Choose one of {', '.join(TRAINERS)}.")
-    parser = make_parser(PreferenceArguments, TRAINERS[first.trainer][0])
-    parser.set_defaults(output_dir=f"preferences-{first.trainer}-s3t")
+    name = _named_trainer(argv)
+    if name not in TRAINERS:
+        raise ConfigError(f"`--trainer {name}` is unknown. Choose one of {', '.join(TRAINERS)}.")
+    parser = make_parser(PreferenceArguments, TRAINERS[name][0])
+    parser.set_defaults(output_dir=f"preferences-{name}-s3t")
     options = read_options(parser, argv)
     for name in ("model_name_or_path", "dataset_name"):
         if getattr(options.script, name) is None:
             raise ConfigError(f"`--{name}` is missing. Give a base model and rows of preferences.")
     if options.script.method != "s3t":
         raise ConfigError(f"`--method {options.script.method}` is no method of this recipe. Leave it out.")
+    if not 0 <= options.script.eval_share < 1:
+        raise ConfigError(
+            f"`--eval_share {options.script.eval_share}` is no share to hold out, expected 0 or more, and less than "
+            "1. Give one such as 0.1, or 0 to hold out none."
+        )
     return options
+
+
+def _named_trainer(argv: Sequence[str] | None) -> str:
+    """The trainer that the command line asks for, or else the YAML file: which options there are depends on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--trainer")
+    parser.add_argument("--config")
+    first, _ = parser.parse_known_args(argv)
+    values = None
+    if first.config and Path(first.config).is_file():
+        # What is wrong with the file is said when all of it is read.
+        with open(first.config) as file, contextlib.suppress(yaml.YAMLError):
+            values = yaml.safe_load(file)
+    in_file = values.get("trainer") if isinstance(values, dict) else None
+    return str(first.trainer or in_file or PreferenceArguments.trainer)
 
 
 def make_trainer(options: Options, train: Dataset, held_out: Dataset | None) -> Any:
@@ -92,9 +119,23 @@ def make_trainer(options: Options, train: Dataset, held_out: Dataset | None) -> 
     )
 
 
-def audit(options: Options, train: Dataset, held_out: Dataset | None) -> Any:
-    """The audit, of a trainer made anew."""
-    return make_trainer(options, train, held_out).verify(None if options.script.verify == "all" else "sample")
+def make_method(options: Options, train: Dataset, held_out: Dataset | None) -> Any:
+    """The trainer, as what workers make anew and train by."""
+    trainer = make_trainer(options, train, held_out)
+    return SimpleNamespace(trainer=trainer, train=trainer.train)
+
+
+def audit(options: Options, train: Dataset, held_out: Dataset | None, device: Any) -> Any:
+    """The audit, of a trainer made anew, in a process of its own or by the workers of a cluster."""
+    stages = None if options.script.verify == "all" else "sample"
+    if options.script.ray_workers is not None:
+        return audit_over_workers(device, stages, options.script, make_method, options, train, held_out)
+    return in_new_process(_audit, options, train, held_out, stages)
+
+
+def _audit(options: Options, train: Dataset, held_out: Dataset | None, stages: str | None) -> Any:
+    quiet()
+    return make_trainer(options, train, held_out).verify(stages)
 
 
 def rows_of(options: Options) -> tuple[Dataset, Dataset | None]:
@@ -107,7 +148,13 @@ def rows_of(options: Options) -> tuple[Dataset, Dataset | None]:
     if not script.eval_share:
         return rows, None
     units = rows[s3t.group_column or s3t.id_column][:]
-    return split_off(rows, units, script.eval_share, "preferences held out")
+    train, held_out = split_off(rows, units, script.eval_share, "preferences held out")
+    if not len(train):
+        raise ConfigError(
+            f"`--eval_share {script.eval_share}` holds out all of {len(rows)} rows, expected some to train on. Give a "
+            "smaller share, or 0."
+        )
+    return train, held_out
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -119,23 +166,38 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     quiet()
     options = read(argv)
+    script = options.script
     train, held_out = rows_of(options)
-    ids, groups = named(options.script, train, options.s3t, options.training.output_dir)
-    trainer = make_trainer(options, train, held_out)
-    trainer.train()
-    found: dict[str, Any] = {"trained": {} if held_out is None else trainer.evaluate()}
-    if is_asked_for(options.script):
+    check_model_is_there(script.model_name_or_path)
+    ids, groups = named(script, train, options.s3t, options.training.output_dir)
+    # What a deletion took is not grown again by a run that is there to forget.
+    trains = must_train(False, options.training.output_dir, ids, groups)
+    method = make_method(options, train, held_out)
+    trainer = method.trainer
+    if trains:
+        train_over_workers(method, script, make_method, options, train, held_out)
+    found: dict[str, Any] = {"trained": measured(trainer, held_out)}
+    if is_asked_for(script):
         report = trainer.s3t_model.unlearn(ids, groups=groups)
         found["deleted"], found["stages_removed"] = report.deleted, len(report.stages_removed)
-        if held_out is not None and not trainer.s3t_model.is_exhausted:
-            found["after"] = trainer.evaluate()
-    if options.script.verify:
-        audited = in_new_process(audit, options, train, held_out)
+        found["after"] = measured(trainer, held_out)
+    if trainer.s3t_model.is_exhausted:
+        console.print(EXHAUSTED)
+    elif script.verify:
+        audited = audit(options, train, held_out, trainer.args.device)
         found["audit"] = audited.ok
         console.print(str(audited))
     for name, value in found.items():
         console.print(f"{name}: {shown(value)}")
     return found
+
+
+def measured(trainer: Any, held_out: Dataset | None) -> dict[str, float]:
+    """What an evaluation says of the ensemble, if there is one, and rows to ask it of."""
+    if held_out is None or trainer.s3t_model.is_exhausted:
+        return {}
+    numbers: dict[str, float] = trainer.evaluate()
+    return numbers
 
 
 def shown(value: Any) -> Any:

@@ -47,10 +47,11 @@ def watch(folder: Path, as_json: bool, interval: float = INTERVAL) -> None:
 
 
 def _look(system: SystemFolder, claims: ClaimWatch) -> dict[str, Any]:
-    valid = system.valid_stages
-    left = len(system.plan.missing(valid, system.table.empty))
+    # Those that serve without rows which came are to be grown again.
+    current = system.current_stages
+    left = len(system.plan.missing(current, system.table.empty))
     return {
-        "stages": [len(valid), len(valid) + left],
+        "stages": [len(current), len(current) + left],
         "workers": [_worker(claim, silent) for claim, silent in claims.look()],
     }
 
@@ -66,9 +67,9 @@ def _worker(claim: Claim, silent: float) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    valid, planned = found["stages"]
+    there, planned = found["stages"]
     workers = found["workers"]
-    rendering.say(f"{valid} of {counted(planned, 'stage')}, {counted(len(workers), 'worker')}")
+    rendering.say(f"{there} of {counted(planned, 'stage')}, {counted(len(workers), 'worker')}")
     for worker in workers:
         state = worker["state"]
         if state == "silent":

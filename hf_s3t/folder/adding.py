@@ -55,10 +55,16 @@ class AddingFolder(CheckpointingFolder):
 
     def lines_of_rows_not_here(self, other: Ledger) -> list[int]:
         """The lines of another copy's ledger that tell of rows which never came here."""
-        here = {self.ledger.hashes[line - 1] for line in self.ledger.additions}
-        return [line for line in other.additions if other.hashes[line - 1] not in here]
+        return _not_in(self._lines_of_rows, other)
 
-    def take_rows_of_another(self, other: Ledger, rows: ExampleTable | None, merged: Ledger) -> None:
+    @property
+    def _lines_of_rows(self) -> Ledger:
+        """The lines whose rows the table has."""
+        return self.ledger
+
+    def take_rows_of_another(
+        self, other: Ledger, rows: ExampleTable | None, merged: Ledger, weights: str | None = None
+    ) -> None:
         """
         Write down the rows that another copy has and this one lacks, before the ledger has its lines: those that no
         line of either deleted, and whose ids are not in use here. The folder's lock must be held.
@@ -67,6 +73,7 @@ class AddingFolder(CheckpointingFolder):
             other ([`~hf_s3t.records.ledger.Ledger`]): The ledger of the other copy.
             rows ([`~hf_s3t.records.examples.ExampleTable`], *optional*): Its table.
             merged ([`~hf_s3t.records.ledger.Ledger`]): Both ledgers together.
+            weights (`str`, *optional*): How members weigh there.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If rows came there and its table is not given.
@@ -90,10 +97,23 @@ class AddingFolder(CheckpointingFolder):
         came = came.without_digests(here).settled()
         first = self.record["s3t_config"]["num_shards"]
         known = self.record.get("added", {"weights": "equal"})
-        shards = max(self.config.num_shards, rows.num_shards) - first
-        addition = StoredAddition(came, {**known, "shards": shards}, merged.hashes[-1])
+        added = {
+            **known,
+            "shards": max(self.config.num_shards, rows.num_shards) - first,
+            "weights": self._weights_with(other, known["weights"], weights or known["weights"]),
+        }
+        addition = StoredAddition(came, added, merged.hashes[-1])
         with explained(f"{self.path / ADDITION_FILE} could not be written", _NOTHING_ADDED):
             write_addition(self.path, addition, self.ledger)
+
+    def _weights_with(self, other: Ledger, here: str, there: str) -> str:
+        """
+        How members weigh after a merge: as the copy says that knows all additions of both. Where each knows some that
+        the other does not, and they differ, by size, which somebody asked for; alike is what holds unasked.
+        """
+        if not _not_in(other, self.ledger) or here == there:
+            return there
+        return "size"
 
     def record_addition(
         self,
@@ -157,3 +177,9 @@ class AddingFolder(CheckpointingFolder):
         if "added" in self.record and found.get("added") != self.record["added"]:
             with explained(f"{self.path / CONFIG_FILE} could not be written", _IN):
                 write_record(self.path / CONFIG_FILE, with_additions(found, self.record["added"]))
+
+
+def _not_in(ledger: Ledger, other: Ledger) -> list[int]:
+    """The lines of another ledger that added rows, or said how members weigh, and are not in one."""
+    known = {ledger.hashes[line - 1] for line in ledger.additions}
+    return [line for line in other.additions if other.hashes[line - 1] not in known]

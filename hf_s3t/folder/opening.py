@@ -23,7 +23,9 @@ class ReadOnlyFolder(SystemFolder):
     def _finish_removal(self) -> None:
         """Nothing: finishing writes."""
 
-    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
+    def merge_ledger(
+        self, other: Ledger, rows: ExampleTable | None = None, weights: str | None = None
+    ) -> list[StageKey]:
         """Refused: merging writes."""
         raise FolderError(f"{self.path} was opened to be looked at. Open it to write, to merge a ledger into it.")
 

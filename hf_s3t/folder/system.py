@@ -341,13 +341,16 @@ class SystemFolder(AddingFolder):
         digests = {str(key): self.adapter_digest(key) for key in keys}
         self._append(self.ledger.append("export", removed=digests, versions=versions))
 
-    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
+    def merge_ledger(
+        self, other: Ledger, rows: ExampleTable | None = None, weights: str | None = None
+    ) -> list[StageKey]:
         """
         Take in what another copy of the system recorded (on the Hub, say); its deletions are in force on return.
 
         Args:
             other ([`~hf_s3t.records.ledger.Ledger`]): The other copy's ledger.
             rows ([`~hf_s3t.records.examples.ExampleTable`], *optional*): Its table, if rows came there.
+            weights (`str`, *optional*): How members weigh there, if it is known.
 
         Returns:
             `list[StageKey]`: The stages that went because of it.
@@ -358,7 +361,7 @@ class SystemFolder(AddingFolder):
             if merged is self.ledger:
                 return []
             current_signer()
-            self.take_rows_of_another(other, rows, merged)
+            self.take_rows_of_another(other, rows, merged, weights)
             self._replace_ledger(merged)
             sign_merge(self.path, merged, other, self.identity)
             condemned = self.condemned_stages()

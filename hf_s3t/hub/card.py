@@ -40,6 +40,10 @@ _RECIPE = (
     "lr_scheduler_type",
     "per_device_train_batch_size",
     "optim",
+    # Of preferences: which loss, how far from the reference.
+    "loss_type",
+    "loss_weights",
+    "beta",
 )
 
 
@@ -414,7 +418,11 @@ def _shards(
 def _recipe(records: Sequence[Mapping[str, Any]]) -> str:
     recipe: Mapping[str, Any] = next((record["recipe"] for record in records if record.get("recipe")), {})
     kept = {name: recipe[name] for name in _RECIPE if recipe.get(name) not in (None, -1)}
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
+    written = ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items()) or "none left"
+    # Stages of earlier versions do not say by which class they were trained.
+    kinds = (record.get("parts", {}).get("trainer", {}).get("class") for record in records)
+    kind = next(filter(None, kinds), None)
+    return written if kind is None else f"`{kind.rpartition('.')[2]}`, {written}"
 
 
 def _is_public(base_id: str) -> bool:

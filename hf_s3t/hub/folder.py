@@ -348,8 +348,19 @@ class HubFolder(SystemFolder):
     def _stage_file(self, key: StageKey, name: str) -> Path:
         return self._download(f"{key.path}/{name}")
 
-    def merge_ledger(self, other: Ledger, rows: ExampleTable | None = None) -> list[StageKey]:
+    @property
+    def _lines_of_rows(self) -> Ledger:
+        # What this machine knows of may have come with a later commit.
+        return self._published
+
+    def merge_ledger(
+        self, other: Ledger, rows: ExampleTable | None = None, weights: str | None = None
+    ) -> list[StageKey]:
         """Take in what another copy of the system recorded; its deletions are in force on return."""
+        if self.lines_of_rows_not_here(other):
+            # They come with their commit, and so does how members weigh.
+            self.refresh()
+            self._refuse_to_lack_rows(other)
         with self.lock():
             self.refresh_ledger()
             merged = self.ledger.merge(other)
@@ -357,6 +368,15 @@ class HubFolder(SystemFolder):
                 self._replace_ledger(merged)
                 sign_merge(self.path, merged, other, self.identity)
             return self.condemned_stages()
+
+    def _refuse_to_lack_rows(self, other: Ledger) -> None:
+        lacking = self.lines_of_rows_not_here(other)
+        if lacking:
+            raise HubError(
+                f"{self.repo.repo_id} is served at revision={self.revision!r}, before "
+                f"{counted(len(lacking), 'addition')} of rows that the main branch has: a push would take them from "
+                "it. Load it without `revision`, and push from there; what was deleted here is in force there too."
+            )
 
     def stage_paths(self, key: StageKey) -> dict[str, Path]:
         """None: what this serves is on the Hub."""

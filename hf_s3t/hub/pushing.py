@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ from .client import (
 )
 from .large_files import must_be_erasable, refuse_what_git_would_keep
 from .memory import remember
+from .merged_gate import take_in_words
 from .repository import INDEX_FILE, HubRepo, HubState, stage_index
 
 
@@ -311,7 +313,10 @@ def _take_in(
     if dry_run:
         return _Merged(len(missing), _stages_that_saw(folder, missing, before))
     known = folder.ledger.deleted
-    folder.merge_ledger(state.ledger, _table_of(repo, state, folder) if lacking else None)
+    weights = state.record.get("added", {}).get("weights")
+    table = partial(_table_of, repo, state, folder)
+    folder.merge_ledger(state.ledger, table() if lacking else None, weights)
+    take_in_words(folder, repo, state, table, bool(lacking))
     gone = tuple(sorted(before - folder.valid_stages)) if missing else ()
     if on_merge is not None and folder.ledger.deleted != known:
         on_merge()

@@ -66,6 +66,7 @@ Calls, threads and state:
 - `retrying`: work that is done beside, and tried again until it is done.
 - `scope`: context variables that end with their block.
 - `randomness`: the random states of the process, put back and kept apart.
+- `modes`: whether modules train or evaluate, put aside for a while.
 - `module_state`: what modules hold besides parameters.
 - `call_watch`: what calls leave there.
 - `marks`: what there is to see of an object, compared with an earlier look.

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..errors import IsolationError
 from .marks import Mark
+from .modes import modes_kept
 from .module_state import Derived, Look, shown
 from .randomness import preserved_randomness
 
@@ -41,10 +42,9 @@ def check_keeps_no_state(model: PreTrainedModel) -> None:
         return
     words = getattr(model.config.get_text_config(), "vocab_size", 0)
     one, other = [words // 5, words // 3, words // 2], [words // 2, words // 5, words // 3]
-    modes = {module: module.training for module in model.modules()}
     before = Look(model)
     try:
-        with preserved_randomness():
+        with modes_kept(model), preserved_randomness():
             looks = [_look_after_reading(model, those) for those in (one, other, [*one, *other], one)]
             left = looks[1].changed(looks[0]) or changed_for_good(model, before, looks[1])
     except Exception as error:
@@ -53,8 +53,6 @@ def check_keeps_no_state(model: PreTrainedModel) -> None:
         return
     finally:
         before.put_back()
-        for module, mode in modes.items():
-            module.training = mode
     if left:
         raise IsolationError(
             f"The forward pass of {type(model).__name__} changes the model, in {shown(left)}: what one batch was "
@@ -78,11 +76,10 @@ def _settle_on_pictures(model: PreTrainedModel) -> None:
     is_whole = not any(parameter.is_meta for parameter in model.parameters())
     if getattr(model, "main_input_name", None) != "pixel_values" or not height_width or not is_whole:
         return
-    modes = {module: module.training for module in model.modules()}
     shape = (1, getattr(config, "num_channels", 3), *height_width)
     before = Look(model)
     try:
-        with preserved_randomness(), torch.no_grad():
+        with modes_kept(model), preserved_randomness(), torch.no_grad():
             model.eval()(pixel_values=torch.zeros(shape, dtype=model.dtype, device=model.device))
     except Exception as error:
         # It needs something else than pictures.
@@ -90,8 +87,6 @@ def _settle_on_pictures(model: PreTrainedModel) -> None:
     finally:
         only_sizes = all(_is_a_size(model, name) for name in Look(model).changed(before))
         before.put_back(settings=not only_sizes)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _is_a_size(model: nn.Module, attribute: str) -> bool:

@@ -254,12 +254,18 @@ def _chosen(folder: SystemFolder, stages: Iterable[str]) -> list[StageKey]:
     return chosen
 
 
-def _require_valid(folder: SystemFolder, stages: Iterable[StageKey]) -> None:
+def _require_valid(folder: SystemFolder, stages: Sequence[StageKey]) -> None:
     missing = [str(key) for key in stages if key not in folder.valid_stages]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} is no valid stage of this system, which has "
             f"{counted(len(folder.valid_stages), 'stage')}. Name stages that stayed, as `hf-s3t receipt` shows them."
+        )
+    behind = [str(key) for key in stages if key not in folder.current_stages]
+    if behind:
+        raise ConfigError(
+            f"{', '.join(behind)} lacks rows that came to its slices since: whoever audits it has none but these to "
+            "train it again on. Call `train()`, which grows it with them, or name other stages."
         )
 
 

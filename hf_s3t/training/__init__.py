@@ -16,6 +16,7 @@ The trainers, and what they are put together from:
 - `trainer_mixin`: what their parts share.
 - `plan_run`: the stages of a plan, one after the other.
 - `limits`: how far a call goes.
+- `first_process`: does for all what it alone does, and tells the others where it fails.
 - `shared_work`: takes stages among other trainers on the folder, and waits for them.
 - `assigned`: stages that somebody else chose, for workers of a cluster.
 - `stage_run`: one run of `Trainer.train`, which makes one stage.
@@ -49,6 +50,7 @@ What decides a stage:
 - `rows`: the rows of a training dataset: ids, groups, digests, and what a stage gets.
 - `gate_rows`: what a gate is made of: the words of the prompts of rows.
 - `dataset_rows`: the rows of a dataset of any kind, as they are stored and as it shows them.
+- `own_fields`: what a table adds to a row because of other rows, taken away before texts are made of it.
 - `fed_rows`: rows as the model gets them, by which evaluation sets are compared with training examples.
 - `sampler`: which of a stage's examples an epoch takes, and their order.
 

@@ -1,15 +1,15 @@
 """Rows that come to a system after its first training, and rows that take the place of others."""
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..checks import require_choice
-from ..errors import ConfigError, S3TError, counted
+from ..errors import ConfigError, FolderError, S3TError, counted
 from ..folder.addition_file import StoredAddition
 from ..folder.config_file import WEIGHTS
 from ..folder.versions import library_versions
@@ -22,6 +22,7 @@ from ..records.request import listed
 from .arriving import INTO, Arrival, Places, added_by, arrival_of, places_of, rows_of_arrival
 from .blueprint import Layout
 from .early_checks import check_rows, collates_as_stored
+from .first_process import in_first_process
 from .gate_rows import gate_of, tokenizer_of
 from .plan_run import PlanRuns
 from .refusals import check_datasets, evaluation_chooses
@@ -178,7 +179,9 @@ class Additions(PlanRuns):
         whole = self._with_rows(rows, digests)
         # Prepared before anything is written: preparing may refuse rows, or leave nothing of them.
         prepared = None if asked.dry_run else self._prepared_rows_of(whole)
-        report = self._in_first_process(lambda: self._add_under_lock(rows, digests, asked))
+        report = in_first_process(lambda: self._add_under_lock(rows, digests, asked))
+        if not self.is_world_process_zero():
+            self.folder.refresh()
         if prepared is not None:
             self._take_up(whole, prepared, report)
         return report
@@ -195,11 +198,20 @@ class Additions(PlanRuns):
         self._rows_of_stages.lacking(self.folder.table)
         check_datasets(dataset, self.eval_dataset, self.args, self.s3t_config)
         rows = self._layout.rows(dataset, self.s3t_config)
-        if collates_as_stored(self.data_collator):
-            check_rows(dataset, self.model, self._stack.head, self.args)
+        self._check_rows_that_come(dataset)
         if evaluation_chooses(self.args, self.s3t_config):
             self._fed_rows.refuse_shared(dataset, self.eval_dataset, rows.own_columns)
         return rows
+
+    def _as_given(self, dataset: Any) -> dict[str, Any]:
+        """What the trainer is given, as if the dataset were the one to begin with."""
+        tokenizer = self.processing_class
+        return {"train_dataset": dataset, "args": self.args, "model": self.model, "processing_class": tokenizer}
+
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        """Refuse what would have been refused in the first dataset, as far as what is stored tells."""
+        if collates_as_stored(self.data_collator):
+            check_rows(dataset, self.model, self._stack.head, self.args)
 
     @property
     def _own_rows(self) -> TrainingRows:
@@ -249,25 +261,6 @@ class Additions(PlanRuns):
     def _prepare_whole(self, dataset: Any) -> Any:
         """A dataset as the trainer would have prepared it when it was made."""
         return dataset
-
-    def _in_first_process(self, act: Any) -> AdditionReport:
-        """What the first process did, or raised; the others read what it wrote."""
-        told: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                told[0] = act()
-            except Exception as error:
-                if self.accelerator.num_processes == 1:
-                    raise
-                # Whatever it is: the others would wait for a report.
-                told[1] = error if isinstance(error, S3TError) else S3TError(f"{type(error).__name__}: {error}")
-        report, refusal = broadcast_object_list(told)
-        if refusal is not None:
-            raise refusal
-        found: AdditionReport = report
-        if not self.is_world_process_zero():
-            self.folder.refresh()
-        return found
 
     def _add_under_lock(self, rows: TrainingRows, digests: Any, asked: _Asked) -> AdditionReport:
         folder, weights = self.folder, asked.weights
@@ -337,18 +330,37 @@ class Additions(PlanRuns):
         self.train_dataset = self._prepared = prepared[0]
         self._stage_rows = prepared[1]
         self._described = None
-        folder = self.folder
-        if folder.has_gate and report.added and self.is_world_process_zero():
-            tokenizer = tokenizer_of(self.processing_class)
-            if tokenizer is not None:
-                folder.put_gate(gate_of(self._rows_of_stages, folder.table, folder.key, tokenizer), {})
-            else:
+        if self.folder.has_gate and report.added:
+            if tokenizer_of(self.processing_class) is not None:
+                with _rows_are_in():
+                    self._write_gate({})
+            elif self.is_world_process_zero():
                 logger.warning(
                     "The gate does not know the rows that came. Give `processing_class`, and call `build_gate()`."
                 )
         self.accelerator.wait_for_everyone()
         if self._live is not None:
             self._live.refresh()
+
+    def _write_gate(self, settings: Mapping[str, Any]) -> None:
+        """Write the gate of the rows that are in, with what is said of its use."""
+        tokenizer, folder = tokenizer_of(self.processing_class), self.folder
+
+        def write() -> None:
+            if tokenizer is not None:
+                folder.refresh_ledger()
+                folder.put_gate(gate_of(self._rows_of_stages, folder.table, folder.key, tokenizer), settings)
+
+        in_first_process(write)
+
+
+@contextlib.contextmanager
+def _rows_are_in() -> Iterator[None]:
+    """Says of a gate that could not be written that the rows came all the same."""
+    try:
+        yield
+    except FolderError as error:
+        raise FolderError(f"The rows are in, and the gate lacks them: {error} Then call `build_gate()`.") from error
 
 
 def _recorded_weights(record: Any) -> str:

@@ -20,6 +20,7 @@ from ..operations.audits import record_audit
 from ..plan.stages import StageKey
 from ..records.request import some
 from .circumstances import differing, threads
+from .first_process import in_first_process
 from .stage_memory import was_trained_here
 from .stage_run import StageRuns
 
@@ -113,7 +114,7 @@ def verify_stages(trainer: StageRuns, stages: str | Sequence[StageKey | str] | N
     folder = trainer.folder
     folder.refresh()
     # Every process of a group audits the same stages, in the same scratch folder.
-    (wanted,) = broadcast_object_list([choose_stages(stages, folder.current_stages)])
+    wanted = in_first_process(lambda: choose_stages(stages, folder.current_stages))
     # In this order a stage comes right after the stages it stands on, so that only those have to stay in memory.
     closure = sorted({key for tip in wanted for key in tip.lineage})
     _refuse_rows_not_here(trainer, closure)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME
@@ -20,6 +20,7 @@ from ..folder.claims import ClaimLostError
 from ..folder.layout import TRAINING_WEIGHTS_FILE
 from ..plan.stages import StageKey
 from .divergence import is_finite
+from .first_process import in_first_process
 from .parts import differing_parts, recorded_parts
 from .stage_watch import StageWatch
 
@@ -39,12 +40,14 @@ class StageCheckpoints(StageWatch):
 
     def _take_scratch(self, key: StageKey, origin: dict[str, Any]) -> None:
         """Have a folder for checkpoints, the same in all processes, unless the claim is lost; the first holds it."""
-        folder = None
-        if self.is_world_process_zero():
+
+        def take() -> Path | None:
             with contextlib.suppress(ClaimLostError):
                 scratch = self.folder.scratch(key, origin["slices"], self._claim)
-                folder = self._held_scratch.enter_context(scratch)
-        (self._scratch,) = broadcast_object_list([folder])
+                return self._held_scratch.enter_context(scratch)
+            return None
+
+        self._scratch = in_first_process(take)
 
     def _is_condemned(self) -> bool:
         """Also where another trainer has taken the stage over: what is written by this one would be in its way."""
@@ -75,18 +78,13 @@ class StageCheckpoints(StageWatch):
         self._refuse_diverged()
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with self._failing_together():
+                super()._save_checkpoint(model, trial)
             # The record is what makes a checkpoint resumable: it comes when every process has written its part.
-            self.accelerator.wait_for_everyone()
             if any(gather_object([self._is_condemned()])):
                 # Nobody resumes from it.
                 raise CheckpointError(f"{checkpoint} is of a stage that is discarded.")
-            if self.is_world_process_zero():
-                # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
-                between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
-                at_rest = not self._batches_are_random or between
-                exact = at_rest and not self._has_moved() and self._is_optimizer_held()
-                self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
+            in_first_process(lambda: self._record_checkpoint(checkpoint))
         except (OSError, RuntimeError) as error:
             # The former is raised in every process, and what fails else perhaps in one alone.
             is_told = isinstance(error, CheckpointError)
@@ -94,6 +92,29 @@ class StageCheckpoints(StageWatch):
                 raise
             shutil.rmtree(checkpoint, ignore_errors=True)
             self.control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Inside, what fails in one process is raised in all, when each has done its part."""
+        failed: Exception | None = None
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            failed = error
+        told = [one for one in gather_object([f"{type(failed).__name__}: {failed}" if failed else None]) if one]
+        if failed is not None:
+            raise failed
+        if told:
+            raise S3TError(f"A checkpoint could not be written: {told[0]}")
+
+    def _record_checkpoint(self, checkpoint: Path) -> None:
+        # Workers make batches ahead of the steps, but between epochs there are none unless they persist.
+        between = float(self.state.epoch).is_integer() and not self.args.dataloader_persistent_workers
+        at_rest = not self._batches_are_random or between
+        exact = at_rest and not self._has_moved() and self._is_optimizer_held()
+        self.folder.write_checkpoint_record(checkpoint, {**self._stage_origin, "resumes_exactly": exact})
 
     def _is_optimizer_held(self) -> bool:
         """Whether a checkpoint brings the optimizer back; where it does not, that is said once."""

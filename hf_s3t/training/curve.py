@@ -45,7 +45,10 @@ class TrainingCurve(TrainerMixin):
         state.global_step += 0 if self._is_logging else self._first_step
         outer, self._is_logging = self._is_logging, True
         try:
-            super().log({**logs, **tags(self._stage, self.folder.plan)}, start_time)
+            told = {**logs, **tags(self._stage, self.folder.plan)}
+            super().log(told, start_time)
+            # What the class adds to the numbers of an evaluation comes back with them, and may choose.
+            logs |= {name: value for name, value in told.items() if name.startswith("eval_")}
         finally:
             state.global_step, self._is_logging = steps, outer
         # `Trainer` declares numbers alone.

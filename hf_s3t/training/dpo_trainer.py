@@ -15,7 +15,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..config import S3TConfig
+from ..errors import ConfigError
 from .blueprint import Blueprint
+from .bytecode import codes_in
 from .preference import PAIRS, check_preferences, said_of_each
 from .trainer import S3TTrainerMixin
 
@@ -59,15 +61,17 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
         args=DPOConfig(output_dir="qwen-dpo-s3t", learning_rate=5e-6),
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=5, num_slices=4, group_column="user"),
+        s3t_config=S3TConfig(num_shards=5, num_slices=4),
     )
     trainer.train()
-    trainer.s3t_model.unlearn(groups=["somebody who asked for it"])
+    trainer.s3t_model.unlearn([17, 4211])
     ```
     """
 
     args: DPOConfig
     processing_class: PreTrainedTokenizerBase
+
+    _said_by_models = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
         self,
@@ -101,19 +105,54 @@ class S3TDPOTrainer(S3TTrainerMixin, DPOTrainer):
             s3t_config=s3t_config,
         )
 
+    def _look_at_given(self, given: dict[str, Any]) -> None:
+        super()._look_at_given(given)
+        if type(self)._compute_loss is DPOTrainer._compute_loss:
+            check_losses(given["args"])
+
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], PAIRS)
         super()._check_rows_given(given, blueprint)
+        check_preferences(given, PAIRS, self._made_here(given["args"]))
+
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_preferences(self._as_given(dataset), PAIRS, self._made_here(self.args))
+        super()._check_rows_that_come(dataset)
+
+    def _made_here(self, args: DPOConfig) -> tuple[str, ...]:
+        return self._said_by_models if args.precompute_ref_log_probs else ()
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """As in `DPOTrainer`, of every row by itself, and anew: what others have kept was computed in batches."""
 
         def ask(batch: dict[str, Any]) -> dict[str, Any]:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model, batch)
-            return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            return dict(zip(self._said_by_models, (chosen, rejected), strict=True))
 
         return said_of_each(self, dataset, ask)
 
     def _prepare_whole(self, dataset: Any) -> Any:
         prepared = super()._prepare_whole(dataset)
         return self._precompute_ref_logps(prepared, "train", 1) if self.precompute_ref_logps else prepared
+
+
+def check_losses(args: DPOConfig) -> None:
+    """
+    Refuse losses that `DPOTrainer` would find unknown in a stage's first step, when the folder is written.
+
+    It lists them nowhere: they are compared with, one after the other, where the loss is computed.
+
+    Args:
+        args ([`~trl.DPOConfig`]): The recipe of a stage.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: Naming the argument.
+    """
+    known = {value for code in codes_in(DPOTrainer._compute_loss.__code__) for value in code.co_consts}
+    for name in ("loss_type", "f_divergence_type"):
+        given = getattr(args, name)
+        unknown = [one for one in (given if isinstance(given, list) else [given]) if one not in known]
+        if unknown:
+            raise ConfigError(
+                f"`{name}={unknown[0]!r}` is unknown to DPOTrainer, expected one of those that TRL's DPOConfig "
+                "describes. Mend the name, or leave it out."
+            )

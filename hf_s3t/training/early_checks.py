@@ -22,6 +22,8 @@ from .circumstances import evaluation_trains
 from .dataset_rows import LABELS
 
 
+# Under which names rows have tokens: as models take them, and as trainers of preferences make them.
+_TOKENS = ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 # What trainers of TRL read of a row, before a model does.
 _READ_BY_TRL = (
     "prompt",
@@ -157,8 +159,11 @@ def check_rows(dataset: Any, model: PreTrainedModel, head: Sequence[str], args: 
     # Models that read images or sound too may have tokens outside of the embeddings, and positions of their own.
     config = getattr(model, "config", None)
     is_of_words = config is not None and getattr(model, "main_input_name", None) == "input_ids"
-    if "input_ids" in dataset.column_names and is_of_words and model.config.get_text_config() is config:
-        _check_tokens(dataset, model, _cut_to(args))
+    if is_of_words and model.config.get_text_config() is config:
+        for column in [name for name in _TOKENS if name in dataset.column_names]:
+            _check_tokens(dataset, column, model)
+        if "input_ids" in dataset.column_names:
+            _check_length(dataset, model, _cut_to(args))
 
 
 def _cut_to(args: TrainingArguments) -> float:
@@ -199,18 +204,21 @@ def _check_labels(dataset: datasets.Dataset, model: PreTrainedModel) -> None:
         )
 
 
-def _check_tokens(dataset: datasets.Dataset, model: PreTrainedModel, cut_to: float) -> None:
+def _check_tokens(dataset: datasets.Dataset, column: str, model: PreTrainedModel) -> None:
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:
         return
-    kind, (low, high) = _kind_and_range(dataset, "input_ids")
+    kind, (low, high) = _kind_and_range(dataset, column)
     known = getattr(embeddings, "num_embeddings", None)
     if known and kind == "whole" and low is not None and not 0 <= low <= high < known:
         raise ConfigError(
-            f"`input_ids` of `train_dataset` goes from {low} to {high}, and the model knows the tokens 0 to "
+            f"`{column}` of `train_dataset` goes from {low} to {high}, and the model knows the tokens 0 to "
             f"{known - 1}. Tokenise with the model's own tokenizer."
         )
+
+
+def _check_length(dataset: datasets.Dataset, model: PreTrainedModel, cut_to: float) -> None:
     places = [
         module.num_embeddings
         for name, module in model.named_modules()
@@ -267,7 +275,9 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: Any) -> None:
+def check_choice(
+    args: TrainingArguments, eval_dataset: Any, compute_metrics: Any, trainer_class: type[Trainer] = Trainer
+) -> None:
     """
     Refuse evaluations that cannot be made, or that have no number to choose by.
 
@@ -275,6 +285,7 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
         args ([`~transformers.TrainingArguments`]): The recipe of a stage.
         eval_dataset: One dataset, or a dict of them, if there is any.
         compute_metrics (`Callable`, *optional*): As in `Trainer`.
+        trainer_class (`type`, defaults to [`~transformers.Trainer`]): The class that evaluates.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: Naming the argument.
@@ -289,6 +300,15 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
     if not chooses or metric is None or eval_dataset is None:
         return
     name = metric.removeprefix("eval_")
+    # A class with a log of its own may add numbers to it, as those of TRL do, and they come back with the others.
+    has_loss_alone = compute_metrics is None and trainer_class.log is Trainer.log
+    is_its_own = compute_metrics is None and not has_loss_alone and not name.endswith("loss")
+    if isinstance(eval_dataset, Mapping) and is_its_own:
+        raise ConfigError(
+            f"`metric_for_best_model={metric!r}` is a number that {trainer_class.__name__} tells of all evaluation "
+            f"sets by one name, and `eval_dataset` is a dict of {', '.join(map(str, eval_dataset))}. Give one set, or "
+            f"choose by the loss of one, as in metric_for_best_model='eval_{next(iter(eval_dataset), 'name')}_loss'."
+        )
     if isinstance(eval_dataset, Mapping) and not any(name.startswith(f"{one}_") for one in eval_dataset):
         first = f"eval_{next(iter(eval_dataset), 'name')}_{name}"
         raise ConfigError(
@@ -296,7 +316,7 @@ def check_choice(args: TrainingArguments, eval_dataset: Any, compute_metrics: An
             f"{', '.join(map(str, eval_dataset))}. Say of which, as in "
             f"metric_for_best_model={first!r}."
         )
-    if compute_metrics is None and not name.endswith("loss"):
+    if has_loss_alone and not name.endswith("loss"):
         raise ConfigError(
             f"`metric_for_best_model={metric!r}` shall choose, and without `compute_metrics` an evaluation has the "
             'loss alone. Give `compute_metrics` that returns it, or set metric_for_best_model="loss".'

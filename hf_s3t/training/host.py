@@ -45,10 +45,12 @@ def host_of(kind: type) -> type[Trainer]:
     mixins = [one for one in kind.__mro__ if issubclass(one, TrainerMixin) and not issubclass(one, Trainer)]
     host = hosts[0] if hosts else None
     if host is None or kind.__mro__.index(host) < kind.__mro__.index(mixins[0]):
-        bases = ", ".join(base.__name__ for base in kind.__bases__)
+        is_mixin = kind.__name__ == "S3TTrainerMixin"
+        bases = "" if is_mixin else f"({', '.join(base.__name__ for base in kind.__bases__)})"
         raise ConfigError(
-            f"{kind.__name__}({bases}) trains no system: expected S3TTrainerMixin before a trainer class. Write "
-            f"`class {kind.__name__}(S3TTrainerMixin, {'SomeTrainer' if host is None else host.__name__})`."
+            f"{kind.__name__}{bases} trains no system: expected S3TTrainerMixin before a trainer class. Write `class "
+            f"{'MyTrainer' if is_mixin else kind.__name__}(S3TTrainerMixin, "
+            f"{'SomeTrainer' if host is None else host.__name__})`."
         )
     lacking = [name for name in _ASKED_FOR if name not in signature_over(host).parameters]
     if lacking:
@@ -63,6 +65,7 @@ def signature_over(host: type[Trainer]) -> inspect.Signature:
     """What a trainer class takes, in its order, and `peft_config` and `s3t_config`."""
     found: dict[str, inspect.Parameter] = {}
     more: list[inspect.Parameter] = []
+    is_by_name = False
     for kind in host.__mro__:
         if "__init__" not in vars(kind):
             continue
@@ -70,13 +73,15 @@ def signature_over(host: type[Trainer]) -> inspect.Signature:
         for parameter in taken:
             is_late = parameter.default is parameter.empty and any(p.default is not p.empty for p in found.values())
             if parameter.kind not in _VARIABLE:
-                late = parameter.replace(kind=parameter.KEYWORD_ONLY) if is_late else parameter
+                late = parameter.replace(kind=parameter.KEYWORD_ONLY) if is_late or is_by_name else parameter
                 found.setdefault(parameter.name, late)
         # What a class passes on is what the next one takes.
         if kind is host:
             more = [parameter for parameter in taken if parameter.kind is parameter.VAR_KEYWORD]
         if not any(parameter.kind in _VARIABLE for parameter in taken):
             break
+        # Without `*args` it passes on by name what it does not take itself.
+        is_by_name |= not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in taken)
     for name in ("peft_config", "s3t_config"):
         found.setdefault(name, inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
     return inspect.Signature(sorted([*found.values(), *more], key=lambda parameter: parameter.kind))
@@ -90,7 +95,10 @@ def given_to(host: type[Trainer], args: Sequence[Any], kwargs: Mapping[str, Any]
         `TypeError`: If the class, with the mixin over it, takes no such arguments.
     """
     signature = signature_over(host)
-    bound = signature.bind_partial(*args, **kwargs)
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{host.__name__} with S3TTrainerMixin: {error}") from None
     bound.apply_defaults()
     given = {**dict.fromkeys(_ASKED_FOR), **bound.arguments}
     for parameter in signature.parameters.values():

@@ -19,6 +19,8 @@ from .rows import numbered
 
 # What a method that prepares rows may ask for, where it is called again.
 _OF_TRAINING = "train"
+# Where classes of TRL gather what an evaluation tells besides the loss.
+_GATHERED = ("_metrics", "_stored_metrics")
 
 
 class HostedRuns(AssignedRuns, Additions):
@@ -60,6 +62,11 @@ class HostedRuns(AssignedRuns, Additions):
                 "training: it would be the bare base. Ask for `eval_strategy`, which evaluates stages, or generate by "
                 "`trainer.s3t_model.generate` and score that."
             )
+        for name in _GATHERED:
+            # What `predict`, or an evaluation that broke off, left there would be counted in.
+            gathered = getattr(self, name, None)
+            if isinstance(gathered, dict):
+                gathered.get("eval", {}).clear()
         with super()._evaluating():
             yield
 

@@ -201,9 +201,14 @@ def check_tokenizer(model: Any, processing_class: Any) -> None:
         )
 
 
-def refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
+def refuse_gaps(dataset: datasets.Dataset, column: str, name: str = "train_dataset") -> None:
     """
     Refuse a column of which some rows have nothing.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The rows.
+        column (`str`): The column.
+        name (`str`, defaults to `"train_dataset"`): As what they were given.
 
     Raises:
         [`~hf_s3t.errors.ConfigError`]: With how many there are.
@@ -213,7 +218,7 @@ def refuse_gaps(dataset: datasets.Dataset, column: str) -> None:
         missing = sum(value is None for value in dataset.with_format(None)[column][:])
         if missing:
             raise ConfigError(
-                f"`train_dataset` lacks `{column}` in {missing} of {counted(len(dataset), 'row')}. Drop them: "
+                f"`{name}` lacks `{column}` in {missing} of {counted(len(dataset), 'row')}. Drop them: "
                 f"`dataset.filter(lambda row: row[{column!r}] is not None)`."
             )
 

@@ -105,7 +105,8 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
         )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], JUDGED)
+        super()._check_rows_given(given, blueprint)
+        check_preferences(given, JUDGED, self._made_here(given["args"]))
         replay, loss = blueprint.config.replay, given["args"].loss_type
         if replay < 1 and loss == "kto":
             raise ConfigError(
@@ -113,7 +114,19 @@ class S3TKTOTrainer(S3TTrainerMixin, KTOTrainer):
                 "rows of a batch with each other's answers, put together once. Leave `replay` out, or use "
                 'loss_type="apo_zero_unpaired".'
             )
-        super()._check_rows_given(given, blueprint)
+        size = given["args"].per_device_train_batch_size
+        if size < 2 and loss == "kto":
+            raise ConfigError(
+                f"`per_device_train_batch_size={size}` leaves no other row's answer to compare with, expected 2 or "
+                f'more with loss_type={loss!r}. Raise it, or use loss_type="apo_zero_unpaired".'
+            )
+
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_preferences(self._as_given(dataset), JUDGED, self._made_here(self.args))
+        super()._check_rows_that_come(dataset)
+
+    def _made_here(self, args: KTOConfig) -> tuple[str, ...]:
+        return ("KL_completion_ids", *(("ref_logps", "ref_KL_logps") if args.precompute_ref_log_probs else ()))
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         if ROW_COLUMN not in dataset.column_names:

@@ -37,11 +37,13 @@ def load_base(
     kwargs.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     try:
         loaded: PreTrainedModel = create_model_from_path(name, **kwargs)
-    except OSError as error:
-        reason = " ".join(str(error).split())
+    except (OSError, TypeError, ValueError) as error:
+        # No such place, no model there, settings that its class does not know.
+        reason = " ".join(str(error).split()).rstrip(".")
+        with_settings = f" with `model_init_kwargs={given!r}`" if given else ""
         raise ConfigError(
-            f"`model={name!r}` cannot be loaded: {reason} Give the folder of a model, or its id on the Hub; of a "
-            "private one after `hf auth login`."
+            f"`model={name!r}` cannot be loaded{with_settings}: {reason}. Give the folder of a model, or its id on "
+            "the Hub; of a private one after `hf auth login`."
         ) from error
     return loaded
 

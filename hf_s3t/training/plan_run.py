@@ -24,6 +24,7 @@ from ..plan.stages import StageKey, relative_cost
 from ..records.request import some
 from ..records.validity import is_current
 from .evaluation import Evaluation
+from .first_process import in_first_process
 from .limits import Limits
 from .progress import PlanProgress
 from .publishing import Publishing
@@ -302,18 +303,14 @@ class PlanRuns(Evaluation, Publishing, SharedWork):
                 return None
 
     def _turn_of_all(self) -> Turn:
-        """What the first process finds to do; what it refuses, all refuse, or they would wait for it."""
-        turn: Turn | S3TError = Turn(None)
-        if self.is_world_process_zero():
-            try:
-                turn = self._take_turn(self._first_of_missing, self._limits.seconds_left)
-                self._lines_then = len(self.folder.ledger.lines)
-            except S3TError as error:
-                turn = error
-        (turn,) = broadcast_object_list([turn])
-        if isinstance(turn, S3TError):
-            raise turn
-        return turn
+        """What the first process finds to do; what it refuses, all refuse."""
+
+        def take() -> Turn:
+            turn = self._take_turn(self._first_of_missing, self._limits.seconds_left)
+            self._lines_then = len(self.folder.ledger.lines)
+            return turn
+
+        return in_first_process(take)
 
     def _first_of_missing(self, current: frozenset[StageKey], behind: frozenset[StageKey]) -> StageKey | None:
         """

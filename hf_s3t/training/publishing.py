@@ -79,9 +79,18 @@ class Publishing(LiveModel):
             logger.warning(f"{message} could not be pushed: {error} It is tried again with the next.")
 
     def _make_repo(self, token: str | None, private: bool | None) -> str:
-        with hub_errors_as_sentences(self.args.hub_model_id or self._output_dir, "The push ended"):
-            self.init_hf_repo(token=token, private=private)
+        self.init_hf_repo(token=token, private=private)
         return str(self.hub_model_id)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        As `Trainer.init_hf_repo`, which is called as a trainer with `push_to_hub=True` is made.
+
+        Raises:
+            [`~hf_s3t.errors.HubError`]: If the Hub refuses or cannot be reached.
+        """
+        with hub_errors_as_sentences(self.args.hub_model_id or self._output_dir, "The repository was not made"):
+            super().init_hf_repo(token=token, private=private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints hold an optimizer's state; the system is pushed as its sequences complete."""

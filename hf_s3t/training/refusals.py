@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import datasets
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from ..config import S3TConfig
 from ..errors import ConfigError, IsolationError, S3TError
@@ -348,6 +349,14 @@ _OF_HOSTS = (
             "Leave it off: the model in training generates."
         ),
     ),
+    _Refusal(
+        lambda given: getattr(given.args, "log_completions", False),
+        ConfigError,
+        lambda given: (
+            "`log_completions=True` writes prompts and what was generated of them into the system's folder, where no "
+            "deletion reaches them. Leave it off; a function of rewards is shown both and may print them."
+        ),
+    ),
 )
 
 
@@ -392,6 +401,51 @@ def check_hosted(name: str, given: Mapping[str, Any]) -> None:
             )
         )
     raise_together(problems, "What this trainer was given")
+
+
+def check_callbacks(name: str, callbacks: Sequence[TrainerCallback]) -> None:
+    """
+    Refuse a class that has a second model follow what is trained.
+
+    Args:
+        name (`str`): The name of the class.
+        callbacks (sequence of [`~transformers.TrainerCallback`]): Those that it has, once it is set up.
+
+    Raises:
+        [`~hf_s3t.errors.IsolationError`]: With the way out.
+    """
+    # By this name those of TRL mix what is trained into a reference or a teacher.
+    following = next((one for one in callbacks if hasattr(one, "sync_target_model")), None)
+    if following is not None:
+        raise IsolationError(
+            f"{name} has a {type(following).__name__}, by which another model follows what is trained: it would bring "
+            "what one stage saw into the next. Choose a setting with a teacher or reference that stays as it is."
+        )
+
+
+def check_lengths(trainer: Trainer) -> None:
+    """
+    Refuse an order of rows by their lengths where nothing tells these, which `Trainer` finds when a stage begins.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, its dataset prepared.
+
+    Raises:
+        [`~hf_s3t.errors.ConfigError`]: With the way out.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    is_stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    if strategy not in ("group_by_length", "batch_rebalance") or not is_stored:
+        return
+    words = (getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"])[0]
+    length = args.length_column_name
+    if not {words, length} & set(trainer._remove_unused_columns(dataset).column_names):
+        raise ConfigError(
+            f"`train_sampling_strategy={strategy!r}` puts rows in order by their lengths, and of the prepared rows no "
+            f"column {words!r} is left to take them from, nor {length!r} that says them. Give the rows a column "
+            f"{length!r} and set `remove_unused_columns=False`, or leave the strategy out."
+        )
 
 
 def _is_of_words(args: TrainingArguments) -> bool:

@@ -121,5 +121,9 @@ class S3TRewardTrainer(S3TTrainerMixin, RewardTrainer):
             )
 
     def _check_rows_given(self, given: Mapping[str, Any], blueprint: Blueprint) -> None:
-        check_preferences(given["train_dataset"], TOKENISED_PAIRS)
         super()._check_rows_given(given, blueprint)
+        check_preferences(given, TOKENISED_PAIRS)
+
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_preferences(self._as_given(dataset), TOKENISED_PAIRS)
+        super()._check_rows_that_come(dataset)

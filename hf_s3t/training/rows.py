@@ -20,6 +20,7 @@ from ..records.contents import encode_rows, said
 from ..records.digests import DigestKey, KeptNames, encode
 from ..records.examples import ExampleTable
 from .dataset_rows import shown_rows, stored_batches
+from .own_fields import with_own_fields
 
 
 # Carries the number of a row through tokenisation and filtering.
@@ -28,14 +29,15 @@ ROW_COLUMN = "__s3t_row__"
 
 def numbered(dataset: Any) -> Any:
     """
-    Rows that carry their number through preparation, as far as a dataset can have a column more.
+    Rows that carry their number through preparation, as far as a dataset can have a column more; in each is what it
+    says by itself.
 
     Args:
         dataset: The dataset as it was given.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return dataset
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+    return with_own_fields(dataset).add_column(ROW_COLUMN, list(range(len(dataset))))
 
 
 def check_numbered(prepared: Any, given: Any, by: str) -> None:
@@ -324,7 +326,9 @@ class StageRows:
             self._in_order[place] = holds, positions
         return positions
 
-    def digest(self, key: StageKey, table: ExampleTable, secret: DigestKey) -> str | None:
+    def digest(
+        self, key: StageKey, table: ExampleTable, secret: DigestKey, without: Collection[str] = ()
+    ) -> str | None:
         """
         Keyed digest of what a stage is fed: its rows as they are stored after preparation, in their order.
 
@@ -334,11 +338,12 @@ class StageRows:
             key ([`~hf_s3t.plan.stages.StageKey`]): The stage.
             table ([`~hf_s3t.records.examples.ExampleTable`]): The examples that are in.
             secret ([`~hf_s3t.records.digests.DigestKey`]): The system's secret.
+            without (collection of `str`, *optional*): Columns left out, the same in every call.
         """
         if not isinstance(self.prepared, datasets.Dataset):
             return None
         if not self._row_digests:
-            encoded = _encoded(self.prepared, self._version)
+            encoded = _encoded(self.prepared, self._version, without)
             self._row_digests = [hashlib.sha256(row).hexdigest() for row in encoded]
         return secret.of_content({"rows": [self._row_digests[p] for p in self.positions(key, table)]})
 

@@ -144,6 +144,10 @@ class S3TSFTTrainer(S3TTrainerMixin, SFTTrainer):
         self._unpacked: dict[str, Any] | None = {} if evaluation_chooses(args, blueprint.config) else None
         self._awaits_training_set = rows is not None
 
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        check_texts(self.model, dataset, self.args, self._formatting)
+        super()._check_rows_that_come(dataset)
+
     def _prepare_dataset(
         self,
         dataset: Any,

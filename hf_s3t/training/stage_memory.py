@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from ..errors import DivergedError
@@ -12,6 +11,7 @@ from ..model.stack import combined_digest
 from ..model.tensor_files import differing_tensors, read_tensors, tensors_digest
 from ..plan.stages import StageKey
 from .divergence import is_finite
+from .first_process import in_first_process
 from .live_model import LiveModel
 
 
@@ -83,13 +83,10 @@ class StageMemory(LiveModel):
 
     def _write(self, key: StageKey, record: dict[str, Any]) -> bool:
         """Write a stage; whether it is kept, the same in every process."""
-        is_kept = False
-        if self.is_world_process_zero():
-            base = self.folder.base_id, self.folder.base_revision
-            is_kept = self.folder.write_stage(
-                key, record, lambda path: self._stack.save(key, path, *base), self._claim
-            )
-        is_kept = bool(broadcast_object_list([is_kept])[0])
+        base = self.folder.base_id, self.folder.base_revision
+        is_kept = in_first_process(
+            lambda: self.folder.write_stage(key, record, lambda path: self._stack.save(key, path, *base), self._claim)
+        )
         if not self.is_world_process_zero():
             self.folder.refresh()
         if is_kept and self.folder.is_valid(key):

@@ -18,6 +18,10 @@ logger = logging.get_logger(__name__)
 class StageRecords(TrainingCurve):
     """The part of a trainer that tells what its stages are made from, and compares that with records."""
 
+    # Columns of numbers that a model made of rows: the last bits of these follow from circumstances, and the rest from
+    # the base, the recipe and what is fed besides.
+    _said_by_models: tuple[str, ...] = ()
+
     def _begin_undescribed(self) -> None:
         # The parts of the recipe, once somebody asks.
         self._described: dict[str, Any] | None = None
@@ -98,7 +102,7 @@ class StageRecords(TrainingCurve):
         return {**circumstances(self.model, self.accelerator), "data_digest": self._fed(key)}
 
     def _fed(self, key: StageKey) -> str | None:
-        return self._rows_of_stages.digest(key, self.folder.table, self.folder.key)
+        return self._rows_of_stages.digest(key, self.folder.table, self.folder.key, self._said_by_models)
 
     def _dropped(self, key: StageKey) -> int:
         return self._rows_of_stages.dropped_of(key, self.folder.table)

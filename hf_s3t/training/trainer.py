@@ -34,16 +34,18 @@ from .audit import VerificationReport, keep_report, verify_stages
 from .blueprint import Blueprint, Layout, NewSystem, TrainerInputs, check_same, draw_up
 from .early_checks import check_choice, check_inputs, check_loss, check_rows, collates_as_stored
 from .fed_rows import FedRows
+from .first_process import in_first_process
 from .gate_rows import check_has_prompts, gate_of, tokenizer_of
 from .host import HostedBase, KeptByHost, arguments_type, given_besides, given_to, host_of, passed_on
 from .hosted import HostedRuns
 from .inputs import check_answers, check_kinds, check_parts, check_tokenizer
 from .named_base import load_base, num_tokens, refuse_resized
 from .optimizers import refuse_bound_optimizer
+from .own_fields import with_own_fields
 from .plan_run import old_objects_passed_over
 from .progress import PlanProgress
 from .reference import BaseAsReference
-from .refusals import check_hosted, evaluation_chooses
+from .refusals import check_callbacks, check_hosted, check_lengths, evaluation_chooses
 from .rows import StageRows, check_numbered, numbered
 from .stage_sizes import check_batches, fewest_steps
 from .tracking import PlanHandler
@@ -76,6 +78,8 @@ class S3TTrainerMixin(HostedRuns):
     Example:
 
     ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from hf_s3t import S3TConfig, S3TTrainerMixin
 
@@ -85,12 +89,11 @@ class S3TTrainerMixin(HostedRuns):
 
 
     trainer = S3TORPOTrainer(
-        model=model,
-        args=ORPOConfig(output_dir="my-orpo-s3t"),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear"),
-        s3t_config=S3TConfig(num_shards=2, num_slices=4, id_column="id"),
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=ORPOConfig(output_dir="qwen-orpo-s3t"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        s3t_config=S3TConfig(num_shards=2, num_slices=4),
     )
     trainer.train()
     ```
@@ -122,7 +125,15 @@ class S3TTrainerMixin(HostedRuns):
         )
         refuse_bound_optimizer(given.get("optimizer_cls_and_kwargs"), given.get("callbacks"))
         if isinstance(given["model"], str):
+            if getattr(arguments, "model_init_kwargs", None):
+                # Loading takes these out, and who gave them may give them again, to another trainer on the folder.
+                arguments = given["args"] = copy.copy(arguments)
             given["model"] = self._load_base(given["model"], arguments, given.pop("quantization_config", None))
+        elif given.get("quantization_config") is not None:
+            raise ConfigError(
+                f"`quantization_config` is given with a loaded {type(given['model']).__name__}, expected with the "
+                "name of one: it says how to load. Give `model` as a text, or load it so and leave it out here."
+            )
         model, rows = given["model"], given["train_dataset"]
         tokens = num_tokens(model)
         self._look_at_given(given)
@@ -132,7 +143,7 @@ class S3TTrainerMixin(HostedRuns):
         )  # fmt: skip
         blueprint = draw_up(inputs, self._layout)
         self._check_rows_given(given, blueprint)
-        check_choice(arguments, given.get("eval_dataset"), given.get("compute_metrics"))
+        check_choice(arguments, given.get("eval_dataset"), given.get("compute_metrics"), self._host)
         self._hosted_base = HostedBase(model)
         self._stack = stack_of(model, blueprint, self._model_type.stack_type)
         self._besides = given_besides(given)
@@ -140,6 +151,9 @@ class S3TTrainerMixin(HostedRuns):
             given["ref_model"] = BaseAsReference(self._stack)
         default_ddp_arguments(arguments)
         given["train_dataset"] = numbered(rows) if self._numbers_rows else rows
+        if self._loads_names and given.get("eval_dataset") is not None:
+            # By which a training example in it is found.
+            given["eval_dataset"] = with_own_fields(given["eval_dataset"])
         try:
             super().__init__(**passed_on(self._host, given))
         finally:
@@ -194,6 +208,12 @@ class S3TTrainerMixin(HostedRuns):
         """Refuse rows of which a stage could make nothing, as far as what is stored tells."""
         if self._loads_names:
             check_tokenizer(given["model"], given["processing_class"])
+            if given["train_dataset"] is None:
+                raise ConfigError(
+                    f"`train_dataset` is missing, and {self._host.__name__} is not set up without. Give the rows of "
+                    "the first training; to answer, unlearn or push without them, load the folder by "
+                    f"`S3TModel.from_pretrained({given['args'].output_dir!r})`."
+                )
         if collates_as_stored(given.get("data_collator")):
             check_rows(given["train_dataset"], given["model"], blueprint.head, given["args"])
 
@@ -203,6 +223,8 @@ class S3TTrainerMixin(HostedRuns):
         if given_rows is not None and self._numbers_rows:
             check_numbered(self.train_dataset, given_rows, self._host.__name__)
         self._is_prepared_by_host = self.train_dataset is not given_rows
+        check_lengths(self)
+        check_callbacks(self._host.__name__, self.callback_handler.callbacks)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not isinstance(self.accelerator.unwrap_model(reference), BaseAsReference):
             raise ConfigError(
@@ -218,13 +240,13 @@ class S3TTrainerMixin(HostedRuns):
         self._look_at_evaluation(blueprint)
         # Before anything is written: truncation and filtering may have emptied a slice.
         prepared = self._prepared_rows(blueprint)
-        folder = blueprint.folder
-        if blueprint.new is not None and self.is_world_process_zero():
-            folder = self._make_folder(blueprint, blueprint.new, prepared)
+        new, folders = blueprint.new, [blueprint.folder]
+        if new is not None:
+            in_first_process(lambda: folders.append(self._make_folder(blueprint, new, prepared)))
         self.accelerator.wait_for_everyone()
-        self.folder = self._as_it_is_now(folder)
+        self.folder = self._as_it_is_now(folders[-1])
         # Another trainer may have made it first, with a secret of its own.
-        is_ours = blueprint.new is not None and blueprint.new.key.check == self.folder.key.check
+        is_ours = new is not None and new.key.check == self.folder.key.check
         if blueprint.rows is not None and not is_ours:
             folder = self.folder
             prepared = StageRows(self.train_dataset, blueprint.rows, folder.names, folder.record["row_digests"])
@@ -364,14 +386,10 @@ class S3TTrainerMixin(HostedRuns):
                 "with the dataset of the first training."
             )
         check_has_prompts(rows, self.processing_class)
-        self.s3t_config = replace(self.s3t_config, gate=self.s3t_config.gate or "terms")
-        tokenizer, folder = tokenizer_of(self.processing_class), self.folder
-        if self.is_world_process_zero() and tokenizer is not None:
-            folder.refresh_ledger()
-            gate = gate_of(rows, folder.table, folder.key, tokenizer)
-            folder.put_gate(gate, {name: getattr(self.s3t_config, name) for name in OF_SERVING})
-        self.accelerator.wait_for_everyone()
-        folder.refresh_settings()
+        config = replace(self.s3t_config, gate=self.s3t_config.gate or "terms")
+        self._write_gate({name: getattr(config, name) for name in OF_SERVING})
+        self.s3t_config = config
+        self.folder.refresh_settings()
 
     # The audit
 
@@ -511,6 +529,11 @@ class S3TTrainer(S3TTrainerMixin, Trainer):
         if compute_loss_func is None and not reads_its_own_way and collates_as_stored(data_collator):
             check_rows(rows, model, blueprint.head, args)
 
+    def _check_rows_that_come(self, dataset: Any) -> None:
+        makes_answers = self.compute_loss_func is not None or not collates_as_stored(self.data_collator)
+        check_answers(dataset, makes_answers or self._reads_rows_its_own_way())
+        super()._check_rows_that_come(dataset)
+
     def _reads_rows_its_own_way(self) -> bool:
         """Whether a class made of this one decides what is done with rows."""
         names = (
@@ -559,8 +582,8 @@ def shared_base(
         fresh_copy(part, (model,))
     if model is None or model_init is not None:
         raise ConfigError(
-            "S3TTrainer needs `model`, the base that all stages share; `model_init` would make another one for every "
-            "stage. Give the model."
+            "A trainer of stages needs `model`, the base that all stages share; `model_init` would make another one "
+            "for every stage. Give the model."
         )
     if any(part is not None for part in optimizers):
         raise ConfigError(

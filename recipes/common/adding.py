@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate import PartialState
 from common.command_line import console
 from common.options import Options
 from datasets import Dataset, concatenate_datasets
@@ -32,7 +33,8 @@ def check_adding(options: Options) -> None:
 
 def parted(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
     """
-    The rows of a file that the system has already, from an earlier run with it, and those that are new.
+    The rows of a file that the system has already, from an earlier run with it, and those that are new; what was
+    deleted since stays out.
 
     Args:
         rows (`Dataset`): The rows of `--add_file`, prepared as the others.
@@ -48,10 +50,15 @@ def parted(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
             f"`{column}` among them. Give each row an id that no other has."
         )
     folder = SystemFolder(options.training.output_dir)
-    numbers = folder.table.rows_of([folder.names.of_id(one) for one in rows[column][:]])
-    is_known = [number >= 0 for number in numbers.tolist()]
-    known = [row for row, there in enumerate(is_known) if there]
-    return rows.select(known), rows.select([row for row, there in enumerate(is_known) if not there])
+    ids = rows[column][:]
+    numbers = folder.table.rows_of([folder.names.of_id(one) for one in ids]).tolist()
+    known = [row for row, number in enumerate(numbers) if number >= 0]
+    deleted = {row for row, one in enumerate(ids) if numbers[row] < 0 and folder.is_deleted(one)}
+    if deleted and PartialState().is_main_process:
+        console.print(
+            f"{counted(len(deleted), 'row')} of {options.script.add_file} passed over: deleted from this system before"
+        )
+    return rows.select(known), rows.select([row for row in range(len(rows)) if row not in deleted.union(known)])
 
 
 def joined(train: Dataset, more: Dataset, options: Options) -> Dataset:

@@ -20,6 +20,7 @@ from support.folders import (
     NAMES,
     NUMBERS,
     USERS,
+    add,
     add_checkpoint,
     apply,
     delete_and_die,
@@ -309,6 +310,14 @@ def test_status_watch_for_machines(lease, changes, state, tmp_path, monkeypatch)
     (worker,) = found[0]["workers"]
     assert list(worker) == ["stage", "host", "process", "since", "state", "silent"]
     assert (worker["stage"], worker["state"]) == ("shard-0/0", state)
+
+
+def test_status_watch_goes_on_until_what_rows_came_to_is_grown_again(tmp_path, monkeypatch):
+    folder = new_system(tmp_path / "system", config=hf_s3t.S3TConfig(num_slices=1, seed=1), groups=None)
+    add(grow(folder), {100: (0, 0)})
+    monkeypatch.setattr("hf_s3t.cli.watching.time.sleep", lambda seconds: grow(folder))
+    lines = run("status", folder.path, "--watch").stdout.splitlines()
+    assert lines == ["0 of 1 stage, 0 workers", "1 of 1 stage, 0 workers"]
 
 
 def test_an_endless_life_is_null_in_json(tmp_path):

@@ -10,14 +10,20 @@ from importlib.util import find_spec
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from support.folders import forge_stage
 from support.on_ray import ROWS, System, adapters_of
+from support.receipts import OTHER_KEY, public, signer
 from support.tiny import lm_rows
 
 from hf_s3t.cluster import train_on_ray, verify_on_ray
 from hf_s3t.cluster.ray_cluster import joined
 from hf_s3t.errors import ExampleIdError
+from hf_s3t.folder.audits_file import read_audits
+from hf_s3t.folder.files import file_digest
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.signing.keys import SIGNING_VARIABLE, use_signer
 
 
 pytestmark = [
@@ -45,6 +51,19 @@ def alone(tmp_path_factory, one_thread, shared_key):
 def trained_alone(path, **changes):
     System(path, **changes)().train()
     return adapters_of(path)
+
+
+def change_a_bit(path, key):
+    """Have a stage on which none stands hold another tensor than training gave it, with digests that match."""
+    file = path / key.path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    forge_stage(
+        path, str(key), files={one: file_digest(file.parent / one) for one in (file.name, "adapter_config.json")}
+    )
+    return name
 
 
 def is_whole(path, alone):
@@ -147,3 +166,27 @@ def test_an_audit_over_workers_finds_every_stage_the_same_and_one_that_is_not(tm
     System(path)().train()
     report = verify_on_ray(System(path), num_workers=2)
     assert report.ok and len(report.stages) == len(alone) and report.trained_here == ()
+    assert not read_audits(path), "nobody here has a key"
+    # Without a folder: what differs there is what the driver sent.
+    last = max(SystemFolder(path).valid_stages, key=lambda key: (key.depth, key))
+    changed = change_a_bit(path, last)
+    report = verify_on_ray(System(path), [last], num_workers=1, shared_folder=False)
+    assert report.mismatches == {str(last): [changed]}
+
+
+def test_an_audit_over_workers_is_recorded_once_by_the_driver(tmp_path):
+    """Also where the workers, which see the folder, have a key; with the adapters that these compared with."""
+    path = tmp_path / "system"
+    System(path)().train()
+    use_signer(signer())
+    try:
+        keys = {"env_vars": {SIGNING_VARIABLE: OTHER_KEY}}
+        report = verify_on_ray(System(path), num_workers=2, runtime_env=keys)
+    finally:
+        use_signer(None)
+    (kept,) = read_audits(path)
+    folder = SystemFolder(path)
+    assert kept.key.keyid == public().keyid and kept.statement.fresh and not kept.statement.differing
+    assert kept.statement.stages == report.adapters
+    assert report.adapters == {str(key): folder.adapter_digest(key) for key in folder.plan.stages()}
+    assert not inspect(path).problems

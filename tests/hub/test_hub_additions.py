@@ -5,7 +5,7 @@ import torch
 from support.folders import add, apply, grow
 from support.hub_systems import load, logits_of, member, plant, send
 
-from hf_s3t.errors import FolderError, MergeNeededError
+from hf_s3t.errors import FolderError, HubError, MergeNeededError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.hub.folder import HubFolder
 from hf_s3t.operations.inspection import inspect
@@ -118,3 +118,79 @@ def test_a_deletion_elsewhere_and_an_addition_here_are_both_in_force_after_a_mer
     send(system, repo, merge=True)
     assert victim not in system.table.rows and set(NEW) < set(system.table.rows)
     assert HubFolder(repo.repo_id).valid_stages == system.valid_stages
+
+
+# How members weigh
+
+
+def weights_of(folder):
+    return folder.record["added"]["weights"]
+
+
+def test_a_copy_that_never_grew_takes_over_how_members_weigh(system, repo, tmp_path):
+    victim = member(system, 0, 0)
+    system.copy_to(tmp_path / "copy")
+    copy = SystemFolder(tmp_path / "copy")
+    apply(copy, [victim])
+    add(system, SHARD, weights="size")
+    send(system, repo)
+    send(copy, repo, merge=True)
+    assert weights_of(copy) == weights_of(SystemFolder(copy.path)) == weights_of(HubFolder(repo.repo_id)) == "size"
+    assert victim not in copy.table.rows and set(SHARD) < set(copy.table.rows)
+    assert not inspect(copy.path).problems
+
+
+@pytest.mark.parametrize("here, there, after", [("equal", "size", "size"), ("size", "equal", "size"), ("equal",) * 3])
+def test_where_two_copies_grew_members_weigh_by_size_if_either_says_so(system, repo, tmp_path, here, there, after):
+    system.copy_to(tmp_path / "copy")
+    copy = add(SystemFolder(tmp_path / "copy"), {"there": (0, 0)}, weights=there)
+    add(system, SHARD, weights=here)
+    send(copy, repo)
+    send(system, repo, merge=True)
+    send(copy, repo, merge=True)
+    assert {weights_of(folder) for folder in (system, copy, HubFolder(repo.repo_id))} == {after}
+    assert set(copy.table.rows) == set(system.table.rows) > {"there", *SHARD}
+
+
+def test_who_knows_all_additions_says_how_members_weigh(system, repo, tmp_path):
+    """Also where that was changed back: the other copy knew of nothing that this one did not."""
+    add(system, SHARD, weights="size")
+    system.copy_to(tmp_path / "copy")
+    copy = add(SystemFolder(tmp_path / "copy"), {}, weights="equal")
+    send(system, repo)
+    send(copy, repo)
+    assert weights_of(HubFolder(repo.repo_id)) == "equal"
+    send(system, repo, merge=True)
+    assert weights_of(system) == "equal" and weights_of(HubFolder(repo.repo_id)) == "equal"
+
+
+# Pushes of what is served from the Hub
+
+
+def rows_on(repo):
+    return set(HubFolder(repo.repo_id).table.rows)
+
+
+def test_a_push_of_what_was_served_before_rows_came_does_not_take_them(system, repo):
+    send(system, repo)
+    served, victim = HubFolder(repo.repo_id), member(system, 0, 0)
+    apply(served, [victim])
+    add(system, SHARD, weights="size")
+    send(system, repo)
+    send(served, repo, merge=True)
+    assert rows_on(repo) == set(system.table.rows) - {victim}
+    assert weights_of(HubFolder(repo.repo_id)) == "size" and HubFolder(repo.repo_id).config.num_shards == 3
+
+
+def test_a_push_of_a_revision_before_rows_came_is_refused(system, repo):
+    commit = send(system, repo).commit
+    served, victim = HubFolder(repo.repo_id, revision=commit), member(system, 0, 0)
+    add(system, NEW)
+    send(system, repo)
+    apply(served, [victim])
+    before = repo.state().commit
+    with pytest.raises(HubError, match=r"before 1 addition of rows that the main branch has.*without `revision`"):
+        send(served, repo, merge=True)
+    assert repo.state().commit == before
+    send(HubFolder(repo.repo_id), repo, merge=True)
+    assert rows_on(repo) == set(system.table.rows) - {victim} > NEW.keys()

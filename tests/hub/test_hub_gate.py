@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.folders import VOCABULARY, apply, gate_of, gate_says, gate_that_never_had, prompt_of, stored_gate
+from support.folders import VOCABULARY, add, apply, gate_of, gate_says, gate_that_never_had, prompt_of, stored_gate
 from support.hub_systems import ROWS, files_on, load, member, send
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama, tokenizer_of_words
 from typer.testing import CliRunner
@@ -86,6 +86,42 @@ def test_a_deletion_reaches_a_repository_whose_gate_the_folder_lacks(gated, repo
     (gated.path / GATE_FILE).unlink()
     apply(gated, [member(gated)])
     assert GATE_FILE in send(gated, repo).deleted and GATE_FILE not in files_on(repo)
+
+
+NEW = {f"example-{number}": (2, number % 2) for number in range(100, 104)}
+
+
+def add_with_words(folder, places) -> None:
+    """As a trainer does with a tokenizer."""
+    add(folder, places)
+    folder.put_gate(gate_of(folder.table, folder.key), {})
+
+
+def test_the_words_of_rows_that_come_by_a_merge_come_with_them(gated, repo, tmp_path):
+    """Of those that are in both copies' tables as they are; none of what somebody deleted, or has otherwise."""
+    gated.copy_to(tmp_path / "copy")
+    copy = SystemFolder(tmp_path / "copy")
+    add_with_words(gated, NEW)
+    send(gated, repo, include_gate=True)
+    apply(copy, [victim := member(copy)])
+    other = {"example-100": (0, 0)}
+    add(copy, other, contents={"example-100": copy.key.of_content({"id": "another"})})
+    send(copy, repo, merge=True)
+    expected = gate_of(copy.table.without(list(other)), copy.key)
+    assert victim not in copy.table.rows and NEW.keys() < copy.table.rows.keys()
+    for folder in (copy, SystemFolder(copy.path)):
+        assert gate_says(folder.load_gate()) == gate_says(expected)
+    stored, _ = read_gate(repo.download(GATE_FILE, repo.newest_commit()), copy.key.check, copy.config)
+    assert gate_says(stored) == gate_says(expected) and not inspect(copy.path).problems
+    assert send(copy, repo).added == ()
+
+
+def test_who_merges_is_told_where_the_words_of_rows_are_not_to_be_had(gated, repo, tmp_path):
+    gated.copy_to(tmp_path / "copy")
+    add_with_words(gated, NEW)
+    send(gated, repo, include_gate=False)
+    with pytest.warns(UserWarning, match=r"lacks the words of rows that came .*no gate there.*build_gate\(\)"):
+        send(SystemFolder(tmp_path / "copy"), repo, merge=True)
 
 
 def test_erasing_takes_the_old_gates(gated, repo, hub):

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 from peft import LoraConfig
+from support.preferences import preference_trainer
 from support.tiny import make_trainer, plant_stages, s3t_config, tiny_llama
 
 from hf_s3t import S3TConfig
@@ -84,6 +85,14 @@ def test_a_card_says_how_large_the_adapters_are_where_nobody_set_it(tmp_path):
     plant_stages(trainer)
     card = render_card(trainer.folder, "me/system")
     assert "| LoRA | r = 8, alpha = 8, on q_proj |" in card and "None" not in card
+
+
+def test_a_card_says_by_which_trainer_and_loss_stages_were_trained(tmp_path):
+    trainer = preference_trainer("kto, apo", tmp_path, arguments={"beta": 0.3})
+    plant_stages(trainer)
+    row = render_card(trainer.folder, "me/system").partition("| training of a stage | ")[2].splitlines()[0]
+    assert row.startswith("`S3TKTOTrainer`, num_train_epochs ")
+    assert row.endswith('loss_type "apo_zero_unpaired", beta 0.3 |')
 
 
 def test_a_card_says_what_a_stage_sees_of_earlier_slices(tmp_path):

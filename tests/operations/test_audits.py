@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.folders import NAMES, add_checkpoint, apply, grow, new_system
+from support.folders import NAMES, add, add_checkpoint, apply, grow, new_system
 from support.receipts import OTHER_KEY, OUR_KEY, public, signer
 from typer.testing import CliRunner
 
@@ -187,6 +187,16 @@ def test_a_result_of_another_system_or_of_stages_that_are_gone_is_refused(system
     apply(system, rows_of(system, StageKey.from_path(f"stages/{tip_of(system)}").shard))
     with pytest.raises(ReceiptError, match="not any more: a deletion took what was audited"):
         add_audit(system, result, public(OTHER_KEY))
+
+
+def test_a_stage_that_lacks_rows_which_came_is_in_no_pack(system, tmp_path):
+    """Whoever audits it would train it on them, and find it another."""
+    tip = tip_of(system)
+    shard, slices = int(tip[6]), tip.partition("/")[2]
+    add(system, {"new@example.org": (shard, int(slices[0]))})
+    with pytest.raises(ConfigError, match=f"{tip}.* lacks rows that came .*Call `train\\(\\)`"):
+        write_audit_pack(system, tmp_path / "pack", [tip])
+    assert not (tmp_path / "pack").exists() and system.ledger.entries[-1].kind == "addition"
 
 
 def test_an_altered_line_of_audits_is_found(system, tmp_path):

@@ -746,6 +746,12 @@ def test_texts_of_a_file_are_added_once_and_audited(encoder, audits_here, tmp_pa
     with pytest.raises(ConfigError, match=r"no system in .*Train it first, by the same command without"):
         texts.main([*argv, "--add_file", path])
     added_to(texts, argv, write, rows, tmp_path)
+    # What came by a file and was deleted since does not come back when the same command comes again.
+    more = [*argv, "--add_file", str(tmp_path / "more.jsonl"), "--add_into", "slices"]
+    texts.main([*more, "--unlearn", "13"])
+    texts.main(more)
+    folder = SystemFolder(tmp_path / "system")
+    assert len(folder.table) == 15 and folder.is_deleted(13) and len(folder.ledger.additions) == 1
     before, refused = stages_of(tmp_path / "system"), more_of(rows, 2)
     wrong = {
         "outside the label set": [{**refused[0], "id": 90, "label": "sad"}],
@@ -759,7 +765,7 @@ def test_texts_of_a_file_are_added_once_and_audited(encoder, audits_here, tmp_pa
         bad = write(tmp_path / "bad", given)
         with pytest.raises(S3TError, match=says):
             texts.main([*argv, "--add_file", bad])
-        assert stages_of(tmp_path / "system") == before and len(SystemFolder(tmp_path / "system").table) == 16
+        assert stages_of(tmp_path / "system") == before and len(SystemFolder(tmp_path / "system").table) == 15
 
 
 @pytest.mark.slow

@@ -151,6 +151,10 @@ def test_the_digests_of_rows_are_those_of_each_and_depend_on_no_other_row():
     odd = {"id": 9, "text": "t9", "meta": {"lang": "en", "phone": "5"}, "n": 0.5, "extra": [1]}
     expected = [KEY.of_content(said({k: v for k, v in row.items() if k != "id"})) for row in rows]
     assert digests(rows) == digests([*rows, odd])[:4] == digests(rows[:1]) + digests(rows[1:]) == expected
+    # Nor whether Datasets keeps them as mappings, or as the JSON that it makes where one has other fields.
+    as_json = Dataset.from_list([*rows, odd], on_mixed_types="use_json")
+    assert "Json" in str(as_json.features["meta"])
+    assert hexadecimal(TrainingRows(as_json, s3t_config(num_slices=1, budget=1)).digests(KEY))[:4] == expected
     # As systems of format 1 have them, they do.
     assert digests(rows, 1)[0] != digests([*rows, odd], 1)[0]
 

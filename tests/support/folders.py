@@ -101,10 +101,10 @@ def grow(folder: SystemFolder, limit: int | None = None) -> SystemFolder:
     return folder
 
 
-def add(folder: SystemFolder, places: dict, replaced=(), contents=None, **how) -> SystemFolder:
+def add(folder: SystemFolder, places: dict, replaced=(), contents=None, weights=None, **how) -> SystemFolder:
     """
     Add rows of ids by their places, perhaps with the digests of their contents; the ids of those that are replaced are
-    in, and come with another content.
+    in, and come with another content. Members weigh as they did, if `weights` does not say how.
     """
     key, config = folder.key, folder.config
     shards = max([config.num_shards, *(shard + 1 for shard, _ in places.values())])
@@ -114,7 +114,8 @@ def add(folder: SystemFolder, places: dict, replaced=(), contents=None, **how) -
     with folder.lock():
         folder.refresh()
         table = ExampleTable.of(rows, shards, config.num_slices, config.seed, folder.names)
-        added = {"shards": shards - folder.record["s3t_config"]["num_shards"], "weights": "equal"}
+        weights = weights or folder.record.get("added", {}).get("weights", "equal")
+        added = {"shards": shards - folder.record["s3t_config"]["num_shards"], "weights": weights}
         removed = deletion.stages_that_saw(folder, [*replaced], folder.stages) if replaced else []
         folder.record_addition(StoredAddition(table, added), {}, [*replaced], removed, **how)
     return folder

@@ -372,6 +372,10 @@ def test_an_unknown_label_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, model, rows=rows[:24], config=s3t_config(**BALANCED))
     with pytest.raises(ConfigError, match="`labels` of `train_dataset` goes from 7 to 7"):
         trainer.add_examples(data([{**row, "labels": 7} for row in rows[24:]]))
+    with pytest.raises(ConfigError, match="lacks `labels` in 1 of 4 rows"):
+        trainer.add_examples(data([{**rows[24], "labels": None}, *rows[25:]]))
+    with pytest.raises(ConfigError, match="lacks `labels` in 1 of 1 row"):
+        trainer.replace_examples(data([{**rows[0], "labels": None}]))
     assert not trainer.folder.ledger.lines
 
 
@@ -502,6 +506,13 @@ def test_texts_that_come_are_prepared_as_the_others(tmp_path):
     fresh = sft(tmp_path / "fresh", rows, partition="column", shard_column="shard", slice_column="slice")
     fresh.train()
     assert_equal_stages(trainer.folder, fresh.folder)
+
+
+def test_texts_that_are_none_are_refused_as_in_the_first_dataset(tmp_path):
+    trainer = sft(tmp_path, spoken(FIRST))
+    with pytest.raises(ConfigError, match="lacks `text` in 1 of 4 rows"):
+        trainer.add_examples(data([{**spoken(MORE)[0], "text": None}, *spoken(MORE)[1:4]]), into="slices")
+    assert not trainer.folder.ledger.lines
 
 
 def test_a_gate_knows_the_rows_that_came_and_the_shards(tmp_path):

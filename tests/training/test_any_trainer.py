@@ -1,5 +1,6 @@
 """S3T over any trainer: `class X(S3TTrainerMixin, SomeTrainer)` is all that is written."""
 
+import copy
 import inspect
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from hf_s3t import S3TTrainerMixin
 from hf_s3t.errors import ConfigError, IsolationError
@@ -164,6 +166,7 @@ def test_what_a_class_takes_besides_is_recorded(tmp_path):
     [
         ({"arguments": {"beta": 0.1}}, ConfigError, r"`beta=0\.1`.*expected a recipe without.*Set `beta=0\.0`"),
         ({"arguments": {"use_vllm": True}}, IsolationError, r"`use_vllm=True` has another engine.*Leave it off"),
+        ({"arguments": {"log_completions": True}}, ConfigError, r"`log_completions=True` writes.*Leave it off"),
     ],
 )
 def test_what_grpo_cannot_have_is_refused(tmp_path, given, error, says):
@@ -212,7 +215,7 @@ def test_a_class_that_passes_on_what_it_does_not_know(tmp_path):
     assert differences(tmp_path / "forgot" / "stages", tmp_path / "never" / "stages") == {}
     with pytest.raises(ConfigError, match=r"share=0\.25 \(was 0\.5\)"):
         own_trainer(tmp_path / "forgot", share=0.25).train()
-    with pytest.raises(TypeError, match="shaer"):
+    with pytest.raises(TypeError, match="shaer"):  # by Trainer, to which the class passes it on
         own_trainer(tmp_path / "two", shaer=0.25)
     assert taken[:2] == ["model", "args"]
 
@@ -222,6 +225,24 @@ def test_arguments_may_be_given_in_the_order_of_the_class(tmp_path):
     rows = Dataset.from_list(classification_rows(12))
     trainer = S3THalved(model, args, None, rows, s3t_config=s3t_config(), peft_config=lora(model))
     assert trainer.args is args and len(trainer.folder.table) == 12
+
+
+class ByName(Trainer):
+    """Takes what it takes by name alone."""
+
+    def __init__(self, *, model, args, train_dataset=None, share=0.5, **kwargs):
+        self.share = share
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+
+
+class S3TByName(S3TTrainerMixin, ByName):
+    pass
+
+
+def test_what_a_class_takes_by_name_alone_is_taken_so(tmp_path):
+    assert own_trainer(tmp_path, cls=S3TByName, share=0.25).share == 0.25
+    with pytest.raises(TypeError, match="ByName with S3TTrainerMixin: too many positional arguments"):
+        S3TByName(tiny_bert(2), training_arguments(tmp_path), Dataset.from_list(classification_rows(12)))
 
 
 class Tokenises(Trainer):
@@ -261,6 +282,25 @@ def test_rows_keep_their_number_where_some_go_and_several_are_made_of_one(tmp_pa
     trainer.train(max_stages=1)
 
 
+class Followed(Trainer):
+    """Has a teacher that follows what is trained, as some of TRL's do by their settings."""
+
+    def __init__(self, model, args, train_dataset, **kwargs):
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        self.teacher = copy.deepcopy(model)
+        self.add_callback(SyncRefModelCallback(self.teacher, self.accelerator))
+
+
+class S3TFollowed(S3TTrainerMixin, Followed):
+    pass
+
+
+def test_a_class_whose_teacher_follows_what_is_trained_is_refused(tmp_path):
+    with pytest.raises(IsolationError, match=r"Followed has a SyncRefModelCallback.*bring what one stage saw.*Choose"):
+        own_trainer(tmp_path / "system", cls=S3TFollowed)
+    assert not files_of(tmp_path / "system")
+
+
 def test_rows_that_lost_their_number_are_refused(tmp_path):
     with pytest.raises(IsolationError, match=r"Forgets made other rows .*nobody could tell.*without `remove_columns`"):
         own_trainer(tmp_path / "system", cls=S3TForgets)
@@ -270,6 +310,15 @@ def test_rows_that_lost_their_number_are_refused(tmp_path):
 def test_a_mixin_behind_its_class_is_refused_as_the_class_is_written():
     with pytest.raises(ConfigError, match=r"X\(DPOTrainer, S3TTrainerMixin\) trains no system.*`class X\(S3TTrainerM"):
         type("X", (DPOTrainer, S3TTrainerMixin), {})
+
+
+def test_a_mixin_by_itself_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^S3TTrainerMixin trains no system.*`class MyTrainer\(S3TTrainerMixin, Some"
+    ):
+        S3TTrainerMixin(tiny_bert(2))
+    with pytest.raises(ConfigError, match=r"^X\(S3TTrainerMixin\) trains no system.*`class X\(S3TTrainerMixin, Some"):
+        type("X", (S3TTrainerMixin,), {})(tiny_bert(2))
 
 
 def test_a_class_that_is_given_no_rows_is_refused_as_it_is_written():

@@ -27,11 +27,12 @@ from support.preferences import (
 from support.refusals import Refusal, cases, files_of
 from support.tiny import ids_of, lora, s3t_config, tiny_gpt2, tiny_llama, training_arguments
 from torch.nn import functional as F
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, RewardConfig, SFTConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import hf_s3t
-from hf_s3t.errors import ConfigError, IsolationError, S3TError
+from hf_s3t.errors import ConfigError, HubError, IsolationError, S3TError
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -160,6 +161,55 @@ def test_the_reference_is_the_base_also_amid_a_stage_and_no_second_copy(tmp_path
     assert any(not torch.equal(policy, expected) for _, policy in asks.said)
 
 
+class Draws(DataCollatorForPreference):
+    """Puts a word that it draws at the beginning of each text, by what it keeps or by what the process has."""
+
+    def __init__(self, own: bool):
+        super().__init__(pad_token_id=0, max_length=24)
+        self.own = random.Random(0) if own else None
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        drawn = torch.randint(5, PLANTED, (1,)).item() if self.own is None else self.own.randrange(5, PLANTED)
+        batch["input_ids"][:, 0] = drawn
+        return batch
+
+
+@pytest.mark.parametrize("collate", [None, Draws(own=True), Draws(own=False)], ids=["dropout", "keeps", "draws"])
+def test_what_the_reference_says_of_a_row_beforehand_follows_from_that_row(tmp_path, collate):
+    """Not from rows before it, where something draws: dropout of a base that was given while it trains, a collator."""
+    said = {}
+    for name, rows in (("all", pairs()), ("later", pairs()[1:])):
+        base = tiny_llama(2, attention_dropout=0.5).train()
+        given = {"model": base, "data_collator": collate, "config": s3t_config()}
+        rows = preference_trainer("dpo, precomputed", tmp_path / name, rows, **given).train_dataset
+        said[name] = dict(zip(rows["id"], rows["ref_chosen_logps"], strict=True))
+        assert base.training and base.model.layers[0].self_attn.training
+    assert said["later"] == {i: value for i, value in said["all"].items() if i in said["later"]}
+    assert len(said["later"]) == len(set(said["later"].values())) == preferences.EXAMPLES - 1
+
+
+def test_a_stage_that_asks_the_reference_beforehand_does_so_whatever_ran_before_it(tmp_path):
+    said = []
+    for is_first in (True, False):
+        base = tiny_llama(2, attention_dropout=0.5).train(is_first)
+        trainer = preference_trainer("kto, precomputed", tmp_path, model=base, config=s3t_config())
+        rows = trainer._stage_dataset(trainer.folder.missing_stages()[0])
+        said.append((rows["ref_logps"][:], rows["ref_KL_logps"][:]))
+    assert said[0] == said[1]
+
+
+def test_last_bits_of_what_the_reference_says_are_a_circumstance_and_no_other_rows(tmp_path, monkeypatch):
+    """Another machine may tell them otherwise: it goes on all the same, as it does without asking beforehand."""
+    preference_trainer("dpo, precomputed", tmp_path, config=s3t_config()).train(max_stages=1)
+    ask = hf_s3t.S3TDPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        hf_s3t.S3TDPOTrainer, "compute_ref_log_probs", lambda *given: tuple(part + 1e-4 for part in ask(*given))
+    )
+    trainer = preference_trainer("dpo, precomputed", tmp_path, config=s3t_config())
+    assert trainer.train(max_stages=1).metrics["stages_trained"] == 1
+
+
 def test_outside_of_stages_the_base_is_as_it_was_given(tmp_path):
     """The class gives it a forward of its own, and takes its dropout."""
     base = tiny_gpt2(2, resid_pdrop=0.1, attn_pdrop=0.2, embd_pdrop=0.3)
@@ -254,6 +304,23 @@ def test_evaluations_while_stages_train_leave_no_trace(tmp_path, method):
     assert differences(tmp_path / "with" / "stages", tmp_path / "without" / "stages") == {}
 
 
+def test_numbers_of_the_class_may_choose_the_best(tmp_path):
+    """As in TRL, whose evaluation tells of more than the loss."""
+    best = {**BEST, "metric_for_best_model": "rewards/accuracies"}
+    trainer = preference_trainer("dpo", tmp_path, eval_dataset=held_out("dpo"), arguments=best, config=s3t_config())
+    trainer.train(max_stages=1)
+    told = [entry["eval_rewards/accuracies"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == max(told)
+
+
+def test_an_evaluation_counts_nothing_of_what_was_asked_before(tmp_path):
+    trainer = preference_trainer("dpo", tmp_path, eval_dataset=held_out("dpo"), config=s3t_config())
+    trainer.train(max_stages=1)
+    told = trainer.evaluate()["eval_logits/chosen"]
+    trainer.predict(trainer.eval_dataset.select([0]))
+    assert trainer.evaluate()["eval_logits/chosen"] == told
+
+
 # Rows that come, and pairs of which several are made
 
 
@@ -299,6 +366,8 @@ def test_examples_that_are_too_long_are_dropped_and_told(tmp_path):
 
 
 EIGHT = ids_of(8)
+CHAT = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
+BEST = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
 TWO_SHARDS = s3t_config(num_shards=2)
 
 
@@ -331,6 +400,35 @@ def columns(**more) -> Dataset:
         rows="list"),
     Refusal(ConfigError, "no tokenizer", "`processing_class` is missing", "made in memory", "Give the tokenizer",
         processing_class=None),
+    Refusal(ConfigError, "numbers", "texts in `prompt`, numbers in `chosen`, texts in `rejected`",
+        "texts or chats in all", "make them so", rows=columns(prompt="w4", chosen=5, rejected=" w6")),
+    Refusal(ConfigError, "a chat beside a text", "chats in `chosen`, texts in `rejected`", "texts or chats in all",
+        "a chat a list of messages", rows=columns(chosen=CHAT, rejected=" w6")),
+    Refusal(ConfigError, "gaps among prompts", "`train_dataset` lacks `prompt` in 1 of 8 rows", "lacks", "Drop them",
+        rows=Dataset.from_list([{**row, "prompt": row["prompt"] if n else None} for n, row in enumerate(pairs(8))])),
+    Refusal(ConfigError, "chats without a template", "`train_dataset` holds chats", "has no chat template",
+        "Give a `processing_class` with one", rows=columns(chosen=CHAT, rejected=CHAT)),
+    Refusal(ConfigError, "chats without a tokenizer", "`processing_class` is missing", "made in memory",
+        "Give the tokenizer", processing_class=None, rows=columns(chosen=CHAT, rejected=CHAT)),
+    Refusal(ConfigError, "rows that are made as they are read", "`train_dataset` has a transform",
+        "as they are stored", r"`dataset.map\(", rows=Dataset.from_list(pairs(8)).with_transform(lambda batch: batch)),
+    Refusal(ConfigError, "nothing to evaluate", "`eval_dataset` has no rows", "expected one or more", "leave it out",
+        eval_dataset=Dataset.from_list(pairs()).select([])),
+    Refusal(ConfigError, "evaluation of something else", r"`eval_dataset\['b'\]` has the columns text",
+        "expected 'chosen' and 'rejected'", "Rename",
+        eval_dataset={"a": held_out("dpo"), "b": Dataset.from_dict({"text": ["w4"]})}),
+    Refusal(ConfigError, "an unknown loss", "`loss_type='sigmoidal'` is unknown", "that TRL's DPOConfig",
+        "Mend the name", arguments={"loss_type": ["sigmoid", "sigmoidal"]}),
+    Refusal(ConfigError, "an unknown divergence", "`f_divergence_type='kl'` is unknown", "that TRL's DPOConfig",
+        "Mend the name", arguments={"f_divergence_type": "kl"}),
+    Refusal(ConfigError, "how to load what is loaded", "`quantization_config` is given with a loaded Llama",
+        "with the name of one", "leave it out", quantization_config=BitsAndBytesConfig(load_in_8bit=True)),
+    Refusal(ConfigError, "a metric of several sets", "`metric_for_best_model='rewards/accuracies'`", "by one name",
+        "'eval_a_loss'", eval_dataset={"a": held_out("dpo"), "b": held_out("dpo")},
+        arguments={**BEST, "metric_for_best_model": "rewards/accuracies"}),
+    Refusal(ConfigError, "what is made here", "has a column 'ref_chosen_logps'", "made here", "Take it out",
+        arguments={"precompute_ref_log_probs": True},
+        rows=columns(prompt="w4", chosen=" w5", rejected=" w6", ref_chosen_logps=-1.0)),
 )  # fmt: skip
 def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(case, tmp_path):
     given = dict(case.given)
@@ -343,6 +441,17 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
     assert not (tmp_path / "system").exists() and "forward" not in vars(base)
 
 
+@pytest.mark.parametrize("method", ["dpo", "reward", "kto, apo"])
+def test_an_order_by_lengths_needs_lengths_and_that_is_said_before_anything_is_written(tmp_path, method):
+    rows = [{**row, "length": number} for number, row in enumerate(METHODS[method][3]())]
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    with pytest.raises(ConfigError, match=r"'group_by_length'` puts.* no column 'input_ids' is left.* Give the rows"):
+        preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=grouped)
+    assert not files_of(tmp_path / "system")
+    told = {**grouped, "remove_unused_columns": False}
+    preference_trainer(method, tmp_path / "system", rows, config=s3t_config(), arguments=told).train(max_stages=1)
+
+
 @cases(
     Refusal(ConfigError, "a language model", "LlamaForCausalLM has `num_labels=", "a sequence classifier with 1",
         "num_labels=1", method="reward", model=tiny_llama(2)),
@@ -352,6 +461,18 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
         "'chosen' and 'rejected'; or 'chosen_ids' and 'rejected_ids'", "Rename", method="reward", rows=judged()),
     Refusal(ConfigError, "no judgement", "has the columns id, prompt, completion", "'completion' and 'label'",
         "Rename them", method="kto", rows=columns(prompt="w4", completion=" w5")),
+    Refusal(ConfigError, "judgements in words", "`label` of `train_dataset` holds other than", "expected True where",
+        "Make them so", method="kto", rows=columns(prompt="w4", completion=" w5", label="good")),
+    Refusal(ConfigError, "judgements by sign", "`label` of `train_dataset` holds other than", "expected True where",
+        "Make them so", method="kto", rows=columns(prompt="w4", completion=" w5", label=-1)),
+    Refusal(ConfigError, "batches of one", "`per_device_train_batch_size=1`", "2 or more", "apo_zero_unpaired",
+        method="kto", arguments={"per_device_train_batch_size": 1}),
+    Refusal(ConfigError, "texts for tokens", "texts in `chosen_ids`", "expected tokens", "or the texts as 'chosen'",
+        method="reward", rows=columns(chosen_ids="w4", rejected_ids="w5")),
+    Refusal(ConfigError, "tokens of another model", "`rejected_ids` of `train_dataset` goes from 5 to 600", "0 to 59",
+        "the model's own", method="reward", rows=columns(chosen_ids=[5, 6], rejected_ids=[5, 600])),
+    Refusal(ConfigError, "answers of others", "has a column 'KL_completion_ids'", "made here, of the rows of each",
+        "Take it out", method="kto", rows=columns(prompt="w4", completion=" w5", label=True, KL_completion_ids=[4])),
     Refusal(ConfigError, "batches that are drawn", r"`S3TConfig\(replay=0.5\)`", "put together once",
         "Leave `replay` out, or use", method="kto", config=s3t_config(replay=0.5)),
 )  # fmt: skip
@@ -372,6 +493,39 @@ def test_a_recipe_of_another_loss_is_refused(tmp_path):
     assert files_of(tmp_path / "stages") == written
 
 
+def test_a_system_that_is_there_is_not_set_up_without_its_rows(tmp_path):
+    preference_trainer("dpo", tmp_path)
+    written = files_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"`train_dataset` is missing.*DPOTrainer.*load the folder by `S3TModel\."):
+        hf_s3t.S3TDPOTrainer(
+            tiny_llama(2), args=training_arguments(tmp_path, DPOConfig, bf16=False), processing_class=tokenizer()
+        )
+    assert files_of(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("adapter", {}, r"`model='.*adapter'` cannot be loaded: Unrecognized model.*\. Give the folder of a model"),
+        ("base", {"nonsense": 3}, r"cannot be loaded with `model_init_kwargs=\{'nonsense': 3\}`: .*'nonsense'\. Give"),
+    ],
+)
+def test_a_name_by_which_no_base_is_loaded_is_refused(tmp_path, name, settings, says):
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    lora(tiny_llama(2)).save_pretrained(tmp_path / "adapter")
+    args = training_arguments(tmp_path / "system", DPOConfig, bf16=False, model_init_kwargs=settings)
+    with pytest.raises(ConfigError, match=says):
+        hf_s3t.S3TDPOTrainer(str(tmp_path / name), args=args, train_dataset=Dataset.from_list(pairs()))
+    assert not (tmp_path / "system").exists()
+
+
+def test_a_hub_that_is_out_of_reach_is_told_as_the_trainer_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"The repository was not made: the Hub cannot be reached.*Go online"):
+        preference_trainer("dpo", tmp_path, arguments={"push_to_hub": True, "hub_token": "none"})
+    assert not files_of(tmp_path)
+
+
 def test_a_base_by_its_name(tmp_path):
     tiny_llama(2).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
@@ -386,3 +540,14 @@ def test_a_base_by_its_name(tmp_path):
     args = training_arguments(tmp_path / "reward", RewardConfig, **settings)
     reward = hf_s3t.S3TRewardTrainer(str(tmp_path / "base"), args, **given)
     assert reward.model.config.num_labels == 1 and stack_of(reward).head == ("score",)
+
+
+def test_arguments_by_which_a_base_was_loaded_load_it_alike_again(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"bf16": False, "max_length": 24, "model_init_kwargs": {"dtype": "bfloat16"}}
+    args = training_arguments(tmp_path / "system", DPOConfig, **settings)
+    given = {"train_dataset": Dataset.from_list(pairs()), "peft_config": lora(tiny_llama(2)), "s3t_config": TWO_SHARDS}
+    for _ in range(2):
+        trainer = hf_s3t.S3TDPOTrainer(str(tmp_path / "base"), args=args, **given)
+        assert trainer.model.dtype == torch.bfloat16
