@@ -114,7 +114,7 @@ def classifiers(data: Mapping[str, Any]) -> str:
     """Accuracy where shards are random parts of one task; empty where it was not measured."""
     if not data.get("classifiers"):
         return ""
-    ways = list(data["classifiers"][0]["accuracy"])
+    ways = list(dict.fromkeys(way for system in data["classifiers"] for way in system["accuracy"]))
     lines = [f"| task | {' | '.join(ways)} | one LoRA on everything |", "|---" * (2 + len(ways)) + "|"]
     for task in dict.fromkeys(system["task"] for system in data["classifiers"]):
         systems = [system for system in data["classifiers"] if system["task"] == task]
