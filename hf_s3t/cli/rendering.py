@@ -54,8 +54,8 @@ def show_status(status: dict[str, Any], plan: Plan) -> None:
     if status["next_stage"] is not None:
         _show_what_is_left_to_train(status)
     if status["stages_behind"]:
-        behind = counted(status["stages_behind"], "stage")
-        say(f"{behind} serve without rows that came since, until `train()` has grown them again")
+        behind = f"{counted(status['stages_behind'], 'stage')} {'serves' if status['stages_behind'] == 1 else 'serve'}"
+        say(f"{behind} without rows that came since, until `train()` has grown what is behind again")
     if status["gate"] is not None:
         rows, terms = counted(status["gate"]["rows"], "row"), counted(status["gate"]["terms"], "distinct word")
         say(f"gate: {status['gate']['kind']}, of the prompts of {rows}, {terms}")

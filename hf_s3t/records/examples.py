@@ -571,8 +571,9 @@ class ExampleTable:
         if changed:
             raise ContentChangedError(
                 f"The content of {counted(len(changed), 'example')} is not what it was at the first training: "
-                f"{some(changed)}. Restore the rows. If ids are row numbers, they shift when rows leave the dataset: "
-                "give it as it was, deleted rows included, or make systems with an `id_column`."
+                f"{some(changed)}. Restore the rows, or have those that were edited take the place of the old ones by "
+                "`trainer.replace_examples`. If ids are row numbers, they shift when rows leave the dataset: give it "
+                "as it was, deleted rows included, or make systems with an `id_column`."
             )
         if len(rows) != len(self):
             is_missing = self._is_in.copy()

@@ -179,6 +179,9 @@ class Additions(PlanRuns):
         whole = self._with_rows(rows, digests)
         # Prepared before anything is written: preparing may refuse rows, or leave nothing of them.
         prepared = None if asked.dry_run else self._prepared_rows_of(whole)
+        if self.accelerator.num_processes > 1:
+            # Each that sees a folder of its own would lack what the first one writes.
+            self._agree_on_what_is_there()
         report = in_first_process(lambda: self._add_under_lock(rows, digests, asked))
         if not self.is_world_process_zero():
             self.folder.refresh()
