@@ -77,6 +77,8 @@ def told(data: Mapping[str, Any]) -> str:
     ]
     for shards, systems in [*_by_shards(data, "people"), *_by_shards(data, "authors")]:
         for system in systems:
+            if "membership" not in system:
+                continue
             before, after = system["membership"]["before"], system["membership"]["after"]
             cells = [f"{before[way]['auc']:.2f}, {after[way]['auc']:.2f} ({after[way]['error']:.2f})" for way in ways]
             lines.append(f"| {system['title']} | {shards} | {' | '.join(cells)} |")
