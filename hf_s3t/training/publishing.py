@@ -90,7 +90,8 @@ class Publishing(LiveModel):
             [`~hf_s3t.errors.HubError`]: If the Hub refuses or cannot be reached.
         """
         with hub_errors_as_sentences(self.args.hub_model_id or self._output_dir, "The repository was not made"):
-            super().init_hf_repo(token=token, private=private)
+            # The oldest Trainers go by `hub_private_repo` alone.
+            super().init_hf_repo(token=token, **({} if private is None else {"private": private}))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints hold an optimizer's state; the system is pushed as its sequences complete."""
