@@ -55,12 +55,29 @@ class StoredGate:
         """A new one, of rows."""
         return cls(rows, TermCounts.of(rows, num_shards, num_slices), tokenizer_digest, secrets.token_hex(16))
 
-    def without(self, id_digests: Collection[str]) -> "StoredGate":
+    def without(self, id_digests: Collection[str] | np.ndarray) -> "StoredGate":
         """The gate without some rows, as if they had never been there; those that are not are passed over."""
         gone = self.rows.only(id_digests)
         if not len(gone):
             return self
         return replace(self, rows=self.rows.without(id_digests), counts=self.counts.without(gone))
+
+    def keeping(self, earlier: "StoredGate", id_digests: Collection[str] | np.ndarray) -> "StoredGate":
+        """
+        The gate with what another knows of rows that it does not know itself.
+
+        Args:
+            earlier ([`StoredGate`]): The other. By another tokenizer it knows other words, and nothing is taken of it.
+            id_digests (collection of `str`, or `numpy.ndarray`):
+                The keyed digests of the rows' ids, in hexadecimal digits or as 32 bytes in each row.
+        """
+        if earlier.tokenizer_digest != self.tokenizer_digest:
+            return self
+        kept = earlier.rows.only(id_digests)
+        if not len(kept):
+            return self
+        counts = self.counts
+        return StoredGate.of(self.rows.joined(kept), counts.num_shards, counts.num_slices, self.tokenizer_digest)
 
     def of_shards(self, num_shards: int) -> "StoredGate":
         """The gate of a system with so many shards, of which the last may have come since: it knows no row of them."""

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -442,13 +442,21 @@ class SystemFolder(AddingFolder):
             self._gate_stamp = stamp(self.path / GATE_FILE)
             self._gate, self._gate_ledger = gate, ledger
 
-    def put_gate(self, gate: StoredGate, settings: Mapping[str, Any]) -> None:
+    def put_gate(
+        self,
+        gate: StoredGate,
+        settings: Mapping[str, Any],
+        lacking: Callable[[ExampleTable], Sequence[int | str]] | None = None,
+    ) -> None:
         """
         Write a gate that was made of the rows of the system, without those that are not in, and record its settings.
 
         Args:
             gate ([`~hf_s3t.folder.gate_file.StoredGate`]): The gate, of the rows that are in and perhaps more.
             settings (mapping): What of [`~hf_s3t.S3TConfig`] says how it is used, by the names of its fields.
+            lacking (callable, *optional*):
+                Table -> its rows that were not there, or other ones, where the gate was made: somebody else brought
+                them. Of these the words stay that the gate here has.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If another system lies there now, or the folder cannot be written to.
@@ -458,11 +466,22 @@ class SystemFolder(AddingFolder):
             self.refresh_ledger()
             self._settle()
             ledger = self.ledger
-            gate = gate.without(ledger.deleted).settled()
+            gate = gate.without(ledger.deleted).of_shards(self.config.num_shards)
+            if lacking is not None and self.has_gate:
+                gate = self._with_words_of_others(gate, lacking(self.table))
+            gate = gate.settled()
             with explained(f"{self.path / GATE_FILE} could not be written", _NOTHING_REMOVED):
                 write_gate(self.path / GATE_FILE, gate, ledger, self.record["key_check"])
                 self._has_written(gate, ledger)
                 self._record_settings(settings)
+
+    def _with_words_of_others(self, gate: StoredGate, rows: Sequence[int | str]) -> StoredGate:
+        others = self.table.columns.id_digests[self.table.rows_of(rows)]
+        gate = gate.without(others)
+        # One that is damaged is made anew without them.
+        with contextlib.suppress(FolderError):
+            gate = gate.keeping(self.load_gate(), others)
+        return gate
 
     def _record_settings(self, settings: Mapping[str, Any]) -> None:
         record = read_record(self.path / CONFIG_FILE)

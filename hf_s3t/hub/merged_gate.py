@@ -3,14 +3,11 @@
 import warnings
 from collections.abc import Callable, Container
 
-import numpy as np
-
 from ..folder.config_file import settings_of
 from ..folder.gate_file import StoredGate, read_gate
 from ..folder.layout import GATE_FILE
 from ..folder.system import SystemFolder
 from ..records.examples import ExampleTable
-from ..records.terms import TermRows
 from .repository import HubRepo, HubState
 
 
@@ -34,11 +31,10 @@ def take_in_words(
     # What a system on the Hub serves has no gate of its own here.
     if not (folder.path / GATE_FILE).is_file() or folder.gate_head().rows >= len(folder.table):
         return
-    gate = folder.load_gate()
     config, found = settings_of(state.record or folder.record), None
     if GATE_FILE in state.tree:
         found, _ = read_gate(repo.download(GATE_FILE, state.commit), folder.key.check, config)
-    if found is None or found.tokenizer_digest != gate.tokenizer_digest:
+    if found is None or found.tokenizer_digest != folder.gate_tokenizer_digest:
         if came:
             why = "there is no gate there" if found is None else "the gate there reads them by another tokenizer"
             warnings.warn(
@@ -47,13 +43,18 @@ def take_in_words(
                 stacklevel=2,
             )
         return
-    unknown = _unknown(gate, folder.table)
-    # Of an id that both added, each may have a row of its own.
-    same = _rows(table_there(), unknown)
-    words = found.rows.only([digest.hex() for digest, row in unknown.items() if same.get(digest) == row])
-    if len(words):
-        shape = folder.config.num_shards, folder.config.num_slices
-        folder.put_gate(StoredGate.of(_joined(gate.rows.settled(), words), *shape, gate.tokenizer_digest), {})
+    there = table_there()
+    with folder.lock():
+        # While this read, another may have written a gate, or rows may have come or gone.
+        folder.refresh()
+        gate = folder.load_gate()
+        unknown = _unknown(gate, folder.table)
+        # Of an id that both added, each may have a row of its own.
+        same = _rows(there, unknown)
+        words = [digest.hex() for digest, row in unknown.items() if same.get(digest) == row]
+        joined = gate.keeping(found, words)
+        if joined is not gate:
+            folder.put_gate(joined, {})
 
 
 def _unknown(gate: StoredGate, table: ExampleTable) -> dict[bytes, _Row]:
@@ -71,11 +72,3 @@ def _rows(table: ExampleTable, wanted: Container[bytes]) -> dict[bytes, _Row]:
         for row, name in enumerate(names)
         if name in wanted
     }
-
-
-def _joined(ours: TermRows, theirs: TermRows) -> TermRows:
-    def both(name: str) -> np.ndarray:
-        return np.concatenate([getattr(ours, name), getattr(theirs, name)])
-
-    terms = [one for rows in (ours, theirs) for one in np.split(rows.terms, rows.ends[:-1]) if len(rows)]
-    return TermRows.of(both("digests"), both("shards"), both("slices"), terms)

@@ -153,6 +153,20 @@ class TermRows:
         places, terms = (self.shards[numbers], self.slices[numbers]), self.terms[_ranges(begins, lengths)]
         return TermRows(self.digests[numbers], *places, np.cumsum(lengths, dtype=np.int64), terms)
 
+    def joined(self, others: "TermRows") -> "TermRows":
+        """
+        These rows and others, none of which is among these.
+
+        Args:
+            others ([`TermRows`]): The others.
+        """
+        parts = [rows.settled() for rows in (self, others)]
+        digests, shards, slices = (
+            np.concatenate([getattr(rows, name) for rows in parts]) for name in ("digests", "shards", "slices")
+        )
+        terms = [one for rows in parts if len(rows) for one in np.split(rows.terms, rows.ends[:-1])]
+        return TermRows.of(digests, shards, slices, terms)
+
     def settled(self) -> "TermRows":
         """The same rows in arrays that hold nothing of those that were removed."""
         if self.is_settled:

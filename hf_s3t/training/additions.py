@@ -352,7 +352,8 @@ class Additions(PlanRuns):
         def write() -> None:
             if tokenizer is not None:
                 folder.refresh_ledger()
-                folder.put_gate(gate_of(self._rows_of_stages, folder.table, folder.key, tokenizer), settings)
+                rows = self._rows_of_stages
+                folder.put_gate(gate_of(rows, folder.table, folder.key, tokenizer), settings, rows.lacking)
 
         in_first_process(write)
 

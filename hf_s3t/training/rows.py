@@ -311,9 +311,13 @@ class StageRows:
         return self.config.examples_per_epoch(self.sizes(key, table))
 
     def positions_of(self, table: ExampleTable) -> tuple[np.ndarray, list[int]]:
-        """The rows of a table that preparation left something of: their numbers there, and their positions here."""
-        numbers = table.row_numbers
-        found = [self._position.get(kept, -1) for kept in table.columns.kept(numbers)]
+        """
+        The rows of a table that are here as they are there, if preparation left something of them: their numbers
+        there, and their positions here.
+        """
+        numbers, others = table.row_numbers, {*self.lacking(table)}
+        ids = table.columns.kept(numbers)
+        found = [-1 if kept in others else self._position.get(kept, -1) for kept in ids]
         return numbers[np.asarray(found, np.int64) >= 0], [position for position in found if position >= 0]
 
     def _positions_in(self, shard: int, slice_: int, table: ExampleTable) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from support.folders import add
+from support.folders import add, gate_says, stored_gate
 from support.tiny import (
     make_trainer,
     plant_stages,
@@ -33,6 +33,7 @@ from hf_s3t.errors import (
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.training.gate_rows import gate_of
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -540,6 +541,49 @@ def test_a_model_with_a_gate_answers_while_the_gate_does_not_know_new_shards_yet
     before = model(input_ids=asked).logits
     add(SystemFolder(tmp_path), {f"new-{number}": (2, number % 2) for number in range(4)})
     assert torch.equal(model(input_ids=asked).logits, before)
+
+
+def gated(path, rows):
+    return make_trainer(path, rows=rows, processing_class=words(), config=s3t_config(**BALANCED, gate="terms"))
+
+
+def gate_of_who_has(path, rows) -> list[list]:
+    """What a trainer with all rows of a system makes its gate of."""
+    trainer = gated(path, rows)
+    return gate_says(gate_of(trainer._rows_of_stages, trainer.folder.table, trainer.folder.key, words()))
+
+
+@pytest.mark.parametrize("written_by", ["an addition", "build_gate"])
+def test_a_gate_keeps_the_words_of_rows_that_another_trainer_brought(tmp_path, written_by):
+    first = gated(tmp_path, FIRST)
+    plant_stages(first)
+    gated(tmp_path, FIRST).add_examples(data(MORE[:4]), into="new_shards")
+    rows = [*FIRST, *MORE[:4]]
+    if written_by == "build_gate":
+        first.build_gate()
+    else:
+        first.add_examples(data(MORE[4:6]), into="slices")
+        rows += MORE[4:6]
+    assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, rows)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_gate_has_no_words_of_a_row_that_another_trainer_replaced(tmp_path, monkeypatch, when):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    plant_stages(first)
+    edited = {**FIRST[0], "input_ids": MORE[0]["input_ids"]}
+    put_gate = first.folder.put_gate
+
+    def put_late(*given):
+        second.replace_examples(data([edited]))
+        put_gate(*given)
+
+    if when == "before":
+        second.replace_examples(data([edited]))
+    else:
+        monkeypatch.setattr(first.folder, "put_gate", put_late)
+    first.build_gate()
+    assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, [edited, *FIRST[1:]])
 
 
 @pytest.mark.slow
