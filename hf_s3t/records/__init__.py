@@ -3,6 +3,7 @@ What a system knows of its examples and deletions, in memory: no disk is touched
 
 - `contents`: what rows say, as bytes to be digested.
 - `digests`: the secret of a system, and the keyed digests of ids, groups and contents that are made with it.
+- `arrow_kinds`: kinds of Arrow columns that several types stand for.
 - `buffers`: Arrow arrays from numpy arrays and texts, and back.
 - `columns`: the columns of a table of examples.
 - `examples`: the table of examples: which id lies in which slice, and what pins each slice to its content.

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .arrow_kinds import is_json
 from .buffers import arrow_numbers, bytes_of, offsets_of
 from .digests import encode
 
@@ -50,8 +51,7 @@ def encode_rows(columns: Mapping[str, pa.Array], rows: int) -> list[bytes]:
 def _encoded(array: pa.Array) -> pa.Array:
     """The encoding of each value, null where that is none."""
     kind = array.type
-    if getattr(kind, "extension_name", "") == "arrow.json":
-        # As which Datasets keeps mappings once one row has another field than the others.
+    if is_json(kind):
         return _bytes([None if text is None else encode(said(json.loads(text))) for text in array.storage.to_pylist()])
     if pa.types.is_dictionary(kind):
         return _encoded(array.dictionary_decode())

@@ -1,6 +1,7 @@
 """`S3TDPOTrainer`: TRL's `DPOTrainer`, run once per stage of an S3T system."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from datasets import Dataset
@@ -139,7 +140,8 @@ def check_losses(args: DPOConfig) -> None:
     """
     Refuse losses that `DPOTrainer` would find unknown in a stage's first step, when the folder is written.
 
-    It lists them nowhere: they are compared with, one after the other, where the loss is computed.
+    It lists them nowhere: they are compared with, one after the other, where the loss is computed. Where not even the
+    usual ones are found there, that is done elsewhere, and the judgement is left to it.
 
     Args:
         args ([`~trl.DPOConfig`]): The recipe of a stage.
@@ -149,10 +151,21 @@ def check_losses(args: DPOConfig) -> None:
     """
     known = {value for code in codes_in(DPOTrainer._compute_loss.__code__) for value in code.co_consts}
     for name in ("loss_type", "f_divergence_type"):
-        given = getattr(args, name)
-        unknown = [one for one in (given if isinstance(given, list) else [given]) if one not in known]
+        if not known.issuperset(_listed(_usual(name))):
+            continue
+        unknown = [one for one in _listed(getattr(args, name)) if one not in known]
         if unknown:
             raise ConfigError(
                 f"`{name}={unknown[0]!r}` is unknown to DPOTrainer, expected one of those that TRL's DPOConfig "
                 "describes. Mend the name, or leave it out."
             )
+
+
+def _usual(name: str) -> Any:
+    """What an argument of [`~trl.DPOConfig`] is where nothing is given."""
+    (field,) = (one for one in fields(DPOConfig) if one.name == name)
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]

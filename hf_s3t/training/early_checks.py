@@ -18,6 +18,7 @@ from ..config import S3TConfig
 from ..errors import ConfigError
 from ..model.ensemble_loss import IGNORED_LABEL
 from ..model.task import find_task
+from ..records.arrow_kinds import is_list
 from .circumstances import evaluation_trains
 from .dataset_rows import LABELS
 
@@ -239,7 +240,7 @@ def _is_of_positions(name: str) -> bool:
 def _longest(dataset: datasets.Dataset, column: str) -> int:
     rows = dataset.with_format("arrow").select_columns([column]).iter(batch_size=1000)
     columns = [batch[column] for batch in rows]
-    lengths = [pc.max(pc.list_value_length(part)).as_py() for part in columns if _is_list(part.type)]
+    lengths = [pc.max(pc.list_value_length(part)).as_py() for part in columns if is_list(part.type)]
     return max((length or 0 for length in lengths), default=0)
 
 
@@ -253,7 +254,7 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
     kind, least, greatest = "other", None, None
     for batch in dataset.with_format("arrow").select_columns([column]).iter(batch_size=1000):
         values = batch[column]
-        while _is_list(values.type):
+        while is_list(values.type):
             values = pc.list_flatten(values)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             return "text", (None, None)
@@ -269,10 +270,6 @@ def _kind_and_range(dataset: datasets.Dataset, column: str) -> tuple[str, tuple[
             least = found["min"] if least is None else min(least, found["min"])
             greatest = found["max"] if greatest is None else max(greatest, found["max"])
     return kind, (least, greatest)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def check_choice(

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from datasets import Features, Json, LargeList, List
 
 from ..errors import IsolationError
+from ..records.arrow_kinds import is_json, is_list
 from ..records.contents import said
 
 
@@ -53,7 +54,7 @@ def _has_fields_of_others(dataset: datasets.Dataset, name: str) -> bool:
     column = dataset.with_format("arrow").select_columns([name])
     kind = column.data.schema.field(name).type
     is_found = _has_mappings(kind) and any(_shows(part) for batch in column.iter(1000) for part in batch[name].chunks)
-    if is_found and not _is_json(kind):
+    if is_found and not _fits_json(kind):
         raise IsolationError(
             f"`{name}` of `train_dataset` is a column of {kind}, whose fields all rows share: what one has is seen in "
             "texts of others, and JSON, where each has its own, cannot hold it. Give it as texts that `json.dumps` "
@@ -67,9 +68,9 @@ def _shows(array: pa.Array, is_field: bool = False) -> bool:
     kind = array.type
     if pa.types.is_struct(kind):
         return any(field.null_count > 0 or _shows(field, True) for field in array.flatten())
-    if _is_list(kind):
+    if is_list(kind):
         return _shows(array.flatten(), is_field)
-    if _is_of_json(kind):
+    if is_json(kind):
         # As what it is where no row has other fields, so that it is the same to a row whether one has.
         return any(text is not None and _is_said_otherwise(json.loads(text)) for text in array.storage.to_pylist())
     return is_field and pa.types.is_floating(kind) and bool(pc.any(pc.equal(array, pc.floor(array))).as_py())
@@ -80,27 +81,19 @@ def _is_said_otherwise(value: Any) -> bool:
 
 
 def _has_mappings(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) or _is_of_json(kind) or (_is_list(kind) and _has_mappings(kind.value_type))
+    return pa.types.is_struct(kind) or is_json(kind) or (is_list(kind) and _has_mappings(kind.value_type))
 
 
-def _is_of_json(kind: pa.DataType) -> bool:
-    return getattr(kind, "extension_name", "") == "arrow.json"
-
-
-def _is_json(kind: pa.DataType) -> bool:
+def _fits_json(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return all(_is_json(kind.field(number).type) for number in range(kind.num_fields))
-    if _is_list(kind):
-        return _is_json(kind.value_type)
+        return all(_fits_json(kind.field(number).type) for number in range(kind.num_fields))
+    if is_list(kind):
+        return _fits_json(kind.value_type)
     tests = (
         pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
         pa.types.is_null,
     )  # fmt: skip
-    return _is_of_json(kind) or any(test(kind) for test in tests)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    return is_json(kind) or any(test(kind) for test in tests)
 
 
 def _of_json(feature: Any) -> Any:

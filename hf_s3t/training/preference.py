@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..model.fresh_copies import fresh_copy
 from ..model.modes import modes_kept
 from ..model.randomness import preserved_randomness, seed_all
+from ..records.arrow_kinds import is_list
 from .inputs import refuse_gaps
 from .trainer_mixin import TrainerMixin
 
@@ -107,7 +108,7 @@ def _kind(dataset: datasets.Dataset, column: str) -> str:
     # Messages of several forms are stored as JSON, each or all of a chat.
     if isinstance(kind, pa.BaseExtensionType):
         return "chats"
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not is_list(kind):
         return "numbers" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else "something else"
     inner = kind.value_type
     if pa.types.is_struct(inner):

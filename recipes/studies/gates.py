@@ -268,9 +268,11 @@ class Taught:
         copy = self.folder.with_name(f"{self.folder.name}-forgot")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.folder, copy)
-        self.served(copy).unlearn(groups=list(names))
-        yield copy
-        shutil.rmtree(copy)
+        try:
+            self.served(copy).unlearn(groups=list(names))
+            yield copy
+        finally:
+            shutil.rmtree(copy)
 
     def batches(self, rows: Sequence[Row], kind: str = AS_TRAINED) -> list[dict[str, torch.Tensor]]:
         """Rows as the trainer prepares them, their questions changed by a rule."""

@@ -1,5 +1,7 @@
 """Rows that are added and replaced in data-parallel processes: once, for all of them, and to the bit."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ from support.launched import launched
 from support.tiny import make_trainer, rows_for, s3t_config, tiny_llama
 
 from hf_s3t import launch
-from hf_s3t.errors import ContentChangedError
+from hf_s3t.errors import ContentChangedError, S3TError
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.plan.stages import StageKey
+from hf_s3t.training import plan_run
 
 
 ROWS = rows_for(tiny_llama(), 24)
@@ -43,6 +47,27 @@ def grow(path):
     trainer_of(path / "fresh", placed, num_shards=1, **columns).train()
 
 
+def with_folders_of_their_own(path):
+    """Processes of which each sees a folder of its own, where another stage is missing."""
+    mine = path / f"seen-by-{os.environ['RANK']}"
+    shutil.copytree(path / "system", mine)
+    if os.environ["RANK"] == "1":
+        shutil.rmtree(mine / StageKey(0, (0, 1)).path)
+    # That folders are seen late by others is not waited for.
+    plan_run._ATTEMPTS = 3
+    trainer = trainer_of(mine, FIRST, num_shards=1, partition="balanced")
+    with pytest.raises(S3TError, match="folder"):
+        trainer.add_examples(Dataset.from_list(MORE), into="slices")
+    assert not SystemFolder(mine).ledger.lines
+
+
+@pytest.mark.slow
+def test_rows_come_nowhere_where_processes_see_folders_of_their_own(tmp_path):
+    trainer_of(tmp_path / "system", FIRST, num_shards=1, partition="balanced").train()
+    arguments = (str(tmp_path), "folders")
+    launched(Path(__file__), *arguments, processes=2, environment={"OMP_NUM_THREADS": "1"})
+
+
 @pytest.mark.slow
 def test_rows_come_once_and_each_process_trains_on_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_S3T_KEY", "of both of these systems")
@@ -57,4 +82,4 @@ def test_rows_come_once_and_each_process_trains_on_them(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     launch.start_cpu_processes()
-    grow(Path(sys.argv[1]))
+    (with_folders_of_their_own if sys.argv[2:] else grow)(Path(sys.argv[1]))

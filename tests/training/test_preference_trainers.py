@@ -28,11 +28,12 @@ from support.refusals import Refusal, cases, files_of
 from support.tiny import ids_of, lora, s3t_config, tiny_gpt2, tiny_llama, training_arguments
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, RewardConfig, SFTConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import hf_s3t
 from hf_s3t.errors import ConfigError, HubError, IsolationError, S3TError
+from hf_s3t.training.dpo_trainer import check_losses
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_key")
@@ -439,6 +440,14 @@ def test_what_dpo_cannot_be_trained_by_is_refused_before_anything_is_written(cas
         preference_trainer("dpo", tmp_path / "system", **given)
     case.check(caught)
     assert not (tmp_path / "system").exists() and "forward" not in vars(base)
+
+
+def test_losses_are_left_to_a_trl_that_compares_them_elsewhere(monkeypatch):
+    def compute_loss(self, model, inputs, return_outputs):
+        return self.losses[self.loss_types[0]](inputs)
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", compute_loss)
+    check_losses(DPOConfig("unused", loss_type=["one of those to come"], use_cpu=True, bf16=False))
 
 
 @pytest.mark.parametrize("method", ["dpo", "reward", "kto, apo"])
