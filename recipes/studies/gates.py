@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +22,7 @@ from datasets import Dataset
 from demo.invented_people import fact_rows, general_rows, held_out_rows, make_people, strangers
 from demo.people_demo import DEMO, demo_base
 from demo.small_llama import base_model
+from studies.asking import Answers, answers, answers_by
 from studies.gates_of_classifiers import classifiers
 from studies.membership import by_subject, membership, orphans
 from studies.rewording import REWORDINGS, reworded
@@ -38,8 +39,8 @@ from hf_s3t.sequences.families import stages_of
 
 
 Row = Mapping[str, str]
-# What the terms gate is chosen of, on subjects that are not reported.
-TEMPERATURES, MOST_MEMBERS = (0.3, 1.0, 3.0), (None, 1, 2)
+# What the terms gate is chosen of, on subjects and general rows that are not reported.
+TEMPERATURES, MOST_MEMBERS = (0.3, 1.0, 3.0, 5.0, 8.0), (None, 1, 2)
 # Every third subject chooses; of the others, one in eight is deleted.
 _CHOOSES, _DELETED = 3, 8
 # Of one member the answers are its own, whatever weighs it.
@@ -71,6 +72,7 @@ class Subjects:
         strangers (mapping): The same of subjects that nothing is taught about.
         general (sequence of rows): What is taught besides.
         held_out (sequence of rows): What general quality is measured with.
+        choosing_general (sequence of rows): As many more of the same, by which the gate's settings are chosen.
         measure (`str`): Which of the fields of [`Answers`] says what is known.
         title (`str`): What tables and pictures call them.
     """
@@ -79,6 +81,7 @@ class Subjects:
     strangers: Mapping[str, Sequence[Row]]
     general: Sequence[Row]
     held_out: Sequence[Row]
+    choosing_general: Sequence[Row]
     measure: str
     title: str
 
@@ -119,6 +122,7 @@ def people(num_people: int, num_general: int, eval_size: int) -> Subjects:
         strangers={person.name: fact_rows(person) for person in strangers(num_people, max(20, num_people))},
         general=general_rows(num_general, 0),
         held_out=held_out_rows(num_general, eval_size),
+        choosing_general=held_out_rows(num_general + eval_size, eval_size),
         measure="right",
         title="invented people",
     )
@@ -137,12 +141,13 @@ def authors(data: Path, count: int, num_general: int, eval_size: int) -> Subject
     )
     # Of those that are cut off by their length, the answer may be gone.
     short = (row for row in instructions if sum(map(len, row.values())) <= _LONGEST)
-    others = list(islice(short, num_general + eval_size))
+    others = list(islice(short, num_general + 2 * eval_size))
     return Subjects(
         known={name: found[name] for name in names[:count]},
         strangers={name: found[name] for name in names[count : 2 * count]},
         general=others[:num_general],
-        held_out=others[num_general:],
+        held_out=others[num_general : num_general + eval_size],
+        choosing_general=others[num_general + eval_size :],
         measure="tokens",
         title="TOFU's authors",
     )
@@ -151,80 +156,6 @@ def authors(data: Path, count: int, num_general: int, eval_size: int) -> Subject
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-# Asking
-
-
-@dataclass(frozen=True)
-class Answers:
-    """
-    How rows are answered, one entry per row.
-
-    Args:
-        right (`np.ndarray`): Whether greedy decoding would give the answer, to the letter.
-        tokens (`np.ndarray`): The share of its tokens that would come next.
-        loss (`np.ndarray`): Their mean negative log likelihood.
-    """
-
-    right: np.ndarray
-    tokens: np.ndarray
-    loss: np.ndarray
-
-
-@torch.no_grad()
-def answers(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> Answers:
-    """
-    Ask a model for the answers of rows, given their questions.
-
-    Args:
-        model: What answers.
-        batches (iterable of mappings): The rows: `input_ids`, `attention_mask`, and `labels` on the answers alone.
-    """
-    return _put_together([_judged(model(**batch).logits[:, :-1].float().log_softmax(-1), batch) for batch in batches])
-
-
-@torch.no_grad()
-def answers_by(
-    model: S3TModel, batches: Sequence[Mapping[str, torch.Tensor]], weights: Mapping[Any, torch.Tensor]
-) -> dict[Any, Answers]:
-    """
-    Ask each member once, and weigh what they say in several ways.
-
-    Args:
-        model ([`~hf_s3t.S3TModel`]): The ensemble.
-        batches (sequence of mappings): The rows, as [`answers`] takes them.
-        weights (mapping to `torch.Tensor` of shape `(rows, num_shards)`): Way -> what weighs the shards.
-    """
-    found: dict[Any, list[Answers]] = {way: [] for way in weights}
-    done = 0
-    for batch in batches:
-        asked = {name: value for name, value in batch.items() if name != "labels"}
-        size = len(asked["input_ids"])
-        members = []
-        for one in torch.eye(next(iter(weights.values())).shape[1]).double():
-            with model.weighted_by(one.expand(size, -1)):
-                members.append(model(**asked).logits[:, :-1].float().log_softmax(-1))
-        stacked = torch.stack(members, -1)
-        for way, shares in weights.items():
-            log_weights = shares[done : done + size].to(stacked).log()[:, None, None]
-            found[way].append(_judged((stacked + log_weights).logsumexp(-1), batch))
-        done += size
-    return {way: _put_together(parts) for way, parts in found.items()}
-
-
-def _judged(scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> Answers:
-    """What log probabilities, `(rows, tokens - 1, words)`, are worth as answers of a batch."""
-    labels = batch["labels"][:, 1:].to(scores.device)
-    asked = labels != -100
-    hits = (scores.argmax(-1) == labels) & asked
-    loss = -scores.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * asked
-    found = ((hits | ~asked).all(1), hits.sum(1) / asked.sum(1), loss.sum(1) / asked.sum(1))
-    return Answers(*(one.double().cpu().numpy() for one in found))
-
-
-def _put_together(parts: Sequence[Answers]) -> Answers:
-    return Answers(*(np.concatenate([getattr(one, field.name) for one in parts]) for field in fields(Answers)))
 
 
 class Taught:
@@ -304,25 +235,46 @@ def rows_of(subjects: Mapping[str, Sequence[Row]], names: Iterable[str] | None =
 
 def chosen_gate(taught: Taught) -> dict[str, Any]:
     """
-    The settings of the terms gate under which the subjects that choose are known best, asked in other words.
+    The settings of the terms gate under which the subjects that choose are known best, asked in other words, among
+    those that answer general rows no worse than the mean does, beyond the error.
 
     Returns:
-        `dict`: `gate`, as `S3TModel.from_pretrained` takes it, and `tried`: per setting what was known.
+        `dict`: `gate`, as `S3TModel.from_pretrained` takes it, and `tried`: per setting what was known, and how much
+        higher than the mean's the loss on general rows was, with its standard error.
     """
     subjects, shards = taught.subjects, taught.options.s3t.num_shards
-    rows = rows_of(subjects.known, subjects.choosing)
-    batches = [batch for kind in KINDS for batch in taught.batches(rows, kind)]
+    asked = [batch for kind in KINDS for batch in taught.batches(rows_of(subjects.known, subjects.choosing), kind)]
+    general = taught.batches(subjects.choosing_general)
     settings = [
         {"gate": "terms", "gate_temperature": temperature, "gate_top_k": most}
         for temperature, most in product(TEMPERATURES, MOST_MEMBERS)
         if most is None or most <= shards
     ]
-    weights = {n: _chosen_weights(taught, taught.served(**gate), gate, batches) for n, gate in enumerate(settings)}
-    found = answers_by(taught.served(), batches, weights)
-    # Of what knows as much the surer one.
-    tried = [(_known(found[n], subjects), -float(found[n].loss.mean()), gate) for n, gate in enumerate(settings)]
-    best = max(tried, key=lambda one: one[:2])
-    return {"gate": best[2], "tried": [{**gate, "known": round(share, 4)} for share, _, gate in tried]}
+    models = [taught.served(**gate) for gate in settings]
+
+    def found(batches: list[dict[str, torch.Tensor]]) -> dict[Any, Answers]:
+        ways: dict[Any, torch.Tensor] = {
+            number: _chosen_weights(taught, model, gate, batches)
+            for number, (model, gate) in enumerate(zip(models, settings, strict=True))
+        }
+        return answers_by(taught.served(), batches, {**ways, "mean": torch.full_like(ways[0], 1 / shards)})
+
+    of_subjects, of_others = found(asked), found(general)
+    tried = []
+    for number, gate in enumerate(settings):
+        excess, error = _difference(of_others[number].loss, of_others["mean"].loss)
+        # Of what knows as much the surer one.
+        order = (excess <= error, _known(of_subjects[number], subjects), -float(of_subjects[number].loss.mean()))
+        said = {"known": round(order[1], 4), "loss_above_mean": round(excess, 4), "error": round(error, 4)}
+        tried.append((order, gate, said))
+    best = max(tried, key=lambda one: one[0])
+    return {"gate": best[1], "tried": [{**gate, **said} for _, gate, said in tried]}
+
+
+def _difference(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """By how much losses are above others of the same rows, and the standard error of that."""
+    differences = losses - others
+    return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
 def _known(found: Answers, subjects: Subjects) -> float:
@@ -389,8 +341,7 @@ def _known_by_kind(
 def _held_out(taught: Taught, models: Mapping[str, S3TModel]) -> dict[str, float]:
     """The loss by gate on rows that are held out, and the standard error of the difference."""
     losses = {name: answers(model, taught.batches(taught.subjects.held_out)).loss for name, model in models.items()}
-    differences = losses["terms"] - losses["mean"]
-    error = float(differences.std(ddof=1) / len(differences) ** 0.5)
+    _, error = _difference(losses["terms"], losses["mean"])
     return {**{name: round(float(loss.mean()), 4) for name, loss in losses.items()}, "error": round(error, 4)}
 
 
