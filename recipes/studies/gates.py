@@ -55,6 +55,8 @@ LAYOUTS = (*product((1, 5, 20), (1, 2, 4, 8)), (50, 1), (50, 2))
 _LAYOUT = {"num_layers": 8, "num_people": 40, "num_general": 160, "epochs": 24}
 # What trains two layers well diverges where it trains all eight: each layout has the best of these.
 _LAYOUT_RATES = {1: (1e-3,), 2: (1e-3, 3e-3), 4: (1e-3, 3e-3), 8: (1e-3, 3e-3)}
+# What trains a shard well need not train all rows at once: one LoRA has the best of these, by the first seed.
+_WHOLE_RATES = {"people": (1e-3, 3e-3), "authors": (1e-3, 2e-3)}
 # The gate that is recommended: of twenty members each setting that is tried costs as much as training them.
 _LAYOUT_GATE = {"gate": "terms", "gate_temperature": 1.0, "gate_top_k": 1}
 
@@ -310,8 +312,10 @@ def measured_layout(taught: Taught) -> dict[str, Any]:
 def measured_whole(taught: Taught) -> dict[str, Any]:
     """What one LoRA knows that is fine-tuned on all the rows, and forgets nobody."""
     subjects, model = taught.subjects, taught.method.model
+    chooses = answers(model, taught.batches(rows_of(subjects.known, subjects.choosing)))
     asked = {"full": rows_of(subjects.known, subjects.reported), "strangers": rows_of(subjects.strangers)}
     return {
+        "known_of_choosing": round(_known(chooses, subjects), 4),
         "known": {
             who: {kind: round(_known(answers(model, taught.batches(rows, kind)), subjects), 4) for kind in KINDS}
             for who, rows in asked.items()
@@ -496,17 +500,30 @@ def _of_authors(
         "keep_idle": "false",
         **own,
     }
-    argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    argv = _as_arguments(given)
     return _kept(options, label, Taught(subjects, read([*argv, *others]), str(base)))
+
+
+def _as_arguments(given: Mapping[str, Any]) -> list[str]:
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
 def _whole(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str, Any]]:
     """One LoRA on all the rows about people, and about authors."""
+
+    def train(who: str, seed: int, rate: float) -> dict[str, Any]:
+        label, own = f"{who}-full-seed{seed}-{rate:g}", {"method": "full", "seed": seed, "learning_rate": rate}
+        if who == "authors":
+            return _of_authors(options, label, own, others)
+        return _of_people(options, label, [*_as_arguments(own), *others])
+
     found = []
-    for seed in options.seeds:
-        argv = ["--method", "full", "--seed", str(seed), *others]
-        found.append(_of_people(options, f"people-full-seed{seed}", argv))
-        found.append(_of_authors(options, f"authors-full-seed{seed}", {"method": "full", "seed": seed}, others))
+    for who, rates in _WHOLE_RATES.items():
+        for seed in options.seeds:
+            tried = {rate: train(who, seed, rate) for rate in rates}
+            best = max(tried, key=lambda rate: tried[rate]["known_of_choosing"])
+            rates = (best,)
+            found.append({**tried[best], "learning_rate": best})
     return found
 
 
@@ -525,7 +542,7 @@ def _layouts(options: argparse.Namespace, others: Sequence[str]) -> list[dict[st
             "num_train_epochs": epochs,
             "seed": seed,
         }
-        argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        argv = _as_arguments(given)
         label = f"layout-{shards}-{slices}-seed{seed}"
         tried = {
             rate: _of_people(
