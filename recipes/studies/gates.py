@@ -46,7 +46,8 @@ _CHOOSES, _DELETED = 3, 8
 # Of one member the answers are its own, whatever weighs it.
 AS_TRAINED = "as trained"
 KINDS = (AS_TRAINED, *REWORDINGS)
-_BATCH = 64
+# Attention of more rows at once leaves the caches.
+_BATCH = 8
 # Characters of an instruction and its answer, at most.
 _LONGEST = 300
 # Layouts that are compared: numbers of shards and of slices, and the epochs of one slice that all of them cost.
