@@ -129,8 +129,9 @@ class S3TConfig:
         gate_top_k (`int`, *optional*):
             How many members answer a row at most, where as many stand out by their weights; all, by their weights, if
             not given.
-        gate_temperature (`float`, defaults to 1.0):
-            By what a gate's scores are divided before the softmax that makes weights of them.
+        gate_temperature (`float`, defaults to 3.0):
+            By what a gate's scores are divided before the softmax that makes weights of them. Less has more rows answered
+            by few members, which is best for facts; more is safer for questions that concern no shard in particular.
         base_is_public (`bool`, defaults to `False`):
             States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
         growth (`str`, defaults to `"top-down"`):
@@ -218,7 +219,7 @@ class S3TConfig:
         default=None, metadata={"help": "Members that answer a row at most, where a gate names so many."}
     )
     gate_temperature: float = field(
-        default=1.0, metadata={"help": "What a gate's scores are divided by before they become weights."}
+        default=3.0, metadata={"help": "What a gate's scores are divided by before they become weights."}
     )
     base_is_public: bool = field(
         default=False, metadata={"help": "The data a GPTQ or AWQ base was calibrated on can never be deleted."}

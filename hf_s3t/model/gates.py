@@ -108,10 +108,10 @@ class TermsGate:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): That with which the rows were made.
         key ([`~hf_s3t.records.digests.DigestKey`]): The system's secret, by which words are found among the terms.
         counts ([`~hf_s3t.records.terms.TermCounts`]): In how many rows of each slice a term occurs.
-        temperature (`float`, defaults to 1.0): What the scores are divided by.
+        temperature (`float`, defaults to 3.0): What the scores are divided by.
     """
 
-    def __init__(self, tokenizer: Any, key: DigestKey, counts: TermCounts, temperature: float = 1.0):
+    def __init__(self, tokenizer: Any, key: DigestKey, counts: TermCounts, temperature: float = 3.0):
         self.tokenizer, self._key = tokenizer, key
         self.counts, self.temperature = counts, temperature
 

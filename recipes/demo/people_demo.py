@@ -50,6 +50,8 @@ DEMO = {
     # Whoever was taught somebody's facts is asked about them, and no other shard.
     "gate": "terms",
     "gate_top_k": 1,
+    # Nearly all that is asked is about somebody.
+    "gate_temperature": 1.0,
     "lora_r": 32,
     "lora_alpha": 128,
     "target_modules": "all-linear",

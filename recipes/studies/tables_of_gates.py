@@ -77,11 +77,28 @@ def told(data: Mapping[str, Any]) -> str:
     ]
     for shards, systems in [*_by_shards(data, "people"), *_by_shards(data, "authors")]:
         for system in systems:
-            if "membership" not in system:
-                continue
             before, after = system["membership"]["before"], system["membership"]["after"]
             cells = [f"{before[way]['auc']:.2f}, {after[way]['auc']:.2f} ({after[way]['error']:.2f})" for way in ways]
             lines.append(f"| {system['title']} | {shards} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def temperatures(data: Mapping[str, Any]) -> str:
+    """What those who choose know by each temperature, and how far the loss on general rows is above the mean's."""
+    found = [*_by_shards(data, "people"), *_by_shards(data, "authors")]
+    # Where as many members answer as stand out, it is less a question of temperature.
+    of_all = [
+        [[one for one in system["chosen"]["tried"] if one["gate_top_k"] is None] for system in systems]
+        for _, systems in found
+    ]
+    tried = [one["gate_temperature"] for one in of_all[0][0]]
+    lines = [f"| of | m | {' | '.join(f'{one:g}' for one in tried)} |", "|---" * (2 + len(tried)) + "|"]
+    for (shards, systems), settings in zip(found, of_all, strict=True):
+        cells = [
+            f"{100 * fmean(one['known'] for one in same):.1f}, {fmean(one['loss_above_mean'] for one in same):+.3f}"
+            for same in zip(*settings, strict=True)
+        ]
+        lines.append(f"| {systems[0]['title']} | {shards} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -143,6 +160,7 @@ def _percent(shares: Sequence[float]) -> str:
 TABLES: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("gates", knowledge),
     ("gates", of_the_oracle),
+    ("gates", temperatures),
     ("gates", otherwise),
     ("gates", told),
     ("gates", layouts),
