@@ -130,8 +130,8 @@ class S3TConfig:
             How many members answer a row at most, where as many stand out by their weights; all, by their weights, if
             not given.
         gate_temperature (`float`, defaults to 3.0):
-            By what a gate's scores are divided before the softmax that makes weights of them. Less has more rows answered
-            by few members, which is best for facts; more is safer for questions that concern no shard in particular.
+            By what a gate's scores are divided before the softmax that makes weights of them. With less, few members
+            answer more of the rows, which is best for facts; more is safer for questions that concern no shard.
         base_is_public (`bool`, defaults to `False`):
             States that a base quantised by calibration (GPTQ, AWQ) was calibrated on data nobody can ask to delete.
         growth (`str`, defaults to `"top-down"`):

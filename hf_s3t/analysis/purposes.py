@@ -27,7 +27,8 @@ _KNOWING = "the shard that was taught it; of what none was, the mean of all"
 UNSAID = Purpose(5)
 # What is learnt -> what follows.
 PURPOSES: Mapping[str, Purpose] = {
-    "facts": Purpose(20, _TERMS, answered_by=_KNOWING),
+    # Whoever asks about nobody is not expected: as it was measured.
+    "facts": Purpose(20, {**_TERMS, "gate_temperature": 1.0}, answered_by=_KNOWING),
     "skills": UNSAID,
     "both": Purpose(5, _TERMS, answered_by=_KNOWING),
 }

@@ -928,11 +928,12 @@ def test_plan_says_one_of_a_thing_as_one():
 
 def test_plan_says_who_answers_what_a_system_is_to_learn():
     facts, skills = (run(*PLAN, "--num-layers", 8, "--learns", learns).stdout for learns in ("facts", "skills"))
-    assert "answered by                gate='terms', gate_top_k=1: the shard that was taught it" in facts
+    gate = "gate='terms', gate_top_k=1, gate_temperature=1.0"
+    assert f"answered by                {gate}: the shard that was taught it" in facts
     assert "note: A gate asks the shard that was taught a subject: set group_column" in facts
     assert "answered by                the mean of all shards\n" in skills and "group_column" not in skills
     told = json.loads(run(*PLAN, "--num-layers", 8, "--learns", "facts", "--json").stdout)
-    assert told["learns"] == "facts" and told["gate"] == {"gate": "terms", "gate_top_k": 1}
+    assert told["learns"] == "facts" and told["gate"] == {"gate": "terms", "gate_top_k": 1, "gate_temperature": 1.0}
     assert "answered by" not in run(*PLAN, "--num-layers", 8).stdout
 
 
