@@ -350,10 +350,18 @@ class Additions(PlanRuns):
         tokenizer, folder = tokenizer_of(self.processing_class), self.folder
 
         def write() -> None:
-            if tokenizer is not None:
+            rows = self._rows_of_stages
+            while tokenizer is not None:
                 folder.refresh_ledger()
-                rows = self._rows_of_stages
-                folder.put_gate(gate_of(rows, folder.table, folder.key, tokenizer), settings, rows.lacking)
+                additions = folder.ledger.additions
+                gate = gate_of(rows, folder.table, folder.key, tokenizer)
+                with folder.lock():
+                    folder.refresh_ledger()
+                    # What came while texts were read may be rows that are here, and not in what was made of these, or
+                    # elsewhere: a row that was deleted, and came back.
+                    if folder.ledger.additions == additions:
+                        folder.put_gate(gate, settings, rows.lacking)
+                        return
 
         in_first_process(write)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from support.folders import add, gate_says, stored_gate
+from support.folders import add, apply, gate_says, stored_gate
 from support.tiny import (
     make_trainer,
     plant_stages,
@@ -33,6 +33,7 @@ from hf_s3t.errors import (
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.training import additions
 from hf_s3t.training.gate_rows import gate_of
 
 
@@ -567,23 +568,51 @@ def test_a_gate_keeps_the_words_of_rows_that_another_trainer_brought(tmp_path, w
     assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, rows)
 
 
+def while_texts_are_read(monkeypatch, act) -> None:
+    """Have another process act once while a trainer makes its gate, which takes long."""
+
+    def read(*given):
+        gate = gate_of(*given)
+        monkeypatch.setattr(additions, "gate_of", gate_of)
+        act()
+        return gate
+
+    monkeypatch.setattr(additions, "gate_of", read)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_gate_has_no_words_of_a_row_that_another_trainer_replaced(tmp_path, monkeypatch, when):
     first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
     plant_stages(first)
     edited = {**FIRST[0], "input_ids": MORE[0]["input_ids"]}
-    put_gate = first.folder.put_gate
-
-    def put_late(*given):
-        second.replace_examples(data([edited]))
-        put_gate(*given)
-
     if when == "before":
         second.replace_examples(data([edited]))
     else:
-        monkeypatch.setattr(first.folder, "put_gate", put_late)
+        while_texts_are_read(monkeypatch, lambda: second.replace_examples(data([edited])))
     first.build_gate()
     assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, [edited, *FIRST[1:]])
+
+
+@pytest.mark.parametrize("deleted", ["before", "meanwhile"])
+def test_a_gate_has_a_row_that_comes_back_while_it_is_made_where_it_is_now(tmp_path, monkeypatch, deleted):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    plant_stages(first)
+    back = FIRST[0]["id"]
+    place = first.folder.table.places_of([back])
+    if deleted == "before":
+        apply(first.folder, [back])
+
+    def come_back():
+        if deleted == "meanwhile":
+            apply(second.folder, [back])
+        # Among others it does not come to where it was.
+        second.add_examples(data([FIRST[0], *MORE[:3]]), again=[back])
+
+    while_texts_are_read(monkeypatch, come_back)
+    first.build_gate()
+    folder = SystemFolder(tmp_path)
+    assert stored_gate(folder) == gate_of_who_has(tmp_path, [*FIRST, *MORE[:3]])
+    assert folder.table.places_of([back]) != place
 
 
 @pytest.mark.slow
