@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,8 +13,10 @@ from ..checks import require_choice
 from ..errors import ConfigError, FolderError, S3TError, counted
 from ..folder.addition_file import StoredAddition
 from ..folder.config_file import WEIGHTS
+from ..folder.files import explained
 from ..folder.versions import library_versions
 from ..model.aggregation import check_one_answer_can_be_made
+from ..model.gates import tokenizer_of_gate
 from ..model.randomness import own_randomness
 from ..operations.deletion import stages_that_saw
 from ..plan.later_rows import Place
@@ -360,10 +363,20 @@ class Additions(PlanRuns):
                     # What came while texts were read may be rows that are here, and not in what was made of these, or
                     # elsewhere: a row that was deleted, and came back.
                     if folder.ledger.additions == additions:
-                        folder.put_gate(gate, settings, rows.lacking)
+                        have_tokenizer = partial(self._have_tokenizer, gate.tokenizer_digest)
+                        folder.put_gate(gate, settings, rows.lacking, have_tokenizer)
                         return
 
         in_first_process(write)
+
+    def _have_tokenizer(self, digest: str) -> None:
+        """Have the folder hold the tokenizer that a gate goes by: models that serve it read prompts with that."""
+        path = self.folder.path
+        try:
+            tokenizer_of_gate(self.folder, digest)
+        except FolderError:
+            with explained(f"The tokenizer could not be written to {path}", "Make room, then call again."):
+                self.processing_class.save_pretrained(path)
 
 
 @contextlib.contextmanager

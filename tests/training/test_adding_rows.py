@@ -30,6 +30,7 @@ from hf_s3t.errors import (
     ExampleIdError,
     UnknownExampleError,
 )
+from hf_s3t.folder.layout import GATE_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
 from hf_s3t.operations.inspection import inspect
@@ -613,6 +614,20 @@ def test_a_gate_has_a_row_that_comes_back_while_it_is_made_where_it_is_now(tmp_p
     folder = SystemFolder(tmp_path)
     assert stored_gate(folder) == gate_of_who_has(tmp_path, [*FIRST, *MORE[:3]])
     assert folder.table.places_of([back]) != place
+
+
+@pytest.mark.parametrize("why", ["another tokenizer", "was altered"])
+def test_who_makes_a_gate_is_told_where_the_words_of_others_rows_are_lost(tmp_path, why):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    second.add_examples(data(MORE[:2]), into="slices")
+    if why == "was altered":
+        gate = tmp_path / GATE_FILE
+        gate.write_bytes(gate.read_bytes()[:-1] + b"?")
+    else:
+        first.processing_class = tokenizer_of_words(more=60)
+    with pytest.warns(UserWarning, match=rf"lacks the words of 2 rows that another .*{why}.*build_gate"):
+        first.build_gate()
+    assert len(SystemFolder(tmp_path).load_gate().rows) == len(FIRST)
 
 
 @pytest.mark.slow
