@@ -630,6 +630,25 @@ def test_who_makes_a_gate_is_told_where_the_words_of_others_rows_are_lost(tmp_pa
     assert len(SystemFolder(tmp_path).load_gate().rows) == len(FIRST)
 
 
+@pytest.mark.parametrize("then", ["the call is made again", "a trainer has all rows"])
+def test_a_gate_gets_the_words_of_rows_whose_trainer_died_before_it_was_written(tmp_path, monkeypatch, caplog, then):
+    trainer, rows = gated(tmp_path, FIRST), [*FIRST, *MORE[:3]]
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SystemFolder, "put_gate", dies)
+        trainer.add_examples(data(MORE[:3]), into="slices")
+    if then == "the call is made again":
+        assert trainer.add_examples(data(MORE[:3]), into="slices").known == 3
+    else:
+        again = gated(tmp_path, rows)
+        assert "lacks the words of 3 of 27 examples" in caplog.text
+        again.build_gate()
+    assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, rows)
+
+
 @pytest.mark.slow
 def test_an_audit_in_a_fresh_process_finds_a_grown_system_as_it_is_recorded(tmp_path):
     script = tmp_path / "grows.py"
