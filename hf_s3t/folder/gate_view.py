@@ -2,11 +2,15 @@
 
 import os
 import threading
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..config import S3TConfig
+from ..errors import FolderError, counted
 from ..records.ledger import Ledger
 from ..records.terms import TermCounts
 from .files import Stamp, stamp
@@ -128,6 +132,24 @@ class GateView:
     def _deleted_since(self, lines: int) -> Collection[str]:
         """The digests of the ids that lines after the first so many deleted."""
         return self.ledger.deleted_since(lines)
+
+    def _with_words_of_others(self, gate: StoredGate, others: np.ndarray) -> StoredGate:
+        """Another gate, which has of some rows, by the keyed digests of their ids, what this one has."""
+        gate, why = gate.without(others), "the gate there reads rows by another tokenizer."
+        try:
+            earlier = self.load_gate()
+            if earlier.tokenizer_digest == gate.tokenizer_digest:
+                return gate.keeping(earlier, others)
+        except FolderError as error:
+            # One that is damaged is made anew without them.
+            why = str(error)
+        if len(others):
+            warnings.warn(
+                f"The gate lacks the words of {counted(len(others), 'row')} that another trainer brought: {why} Call "
+                "`build_gate()` of a trainer that has all rows.",
+                stacklevel=2,
+            )
+        return gate
 
     @property
     def _gate_holds_deleted_rows(self) -> bool:

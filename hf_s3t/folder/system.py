@@ -447,6 +447,7 @@ class SystemFolder(AddingFolder):
         gate: StoredGate,
         settings: Mapping[str, Any],
         lacking: Callable[[ExampleTable], Sequence[int | str]] | None = None,
+        have_tokenizer: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Write a gate that was made of the rows of the system, without those that are not in, and record its settings.
@@ -457,6 +458,9 @@ class SystemFolder(AddingFolder):
             lacking (callable, *optional*):
                 Table -> its rows that were not there, or other ones, where the gate was made: somebody else brought
                 them. Of these the words stay that the gate here has.
+            have_tokenizer (callable):
+                Called before it is written, has its tokenizer lie here. Whatever dies in between, prompts are refused
+                then, and not read as other words.
 
         Raises:
             [`~hf_s3t.errors.FolderError`]: If another system lies there now, or the folder cannot be written to.
@@ -468,20 +472,14 @@ class SystemFolder(AddingFolder):
             ledger = self.ledger
             gate = gate.without(ledger.deleted).of_shards(self.config.num_shards)
             if lacking is not None and self.has_gate:
-                gate = self._with_words_of_others(gate, lacking(self.table))
+                others = lacking(self.table)
+                gate = self._with_words_of_others(gate, self.table.columns.id_digests[self.table.rows_of(others)])
             gate = gate.settled()
+            have_tokenizer()
             with explained(f"{self.path / GATE_FILE} could not be written", _NOTHING_REMOVED):
                 write_gate(self.path / GATE_FILE, gate, ledger, self.record["key_check"])
                 self._has_written(gate, ledger)
                 self._record_settings(settings)
-
-    def _with_words_of_others(self, gate: StoredGate, rows: Sequence[int | str]) -> StoredGate:
-        others = self.table.columns.id_digests[self.table.rows_of(rows)]
-        gate = gate.without(others)
-        # One that is damaged is made anew without them.
-        with contextlib.suppress(FolderError):
-            gate = gate.keeping(self.load_gate(), others)
-        return gate
 
     def _record_settings(self, settings: Mapping[str, Any]) -> None:
         record = read_record(self.path / CONFIG_FILE)

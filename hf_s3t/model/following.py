@@ -24,6 +24,7 @@ from .gates import (
     GivenWeights,
     TermsGate,
     UnreadableGate,
+    UsersGate,
     tokenizer_of_gate,
 )
 from .retrying import Retrying
@@ -303,8 +304,7 @@ class Following:
     def _gate(self, settings: ChosenGate) -> Gate | None:
         """What weighs the members by what is in now. Stages are taken out of use also where it cannot be read."""
         if settings.gate != "terms":
-            given: Gate | None = settings.gate
-            return self._by_size() if given is None else given
+            return self._by_size() if settings.gate is None else UsersGate(settings.gate)
         try:
             return self._terms_gate(float(settings.temperature))
         except (S3TError, OSError) as error:

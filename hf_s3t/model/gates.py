@@ -99,6 +99,33 @@ class GivenWeights:
         return weights / weights.sum(1, keepdim=True)
 
 
+class UsersGate:
+    """
+    A gate of the user's, of which nobody knows what it says until it says it.
+
+    Args:
+        gate ([`Gate`]): The gate.
+    """
+
+    def __init__(self, gate: Gate):
+        self._gate = gate
+
+    def weights(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, seen: Sequence[frozenset[int]]
+    ) -> torch.Tensor:
+        """
+        As [`Gate.weights`]; what it gives dead shards goes to the living ones.
+
+        Raises:
+            [`~hf_s3t.errors.ConfigError`]: If it says something else than weights.
+        """
+        try:
+            given = GivenWeights(self._gate.weights(input_ids, attention_mask, seen), len(seen))
+        except ConfigError as error:
+            raise ConfigError(f"What `{type(self._gate).__name__}.weights` returned are no weights. {error}") from None
+        return given.weights(input_ids, attention_mask, seen)
+
+
 class TermsGate:
     """
     Weighs shards by the words of a prompt: a softmax of what BM25 says, with the rows of each shard that are still in
@@ -137,7 +164,8 @@ class TermsGate:
         ]
         texts: list[str] = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         scores = np.stack([self.counts.scores(terms_of(text, self._key), seen) for text in texts])
-        weighed = torch.from_numpy(scores) / self.temperature
+        # Of the best, so that no temperature makes a number of it that is too large.
+        weighed = torch.from_numpy(scores - scores.max(axis=1, keepdims=True)) / self.temperature
         return weighed.masked_fill(alive_of(seen) == 0, -torch.inf).softmax(1)
 
 

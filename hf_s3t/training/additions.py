@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,8 +13,10 @@ from ..checks import require_choice
 from ..errors import ConfigError, FolderError, S3TError, counted
 from ..folder.addition_file import StoredAddition
 from ..folder.config_file import WEIGHTS
+from ..folder.files import explained
 from ..folder.versions import library_versions
 from ..model.aggregation import check_one_answer_can_be_made
+from ..model.gates import tokenizer_of_gate
 from ..model.randomness import own_randomness
 from ..operations.deletion import stages_that_saw
 from ..plan.later_rows import Place
@@ -333,11 +336,12 @@ class Additions(PlanRuns):
         self.train_dataset = self._prepared = prepared[0]
         self._stage_rows = prepared[1]
         self._described = None
-        if self.folder.has_gate and report.added:
+        if self.folder.has_gate and report.added + report.known:
             if tokenizer_of(self.processing_class) is not None:
                 with _rows_are_in():
-                    self._write_gate({})
-            elif self.is_world_process_zero():
+                    # Of rows that are known, a call may have died before it wrote the gate.
+                    self._write_gate({}, if_it_lacks_words=not report.added)
+            elif report.added and self.is_world_process_zero():
                 logger.warning(
                     "The gate does not know the rows that came. Give `processing_class`, and call `build_gate()`."
                 )
@@ -345,17 +349,52 @@ class Additions(PlanRuns):
         if self._live is not None:
             self._live.refresh()
 
-    def _write_gate(self, settings: Mapping[str, Any]) -> None:
-        """Write the gate of the rows that are in, with what is said of its use."""
+    def _rows_the_gate_lacks(self) -> int:
+        """How many rows that are here the gate has no words of: who brought them died, or had no tokenizer."""
+        table = self.folder.table
+        return max(0, len(table) - self._rows_of_stages.dropped(table) - self.folder.gate_head().rows)
+
+    def _say_what_the_gate_lacks(self) -> None:
+        # One that is damaged is none of training's; who serves it is told.
+        with contextlib.suppress(FolderError):
+            lacking = self._rows_the_gate_lacks() if self.folder.has_gate else 0
+            if lacking:
+                logger.warning_once(
+                    f"The gate lacks the words of {lacking} of {counted(len(self.folder.table), 'example')}: who "
+                    "brought them ended before it was written, or had no tokenizer. Call `build_gate()`."
+                )
+
+    def _write_gate(self, settings: Mapping[str, Any], if_it_lacks_words: bool = False) -> None:
+        """Write the gate of the rows that are in, with what is said of its use; or only where it lacks some."""
         tokenizer, folder = tokenizer_of(self.processing_class), self.folder
 
         def write() -> None:
-            if tokenizer is not None:
+            if if_it_lacks_words and not self._rows_the_gate_lacks():
+                return
+            rows = self._rows_of_stages
+            while tokenizer is not None:
                 folder.refresh_ledger()
-                rows = self._rows_of_stages
-                folder.put_gate(gate_of(rows, folder.table, folder.key, tokenizer), settings, rows.lacking)
+                additions = folder.ledger.additions
+                gate = gate_of(rows, folder.table, folder.key, tokenizer)
+                with folder.lock():
+                    folder.refresh_ledger()
+                    # What came while texts were read may be rows that are here, and not in what was made of these, or
+                    # elsewhere: a row that was deleted, and came back.
+                    if folder.ledger.additions == additions:
+                        have_tokenizer = partial(self._have_tokenizer, gate.tokenizer_digest)
+                        folder.put_gate(gate, settings, rows.lacking, have_tokenizer)
+                        return
 
         in_first_process(write)
+
+    def _have_tokenizer(self, digest: str) -> None:
+        """Have the folder hold the tokenizer that a gate goes by: models that serve it read prompts with that."""
+        path = self.folder.path
+        try:
+            tokenizer_of_gate(self.folder, digest)
+        except FolderError:
+            with explained(f"The tokenizer could not be written to {path}", "Make room, then call again."):
+                self.processing_class.save_pretrained(path)
 
 
 @contextlib.contextmanager

@@ -328,6 +328,7 @@ class S3TTrainerMixin(HostedRuns):
                 f"Truncation or filtering left nothing of {dropped} of {counted(len(self.folder.table), 'example')} "
                 "to train on. Their ids stay in the table. Raise `max_length` to train on them."
             )
+        self._say_what_the_gate_lacks()
         unplanned = self.folder.plan.unnamed_slices(self.s3t_config.num_slices)
         passed_over = sum(self.folder.table.size(*place) for place in unplanned)
         if passed_over:

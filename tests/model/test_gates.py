@@ -1,6 +1,7 @@
 """A gate says who answers which row: the answers are those of plain PEFT, and nobody computes more than is asked."""
 
 import contextlib
+import shutil
 import threading
 from pathlib import Path
 
@@ -484,6 +485,38 @@ def test_weights_can_be_given(path, members):
         S3TModel.from_pretrained(path, base_model=tiny_llama(), gate=None).gate_weights(**inputs)
 
 
+class Saying:
+    """A gate that says one thing of all rows, whoever lives."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def weights(self, input_ids, attention_mask, seen):
+        return self.said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [None, [[0.5, 0.5, 0.0]], torch.ones(1, 4), torch.ones(1, 2), torch.zeros(1, 3), torch.full((1, 3), torch.nan)],
+)
+def test_what_a_gate_says_is_refused_where_it_is_no_weights(path, said):
+    model, inputs = served(path, tiny_llama(), Saying(said)), prompts([10, 11])
+    for refused in (model, model.gate_weights, model.generate):
+        with pytest.raises(ConfigError, match=r"`Saying\.weights` returned are no weights.*\(rows, 3\)|not negative"):
+            refused(**inputs)
+
+
+def test_what_a_gate_gives_a_dead_shard_goes_to_the_others(path, members, tmp_path):
+    path = shutil.copytree(path, tmp_path / "system")
+    model = served(path, tiny_llama(), Saying(torch.tensor([[0.5, 0.0, 1.5], [0.0, 0.0, 2.0]])))
+    table = model.folder.table
+    model.unlearn([row for slice_ in range(2) for row in table.ids_in(2, slice_)])
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    inputs = prompts([10, 11])
+    assert torch.equal(model.gate_weights(**inputs), weights.double())
+    assert difference(model(**inputs).logits, mixture(members, weights, inputs)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -605,6 +638,12 @@ def test_the_shard_that_was_trained_on_a_prompt_answers_it(known_facts):
     assert flat.tolist() == [pytest.approx([1 / 3] * 3)]
     unknown = {"input_ids": torch.full((1, 4), 3)}
     assert model.gate_weights(**unknown).tolist() == [[1 / 3] * 3]
+
+
+@pytest.mark.parametrize(("temperature", "alike"), [(5e-324, [1.0, 0.0, 0.0]), (1e308, [1 / 3] * 3)])
+def test_no_temperature_is_too_low_or_too_high(known_facts, temperature, alike):
+    weights = load(known_facts, gate_temperature=temperature).gate_weights(**prompt_of(facts()[0]))
+    assert sorted(weights[0].tolist(), reverse=True) == pytest.approx(alike)
 
 
 def test_live_models_follow_deletions_and_forget_to_the_bit(known_facts):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from support.folders import add, gate_says, stored_gate
+from support.folders import add, apply, gate_says, stored_gate
 from support.tiny import (
     make_trainer,
     plant_stages,
@@ -30,9 +30,11 @@ from hf_s3t.errors import (
     ExampleIdError,
     UnknownExampleError,
 )
+from hf_s3t.folder.layout import GATE_FILE
 from hf_s3t.folder.system import SystemFolder
 from hf_s3t.model.tensor_files import differing_tensors, read_tensors
 from hf_s3t.operations.inspection import inspect
+from hf_s3t.training import additions
 from hf_s3t.training.gate_rows import gate_of
 
 
@@ -567,23 +569,84 @@ def test_a_gate_keeps_the_words_of_rows_that_another_trainer_brought(tmp_path, w
     assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, rows)
 
 
+def while_texts_are_read(monkeypatch, act) -> None:
+    """Have another process act once while a trainer makes its gate, which takes long."""
+
+    def read(*given):
+        gate = gate_of(*given)
+        monkeypatch.setattr(additions, "gate_of", gate_of)
+        act()
+        return gate
+
+    monkeypatch.setattr(additions, "gate_of", read)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_gate_has_no_words_of_a_row_that_another_trainer_replaced(tmp_path, monkeypatch, when):
     first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
     plant_stages(first)
     edited = {**FIRST[0], "input_ids": MORE[0]["input_ids"]}
-    put_gate = first.folder.put_gate
-
-    def put_late(*given):
-        second.replace_examples(data([edited]))
-        put_gate(*given)
-
     if when == "before":
         second.replace_examples(data([edited]))
     else:
-        monkeypatch.setattr(first.folder, "put_gate", put_late)
+        while_texts_are_read(monkeypatch, lambda: second.replace_examples(data([edited])))
     first.build_gate()
     assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, [edited, *FIRST[1:]])
+
+
+@pytest.mark.parametrize("deleted", ["before", "meanwhile"])
+def test_a_gate_has_a_row_that_comes_back_while_it_is_made_where_it_is_now(tmp_path, monkeypatch, deleted):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    plant_stages(first)
+    back = FIRST[0]["id"]
+    place = first.folder.table.places_of([back])
+    if deleted == "before":
+        apply(first.folder, [back])
+
+    def come_back():
+        if deleted == "meanwhile":
+            apply(second.folder, [back])
+        # Among others it does not come to where it was.
+        second.add_examples(data([FIRST[0], *MORE[:3]]), again=[back])
+
+    while_texts_are_read(monkeypatch, come_back)
+    first.build_gate()
+    folder = SystemFolder(tmp_path)
+    assert stored_gate(folder) == gate_of_who_has(tmp_path, [*FIRST, *MORE[:3]])
+    assert folder.table.places_of([back]) != place
+
+
+@pytest.mark.parametrize("why", ["another tokenizer", "was altered"])
+def test_who_makes_a_gate_is_told_where_the_words_of_others_rows_are_lost(tmp_path, why):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    second.add_examples(data(MORE[:2]), into="slices")
+    if why == "was altered":
+        gate = tmp_path / GATE_FILE
+        gate.write_bytes(gate.read_bytes()[:-1] + b"?")
+    else:
+        first.processing_class = tokenizer_of_words(more=60)
+    with pytest.warns(UserWarning, match=rf"lacks the words of 2 rows that another .*{why}.*build_gate"):
+        first.build_gate()
+    assert len(SystemFolder(tmp_path).load_gate().rows) == len(FIRST)
+
+
+@pytest.mark.parametrize("then", ["the call is made again", "a trainer has all rows"])
+def test_a_gate_gets_the_words_of_rows_whose_trainer_died_before_it_was_written(tmp_path, monkeypatch, caplog, then):
+    trainer, rows = gated(tmp_path, FIRST), [*FIRST, *MORE[:3]]
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SystemFolder, "put_gate", dies)
+        trainer.add_examples(data(MORE[:3]), into="slices")
+    if then == "the call is made again":
+        assert trainer.add_examples(data(MORE[:3]), into="slices").known == 3
+    else:
+        again = gated(tmp_path, rows)
+        assert "lacks the words of 3 of 27 examples" in caplog.text
+        again.build_gate()
+    assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, rows)
 
 
 @pytest.mark.slow

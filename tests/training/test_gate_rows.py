@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from support.folders import apply
 from support.launched import launched
@@ -12,6 +13,7 @@ from support.tiny import (
     classification_rows,
     lm_rows,
     make_trainer,
+    plant_stages,
     s3t_config,
     tiny_bert,
     tiny_llama,
@@ -22,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from hf_s3t import S3TSFTTrainer, S3TTrainer
+from hf_s3t import S3TModel, S3TSFTTrainer, S3TTrainer
 from hf_s3t.errors import ConfigError, ContentChangedError
 from hf_s3t.folder.layout import GATE_FILE
 from hf_s3t.folder.system import SystemFolder
@@ -157,6 +159,21 @@ def test_it_is_made_later_as_it_would_have_been_made_at_first(tmp_path, monkeypa
     assert make_trainer(tmp_path / "system", rows=rows, config=PLAIN).s3t_config == GATED
     with pytest.raises(ContentChangedError):
         make_trainer(tmp_path / "system", rows=[*rows[:-1], {**rows[-1], "input_ids": [5] * 8}], config=GATED)
+
+
+@pytest.mark.parametrize("before", [None, tokenizer(lambda number: f"other{number}")])
+def test_the_tokenizer_of_a_gate_that_is_made_later_lies_beside_it(tmp_path, before):
+    """Models read prompts by it, also where the system was made without one, or with another."""
+    rows = lm_rows(12)
+    make_trainer(tmp_path, rows=rows, config=PLAIN, processing_class=before)
+    trainer = make_trainer(tmp_path, rows=rows, config=GATED, processing_class=tokenizer())
+    plant_stages(trainer)
+    trainer.build_gate()
+    asked = torch.tensor([row["input_ids"] for row in rows])
+    shards = [shard for shard, _ in trainer.folder.table.places_of([row["id"] for row in rows])]
+    model = S3TModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    assert model.gate_weights(asked).argmax(1).tolist() == shards
+    assert torch.equal(trainer.s3t_model.gate_weights(asked), model.gate_weights(asked))
 
 
 def test_without_rows_or_words_it_is_refused_before_anything_is_written(tmp_path):
