@@ -45,7 +45,7 @@ class Weighing(Following, _Host):
             `torch.Tensor` of shape `(rows, shards)` in double precision, of which each row sums to one.
 
         Raises:
-            [`~hf_s3t.errors.ConfigError`]: If the model has no gate.
+            [`~hf_s3t.errors.ConfigError`]: If the model has no gate, or these are no prompts.
             [`~hf_s3t.errors.ExhaustedError`]: If no shard is left.
 
         Example:
@@ -55,6 +55,7 @@ class Weighing(Following, _Host):
         print(weights.argmax(1))  # the shard that knows most of her
         ```
         """
+        _check_prompts(input_ids, attention_mask)
         with self._call() as routing:
             if routing.gate is None:
                 raise ConfigError(
@@ -137,3 +138,23 @@ class Weighing(Following, _Host):
             # `generate` makes such of embeddings.
             input_ids = None
         return routing.gating(*prompts_in(input_ids, inputs.get("attention_mask"), labels), rows)
+
+
+def _check_prompts(input_ids: Any, attention_mask: Any) -> None:
+    is_tokens = isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2 and not input_ids.is_floating_point()
+    if not is_tokens or (input_ids < 0).any():
+        raise ConfigError(
+            f"`input_ids` are {_shown(input_ids)}, expected a tensor of shape (rows, positions) with the numbers of "
+            'tokens. Give what `tokenizer(texts, padding=True, return_tensors="pt")` makes.'
+        )
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        raise ConfigError(
+            f"`attention_mask` is {_shown(attention_mask)}, expected one entry per token, {tuple(input_ids.shape)}. "
+            "Give that of the tokenizer, or leave it out."
+        )
+
+
+def _shown(given: Any) -> str:
+    if not isinstance(given, torch.Tensor):
+        return f"a {type(given).__name__}"
+    return f"a tensor of shape {tuple(given.shape)} and type {given.dtype}"

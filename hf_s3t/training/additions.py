@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from transformers.utils import logging
@@ -389,12 +389,12 @@ class Additions(PlanRuns):
 
     def _have_tokenizer(self, digest: str) -> None:
         """Have the folder hold the tokenizer that a gate goes by: models that serve it read prompts with that."""
-        path = self.folder.path
+        path, saved = self.folder.path, cast(Any, self.processing_class)
         try:
             tokenizer_of_gate(self.folder, digest)
         except FolderError:
             with explained(f"The tokenizer could not be written to {path}", "Make room, then call again."):
-                self.processing_class.save_pretrained(path)
+                saved.save_pretrained(path)
 
 
 @contextlib.contextmanager

@@ -506,6 +506,21 @@ def test_what_a_gate_says_is_refused_where_it_is_no_weights(path, said):
             refused(**inputs)
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"input_ids": torch.tensor([1, 2])}, r"a tensor of shape \(2,\) and type torch.int64, expected"),
+        ({"input_ids": [[1, 2]]}, "are a list, expected"),
+        ({"input_ids": torch.tensor([[1, -2]])}, "with the numbers of tokens"),
+        ({"input_ids": torch.ones(1, 2)}, "type torch.float32, expected"),
+        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 3)}, r"one entry per token, \(1, 2\)"),
+    ],
+)
+def test_what_is_no_prompt_is_not_weighed(path, given, said):
+    with pytest.raises(ConfigError, match=said):
+        served(path, tiny_llama(), Saying(torch.ones(1, 3))).gate_weights(**given)
+
+
 def test_what_a_gate_gives_a_dead_shard_goes_to_the_others(path, members, tmp_path):
     path = shutil.copytree(path, tmp_path / "system")
     model = served(path, tiny_llama(), Saying(torch.tensor([[0.5, 0.0, 1.5], [0.0, 0.0, 2.0]])))
