@@ -67,7 +67,8 @@ class AddingFolder(CheckpointingFolder):
     ) -> None:
         """
         Write down the rows that another copy has and this one lacks, before the ledger has its lines: those that no
-        line of either deleted, and whose ids are not in use here. The folder's lock must be held.
+        line of either deleted, and whose ids are not in use here. Of a row that both put another in the place of, that
+        of the other copy stays. The folder's lock must be held.
 
         Args:
             other ([`~hf_s3t.records.ledger.Ledger`]): The ledger of the other copy.
@@ -89,10 +90,15 @@ class AddingFolder(CheckpointingFolder):
         self._migrate()
         place_of = {merged.hashes[line - 1]: number for number, line in enumerate(merged.additions, start=1)}
         lines = enumerate(other.additions, start=1)
-        number_of = {number: place_of[other.hashes[line - 1]] for number, line in lines if line in lacking}
-        came = rows.of_additions(number_of).without_digests(merged.deleted)
+        number_of = {number: place_of[other.hashes[line - 1]] for number, line in lines}
         # What the other replaced, and deleted, is out here by then.
-        left = self.table.without_digests(merged.deleted_since(len(self.ledger.lines)))
+        masked = merged.deleted_since(len(self.ledger.lines))
+        left = self.table.without_digests(masked)
+        # Rows that came here too may be masked by a line that came after them there, where they are in all the same.
+        known = [number for number, line in enumerate(other.additions, start=1) if line not in lacking]
+        of_both = self.names.id_digests(list(rows.of_additions({number: number for number in known}).rows))
+        came = rows.of_additions(number_of).without_digests(set(of_both).difference(masked))
+        came = came.without_digests(merged.deleted)
         here = self.names.id_digests(list(left.rows))
         came = came.without_digests(here).settled()
         first = self.record["s3t_config"]["num_shards"]

@@ -107,6 +107,27 @@ def test_where_two_copies_grew_both_have_all_rows_and_deletion_wins(system, repo
     assert copy.current_stages and not copy.missing_stages()
 
 
+@pytest.mark.parametrize("how", ["replaced", "deleted and brought back"])
+def test_of_a_row_that_both_copies_replaced_both_have_the_one_of_the_hub(system, repo, tmp_path, how):
+    send(system, repo)
+    system.copy_to(tmp_path / "copy")
+    copy, edited = SystemFolder(tmp_path / "copy"), member(system, 0, 0)
+    here, there = (system.key.of_content({"edited by": who}) for who in ("here", "there"))
+    add(system, {edited: (0, 0)}, replaced=[edited], contents={edited: here})
+    if how == "replaced":
+        add(copy, {edited: (0, 0)}, replaced=[edited], contents={edited: there})
+    else:
+        apply(copy, [edited])
+        add(copy, {edited: (0, 0)}, contents={edited: there}, again=[edited])
+    for folder in (system, copy, system, copy):
+        send(folder, repo, merge=True)
+    for folder in (system, copy):
+        for found in (folder, SystemFolder(folder.path)):
+            assert found.table.rows[edited].digest == here and not found.is_deleted(edited)
+        assert not inspect(folder.path).problems
+    assert set(system.table.rows) == set(copy.table.rows)
+
+
 def test_a_deletion_elsewhere_and_an_addition_here_are_both_in_force_after_a_merge(system, repo, tmp_path):
     send(system, repo)
     HubFolder(repo.repo_id).copy_to(tmp_path / "copy")
