@@ -513,7 +513,8 @@ def _whole(options: argparse.Namespace, others: Sequence[str]) -> list[dict[str,
     """One LoRA on all the rows about people, and about authors."""
 
     def train(who: str, seed: int, rate: float) -> dict[str, Any]:
-        label, own = f"{who}-full-seed{seed}-{rate:g}", {"method": "full", "seed": seed, "learning_rate": rate}
+        label = f"{who}-full-seed{seed}-{rate:g}"
+        own = {"method": "full", "num_shards": 1, "seed": seed, "learning_rate": rate}
         if who == "authors":
             return _of_authors(options, label, own, others)
         return _of_people(options, label, [*_as_arguments(own), *others])
