@@ -68,7 +68,7 @@ class AddingFolder(CheckpointingFolder):
         """
         Write down the rows that another copy has and this one lacks, before the ledger has its lines: those that no
         line of either deleted, and whose ids are not in use here. Of a row that both put another in the place of, that
-        of the other copy stays. The folder's lock must be held.
+        of the other copy stays, unless it was replaced here since. The folder's lock must be held.
 
         Args:
             other ([`~hf_s3t.records.ledger.Ledger`]): The ledger of the other copy.
@@ -88,19 +88,7 @@ class AddingFolder(CheckpointingFolder):
                 "holds none of them. Merge it by a push (`hf-s3t push --merge`), which brings them."
             )
         self._migrate()
-        place_of = {merged.hashes[line - 1]: number for number, line in enumerate(merged.additions, start=1)}
-        lines = enumerate(other.additions, start=1)
-        number_of = {number: place_of[other.hashes[line - 1]] for number, line in lines}
-        # What the other replaced, and deleted, is out here by then.
-        masked = merged.deleted_since(len(self.ledger.lines))
-        left = self.table.without_digests(masked)
-        # Rows that came here too may be masked by a line that came after them there, where they are in all the same.
-        known = [number for number, line in enumerate(other.additions, start=1) if line not in lacking]
-        of_both = self.names.id_digests(list(rows.of_additions({number: number for number in known}).rows))
-        came = rows.of_additions(number_of).without_digests(set(of_both).difference(masked))
-        came = came.without_digests(merged.deleted)
-        here = self.names.id_digests(list(left.rows))
-        came = came.without_digests(here).settled()
+        came = self._rows_that_come(other, rows, merged)
         first = self.record["s3t_config"]["num_shards"]
         known = self.record.get("added", {"weights": "equal"})
         added = {
@@ -111,6 +99,37 @@ class AddingFolder(CheckpointingFolder):
         addition = StoredAddition(came, added, merged.hashes[-1])
         with explained(f"{self.path / ADDITION_FILE} could not be written", _NOTHING_ADDED):
             write_addition(self.path, addition, self.ledger)
+
+    def _rows_that_come(self, other: Ledger, rows: ExampleTable, merged: Ledger) -> ExampleTable:
+        """The rows to be written down: see `take_rows_of_another`."""
+        place_of = {merged.hashes[line - 1]: number for number, line in enumerate(merged.additions, start=1)}
+        heard_here, heard_there = frozenset(self.ledger.hashes), frozenset(other.hashes)
+
+        def brought(table: ExampleTable, ledger: Ledger, heard: Collection[str], is_heard: bool) -> ExampleTable:
+            """The rows of a table that lines brought of which the other copy has heard, or has not."""
+            hashes = [(number, ledger.hashes[line - 1]) for number, line in enumerate(ledger.additions, start=1)]
+            return table.of_additions({n: place_of[found] for n, found in hashes if (found in heard) == is_heard})
+
+        # What the other replaced, and deleted, is out here by then: also what it has all the same, because it is what
+        # took the place, or came after. Not what was replaced here since, of which the other has not heard.
+        masked = frozenset(merged.deleted_since(len(self.ledger.lines)))
+        lines = zip(self.ledger.entries, self.ledger.hashes, strict=True)
+        gone_here = {one for entry, found in lines if found not in heard_there for one in entry.ids}
+        both_know = brought(rows, other, heard_here, True)
+        both_know = both_know.without_digests(self._ids_but(both_know, masked - gone_here))
+        came = both_know.with_more(brought(rows, other, heard_here, False).settled().columns, None, rows.num_shards)
+        came = came.without_digests(merged.deleted)
+        came = came.without_digests(self._digests_of(self.table.without_digests(masked))).settled()
+        own = brought(self.table, self.ledger, heard_there, False).without_digests(merged.deleted)
+        own = own.without_digests(self._ids_but(own, masked)).without_digests(self._digests_of(came)).settled()
+        return came.with_more(own.columns, None, rows.num_shards) if len(own) else came
+
+    def _digests_of(self, table: ExampleTable) -> list[str]:
+        return self.names.id_digests(list(table.rows))
+
+    def _ids_but(self, table: ExampleTable, wanted: Collection[str]) -> set[str]:
+        """The keyed digests of a table's ids, but some."""
+        return {*self._digests_of(table)}.difference(wanted)
 
     def _weights_with(self, other: Ledger, here: str, there: str) -> str:
         """

@@ -134,21 +134,22 @@ class GateView:
         return self.ledger.deleted_since(lines)
 
     def _with_words_of_others(self, gate: StoredGate, others: np.ndarray) -> StoredGate:
-        """Another gate, which has of some rows, by the keyed digests of their ids, what this one has."""
-        gate, why = gate.without(others), "the gate there reads rows by another tokenizer."
+        """Another gate with what this one has of rows that it lacks, by the keyed digests of their ids."""
+        if not len(others):
+            return gate
         try:
             earlier = self.load_gate()
             if earlier.tokenizer_digest == gate.tokenizer_digest:
                 return gate.keeping(earlier, others)
+            why = "the gate there reads rows by another tokenizer."
         except FolderError as error:
-            # One that is damaged is made anew without them.
+            # One that is not there or is damaged is made anew without them.
             why = str(error)
-        if len(others):
-            warnings.warn(
-                f"The gate lacks the words of {counted(len(others), 'row')} that another trainer brought: {why} Call "
-                "`build_gate()` of a trainer that has all rows.",
-                stacklevel=2,
-            )
+        warnings.warn(
+            f"The gate lacks the words of {counted(len(others), 'row')} that another trainer brought: {why} Call "
+            "`build_gate()` of a trainer that has all rows.",
+            stacklevel=2,
+        )
         return gate
 
     @property

@@ -471,7 +471,7 @@ class SystemFolder(AddingFolder):
             self._settle()
             ledger = self.ledger
             gate = gate.without(ledger.deleted).of_shards(self.config.num_shards)
-            if lacking is not None and self.has_gate:
+            if lacking is not None:
                 others = lacking(self.table)
                 gate = self._with_words_of_others(gate, self.table.columns.id_digests[self.table.rows_of(others)])
             gate = gate.settled()

@@ -128,6 +128,31 @@ def test_of_a_row_that_both_copies_replaced_both_have_the_one_of_the_hub(system,
     assert set(system.table.rows) == set(copy.table.rows)
 
 
+@pytest.mark.parametrize("then", ["replaced", "deleted"])
+def test_what_was_replaced_or_deleted_since_does_not_come_back_from_a_copy_that_has_not_heard_of_it(
+    system, repo, tmp_path, then
+):
+    send(system, repo)
+    system.copy_to(tmp_path / "copy")
+    copy, edited = SystemFolder(tmp_path / "copy"), member(system, 0, 0)
+    contents = {who: system.key.of_content({"edited by": who}) for who in ("here", "there", "here again")}
+    add(system, {edited: (0, 0)}, replaced=[edited], contents={edited: contents["here"]})
+    add(copy, {edited: (0, 0)}, replaced=[edited], contents={edited: contents["there"]})
+    send(system, repo)
+    # It takes the row of the Hub, behind a line that replaced the one before.
+    send(copy, repo, merge=True)
+    if then == "deleted":
+        apply(system, [edited])
+    else:
+        add(system, {edited: (0, 0)}, replaced=[edited], contents={edited: contents["here again"]})
+    for folder in (system, copy, system):
+        send(folder, repo, merge=True)
+    for folder in (system, copy, SystemFolder(system.path), SystemFolder(copy.path)):
+        found = {name: row.digest for name, row in folder.table.rows.items() if name == edited}
+        assert found == ({} if then == "deleted" else {edited: contents["here again"]})
+        assert folder.is_deleted(edited) == (then == "deleted") and not inspect(folder.path).problems
+
+
 def test_a_deletion_elsewhere_and_an_addition_here_are_both_in_force_after_a_merge(system, repo, tmp_path):
     send(system, repo)
     HubFolder(repo.repo_id).copy_to(tmp_path / "copy")

@@ -594,6 +594,18 @@ def test_a_gate_has_no_words_of_a_row_that_another_trainer_replaced(tmp_path, mo
     assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, [edited, *FIRST[1:]])
 
 
+def test_a_first_gate_has_none_of_what_another_trainer_replaced_before_and_that_is_told(tmp_path):
+    first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
+    (tmp_path / GATE_FILE).unlink()
+    edited = {**FIRST[0], "input_ids": MORE[0]["input_ids"]}
+    second.replace_examples(data([edited]))
+    with pytest.warns(UserWarning, match="lacks the words of 1 row that another .*no gate"):
+        first.build_gate()
+    assert len(SystemFolder(tmp_path).load_gate().rows) == len(FIRST) - 1
+    gated(tmp_path, [edited, *FIRST[1:]]).build_gate()
+    assert stored_gate(SystemFolder(tmp_path)) == gate_of_who_has(tmp_path, [edited, *FIRST[1:]])
+
+
 @pytest.mark.parametrize("deleted", ["before", "meanwhile"])
 def test_a_gate_has_a_row_that_comes_back_while_it_is_made_where_it_is_now(tmp_path, monkeypatch, deleted):
     first, second = gated(tmp_path, FIRST), gated(tmp_path, FIRST)
